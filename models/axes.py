@@ -1,0 +1,87 @@
+"""A parameter says three things about itself where it is created: the meaning of its axes, how it starts, and whether
+weight decay applies. `parallel/` maps axis names to the mesh, `train/` reads the rest; no module is told a rank.
+
+A parameter starts from (seed, its own name) alone, on the logical tensor: the same numbers at any world size, in any
+order of construction, and whatever else the model contains.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+AXES = ("batch", "seq", "embed", "heads", "kv_heads", "groups", "ffn", "vocab", "expert", "stage")
+
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a parameter declares: one axis name (or None) a dimension, its initial value, and weight decay."""
+
+    axes: tuple[str | None, ...]
+    init: Init
+    decay: bool
+
+
+def declare(*shape: int, axes: tuple[str | None, ...], init: Init, decay: bool = True) -> nn.Parameter:
+    """An uninitialised parameter that carries its declaration as `.declared`."""
+    if len(axes) != len(shape) or any(a is not None and a not in AXES for a in axes):
+        raise ValueError(
+            f"axes {axes} do not name the {len(shape)} dimensions of a parameter; known: {', '.join(AXES)}"
+        )
+    parameter = nn.Parameter(torch.empty(*shape))
+    parameter.declared = Declared(axes, init, decay)  # type: ignore[attr-defined]
+    return parameter
+
+
+def declarations(model: nn.Module) -> dict[str, Declared]:
+    """Every parameter's declaration by name. Read it before parallelisation replaces the parameters."""
+    return {name: p.declared for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+
+
+def initial(seed: int, name: str, declared: Declared, shape: tuple[int, ...]) -> Tensor:
+    """The starting value of one parameter: fp32 [*shape] on the CPU, a function of (seed, name) only."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return declared.init(tuple(shape), generator)
+
+
+def initialise(model: nn.Module, seed: int) -> nn.Module:
+    """Fills an unsharded model in place, each parameter in its own dtype. Returns the model."""
+    with torch.no_grad():
+        for name, declared in declarations(model).items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(initial(seed, name, declared, tuple(parameter.shape)))
+    return model
+
+
+def normal(std: float) -> Init:
+    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+
+
+def fan_in(dim: int, gain: float = 1.0) -> Init:
+    """Normal with variance gain² / dim: unit-variance inputs give outputs of variance gain²."""
+    return normal(gain * dim**-0.5)
+
+
+def constant(value: float) -> Init:
+    return lambda shape, generator: torch.full(shape, value)
+
+
+def log_uniform_rate(low: float, high: float) -> Init:
+    """log of U(low, high): `A_log` of the Mamba-2 family. `low` > 0 keeps the draw from log 0 = -inf."""
+    return lambda shape, generator: torch.empty(shape).uniform_(low, high, generator=generator).log()
+
+
+def softplus_inverse_of_log_uniform(low: float, high: float, floor: float = 1e-4) -> Init:
+    """softplus⁻¹(dt), dt log-uniform in [low, high]: `dt_bias` of the Mamba-2 family."""
+
+    def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        dt = torch.empty(shape).uniform_(math.log(low), math.log(high), generator=generator).exp().clamp_min(floor)
+        return dt + (-torch.expm1(-dt)).log()
+
+    return init

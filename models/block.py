@@ -1,0 +1,28 @@
+"""A layer: a sequence mixer, then a feed-forward, each on a normalised residual stream."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from models.ffn import Aux
+from models.norm import RMSNorm
+from models.sequence import Sequence
+
+Factory = Callable[..., nn.Module]
+
+
+class Block(nn.Module):
+    """x [B, T, D] -> [B, T, D], and what the feed-forward reports (empty for a dense one). Any mixer with any FFN."""
+
+    def __init__(self, *, dim: int, mixer: Factory, ffn: Factory, slot: str):
+        super().__init__()
+        self.slot = slot
+        self.mixer_norm = RMSNorm(dim)
+        self.mixer = mixer(dim=dim)
+        self.ffn_norm = RMSNorm(dim)
+        self.ffn = ffn(dim=dim)
+
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Aux]:
+        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), seq, slot=self.slot)
+        y_BTD, aux = self.ffn(self.ffn_norm(x_BTD), seq)
+        return x_BTD + y_BTD, aux

@@ -1,0 +1,29 @@
+"""Short causal depthwise convolution: the linear mixers' view of the last few tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import declare, fan_in
+from models.sequence import Sequence
+
+
+class ShortConv(nn.Module):
+    """silu(Σ_j w_j x_{t-j}), j < width, per channel. It never reaches across the start of a document.
+
+    x [B, T, D] -> [B, T, D] in x's dtype. The inputs before a span come from `seq.before`.
+    """
+
+    def __init__(self, dim: int, width: int = 4):
+        super().__init__()
+        self.weight = declare(dim, width, axes=("heads", None), init=fan_in(width))
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        width, T = self.weight.shape[1], x_BTD.shape[1]
+        weight = self.weight.to(x_BTD.dtype)
+        padded = torch.cat((seq.before(x_BTD, width - 1, slot=slot), x_BTD), dim=1)
+        y = x_BTD * weight[:, 0]
+        for j in range(1, width):
+            inside = (seq.positions >= j).unsqueeze(-1)
+            y = y + torch.where(inside, padded[:, width - 1 - j : width - 1 - j + T], 0) * weight[:, j]
+        return F.silu(y)

@@ -1,0 +1,27 @@
+"""The dense feed-forward layer: SwiGLU (arXiv 2002.05202)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.linear import Linear
+from models.sequence import Sequence
+
+Aux = dict[str, Tensor]
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W1) ⊙ x W3) W2. x [..., D] -> [..., D]."""
+
+    def __init__(self, *, dim: int, hidden: int):
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden}: must be at least 1")
+        self.gate_up = Linear(dim, 2 * hidden, axes=("ffn", "embed"))
+        self.down = Linear(hidden, dim, axes=("embed", "ffn"))
+
+    def transform(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Aux]:
+        return self.transform(x_BTD), {}

@@ -1,0 +1,80 @@
+"""What the chunked kernels share: folding time into chunks, who sees whom inside one, building triangles by halves.
+
+Legend: B spans, T tokens, H heads, N chunks, C tokens a chunk. A kernel works on [B, H, N, C, ...].
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Effect(NamedTuple):
+    """What a span does to the state that enters it: S_out = alive·A·S_in + U."""
+
+    A: Tensor  # Diagonal: log decay [B, H, K]; Dense: matrix [B, H, K, K]
+    U: Tensor  # [B, H, K, V]
+    alive: Tensor  # [B], 1 where no document starts in the span, else 0; in U's dtype
+
+
+def fold(x_BTH: Tensor, size: int) -> Tensor:
+    """[B, T, H, ...] -> [B, H, N, C, ...]; the last chunk is filled with zeros, which are no-ops to every kernel."""
+    B, T, H, *rest = x_BTH.shape
+    pad = -T % size
+    if pad:
+        x_BTH = F.pad(x_BTH, [0, 0] * (len(rest) + 1) + [0, pad])
+    return x_BTH.reshape(B, (T + pad) // size, size, H, *rest).movedim(3, 1).contiguous()
+
+
+def unfold(x_BHNC: Tensor, T: int) -> Tensor:
+    """[B, H, N, C, ...] -> [B, T, H, ...]."""
+    B, H, N, C, *rest = x_BHNC.shape
+    return x_BHNC.movedim(1, 3).reshape(B, N * C, H, *rest)[:, :T]
+
+
+class Segments(NamedTuple):
+    """Document boundaries inside chunks. All are [B, 1, N, ...] and broadcast over heads."""
+
+    visible: Tensor  # [B, 1, N, C, C] bool: s ≤ t in the same document
+    first: (
+        Tensor  # [B, 1, N, C] bool: no document has started yet in the chunk, the incoming state is this token's past
+    )
+    last: Tensor  # [B, 1, N, C] bool: no document starts after this token, the outgoing state is its future
+    alive: Tensor  # [B, 1, N] bool: no document starts in the chunk
+
+
+def segments(starts_BT: Tensor, size: int) -> Segments:
+    folded = fold(starts_BT.long().unsqueeze(-1), size)
+    index = folded.cumsum(-1)
+    causal = torch.ones(size, size, dtype=torch.bool, device=index.device).tril()
+    visible = (index.unsqueeze(-1) == index.unsqueeze(-2)) & causal
+    return Segments(visible, index == 0, index == index[..., -1:], index[..., -1] == 0)
+
+
+def halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The first and second halves of consecutive blocks of 2·size along the next to last dimension."""
+    blocks = x.reshape(*x.shape[:-2], x.shape[-2] // (2 * size), 2, size, x.shape[-1])
+    return blocks[..., 0, :, :], blocks[..., 1, :, :]
+
+
+def join(blocks: Tensor, low: Tensor) -> Tensor:
+    """Lower triangles of size h, [..., 2n, h, h], and the squares below them, [..., n, h, h], to n triangles of 2h."""
+    upper, lower = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+    return torch.cat((torch.cat((upper, torch.zeros_like(upper)), -1), torch.cat((low, lower), -1)), -2)
+
+
+def unit_triangular_inverse(lower: Tensor) -> Tensor:
+    """(I + L)⁻¹ for strictly lower triangular L [..., C, C], C a power of two.
+
+    By halves: the square below two inverted triangles is -B⁻¹ L A⁻¹. Only matmuls, and as stable as forward
+    substitution; the Neumann doubling often used instead loses every digit when keys repeat.
+    """
+    C = lower.shape[-1]
+    inverse, h = lower.new_ones(*lower.shape[:-2], C, 1, 1), 1
+    while h < C:
+        blocks = lower.reshape(*lower.shape[:-2], C // (2 * h), 2 * h, C // (2 * h), 2 * h)
+        square = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., h:, :h]
+        inverse = join(inverse, -(inverse[..., 1::2, :, :] @ square @ inverse[..., 0::2, :, :]))
+        h *= 2
+    return inverse.squeeze(-3)

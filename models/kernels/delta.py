@@ -1,0 +1,67 @@
+"""Chunked gated delta rule in its WY form (Yang, Kautz & Hatamizadeh 2024, 2412.06464; the form is 2406.06484's).
+
+Inside a chunk the deletions couple: with L_ts = β_t (k_t·k_s) e^{G_t - G_s} for s < t, the writes are
+u - w·S with [u | w] = (I + L)⁻¹ [β v | β k e^G], S the state that enters the chunk. So a chunk acts on the state as
+S_out = (e^{G_C} I - k'ᵀ w)·S + k'ᵀ u, k' = k e^{G_C - G}: a dense K×K matrix and an update.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from models.kernels.chunk import Effect, fold, segments, unfold, unit_triangular_inverse
+from models.precision import wide
+
+
+class Chunks:
+    """A span reduced chunk by chunk. q, k [B,T,H,K], v [B,T,H,V], g, beta [B,T,H], starts [B,T]: `recurrence.Dense`."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, starts: Tensor, size: int):
+        self.T, self.dtype = q.shape[1], v.dtype
+        q, k, v, g, beta = (fold(wide(x), size) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
+        seen = segments(starts, size)
+        G = g.cumsum(-1)
+        total = G[..., -1:]
+        decay = (G.unsqueeze(-1) - G.unsqueeze(-2)).masked_fill(~seen.visible, -torch.inf).exp()
+        solve = unit_triangular_inverse((beta.unsqueeze(-1) * (k @ k.transpose(-1, -2)) * decay).tril(-1))
+        self.u = solve @ (beta.unsqueeze(-1) * v)
+        self.w = solve @ (k * (beta * G.exp() * seen.first).unsqueeze(-1))
+        self.reads = q * (G.exp() * seen.first).unsqueeze(-1)
+        self.scores = (q @ k.transpose(-1, -2)) * decay
+        written = (k * ((total - G).exp() * seen.last).unsqueeze(-1)).transpose(-1, -2)
+        kept = total.exp() * seen.alive.unsqueeze(-1)
+        identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        self.A = kept.unsqueeze(-1) * identity - written @ self.w
+        self.U = written @ self.u
+        self.alive = seen.alive[:, 0].all(-1).to(v.dtype)
+
+    def _sweep(self, state: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        """States before each chunk and after the last, S ← A·S + U from `state`; any number of columns."""
+        before = []
+        for A, update in zip(self.A.unbind(2), U.unbind(2), strict=True):
+            before.append(state)
+            state = A @ state + update
+        return torch.stack(before, dim=2), state
+
+    @cached_property
+    def _augmented(self) -> tuple[Tensor, Tensor]:
+        """One sweep for both halves of the effect: columns [U | A], entered with [0 | I]."""
+        K = self.A.shape[-1]
+        identity = torch.eye(K, dtype=self.U.dtype, device=self.U.device).expand_as(self.A[:, :, 0])
+        entering = torch.cat((torch.zeros_like(self.U[:, :, 0]), identity), dim=-1)
+        return self._sweep(entering, torch.cat((self.U, torch.zeros_like(self.A)), dim=-1))
+
+    @cached_property
+    def effect(self) -> Effect:
+        U, A = self._augmented[1].split((self.U.shape[-1], self.A.shape[-1]), dim=-1)
+        return Effect(A, U, self.alive)
+
+    def finish(self, state: Tensor | None) -> Tensor:
+        if state is None:
+            before = self._sweep(torch.zeros_like(self.U[:, :, 0]), self.U)[0]
+        else:
+            U, A = self._augmented[0].split((self.U.shape[-1], self.A.shape[-1]), dim=-1)
+            before = U + A @ state.unsqueeze(2)
+        written = self.u - self.w @ before
+        return unfold(self.reads @ before + self.scores @ written, self.T).to(self.dtype)

@@ -1,0 +1,46 @@
+"""Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, 2412.06464): decay the state, then replace what the key remembers.
+
+Gates as in flash-linear-attention: g = -e^{A_log}·softplus(W_a x + dt_bias), β = σ(W_b x), both per head, fp32.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import declare, log_uniform_rate, softplus_inverse_of_log_uniform
+from models.conv import ShortConv
+from models.linear import Linear
+from models.mixers.heads import head_dim
+from models.norm import GatedRMSNorm, l2_normalise
+from models.precision import wide
+from models.recurrence import Dense
+from models.sequence import Sequence
+
+
+class GatedDeltaNet(nn.Module):
+    """x [B, T, D] -> [B, T, D]. Keys are `dim * expand_k` wide in all, values `dim * expand_v`."""
+
+    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4):
+        super().__init__()
+        keys, values = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
+        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        self.widths = (keys, keys, values)
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.conv = ShortConv(sum(self.widths), conv)
+        self.rates = Linear(dim, 2 * heads, axes=("heads", "embed"))
+        self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
+        self.dt_bias = declare(heads, axes=("heads",), init=softplus_inverse_of_log_uniform(1e-3, 0.1), decay=False)
+        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.recurrence = Dense()
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
+        q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
+        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        dt_BTH, beta_BTH = wide(self.rates(x_BTD)).unflatten(-1, (-1, 2)).unbind(-1)
+        g_BTH = -wide(self.A_log).exp() * F.softplus(dt_BTH + wide(self.dt_bias))
+        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH.sigmoid(), slot=slot)
+        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
+        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))

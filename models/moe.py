@@ -1,0 +1,72 @@
+"""Mixture of experts: a softmax router with top-k choices, a shared expert, and a balance loss per document.
+
+The balance loss of a document of n tokens is E·Σ_e f_e P_e, f_e the share of its choices that went to expert e and P_e
+its mean router probability (Switch Transformer, 2101.03961, section 2.2; per sequence as in DeepSeek-V3, 2412.19437).
+f has no gradient, so the loss is a sum over tokens, Σ_t E·Σ_e f_e p_te: each rank adds its own tokens' part, nothing is
+counted twice, and it does not matter how documents were cut into micro-batches, spans or ranks.
+
+Legend: B spans, T tokens, N = B·T, D model width, E experts, X choices a token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import declare, fan_in
+from models.dispatch import Dispatch, Here
+from models.ffn import Aux, SwiGLU
+from models.kernels.experts import grouped_linear
+from models.linear import Linear
+from models.precision import wide
+from models.sequence import Sequence
+
+
+class Experts(nn.Module):
+    """E SwiGLU feed-forwards applied to rows grouped by expert."""
+
+    def __init__(self, num_experts: int, dim: int, hidden: int):
+        super().__init__()
+        self.gate_up = declare(num_experts, dim, 2 * hidden, axes=("expert", "embed", "ffn"), init=fan_in(dim))
+        self.down = declare(num_experts, hidden, dim, axes=("expert", "ffn", "embed"), init=fan_in(hidden))
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        gate, up = grouped_linear(rows, self.gate_up.to(rows.dtype), offsets).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, self.down.to(rows.dtype), offsets)
+
+
+class MoE(nn.Module):
+    """Σ over the top-k experts of each token, weights renormalised, plus a shared expert every token passes through.
+
+    x [B, T, D] -> [B, T, D] and {"balance": Σ over counted tokens (1 a token when balanced), "load": choices [E]}.
+    """
+
+    def __init__(self, *, dim: int, num_experts: int, top_k: int, hidden: int, shared_hidden: int = 0):
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k}: must lie between 1 and num_experts={num_experts}")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.router = Linear(dim, num_experts, axes=("expert", "embed"))
+        self.experts = Experts(num_experts, dim, hidden)
+        self.shared = SwiGLU(dim=dim, hidden=shared_hidden) if shared_hidden else None
+        self.dispatch: Dispatch = Here()
+
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Aux]:
+        probabilities_BTE = self.router(wide(x_BTD)).softmax(-1)
+        weights_BTX, choices_BTX = probabilities_BTE.topk(self.top_k, dim=-1)
+        weights_BTX = weights_BTX / weights_BTX.sum(-1, keepdim=True)
+        sent = self.dispatch.send(x_BTD.flatten(0, 1), choices_BTX.flatten(0, 1), self.num_experts)
+        rows = self.experts(sent.rows, sent.offsets)
+        y_BTD = self.dispatch.collect(rows, sent, weights_BTX.flatten(0, 1)).view_as(x_BTD)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared.transform(x_BTD)
+        return y_BTD, self._balance(probabilities_BTE, choices_BTX, seq)
+
+    def _balance(self, probabilities_BTE: Tensor, choices_BTX: Tensor, seq: Sequence) -> Aux:
+        with torch.no_grad():
+            counted = seq.counted.unsqueeze(-1).to(probabilities_BTE.dtype)
+            chosen_BTE = torch.zeros_like(probabilities_BTE).scatter_(-1, choices_BTX, 1) * counted
+            per_document = seq.sum(torch.cat((chosen_BTE, counted), dim=-1))
+            tokens = per_document[:, -1:].clamp_min(1)
+            frequency_BTE = (per_document[:, :-1] / (tokens * self.top_k))[seq.documents]
+        balance = self.num_experts * (probabilities_BTE * frequency_BTE * counted).sum()
+        return {"balance": balance, "load": chosen_BTE.sum((0, 1))}

@@ -1,0 +1,34 @@
+"""Root-mean-square normalisation (arXiv 1910.07467), and its gated form for mixer outputs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import constant, declare
+from models.precision import wide
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, computed in at least fp32, returned in x's dtype."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, axis: str | None = "embed"):
+        super().__init__()
+        self.eps = eps
+        self.weight = declare(dim, axes=(axis,), init=constant(1.0), decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm(x) · silu(gate): per head when the last dimension is a head's, so that no rank needs another's heads."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        normed = F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps)
+        return (normed * F.silu(wide(gate))).to(gate.dtype)
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x · rsqrt(Σx² + 1e-6) over the last dimension: the eps of flash-linear-attention and transformers alike."""
+    x = wide(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

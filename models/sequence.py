@@ -1,0 +1,144 @@
+"""How a token sees the tokens before it: the contract between the mixers and whoever placed the sequence.
+
+A mixer is written once, as `mixer(x, seq)`. It never knows a rank; it asks `seq` for the inputs before a span, runs its
+recurrence through `seq`, attends through `seq`, sums over documents through `seq`. `Whole` answers when one device
+holds everything; `parallel.sequence.Spread` answers when the tokens lie on several ranks.
+
+Legend: B spans on this device, T tokens a span, D model width, H heads, G key/value heads, K key width, V value width.
+Tensors are span-major: a row never continues the row above it through a convolution. In `Whole` the rows are
+independent packed sequences; in `Spread` they are the spans that this rank holds of one packed sequence.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.kernels.softmax import Piece, attend_pieces, pieces_of
+from models.recurrence import Recurrence
+
+
+class Sequence(Protocol):
+    """What a module may ask about the sequence it works on. All collectives, if any, happen inside these methods."""
+
+    positions: Tensor  # [B, T] int64, position within the document; 0 starts one
+    documents: Tensor  # [B, T] int64, index of the token's document in the packed sequence
+    num_documents: int
+    counted: Tensor  # [B, T] bool, False for a token that only fills a place: no statistic may count it
+
+    @property
+    def starts(self) -> Tensor:
+        """[B, T] bool: a document starts here."""
+        ...
+
+    def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
+        """The last `width` inputs before each span, [B, T, D] -> [B, width, D]; zeros before the sequence.
+
+        They may belong to another document: who uses them masks by `positions`.
+        """
+        ...
+
+    def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
+        """Runs `recurrence` over the whole sequence; every x is [B, T, ...], so is the result."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, slot: str) -> Tensor:
+        """Causal softmax attention within documents: q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] -> [B,T,H,V], G divides H."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Per-document sums over the whole sequence, [B, T, ...] -> [num_documents, ...], the same on every rank.
+
+        The transpose sums the gradients of all ranks: whoever builds a loss from it must count that loss once.
+        """
+        ...
+
+
+@dataclass
+class Memory:
+    """What a span leaves to the next one, by slot: recurrent states, convolution tails, keys and values.
+
+    Reads see what the previous span left until `advance()`, so that running a layer again (activation checkpointing)
+    reads the same state and writes the same one.
+    """
+
+    entering: dict[str, Any] = field(default_factory=dict)
+    leaving: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self) -> None:
+        self.entering, self.leaving = self.leaving, {}
+
+
+@dataclass(kw_only=True)
+class Tokens:
+    """Where the tokens of this device stand in their documents."""
+
+    positions: Tensor
+    documents: Tensor
+    num_documents: int
+    counted: Tensor
+
+    @cached_property
+    def starts(self) -> Tensor:
+        return self.positions == 0
+
+    @cached_property
+    def pieces(self) -> list[list[Piece]]:
+        """For each span, its runs of tokens of one document."""
+        return pieces_of(self.positions)
+
+    def local_sum(self, x: Tensor) -> Tensor:
+        total = x.new_zeros((self.num_documents, *x.shape[2:]))
+        return total.index_add(0, self.documents.flatten(), x.flatten(0, 1))
+
+
+@dataclass(kw_only=True)
+class Whole(Tokens):
+    """One device holds the whole sequence, or receives it span after span with a `memory`."""
+
+    memory: Memory | None = None
+
+    @classmethod
+    def of(cls, positions: Tensor, *, memory: Memory | None = None) -> "Whole":
+        """From [B, T] positions alone: documents are numbered from their starts and every token counts."""
+        flat = (positions == 0).flatten()
+        documents = (flat.cumsum(0) - flat[0].long()).view_as(positions)
+        return cls(
+            positions=positions,
+            documents=documents,
+            num_documents=int(documents[-1, -1]) + 1,
+            counted=torch.ones_like(positions, dtype=torch.bool),
+            memory=memory,
+        )
+
+    def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
+        tail = self._recall(f"{slot}/before")
+        if tail is None:
+            tail = x.new_zeros((x.shape[0], width, *x.shape[2:]))
+        self._leave(f"{slot}/before", lambda: torch.cat((tail, x), dim=1)[:, -width:])
+        return tail
+
+    def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
+        state = self._recall(slot)
+        begun = recurrence.begin(*xs, starts=self.starts)
+        self._leave(slot, lambda: recurrence.act(begun.effect, state))
+        return begun.finish(state)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, slot: str) -> Tensor:
+        past = self._recall(slot)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
+        self._leave(slot, lambda: (k, v))
+        return attend_pieces(q, k, v, self.pieces, [k.shape[1] - q.shape[1]] * q.shape[0])
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.local_sum(x)
+
+    def _recall(self, slot: str) -> Any:
+        return None if self.memory is None else self.memory.entering.get(slot)
+
+    def _leave(self, slot: str, value: Any) -> None:
+        if self.memory is not None:
+            self.memory.leaving[slot] = value()

@@ -1,0 +1,41 @@
+"""The order of transformations, from a model on the meta device to one that can train on every rank."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.axes import Declared, declarations, initial
+from models.lm import LM
+from parallel.data import shard
+from parallel.memory import recompute
+
+WRAPPER = "_checkpoint_wrapped_module."
+
+
+def parallelise(
+    model: LM, mesh: DeviceMesh, *, seed: int, dtype: torch.dtype, remat: str, reshard_after_forward: bool
+) -> LM:
+    """Checkpointing, then sharding, then memory on the mesh's device, then each parameter from (seed, name).
+
+    dtype: of the master weights. Returns the same model.
+    """
+    declared = declarations(model)
+    model.to(dtype)
+    recompute(model, model.layers, remat)
+    shard(model, list(model.layers.values()), mesh, reshard_after_forward=reshard_after_forward)
+    model.to_empty(device=mesh.device_type)
+    initialise_sharded(model, declared, seed)
+    return model
+
+
+def initialise_sharded(model: nn.Module, declared: dict[str, Declared], seed: int) -> None:
+    """Each rank draws the logical parameter and keeps its part, so that sharding changes no number."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            name = name.replace(WRAPPER, "")
+            value = initial(seed, name, declared[name], tuple(parameter.shape)).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                value = value.to(parameter.device)
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value)

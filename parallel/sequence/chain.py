@@ -1,0 +1,47 @@
+"""The chain of spans: which rank holds which part of a packed sequence, in the order of its tokens."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from parallel.collectives import Comm
+
+
+class Link(NamedTuple):
+    """A span in the chain: tokens [begin, end) of the packed sequence, held by `rank` as its row `row`."""
+
+    begin: int
+    end: int
+    rank: int
+    row: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Spans of all ranks of a group; `spans[r]` are rank r's, ascending. Lengths may differ between ranks."""
+
+    comm: Comm
+    spans: tuple[tuple[tuple[int, int], ...], ...]
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """All spans in the order of the sequence."""
+        return sorted(Link(b, e, r, i) for r, held in enumerate(self.spans) for i, (b, e) in enumerate(held))
+
+    @cached_property
+    def mine(self) -> list[int]:
+        """Where this rank's rows stand in `links`, by row."""
+        return [n for n, link in enumerate(self.links) if link.rank == self.comm.rank]
+
+    @property
+    def rows(self) -> int:
+        """The most spans any rank holds."""
+        return max(len(held) for held in self.spans)
+
+    @property
+    def longest(self) -> int:
+        return max(link.length for link in self.links)

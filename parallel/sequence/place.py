@@ -1,0 +1,86 @@
+"""From a plan's group to what this rank computes on: its tokens, its targets, and the sequence that joins them."""
+
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.sequence import Sequence, Whole
+from parallel.collectives import Comm
+from parallel.schedule.plan import Group
+from parallel.sequence.attention import GatherKeys
+from parallel.sequence.chain import Chain
+from parallel.sequence.recurrence import GatherEffects
+from parallel.sequence.spread import Spread
+
+NO_TARGET = -100
+
+
+class Packed(Protocol):
+    """A packed sequence of the batch, int64 [L] each: tokens, targets (-100: none), positions in the document."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+    @property
+    def positions(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One micro-step of one rank: tokens and targets [B, T] int64, B spans of T tokens."""
+
+    tokens: Tensor
+    targets: Tensor
+    seq: Sequence
+
+
+def place(
+    group: Group,
+    batch: Listed[Packed],
+    comm: Comm,
+    *,
+    device: torch.device,
+    recurrence: GatherEffects,
+    attention: GatherKeys,
+) -> Placed:
+    """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end."""
+    tokens, targets, positions = (
+        np.concatenate([*(getattr(batch[s], name) for s in group.sequences), np.empty(0, np.int64)])
+        for name in ("tokens", "targets", "positions")
+    )
+    length, idle = len(tokens), sum(not held for held in group.spans)
+    tokens = np.concatenate((tokens, np.zeros(idle, np.int64)))
+    targets = np.concatenate((targets, np.full(idle, NO_TARGET)))
+    positions = np.concatenate((positions, np.zeros(idle, np.int64)))
+    starting = positions == 0
+    starting[length + 1 :] = False  # the masked tokens share one document that nobody counts
+    documents = starting.cumsum() - 1
+
+    spans, behind = [], length
+    for held in group.spans:
+        spans.append(held or ((behind, behind + 1),))
+        behind += not held
+    mine = spans[comm.rank]
+    if len({end - begin for begin, end in mine}) > 1:
+        raise ValueError(f"spans {mine} of rank {comm.ranks[comm.rank]} differ in length: a rank's own spans may not")
+
+    def rows(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.stack([values[begin:end] for begin, end in mine])).to(device)
+
+    where: dict[str, Any] = {
+        "positions": rows(positions),
+        "documents": rows(documents),
+        "num_documents": int(documents[-1]) + 1,
+        "counted": rows(np.arange(length + idle) < length),
+    }
+    seq: Sequence
+    if comm.size == 1 and len(mine) == 1:
+        seq = Whole(**where)
+    else:
+        seq = Spread(**where, chain=Chain(comm, tuple(spans)), recurrence=recurrence, attention=attention)
+    return Placed(rows(tokens), rows(targets), seq)

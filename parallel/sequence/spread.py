@@ -1,0 +1,54 @@
+"""A packed sequence spread over ranks: the distributed answer to `models.sequence.Sequence`.
+
+A rank holds one span of it or several; lengths may differ, documents start anywhere, a rank may hold nothing but a
+masked token. The chain gives the order; the transports carry effects, keys and values; this file only asks them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.recurrence import Recurrence
+from models.sequence import Tokens
+from parallel.collectives import gather, sum_over
+from parallel.sequence.attention import GatherKeys
+from parallel.sequence.chain import Chain
+from parallel.sequence.recurrence import GatherEffects
+
+
+@dataclass(kw_only=True)
+class Spread(Tokens):
+    """Rows are this rank's spans of one packed sequence."""
+
+    chain: Chain
+    recurrence: GatherEffects
+    attention: GatherKeys
+
+    def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
+        """The halo, from as many spans back as `width` needs: spans may be shorter than a convolution."""
+        chain = self.chain
+        B, T = x.shape[:2]
+        tails = F.pad(x[:, -width:], [0, 0, max(0, width - T), 0, 0, chain.rows - B])
+
+        def halos(gathered: Tensor) -> Tensor:
+            found = []
+            for n in chain.mine:
+                past = [
+                    gathered[a.rank, a.row, width - min(width, a.length) :] for a in chain.links[max(0, n - width) : n]
+                ]
+                found.append(torch.cat([tails.new_zeros(width, tails.shape[-1]), *past])[-width:])
+            return torch.stack(found)
+
+        return gather(chain.comm, tails, halos, linear=True)
+
+    def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
+        begun = recurrence.begin(*xs, starts=self.starts)
+        return begun.finish(self.recurrence.enter(self.chain, recurrence, begun.effect))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, slot: str) -> Tensor:
+        return self.attention.attend(self.chain, q, k, v, self.pieces)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return sum_over(self.chain.comm, self.local_sum(x))

@@ -1,0 +1,74 @@
+"""Loss and every parameter's gradient on every rank, against one process: the contract of the whole system."""
+
+import pytest
+
+from parallel.schedule.plan import Group, MicroStep, Plan
+from parallel.schedule.static import Static
+from tests.parity import Sample, assert_close, spread, truth
+
+pytestmark = pytest.mark.dist
+
+# Documents on a span's edge, one before and after it, shorter than the convolution, of one token, over three ranks.
+BATCH = [
+    Sample((40, 24, 1, 1, 2, 60)),
+    Sample((130, 3), masked=(60, 133)),
+    Sample((31, 1, 32, 7), seed=3),
+    Sample((5,)),
+]
+LENGTHS = [len(s.tokens) for s in BATCH]
+
+
+def static(data: int, sequence: int, tokens_per_rank: int | None = None) -> Plan:
+    return Static(tokens_per_rank=tokens_per_rank).plan(0, LENGTHS, data=data, sequence=sequence)
+
+
+def unequal() -> Plan:
+    """Four ranks: unequal spans, two spans on a rank, an idle rank, a rank without a span, groups that change."""
+    first = MicroStep(
+        (
+            Group((0, 2), (0,), (((0, 50), (78, 128)), ((50, 78),))),
+            Group((1, 3), (3,), (((0, 5),), ())),
+        )
+    )
+    second = MicroStep((Group((0, 1, 3), (2, 1), (((0, 71),), ((71, 73),), ((73, 204),))), Group((2,), (), ((),))))
+    return Plan(0, tuple(LENGTHS), (first, second))
+
+
+def zigzag() -> Plan:
+    """Two ranks, two spans each, causal work balanced: rank 0 holds the outer quarters."""
+    steps = []
+    for s, length in enumerate(LENGTHS[:3]):
+        cut = [length // 4, length // 2, length - length // 4]
+        spans = (((0, cut[0]), (cut[2], length)), ((cut[0], cut[1]), (cut[1], 2 * cut[1] - cut[0])))
+        if spans[1][1][1] != cut[2]:  # an odd length: one span a rank
+            spans = (((0, cut[1]),), ((cut[1], length),))
+        steps.append(MicroStep((Group((0, 1), (s,), spans),)))
+    steps.append(MicroStep((Group((0,), (3,), (((0, 5),),)), Group((1,), (), ((),)))))
+    return Plan(0, tuple(LENGTHS), tuple(steps))
+
+
+PLANS = {
+    "one": (1, static(1, 1)),
+    "one, accumulated": (1, static(1, 1, 140)),
+    "sequence 2": (2, static(1, 2)),
+    "data 2": (2, static(2, 1, 140)),
+    "zigzag 2": (2, zigzag()),
+    "sequence 4": (4, static(1, 4, 60)),
+    "data 2 sequence 2": (4, static(2, 2, 80)),
+    "unequal 4": (4, unequal()),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("name", PLANS)
+def test_loss_and_gradients_equal_one_process(run, name, precision):
+    world, plan = PLANS[name]
+    want = truth(BATCH, precision)
+    for got in run(world, spread, BATCH, plan, precision):
+        assert_close(got, want, precision)
+
+
+def test_recomputed_activations_change_nothing(run):
+    want = truth(BATCH, "fp64")
+    for got in run(4, spread, BATCH, unequal(), "fp64", remat="full"):
+        assert_close(got, want, "fp64")

@@ -1,0 +1,108 @@
+"""What parity tests share: a small hybrid of every kind of layer, packed unequal documents, one-process truth."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+
+from models.axes import initialise
+from models.block import Block
+from models.ffn import SwiGLU
+from models.lm import LM
+from models.mixers import MIXERS
+from models.moe import MoE
+from models.sequence import Whole
+from parallel.apply import WRAPPER, parallelise
+from parallel.mesh import Groups, everyone
+from parallel.schedule.plan import Plan
+from parallel.sequence.attention import GatherKeys
+from parallel.sequence.recurrence import GatherEffects
+from train.execute import Executor
+from train.loss import sums
+
+VOCABULARY, BALANCE = 32, 0.05
+DTYPE = {"fp64": torch.float64, "fp32": torch.float32}
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
+
+
+def small_model() -> LM:
+    """GLA, Gated DeltaNet and grouped attention, with dense and expert feed-forwards."""
+    moe = partial(MoE, num_experts=4, top_k=2, hidden=12, shared_hidden=8)
+    dense = partial(SwiGLU, hidden=24)
+    mixers = {
+        "gla": partial(MIXERS["gla"], heads=2),
+        "gdn": partial(MIXERS["gated_deltanet"], heads=2),
+        "attn": partial(MIXERS["attention"], heads=4, kv_heads=2),
+    }
+    blocks = {name: partial(Block, mixer=mixer, ffn=dense if name == "gdn" else moe) for name, mixer in mixers.items()}
+    return LM(vocabulary=VOCABULARY, dim=32, layers=4, pattern=["gla", "gdn", "attn", "gdn"], blocks=blocks)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A packed sequence from document lengths, with random tokens and a few positions without a target."""
+
+    documents: tuple[int, ...]
+    seed: int = 0
+    masked: tuple[int, int] = (0, 0)  # targets of [begin, end) are dropped as well
+    tokens: np.ndarray = field(init=False)
+    targets: np.ndarray = field(init=False)
+    positions: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        rng = np.random.default_rng((self.seed, *self.documents))
+        tokens = rng.integers(0, VOCABULARY, sum(self.documents))
+        positions = np.concatenate([np.arange(n) for n in self.documents])
+        targets = np.where(np.roll(positions, -1) == 0, -100, np.roll(tokens, -1))
+        targets[self.masked[0] : self.masked[1]] = -100
+        for name, value in (("tokens", tokens), ("targets", targets), ("positions", positions)):
+            object.__setattr__(self, name, value)
+
+
+def truth(batch: list[Sample], precision: str) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and every gradient with the whole model on one device, one sequence at a time, no process group."""
+    model = initialise(small_model().to(DTYPE[precision]), seed=1)
+    model.compute = DTYPE[precision]
+    targets = sum(int((s.targets != -100).sum()) for s in batch)
+    tokens = sum(len(s.tokens) for s in batch)
+    total = 0.0
+    for s in batch:
+        seq = Whole.of(torch.from_numpy(s.positions)[None])
+        part = sums(model(torch.from_numpy(s.tokens)[None], seq), torch.from_numpy(s.targets)[None])
+        loss = part.objective(targets=targets, tokens=tokens, balance_weight=BALANCE)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def spread(batch: list[Sample], plan: Plan, precision: str, remat: str = "none") -> tuple[float, dict[str, np.ndarray]]:
+    """The same, run by the executor on this world along `plan`: the global loss, and every gradient as this rank has it."""
+    groups = Groups()
+    plan.check(groups.world)
+    with torch.device("meta"):
+        model = small_model()
+    model.compute = DTYPE[precision]
+    mesh = everyone(torch.device("cpu"))
+    parallelise(model, mesh, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
+    executor = Executor(model, groups, torch.device("cpu"), GatherEffects(), GatherKeys(), BALANCE)
+    tally = executor.train(plan, batch)
+    targets = sum(int((s.targets != -100).sum()) for s in batch)
+    both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double())
+    loss = both[0].item() / targets + BALANCE * both[1].item() / sum(plan.lengths)
+    gradients = {n.replace(WRAPPER, ""): p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
+    return loss, gradients
+
+
+def assert_close(got: tuple[float, dict], want: tuple[float, dict], precision: str) -> None:
+    """||a - b|| ≤ tol·||b|| for the loss and each gradient; one that is zero is held to the layer's gradient norm."""
+    tolerance = TOLERANCE[precision]
+    assert abs(got[0] - want[0]) <= tolerance * abs(want[0]), f"loss {got[0]!r}, expected {want[0]!r}"
+    assert got[1].keys() == want[1].keys()
+    for name, expected in want[1].items():
+        layer = ".".join(name.split(".")[:2])
+        scale = np.sqrt(sum(np.linalg.norm(g) ** 2 for n, g in want[1].items() if n.startswith(layer)))
+        size = np.linalg.norm(expected)
+        bound = tolerance * (size if size > 1e-6 * scale else scale)
+        error = np.linalg.norm(got[1][name] - expected)
+        assert error <= bound, f"{name}: error {error:.3e} over {bound:.3e} (norm {size:.3e})"

@@ -1,0 +1,32 @@
+"""The objective: cross-entropy summed over tokens, divided by the step's global targets, plus the balance losses."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.lm import Output
+from models.precision import wide
+
+
+class Sums(NamedTuple):
+    """Sums over this rank's tokens of one micro-step; they add up over micro-steps and ranks."""
+
+    cross_entropy: Tensor  # nats, scalar with gradient
+    balance: Tensor  # scalar with gradient, mean over layers; 1 a token when balanced
+    load: dict[str, Tensor]  # by layer, choices of each expert [E]
+
+    def objective(self, *, targets: int, tokens: int, balance_weight: float) -> Tensor:
+        """This rank's part of the step's loss. It is divided by global counts, so that parts sum and never average."""
+        return self.cross_entropy / max(targets, 1) + balance_weight * self.balance / max(tokens, 1)
+
+
+def sums(output: Output, targets_BT: Tensor) -> Sums:
+    """Targets of -100 do not count; a rank with none adds a zero that still reaches every parameter."""
+    logits = wide(output.logits).flatten(0, 1)
+    cross_entropy = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=-100, reduction="sum")
+    balances = [aux["balance"] for aux in output.aux.values() if "balance" in aux]
+    balance = torch.stack(balances).mean() if balances else torch.zeros_like(cross_entropy)
+    load = {name: aux["load"] for name, aux in output.aux.items() if "load" in aux}
+    return Sums(cross_entropy, balance, load)
