@@ -45,7 +45,7 @@ class Sequence(Protocol):
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, slot: str) -> Tensor:
-        """Causal softmax attention within documents: q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] -> [B,T,H,V], G divides H."""
+        """Causal softmax attention in documents: q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] -> [B,T,H,V], G divides H."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:

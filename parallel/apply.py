@@ -10,7 +10,10 @@ from models.lm import LM
 from parallel.data import shard
 from parallel.memory import recompute
 
-WRAPPER = "_checkpoint_wrapped_module."
+
+def parameter_name(name: str) -> str:
+    """A parameter's own name, without what activation checkpointing inserts."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def parallelise(
@@ -33,7 +36,7 @@ def initialise_sharded(model: nn.Module, declared: dict[str, Declared], seed: in
     """Each rank draws the logical parameter and keeps its part, so that sharding changes no number."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            name = name.replace(WRAPPER, "")
+            name = parameter_name(name)
             value = initial(seed, name, declared[name], tuple(parameter.shape)).to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 value = value.to(parameter.device)

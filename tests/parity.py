@@ -13,7 +13,7 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Whole
-from parallel.apply import WRAPPER, parallelise
+from parallel.apply import parallelise, parameter_name
 from parallel.mesh import Groups, everyone
 from parallel.schedule.plan import Plan
 from parallel.sequence.attention import GatherKeys
@@ -77,7 +77,7 @@ def truth(batch: list[Sample], precision: str) -> tuple[float, dict[str, np.ndar
 
 
 def spread(batch: list[Sample], plan: Plan, precision: str, remat: str = "none") -> tuple[float, dict[str, np.ndarray]]:
-    """The same, run by the executor on this world along `plan`: the global loss, and every gradient as this rank has it."""
+    """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it."""
     groups = Groups()
     plan.check(groups.world)
     with torch.device("meta"):
@@ -90,7 +90,7 @@ def spread(batch: list[Sample], plan: Plan, precision: str, remat: str = "none")
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double())
     loss = both[0].item() / targets + BALANCE * both[1].item() / sum(plan.lengths)
-    gradients = {n.replace(WRAPPER, ""): p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
+    gradients = {parameter_name(n): p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
     return loss, gradients
 
 

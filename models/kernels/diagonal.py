@@ -2,7 +2,7 @@
 
 Inside a chunk the score of t on s is Σ_k q_tk k_sk e^{G_tk - G_sk}, G the running sum of the log decays. Factoring it
 as (q e^G)(k e^-G)ᵀ overflows once a channel forgets; here every factor is a decay from or to the middle of the block
-that holds both tokens, so no exponent is ever positive. Blocks double in size from one token to the chunk: log2(C) matmuls.
+that holds both tokens, so no exponent is ever positive. Blocks double from one token to the chunk: log2(C) matmuls.
 """
 
 from functools import cached_property

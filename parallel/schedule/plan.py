@@ -1,7 +1,7 @@
 """A Plan: what every rank does in one step. It is data: it can be printed, checked, logged and replayed.
 
 A step's global batch is a list of packed sequences. A plan runs all of them in micro-steps; in each the ranks are
-partitioned into groups, a group holds some of the sequences, joined end to end, and each of its ranks its spans of that.
+partitioned into groups, a group holds some of the sequences, joined end to end, and each rank its spans of that.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Plan:
     micro_steps: tuple[MicroStep, ...]
 
     def check(self, world: int) -> None:
-        """Raises ValueError unless every sequence runs once, whole, and every rank is in one group of each micro-step."""
+        """Raises ValueError unless every sequence runs once, whole, and each micro-step has every rank in one group."""
         for m, micro in enumerate(self.micro_steps):
             if sorted(r for group in micro.groups for r in group.ranks) != list(range(world)):
                 raise ValueError(f"micro-step {m}: its groups do not partition the {world} ranks")

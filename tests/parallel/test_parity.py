@@ -30,7 +30,7 @@ def unequal() -> Plan:
             Group((1, 3), (3,), (((0, 5),), ())),
         )
     )
-    second = MicroStep((Group((0, 1, 3), (2, 1), (((0, 71),), ((71, 73),), ((73, 204),))), Group((2,), (), ((),))))
+    second = MicroStep((Group((0, 1, 3), (2, 1), (((0, 80),), ((80, 82),), ((82, 204),))), Group((2,), (), ((),))))
     return Plan(0, tuple(LENGTHS), (first, second))
 
 

@@ -1,0 +1,37 @@
+# The README's commands are `make train` and `make test`. The environment is built once, and again when pyproject.toml
+# changes. Plain pip honours whatever package source this machine's pip is configured with.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: train test unit check mutations bench clean
+
+train: $(READY)
+	$(VENV)/bin/farspan train $(ARGS)
+
+test: $(READY) check
+	$(VENV)/bin/python -m pytest -q
+
+unit: $(READY)
+	$(VENV)/bin/python -m pytest -q -m "not dist and not e2e and not gpu and not slow"
+
+check: $(READY)
+	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+
+mutations: $(READY)
+	$(VENV)/bin/python -m pytest -q tests/parallel/test_mutations.py
+
+bench: $(READY)
+	$(VENV)/bin/python -m tests.benchmarks.train_rate
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV)

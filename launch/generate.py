@@ -1,0 +1,76 @@
+"""`farspan generate RUN`: continue a prompt from a checkpoint."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.preflight import run_folder, saved_config
+from launch.user import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """prompt: text to continue. tokens: how many to add. temperature: 0 takes the likeliest. seed: of the draws."""
+
+    prompt: str = "import "
+    tokens: int = 300
+    temperature: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must not be negative")
+
+
+def generate(arguments: list[str]) -> int:
+    """Streams the continuation to standard output. Raises UserError."""
+    run, request = _parse(arguments)
+    from data.tokenizer import Bytes
+    from train import checkpoint
+    from train.generate import Decoder
+
+    folder = run_folder("RUN", run)
+    found = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise UserError(f"RUN={run}: has no complete checkpoint")
+    tokenizer = Bytes()
+    decoder = Decoder.load(saved_config(folder)["model"], found)
+    prompt = [tokenizer.DOCUMENT, *tokenizer.encode(request.prompt.encode()).tolist()]
+    out = sys.stdout.buffer
+    out.write(request.prompt.encode())
+    for token in decoder.continue_from(prompt, request.tokens, temperature=request.temperature, seed=request.seed):
+        if token == tokenizer.DOCUMENT:
+            break
+        out.write(tokenizer.decode([token]))
+        out.flush()
+    out.write(b"\n")
+    out.flush()
+    return 0
+
+
+def _parse(arguments: list[str]) -> tuple[str, Request]:
+    from launch.compose import fields
+
+    if not arguments or "=" in arguments[0] and not Path(arguments[0]).exists():
+        raise UserError("RUN: missing; expected a run folder (farspan generate RUN prompt=TEXT)")
+    values: dict[str, object] = {}
+    for argument in arguments[1:]:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument}: expected key=value")
+        values[key] = value if key == "prompt" else _number(value)
+    try:
+        return arguments[0], Request(**fields("generate", values, Request))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,0 +1,286 @@
+"""Everything about a run that can be refused before a process starts, checked in the order a person would fix it."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from launch.compose import checked, composed, groups
+from launch.user import UserError
+from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
+
+RUNS = Path("runs")
+
+
+@dataclass
+class Flight:
+    """A run that may start: its configuration, and what the checks have built or found on the way."""
+
+    config: dict[str, Any]
+    train: TrainSettings
+    cluster: ClusterSettings
+    device: str
+    data: int
+    sequence: int
+    shapes: dict[str, tuple[int, ...]]
+    batches: Any
+    resume: Path | None = None
+    init_from: Path | None = None
+
+    @property
+    def threads(self) -> int:
+        return self.cluster.threads or max(1, cores() // self.cluster.workers)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def configure(overrides: list[str]) -> dict[str, Any]:
+    """The configuration of a new run, or of a resumed one: what it was, with the overrides on top. Raises UserError."""
+    asked = composed(overrides)
+    if asked["resume"] is None:
+        return asked
+    folder = run_folder("resume", asked["resume"])
+    config = saved_config(folder)
+    for override in overrides:
+        path = override.lstrip("+~").split("=")[0].split("@")[0].split(".")
+        if path[0] == "experiment":
+            raise UserError(f"{override}: cannot be changed by a resumed run; give the keys that should differ")
+        _copy(asked, config, path if path[0] not in groups() or len(path) > 1 else path[:1])
+    config["resume"], config["init_from"] = str(folder), None
+    config["run"]["dir"] = str(folder)
+    return checked(config)
+
+
+def clear(config: dict[str, Any], say: Callable[[str], None]) -> Flight:
+    """Checks the whole run and returns it ready to start. Raises UserError with one line."""
+    with refusals(config):
+        train = section(TrainSettings, config["train"])
+        cluster = section(ClusterSettings, config["cluster"])
+        precision = section(PrecisionSettings, config["precision"])
+        device = _device(cluster)
+        if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
+            raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
+        data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
+        shapes = model_shapes(config["model"])
+        batches = _batches(config, train)
+        if shapes["embedding"][0] < batches.vocab_size:
+            raise ValueError(
+                f"model.vocabulary={shapes['embedding'][0]}: the tokenizer has {batches.vocab_size} tokens; "
+                f"must be at least that"
+            )
+        _objects(config, train, [len(s.tokens) for s in batches.batch(config["seed"], 0)], data, sequence)
+        flight = Flight(config, train, cluster, device, data, sequence, shapes, batches)
+        if precision.compute == "bf16" and device == "cpu":
+            _warn_without_bf16(say)
+        _checkpoints(flight, say)
+    return flight
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run."""
+    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(saved, dict)
+    return {str(key): value for key, value in saved.items() if key != "code"}
+
+
+@contextmanager
+def refusals(config: dict[str, Any]):
+    """Turns a constructor's ValueError into a UserError whose line starts with the full key."""
+    try:
+        yield
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        key, _, rest = line.partition("=")
+        value = rest.partition(":")[0]
+        found = (
+            None
+            if "." in key
+            else next((p for p, v in _leaves(config) if p.endswith(f".{key}") and str(v) == value), None)
+        )
+        raise UserError(f"{found}={rest}" if found else line) from None
+
+
+def model_shapes(node: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape, from the model on the meta device. Raises ValueError for sizes that do not fit."""
+    import torch
+
+    from train.construct import construct
+
+    with torch.device("meta"):
+        model = construct(node)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def run_folder(key: str, value: str) -> Path:
+    """The folder of a run given as a path or a name under runs/. Raises UserError."""
+    for folder in (Path(value), RUNS / value):
+        if (folder / "config.yaml").exists():
+            return folder
+    raise UserError(f"{key}={value}: no such run; expected a run folder, or the name of one in {RUNS}/")
+
+
+def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
+    """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
+    run = config["run"]
+    name = run["name"] or (Path(run["dir"]).name if run["dir"] else time.strftime("%Y%m%d-%H%M%S"))
+    folder = Path(run["dir"]) if run["dir"] else RUNS / name
+    if not resumed and ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
+        if not _locked(folder):
+            raise UserError(f"run.dir={folder}: already holds a run; continue it with resume={folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run.dir={folder}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise UserError(f"run.dir={folder}: in use by another run (process {lock.read().strip()})") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    config["run"] = {"name": name, "dir": str(folder)}
+    return folder, lock
+
+
+def _locked(folder: Path) -> bool:
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _device(cluster: ClusterSettings) -> str:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cluster.device == "cuda" and count < cluster.workers:
+        has = f"{count} CUDA devices for {cluster.workers} workers" if count else "no CUDA device"
+        raise ValueError(f"cluster.device=cuda: this machine has {has}; accepts auto or cpu")
+    return "cuda" if cluster.device == "cuda" or cluster.device == "auto" and count >= cluster.workers else "cpu"
+
+
+def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
+    from train.construct import construct
+
+    data = construct(config["data"])
+    data.check()
+    return data.open(train.batch_tokens)
+
+
+def _objects(config: dict[str, Any], train: TrainSettings, lengths: list[int], data: int, sequence: int) -> None:
+    """Builds what is cheap to build, so that its own checks speak now, and asks for one plan and one rate."""
+    import torch
+
+    from train.construct import construct
+
+    for key in ("engine", "tracking"):
+        construct(config[key])
+    construct(config["scheduler"]).plan(0, lengths, data=data, sequence=sequence).check(data * sequence)
+    construct(config["schedule"]).multiplier(train.batch_tokens, train.total_tokens)
+    try:
+        construct(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"optimizer: {error}") from None
+
+
+def _warn_without_bf16(say: Callable[[str], None]) -> None:
+    from train.precision import native_bf16
+
+    if not native_bf16("cpu"):
+        say("precision.compute=bf16: this CPU has no bf16 instructions, fp32 would be faster")
+
+
+def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
+    """Finds, verifies and compares the checkpoint that the run continues from or takes its weights from."""
+    from train import checkpoint
+
+    for key in ("resume", "init_from"):
+        value = flight.config[key]
+        if value is None:
+            continue
+        path = Path(value)
+        if not (path / checkpoint.MANIFEST).exists():
+            found = checkpoint.newest(run_folder(key, value) / "checkpoints", say)
+            if found is None and key == "resume":
+                say(f"{value} has no complete checkpoint: starting from step 0")
+                continue
+            if found is None:
+                raise ValueError(f"{key}={value}: has no complete checkpoint")
+            path = found
+        difference = checkpoint.first_difference(path, flight.shapes)
+        if difference is not None:
+            raise ValueError(f"{key}={value}: holds another model: {difference}")
+        facts = checkpoint.manifest(path)
+        if key == "resume":
+            if facts["data"] != flight.batches.fingerprint:
+                raise ValueError(f"resume={value}: was trained on another corpus, length or batch size than this one")
+            if facts["seed"] != flight.config["seed"]:
+                raise ValueError(f"seed={flight.config['seed']}: the run was started with seed={facts['seed']}")
+            if facts["step"] >= flight.train.total_steps:
+                raise ValueError(
+                    f"resume={value}: is complete at step {facts['step']:,}; give a larger train.tokens to go on"
+                )
+        setattr(flight, key, path)
+
+
+def _leaves(node: Any, path: str = ""):
+    if isinstance(node, dict):
+        for key, child in node.items():
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+def _copy(source: dict[str, Any], into: dict[str, Any], path: list[str]) -> None:
+    for key in path[:-1]:
+        source, into = source[key], into.setdefault(key, {})
+    if path[-1] in source:
+        into[path[-1]] = source[path[-1]]
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """`config.yaml`, fully resolved, with the code's version."""
+    text = OmegaConf.to_yaml(OmegaConf.create({**config, "code": code_version()}))
+    aside = folder / "config.yaml.partial"
+    aside.write_text(text)
+    aside.replace(folder / "config.yaml")
+
+
+def code_version() -> dict[str, Any]:
+    """farspan's version and, in a checkout, its commit and whether files differ from it."""
+    import subprocess
+    from importlib.metadata import version
+
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    found: dict[str, Any] = {"farspan": version("farspan")}
+    try:
+        commit = git("rev-parse", "HEAD")
+    except (OSError, subprocess.TimeoutExpired):
+        return found
+    return {**found, "commit": commit, "modified": bool(git("status", "--porcelain"))} if commit else found
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What the last attempt wrote at its end."""
+    return json.loads((folder / "summary.json").read_text())

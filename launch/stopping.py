@@ -1,0 +1,71 @@
+"""Stopping: by a file that every worker can see at the end of a step, and by the signals that create it.
+
+The file works the same for processes here, for Ray's workers and for other machines that share the run folder, and
+it needs no handler in a worker, whose main thread may be deep inside a collective.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+AT_ONCE = "stopped at once: what was done since the last checkpoint is lost"
+
+
+def stop_file(run_dir: Path) -> Path:
+    """The empty file whose existence asks the workers to save and return after this step."""
+    return run_dir / "stop"
+
+
+def ask_to_stop(run_dir: Path, say: Callable[[str], None] = print) -> None:
+    """Ask the workers of `run_dir` to stop after this step, and say so."""
+    stop_file(run_dir).touch()
+    say("stopping after this step (again: at once)")
+
+
+def fresh(run_dir: Path) -> Path:
+    """`run_dir` as an absolute path, existing, without the stop file and error of an earlier attempt."""
+    run_dir = Path(run_dir).absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stop_file(run_dir).unlink(missing_ok=True)
+    (run_dir / "error.txt").unlink(missing_ok=True)
+    return run_dir
+
+
+class Stopping:
+    """While entered, the first SIGINT or SIGTERM asks the workers to stop and a second one sets `at_once`.
+
+    The handlers only count: what they ask for happens in `attend`, which the waiting loop calls, so that nothing is
+    printed from inside a handler. Outside of the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None] = print) -> None:
+        self._run_dir = run_dir
+        self._say = say
+        self._count = 0
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def attend(self) -> bool:
+        """Do what the signals so far ask for; True when they ask to stop at once."""
+        if self._count and not self._asked:
+            self._asked = True
+            ask_to_stop(self._run_dir, self._say)
+        return self._count > 1

@@ -1,0 +1,110 @@
+"""`farspan train`: check everything, launch the workers, follow them, and say how it ended."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from launch import cluster, local, preflight
+from launch.outcome import Outcome
+from launch.preflight import Flight
+from launch.progress import Progress
+
+ENTRY = "train.build:run"
+
+
+def train(overrides: list[str]) -> int:
+    """Runs a job from its overrides. Returns the exit code. Raises UserError before any process is started."""
+    began = time.monotonic()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    say = console.print
+    config = preflight.configure(overrides)
+    if config["cluster"]["kind"] == "none":
+        local.warm("train.build")
+    flight = preflight.clear(config, lambda line: say(line, markup=False))
+    folder, lock = preflight.claim(config, resumed=config["resume"] is not None)
+    with lock:
+        preflight.write_config(folder, config)
+        start = f", from {flight.resume or flight.init_from}" if flight.resume or flight.init_from else ""
+        say(f"run {folder}: {_place(flight)}{start}", markup=False)
+        progress = Progress(folder, flight.train.total_tokens, console=console, from_end=flight.resume is not None)
+        outcome = _launch(flight, folder, progress)
+        progress.close()
+        if not outcome.ok:
+            say(f"failed: {outcome.reason}", markup=False)
+            _say_where_to_continue(folder, say)
+            return outcome.exit_code
+        _report(flight, folder, say, time.monotonic() - began)
+    return 0
+
+
+def _launch(flight: Flight, folder: Any, progress: Progress) -> Outcome:
+    order = {
+        "config": flight.config,
+        "run_dir": str(folder.resolve()),
+        "device": flight.device,
+        "resume": str(flight.resume.resolve()) if flight.resume else None,
+        "init_from": str(flight.init_from.resolve()) if flight.init_from else None,
+    }
+    launcher: Callable[..., Outcome] = local.spawn if flight.cluster.kind == "none" else cluster.fit
+    return launcher(
+        ENTRY,
+        order,
+        workers=flight.cluster.workers,
+        run_dir=folder,
+        device=flight.device,
+        threads=flight.threads,
+        tick=progress.tick,
+    )
+
+
+def _place(flight: Flight) -> str:
+    count = sum(_size(shape) for shape in flight.shapes.values())
+    return (
+        f"{count / 1e6:.1f}M parameters, {flight.train.total_tokens:,} tokens, {flight.cluster.workers} workers "
+        f"(data {flight.data} x sequence {flight.sequence}) on {flight.device}, cluster={flight.cluster.kind}"
+    )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def _say_where_to_continue(folder: Any, say: Any) -> None:
+    from train import checkpoint
+
+    last = checkpoint.newest(folder / "checkpoints", lambda line: None)
+    if last is None:
+        say(f"no checkpoint was complete: farspan train resume={folder} starts again from step 0", markup=False)
+    else:
+        say(f"farspan train resume={folder} goes on from {last.name}", markup=False)
+
+
+def _report(flight: Flight, folder: Any, say: Any, seconds: float) -> None:
+    """The last lines: what was reached, beside what byte counts alone would reach, and where to look."""
+    summary = preflight.read_summary(folder)
+    if summary["stopped"]:
+        say(f"stopped at step {summary['step']:,}; farspan train resume={folder} goes on", markup=False)
+        return
+    if summary["heldout_loss"] is not None:
+        from data.baseline import ngram_losses
+
+        steps = range(summary["step"])
+        seen = (s for step in steps for s in flight.batches.batch(flight.config["seed"], step))
+        unigram, bigram, order4 = ngram_losses(seen, flight.batches.heldout()).values()
+        say(
+            f"held-out loss, nats per byte: {summary['heldout_loss']:.3f}  (byte models fitted on the same "
+            f"{summary['tokens']:,} tokens: unigram {unigram:.3f}, bigram {bigram:.3f}, order-4 {order4:.3f})",
+            markup=False,
+        )
+    say(
+        f"{seconds:.0f} s in all, {summary['seconds']:.0f} s of them training. The run is in {folder}:\n"
+        f"  farspan generate {folder}             continue a prompt with it\n"
+        f"  farspan train resume={folder} train.tokens=…   train it further\n"
+        f"  {folder}/metrics.jsonl          every step, one JSON object a line",
+        markup=False,
+    )

@@ -1,0 +1,104 @@
+"""What the launcher tests run in their workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A user's mistake, as the real parts raise it."""
+
+    user_line = "train.tokens: got -1, needs at least 1"
+
+
+def __getattr__(name: str) -> Any:
+    """An entry that takes for ever to import."""
+    if name == "slow_to_import":
+        time.sleep(600)
+    raise AttributeError(name)
+
+
+def _note(config: dict[str, Any], name: str, text: object) -> None:
+    (Path(config["dir"]) / f"{name}-{dist.get_rank()}").write_text(str(text))
+
+
+def _sum() -> float:
+    x = torch.tensor([float(dist.get_rank() + 1)])
+    dist.all_reduce(x)
+    return x.item()
+
+
+def add(config: dict[str, Any]) -> None:
+    """Note the time of entry, the sum over ranks, and what the world looks like."""
+    _note(config, "entered", time.time())
+    _note(config, "sum", _sum())
+    _note(config, "threads", f"{torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']} {dist.get_backend()}")
+    _note(config, "pid", os.getpid())
+    _note(config, "left", time.time())
+
+
+def surroundings(config: dict[str, Any]) -> None:
+    """Note one environment variable and the working directory."""
+    _note(config, "environ", os.environ["FARSPAN_TEST_NOTE"])
+    _note(config, "directory", os.getcwd())
+
+
+def fail(config: dict[str, Any]) -> None:
+    """Rank 1 raises; the others wait for it in a collective."""
+    _sum()
+    if dist.get_rank() == 1:
+        raise ValueError("the loss is a banana\nwith a second line")
+    _sum()
+
+
+def mistake(config: dict[str, Any]) -> None:
+    """Every rank finds the user's mistake."""
+    raise UserError("details that nobody asked for")
+
+
+def die(config: dict[str, Any]) -> None:
+    """Rank 1 is killed; the others wait for it in a collective."""
+    _sum()
+    _note(config, "pid", os.getpid())
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _sum()
+
+
+def leave(config: dict[str, Any]) -> None:
+    """Rank 1 leaves without a word."""
+    if dist.get_rank() == 1:
+        os._exit(3)
+    _sum()
+
+
+def steps(config: dict[str, Any]) -> None:
+    """Take steps until told to stop, as training does; note how many were taken."""
+    _note(config, "pid", os.getpid())
+    for step in range(6000):
+        stop = torch.tensor([float((Path(config["dir"]) / "stop").exists())])
+        dist.all_reduce(stop)
+        if stop.item():
+            _note(config, "stopped", step)
+            return
+        time.sleep(0.02)
+
+
+def add_and_step(config: dict[str, Any]) -> None:
+    """Both."""
+    print("a worker's own words stay off the terminal")
+    add(config)
+    steps(config)
+
+
+def stuck(config: dict[str, Any]) -> None:
+    """Never look at the stop file."""
+    _note(config, "pid", os.getpid())
+    time.sleep(600)

@@ -1,0 +1,157 @@
+"""Checkpoints: complete or absent.
+
+A checkpoint is written aside (`step-N.partial`), its manifest last, and renamed to `step-N` when every byte is on disk.
+The manifest lists each file with its size and CRC-32, so a truncated or altered one is detected and the one before it
+is used. Tensors are saved by torch's distributed checkpoint: any world size loads what any other has saved.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.optim import Optimizer
+
+from parallel.apply import parameter_name
+
+MANIFEST, FORMAT = "manifest.json", 1
+
+
+class DamagedError(Exception):
+    """Why a checkpoint folder cannot be used."""
+
+
+def save(folder: Path, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], *, keep: int) -> Path:
+    """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective."""
+    final = folder / f"step-{facts['step']}"
+    aside = final.with_suffix(".partial")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(aside))
+    mine = [
+        p for p in aside.iterdir() if p.name.startswith(f"__{dist.get_rank()}_") or (first and p.name == ".metadata")
+    ]
+    sums: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, {p.name: _checksum(p, sync=True) for p in mine})
+    if first:
+        named = model.named_parameters()
+        tensors = {parameter_name(n): [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in named}
+        files = {name: value for part in sums for name, value in part.items()}
+        manifest = {"format": FORMAT, **facts, "model": tensors, "files": files}
+        _write(aside / MANIFEST, json.dumps(manifest, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _sync_folder(folder)
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    """Fills the model, and the optimizer unless None (`init_from`), in place; returns the manifest. Collective."""
+    if optimizer is None:
+        weights = get_model_state_dict(model)
+        dcp.load({"model": weights}, checkpoint_id=str(checkpoint))
+        set_model_state_dict(model, weights)
+    else:
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=str(checkpoint))
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return manifest(checkpoint)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints with a manifest, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / MANIFEST).exists()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose every byte is there; says why a newer one was passed over. None if there is none."""
+    for partial in sorted(folder.glob("step-*.partial")):
+        say(f"{partial.name.removesuffix('.partial')} was never completed: ignored")
+    for checkpoint in reversed(complete(folder)):
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except DamagedError as error:
+            say(f"checkpoint {checkpoint.name} is damaged ({error}): using the one before it")
+    return None
+
+
+def manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises DamagedError."""
+    try:
+        found = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"its manifest cannot be read: {error}") from None
+    if found.get("format") != FORMAT:
+        raise DamagedError(f"its format is {found.get('format')}, this version reads {FORMAT}")
+    return found
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises DamagedError naming the first file that is missing, cut or altered."""
+    for name, (size, crc) in manifest(checkpoint)["files"].items():
+        path = checkpoint / name
+        if not path.exists():
+            raise DamagedError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise DamagedError(f"{name} has {path.stat().st_size:,} of {size:,} bytes")
+        if _checksum(path)[1] != crc:
+            raise DamagedError(f"{name} has been altered")
+
+
+def first_difference(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The first tensor of a model that a checkpoint lacks or has in another shape, as a phrase; None if all agree."""
+    saved = {name: tuple(shape) for name, (shape, _) in manifest(checkpoint)["model"].items()}
+    for name, shape in shapes.items():
+        if name not in saved:
+            return f"{name} {list(shape)} is not in the checkpoint"
+        if saved[name] != shape:
+            return f"{name} is {list(saved[name])} in the checkpoint, {list(shape)} in this model"
+    extra = next((name for name in saved if name not in shapes), None)
+    return None if extra is None else f"{extra} {list(saved[extra])} is not in this model"
+
+
+def _checksum(path: Path, *, sync: bool = False) -> tuple[int, int]:
+    """(bytes, CRC-32) of a file; with `sync`, after it has reached the disk."""
+    crc, size = 0, 0
+    with path.open("rb+" if sync else "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,155 @@
+"""The training loop: a step takes a global batch, makes a plan, runs it, updates the weights, says what happened."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from parallel.data import norm
+from parallel.mesh import Groups
+from train import checkpoint
+from train.evaluate import heldout_loss
+from train.execute import Executor, Tally
+from train.observe import Phases, peak_memory_bytes
+from train.optimizer import set_rate
+from train.settings import TrainSettings
+from train.state import State
+from train.track import Tracker
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Everything a step needs. Rank 0 has a tracker; `say` is silent elsewhere."""
+
+    settings: TrainSettings
+    seed: int
+    rate: float
+    run_dir: Path
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: Any
+    batches: Any
+    scheduler: Any
+    data: int
+    sequence: int
+    executor: Executor
+    groups: Groups
+    phases: Phases
+    state: State
+    say: Callable[[str], None]
+    tracker: Tracker | None
+
+    def fit(self) -> None:
+        """Trains to the end of the budget, or to the end of the step in which a stop is asked for."""
+        started, saved = time.time(), self.state.step
+        heldout, stopping = None, False
+        record: dict[str, Any] = {}
+        while self.state.step < self.settings.total_steps and not stopping:
+            record, stopping = self.step()
+            ended = stopping or self.state.step == self.settings.total_steps
+            if ended and not stopping or self._due(self.settings.evaluate_every):
+                with self.phases("evaluate"):
+                    heldout = record["heldout_loss"] = heldout_loss(self)
+            if ended or self._due(self.settings.checkpoint_every):
+                self.save()
+                saved = self.state.step
+            self._log(record)
+        self._finish(record, heldout, saved, started, stopping)
+
+    def step(self) -> tuple[dict[str, Any], bool]:
+        """One optimizer step. Returns its record, the same on every rank, and whether a stop was asked for."""
+        began, settings, state = time.perf_counter(), self.settings, self.state
+        with self.phases("data"):
+            batch = self.batches.batch(self.seed, state.step, state.skips)
+        with self.phases("plan"):
+            lengths = [len(s.tokens) for s in batch]
+            plan = self.scheduler.plan(state.step, lengths, data=self.data, sequence=self.sequence)
+        tally = self.executor.train(plan, batch)
+        with self.phases("optimizer"):
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradient_norm = norm(gradients)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.clip, gradient_norm)
+            rate = self.rate * self.schedule.multiplier(state.tokens + sum(lengths) / 2, settings.total_tokens)
+            set_rate(self.optimizer, rate)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        state.step += 1
+        state.tokens += sum(lengths)
+        targets = sum(s.num_targets for s in batch)
+        shared = self._share(tally)
+        loss = shared["cross_entropy"] / max(targets, 1)
+        record = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "time": time.time(),
+            "attempt": state.attempt,
+            "loss": loss,
+            "balance_loss": shared["balance"] / sum(lengths),
+            "lr": rate,
+            "grad_norm": gradient_norm.item(),
+            "tokens_per_second": sum(lengths) / (time.perf_counter() - began),
+            "memory_bytes": shared["memory"],
+            "expert_load": shared["load"],
+        }
+        if not torch.isfinite(torch.tensor([loss, record["grad_norm"]])).all():
+            raise FloatingPointError(f"step {state.step}: loss {loss}, gradient norm {record['grad_norm']}")
+        return record, shared["stop"]
+
+    def save(self) -> None:
+        """A checkpoint of this step. Collective."""
+        with self.phases("checkpoint"):
+            facts = {**self.state.facts(), "seed": self.seed, "data": self.batches.fingerprint}
+            path = checkpoint.save(
+                self.run_dir / "checkpoints", self.model, self.optimizer, facts, keep=self.settings.keep
+            )
+        self.say(f"checkpoint {path.relative_to(self.run_dir)}")
+
+    def _due(self, every: int | None) -> bool:
+        """Whether this step crossed a multiple of `every` tokens."""
+        return every is not None and self.state.tokens // every > (self.state.tokens - self._batch_tokens) // every
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self.settings.batch_tokens
+
+    def _share(self, tally: Tally) -> dict[str, Any]:
+        """What the ranks tell each other at the end of a step, in one all-gather: sums, the stop flag, memory."""
+        loads = [tally.load[name].double() for name in sorted(tally.load)]
+        stop = float((self.run_dir / "stop").exists()) if self.groups.rank == 0 else 0.0
+        memory = float(peak_memory_bytes(str(self.executor.device)))
+        own = torch.tensor([stop, memory], dtype=torch.float64, device=self.executor.device)
+        row = torch.cat([own, tally.cross_entropy.double().view(1), tally.balance.double().view(1), *loads])
+        rows = self.groups.world_comm.all_gather(row)
+        total = rows.sum(0)
+        split = total[4:].split([len(load) for load in loads]) if loads else []
+        return {
+            "stop": bool(total[0] > 0),
+            "memory": int(rows[:, 1].max()),
+            "cross_entropy": total[2].item(),
+            "balance": total[3].item(),
+            "load": {n: _shares(x) for n, x in zip(sorted(tally.load), split, strict=True)},
+        }
+
+    def _log(self, record: dict[str, Any]) -> None:
+        with self.phases("logging"):
+            if self.tracker is not None:
+                self.tracker.log({**record, "seconds": self.phases.take()})
+
+    def _finish(self, record: dict, heldout: float | None, saved: int, started: float, stopped: bool) -> None:
+        if stopped:
+            self.say(f"stopped after step {self.state.step}, saved as checkpoints/step-{saved}")
+        if self.tracker is not None:
+            summary = {"step": self.state.step, "tokens": self.state.tokens, "loss": record.get("loss")}
+            summary |= {"heldout_loss": heldout, "seconds": time.time() - started, "stopped": stopped}
+            (self.run_dir / "summary.json").write_text(json.dumps(summary))
+            self.tracker.finish(summary)
+
+
+def _shares(counts: Tensor) -> list[float]:
+    return (counts / counts.sum().clamp_min(1)).tolist()

@@ -1,0 +1,20 @@
+"""Which dtypes a run computes and keeps its weights in."""
+
+import torch
+
+NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def native_bf16(device: str) -> bool:
+    """Whether `device` multiplies bf16 natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
+
+
+def dtypes(compute: str, device: str) -> tuple[torch.dtype, torch.dtype]:
+    """(compute, master) dtypes for `precision.compute` on a device."""
+    if compute == "auto":
+        compute = "bf16" if native_bf16(device) else "fp32"
+    return NAMES[compute], torch.float64 if compute == "fp64" else torch.float32
