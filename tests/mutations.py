@@ -23,7 +23,7 @@ def drop_the_halo() -> None:
     Spread.before = lambda self, x, width, slot: torch.zeros_like(x[:, :1]).expand(-1, width, -1) + 0 * x.sum()
 
 
-def skip_A_in_the_prefix() -> None:
+def skip_the_transition_in_the_prefix() -> None:
     for kind in (models.recurrence.Diagonal, models.recurrence.Dense):
         kind.apply = lambda self, A, state: state + 0 * A.sum()
 
@@ -101,7 +101,7 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
         drop_the_halo,
-        skip_A_in_the_prefix,
+        skip_the_transition_in_the_prefix,
         keep_the_state_across_a_document_start_between_spans,
         ignore_document_starts_in_the_scan,
         convolve_across_document_starts,
