@@ -20,10 +20,10 @@ class ShortConv(nn.Module):
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         width, T = self.weight.shape[1], x_BTD.shape[1]
-        weight = self.weight.to(x_BTD.dtype)
+        taps = self.weight.t().to(x_BTD.dtype).contiguous()
         padded = torch.cat((seq.before(x_BTD, width - 1, slot=slot), x_BTD), dim=1)
-        y = x_BTD * weight[:, 0]
+        y = x_BTD * taps[0]
         for j in range(1, width):
-            inside = (seq.positions >= j).unsqueeze(-1)
-            y = y + torch.where(inside, padded[:, width - 1 - j : width - 1 - j + T], 0) * weight[:, j]
+            inside = (seq.positions >= j).unsqueeze(-1).to(x_BTD.dtype)
+            y = y + padded[:, width - 1 - j : width - 1 - j + T] * inside * taps[j]
         return F.silu(y)

@@ -2,14 +2,22 @@
 
 from parallel.schedule.plan import Group, MicroStep, Plan, Span
 
+LAYOUTS = ("auto", "contiguous", "zigzag")
+
 
 class Static:
-    """`data` groups of `sequence` neighbouring ranks, contiguous spans that differ by at most one token.
+    """`data` groups of `sequence` neighbouring ranks.
 
     tokens_per_rank: the most tokens a rank may hold in one micro-step; null for no limit, which makes one micro-step.
+    layout: contiguous gives each rank one span, lengths differing by at most one token; the last rank then has the most
+    causal attention to do. zigzag cuts 2·sequence equal spans and gives rank r the r-th and the r-th from the end,
+    which balances it. auto is zigzag where the lengths divide, contiguous elsewhere. No layout changes a number.
     """
 
-    def __init__(self, *, tokens_per_rank: int | None = None):
+    def __init__(self, *, tokens_per_rank: int | None = None, layout: str = "auto"):
+        if layout not in LAYOUTS:
+            raise ValueError(f"scheduler.layout={layout}: must be one of {', '.join(LAYOUTS)}")
+        self.layout = layout
         if tokens_per_rank is not None and tokens_per_rank < 1:
             raise ValueError(f"scheduler.tokens_per_rank={tokens_per_rank}: must be at least 1, or null for no limit")
         self.tokens_per_rank = tokens_per_rank
@@ -41,18 +49,24 @@ class Static:
             groups: list[Group] = []
             for g, held in enumerate(bins):
                 ranks = tuple(range(g * sequence, (g + 1) * sequence))
-                groups += _group(ranks, sorted(held[m]), lengths) if m < len(held) else _idle(ranks)
+                groups += self._group(ranks, sorted(held[m]), lengths) if m < len(held) else _idle(ranks)
             micro_steps.append(MicroStep(tuple(groups)))
         return Plan(step, tuple(lengths), tuple(micro_steps))
 
-
-def _group(ranks: tuple[int, ...], sequences: list[int], lengths: list[int]) -> list[Group]:
-    total, size = sum(lengths[s] for s in sequences), len(ranks)
-    edges = [total * i // size for i in range(size + 1)]
-    spans: tuple[tuple[Span, ...], ...] = tuple(
-        ((begin, end),) if end > begin else () for begin, end in zip(edges, edges[1:], strict=False)
-    )
-    return [Group(ranks, tuple(sequences), spans)]
+    def _group(self, ranks: tuple[int, ...], sequences: list[int], lengths: list[int]) -> list[Group]:
+        total, size = sum(lengths[s] for s in sequences), len(ranks)
+        divides = total % (2 * size) == 0
+        if self.layout == "zigzag" and not divides:
+            raise ValueError(f"scheduler.layout=zigzag: {total:,} tokens do not divide into {2 * size} equal spans")
+        spans: tuple[tuple[Span, ...], ...]
+        if size > 1 and divides and self.layout != "contiguous":
+            cuts = [total * i // (2 * size) for i in range(2 * size + 1)]
+            pieces = list(zip(cuts, cuts[1:], strict=False))
+            spans = tuple((pieces[r], pieces[-1 - r]) for r in range(size))
+        else:
+            cuts = [total * i // size for i in range(size + 1)]
+            spans = tuple(((b, e),) if e > b else () for b, e in zip(cuts, cuts[1:], strict=False))
+        return [Group(ranks, tuple(sequences), spans)]
 
 
 def _idle(ranks: tuple[int, ...]) -> list[Group]:
