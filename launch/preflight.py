@@ -195,7 +195,7 @@ def _objects(config: dict[str, Any], train: TrainSettings, lengths: list[int], d
     construct(config["schedule"]).multiplier(train.batch_tokens, train.total_tokens)
     try:
         construct(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"optimizer: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,16 +21,16 @@ def train(overrides: list[str]) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     say = console.print
     config = preflight.configure(overrides)
-    if config["cluster"]["kind"] == "none":
-        local.warm("train.build")
     flight = preflight.clear(config, lambda line: say(line, markup=False))
     folder, lock = preflight.claim(config, resumed=config["resume"] is not None)
+    if flight.cluster.kind == "none":
+        local.warm("train.build")
     with lock:
         preflight.write_config(folder, config)
         start = f", from {flight.resume or flight.init_from}" if flight.resume or flight.init_from else ""
         say(f"run {folder}: {_place(flight)}{start}", markup=False)
         progress = Progress(folder, flight.train.total_tokens, console=console, from_end=flight.resume is not None)
-        outcome = _launch(flight, folder, progress)
+        outcome = _launch(flight, folder, progress, lambda line: say(line, markup=False))
         progress.close()
         if not outcome.ok:
             say(f"failed: {outcome.reason}", markup=False)
@@ -39,7 +40,7 @@ def train(overrides: list[str]) -> int:
     return 0
 
 
-def _launch(flight: Flight, folder: Any, progress: Progress) -> Outcome:
+def _launch(flight: Flight, folder: Path, progress: Progress, say: Callable[[str], None]) -> Outcome:
     order = {
         "config": flight.config,
         "run_dir": str(folder.resolve()),
@@ -56,6 +57,7 @@ def _launch(flight: Flight, folder: Any, progress: Progress) -> Outcome:
         device=flight.device,
         threads=flight.threads,
         tick=progress.tick,
+        say=say,
     )
 
 
@@ -74,7 +76,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _say_where_to_continue(folder: Any, say: Any) -> None:
+def _say_where_to_continue(folder: Path, say: Any) -> None:
     from train import checkpoint
 
     last = checkpoint.newest(folder / "checkpoints", lambda line: None)
@@ -84,7 +86,7 @@ def _say_where_to_continue(folder: Any, say: Any) -> None:
         say(f"farspan train resume={folder} goes on from {last.name}", markup=False)
 
 
-def _report(flight: Flight, folder: Any, say: Any, seconds: float) -> None:
+def _report(flight: Flight, folder: Path, say: Any, seconds: float) -> None:
     """The last lines: what was reached, beside what byte counts alone would reach, and where to look."""
     summary = preflight.read_summary(folder)
     if summary["stopped"]:

@@ -1,5 +1,6 @@
 """Decoding from a checkpoint on one device: constant memory a token in recurrent layers, cached keys in softmax."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ class Decoder:
         """The model of a configuration with a checkpoint's weights, on the CPU in fp32."""
         built: LM = construct(model)
         weights = built.state_dict()
-        dcp.load({"model": weights}, checkpoint_id=str(checkpoint), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns that no process group is there; none is needed
+            dcp.load({"model": weights}, checkpoint_id=str(checkpoint), no_dist=True)
         built.load_state_dict(weights)
         return cls(built)
 

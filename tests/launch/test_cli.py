@@ -1,0 +1,315 @@
+"""The command line as a user meets it: jobs that run, stop, break and go on; mistakes that cost one line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.jobs import overrides
+from tests.wandb_file import history
+
+pytestmark = pytest.mark.e2e
+FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A corpus, its store, and room for run folders."""
+    return tmp_path_factory.mktemp("cli")
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    env.pop("WANDB_API_KEY", None)
+    return subprocess.Popen(
+        [*FARSPAN, *arguments],
+        cwd=place,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0, timeout: float = 150) -> str:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+def train(place: Path, *more: str, code: int = 0) -> str:
+    return finish(start(place, "train", *overrides(place), *more), code)
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(run: Path, step: int, timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached within {timeout} s")
+
+
+def numbers(run: Path) -> list[tuple]:
+    """What must be the same, bit for bit, however often a run was interrupted."""
+    return [(r["step"], r["tokens"], r["loss"], r["grad_norm"], r["lr"], r["expert_load"]) for r in records(run)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    run = place / "uninterrupted"
+    said = train(place, f"run.dir={run}", "train.steps=24", "train.checkpoint_every=1920", "tracking.mode=offline")
+    return run, said
+
+
+def test_a_job_trains_and_leaves_a_complete_record(uninterrupted):
+    run, said = uninterrupted
+    logged = records(run)
+    assert [r["step"] for r in logged] == list(range(1, 25))
+    assert logged[-1]["tokens"] == 24 * 384
+    assert logged[-1]["loss"] < logged[0]["loss"] - 1
+    for key in ("balance_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "expert_load", "seconds"):
+        assert key in logged[3], key
+    assert set(logged[3]["seconds"]) >= {"data", "plan", "forward", "backward", "optimizer", "wait", "logging"}
+    for load in logged[3]["expert_load"].values():
+        assert sum(load) == pytest.approx(1)
+    assert "held-out loss, nats per byte" in said and "bigram" in said and f"resume={run}" in said
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-20", "step-24"]
+    assert (run / "config.yaml").exists()
+
+
+def test_every_logged_step_is_in_the_offline_wandb_file(uninterrupted):
+    run, _ = uninterrupted
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    rows = {int(row["step"]): row for row in history(file)}
+    for r in records(run):
+        assert float(rows[r["step"]]["loss"]) == r["loss"]
+        assert int(rows[r["step"]]["tokens"]) == r["tokens"]
+
+
+def test_generate_continues_a_prompt(place, uninterrupted):
+    run, _ = uninterrupted
+    first, again = (finish(start(place, "generate", str(run), "prompt=alpha", "tokens=40", "seed=3")) for _ in range(2))
+    assert first.startswith("alpha") and first == again and "Warning" not in first
+
+
+def test_a_killed_run_goes_on_bit_for_bit(place, uninterrupted):
+    run = place / "killed"
+    process = start(
+        place, "train", *overrides(place), f"run.dir={run}", "train.steps=24", "train.checkpoint_every=1920"
+    )
+    wait_for_step(run, random.randint(6, 19))
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher and every worker at once
+    process.communicate(timeout=30)
+    said = finish(start(place, "train", f"resume={run}"))
+    assert "from " in said
+    assert numbers(run) == numbers(uninterrupted[0])
+    assert _weights(run) == _weights(uninterrupted[0])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(place, uninterrupted):
+    run = place / "damaged"
+    shutil.copytree(uninterrupted[0], run)
+    (victim, *_) = (run / "checkpoints" / "step-24").glob("*.distcp")
+    with victim.open("rb+") as file:
+        file.truncate(victim.stat().st_size // 2)
+    (run / "checkpoints" / "step-25.partial").mkdir()
+    said = finish(start(place, "train", f"resume={run}"))
+    assert "step-24 is damaged" in said and victim.name in said and "step-25 was never completed" in said
+    assert "step-20" in said
+    assert numbers(run) == numbers(uninterrupted[0])
+    assert {r["attempt"] for r in records(run)} == {1, 2}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_zero(place, uninterrupted, sent):
+    run = place / sent.name
+    process = start(place, "train", *overrides(place), f"run.dir={run}", "train.steps=24")
+    wait_for_step(run, 5)
+    process.send_signal(sent)
+    said = finish(process, 0)
+    assert "stopping after this step" in said and f"resume={run} goes on" in said
+    steps = len(records(run))
+    assert 5 <= steps < 24
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{steps}"]
+    finish(start(place, "train", f"resume={run}"))
+    assert numbers(run) == numbers(uninterrupted[0])
+
+
+def test_a_worker_that_dies_ends_the_run_and_says_how_to_go_on(place):
+    run = place / "worker"
+    process = start(
+        place, "train", *overrides(place), f"run.dir={run}", "train.steps=400", "train.checkpoint_every=384"
+    )
+    wait_for_step(run, 3)
+    os.kill(max(_workers(process.pid)), signal.SIGKILL)  # the last one started
+    said = finish(process, 1)
+    assert "rank 1 was killed (SIGKILL)" in said and f"farspan train resume={run} goes on from step-" in said
+    assert "Traceback" not in said
+
+
+def test_the_default_cluster_is_a_ray_of_its_own(place, uninterrupted):
+    """The same job on two Ray workers: the same numbers, nothing but our lines, nothing left behind."""
+    run = place / "ray"
+    said = train(place, f"run.dir={run}", "train.steps=24", "cluster=local", "train.checkpoint_every=1920")
+    assert numbers(run) == numbers(uninterrupted[0])
+    assert not [line for line in said.splitlines() if "ray" in line.lower().replace(str(run), "")], said
+
+
+BAD = {
+    "model.dmi=64": "model.dmi: no such key; nearest: model.dim",
+    "+model.dmi=64": "model.dmi: no such key; nearest: model.dim",
+    "++train.tokns=64": "train.tokns: no such key; nearest: train.tokens",
+    "model=linear_moe_tny": "model=linear_moe_tny: no such option; accepts linear_moe_tiny; nearest: linear_moe_tiny",
+    "train.tokens=abc": "train.tokens=abc: expected a whole number",
+    "optimizer.lr=fast": "optimizer.lr=fast: expected a number",
+    "optimizer.lr=-1.0": "optimizer",
+    "model.blocks.gla.mixer.heads=5": "model.blocks.gla.mixer.heads=5: must divide dim * expand_k=16",
+    "model.blocks.attn.mixer.heads=5": "model.blocks.attn.mixer.heads=5: must divide dim=32",
+    "model.pattern=[gla,foo]": "'foo' is not one of the blocks",
+    "model.vocabulary=100": "model.vocabulary=100: the tokenizer has 257 tokens",
+    "parallel.sequence=3": "parallel.sequence=3: must divide cluster.workers=2",
+    "cluster.device=cuda": "cluster.device=cuda: this machine has no CUDA device",
+    "data.path=/no/such/place": "data.path=/no/such/place: no such file or folder",
+    "data.max_length=100": "train.batch_tokens=384: expected a multiple of data.max_length=100",
+    "resume=nowhere": "resume=nowhere: no such run",
+    "init_from=nowhere": "init_from=nowhere: no such run",
+    "scheduler.tokens_per_rank=10": "scheduler.tokens_per_rank=10: 2 ranks hold 20 tokens, a sequence has 96",
+    "schedule.warmup=1.5": "schedule.warmup=1.5: must be a share",
+    "++model._target_=os.system": "model._target_=os.system: must be a class of",
+    "tracking.mode=onlin": "tracking.mode",
+    "--verbose": "--verbose: no such option",
+    "train": "train: expected key=value",
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_costs_one_line_and_no_process(place, tmp_path, monkeypatch, capsys, mistake):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.local.warm", lambda *modules: None)
+    monkeypatch.setattr("launch.local.spawn", None)
+    monkeypatch.setattr("launch.cluster.fit", None)
+    assert main(["train", *overrides(place), mistake]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and BAD[mistake] in said.err, said.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_cores_are_refused(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *overrides(place), "cluster=local", "cluster.workers=4096"]) == 2
+    assert "cluster.workers=4096: this machine has" in capsys.readouterr().err
+
+
+def test_a_path_without_text_is_refused(place, tmp_path, capsys):
+    (tmp_path / "binary").write_bytes(b"\0\1\2\3")
+    assert main(["train", *overrides(place), f"data.path={tmp_path}"]) == 2
+    assert f"data.path={tmp_path}: holds no text" in capsys.readouterr().err
+
+
+def test_another_model_than_the_checkpoints_is_refused_by_tensor(place, uninterrupted, capsys):
+    run, _ = uninterrupted
+    assert main(["train", *overrides(place), f"init_from={run}", "model.blocks.gla.ffn.hidden=24"]) == 2
+    said = capsys.readouterr().err
+    assert "layers.0.ffn.experts.gate_up is [4, 32, 32] in the checkpoint, [4, 32, 48] in this model" in said
+    assert main(["train", f"resume={run}", "model.layers=3", "train.steps=30"]) == 2
+    assert "layers.3" in capsys.readouterr().err
+
+
+def test_a_run_folder_in_use_or_finished_is_refused(place, uninterrupted, capsys):
+    run, _ = uninterrupted
+    assert main(["train", *overrides(place), f"run.dir={run}"]) == 2
+    assert f"run.dir={run}: already holds a run; continue it with resume={run}" in capsys.readouterr().err
+    busy = place / "busy"
+    process = start(place, "train", *overrides(place), f"run.dir={busy}", "train.steps=4000")
+    try:
+        wait_for_step(busy, 1)
+        for more in (f"run.dir={busy}", f"resume={busy}"):
+            assert main(["train", *overrides(place), more]) == 2
+            assert f"run.dir={busy}: in use by another run" in capsys.readouterr().err
+    finally:
+        process.send_signal(signal.SIGINT)
+        finish(process)
+
+
+def test_a_finished_run_is_not_resumed_by_mistake(place, uninterrupted, capsys):
+    run, _ = uninterrupted
+    assert main(["train", f"resume={run}"]) == 2
+    assert "is complete at step 24" in capsys.readouterr().err
+
+
+def test_init_from_takes_weights_and_starts_at_step_one(place, uninterrupted):
+    run = place / "continued"
+    train(place, f"run.dir={run}", f"init_from={uninterrupted[0]}", "train.steps=3", "cluster.workers=1")
+    first = records(run)[0]
+    assert first["step"] == 1 and first["loss"] < records(uninterrupted[0])[0]["loss"] - 1
+
+
+def test_plan_and_doctor_and_help(place, capsys):
+    assert (
+        main(["plan", *overrides(place), "scheduler.tokens_per_rank=50", "cluster.workers=4", "parallel.data=2"]) == 0
+    )
+    said = capsys.readouterr().out
+    for words in ("data 2 x sequence 2", "parameters", "memory", "micro-step 1", "rank 3"):
+        assert words in said
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+    for verb in ("train", "plan", "generate", "doctor"):
+        assert main([verb, "--help"]) == 0
+        assert verb in capsys.readouterr().out
+    assert main([]) == 0 and main(["trian"]) == 2
+    assert "nearest: train" in capsys.readouterr().err
+
+
+def _weights(run: Path) -> dict:
+    """The last checkpoint's tensors, optimizer included, as bytes."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    last = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    dcp_to_torch_save(last, run / "whole.pt")
+    state = torch.load(run / "whole.pt", weights_only=True)
+    return {
+        f"{kind}/{name}/{part}": value.numpy().tobytes()
+        for kind, name, part, value in _flat(state)
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _flat(state: dict):
+    for name, value in state["model"].items():
+        yield "model", name, "", value
+    for name, parts in state["optimizer"]["state"].items():
+        for part, value in parts.items():
+            yield "optimizer", name, part, value
+
+
+def _workers(session: int) -> list[int]:
+    """The processes of a launcher's session that its fork server has started."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, (parent, _, its_session) = int(status.parent.name), status.read_text().rpartition(")")[2].split()[1:4]
+            if int(its_session) == session:
+                found[pid] = int(parent), (status.parent / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+    return [pid for pid, (parent, _) in found.items() if b"forkserver" in found.get(parent, (0, b""))[1]]

@@ -1,0 +1,115 @@
+"""Checkpoints: complete or absent, and the same tensors at any world size."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.jobs import order
+from tests.train.test_invariance import PRECISION, TOLERANCE
+from train import checkpoint
+from train.build import build
+
+BEFORE, AFTER = 6, 50
+LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 4: ["cluster.workers=4", "parallel.data=2"]}
+
+
+def save_then_go_on(job):
+    """Parameters at the checkpoint, and the losses of the steps after it."""
+    trainer = build(job)
+    for _ in range(BEFORE):
+        trainer.step()
+    trainer.save()
+    return whole(trainer), [trainer.step()[0]["loss"] for _ in range(AFTER)]
+
+
+def load_then_go_on(job):
+    trainer = build(job)
+    return whole(trainer), [trainer.step()[0]["loss"] for _ in range(AFTER)]
+
+
+def whole(trainer):
+    state = trainer.optimizer.state
+    return {
+        name: [x.detach().full_tensor().numpy().copy() for x in (p, state[p]["exp_avg"], state[p]["exp_avg_sq"])]
+        for name, p in trainer.model.named_parameters()
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", PRECISION)
+def test_another_world_size_loads_the_same_bits_and_goes_on_the_same_way(run, tmp_path, precision):
+    more = [*PRECISION[precision], "train.steps=60"]
+    saved, losses = run(2, save_then_go_on, order(tmp_path, tmp_path / "run", *LAYOUTS[2], *more))[0]
+    path = tmp_path / "run" / "checkpoints" / f"step-{BEFORE}"
+    checkpoint.verify(path)
+    for world, layout in LAYOUTS.items():
+        job = order(tmp_path, tmp_path / f"world-{world}", *layout, *more, resume=str(path))
+        for loaded, again in run(world, load_then_go_on, job):
+            assert loaded.keys() == saved.keys()
+            for name, tensors in loaded.items():
+                for got, want in zip(tensors, saved[name], strict=True):
+                    assert np.array_equal(got, want), (world, name)
+            np.testing.assert_allclose(again, losses, rtol=TOLERANCE[precision])
+            assert world != 2 or again == losses
+
+
+def fake(folder: Path, step: int, **change) -> Path:
+    """A folder in a checkpoint's format."""
+    path = folder / f"step-{step}"
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(b"x" * 1000)
+    facts = {"format": checkpoint.FORMAT, "step": step, "model": {"a": [[2, 3], "float32"], "b": [[4], "float32"]}}
+    files = {"__0_0.distcp": list(checkpoint._checksum(path / "__0_0.distcp"))}
+    (path / checkpoint.MANIFEST).write_text(json.dumps({**facts, "files": files, **change}))
+    return path
+
+
+def cut(path):
+    (path / "__0_0.distcp").write_bytes(b"x" * 999)
+
+
+def flip(path):
+    (path / "__0_0.distcp").write_bytes(b"x" * 500 + b"y" + b"x" * 499)
+
+
+def remove(path):
+    (path / "__0_0.distcp").unlink()
+
+
+def spoil_manifest(path):
+    (path / checkpoint.MANIFEST).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(cut, "999 of 1,000 bytes"), (flip, "altered"), (remove, "missing"), (spoil_manifest, "manifest")],
+)
+def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path, damage, words):
+    older, newer = fake(tmp_path, 9), fake(tmp_path, 10)
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append) == newer and not said
+    damage(newer)
+    assert checkpoint.newest(tmp_path, said.append) == older
+    assert len(said) == 1 and "step-10" in said[0] and words in said[0]
+    damage(older)
+    assert checkpoint.newest(tmp_path, said.append) is None
+
+
+def test_a_folder_without_a_manifest_is_absent(tmp_path):
+    (tmp_path / "step-3.partial").mkdir()
+    (tmp_path / "step-4").mkdir()
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append) is None
+    assert said == ["step-3 was never completed: ignored"]
+
+
+def test_the_first_tensor_that_differs_is_named(tmp_path):
+    path = fake(tmp_path, 1)
+    assert checkpoint.first_difference(path, {"a": (2, 3), "b": (4,)}) is None
+    assert checkpoint.first_difference(path, {"a": (2, 4), "b": (5,)}) == (
+        "a is [2, 3] in the checkpoint, [2, 4] in this model"
+    )
+    assert checkpoint.first_difference(path, {"a": (2, 3), "c": (1,)}) == "c [1] is not in the checkpoint"
+    assert checkpoint.first_difference(path, {"a": (2, 3)}) == "b [4] is not in this model"
