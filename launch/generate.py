@@ -1,6 +1,7 @@
 """`farspan generate RUN`: continue a prompt from a checkpoint."""
 
 import sys
+from codecs import getincrementaldecoder
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +39,14 @@ def generate(arguments: list[str]) -> int:
     tokenizer = Bytes()
     decoder = Decoder.load(saved_config(folder)["model"], found)
     prompt = [tokenizer.DOCUMENT, *tokenizer.encode(request.prompt.encode()).tolist()]
-    out = sys.stdout.buffer
-    out.write(request.prompt.encode())
+    text = getincrementaldecoder("utf-8")("replace")  # a character may take several bytes, and bytes may be wrong
+    sys.stdout.write(request.prompt)
     for token in decoder.continue_from(prompt, request.tokens, temperature=request.temperature, seed=request.seed):
         if token == tokenizer.DOCUMENT:
             break
-        out.write(tokenizer.decode([token]))
-        out.flush()
-    out.write(b"\n")
-    out.flush()
+        sys.stdout.write(text.decode(tokenizer.decode([token])))
+        sys.stdout.flush()
+    sys.stdout.write(text.decode(b"", True) + "\n")
     return 0
 
 

@@ -76,21 +76,23 @@ def truth(batch: list[Sample], precision: str) -> tuple[float, dict[str, np.ndar
     return total, {name: p.grad.numpy() for name, p in model.named_parameters()}
 
 
-def spread(batch: list[Sample], plan: Plan, precision: str, remat: str = "none") -> tuple[float, dict[str, np.ndarray]]:
+def spread(
+    batch: list[Sample], plan: Plan, precision: str, remat: str = "none", device: str = "cpu"
+) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it."""
     groups = Groups()
     plan.check(groups.world)
     with torch.device("meta"):
         model = small_model()
     model.compute = DTYPE[precision]
-    mesh = everyone(torch.device("cpu"))
+    mesh = everyone(torch.device(device))
     parallelise(model, mesh, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
-    executor = Executor(model, groups, torch.device("cpu"), GatherEffects(), GatherKeys(), BALANCE)
+    executor = Executor(model, groups, torch.device(device), GatherEffects(), GatherKeys(), BALANCE)
     tally = executor.train(plan, batch)
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double())
     loss = both[0].item() / targets + BALANCE * both[1].item() / sum(plan.lengths)
-    gradients = {parameter_name(n): p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
+    gradients = {parameter_name(n): p.grad.full_tensor().cpu().numpy() for n, p in model.named_parameters()}
     return loss, gradients
 
 

@@ -10,10 +10,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "parallel.apply"])
 
 
-def run_world(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+def run_world(
+    world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, backend: str = "gloo", **kwargs: Any
+) -> list[Any]:
     """fn(*args, **kwargs) on each of `world` ranks with torch.distributed initialised; returns results by rank.
 
-    `fn` and its arguments must pickle. Raises AssertionError with the first traceback if a rank fails or time runs out.
+    The backend is gloo, or nccl with a GPU a rank. `fn` and its arguments must pickle. Raises AssertionError with the first traceback if a rank fails or time runs out.
     """
     from torch.distributed import TCPStore
 
@@ -21,7 +23,9 @@ def run_world(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     pipes, processes = [], []
     for rank in range(world):
         here, there = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(rank, world, store.port, there, fn, args, kwargs), daemon=True)
+        process = _context.Process(
+            target=_rank, args=(rank, world, store.port, there, backend, fn, args, kwargs), daemon=True
+        )
         process.start()
         there.close()
         pipes.append(here)
@@ -53,14 +57,18 @@ def run_world(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     return results
 
 
-def _rank(rank: int, world: int, port: int, pipe: Any, fn: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+def _rank(
+    rank: int, world: int, port: int, pipe: Any, backend: str, fn: Callable[..., Any], args: tuple, kwargs: dict
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
         store = dist.TCPStore("127.0.0.1", port, world, False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         value = fn(*args, **kwargs)
         dist.barrier()
         pipe.send((True, value))

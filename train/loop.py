@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from parallel.data import norm
 from parallel.mesh import Groups
+from parallel.schedule.plan import MicroStep, Plan
 from train import checkpoint
 from train.evaluate import heldout_loss
 from train.execute import Executor, Tally
@@ -44,6 +45,7 @@ class Trainer:
     state: State
     say: Callable[[str], None]
     tracker: Tracker | None
+    noted: tuple[MicroStep, ...] = ()
 
     def fit(self) -> None:
         """Trains to the end of the budget, or to the end of the step in which a stop is asked for."""
@@ -55,7 +57,7 @@ class Trainer:
             ended = stopping or self.state.step == self.settings.total_steps
             if ended and not stopping or self._due(self.settings.evaluate_every):
                 with self.phases("evaluate"):
-                    heldout = record["heldout_loss"] = heldout_loss(self)
+                    heldout = record["heldout_loss"] = heldout_loss(self.executor, self.batches, self.plan)
             if ended or self._due(self.settings.checkpoint_every):
                 self.save()
                 saved = self.state.step
@@ -69,7 +71,8 @@ class Trainer:
             batch = self.batches.batch(self.seed, state.step, state.skips)
         with self.phases("plan"):
             lengths = [len(s.tokens) for s in batch]
-            plan = self.scheduler.plan(state.step, lengths, data=self.data, sequence=self.sequence)
+            plan = self.plan(lengths)
+            self._note(plan)
         tally = self.executor.train(plan, batch)
         with self.phases("optimizer"):
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -101,6 +104,10 @@ class Trainer:
             raise FloatingPointError(f"step {state.step}: loss {loss}, gradient norm {record['grad_norm']}")
         return record, shared["stop"]
 
+    def plan(self, lengths: list[int]) -> Plan:
+        """What the ranks will do with sequences of these lengths."""
+        return self.scheduler.plan(self.state.step + 1, lengths, data=self.data, sequence=self.sequence)
+
     def save(self) -> None:
         """A checkpoint of this step. Collective."""
         with self.phases("checkpoint"):
@@ -110,13 +117,19 @@ class Trainer:
             )
         self.say(f"checkpoint {path.relative_to(self.run_dir)}")
 
+    def _note(self, plan: Plan) -> None:
+        """Keeps every plan that differs from the one before it, as `plans/step-N.txt`."""
+        if self.tracker is None or plan.micro_steps == self.noted:
+            return
+        self.noted = plan.micro_steps
+        folder = self.run_dir / "plans"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{plan.step}.txt").write_text(plan.text() + "\n")
+
     def _due(self, every: int | None) -> bool:
         """Whether this step crossed a multiple of `every` tokens."""
-        return every is not None and self.state.tokens // every > (self.state.tokens - self._batch_tokens) // every
-
-    @property
-    def _batch_tokens(self) -> int:
-        return self.settings.batch_tokens
+        before = self.state.tokens - self.settings.batch_tokens
+        return every is not None and self.state.tokens // every > before // every
 
     def _share(self, tally: Tally) -> dict[str, Any]:
         """What the ranks tell each other at the end of a step, in one all-gather: sums, the stop flag, memory."""

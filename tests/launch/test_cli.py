@@ -94,6 +94,7 @@ def test_a_job_trains_and_leaves_a_complete_record(uninterrupted):
     assert "held-out loss, nats per byte" in said and "bigram" in said and f"resume={run}" in said
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-20", "step-24"]
     assert (run / "config.yaml").exists()
+    assert [p.name for p in (run / "plans").iterdir()] == ["step-1.txt"]  # every step has the same
 
 
 def test_every_logged_step_is_in_the_offline_wandb_file(uninterrupted):

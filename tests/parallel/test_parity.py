@@ -1,6 +1,7 @@
 """Loss and every parameter's gradient on every rank, against one process: the contract of the whole system."""
 
 import pytest
+import torch
 
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
@@ -71,4 +72,16 @@ def test_loss_and_gradients_equal_one_process(run, name, precision):
 def test_recomputed_activations_change_nothing(run):
     want = truth(BATCH, "fp64")
     for got in run(4, spread, BATCH, unequal(), "fp64", remat="full"):
+        assert_close(got, want, "fp64")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PLANS)
+def test_the_same_on_nccl(run, name):
+    """fp64 on CUDA, a GPU a rank, against one process on the CPU."""
+    world, plan = PLANS[name]
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    want = truth(BATCH, "fp64")
+    for got in run(world, spread, BATCH, plan, "fp64", backend="nccl", device="cuda"):
         assert_close(got, want, "fp64")
