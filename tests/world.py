@@ -15,7 +15,8 @@ def run_world(
 ) -> list[Any]:
     """fn(*args, **kwargs) on each of `world` ranks with torch.distributed initialised; returns results by rank.
 
-    The backend is gloo, or nccl with a GPU a rank. `fn` and its arguments must pickle. Raises AssertionError with the first traceback if a rank fails or time runs out.
+    The backend is gloo, or nccl with a GPU a rank. `fn` and its arguments must pickle. Raises AssertionError with the
+    first traceback if a rank fails or time runs out.
     """
     from torch.distributed import TCPStore
 

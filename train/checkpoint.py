@@ -7,6 +7,7 @@ is used. Tensors are saved by torch's distributed checkpoint: any world size loa
 
 import json
 import os
+import pickle
 import shutil
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -68,13 +70,54 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
     """Fills the model, and the optimizer unless None (`init_from`), in place; returns the manifest. Collective."""
     if optimizer is None:
         weights = get_model_state_dict(model)
-        dcp.load({"model": weights}, checkpoint_id=str(checkpoint))
+        read({"model": weights}, checkpoint)
         set_model_state_dict(model, weights)
     else:
         weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=str(checkpoint))
+        read({"model": weights, "optimizer": moments}, checkpoint)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return manifest(checkpoint)
+
+
+def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> None:
+    """Fills a state dict in place from a checkpoint's files; `alone`: without a process group."""
+    dcp.load(state, storage_reader=_Reader(str(checkpoint)), no_dist=alone)
+
+
+class _Reader(dcp.FileSystemReader):
+    """A checkpoint may come from elsewhere, and torch unpickles `.metadata` freely: here it names only what it needs."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            found = _MetadataUnpickler(file).load()
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    NAMES = {
+        "torch.distributed.checkpoint.metadata": (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"),
+        "pathlib": ("PosixPath", "WindowsPath"),
+        "pathlib._local": ("PosixPath", "WindowsPath"),  # what Python 3.13 writes
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.NAMES.get(module, ()):
+            raise DamagedError(f"its .metadata names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
 
 
 def complete(folder: Path) -> list[Path]:

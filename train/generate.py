@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from models.lm import LM
 from models.sequence import Memory, Whole
+from train import checkpoint
 from train.construct import construct
 
 
@@ -23,13 +23,13 @@ class Decoder:
         self.read = 0
 
     @classmethod
-    def load(cls, model: dict[str, Any], checkpoint: Path) -> "Decoder":
+    def load(cls, model: dict[str, Any], path: Path) -> "Decoder":
         """The model of a configuration with a checkpoint's weights, on the CPU in fp32."""
         built: LM = construct(model)
         weights = built.state_dict()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns that no process group is there; none is needed
-            dcp.load({"model": weights}, checkpoint_id=str(checkpoint), no_dist=True)
+            checkpoint.read({"model": weights}, path, alone=True)
         built.load_state_dict(weights)
         return cls(built)
 

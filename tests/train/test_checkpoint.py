@@ -97,6 +97,15 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path, damage, wor
     assert checkpoint.newest(tmp_path, said.append) is None
 
 
+def test_a_checkpoint_from_elsewhere_cannot_run_code(tmp_path):
+    path = fake(tmp_path, 1)
+    for names in (b"cos\nsystem\n", b"ctorch.distributed.checkpoint.filesystem\nos.system\n"):
+        (path / ".metadata").write_bytes(names + b"(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+        with pytest.raises(checkpoint.DamagedError, match="which no checkpoint needs"):
+            checkpoint._Reader(str(path)).read_metadata()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_folder_without_a_manifest_is_absent(tmp_path):
     (tmp_path / "step-3.partial").mkdir()
     (tmp_path / "step-4").mkdir()
