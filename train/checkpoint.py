@@ -85,7 +85,7 @@ def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> Non
 
 
 class _Reader(dcp.FileSystemReader):
-    """A checkpoint may come from elsewhere, and torch unpickles `.metadata` freely: here it names only what it needs."""
+    """A checkpoint may come from elsewhere: torch unpickles `.metadata` freely, this reader only its own classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
