@@ -118,8 +118,9 @@ def test_a_future_token_changes_nothing_before_it():
     changed[0, 12] = (changed[0, 12] + 1) % VOCABULARY
     seq = Whole.of(POSITIONS[:1])
     before, after = (model(x, seq).logits for x in (tokens, changed))
-    assert torch.equal(before[:, :12], after[:, :12])
-    assert not torch.equal(before[:, 12], after[:, 12])
+    # Not bitwise: the changed token may move to another expert, whose matmul then has other shapes.
+    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=1e-11, atol=1e-11)
+    assert (before[:, 12] - after[:, 12]).abs().max() > 1e-3
 
 
 def test_a_document_does_not_depend_on_what_it_is_packed_with():
