@@ -78,10 +78,16 @@ def clear(config: dict[str, Any], say: Callable[[str], None]) -> Flight:
                 f"model.vocabulary={shapes['embedding'][0]}: the tokenizer has {batches.vocab_size} tokens; "
                 f"must be at least that"
             )
-        _objects(config, train, [len(s.tokens) for s in batches.batch(config["seed"], 0)], data, sequence)
+        lengths = [len(s.tokens) for s in batches.batch(config["seed"], 0)]
+        _objects(config, train, lengths, data, sequence)
         flight = Flight(config, train, cluster, device, data, sequence, shapes, batches)
         if precision.compute == "bf16" and device == "cpu":
             _warn_without_bf16(say)
+        if len(lengths) < data:
+            say(
+                f"train.batch_tokens={train.batch_tokens}: a step has {len(lengths)} sequences of {lengths[0]:,} "
+                f"tokens for parallel.data={data} groups: the others will idle"
+            )
         _checkpoints(flight, say)
     return flight
 

@@ -1,6 +1,7 @@
 """The training loop: a step takes a global batch, makes a plan, runs it, updates the weights, says what happened."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,43 +67,47 @@ class Trainer:
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step. Returns its record, the same on every rank, and whether a stop was asked for."""
-        began, settings, state = time.perf_counter(), self.settings, self.state
+        began, state = time.perf_counter(), self.state
         with self.phases("data"):
             batch = self.batches.batch(self.seed, state.step, state.skips)
         with self.phases("plan"):
-            lengths = [len(s.tokens) for s in batch]
+            tokens = sum(lengths := [len(s.tokens) for s in batch])
             plan = self.plan(lengths)
             self._note(plan)
         tally = self.executor.train(plan, batch)
         with self.phases("optimizer"):
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            gradient_norm = norm(gradients)
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.clip, gradient_norm)
-            rate = self.rate * self.schedule.multiplier(state.tokens + sum(lengths) / 2, settings.total_tokens)
-            set_rate(self.optimizer, rate)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            rate, gradient_norm = self._update(tokens)
         state.step += 1
-        state.tokens += sum(lengths)
-        targets = sum(s.num_targets for s in batch)
+        state.tokens += tokens
         shared = self._share(tally)
-        loss = shared["cross_entropy"] / max(targets, 1)
         record = {
             "step": state.step,
             "tokens": state.tokens,
             "time": time.time(),
             "attempt": state.attempt,
-            "loss": loss,
-            "balance_loss": shared["balance"] / sum(lengths),
+            "loss": shared["cross_entropy"] / max(sum(s.num_targets for s in batch), 1),
+            "balance_loss": shared["balance"] / tokens,
             "lr": rate,
-            "grad_norm": gradient_norm.item(),
-            "tokens_per_second": sum(lengths) / (time.perf_counter() - began),
+            "grad_norm": gradient_norm,
+            "tokens_per_second": tokens / (time.perf_counter() - began),
             "memory_bytes": shared["memory"],
             "expert_load": shared["load"],
         }
-        if not torch.isfinite(torch.tensor([loss, record["grad_norm"]])).all():
-            raise FloatingPointError(f"step {state.step}: loss {loss}, gradient norm {record['grad_norm']}")
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(record[name]):
+                raise FloatingPointError(f"{name} is {record[name]} at step {state.step}")
         return record, shared["stop"]
+
+    def _update(self, tokens: int) -> tuple[float, float]:
+        """Clips and applies the step's gradients. Returns the learning rate and the gradient norm before clipping."""
+        gradient_norm = norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip, gradient_norm)
+        middle = self.state.tokens + tokens / 2
+        rate = self.rate * self.schedule.multiplier(middle, self.settings.total_tokens)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return rate, gradient_norm.item()
 
     def plan(self, lengths: list[int]) -> Plan:
         """What the ranks will do with sequences of these lengths."""

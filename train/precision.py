@@ -9,8 +9,10 @@ def native_bf16(device: str) -> bool:
     """Whether `device` multiplies bf16 natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
+    if hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported())  # type: ignore[attr-defined]  # before torch 2.12
 
 
 def dtypes(compute: str, device: str) -> tuple[torch.dtype, torch.dtype]:

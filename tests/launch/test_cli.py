@@ -251,6 +251,12 @@ def test_a_run_folder_in_use_or_finished_is_refused(place, uninterrupted, capsys
         finish(process)
 
 
+def test_ranks_that_would_idle_are_announced(place, capsys):
+    assert main(["plan", *overrides(place), "train.batch_tokens=96", "parallel.data=2"]) == 0
+    said = capsys.readouterr().out
+    assert "a step has 1 sequences of 96 tokens for parallel.data=2 groups" in said and "idle" in said
+
+
 def test_a_finished_run_is_not_resumed_by_mistake(place, uninterrupted, capsys):
     run, _ = uninterrupted
     assert main(["train", f"resume={run}"]) == 2
