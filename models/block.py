@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from models.ffn import Aux
+from models.moe import Routing
 from models.norm import RMSNorm
 from models.sequence import Sequence
 
@@ -12,7 +12,7 @@ Factory = Callable[..., nn.Module]
 
 
 class Block(nn.Module):
-    """x [B, T, D] -> [B, T, D], and what the feed-forward reports (empty for a dense one). Any mixer with any FFN."""
+    """x [B, T, D] -> [B, T, D], and where a mixture of experts sent its tokens. Any mixer with any feed-forward."""
 
     def __init__(self, *, dim: int, mixer: Factory, ffn: Factory, slot: str):
         super().__init__()
@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim)
         self.ffn = ffn(dim=dim)
 
-    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Aux]:
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), seq, slot=self.slot)
-        y_BTD, aux = self.ffn(self.ffn_norm(x_BTD), seq)
-        return x_BTD + y_BTD, aux
+        y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), seq)
+        return x_BTD + y_BTD, routing

@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from models.linear import Linear
 from models.sequence import Sequence
 
-Aux = dict[str, Tensor]
-
 
 class SwiGLU(nn.Module):
     """(silu(x W1) ⊙ x W3) W2. x [..., D] -> [..., D]."""
@@ -23,5 +21,5 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
-    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Aux]:
-        return self.transform(x_BTD), {}
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, None]:
+        return self.transform(x_BTD), None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from models.axes import declare, normal
 from models.block import Factory
-from models.ffn import Aux
 from models.linear import Linear
+from models.moe import Routing, balance
 from models.norm import RMSNorm
 from models.pattern import unroll
 from models.sequence import Sequence
@@ -18,7 +18,8 @@ from models.sequence import Sequence
 
 class Output(NamedTuple):
     logits: Tensor  # [B, T, vocabulary]
-    aux: dict[str, Aux]  # by layer name, for layers whose feed-forward reports something
+    balance: Tensor  # scalar: the experts' balance loss summed over counted tokens; 0 without experts
+    load: dict[str, Tensor]  # by layer, how many choices each expert got [E]
 
 
 class LM(nn.Module):
@@ -38,9 +39,10 @@ class LM(nn.Module):
 
     def forward(self, tokens_BT: Tensor, seq: Sequence) -> Output:
         x_BTD = F.embedding(tokens_BT, self.embedding).to(self.compute)
-        aux = {}
+        routings: dict[str, Routing] = {}
         for name, block in self.layers.items():
-            x_BTD, said = block(x_BTD, seq)
-            if said:
-                aux[f"layers.{name}"] = said
-        return Output(self.head(self.norm(x_BTD)), aux)
+            x_BTD, routing = block(x_BTD, seq)
+            if routing is not None:
+                routings[f"layers.{name}"] = routing
+        logits = self.head(self.norm(x_BTD))
+        return Output(logits, *balance(routings, seq)) if routings else Output(logits, logits.new_zeros(()), {})

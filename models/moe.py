@@ -3,10 +3,13 @@
 The balance loss of a document of n tokens is E·Σ_e f_e P_e, f_e the share of its choices that went to expert e and P_e
 its mean router probability (Switch Transformer, 2101.03961, section 2.2; per sequence as in DeepSeek-V3, 2412.19437).
 f has no gradient, so the loss is a sum over tokens, Σ_t E·Σ_e f_e p_te: each rank adds its own tokens' part, nothing is
-counted twice, and it does not matter how documents were cut into micro-batches, spans or ranks.
+counted twice, and it does not matter how documents were cut into micro-batches, spans or ranks. The counts behind f
+are summed once for all layers, so that however deep the model is, its ranks wait for each other once.
 
 Legend: B spans, T tokens, N = B·T, D model width, E experts, X choices a token.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +17,18 @@ from torch import Tensor, nn
 
 from models.axes import declare, fan_in
 from models.dispatch import Dispatch, Here
-from models.ffn import Aux, SwiGLU
+from models.ffn import SwiGLU
 from models.kernels.experts import grouped_linear
 from models.linear import Linear
 from models.precision import wide
 from models.sequence import Sequence
+
+
+class Routing(NamedTuple):
+    """Where a layer sent its tokens."""
+
+    probabilities: Tensor  # [B, T, E]
+    choices: Tensor  # [B, T, X] int64
 
 
 class Experts(nn.Module):
@@ -37,7 +47,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Σ over the top-k experts of each token, weights renormalised, plus a shared expert every token passes through.
 
-    x [B, T, D] -> [B, T, D] and {"balance": Σ over counted tokens (1 a token when balanced), "load": choices [E]}.
+    x [B, T, D] -> [B, T, D] and the Routing that the balance loss needs.
     """
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, hidden: int, shared_hidden: int = 0):
@@ -50,7 +60,7 @@ class MoE(nn.Module):
         self.shared = SwiGLU(dim=dim, hidden=shared_hidden) if shared_hidden else None
         self.dispatch: Dispatch = Here()
 
-    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Aux]:
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Routing]:
         probabilities_BTE = self.router(wide(x_BTD)).softmax(-1)
         weights_BTX, choices_BTX = probabilities_BTE.topk(self.top_k, dim=-1)
         weights_BTX = weights_BTX / weights_BTX.sum(-1, keepdim=True)
@@ -59,14 +69,20 @@ class MoE(nn.Module):
         y_BTD = self.dispatch.collect(rows, sent, weights_BTX.flatten(0, 1)).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared.transform(x_BTD)
-        return y_BTD, self._balance(probabilities_BTE, choices_BTX, seq)
+        return y_BTD, Routing(probabilities_BTE, choices_BTX)
 
-    def _balance(self, probabilities_BTE: Tensor, choices_BTX: Tensor, seq: Sequence) -> Aux:
-        with torch.no_grad():
-            counted = seq.counted.unsqueeze(-1).to(probabilities_BTE.dtype)
-            chosen_BTE = torch.zeros_like(probabilities_BTE).scatter_(-1, choices_BTX, 1) * counted
-            per_document = seq.sum(torch.cat((chosen_BTE, counted), dim=-1))
-            tokens = per_document[:, -1:].clamp_min(1)
-            frequency_BTE = (per_document[:, :-1] / (tokens * self.top_k))[seq.documents]
-        balance = self.num_experts * (probabilities_BTE * frequency_BTE * counted).sum()
-        return {"balance": balance, "load": chosen_BTE.sum((0, 1))}
+
+def balance(routings: dict[str, Routing], seq: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
+    """The balance loss summed over this device's counted tokens, mean over layers (1 a token when balanced), and the
+    choices [E] of each expert by layer. One `seq.sum` for all layers."""
+    counted = seq.counted.unsqueeze(-1)
+    with torch.no_grad():
+        chosen = [torch.zeros_like(p).scatter_(-1, c, 1) * counted for p, c in routings.values()]
+        per_document = seq.sum(torch.cat([*chosen, counted.to(chosen[0].dtype)], dim=-1))
+        frequencies = (per_document / per_document[:, -1:].clamp_min(1))[seq.documents]
+        by_layer = frequencies[..., :-1].split([c.shape[-1] for c in chosen], dim=-1)
+    losses = [
+        p.shape[-1] / c.shape[-1] * (p * f * counted).sum()
+        for (p, c), f in zip(routings.values(), by_layer, strict=True)
+    ]
+    return torch.stack(losses).mean(), {n: c.sum((0, 1)) for n, c in zip(routings, chosen, strict=True)}

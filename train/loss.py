@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +25,4 @@ def sums(output: Output, targets_BT: Tensor) -> Sums:
     """Targets of -100 do not count; a rank with none adds a zero that still reaches every parameter."""
     logits = wide(output.logits).flatten(0, 1)
     cross_entropy = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=-100, reduction="sum")
-    balances = [aux["balance"] for aux in output.aux.values() if "balance" in aux]
-    balance = torch.stack(balances).mean() if balances else torch.zeros_like(cross_entropy)
-    load = {name: aux["load"] for name, aux in output.aux.items() if "load" in aux}
-    return Sums(cross_entropy, balance, load)
+    return Sums(cross_entropy, output.balance, output.load)

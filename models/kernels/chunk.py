@@ -65,7 +65,7 @@ def join(blocks: Tensor, low: Tensor) -> Tensor:
 
 
 def unit_triangular_inverse(lower: Tensor) -> Tensor:
-    """(I + L)⁻¹ for strictly lower triangular L [..., C, C], C a power of two.
+    """(I + L)⁻¹, L what lies strictly below the diagonal of `lower` [..., C, C] (the rest is not read), C a power of 2.
 
     By halves: the square below two inverted triangles is -B⁻¹ L A⁻¹. Only matmuls, and as stable as forward
     substitution; the Neumann doubling often used instead loses every digit when keys repeat.

@@ -27,7 +27,7 @@ class Chunks:
         remaining = (sums[..., -1:] - sums).to(g.dtype)
         between = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(g.dtype)
         decay = between.masked_fill(~seen.visible, -torch.inf).exp()
-        solve = unit_triangular_inverse((beta.unsqueeze(-1) * (k @ k.transpose(-1, -2)) * decay).tril(-1))
+        solve = unit_triangular_inverse(beta.unsqueeze(-1) * (k @ k.transpose(-1, -2)) * decay)
         self.u = solve @ (beta.unsqueeze(-1) * v)
         self.w = solve @ (k * (beta * G.exp() * seen.first).unsqueeze(-1))
         self.reads = q * (G.exp() * seen.first).unsqueeze(-1)

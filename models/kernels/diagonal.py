@@ -23,7 +23,7 @@ class Chunks:
         seen = segments(starts, size)
         G = g.cumsum(-2)
         self.total = G[..., -1, :]
-        self.local = torch.where(seen.visible, scores(q, k, G), 0) @ v
+        self.local = (scores(q, k, G) * seen.visible.to(v.dtype)) @ v
         self.reads = q * G.exp() * seen.first.unsqueeze(-1)
         writes = k * (self.total.unsqueeze(-2) - G).exp() * seen.last.unsqueeze(-1)
         self.writes = writes.transpose(-1, -2) @ v

@@ -12,7 +12,7 @@ from models.kernels.experts import grouped_linear, loop
 from models.kernels.softmax import attend_pieces, pieces_of
 from models.lm import LM
 from models.mixers import MIXERS
-from models.moe import MoE
+from models.moe import MoE, balance
 from models.pattern import unroll
 from models.rope import rotate
 from models.sequence import Memory, Whole
@@ -76,16 +76,17 @@ def test_fused_experts_equal_the_loop_with_an_empty_expert(dtype):
 def test_experts_equal_a_token_loop_and_the_balance_loss_its_formula():
     moe = initialise(MoE(dim=12, num_experts=5, top_k=2, hidden=7, shared_hidden=6), 0).double()
     x, seq = torch.randn(2, 17, 12, dtype=torch.float64), Whole.of(POSITIONS)
-    y, aux = moe(x, seq)
+    y, routing = moe(x, seq)
+    loss, load = balance({"a": routing, "b": routing}, seq)
     p = (x @ moe.router.weight.T).softmax(-1)
-    balance = 0.0
+    expected = 0.0
     for document in range(seq.num_documents):
         inside = seq.documents == document
         chosen = p[inside].topk(2, dim=-1).indices
         f = torch.bincount(chosen.flatten(), minlength=5) / chosen.numel()
-        balance += inside.sum() * 5 * (f * p[inside].mean(0)).sum()
-    torch.testing.assert_close(aux["balance"], balance)
-    assert aux["load"].sum() == 2 * 2 * 17
+        expected += inside.sum() * 5 * (f * p[inside].mean(0)).sum()
+    torch.testing.assert_close(loss, expected)
+    assert load["a"].sum() == 2 * 2 * 17
     for b, t in [(0, 0), (0, 5), (1, 16)]:
         top = p[b, t].topk(2)
         want = torch.zeros(12, dtype=torch.float64)
