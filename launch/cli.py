@@ -24,7 +24,7 @@ farspan train [key=value ...]
 
 A run is described by overrides of conf/train.yaml: group=option picks a file, key=value sets one number.
 
-  farspan train                                        the default job, about four minutes on two cores
+  farspan train                                        the default job, about three minutes on two cores
   farspan train experiment=smoke cluster=none          fifteen seconds, without Ray
   farspan train data=text data.path=my_texts optimizer.lr=1e-3 train.tokens=5e6
   farspan train resume=runs/20260101-120000            go on where it stopped
