@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -36,7 +37,7 @@ _TRAIN_ENVIRONMENT = {
 }
 # Ray's own, inherited by all that it starts.
 _RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # else it writes a token to the home folder, which later clusters trip over
+    "RAY_AUTH_MODE": "token",  # Ray listens on every interface, whatever address it is given
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -72,8 +73,9 @@ def drive(job: Job, place: str, pipe: connection.Connection[Any, Any]) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     leave_with_parent(job.run_dir)
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(_TRAIN_ENVIRONMENT | _RAY_ENVIRONMENT | loopback())
+    for foreign in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+        os.environ.pop(foreign, None)
+    os.environ.update(_TRAIN_ENVIRONMENT | _RAY_ENVIRONMENT | loopback() | _token(place))
     os.environ.update(OMP_NUM_THREADS=str(job.threads), PYTHONPATH=os.pathsep.join(job.path))
     try:
         report = _fit(job, place)
@@ -88,6 +90,14 @@ def drive(job: Job, place: str, pipe: connection.Connection[Any, Any]) -> None:
 
     ray.shutdown()
     shutil.rmtree(place, ignore_errors=True)
+
+
+def _token(place: str) -> dict[str, str]:
+    """A secret of this run's own, in its private folder: in the home folder later clusters would trip over it."""
+    path = Path(place) / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    return {"RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def _fit(job: Job, place: str) -> Report:

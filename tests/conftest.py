@@ -7,7 +7,6 @@ inherits another's state. Every wait has a limit; what is left of a world when i
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest  # noqa: E402

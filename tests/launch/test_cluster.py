@@ -96,3 +96,18 @@ def test_reports_become_outcomes(tmp_path: Path) -> None:
 def test_unusable_arguments_are_refused_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs 'module:function'"):
         fit("no_colon", {}, workers=1, run_dir=tmp_path, device="cpu", threads=1, tick=lambda: None)
+
+
+def test_each_ray_of_ours_has_a_secret_of_its_own(tmp_path):
+    """Ray listens on every interface: without its token nobody may hand it work."""
+    from launch.driver import _RAY_ENVIRONMENT, _token
+
+    (one, two) = (tmp_path / name for name in ("one", "two"))
+    secrets = set()
+    for place in (one, two):
+        place.mkdir()
+        path = Path(_token(str(place))["RAY_AUTH_TOKEN_PATH"])
+        assert path.parent == place and path.stat().st_mode & 0o077 == 0
+        secrets.add(path.read_text())
+    assert len(secrets) == 2 and all(len(secret) == 64 for secret in secrets)
+    assert _RAY_ENVIRONMENT["RAY_AUTH_MODE"] == "token"
