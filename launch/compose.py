@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -162,6 +162,10 @@ def _nearest(word: str, known: Any, lead: str = "; nearest: ", prefix: str = "")
 def _one_line(error: Exception, overrides: list[str]) -> str:
     """Hydra's and OmegaConf's errors as one line with the nearest spelling."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: not an override that can be read; expected key=value, text with blanks or = in quotes"
+        )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         if isinstance(error.__cause__, OmegaConfBaseException) and "not in" not in str(error.__cause__):

@@ -64,6 +64,8 @@ def configure(overrides: list[str]) -> dict[str, Any]:
 def clear(config: dict[str, Any], say: Callable[[str], None]) -> Flight:
     """Checks the whole run and returns it ready to start. Raises UserError with one line."""
     with refusals(config):
+        if config["seed"] < 0:
+            raise ValueError(f"seed={config['seed']}: must not be negative")
         train = section(TrainSettings, config["train"])
         cluster = section(ClusterSettings, config["cluster"])
         precision = section(PrecisionSettings, config["precision"])
@@ -117,13 +119,16 @@ def refusals(config: dict[str, Any]):
 
 
 def model_shapes(node: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape, from the model on the meta device. Raises ValueError for sizes that do not fit."""
+    """Every parameter's shape, from the model on the meta device. Raises ValueError for a model that does not build."""
     import torch
 
     from train.construct import construct
 
     with torch.device("meta"):
-        model = construct(node)
+        try:
+            model = construct(node)
+        except (ArithmeticError, RuntimeError, TypeError) as error:
+            raise ValueError(f"model: cannot be built: {error}") from None
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 

@@ -38,6 +38,13 @@ def declare(*shape: int, axes: tuple[str | None, ...], init: Init, decay: bool =
     return parameter
 
 
+def positive(**sizes: float) -> None:
+    """Raises ValueError naming the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+
+
 def declarations(model: nn.Module) -> dict[str, Declared]:
     """Every parameter's declaration by name. Read it before parallelisation replaces the parameters."""
     return {name: p.declared for name, p in model.named_parameters()}  # type: ignore[attr-defined]

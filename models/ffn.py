@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.axes import positive
 from models.linear import Linear
 from models.sequence import Sequence
 
@@ -12,8 +13,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, *, dim: int, hidden: int):
         super().__init__()
-        if hidden < 1:
-            raise ValueError(f"hidden={hidden}: must be at least 1")
+        positive(dim=dim, hidden=hidden)
         self.gate_up = Linear(dim, 2 * hidden, axes=("ffn", "embed"))
         self.down = Linear(hidden, dim, axes=("embed", "ffn"))
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import declare, normal
+from models.axes import declare, normal, positive
 from models.block import Factory
 from models.linear import Linear
 from models.moe import Routing, balance
@@ -30,6 +30,7 @@ class LM(nn.Module):
 
     def __init__(self, *, vocabulary: int, dim: int, layers: int, pattern: list[str], blocks: Mapping[str, Factory]):
         super().__init__()
+        positive(vocabulary=vocabulary, dim=dim)
         self.compute = torch.float32
         self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0))
         names = unroll(pattern, layers, list(blocks))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import declare, fan_in
+from models.axes import declare, fan_in, positive
 from models.dispatch import Dispatch, Here
 from models.ffn import SwiGLU
 from models.kernels.experts import grouped_linear
@@ -52,6 +52,9 @@ class MoE(nn.Module):
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, hidden: int, shared_hidden: int = 0):
         super().__init__()
+        positive(dim=dim, num_experts=num_experts, hidden=hidden)
+        if shared_hidden < 0:
+            raise ValueError(f"shared_hidden={shared_hidden}: must not be negative; 0 for no shared expert")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: must lie between 1 and num_experts={num_experts}")
         self.num_experts, self.top_k = num_experts, top_k

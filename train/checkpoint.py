@@ -60,10 +60,20 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer, facts: dict[str, 
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _sync_folder(folder)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        prune(folder, facts["step"], keep=keep)
     dist.barrier()
     return final
+
+
+def prune(folder: Path, step: int, *, keep: int) -> None:
+    """Keeps the newest `keep` checkpoints up to `step`, which has just been written.
+
+    A later one is of an attempt that was passed over as damaged: it must not push a good one out. Half-written ones go.
+    """
+    found = complete(folder)
+    kept = [p for p in found if _step(p) <= step][-keep:]
+    for old in (*(p for p in found if p not in kept), *folder.glob("step-*.partial")):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -123,7 +133,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def complete(folder: Path) -> list[Path]:
     """Checkpoints with a manifest, oldest first."""
     found = [p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / MANIFEST).exists()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step)
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -172,6 +182,10 @@ def first_difference(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> st
             return f"{name} is {list(saved[name])} in the checkpoint, {list(shape)} in this model"
     extra = next((name for name in saved if name not in shapes), None)
     return None if extra is None else f"{extra} {list(saved[extra])} is not in this model"
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _checksum(path: Path, *, sync: bool = False) -> tuple[int, int]:

@@ -20,6 +20,8 @@ class Attention(nn.Module):
             )
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads={kv_heads}: must divide heads={heads}")
+        if rope_base <= 0:
+            raise ValueError(f"rope_base={rope_base}: must be above 0")
         self.rope_base = rope_base
         self.q = Linear(dim, dim, axes=("heads", "embed"))
         self.kv = Linear(dim, 2 * kv_heads * self.head_dim, axes=("kv_heads", "embed"))

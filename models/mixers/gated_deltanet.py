@@ -6,7 +6,7 @@ Gates as in flash-linear-attention: g = -e^{A_log}Â·softplus(W_a x + dt_bias), Î
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import declare, log_uniform_rate, softplus_inverse_of_log_uniform
+from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
 from models.conv import ShortConv
 from models.linear import Linear
 from models.mixers.heads import head_dim
@@ -21,6 +21,7 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4):
         super().__init__()
+        positive(dim=dim, conv=conv)
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")

@@ -7,6 +7,7 @@ convolution on q, k, v is flash-linear-attention's option of the same name.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.axes import positive
 from models.conv import ShortConv
 from models.linear import Linear
 from models.mixers.heads import head_dim
@@ -23,6 +24,7 @@ class GatedLinearAttention(nn.Module):
 
     def __init__(self, *, dim: int, heads: int, expand_k: float = 0.5, expand_v: float = 1.0, conv: int = 4):
         super().__init__()
+        positive(dim=dim, conv=conv)
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")

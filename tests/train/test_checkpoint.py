@@ -106,6 +106,14 @@ def test_a_checkpoint_from_elsewhere_cannot_run_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_damaged_later_checkpoint_does_not_push_a_good_one_out(tmp_path):
+    for step in (10, 20, 30, 90):
+        fake(tmp_path, step)
+    (tmp_path / "step-40.partial").mkdir()
+    checkpoint.prune(tmp_path, 30, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-30"]
+
+
 def test_a_folder_without_a_manifest_is_absent(tmp_path):
     (tmp_path / "step-3.partial").mkdir()
     (tmp_path / "step-4").mkdir()
