@@ -2,7 +2,7 @@
 
 from typing import Any
 
-ROOMS = ("data.", "models.", "parallel.", "train.", "torch.optim.")
+ROOMS = ("data.", "models.", "parallel.", "train.", "launch.templates.", "torch.optim.")
 
 
 def allowed(target: str) -> bool:

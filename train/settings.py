@@ -96,21 +96,29 @@ class ParallelSettings:
         return data, self.sequence
 
 
-KINDS = ("none", "local")
+KINDS = ("none", "local", "ray")
 DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """Where the workers run. kind: none (spawned here) or local (a Ray started here). threads: of each worker; null for
+    """Where the workers run.
 
-    this machine's cores divided among them. device: auto takes CUDA where there is one for every worker.
+    kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers: processes
+    of the run, one a GPU or, on CPUs, one a core. threads: of each worker; null for its machine's cores divided among
+    the workers there. device: auto takes CUDA where there is one for every worker. address: of the Ray; http://HOST:PORT
+    (its dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines;
+    null for what RAY_ADDRESS says. restarts: new attempts from the last checkpoint after a worker or a machine is lost.
+    template: the machines to start, for `farspan template`.
     """
 
     kind: str = "local"
     workers: int = 2
     threads: int | None = None
     device: str = "auto"
+    address: str | None = None
+    restarts: int = 0
+    template: Any = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -121,6 +129,8 @@ class ClusterSettings:
             raise ValueError(f"cluster.workers={self.workers}: must be at least 1")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"cluster.threads={self.threads}: must be at least 1, or null")
+        if self.restarts < 0:
+            raise ValueError(f"cluster.restarts={self.restarts}: must not be negative")
 
 
 COMPUTE = ("auto", "bf16", "fp32", "fp64")
