@@ -104,12 +104,12 @@ DEVICES = ("auto", "cpu", "cuda")
 class ClusterSettings:
     """Where the workers run.
 
-    kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers: processes
-    of the run, one a GPU or, on CPUs, one a core. threads: of each worker; null for its machine's cores divided among
-    the workers there. device: auto takes CUDA where there is one for every worker. address: of the Ray; http://HOST:PORT
-    (its dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines;
-    null for what RAY_ADDRESS says. restarts: new attempts from the last checkpoint after a worker or a machine is lost.
-    template: the machines to start, for `farspan template`.
+    kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers: one a
+    GPU or, on CPUs, one a core. threads: of each worker; null for its machine's cores divided among the workers there.
+    device: auto takes CUDA where there is one for every worker. address: of the Ray; http://HOST:PORT (its dashboard,
+    from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines; null for what
+    RAY_ADDRESS says. restarts: new attempts from the last checkpoint after a worker or a machine is lost. template:
+    the machines to start, for `farspan template`.
     """
 
     kind: str = "local"
