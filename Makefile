@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test unit check mutations bench clean
+.PHONY: train test unit check mutations bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -26,6 +26,10 @@ mutations: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m tests.benchmarks.train_rate
+	$(VENV)/bin/python -m tests.benchmarks.tracking
+
+reference: $(READY)
+	$(VENV)/bin/python -m launch.reference
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ import json
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,16 @@ class Batches:
         self._heldout = Windows(store, self.heldout_documents, max_length)
         key = [store.fingerprint, max_length, heldout, batch_tokens, Windows.name, Windows.version]
         self.fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+    def card(self) -> dict[str, Any]:
+        """What a run and its checkpoints keep of their corpus: the store's card, and how it is split and cut."""
+        return {
+            **self.store.card,
+            "max_length": self._train.max_length,
+            "train_documents": len(self.train_documents),
+            "heldout_documents": len(self.heldout_documents),
+            "batches": self.fingerprint,
+        }
 
     def batch(self, seed: int, step: int, skips: int = 0) -> list[Packed]:
         """The global batch of a step, `skips` batches having been skipped before it."""

@@ -1,4 +1,6 @@
-"""Tokenizers: bytes in, token ids out."""
+"""Tokenizers: bytes in, token ids out. `TOKENIZERS` names them, so that a checkpoint's card finds its own again."""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +16,10 @@ class Bytes:
     DOCUMENT = 256
     size = 257
 
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint keeps of its tokenizer: all that `from_card` needs, and what the special ids mean."""
+        return {"name": self.name, "size": self.size, "special": {"document": self.DOCUMENT}}
+
     def encode(self, content: bytes) -> NDArray[np.uint16]:
         """Token ids, uint16 [len(content)]; no `DOCUMENT` is added."""
         return np.frombuffer(content, dtype=np.uint8).astype(np.uint16)
@@ -22,3 +28,17 @@ class Bytes:
         """The bytes of integer token ids [T]; specials are dropped."""
         ids = np.asarray(ids)
         return ids[ids < self.DOCUMENT].astype(np.uint8).tobytes()
+
+
+TOKENIZERS: dict[str, type[Bytes]] = {Bytes.name: Bytes}
+
+
+def from_card(card: dict[str, Any]) -> Bytes:
+    """The tokenizer that a checkpoint was trained with. Raises ValueError for one that this version does not have."""
+    name = card.get("name")
+    if name not in TOKENIZERS:
+        raise ValueError(f"tokenizer={name}: not in this version, which has {', '.join(TOKENIZERS)}")
+    found = TOKENIZERS[name]()
+    if found.card() != card:
+        raise ValueError(f"tokenizer={name}: its card says {card}, this version's {found.card()}")
+    return found

@@ -2,7 +2,8 @@
 
 Ray runs in a process of its own, the driver (`launch.driver`), in a session of its own. Thus a Ctrl-C reaches nothing
 of Ray's, none of its chatter reaches the terminal (it goes to run_dir/.ray/driver.log), its environment variables stay
-out of this process, and whatever Ray has started can be ended for certain: it is the session.
+out of this process, and whatever a Ray of our own has started can be ended for certain: it is the session. Of a Ray
+that we have joined, only the driver is ours: it is asked to leave, and Ray ends its workers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from launch import package
 from launch.driver import Report, drive, scratch
 from launch.outcome import Outcome, verdict
 from launch.stopping import AT_ONCE, Stopping, fresh
@@ -37,28 +40,35 @@ def fit(
     workers: int,
     run_dir: Path,
     device: str,
-    threads: int,
+    threads: int | None,
     tick: Callable[[], None],
     say: Callable[[str], None] = print,
+    address: str | None = None,
+    sizes: dict[str, int] | None = None,
+    patient: bool = False,
 ) -> Outcome:
-    """Run `entry` ("module:function") with `config` in `workers` Ray Train workers on a Ray of our own, and wait.
+    """Run `entry` ("module:function") with `config` in `workers` Ray Train workers, and wait.
 
-    The contract is that of `launch.local.spawn`: ticks, signals, reasons, error.txt. Ray is started here, joins nothing
-    that runs already, and is gone when this returns. Raises ValueError for an unusable argument, and whatever `tick`
-    raises.
+    The contract is that of `launch.local.spawn`: ticks, signals, reasons, error.txt. Without an `address`, Ray is
+    started here, joins nothing that runs already, and is gone when this returns. With one (HOST:PORT or auto), the Ray
+    there is joined; its machines are compared first, and the mesh's `sizes` are placed on them; where they lack room,
+    a `patient` run waits for more machines, another is refused. Raises ValueError for an unusable argument, and
+    whatever `tick` raises.
     """
     run_dir = fresh(run_dir)
-    job = Job(entry, config, workers, run_dir, device, threads)
+    job = Job(entry, config, workers, run_dir, device, threads, address, patient, sizes or {})
     if importlib.util.find_spec("ray") is None:
         return Outcome(False, "cluster: Ray is not installed (ray[default,train]); cluster=none runs without it", 2)
     shutil.rmtree(scratch(run_dir), ignore_errors=True)
     scratch(run_dir).mkdir()
     # Ray's sockets live here, and a socket's path has 107 characters at most: a run folder may be too deep.
     place = tempfile.mkdtemp(prefix="farspan-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    if address is not None:
+        job = replace(job, code=str(package.stage(Path(place))))
     outcome = None
     with Stopping(run_dir, say) as stopping:
         try:
-            outcome = _watch(job, place, tick, stopping)
+            outcome = _watch(job, place, tick, say, stopping)
         finally:
             shutil.rmtree(place, ignore_errors=True)
             if outcome is not None and outcome.ok:
@@ -66,7 +76,7 @@ def fit(
     return outcome
 
 
-def _watch(job: Job, place: str, tick: Callable[[], None], stopping: Stopping) -> Outcome:
+def _watch(job: Job, place: str, tick: Callable[[], None], say: Callable[[str], None], stopping: Stopping) -> Outcome:
     """Start the driver, wait for its report, and end its session."""
     context = get_context("spawn")
     pipe, theirs = context.Pipe()
@@ -80,13 +90,16 @@ def _watch(job: Job, place: str, tick: Callable[[], None], stopping: Stopping) -
             if stopping.attend():
                 return Outcome(False, AT_ONCE, 1)
             if connection.wait([pipe, process.sentinel], _POLL_S):
-                return _judge(_receive(pipe), process, job.run_dir)
+                told = _receive(pipe)
+                if not isinstance(told, str):
+                    return _judge(told, process, job.run_dir)
+                say(told)
     finally:
-        _end(process, pipe)
+        _end(process, pipe, joined=job.address is not None)
 
 
-def _receive(pipe: connection.Connection[Any, Any]) -> Report | None:
-    """The driver's report; None when it ended without one."""
+def _receive(pipe: connection.Connection[Any, Any]) -> Report | str | None:
+    """The driver's report, or a line for people; None when it ended without a report."""
     try:
         return pipe.recv() if pipe.poll() else None
     except (EOFError, OSError):
@@ -97,27 +110,26 @@ def _judge(report: Report | None, process: BaseProcess, run_dir: Path) -> Outcom
     log = scratch(run_dir) / "driver.log"
     if report is None:
         process.join(_POLL_S)
-        return Outcome(
-            False, f"Ray's driver ended without a report, exit code {process.exitcode} (its words: {log})", 1
-        )
+        why = f"Ray's driver ended without a report, exit code {process.exitcode} (its words: {log})"
+        return Outcome(False, why, 1, lost=True)
     if report.ok:
         return Outcome(True)
     if report.failures or report.deaths:
         return verdict(report.failures, report.deaths, run_dir)
     error = run_dir / "error.txt"
     error.write_text(report.trace, encoding="utf-8")
-    return Outcome(False, f"Ray: {report.line} (full trace: {error})", 1)
+    return Outcome(False, f"Ray: {report.line} (full trace: {error})", 1, lost=True)
 
 
-def _end(process: BaseProcess, pipe: connection.Connection[Any, Any]) -> None:
-    """End the driver and all that Ray has started.
+def _end(process: BaseProcess, pipe: connection.Connection[Any, Any], *, joined: bool) -> None:
+    """End the driver and, of a Ray of our own, all that it has started.
 
-    By the time we come here the entries have returned or are to be stopped at once, and the folder that Ray keeps its
-    state in is about to go: there is nothing that a polite shutdown, which takes a second, would save.
+    By the time we come here the entries have returned or are to be stopped at once, and the folder that a Ray of our
+    own keeps its state in is about to go: there is nothing that a polite shutdown, which takes a second, would save.
     """
     session = process.pid
     assert session is not None
-    if sys.platform != "linux":  # no /proc to find a session in: ask Ray itself first
+    if joined or sys.platform != "linux":  # elsewhere: no /proc to find a session in, so ask Ray itself first
         with contextlib.suppress(OSError):
             pipe.send("leave")
         process.join(_SWEEP_S)

@@ -1,201 +1,238 @@
 """From command-line overrides to a checked configuration.
 
-Hydra composes; then every key and every leaf's type is held against the signature of what it configures: the class a
-`_target_` names, or a section's dataclass. `+key=…` and `++key=…`, which Hydra lets through, are caught like any other.
+Hydra composes the files of conf/ and the overrides; `launch.check` holds the result against the constructors. Hydra's
+`+` and `++` are allowed and make no difference: a key that its constructor knows can be given, any other cannot. What
+Hydra would let through or explain at length is found here, and costs one line.
 """
 
-import inspect
 import re
-import typing
-from dataclasses import is_dataclass
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
-from hydra.utils import get_object
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from launch import conf
+from launch.check import OBJECTS, SCALARS, SECTIONS, checked, class_of, fields, hints_of, nearest, parameters_of
+from launch.conf import CONF, groups
 from launch.user import UserError
-from train.construct import ROOMS, allowed
-from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, RunSettings, TrainSettings
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
-SECTIONS: dict[str, type] = {
-    "run": RunSettings,
-    "train": TrainSettings,
-    "parallel": ParallelSettings,
-    "cluster": ClusterSettings,
-    "precision": PrecisionSettings,
-}
-SCALARS: dict[str, Any] = {"seed": int, "init_from": str | None, "resume": str | None}
-OBJECTS = ("model", "data", "scheduler", "engine", "optimizer", "schedule", "tracking")
+__all__ = ["CONF", "checked", "composed", "fields", "groups"]
 
 
-def groups() -> dict[str, list[str]]:
-    """Each configuration group and its options."""
-    return {
-        folder.name: sorted(p.stem for p in folder.glob("*.yaml"))
-        for folder in sorted(CONF.iterdir())
-        if folder.is_dir()
-    }
+class Read(NamedTuple):
+    """An override that has been understood: its text without `+`, its parts, and whether it had a `+`."""
+
+    text: str
+    parts: Override
+    adds: bool
+
+    @property
+    def name(self) -> str:
+        """The key, or the group and where it is placed: `mixer@model.blocks.gla.mixer`."""
+        return self.parts.key_or_group + (f"@{self.parts.package}" if self.parts.package is not None else "")
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
-    """The resolved configuration of the default job under `overrides`. Raises UserError."""
-    for override in overrides:
-        if override.startswith("-"):
-            raise UserError(f"{override}: no such option; a run is described by key=value (farspan train --help)")
-        if "=" not in override and not override.startswith("~"):
-            raise UserError(f"{override}: expected key=value{_nearest(override, {*groups(), *SECTIONS, *SCALARS})}")
-    GlobalHydra.instance().clear()
+    """The resolved, complete and checked configuration of the default job under `overrides`. Raises UserError."""
+    config = _compose(_last_choices([_read(override) for override in overrides]))
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            resolved = OmegaConf.to_container(compose("train", overrides), resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error, overrides)) from None
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_unresolved(error, config)) from None
     assert isinstance(resolved, dict)
-    return checked(typing.cast("dict[str, Any]", resolved))
+    return checked({str(key): value for key, value in resolved.items()})
 
 
-def checked(config: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration with every key known and every leaf of its declared type. Raises UserError."""
-    known = [*SECTIONS, *SCALARS, *OBJECTS]
-    result = {}
-    for key, value in config.items():
-        if key not in known:
-            raise UserError(f"{key}: no such key{_nearest(key, known)}")
-        if key in SCALARS:
-            result[key] = _leaf(key, value, SCALARS[key])
-        elif key in SECTIONS:
-            result[key] = fields(key, value, SECTIONS[key])
-        else:
-            result[key] = _node(key, value)
-    missing = [key for key in known if key not in config]
-    if missing:
-        raise UserError(f"{missing[0]}: missing")
-    return result
+def _last_choices(read: list[Read]) -> list[Read]:
+    """Without those that a later `group=null` takes back: Hydra knows no null there."""
+    none = {each.name: i for i, each in enumerate(read) if each.name in groups() and each.parts.value() is None}
+    return [each for i, each in enumerate(read) if i > none.get(each.name, -1)]
 
 
-def _node(path: str, value: Any) -> Any:
-    """Checks a subtree of objects: `_target_` nodes against their constructors, anything else child by child."""
-    if isinstance(value, list):
-        return [_node(f"{path}[{i}]", child) for i, child in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    if "_target_" not in value:
-        return {key: _node(f"{path}.{key}", child) for key, child in value.items()}
-    target = value["_target_"]
-    if not allowed(str(target)):
-        raise UserError(f"{path}._target_={target}: must be a class of {', '.join(ROOMS)}")
-    try:
-        constructor = get_object(target)
-    except Exception:
-        raise UserError(f"{path}._target_={target}: cannot be found") from None
-    own = {key: child for key, child in value.items() if key not in ("_target_", "_partial_")}
-    built = fields(path, own, constructor, complete=not value.get("_partial_", False))
-    return {**{key: value[key] for key in ("_target_", "_partial_") if key in value}, **built}
+def _compose(read: list[Read]) -> DictConfig:
+    """Hydra's composition. A key that is not in the files is added where the constructor of its parent knows it."""
+    texts = [each.text for each in read]
+    while True:
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                return compose("train", texts)
+        except (HydraException, OmegaConfBaseException) as error:
+            refused = re.match(r"Could not override '([^']+)'", str(error))
+            name = refused[1] if refused else None
+            new = [i for i, each in enumerate(read) if each.name == name and texts[i] == each.text]
+            new = [i for i in new if not read[i].parts.is_delete()]
+            if not new or not all(read[i].adds or _is_known(read[i].name, read) for i in new):
+                raise UserError(_one_line(error, read)) from None
+            for i in new:
+                texts[i] = ("++" if read[i].parts.package is None else "+") + texts[i]
 
 
-def fields(path: str, values: dict[str, Any], constructor: Any, *, complete: bool = False) -> dict[str, Any]:
-    """Checks keys and leaves against a constructor's signature; `complete`: none that it requires may be missing."""
-    if not isinstance(values, dict):
-        raise UserError(f"{path}={values!r}: expected a section with keys")
-    signature = inspect.signature(constructor)
-    hints = typing.get_type_hints(constructor.__init__)
-    result = {}
-    for key, value in values.items():
-        if key not in signature.parameters:
-            raise UserError(f"{path}.{key}: no such key{_nearest(key, signature.parameters, prefix=f'{path}.')}")
-        hint = hints.get(key, Any)
-        if isinstance(hint, type) and is_dataclass(hint):
-            result[key] = fields(f"{path}.{key}", value, hint)
-        elif isinstance(value, dict) or isinstance(value, list) and any(isinstance(v, dict) for v in value):
-            result[key] = _node(f"{path}.{key}", value)
-        else:
-            result[key] = _leaf(f"{path}.{key}", value, hint)
-    for key, parameter in signature.parameters.items():
-        if complete and parameter.default is parameter.empty and key not in values:
-            raise UserError(f"{path}.{key}: missing")
-    return result
+def _read(override: str) -> Read:
+    """Understands one override and refuses what Hydra would misunderstand. Raises UserError."""
+    plain = override.lstrip("+")
+    if plain.startswith("-"):
+        raise UserError(f"{override}: no such option; a run is described by key=value (farspan train --help)")
+    if not re.match(r"~\w|\w[^=]*=", plain):
+        raise UserError(f"{override}: expected key=value{nearest(plain.strip('~='), _tops())}")
+    parts = _parsed(plain)
+    key = parts.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra":
+        raise UserError(f"{override}: Hydra's own settings are not used here; the run's folder is run.dir")
+    if parts.is_sweep_override():
+        raise UserError(
+            f"{override}: has several values: farspan sweep runs a job for each, and quotes make it one: "
+            f"{key}=\"'{plain.partition('=')[2]}'\""
+        )
+    if key in groups() or parts.package is not None or "/" in key:
+        _check_option(override, parts)
+    elif not plain.startswith("~") and not plain.partition("=")[2].strip():
+        raise UserError(f"{override}: expected a value behind the =; null for none")
+    return Read(parts.input_line or plain, parts, override.startswith("+"))
 
 
-def _leaf(key: str, value: Any, hint: Any) -> Any:
-    """The value as its declared type: 1e6 passes for a whole number, true and "3" do not."""
-    if hint is Any or isinstance(hint, typing.TypeVar):
-        return value
-    accepted = typing.get_args(hint) or (hint,)
-    if isinstance(value, bool) and bool not in accepted or isinstance(value, str) and not _takes_text(accepted):
-        raise UserError(f"{key}={value}: expected {_words(hint)}")
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError:
-        raise UserError(f"{key}={value}: expected {_words(hint)}") from None
-    except Exception:  # torch.optim's hints are not all understood; its constructor is the judge
-        return value
-
-
-def _takes_text(accepted: tuple[Any, ...]) -> bool:
-    return any(kind in (str, Any, object) for kind in accepted)
-
-
-def _words(hint: Any) -> str:
-    if isinstance(hint, type) and hint.__module__.startswith("torch"):
-        return "a tensor"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    parts = typing.get_args(hint) if typing.get_origin(hint) not in (list, tuple, dict) else ()
-    return " or ".join(
-        names.get(part) or _words(part) if parts else names.get(part, str(part)) for part in parts or (hint,)
+def _parsed(override: str) -> Override:
+    """Hydra's reading; text that it cannot read (other letters than ASCII, a second =) is taken as it stands."""
+    key, equals, value = override.partition("=")
+    quoted = f"{key}='{value}'"
+    is_text = equals and value and not set(value) & set("'\"\\") and value[0] not in "[{" and "${" not in value
+    for text in [override, quoted] if is_text else [override]:
+        try:
+            return OverridesParser.create().parse_override(text)
+        except (OverrideParseException, HydraException):
+            continue
+    if not key.isascii():
+        raise UserError(f"{key.strip('~')}: no such key{_nearest_path(key.strip('~'))}")
+    raise UserError(
+        f"{override}: not an override that can be read; expected key=value, text with blanks or = in quotes: "
+        f"key=\"'a = b'\""
     )
 
 
-def _nearest(word: str, known: Any, lead: str = "; nearest: ", prefix: str = "") -> str:
-    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    short = sorted(word for word in known if "." not in word and not word.startswith("_"))
-    return f"{lead}{prefix}{close[0]}" if close else f"; accepts {', '.join(short)}"
+def _check_option(override: str, parts: Override) -> None:
+    """Refuses an override of a group that does not name one of its options, or a place for it."""
+    group, value = parts.key_or_group, parts.value()
+    if group not in groups():
+        known = groups() if parts.package is not None else [*groups(), *_paths()]
+        raise UserError(f"{override.lstrip('+')}: {group} is no group{nearest(group.replace('/', '.'), known)}")
+    optional = conf.defaults().get(group) == "null" and parts.package is None
+    options = [*groups()[group], *(["null"] if optional else [])]
+    if parts.is_delete():
+        if not optional and parts.package is None:
+            raise UserError(f"{override}: a run needs one; accepts {', '.join(options)}")
+        return
+    if parts.package is None and group not in conf.defaults():
+        places = [name for name in conf.written()[1] if name.startswith(f"{group}@")]
+        raise UserError(f"{override}: where? for example {places[0] if places else f'{group}@PLACE'}={value}")
+    if isinstance(value, list) and not optional:
+        raise UserError(f"{override.lstrip('+')}: takes one option; accepts {', '.join(options)}")
+    for name in value if isinstance(value, list) else [value]:
+        name = "null" if name is None else str(name)
+        if name not in options:
+            close = get_close_matches(name, options, n=1, cutoff=0.3)
+            near = f"; nearest: {close[0]}" if close else ""
+            raise UserError(f"{override.lstrip('+')}: no such option; accepts {', '.join(options)}{near}")
 
 
-def _one_line(error: Exception, overrides: list[str]) -> str:
-    """Hydra's and OmegaConf's errors as one line with the nearest spelling."""
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override}: not an override that can be read; expected key=value, text with blanks or = in quotes"
-        )
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1]
-        if isinstance(error.__cause__, OmegaConfBaseException) and "not in" not in str(error.__cause__):
-            return f"{key}: {str(error.__cause__).splitlines()[0]}"
-        return f"{key}: no such key{_nearest_path(key)}"
-    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
-        options = groups().get(match[1], [])
-        return f"{match[1]}={match[2]}: no such option; accepts {', '.join(options)}{_nearest_only(match[2], options)}"
-    if match := re.search(r"Could not override '?([\w@/.]+)'?\.\s*No match in the defaults list", text):
-        return f"{match[1]}: no such key{_nearest_path(match[1])}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: missing; give it as {error.full_key}=VALUE"
-    return " ".join(text.split())[:300]
+def _is_known(key: str, read: list[Read]) -> bool:
+    """Whether the constructor that a key belongs to has a parameter of that name."""
+    parent, _, name = key.rpartition(".")
+    node: Any = _written(read)
+    constructor: Any = None
+    for part in parent.split("."):
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+        constructor = SECTIONS.get(part) if constructor is None else hints_of(constructor).get(part)
+    given = {each.name: each.parts.value() for each in read}
+    target = given.get(f"{parent}._target_") or (node.get("_target_") if isinstance(node, dict) else None)
+    if target is not None:
+        constructor = class_of(f"{parent}._target_", target)
+    return isinstance(constructor, type) and name in parameters_of(constructor)[0]
 
 
-def _nearest_only(word: str, known: list[str]) -> str:
-    close = get_close_matches(word, known, n=1, cutoff=0.3)
-    return f"; nearest: {close[0]}" if close else ""
+def _one_line(error: Exception, read: list[Read]) -> str:
+    """Hydra's errors as one line with the nearest spelling."""
+    text = " ".join(str(error).split())
+    if match := re.match(r"Could not override '([^']+)'", text):
+        if "@" in match[1]:
+            return f"{match[1]}: there is no such place{nearest(match[1], conf.written()[1])}"
+        return f"{match[1]}: {_linked(match[1], read) or f'no such key{_nearest_path(match[1], read)}'}"
+    if match := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
+        if match[1] in _paths(read):
+            return f"~{match[1]}: is null already"
+        return f"~{match[1]}: no such key{_nearest_path(match[1], read)}"
+    if match := re.match(r"Could not delete from config\. The value of '([^']+)' is (.*) and not (.*)\.$", text):
+        return f"~{match[1]}={match[3]}: its value is {match[2]}"
+    if match := re.match(r"Could not delete '([^']+)'", text):
+        return f"~{match[1]}: is not chosen, or not there"
+    if match := re.match(r"Error merging override \+*(.+)$", text):
+        cause = str(error.__cause__).splitlines()[0]
+        return f"{match[1]}: {'expected a section with keys' if 'merge' in cause.lower() else cause}"
+    return text[:300]
 
 
-def _nearest_path(key: str) -> str:
-    """The nearest full key of the default configuration."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        default = OmegaConf.to_container(compose("train"), resolve=False)
-    return _nearest(key, _paths(default, ""))
+def _unresolved(error: OmegaConfBaseException, config: DictConfig) -> str:
+    """The line for a `${...}` that leads nowhere: the key, what it says, why not."""
+    why = str(error).splitlines()[0]
+    key = error.full_key or ""
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    if match := re.match(r"Interpolation key '([^']+)' not found", why):
+        paths = _paths_of(OmegaConf.to_container(config, resolve=False))
+        near = nearest(match[1], paths)
+        why = f"there is no {match[1]}{near if near.startswith('; nearest') else ''}"
+    return f"{key}={node}: {re.sub(r'^[A-Za-z]+ raised while resolving interpolation: ', '', why)}"
 
 
-def _paths(node: Any, path: str) -> list[str]:
-    if not isinstance(node, dict):
-        return [path]
-    below = [p for key, child in node.items() for p in _paths(child, f"{path}.{key}" if path else str(key))]
+def _linked(key: str, read: list[Read]) -> str | None:
+    """What to say of a key below one that is a link to another."""
+    node: Any = _written(read)
+    for i, part in enumerate(key.split(".")):
+        node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, str) and node.startswith("${"):
+            link = ".".join(key.split(".")[: i + 1])
+            return f"{link} is {node}, the same as another; change that one, or give {link} as a whole"
+    return None
+
+
+def _nearest_path(key: str, read: list[Read] | None = None) -> str:
+    """The nearest full key; first of those that end alike: `lr` is optimizer.lr."""
+    paths = _paths(read)
+    last = key.rpartition(".")[2]
+    alike = [path for path in paths if path.rpartition(".")[2] == last]
+    if alike and len(alike) <= 3:
+        return f"; nearest: {', '.join(alike)}"
+    close = get_close_matches(
+        key.lower(), [path.lower() for path in alike or paths], n=1, cutoff=0.6 if not alike else 0
+    )
+    by_lower = {path.lower(): path for path in paths}
+    return f"; nearest: {by_lower[close[0]]}" if close else f"; accepts {', '.join(sorted(_tops()))}"
+
+
+def _tops() -> list[str]:
+    return sorted({*groups(), *SECTIONS, *SCALARS, *OBJECTS})
+
+
+def _written(read: list[Read] | None = None) -> dict[str, Any]:
+    return conf.written({each.name: str(each.parts.value()) for each in read or []})[0]
+
+
+def _paths(read: list[Read] | None = None) -> list[str]:
+    return _paths_of(_written(read))
+
+
+def _paths_of(node: Any, path: str = "") -> list[str]:
+    """Every key of a tree, sections included."""
+    below = [
+        p
+        for key, child in (node.items() if isinstance(node, dict) else ())
+        if not key.startswith("_")
+        for p in _paths_of(child, f"{path}.{key}" if path else str(key))
+    ]
     return ([path] if path else []) + below

@@ -1,71 +1,349 @@
-"""`farspan doctor`: what this machine has, and whether it works here."""
+"""`farspan doctor`: what this machine has, and whether it works here.
 
-import importlib
+A fact a line, as it is found: whether it is there (ok, missing, or broken), what it is, and what was found or went
+wrong. What may take long, hang or crash is tried in a process of its own (`launch.trials`); this one imports neither
+torch nor anything else that might be at fault.
+"""
+
+import contextlib
+import json
+import os
 import platform
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import sysconfig
+import tempfile
+import threading
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from importlib import metadata, util
+from pathlib import Path
+from typing import NamedTuple
 
-from launch.preflight import cores
+from launch import machine, trials
 from launch.user import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 45.0  # seconds that a trial may take; they take one to five
+ARGUMENTS = ("run.dir", "cluster.address")
+MEMORY = 6e9  # bytes that the default job takes at most, Ray included
+
+
+class Fact(NamedTuple):
+    """sign: ok, missing or broken. needed: whether the default job cannot run without it."""
+
+    name: str
+    sign: str
+    value: str
+    needed: bool = False
+
+
+class Package(NamedTuple):
+    """The module that it is imported as, what it brings to farspan, and how to get it where pip alone does not."""
+
+    module: str
+    brings: str
+    install: str | None = None
+
+
+PACKAGES = {
+    "hydra-core": Package("hydra", "composes the configuration"),
+    "matplotlib": Package("matplotlib", "plots"),
+    "numpy": Package("numpy", "corpora, packing, schedules"),
+    "omegaconf": Package("omegaconf", "resolves the configuration"),
+    "ray": Package("ray", "places workers on machines, and starts them again"),
+    "rich": Package("rich", "the progress display, tables"),
+    "tensorboardX": Package("tensorboardX", "tracking=tensorboard"),
+    "torch": Package("torch", "all that is computed"),
+    "wandb": Package("wandb", "tracking=wandb"),
+    "fla-core": Package("fla", "planned: Triton kernels of the linear mixers"),
+    "triton": Package("triton", "torch.compile on GPUs; planned: kernels"),
+    "flash-attn": Package("flash_attn", "planned: fused softmax attention on GPUs"),
+    "deepspeed": Package("deepspeed", "planned: engine=deepspeed, ZeRO and offloading"),
+    "megatron-core": Package("megatron", "planned: its indexed corpora, its distributed optimizer"),
+    "apex": Package("apex", "planned: a fused optimizer and norm on GPUs", "from source, github.com/NVIDIA/apex"),
+    "torchao": Package("torchao", "planned: FP8 training, optimizers of few bits"),
+    "scipy": Package("scipy", "planned: the adaptive scheduler's integer programs"),
+    "transformers": Package("transformers", "planned: Hugging Face checkpoints; an oracle of the tests"),
+    "tokenizers": Package("tokenizers", "planned: tokens other than bytes"),
+    "datasets": Package("datasets", "planned: corpora of the Hugging Face hub"),
+    "pyarrow": Package("pyarrow", "planned: corpora in Parquet files"),
+    "safetensors": Package("safetensors", "planned: weights to and from Hugging Face"),
+}
 
 
 def doctor(arguments: list[str]) -> int:
-    """Prints one line a fact. Returns 0 when the default job can run here, 1 when it cannot."""
-    if arguments:
-        raise UserError(f"{arguments[0]}: doctor takes no arguments")
-    healthy = True
-    for name, value, works in facts():
-        healthy = healthy and works
-        print(f"{name:<12}{value}")
-    return 0 if healthy else 1
+    """Prints the facts. Returns 0 when the default job can run here, and a Ray answers at an address that is given."""
+    given = _parse(arguments)
+    address = given.get("cluster.address")
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    healthy = answers = True
+    for fact in facts(Path(given.get("run.dir", "runs/NAME")), address):
+        if isinstance(fact, str):
+            print(f"\n{fact}", flush=True)
+            continue
+        healthy = healthy and (fact.sign == "ok" or not fact.needed)
+        answers = answers and (fact.sign == "ok" or fact.name != "cluster.address")
+        code = {"ok": 32, "missing": 33, "broken": 31}[fact.sign]
+        sign = f"\033[{code}m{fact.sign:<9}\033[0m" if colours else f"{fact.sign:<9}"
+        print(f"{sign}{fact.name:<16}{fact.value}", flush=True)
+    print(f"\nThe default job can{'' if healthy else 'not'} run here{'' if answers else f'; none can at {address}'}.")
+    return 0 if healthy and answers else 1
 
 
-def facts() -> Iterator[tuple[str, str, bool]]:
-    """(name, what was found, whether the default job can run with it)."""
-    import torch
-    import torch.distributed as dist
+def facts(run_dir: Path, address: str | None) -> Iterator[Fact | str]:
+    """Every fact, with headings between them."""
+    yield from _machine()
+    yield from _torch()
+    required, optional = _requirements()
+    with ThreadPoolExecutor(max_workers=max(2, min(4, machine.cores()))) as pool:
+        found = {n: pool.submit(package, n, spec, n in required) for n, spec in {**required, **optional}.items()}
+        yield "Packages that farspan needs"
+        yield from (found[name].result() for name in required)
+        yield "Packages that it can use"
+        yield from (found[name].result() for name in optional)
+    yield "Where runs are written, and a cluster"
+    yield _disk(run_dir)
+    yield _cache()
+    yield from _ray(address)
 
-    from train.precision import native_bf16
 
-    yield (
-        "python",
-        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        sys.version_info >= (3, 10),
+def _machine() -> Iterator[Fact]:
+    version = platform.python_version()
+    where = f"{version} on {platform.system()} {platform.machine()}"
+    fits = (3, 10) <= sys.version_info[:2] < (3, 14)
+    yield Fact("python", "ok" if fits else "broken", where + ("" if fits else "; 3.10 to 3.13 are needed"), True)
+    has_source = Path(sysconfig.get_path("stdlib"), "os.py").exists()
+    source = "Python's own source" if has_source else "this Python comes without its source: data=text"
+    yield Fact("corpus", "ok" if has_source else "missing", source, True)
+
+    allowed, name_and_sets = machine.limits(), machine.processor()
+    count, present = machine.cores(), os.cpu_count()
+    quota = f", a quota of {allowed.cores:g}" if allowed.cores else ""
+    enough = count >= 2
+    few = "" if enough else "; the default job has two workers, a core each: cluster.workers=1"
+    yield Fact(
+        "cores", "ok" if enough else "broken", f"{count} of {present} usable{quota}, {name_and_sets[0]}{few}", True
     )
-    yield "cores", f"{cores()}, bf16 {'native' if native_bf16('cpu') else 'emulated (fp32 is used)'}", True
-    yield "memory", _memory(), True
-    yield "disk", f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here", True
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        yield "devices", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", True
+    yield Fact(
+        "instructions", "ok" if name_and_sets[1] else "missing", " ".join(name_and_sets[1]) or "none known of here"
+    )
+
+    memory = machine.memory()
+    if memory is None:
+        yield Fact("memory", "missing", "this system does not say")
     else:
-        yield "devices", "no CUDA device: runs use the CPU", True
-    backends = [b for b, has in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if has]
-    yield "torch", f"{torch.__version__}, backends {', '.join(backends)}", "gloo" in backends
-    for name, package, needed in (("ray", "ray", True), ("wandb", "wandb", False), ("fla", "fla-core", False)):
-        value, works = _package(name, package)
-        yield name, value, works or not needed
+        total, available = memory
+        room = min(total, allowed.memory or total)
+        group = (
+            f", {_size(allowed.memory)} for this process's group" if allowed.memory and allowed.memory < total else ""
+        )
+        little = f"; little: the default job takes up to {_size(MEMORY)}" if min(room, available) < MEMORY else ""
+        yield Fact("memory", "ok", f"{_size(total)}, {_size(available)} available{group}{little}")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        usage = shutil.disk_usage(shared)
+        small = "; small: Ray keeps its objects on disk instead" if usage.free < 2e8 else ""
+        yield Fact("/dev/shm", "ok", f"{_size(usage.total)}, {_size(usage.free)} free{small}")
+    else:
+        yield Fact("/dev/shm", "missing", "Ray keeps its objects on disk instead")
 
 
-def _package(module: str, package: str) -> tuple[str, bool]:
+def _torch() -> Iterator[Fact]:
+    """What a process that imports torch finds."""
+    said = False
     try:
-        found = version(package)
-    except PackageNotFoundError:
-        return f"not installed (pip install {package})", False
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        return f"{found}, but importing it fails: {(str(error).splitlines() or [type(error).__name__])[0]}", False
-    return found, True
+        for line in _tried("torch", "torch"):
+            with contextlib.suppress(ValueError):
+                name, sign, value = json.loads(line)
+                said = True
+                yield Fact(name, sign, value, name in ("torch", "gloo") or name == "nccl" and sign == "broken")
+    except TrialError as error:
+        yield Fact("torch", "broken", str(error), True)
+    else:
+        if not said:
+            yield Fact("torch", "broken", "says nothing", True)
 
 
-def _memory() -> str:
+class TrialError(Exception):
+    """Why a trial failed, in one line."""
+
+
+def _tried(name: str, module: str) -> Iterator[str]:
+    """What a trial says, line by line. Its process is killed, with all that it started, when its time is over.
+
+    Raises TrialError at the end of one that failed.
+    """
+    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "WANDB_SILENT": "true"}
+    late = threading.Event()
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            [sys.executable, trials.__file__, name, module],
+            env=os.environ | quiet,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+
+        def kill() -> None:
+            late.set()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        clock = threading.Timer(LIMIT, kill)
+        clock.start()
+        try:
+            yield from (line.strip() for line in process.stdout if line.strip())
+            code = process.wait()
+        finally:
+            clock.cancel()
+            if process.poll() is None:
+                kill()
+                process.wait()
+            process.stdout.close()
+        if late.is_set():
+            raise TrialError(f"nothing in {LIMIT:g} s")
+        if code < 0:
+            raise TrialError(f"killed by {signal.Signals(-code).name} when it was tried")
+        if code:
+            errors.seek(0)
+            raise TrialError((errors.read().strip().splitlines() or ["failed without a word"])[-1][:200])
+
+
+def package(name: str, spec: str, needed: bool) -> Fact:
+    """Whether a package is there, in a version that fits, and does something small."""
+    known = PACKAGES.get(name, Package(name.replace("-", "_"), ""))
+    brings = f"; {known.brings}" if known.brings else ""
     try:
-        with open("/proc/meminfo") as lines:
-            found = dict(line.split(":", 1) for line in lines)
-    except OSError:
-        return "unknown"
-    gib = {key: int(found[key].split()[0]) / 2**20 for key in ("MemTotal", "MemAvailable")}
-    return f"{gib['MemTotal']:.0f} GiB, {gib['MemAvailable']:.0f} GiB available"
+        version: str | None = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        version = None
+    if version is None and util.find_spec(known.module) is None:
+        return Fact(name, "missing", f"{known.install or f'pip install {name}'}{brings}", needed)
+    shown = version or "of unknown version"
+    if version and not _fits(version, spec):
+        return Fact(name, "broken", f"{shown}, farspan needs {spec}{brings}", needed)
+    if name == "torch":
+        return Fact(name, "ok", f"{shown}, tried above{brings}", needed)
+    try:
+        remarks = list(_tried(name, known.module))
+    except TrialError as error:
+        return Fact(name, "broken", f"{shown}: {error}{brings}", needed)
+    return Fact(name, "ok", f"{shown}{''.join(f', {line}' for line in remarks[-1:])}{brings}", needed)
+
+
+def _requirements() -> tuple[dict[str, str], dict[str, str]]:
+    """The packages that farspan requires, and those that it can use, each with the versions that fit."""
+    try:
+        lines = metadata.requires("farspan") or []
+    except metadata.PackageNotFoundError:  # run from a checkout
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+        lines = re.findall(r'"([^"]+)"', block[1]) if block else []
+    required: dict[str, str] = {}
+    specs = {}
+    for line in lines:
+        match = re.match(r"([\w.-]+)(?:\[[^\]]*\])?\s*([^;]*)(;.*extra.*)?", line)
+        if match and match[3]:
+            specs[match[1]] = match[2].strip()
+        elif match:
+            required[match[1]] = match[2].strip()
+    return dict(sorted(required.items())), {name: specs.get(name, "") for name in PACKAGES if name not in required}
+
+
+def _fits(version: str, spec: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # comes with most of what farspan requires
+        return True
+    return SpecifierSet(spec).contains(version, prereleases=True)
+
+
+def _disk(run_dir: Path) -> Fact:
+    folder = machine.ground(run_dir.parent)
+    try:
+        disk = machine.disk(folder)
+    except OSError as error:
+        return Fact("runs", "broken", f"{folder} cannot be written: {error.strerror or error}", True)
+    speeds = f"writes {disk.write / 1e6:,.0f} MB/s, reads {disk.read / 1e6:,.0f} MB/s"
+    kind = f"{disk.kind}, " if disk.kind else ""
+    if not disk.locks:
+        return Fact("runs", "broken", f"{folder}: {kind}{speeds}; has no locks (flock): a run needs one", True)
+    return Fact("runs", "ok", f"{folder}: {kind}{speeds}, {_size(disk.free)} free, locks work", True)
+
+
+def _cache() -> Fact:
+    """The folder of token stores, where data.store names no other."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "farspan"
+    above = machine.ground(folder)
+    if not os.access(above, os.W_OK):
+        return Fact("token stores", "broken", f"{above} cannot be written: data.store=FOLDER, or XDG_CACHE_HOME", True)
+    return Fact("token stores", "ok", f"{folder}, {_size(shutil.disk_usage(above).free)} free", True)
+
+
+def _ray(address: str | None) -> Iterator[Fact]:
+    """Whether a Ray answers at the address given, which must, or at that of the environment."""
+    told = address or os.environ.get("RAY_ADDRESS")
+    name = "cluster.address" if address else "RAY_ADDRESS"
+    if not told:
+        yield Fact("cluster", "missing", "no cluster.address, no RAY_ADDRESS: runs start a Ray of their own")
+        return
+    try:
+        yield Fact(name, "ok", f"{told}: {_answer(told)}")
+    except (UserError, OSError, ValueError) as error:
+        yield Fact(name, "broken", f"{told}: {str(error).removeprefix(f'cluster.address={told}: ')}")
+
+
+def _answer(address: str) -> str:
+    """What answers at an address, within a few seconds. Raises UserError, OSError or ValueError where nothing does."""
+    import socket
+
+    from launch.nodes import check_answers
+    from train.limits import within
+
+    if address.startswith(("http://", "https://")):
+        check_answers(address.rstrip("/"))
+        return f"Ray {metadata.version('ray')} answers, as here"
+    if address == "auto":
+        told = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        if not told.exists():
+            raise OSError("no Ray runs on this machine")
+        address = told.read_text().strip()
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise ValueError("expected http://HOST:8265, HOST:PORT or auto")
+    try:
+        within(5, lambda: socket.create_connection((host.strip("[]"), int(port)), 5).close())
+    except TimeoutError:
+        raise OSError("nothing answers in 5 s") from None
+    return "answers" if address == host + colon + port else f"{address} answers"
+
+
+def _parse(arguments: list[str]) -> dict[str, str]:
+    given = {}
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if key not in ARGUMENTS:
+            close = get_close_matches(key, ARGUMENTS, n=1, cutoff=0.5)
+            near = f"; nearest: {close[0]}" if close else ""
+            raise UserError(f"{argument}: no such argument; accepts {', '.join(ARGUMENTS)}{near}")
+        if not value:
+            raise UserError(f"{argument}: expected {key}={'FOLDER' if key == 'run.dir' else 'http://HOST:8265'}")
+        given[key] = value
+    return given
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB" if count < 1000 else f"{count / 1000:.1f} PB"

@@ -1,4 +1,4 @@
-"""A world on Ray: the side that has Ray in it. It starts one, trains once on it, reports, and waits to be ended.
+"""A world on Ray: the side that has Ray in it. It starts or joins one, trains once, reports, and waits to be ended.
 
 Most of a start is Python processes importing Ray and torch. What shortens it: Ray starts while this process imports;
 one set of environment variables for the job, the controller and the workers, so that the processes which Ray starts
@@ -15,19 +15,23 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from launch import inspection, meeting, package
 from launch.outcome import Failure
-from launch.world import SIGNALS, Job, TooFewDevicesError, leave_with_parent, loopback
+from launch.user import UserError
+from launch.world import SIGNALS, Job, leave_with_parent, loopback
 
 _STORE_BYTES = 80_000_000  # Ray's object store: near its least (75 MiB), nothing of ours goes through it
 _PEER_S = 2.0  # seconds that a rank which lost a peer keeps quiet
+_MEMBERS = "members.json"  # in the scratch folder: where the ranks of this attempt are
 
 # Ray Train's, in the driver, the controller and the workers.
-_TRAIN_ENVIRONMENT = {
+TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how late an end is noticed; 2 by default
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # 60 by default, too few on a busy machine
@@ -66,26 +70,32 @@ class Report:
 
 
 def drive(job: Job, place: str, pipe: connection.Connection[Any, Any]) -> None:
-    """The driver process, with Ray's files under `place`: sends one Report and stays until it is ended."""
+    """The driver process, with Ray's files under `place`: sends lines for people, then one Report, and stays until it
+
+    is ended.
+    """
     os.setsid()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if job.address is None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # else Ray's job agent sends them here too: still held back
     log = os.open(scratch(job.run_dir) / "driver.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
     leave_with_parent(job.run_dir)
-    for foreign in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
-        os.environ.pop(foreign, None)
-    os.environ.update(_TRAIN_ENVIRONMENT | _RAY_ENVIRONMENT | loopback() | _token(place))
-    os.environ.update(OMP_NUM_THREADS=str(job.threads), PYTHONPATH=os.pathsep.join(job.path))
+    os.environ.update(TRAIN_ENVIRONMENT)
+    if job.address is None:
+        for foreign in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+            os.environ.pop(foreign, None)
+        os.environ.update(_RAY_ENVIRONMENT | loopback() | _token(place))
+        os.environ.update(OMP_NUM_THREADS=str(job.threads), PYTHONPATH=os.pathsep.join(job.path))
     try:
-        report = _fit(job, place)
+        report = _fit(job, place, pipe.send)
     except BaseException as error:
         failure = Failure.of(-1, error)
-        report = Report(False, line=failure.line, trace=failure.trace)
+        report = Report(False, [failure] if failure.user_line else [], line=failure.line, trace=failure.trace)
     with contextlib.suppress(EOFError, OSError):
         pipe.send(report)
         pipe.recv()
-    # Here only when the launcher cannot end us by itself (see `launch.cluster`), or has died.
+    # Here when the launcher cannot end us by itself (see `launch.cluster`), has died, or Ray is not ours to kill.
     import ray
 
     ray.shutdown()
@@ -100,11 +110,17 @@ def _token(place: str) -> dict[str, str]:
     return {"RAY_AUTH_TOKEN_PATH": str(path)}
 
 
-def _fit(job: Job, place: str) -> Report:
-    """Start Ray, train once, and tell how it went; raises what Ray itself fails with."""
+def _fit(job: Job, place: str, say: Callable[[str], None]) -> Report:
+    """Start or join Ray, train once, and tell how it went; raises what Ray itself fails with."""
     imports = threading.Thread(target=_import_ahead)
     imports.start()
-    _start_ray(job, place)
+    if job.address is None:
+        _start_ray(job, place)
+    else:
+        imports.join()  # joining takes no time that could be used, and torch's import beside it has crashed
+        _join_ray(job)
+        if not inspection.clear(job, say):
+            return Report(True)  # a stop was asked for while the run waited for its turn
     imports.join()
     import ray.train
 
@@ -113,8 +129,14 @@ def _fit(job: Job, place: str) -> Report:
         _off_main_thread(_trainer(job).fit)
     except ray.train.WorkerGroupError as error:
         failures = _reports(job)
+        members = _members(job)
+        ranks = {members[ours]["rank"] if ours in members else ours: ours for ours in error.worker_failures}
         reported = {failure.rank for failure in failures}
-        deaths = [(rank, _death(why)) for rank, why in sorted(error.worker_failures.items()) if rank not in reported]
+        deaths = [
+            (rank, _death(error.worker_failures[ours], members.get(ours)))
+            for rank, ours in sorted(ranks.items())
+            if rank not in reported
+        ]
         return Report(False, failures, deaths)
     return Report(True)
 
@@ -137,15 +159,44 @@ def _start_ray(job: Job, place: str) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
         # Equal to what Ray Train gives to its controller and workers: the processes started in advance then fit them.
-        runtime_env={"env_vars": _TRAIN_ENVIRONMENT},
+        runtime_env={"env_vars": TRAIN_ENVIRONMENT},
         _node_ip_address="127.0.0.1",
         _temp_dir=place,
     )
 
 
+def _join_ray(job: Job) -> None:
+    """Become a driver of the Ray that runs at job.address, with our code for its workers. Raises UserError."""
+    import logging
+
+    import ray
+
+    assert job.address is not None
+    # A submitted job's own code is deleted when its first driver ends: every attempt brings it again.
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    try:
+        ray.init(
+            address=job.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": package.environment(), "working_dir": job.code},
+        )
+    except ConnectionError as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"cluster.address={job.address}: no Ray to join from this machine ({line[:200]})") from None
+
+
 def _trainer(job: Job) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend, BackendConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    class Meeting(TorchConfig):
+        """Leaves the process group to `launch.meeting`, which numbers the ranks by machine."""
+
+        @property
+        def backend_cls(self) -> type[Backend[BackendConfig]]:
+            return Backend
 
     class Trainer(TorchTrainer):
         """Without the actors that hand out datasets and clean up on clusters: half a gigabyte, a second at the end."""
@@ -157,7 +208,7 @@ def _trainer(job: Job) -> Any:
     return Trainer(
         _work,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend=job.backend),
+        torch_config=Meeting(backend=job.backend),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": 1}
         ),
@@ -185,23 +236,22 @@ def _off_main_thread(function: Any) -> None:
 
 
 def _work(told: dict[str, Any]) -> None:
-    """A Ray Train worker's life: torch.distributed is initialised; run the entry and leave the world together."""
-    import torch
+    """A Ray Train worker's life: enter the world, run the entry, and leave the world together."""
+    import ray.train
     import torch.distributed as dist
 
     job: Job = told["job"]
-    rank = dist.get_rank()
+    rank = ours = ray.train.get_context().get_world_rank()
     try:
-        os.chdir(job.directory)
-        torch.set_num_threads(job.threads)
-        if job.device == "cuda" and torch.cuda.device_count() < 1:
-            raise TooFewDevicesError(job.workers, 0)
+        if job.address is None:
+            os.chdir(job.directory)
+        rank = meeting.enter(job, scratch(job.run_dir) / _MEMBERS)
         job.function()(job.config)
         dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:
         failure = Failure.of(rank, error)
-        path = scratch(job.run_dir) / f"rank-{rank}.json"
+        path = scratch(job.run_dir) / f"rank-{ours}.json"
         path.with_suffix(".part").write_text(json.dumps(asdict(failure)), encoding="utf-8")
         path.with_suffix(".part").rename(path)
         if failure.blames_peer:
@@ -216,8 +266,20 @@ def _reports(job: Job) -> list[Failure]:
     return [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
-def _death(why: Exception) -> str:
-    """How a rank ended that wrote nothing: Ray does not tell the signal."""
+def _members(job: Job) -> dict[int, dict[str, Any]]:
+    """Ray's rank of each worker that entered the world -> its rank and its machine's address."""
+    try:
+        told = json.loads((scratch(job.run_dir) / _MEMBERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {member["ray_rank"]: {**member, "rank": rank} for rank, member in enumerate(told)}
+
+
+def _death(why: Exception, member: dict[str, Any] | None) -> str:
+    """How a rank ended that wrote nothing, and on which machine of a cluster: Ray does not tell the signal."""
+    where = f" on {member['address']}" if member and member["address"] != "127.0.0.1" else ""
     if "low on memory" in str(why):
-        return "was killed by Ray: the machine runs out of memory"
-    return "was killed (SIGKILL, or a crash)"
+        return f"was killed by Ray{where}: the machine runs out of memory"
+    if "its node has died" in str(why):
+        return f"was lost with its machine{where}"
+    return f"was killed{where} (SIGKILL, or a crash)"

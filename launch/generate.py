@@ -1,5 +1,6 @@
 """`farspan generate RUN`: continue a prompt from a checkpoint."""
 
+import json
 import sys
 from codecs import getincrementaldecoder
 from dataclasses import dataclass
@@ -28,16 +29,15 @@ class Request:
 def generate(arguments: list[str]) -> int:
     """Streams the continuation to standard output. Raises UserError."""
     run, request = _parse(arguments)
-    from data.tokenizer import Bytes
-    from train import checkpoint
+    from data.tokenizer import from_card
     from train.generate import Decoder
 
-    folder = run_folder("RUN", run)
-    found = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
-    if found is None:
-        raise UserError(f"RUN={run}: has no complete checkpoint")
-    tokenizer = Bytes()
-    decoder = Decoder.load(saved_config(folder)["model"], found)
+    found = _checkpoint(run)
+    try:
+        tokenizer = from_card(json.loads((found / "tokenizer.json").read_text()))
+    except ValueError as error:
+        raise UserError(f"RUN={run}: {error}") from None
+    decoder = Decoder.load(saved_config(found)["model"], found)
     prompt = [tokenizer.DOCUMENT, *tokenizer.encode(request.prompt.encode()).tolist()]
     text = getincrementaldecoder("utf-8")("replace")  # a character may take several bytes, and bytes may be wrong
     sys.stdout.write(request.prompt)
@@ -48,6 +48,23 @@ def generate(arguments: list[str]) -> int:
         sys.stdout.flush()
     sys.stdout.write(text.decode(b"", True) + "\n")
     return 0
+
+
+def _checkpoint(value: str) -> Path:
+    """The newest complete checkpoint of a run, or the one named itself, wherever it lies. Raises UserError."""
+    from train import checkpoint
+
+    path = Path(value)
+    if (path / checkpoint.MANIFEST).exists():
+        try:
+            checkpoint.verify(path)
+        except checkpoint.DamagedError as error:
+            raise UserError(f"RUN={value}: this checkpoint is damaged ({error})") from None
+        return path
+    found = checkpoint.newest(run_folder("RUN", value) / "checkpoints", lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise UserError(f"RUN={value}: has no complete checkpoint")
+    return found
 
 
 def _parse(arguments: list[str]) -> tuple[str, Request]:

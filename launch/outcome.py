@@ -28,11 +28,15 @@ _PEER_GONE = re.compile(
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: `reason` is one line for a person when not ok; `exit_code` is 0 done, 1 failed, 2 a mistake."""
+    """The end of a run: `reason` is one line for a person when not ok; `exit_code` is 0 done, 1 failed, 2 a mistake.
+
+    `lost`: a process, a machine or Ray was lost, which another attempt may not meet; our own code raised nothing.
+    """
 
     ok: bool
     reason: str | None = None
     exit_code: int = 0
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,11 @@ def verdict(failures: Sequence[Failure], deaths: Sequence[tuple[int, str]], run_
     own_reports = [failure for failure in ordered if not failure.blames_peer]
     if killed or (deaths and not own_reports):
         rank, how = (killed or list(deaths))[0]
-        return Outcome(False, f"rank {rank} {how}", 1)
+        return Outcome(False, f"rank {rank} {how}", 1, lost=True)
     if not ordered:
-        return Outcome(False, "the workers ended without a report", 1)
+        return Outcome(False, "the workers ended without a report", 1, lost=True)
     first = ordered[0]
     if first.user_line is not None:
         return Outcome(False, first.user_line, 2)
-    return Outcome(False, f"rank {first.rank}: {first.line} (full trace: {path})", 1)
+    who = f"rank {first.rank}: " if first.rank >= 0 else ""
+    return Outcome(False, f"{who}{first.line} (full trace: {path})", 1, lost=first.blames_peer)

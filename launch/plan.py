@@ -4,7 +4,10 @@ import math
 from typing import Any
 
 from launch import preflight
+from launch.placement import Node, place
 from launch.preflight import Flight
+from launch.templates import Machines
+from launch.user import UserError
 
 PROBE_TOKENS = 256
 
@@ -12,17 +15,47 @@ PROBE_TOKENS = 256
 def plan(overrides: list[str]) -> int:
     """Prints the plan of a run. Raises UserError."""
     config = preflight.configure(overrides)
-    flight = preflight.clear(config, print)
-    print("\n".join(lines(flight)))
+    planned = _planned(config)
+    with preflight.refusals(config):
+        device = planned.device(config["cluster"]["device"]) if planned else None
+    flight = preflight.clear(config, print, device=device)
+    with preflight.refusals(config):
+        print("\n".join(lines(flight, planned.nodes_planned(flight.device) if planned else _nodes(flight))))
     return 0
 
 
-def lines(flight: Flight) -> list[str]:
+def _planned(config: dict[str, Any]) -> Machines | None:
+    """The machines of the cluster's template; None where there is none, or the cluster itself can be asked."""
+    from launch import nodes, template
+
+    address = config["cluster"]["address"]
+    found = template.machines(config)
+    if found is None or address is None:
+        return found
+    try:
+        nodes.check_answers(nodes.address_of(address))
+    except UserError as error:
+        print(f"{error}; planned on the machines of cluster.template")
+        return found
+    return None
+
+
+def _nodes(flight: Flight) -> list[Node]:
+    if flight.cluster.kind != "ray":
+        return [Node("this machine", "127.0.0.1", flight.cluster.workers)]
+    from launch.nodes import room
+
+    return room(flight.cluster, flight.device)
+
+
+def lines(flight: Flight, nodes: list[Node]) -> list[str]:
+    """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
     from train.construct import construct
 
     config, train = flight.config, flight.train
     lengths = [len(s.tokens) for s in flight.batches.batch(config["seed"], 0)]
     first = construct(config["scheduler"]).plan(0, lengths, data=flight.data, sequence=flight.sequence)
+    placement = place(flight.cluster.workers, nodes, flight.sizes)
     total = sum(math.prod(shape) for shape in flight.shapes.values())
     held = max(
         sum(end - begin for begin, end in spans)
@@ -33,6 +66,7 @@ def lines(flight: Flight) -> list[str]:
     return [
         f"mesh        {flight.cluster.workers} workers on {flight.device}: data {flight.data} x sequence "
         f"{flight.sequence}; parameters sharded over all of them",
+        *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
         f"budget      {train.total_steps:,} steps of {train.batch_tokens:,} tokens = {train.total_tokens:,}",
         f"parameters  {total:,}, of which {_activated(config['model'], flight.shapes):,} act on a token",
         *_memory(flight, total, held),

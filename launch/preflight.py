@@ -3,9 +3,11 @@
 import fcntl
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +19,7 @@ from launch.user import UserError
 from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
 
 RUNS = Path("runs")
+JOBS = "jobs.jsonl"  # in a run folder: the jobs that it was, one object a line
 
 
 @dataclass
@@ -35,8 +38,16 @@ class Flight:
     init_from: Path | None = None
 
     @property
-    def threads(self) -> int:
+    def threads(self) -> int | None:
+        """Of each worker. On a cluster, null: its machines' own cores decide."""
+        if self.cluster.kind == "ray":
+            return self.cluster.threads
         return self.cluster.threads or max(1, cores() // self.cluster.workers)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The mesh's axes, outermost first."""
+        return {"data": self.data, "sequence": self.sequence}
 
 
 def cores() -> int:
@@ -49,31 +60,41 @@ def configure(overrides: list[str]) -> dict[str, Any]:
     asked = composed(overrides)
     if asked["resume"] is None:
         return asked
-    folder = run_folder("resume", asked["resume"])
+    folder = run_folder("resume", asked["resume"], asked["cluster"])
     config = saved_config(folder)
     for override in overrides:
-        path = override.lstrip("+~").split("=")[0].split("@")[0].split(".")
-        if path[0] == "experiment":
+        key, _, package = override.lstrip("+").split("=")[0].partition("@")
+        path = (package or key).split(".")
+        if path[0] == "experiment" or override.startswith("~"):
             raise UserError(f"{override}: cannot be changed by a resumed run; give the keys that should differ")
-        _copy(asked, config, path if path[0] not in groups() or len(path) > 1 else path[:1])
+        _copy(asked, config, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
     config["resume"], config["init_from"] = str(folder), None
     config["run"]["dir"] = str(folder)
     return checked(config)
 
 
-def clear(config: dict[str, Any], say: Callable[[str], None]) -> Flight:
-    """Checks the whole run and returns it ready to start. Raises UserError with one line."""
+def clear(
+    config: dict[str, Any], say: Callable[[str], None], *, device: str | None = None, data_here: bool = True
+) -> Flight:
+    """Checks the whole run and returns it ready to start. Raises UserError with one line.
+
+    device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
+    read from this machine; where not, what needs them is left unchecked, and the flight has no batches.
+    """
     with refusals(config):
         if config["seed"] < 0:
             raise ValueError(f"seed={config['seed']}: must not be negative")
         train = section(TrainSettings, config["train"])
         cluster = section(ClusterSettings, config["cluster"])
         precision = section(PrecisionSettings, config["precision"])
-        device = _device(cluster)
+        device = device or _device(cluster)
         if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
         data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
         shapes = model_shapes(config["model"])
+        if not data_here:
+            _objects(config, train, data, sequence)
+            return Flight(config, train, cluster, device, data, sequence, shapes, None)
         batches = _batches(config, train)
         if shapes["embedding"][0] < batches.vocab_size:
             raise ValueError(
@@ -81,7 +102,7 @@ def clear(config: dict[str, Any], say: Callable[[str], None]) -> Flight:
                 f"must be at least that"
             )
         lengths = [len(s.tokens) for s in batches.batch(config["seed"], 0)]
-        _objects(config, train, lengths, data, sequence)
+        _objects(config, train, data, sequence, lengths)
         flight = Flight(config, train, cluster, device, data, sequence, shapes, batches)
         if precision.compute == "bf16" and device == "cpu":
             _warn_without_bf16(say)
@@ -132,11 +153,21 @@ def model_shapes(node: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def run_folder(key: str, value: str) -> Path:
-    """The folder of a run given as a path or a name under runs/. Raises UserError."""
+def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> Path:
+    """The folder of a run given as a path, a name under runs/, or the id of a job. Raises UserError.
+
+    An id is looked for in the runs here, then, where `cluster` says which, among the cluster's jobs.
+    """
     for folder in (Path(value), RUNS / value):
         if (folder / "config.yaml").exists():
             return folder
+    for told in (*RUNS.glob(f"*/{JOBS}"), *RUNS.glob(f"*/*/{JOBS}")):  # a sweep's members lie one deeper
+        if any(json.loads(line)["job"] == value for line in told.read_text().splitlines()):
+            return told.parent
+    if cluster is not None and cluster["kind"] == "ray" and "/" not in value:
+        from launch import jobs
+
+        return jobs.folder_of(value, cluster["address"], key)
     raise UserError(f"{key}={value}: no such run; expected a run folder, or the name of one in {RUNS}/")
 
 
@@ -146,7 +177,7 @@ def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     name = run["name"] or (Path(run["dir"]).name if run["dir"] else time.strftime("%Y%m%d-%H%M%S"))
     folder = Path(run["dir"]) if run["dir"] else RUNS / name
     if not resumed and ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
-        if not _locked(folder):
+        if not locked(folder):
             raise UserError(f"run.dir={folder}: already holds a run; continue it with resume={folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +196,28 @@ def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     return folder, lock
 
 
-def _locked(folder: Path) -> bool:
+def last_job(folder: Path) -> tuple[str | None, str | None]:
+    """(id, cluster address) of the job that a run was last, or (None, None): it was trained without one."""
+    try:
+        told = json.loads((folder / JOBS).read_text().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return None, None
+    return told["job"], told["address"]
+
+
+def withdraw(folder: Path) -> None:
+    """Takes back what `claim` and `write_config` left of a run that was refused before its first step."""
+    if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+        return
+    for name in ("config.yaml", ".lock", JOBS, "stop", "error.txt", "log.txt", "tokenizer.json", "corpus.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ".ray", ignore_errors=True)
+    with suppress(OSError):  # what else lies there is not ours
+        folder.rmdir()
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process has the run: it trains, or is about to."""
     try:
         with (folder / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,6 +229,10 @@ def _locked(folder: Path) -> bool:
 
 
 def _device(cluster: ClusterSettings) -> str:
+    if cluster.kind == "ray":
+        from launch import nodes
+
+        return nodes.device(cluster.device, cluster.workers, nodes.address_of(cluster.address))
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -194,7 +250,9 @@ def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
     return data.open(train.batch_tokens)
 
 
-def _objects(config: dict[str, Any], train: TrainSettings, lengths: list[int], data: int, sequence: int) -> None:
+def _objects(
+    config: dict[str, Any], train: TrainSettings, data: int, sequence: int, lengths: list[int] | None = None
+) -> None:
     """Builds what is cheap to build, so that its own checks speak now, and asks for one plan and one rate."""
     import torch
 
@@ -202,7 +260,11 @@ def _objects(config: dict[str, Any], train: TrainSettings, lengths: list[int], d
 
     for key in ("engine", "tracking"):
         construct(config[key])
-    construct(config["scheduler"]).plan(0, lengths, data=data, sequence=sequence).check(data * sequence)
+    scheduler = construct(config["scheduler"])
+    if lengths is not None:
+        scheduler.plan(0, lengths, data=data, sequence=sequence).check(data * sequence)
+    else:
+        construct(config["data"])
     construct(config["schedule"]).multiplier(train.batch_tokens, train.total_tokens)
     try:
         construct(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
@@ -227,7 +289,7 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
             continue
         path = Path(value)
         if not (path / checkpoint.MANIFEST).exists():
-            found = checkpoint.newest(run_folder(key, value) / "checkpoints", say)
+            found = checkpoint.newest(run_folder(key, value, flight.config["cluster"]) / "checkpoints", say)
             if found is None and key == "resume":
                 say(f"{value} has no complete checkpoint: starting from step 0")
                 continue
@@ -265,9 +327,9 @@ def _copy(source: dict[str, Any], into: dict[str, Any], path: list[str]) -> None
         into[path[-1]] = source[path[-1]]
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: Path, config: dict[str, Any], code: dict[str, Any]) -> None:
     """`config.yaml`, fully resolved, with the code's version."""
-    text = OmegaConf.to_yaml(OmegaConf.create({**config, "code": code_version()}))
+    text = OmegaConf.to_yaml(OmegaConf.create({**config, "code": code}))
     aside = folder / "config.yaml.partial"
     aside.write_text(text)
     aside.replace(folder / "config.yaml")
@@ -276,7 +338,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 def code_version() -> dict[str, Any]:
     """farspan's version and, in a checkout, its commit and whether files differ from it."""
     import subprocess
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     root = Path(__file__).resolve().parents[1]
 
@@ -284,12 +346,24 @@ def code_version() -> dict[str, Any]:
         done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    found: dict[str, Any] = {"farspan": version("farspan")}
+    try:
+        found: dict[str, Any] = {"farspan": version("farspan")}
+    except PackageNotFoundError:
+        found = {}
     try:
         commit = git("rev-parse", "HEAD")
     except (OSError, subprocess.TimeoutExpired):
         return found
-    return {**found, "commit": commit, "modified": bool(git("status", "--porcelain"))} if commit else found
+    if not commit:
+        return found
+    found |= {"commit": commit, "modified": bool(git("status", "--porcelain"))}
+    found |= {"branch": git("rev-parse", "--abbrev-ref", "HEAD"), "remote": _public(git("remote", "get-url", "origin"))}
+    return {key: value for key, value in found.items() if value != ""}
+
+
+def _public(remote: str) -> str:
+    """A repository's address without the name and the token that it may hold."""
+    return re.sub(r"://[^/@]*@", "://", remote)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

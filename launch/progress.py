@@ -133,7 +133,7 @@ class Progress:
             parts.append(f"held-out {_loss(record['heldout_loss'])}")
         if speed := self._speed(record):
             left = max(0, self._total - record["tokens"]) / speed
-            parts += [f"{speed:,.0f} tok/s", f"{_duration(left)} left"]
+            parts += [f"{speed:,.0f} tok/s", f"{duration(left)} left"]
         return "  ".join(parts)
 
     def _speed(self, record: dict[str, Any]) -> float:
@@ -181,7 +181,7 @@ def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """2:13, 1:02:13 or 3d 01:02."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

@@ -1,68 +1,189 @@
 """`farspan train`: check everything, launch the workers, follow them, and say how it ended."""
 
+import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from launch import cluster, local, preflight
+from launch import cluster, local, nodes, preflight
 from launch.outcome import Outcome
 from launch.preflight import Flight
 from launch.progress import Progress
+from launch.stopping import stop_file
 
 ENTRY = "train.build:run"
 COUNTED_TOKENS = 20_000_000  # byte models are fitted to runs up to this long: about ten seconds and 2 GB
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended. code: the exit code. folder: the run's, None where it was not made. stopped: asked to stop."""
+
+    code: int
+    folder: Path | None = None
+    stopped: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """What a job knows of itself: its id and the cluster's address as its user sees them, the device, the code."""
+
+    job: str
+    address: str
+    device: str
+    code: dict[str, Any]
+
+    @property
+    def again(self) -> str:
+        """The command that resumes it."""
+        return f"farspan submit resume={self.job} cluster.address={self.address}"
+
+
 def train(overrides: list[str]) -> int:
     """Runs a job from its overrides. Returns the exit code. Raises UserError before any process is started."""
-    began = time.monotonic()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        config = preflight.configure(overrides)
+    except KeyboardInterrupt:
+        console.print(_NOTHING, markup=False)
+        return 0
+    return run(config, console).code
+
+
+_NOTHING = "stopped before the run started: nothing was written"
+
+
+def run(config: dict[str, Any], console: Console, *, brief: bool = False) -> Ended:
+    """Runs a composed configuration to its end, here or as a job that is followed. Raises UserError as `train` does.
+
+    brief: one of several: nothing is said about what to do with it.
+    """
+    settings = config["cluster"]
+    if settings["kind"] == "ray" and nodes.is_remote(nodes.address_of(settings["address"])):
+        from launch import submit
+
+        return submit.attached(config, console)
+    return here(config, console, brief=brief)
+
+
+def here(config: dict[str, Any], console: Console, hosted: Hosted | None = None, *, brief: bool = False) -> Ended:
+    """Runs a composed configuration from this machine; SIGINT and SIGTERM save, and end it with exit code 0."""
+    began = time.monotonic()
+    folder: Path | None = None
+    again = ""
 
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    config = preflight.configure(overrides)
-    flight = preflight.clear(config, say)
-    folder, lock = preflight.claim(config, resumed=config["resume"] is not None)
-    if flight.cluster.kind == "none":
-        local.warm("train.build")
-    with lock:
-        preflight.write_config(folder, config)
-        start = f", from {flight.resume or flight.init_from}" if flight.resume or flight.init_from else ""
-        say(f"run {folder}: {_place(flight)}{start}")
-        progress = Progress(folder, flight.train.total_tokens, console=console, from_end=flight.resume is not None)
-        outcome = _launch(flight, folder, progress, say)
-        progress.close()
-        if not outcome.ok:
+    try:
+        flight = preflight.clear(config, say, device=hosted.device if hosted else None)
+        code = hosted.code if hosted else preflight.code_version()
+        folder, lock = preflight.claim(config, resumed=config["resume"] is not None)
+        again = hosted.again if hosted else f"farspan train resume={folder}"
+        with lock:
+            preflight.write_config(folder, config, code)
+            if hosted:
+                _note_job(folder, hosted)
+            if flight.cluster.kind == "none":
+                local.warm("train.build")
+            start = f", from {flight.resume or flight.init_from}" if flight.resume or flight.init_from else ""
+            say(f"run {folder}: {_place(flight)}{start}")
+            outcome = _attempts(flight, folder, code, hosted, console, say)
+            stop_file(folder).unlink(missing_ok=True)
+            if outcome.ok:
+                return Ended(0, folder, _report(flight, folder, again, say, began, brief=brief))
             say(f"failed: {outcome.reason}")
-            _say_where_to_continue(folder, say)
-            return outcome.exit_code
-        _report(flight, folder, say, time.monotonic() - began)
-    return 0
+            if outcome.exit_code == 2:
+                preflight.withdraw(folder)
+            else:
+                _say_where_to_continue(folder, again, say)
+            return Ended(outcome.exit_code, folder, False, outcome.reason)
+    except KeyboardInterrupt:  # outside of the launchers, which have their own way to hear it
+        if folder is None:
+            say(_NOTHING)
+        else:
+            say("stopped while no worker was running")
+            _say_where_to_continue(folder, again, say)
+        return Ended(0, folder, True)
 
 
-def _launch(flight: Flight, folder: Path, progress: Progress, say: Callable[[str], None]) -> Outcome:
+def _attempts(
+    flight: Flight,
+    folder: Path,
+    code: dict[str, Any],
+    hosted: Hosted | None,
+    console: Console,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Launches the workers, and again from the last checkpoint when one or a machine was lost.
+
+    `cluster.restarts` of them may follow each other without a new checkpoint in between.
+    """
+    from train import checkpoint
+
+    left, before, again = flight.cluster.restarts, flight.resume, False
+    while True:
+        progress = Progress(folder, flight.train.total_tokens, console=console, from_end=flight.resume is not None)
+        outcome = _launch(flight, folder, code, hosted, progress, say, again=again)
+        progress.close()
+        if outcome.ok or not outcome.lost or stop_file(folder).exists():
+            return outcome
+        flight.resume = checkpoint.newest(folder / "checkpoints", lambda line: None) or flight.resume
+        if flight.resume != before:
+            left, before = flight.cluster.restarts, flight.resume
+        if not left:
+            return outcome
+        left, again = left - 1, True
+        since = f"from {flight.resume.name}" if flight.resume else "from the start: no checkpoint was complete"
+        say(f"lost: {outcome.reason}")
+        say(f"another attempt goes on {since}; {left} more may follow before the next checkpoint")
+
+
+def _launch(
+    flight: Flight,
+    folder: Path,
+    code: dict[str, Any],
+    hosted: Hosted | None,
+    progress: Progress,
+    say: Callable[[str], None],
+    *,
+    again: bool,
+) -> Outcome:
     order = {
         "config": flight.config,
         "run_dir": str(folder.resolve()),
         "device": flight.device,
+        "code": code,
         "resume": str(flight.resume.resolve()) if flight.resume else None,
         "init_from": str(flight.init_from.resolve()) if flight.init_from else None,
     }
-    launcher: Callable[..., Outcome] = local.spawn if flight.cluster.kind == "none" else cluster.fit
-    return launcher(
-        ENTRY,
-        order,
-        workers=flight.cluster.workers,
-        run_dir=folder,
-        device=flight.device,
-        threads=flight.threads,
-        tick=progress.tick,
-        say=say,
-    )
+    ours: dict[str, Any] = {
+        "workers": flight.cluster.workers,
+        "run_dir": folder,
+        "device": flight.device,
+        "threads": flight.threads,
+        "tick": progress.tick,
+        "say": say,
+    }
+    if flight.cluster.kind == "none":
+        return local.spawn(ENTRY, order, **ours)
+    if flight.cluster.kind == "local":
+        return cluster.fit(ENTRY, order, **ours)
+    address = "auto" if hosted else nodes.address_of(flight.cluster.address)
+    return cluster.fit(ENTRY, order, **ours, address=address, sizes=flight.sizes, patient=again)
+
+
+def _note_job(folder: Path, hosted: Hosted) -> None:
+    """The run remembers the jobs that it was, so that each of their ids finds it."""
+    line = json.dumps({"job": hosted.job, "address": hosted.address, "time": time.time()})
+    with (folder / preflight.JOBS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def _place(flight: Flight) -> str:
@@ -73,35 +194,54 @@ def _place(flight: Flight) -> str:
     )
 
 
-def _say_where_to_continue(folder: Path, say: Callable[[str], None]) -> None:
+def _say_where_to_continue(folder: Path, again: str, say: Callable[[str], None]) -> None:
     from train import checkpoint
 
     last = checkpoint.newest(folder / "checkpoints", lambda line: None)
     if last is None:
-        say(f"no checkpoint was complete: farspan train resume={folder} starts again from step 0")
+        say(f"no checkpoint was complete: {again} starts again from step 0")
     else:
-        say(f"farspan train resume={folder} goes on from {last.name}")
+        say(f"{again} goes on from {last.name}")
 
 
-def _report(flight: Flight, folder: Path, say: Callable[[str], None], seconds: float) -> None:
-    """The last lines: what was reached, beside what byte counts alone would reach, and where to look."""
-    summary = preflight.read_summary(folder)
+def _report(flight: Flight, folder: Path, again: str, say: Callable[[str], None], began: float, *, brief: bool) -> bool:
+    """The last lines: what was reached, beside what byte counts alone would reach, and where to look.
+
+    Returns whether the run was stopped before its end.
+    """
+    try:
+        summary = preflight.read_summary(folder)
+    except FileNotFoundError:
+        say(f"stopped before the first step; {again} starts it")
+        return True
     if summary["stopped"]:
-        say(f"stopped at step {summary['step']:,}; farspan train resume={folder} goes on")
-        return
-    if summary["heldout_loss"] is not None and summary["tokens"] <= COUNTED_TOKENS:
-        from data.baseline import ngram_losses
-
-        steps = range(summary["step"])
-        seen = (s for step in steps for s in flight.batches.batch(flight.config["seed"], step))
-        unigram, bigram, order4 = ngram_losses(seen, flight.batches.heldout()).values()
-        say(
-            f"held-out loss, nats per byte: {summary['heldout_loss']:.3f}  (byte models fitted on the same "
-            f"{summary['tokens']:,} tokens: unigram {unigram:.3f}, bigram {bigram:.3f}, order-4 {order4:.3f})",
-        )
+        say(f"stopped at step {summary['step']:,}; {again} goes on")
+        return True
+    if brief:
+        return False
+    try:
+        _say_results(flight, folder, summary, say)
+    except KeyboardInterrupt:
+        say("the run is complete")
     say(
-        f"{seconds:.0f} s in all, {summary['seconds']:.0f} s of them training. The run is in {folder}:\n"
+        f"{time.monotonic() - began:.0f} s in all, {summary['seconds']:.0f} s of them training. "
+        f"The run is in {folder}:\n"
         f"  farspan generate {folder}             continue a prompt with it\n"
-        f"  farspan train resume={folder} train.tokens=…   train it further\n"
+        f"  {again} train.tokens=…   train it further\n"
         f"  {folder}/metrics.jsonl          every step, one JSON object a line",
+    )
+    return False
+
+
+def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Callable[[str], None]) -> None:
+    if summary["heldout_loss"] is None or summary["tokens"] > COUNTED_TOKENS:
+        return
+    from data.baseline import ngram_losses
+
+    steps = range(summary["step"])
+    seen = (s for step in steps for s in flight.batches.batch(flight.config["seed"], step))
+    unigram, bigram, order4 = ngram_losses(seen, flight.batches.heldout()).values()
+    say(
+        f"held-out loss, nats per byte: {summary['heldout_loss']:.3f}  (byte models fitted on the same "
+        f"{summary['tokens']:,} tokens: unigram {unigram:.3f}, bigram {bigram:.3f}, order-4 {order4:.3f})",
     )

@@ -53,7 +53,7 @@ def _enter(
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(job.threads or 1)
     function = job.function()
     if job.device == "cuda":
         if torch.cuda.device_count() < job.workers:
@@ -74,7 +74,7 @@ def _coordinates(job: Job, rank: int, port: int) -> dict[str, str]:
     """What torchrun and Ray would have set: libraries look for it."""
     size = str(job.workers)
     return loopback() | {
-        "OMP_NUM_THREADS": str(job.threads),
+        "OMP_NUM_THREADS": str(job.threads or 1),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": size,

@@ -32,14 +32,18 @@ class Job:
     workers: int
     run_dir: Path
     device: str
-    threads: int
+    threads: int | None  # None: this machine's cores, divided among the workers on it
+    address: str | None = None  # of a Ray to join; None: one of our own
+    patient: bool = False  # wait for machines that a cluster lacks, instead of refusing the run
+    sizes: dict[str, int] = field(default_factory=dict)  # of the mesh, outermost first, to place its groups
+    code: str | None = None  # the folder of farspan's packages that a joined Ray's workers get
     directory: str = field(default_factory=os.getcwd)
     path: list[str] = field(default_factory=lambda: [entry or os.getcwd() for entry in sys.path])
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, needs at least 1")
-        if self.threads < 1:
+        if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: got {self.threads}, needs at least 1")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device: got {self.device!r}, accepts 'cpu' or 'cuda'")

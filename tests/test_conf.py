@@ -1,33 +1,67 @@
-"""Every YAML file composes, is accepted whole, and builds."""
+"""Every YAML file in conf/ composes, is accepted whole, and builds: a new one is covered on the day it is written."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from launch.compose import composed, groups
+from launch import conf
+from launch.check import OBJECTS, build
+from launch.compose import composed
+from launch.conf import CONF
 from models.mixers import MIXERS
 from parallel.schedule import SCHEDULERS
 from parallel.sequence import TRANSPORTS
 from train.construct import construct
 from train.engines import ENGINES
 
-NEEDED = {"data=text": ["data.path=somewhere"]}
-CHOICES = [f"{group}={option}" for group, options in groups().items() if group != "mixer" for option in options]
+FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
+REQUIRED = {"path": "somewhere", "heads": 4, "kv_heads": 2}  # a value for each key that some file leaves to its user
+MORE = {"cluster/ray_up": ["cluster.template.head_ip=10.0.0.1"]}  # what a constructor wants of the user besides
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_option_composes_and_builds(choice):
-    config = composed([choice, *NEEDED.get(choice, [])])
-    for key in ("data", "scheduler", "engine", "schedule", "tracking"):
-        construct(config[key])
+def overrides_for(file: Path) -> list[str]:
+    """What puts a file into the default job: its group's option; of a group that is placed in another, there."""
+    group, option = file.parts
+    placed = conf.written()[1]
+    place = next((name for name in placed if name.partition("@")[0] == group), None)
+    assert place is not None, f"conf/{group}/ is in no defaults list: nothing can choose {file}.yaml"
+    key = place.partition("@")[2] or group
+    missing = [name for name, value in conf.leaves(conf.option(group, option)).items() if value == "???"]
+    unknown = [name for name in missing if name not in REQUIRED]
+    assert not unknown, f"conf/{file}.yaml: give this test a value for {unknown}"
+    return [f"{place}={option}", *(f"{key}.{name}={REQUIRED[name]}" for name in missing), *MORE.get(str(file), [])]
+
+
+def nodes(tree: object) -> Iterator[dict]:
+    """The outermost nodes that name a class."""
+    if isinstance(tree, dict) and "_target_" in tree:
+        yield tree
+    elif isinstance(tree, dict):
+        for child in tree.values():
+            yield from nodes(child)
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_is_accepted_and_builds(file):
+    config = composed(overrides_for(file))
     with torch.device("meta"):
-        model = construct(config["model"])
-    construct(config["optimizer"])(model.parameters())
-    if choice == "model=linear_moe_tiny":
-        assert 4e6 < sum(p.numel() for p in model.parameters()) < 6e6
+        built = [construct(node) for node in nodes(config)]
+    assert len(built) >= len(OBJECTS)
+    parameters = list(build(config).parameters())
+    assert parameters and all(p.device.type == "meta" for p in parameters)
+    construct(config["optimizer"])(parameters)
 
 
-def test_every_mixer_and_registered_class_has_its_yaml():
-    known = groups()
+def test_the_default_model_has_the_size_that_it_is_said_to_have():
+    assert 4e6 < sum(p.numel() for p in build(composed([])).parameters()) < 6e6
+
+
+def test_every_registered_class_has_its_yaml_and_every_transport_its_name():
+    known = conf.groups()
     assert known["mixer"] == sorted(MIXERS)
     assert known["scheduler"] == sorted(SCHEDULERS) and known["engine"] == sorted(ENGINES)
     for kind, named in TRANSPORTS.items():
@@ -35,6 +69,24 @@ def test_every_mixer_and_registered_class_has_its_yaml():
             composed([f"parallel.transport.{kind}={name}"])
 
 
-def test_a_mixer_can_be_placed_in_a_model_by_name():
-    config = composed(["mixer@model.blocks.gla.mixer=gated_deltanet", "model.blocks.gla.mixer.heads=2"])
-    assert config["model"]["blocks"]["gla"]["mixer"]["_target_"] == "models.mixers.gated_deltanet.GatedDeltaNet"
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_every_mixer_can_be_placed_in_a_model_by_name(mixer):
+    place = "model.blocks.gla.mixer"
+    missing = [name for name, value in conf.option("mixer", mixer).items() if value == "???"]
+    config = composed([f"mixer@{place}={mixer}", *(f"{place}.{name}={REQUIRED[name]}" for name in missing)])
+    target = config["model"]["blocks"]["gla"]["mixer"]["_target_"]
+    assert target == f"{MIXERS[mixer].__module__}.{MIXERS[mixer].__qualname__}"
+    build(config)
+
+
+@pytest.mark.parametrize("file", [None, *FILES], ids=str)
+def test_plain_reading_of_the_files_says_what_hydra_composes(file, monkeypatch):
+    """`launch.conf`, which completion and help read, against Hydra: the same keys, the same values."""
+    monkeypatch.setattr(conf, "_load", lambda path: OmegaConf.to_container(OmegaConf.load(path)))
+    chosen = overrides_for(file)[:1] if file else []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        theirs = OmegaConf.to_container(compose("train", chosen), resolve=False)
+    choices = dict(each.split("=", 1) for each in chosen)
+    ours, placed = conf.written(choices)
+    assert ours == theirs
+    assert choices.items() <= placed.items()

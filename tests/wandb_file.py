@@ -12,6 +12,11 @@ BLOCK = 32 * 1024
 FIRST, LAST, FULL = 2, 4, 1
 
 
+def offline_files(run: Path) -> list[Path]:
+    """What the attempts of a run wrote, in order."""
+    return sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def records(path: Path) -> Iterator[Any]:
     """Every `wandb_internal_pb2.Record` of a `run-*.wandb` file, in order."""
     from wandb.proto import wandb_internal_pb2
@@ -31,9 +36,25 @@ def records(path: Path) -> Iterator[Any]:
         at += 7 + length
 
 
+def of_kind(path: Path, kind: str) -> list[Any]:
+    """The records of one kind, unwrapped: run, alert, artifact, exit, metric."""
+    return [getattr(record, kind) for record in records(path) if record.HasField(kind)]
+
+
 def history(path: Path) -> list[dict[str, Any]]:
     """What each `run.log` call logged, in order."""
-    steps = (record.history for record in records(path) if record.HasField("history"))
     return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in step.item} for step in steps
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in step.item}
+        for step in of_kind(path, "history")
     ]
+
+
+def config(path: Path) -> dict[str, Any]:
+    """What the run was configured with at its start."""
+    return {item.key: json.loads(item.value_json) for item in of_kind(path, "run")[0].config.update}
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """The numbers that stand for the run."""
+    items = (item for part in of_kind(path, "summary") for item in part.update)
+    return {item.key: json.loads(item.value_json) for item in items if item.key}

@@ -1,5 +1,8 @@
 """The assembly of a worker: from the resolved configuration to a Trainer, in the order things depend on each other."""
 
+import json
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,15 @@ from train.observe import Phases
 from train.precision import dtypes
 from train.settings import ParallelSettings, TrainSettings, section
 from train.state import State
-from train.track import Jsonl, RunLog, Tracker
+from train.tracking import Facts, RunLog, Tracker, newest_attempt
 
 
 def build(order: dict[str, Any]) -> Trainer:
     """A Trainer from what the launcher ordered.
 
     order: `config` (resolved), `run_dir`, `device`, and optionally `resume` (a verified checkpoint to continue, with
-    the optimizer's state and the step) or `init_from` (one to take weights from).
+    the optimizer's state and the step), `init_from` (one to take weights from), `attempt` (which start of the run this
+    is, by the launcher's count, from 1) and `code` (what `Facts` says of it).
     """
     config, run_dir = order["config"], Path(order["run_dir"])
     device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
@@ -39,12 +43,13 @@ def build(order: dict[str, Any]) -> Trainer:
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
     adamw = optimizer.build(construct(config["optimizer"]), model, declared)
 
-    state = State()
+    state = State(attempt=0)
     if order.get("resume"):
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
-        state = State(facts["step"], facts["tokens"], facts["skips"], facts["attempt"] + 1)
+        state = State(facts["step"], facts["tokens"], facts["skips"], facts["attempt"])
     elif order.get("init_from"):
         checkpoint.load(Path(order["init_from"]), model, None)
+    state.attempt = _attempt(order, state.attempt)
 
     parallel = section(ParallelSettings, config["parallel"])
     train = section(TrainSettings, config["train"])
@@ -59,7 +64,9 @@ def build(order: dict[str, Any]) -> Trainer:
         phases,
     )
     data, sequence = parallel.sizes(dist.get_world_size())
+    batches = _batches(config, train)
     first = dist.get_rank() == 0
+    say = RunLog(run_dir / "log.txt") if first else lambda line: None
     return Trainer(
         settings=train,
         seed=config["seed"],
@@ -68,7 +75,7 @@ def build(order: dict[str, Any]) -> Trainer:
         model=model,
         optimizer=adamw,
         schedule=construct(config["schedule"]),
-        batches=construct(config["data"]).open(train.batch_tokens),
+        batches=batches,
         scheduler=construct(config["scheduler"]),
         data=data,
         sequence=sequence,
@@ -76,18 +83,43 @@ def build(order: dict[str, Any]) -> Trainer:
         groups=groups,
         phases=phases,
         state=state,
-        say=RunLog(run_dir / "log.txt") if first else lambda line: None,
-        tracker=_tracker(config, run_dir, state) if first else None,
+        say=say,
+        tracker=_tracker(order, say) if first else None,
+        companions=_companions(run_dir, batches) if first else (),
     )
 
 
-def _tracker(config: dict[str, Any], run_dir: Path, state: State) -> Tracker:
-    log = Jsonl(run_dir / "metrics.jsonl")
-    log.keep_until(state.step)
-    wandb = construct(config["tracking"])
-    name = config["run"]["name"] or run_dir.name
-    wandb.start(run_dir, name, config, None, RunLog(run_dir / "log.txt"))
-    return Tracker(log, wandb)
+def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
+    """The batches of the run's corpus. Raises ValueError where machines have another one under the same name."""
+    batches = construct(config["data"]).open(train.batch_tokens)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (batches.fingerprint, socket.gethostname()))
+    if others := [host for fingerprint, host in found if fingerprint != found[0][0]]:
+        raise ValueError(f"data: {others[0]} has other documents than {found[0][1]}; share them through data.store")
+    return batches
+
+
+def _companions(run_dir: Path, batches: Any) -> list[Path]:
+    """The files that travel with the run and with every checkpoint, two of them written here."""
+    for name, card in (("tokenizer.json", batches.tokenizer.card()), ("corpus.json", batches.card())):
+        (run_dir / name).write_text(json.dumps(card, indent=2) + "\n")
+    names = ("config.yaml", "tokenizer.json", "corpus.json")
+    return [run_dir / name for name in names if (run_dir / name).exists()]
+
+
+def _attempt(order: dict[str, Any], saved: int) -> int:
+    """Which start of the run this is, the same on every rank: a number that no record and no checkpoint has yet.
+
+    `saved` is the checkpoint's, 0 without one. An attempt may have died before its first checkpoint, so rank 0 also
+    looks into metrics.jsonl, which it alone writes; a launcher's count holds unless the folder knows a later attempt.
+    """
+    recorded = [newest_attempt(Path(order["run_dir"]) / "metrics.jsonl") if dist.get_rank() == 0 else 0]
+    dist.broadcast_object_list(recorded)
+    return max(order.get("attempt") or 1, saved + 1, recorded[0] + 1)
+
+
+def _tracker(order: dict[str, Any], say: Callable[[str], None]) -> Tracker:
+    return construct(order["config"]["tracking"]).open(Facts.of(order), say)
 
 
 def run(order: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,32 @@ class DamagedError(Exception):
     """Why a checkpoint folder cannot be used."""
 
 
-def save(folder: Path, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any], *, keep: int) -> Path:
-    """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective."""
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    facts: dict[str, Any],
+    *,
+    keep: int,
+    companions: Sequence[Path] = (),
+) -> Path:
+    """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective.
+
+    companions: files that travel with it, so that it is of use without its run: configuration, tokenizer, corpus card.
+    """
     final = folder / f"step-{facts['step']}"
     aside = final.with_suffix(".partial")
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
+        for companion in companions:
+            shutil.copyfile(companion, aside / companion.name)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(aside))
-    mine = [
-        p for p in aside.iterdir() if p.name.startswith(f"__{dist.get_rank()}_") or (first and p.name == ".metadata")
-    ]
+    names = {".metadata", *(companion.name for companion in companions)} if first else set()
+    mine = [p for p in aside.iterdir() if p.name.startswith(f"__{dist.get_rank()}_") or p.name in names]
     sums: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(sums, {p.name: _checksum(p, sync=True) for p in mine})
     if first:

@@ -1,13 +1,26 @@
 """From YAML to objects: `_target_` nodes, of this project and torch.optim only."""
 
+from importlib import import_module
 from typing import Any
 
 ROOMS = ("data.", "models.", "parallel.", "train.", "launch.templates.", "torch.optim.")
 
 
 def allowed(target: str) -> bool:
-    """Whether a configuration may name `target`: it may build our objects, and call nothing else."""
+    """Whether `target` lies in a room whose classes a configuration may build."""
     return target.startswith(ROOMS)
+
+
+def is_class(target: str) -> bool:
+    """Whether a `_target_` names a class that is defined in those rooms: not what their modules have imported."""
+    room, _, name = target.rpartition(".")
+    if not allowed(target):
+        return False
+    try:
+        found = vars(import_module(room)).get(name)
+    except ImportError:
+        return False
+    return isinstance(found, type) and allowed(f"{found.__module__}.")
 
 
 def construct(node: Any) -> Any:
@@ -19,7 +32,7 @@ def construct(node: Any) -> Any:
     from hydra.utils import instantiate
 
     for target in _targets(node):
-        if not allowed(target):
+        if not is_class(target):
             raise ValueError(f"_target_={target}: must be a class of {', '.join(ROOMS)}")
     try:
         return instantiate(node, _convert_="all")

@@ -1,13 +1,16 @@
 """The training loop: a step takes a global batch, makes a plan, runs it, updates the weights, says what happened."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,7 +25,7 @@ from train.observe import Phases, peak_memory_bytes
 from train.optimizer import set_rate
 from train.settings import TrainSettings
 from train.state import State
-from train.track import Tracker
+from train.tracking import Tracker
 
 
 @dataclass(kw_only=True)
@@ -46,10 +49,20 @@ class Trainer:
     state: State
     say: Callable[[str], None]
     tracker: Tracker | None
+    companions: Sequence[Path] = ()
     noted: tuple[MicroStep, ...] = ()
 
     def fit(self) -> None:
         """Trains to the end of the budget, or to the end of the step in which a stop is asked for."""
+        if self.tracker is not None and self.state.attempt > 1:
+            self.tracker.alert("goes on", f"attempt {self.state.attempt} goes on from step {self.state.step}", "INFO")
+        try:
+            self._train()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _train(self) -> None:
         started, saved = time.time(), self.state.step
         heldout, stopping = None, False
         record: dict[str, Any] = {}
@@ -59,9 +72,12 @@ class Trainer:
             if ended and not stopping or self._due(self.settings.evaluate_every):
                 with self.phases("evaluate"):
                     heldout = record["heldout_loss"] = heldout_loss(self.executor, self.batches, self.plan)
+                    batch = self.batches.batch(self.seed, self.state.step - 1, self.state.skips)
+                    record["documents"] = document_lengths([s.starts for s in batch])
             if ended or self._due(self.settings.checkpoint_every):
-                self.save()
-                saved = self.state.step
+                path, saved = self.save(), self.state.step
+                if self.tracker is not None:
+                    self.tracker.checkpoint(path, {key: record[key] for key in ("step", "tokens", "loss")})
             self._log(record)
         self._finish(record, heldout, saved, started, stopping)
 
@@ -113,14 +129,20 @@ class Trainer:
         """What the ranks will do with sequences of these lengths."""
         return self.scheduler.plan(self.state.step + 1, lengths, data=self.data, sequence=self.sequence)
 
-    def save(self) -> None:
-        """A checkpoint of this step. Collective."""
+    def save(self) -> Path:
+        """Writes a checkpoint of this step and returns its folder. Collective."""
         with self.phases("checkpoint"):
             facts = {**self.state.facts(), "seed": self.seed, "data": self.batches.fingerprint}
             path = checkpoint.save(
-                self.run_dir / "checkpoints", self.model, self.optimizer, facts, keep=self.settings.keep
+                self.run_dir / "checkpoints",
+                self.model,
+                self.optimizer,
+                facts,
+                keep=self.settings.keep,
+                companions=self.companions,
             )
         self.say(f"checkpoint {path.relative_to(self.run_dir)}")
+        return path
 
     def _note(self, plan: Plan) -> None:
         """Keeps every plan that differs from the one before it, as `plans/step-N.txt`."""
@@ -167,6 +189,27 @@ class Trainer:
             summary |= {"heldout_loss": heldout, "seconds": time.time() - started, "stopped": stopped}
             (self.run_dir / "summary.json").write_text(json.dumps(summary))
             self.tracker.finish(summary)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tells the tracker what ends the run. `error` goes up, not what else may break here."""
+        if self.tracker is None:
+            return
+        line = (str(error).splitlines() or [""])[0]
+        with contextlib.suppress(Exception):
+            title = "not finite" if isinstance(error, FloatingPointError) else "failed"
+            text = f"{type(error).__name__}: {line} (attempt {self.state.attempt}, step {self.state.step})"
+            self.tracker.alert(title, text, "ERROR")
+            self.tracker.finish({"step": self.state.step, "tokens": self.state.tokens, "error": text}, exit_code=1)
+
+
+def document_lengths(starts: Sequence[np.ndarray]) -> list[list[int]]:
+    """How many pieces of documents have at most so many tokens: [limit, count], limits the powers of two in use.
+
+    starts: bool [L] of each packed sequence, True where a piece begins. A limit counts what is above the one before.
+    """
+    lengths = np.concatenate([np.diff(np.append(np.flatnonzero(s), len(s))) for s in starts])
+    found = Counter(int(length - 1).bit_length() for length in lengths)
+    return [[1 << power, found[power]] for power in range(min(found), max(found) + 1)]
 
 
 def _shares(counts: Tensor) -> list[float]:

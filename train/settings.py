@@ -129,6 +129,10 @@ class ClusterSettings:
             raise ValueError(f"cluster.workers={self.workers}: must be at least 1")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"cluster.threads={self.threads}: must be at least 1, or null")
+        if self.template is not None and not isinstance(self.template, dict):
+            raise ValueError(
+                f"cluster.template={self.template}: must be null, or come with cluster=slurm, kuberay or ray_up"
+            )
         if self.restarts < 0:
             raise ValueError(f"cluster.restarts={self.restarts}: must not be negative")
 

@@ -1,6 +1,5 @@
 """The command line as a user meets it: jobs that run, stop, break and go on; mistakes that cost one line."""
 
-import json
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import pytest
 from launch.cli import main
 from tests.jobs import overrides
 from tests.wandb_file import history
+from train import tracking
 
 pytestmark = pytest.mark.e2e
 FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
@@ -56,7 +56,7 @@ def train(place: Path, *more: str, code: int = 0) -> str:
 
 
 def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return tracking.records(run / "metrics.jsonl")
 
 
 def wait_for_step(run: Path, step: int, timeout: float = 90) -> None:
@@ -137,7 +137,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(place, uninterrupted):
     assert "step-24 is damaged" in said and victim.name in said and "step-25 was never completed" in said
     assert "step-20" in said
     assert numbers(run) == numbers(uninterrupted[0])
-    assert {r["attempt"] for r in records(run)} == {1, 2}
+    assert [r["attempt"] for r in records(run)] == [1] * 20 + [2] * 4
+    written = tracking.records(run / "metrics.jsonl", every_attempt=True)  # nothing is taken out of the record
+    assert [(r["step"], r["attempt"]) for r in written[20:]] == [(s, a) for a in (1, 2) for s in range(21, 25)]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

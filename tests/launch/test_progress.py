@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from launch.progress import Progress
-from train.track import Jsonl, RunLog
+from train.tracking import Jsonl, RunLog
 
 TOTAL = 600_000
 
@@ -159,9 +159,38 @@ def test_a_resumed_run_that_ends_at_once_shows_nothing_old(tmp_path: Path) -> No
     assert Watched(tmp_path, from_end=True).close() == ""
 
 
+def replaced(path: Path, step: int) -> Jsonl:
+    """The file as another one that ends with `step`: restored from a copy, say."""
+    aside = path.with_suffix(".aside")
+    aside.write_text("".join(path.read_text().splitlines(keepends=True)[:step]))
+    aside.replace(path)
+    return Jsonl(path)
+
+
+@pytest.mark.parametrize("from_end", [False, True])
+def test_steps_trained_again_are_shown(tmp_path: Path, from_end: bool) -> None:
+    """They are appended: the file has them twice, the second time with another attempt."""
+    log = Jsonl(tmp_path / "metrics.jsonl")
+    if from_end:
+        for step in range(1, 11):
+            log.log(record(step, attempt=1))
+    run = Watched(tmp_path, from_end=from_end)
+    if not from_end:
+        for step in range(1, 11):
+            log.log(record(step, attempt=1))
+        run.tick()
+    assert run.tick(seconds=10) == ""
+    for step in range(7, 13):  # later in time, and every one shown
+        log.log(record(step, attempt=2, time=1e9 + 100 + step, heldout_loss=2.0))
+    shown = run.tick(seconds=10)
+    assert re.findall(r"step (\d+)", shown) == ["7", "8", "9", "10", "11", "12"]
+    assert re.findall(r"(\S+) tok/s", shown) == ["5,000"] + ["4,096"] * 5  # nothing of the time before
+    assert run.progress.last == record(12, attempt=2, time=1e9 + 112, heldout_loss=2.0)
+
+
 @pytest.mark.parametrize("from_end", [False, True])
 @pytest.mark.parametrize("ticked", [False, True], ids=["longer again", "shorter"])
-def test_steps_trained_again_are_shown_and_the_kept_ones_are_not(tmp_path: Path, from_end: bool, ticked: bool) -> None:
+def test_a_replaced_file_shows_what_is_new_in_it(tmp_path: Path, from_end: bool, ticked: bool) -> None:
     log = Jsonl(tmp_path / "metrics.jsonl")
     if from_end:
         for step in range(1, 11):
@@ -171,15 +200,12 @@ def test_steps_trained_again_are_shown_and_the_kept_ones_are_not(tmp_path: Path,
         for step in range(1, 11):
             log.log(record(step))
         run.tick()
-    assert log.keep_until(6) == 4
+    log = replaced(run.metrics, 6)
     if ticked:
         assert run.tick(seconds=10) == ""
-    for step in range(7, 13):  # later in time, and every one shown
+    for step in range(7, 13):
         log.log(record(step, time=1e9 + 100 + step, heldout_loss=2.0))
-    shown = run.tick(seconds=10)
-    assert re.findall(r"step (\d+)", shown) == ["7", "8", "9", "10", "11", "12"]
-    assert re.findall(r"(\S+) tok/s", shown) == ["5,000"] + ["4,096"] * 5  # nothing of the time before
-    assert run.progress.last == record(12, time=1e9 + 112, heldout_loss=2.0)
+    assert re.findall(r"step (\d+)", run.tick(seconds=10)) == ["7", "8", "9", "10", "11", "12"]
 
 
 def test_the_end_of_a_long_file_is_found(tmp_path: Path) -> None:
@@ -188,7 +214,7 @@ def test_the_end_of_a_long_file_is_found(tmp_path: Path) -> None:
         log.log(record(step, padding="x" * 100_000))
     run = Watched(tmp_path, from_end=True)
     assert run.progress.last is not None and run.progress.last["step"] == 30
-    log.keep_until(28)
+    log = replaced(run.metrics, 28)
     log.log(record(29, time=2e9))
     assert re.findall(r"step (\d+)", run.tick()) == ["29"]
 

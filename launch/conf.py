@@ -1,0 +1,135 @@
+"""conf/ read as plain YAML: its groups, its keys and the values they have there, as they are written.
+
+`--help`, the shell's completion and the reference need no more than that, and Hydra takes half a second to import. A
+test holds `written` against what Hydra composes.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def groups() -> dict[str, list[str]]:
+    """Each configuration group and its options."""
+    return {
+        folder.name: sorted(p.stem for p in folder.glob("*.yaml"))
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir() and any(folder.glob("*.yaml"))
+    }
+
+
+def option(group: str, name: str) -> dict[str, Any]:
+    """One file of conf/, its scalars as text: `3e-3`, `720_000`, `null`."""
+    return _load(CONF / group / f"{name}.yaml")
+
+
+def defaults() -> dict[str, str]:
+    """The option of each group in the default job, in the order of conf/train.yaml; `null` for none."""
+    entries = _load(CONF / "train.yaml")["defaults"]
+    return {key: value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
+
+
+def written(choices: dict[str, str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration under `choices` of options, not resolved, and the option of every group placed in it.
+
+    A group placed inside another is named as in an override: `mixer@model.blocks.gla.mixer`.
+    """
+    choices = choices or {}
+    placed: dict[str, str] = {}
+    tree: dict[str, Any] = {}
+
+    def add(node: dict[str, Any], own: str, package: str) -> None:
+        entries = node.get("defaults", [])
+        for entry in entries if "_self_" in entries else [*entries, "_self_"]:
+            if entry == "_self_":
+                own_keys = {key: value for key, value in node.items() if key != "defaults"}
+                place = _at(tree, package)
+                _merge(place, own_keys)
+                if package:  # in the order of its file, whatever was placed inside before
+                    ordered = {key: place[key] for key in [*own_keys, *place]}
+                    place.clear()
+                    place.update(ordered)
+            elif isinstance(entry, str):  # another option of the same group
+                add(option(own, entry), own, package)
+            else:
+                ((name, chosen),) = entry.items()
+                group, _, inner = name.removeprefix("/").partition("@")
+                where = ".".join(filter(None, [package, inner])) if inner else group
+                key = group if where == group else f"{group}@{where}"
+                placed[key] = choices.get(key, chosen)
+                if placed[key] in groups().get(group, []):
+                    add(option(group, placed[key]), group, "" if _is_global(group, placed[key]) else where)
+
+    add(_load(CONF / "train.yaml"), "", "")
+    return tree, placed
+
+
+def leaves(node: Any, path: str = "") -> dict[str, Any]:
+    """Every full key below `node` and its value; a list is a value."""
+    if not isinstance(node, dict) or path and not node:
+        return {path: node}
+    return {k: v for key, child in node.items() for k, v in leaves(child, f"{path}.{key}" if path else key).items()}
+
+
+def flow(value: Any) -> str:
+    """A value as it is given on the command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {flow(child)}" for key, child in value.items()) + "}"
+    return f"[{', '.join(map(flow, value))}]" if isinstance(value, list) else str(value)
+
+
+def head_comment(path: Path) -> str:
+    """What a YAML file's opening comment says of it, without Hydra's directives."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.lstrip("# "))
+    return " ".join(lines)
+
+
+def comments(path: Path) -> dict[str, str]:
+    """What stands behind the `#` of a key's line, by the key's full name within the file."""
+    found: dict[str, str] = {}
+    above: list[tuple[int, str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = re.match(r"( *)([\w@/.]+):(?: .*?)??(?: # ?(.*))?$", line)
+        if match is None:
+            continue
+        above = [(indent, key) for indent, key in above if indent < len(match[1])] + [(len(match[1]), match[2])]
+        if match[3]:
+            found[".".join(key for _, key in above)] = match[3].strip()
+    return found
+
+
+def _is_global(group: str, name: str) -> bool:
+    return (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").startswith("# @package _global_")
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.load(_text(path), getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}
+
+
+def _at(tree: dict[str, Any], package: str) -> dict[str, Any]:
+    for key in filter(None, package.split(".")):
+        tree = tree.setdefault(key, {})
+    return tree
+
+
+def _merge(into: dict[str, Any], node: dict[str, Any]) -> None:
+    for key, value in node.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

@@ -1,0 +1,46 @@
+"""What travels to a cluster: farspan's own code and, for a job, what it is to run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("models", "parallel", "data", "train", "launch", "conf")
+ORDER = "farspan.json"  # beside the code: what the job runs
+_STOP_S = (
+    3600  # seconds that Ray gives a job between `stop` and SIGKILL: a step and a checkpoint must fit; 3 by default
+)
+
+# Of a job's driver and of all its workers, on every machine.
+JOB_ENVIRONMENT = {
+    "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S),
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def environment() -> dict[str, str]:
+    """The environment variables of a job: Ray Train's and ours. Ray shows them to all: no key is sent."""
+    from launch.driver import TRAIN_ENVIRONMENT
+
+    return TRAIN_ENVIRONMENT | JOB_ENVIRONMENT
+
+
+def stage(folder: Path, order: dict[str, Any] | None = None) -> Path:
+    """A new folder `folder/code` with farspan's packages and, where given, the job's order. Returns it."""
+    code = folder / "code"
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, code / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+    if order is not None:
+        (code / ORDER).write_text(json.dumps(order, indent=1), encoding="utf-8")
+    return code
+
+
+def read_order() -> dict[str, Any]:
+    """The order of the job that this code was packaged with."""
+    return json.loads((ROOT / ORDER).read_text(encoding="utf-8"))

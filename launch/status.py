@@ -1,0 +1,118 @@
+"""How a run stands, read from its folder: what `farspan status` prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import preflight
+from launch.progress import TAIL_BYTES, duration
+from launch.stopping import stop_file
+from train.settings import TrainSettings, section
+
+_RATE_STEPS = 32  # the rate is that over this many steps
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at one moment. tokens_per_second: of wall time over the last steps. restarts: attempts after the first."""
+
+    folder: Path
+    state: str
+    step: int
+    total_steps: int
+    tokens: int
+    total_tokens: int
+    loss: float | None
+    heldout: tuple[float, int] | None
+    tokens_per_second: float | None
+    seconds_since: float | None
+    checkpoint: str | None
+    restarts: int
+
+    def lines(self) -> list[str]:
+        """A line a fact, aligned."""
+        loss = "none yet" if self.loss is None else f"{self.loss:.3f}"
+        heldout = f"  (held-out {self.heldout[0]:.3f} at step {self.heldout[1]:,})" if self.heldout else ""
+        rate = "none yet"
+        if self.tokens_per_second:
+            rate = f"{self.tokens_per_second:,.0f} tokens/s"
+            if self.state in ("running", "stopping"):
+                rate += f", {duration((self.total_tokens - self.tokens) / self.tokens_per_second)} left"
+        since = f", last step {ago(self.seconds_since)}" if self.seconds_since is not None else ""
+        share = f"{min(100, 100 * self.tokens // self.total_tokens)}%"
+        return [
+            f"run         {self.folder}: {self.state}{since}",
+            f"step        {self.step:,} of {self.total_steps:,} ({share}), {self.tokens:,} tokens",
+            f"loss        {loss}{heldout}",
+            f"rate        {rate}",
+            f"checkpoint  {self.checkpoint or 'none yet'}",
+            f"restarts    {self.restarts}",
+        ]
+
+
+def read(folder: Path, *, running: bool | None = None) -> Status:
+    """The status of the run in `folder`. running: what its cluster says; by default, whether a process here has it."""
+    from train import checkpoint
+
+    train = section(TrainSettings, preflight.saved_config(folder)["train"])
+    records = _tail(folder / "metrics.jsonl")
+    last: dict[str, Any] = records[-1] if records else {}
+    heldout = next(((r["heldout_loss"], r["step"]) for r in reversed(records) if r.get("heldout_loss")), None)
+    attempt = [r for r in records[-_RATE_STEPS - 1 :] if r.get("attempt") == last.get("attempt")]
+    rate = last.get("tokens_per_second")
+    if len(attempt) > 1 and attempt[-1]["time"] > attempt[0]["time"]:
+        rate = (attempt[-1]["tokens"] - attempt[0]["tokens"]) / (attempt[-1]["time"] - attempt[0]["time"])
+    found = checkpoint.complete(folder / "checkpoints")
+    saved = None
+    if found:
+        written = (found[-1] / checkpoint.MANIFEST).stat().st_mtime
+        saved = f"{found[-1].name}, {ago(time.time() - written)}"
+    return Status(
+        folder=folder,
+        state=_state(folder, last, train, preflight.locked(folder) if running is None else running),
+        step=last.get("step", 0),
+        total_steps=train.total_steps,
+        tokens=last.get("tokens", 0),
+        total_tokens=train.total_tokens,
+        loss=last.get("loss"),
+        heldout=heldout,
+        tokens_per_second=rate,
+        seconds_since=time.time() - last["time"] if last else None,
+        checkpoint=saved,
+        restarts=max(0, last.get("attempt", 1) - 1),
+    )
+
+
+def _state(folder: Path, last: dict[str, Any], train: TrainSettings, running: bool) -> str:
+    if running:
+        return "stopping" if stop_file(folder).exists() else "running" if last else "starting"
+    if last.get("step", 0) >= train.total_steps:
+        return "complete"
+    return "failed" if (folder / "error.txt").exists() else "stopped" if last else "not started"
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The whole records at the end of metrics.jsonl."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, path.stat().st_size - TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines[1 if start else 0 : -1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict) and "step" in record]
+
+
+def ago(seconds: float) -> str:
+    """ "12 s ago", "2:13 ago": how long since."""
+    return f"{seconds:.0f} s ago" if seconds < 60 else f"{duration(seconds)} ago"

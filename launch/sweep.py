@@ -1,0 +1,297 @@
+"""`farspan sweep`: a run for every combination of values, one folder each, and what they reached side by side.
+
+All members are checked before the first one starts. Here they run one after another, each with all the workers; on a
+cluster as many at a time as it holds (`launch.sweep_jobs`). One that fails is noted, and the next one starts.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from rich.console import Console
+
+from launch import compose, nodes, preflight, status, submit, sweep_members, sweep_table
+from launch.progress import duration
+from launch.sweep_members import Member
+from launch.sweep_record import FILE, OPEN, Sweep
+from launch.train import run
+from launch.user import UserError
+
+PLOT = "sweep.png"
+_NOTHING = "stopped before the sweep started: nothing was written"
+
+
+class Ready(NamedTuple):
+    """A checked member. elsewhere: the overrides that resume it where only the cluster sees its folder."""
+
+    member: Member
+    config: dict[str, Any]
+    device: str
+    elsewhere: list[str] | None = None
+
+
+def sweep(overrides: list[str]) -> int:
+    """Runs, or goes on with, a sweep. Returns 0 done or stopped by the user, 1 a member failed. Raises UserError."""
+    began = time.monotonic()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    with Heard() as heard:
+        try:
+            if any(_is_resume(override) for override in overrides):
+                found, lock, ready = _reopened(overrides, say)
+            else:
+                found, lock, ready = _new(overrides, say)
+        except KeyboardInterrupt:
+            say(_NOTHING)
+            return 0
+        with lock:
+            try:
+                following = [member for member in found.members if member.state == "running"]
+                if following or ready and _remote(ready[0].config):
+                    from launch import sweep_jobs
+
+                    sweep_jobs.run(found, ready, following, say)
+                else:
+                    _run_here(found, ready, console, heard)
+            except KeyboardInterrupt:  # between two members: nothing runs
+                for member in found.members:
+                    if member.state == "running" and member.job is None:
+                        found.mark(member, *settled(found, member))
+            return _ended(found, console, began)
+
+
+class Heard:
+    """While entered, calling it says whether SIGINT or SIGTERM has come, whoever has dealt with it since.
+
+    A run has its own handlers for the time that it trains, and a Ctrl-C in its last step changes nothing about it: the
+    sweep would go on with the next member. Outside of a run both signals raise KeyboardInterrupt.
+    """
+
+    def __enter__(self) -> Heard:
+        self._heard = False
+        self._main = threading.current_thread() is threading.main_thread()
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        self._theirs.setblocking(False)
+        if self._main:
+            self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
+            self._term = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._main:
+            signal.set_wakeup_fd(self._wakeup)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._term is None else self._term)
+        self._ours.close()
+        self._theirs.close()
+
+    def __call__(self) -> bool:
+        try:
+            while numbers := self._ours.recv(4096):
+                self._heard |= bool({signal.SIGINT, signal.SIGTERM} & set(numbers))
+        except BlockingIOError:
+            pass
+        return self._heard
+
+
+def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[Ready]]:
+    """A sweep whose members have been checked, its folder made and locked."""
+    swept, members = sweep_members.expand(overrides)
+    first = _composed(members[0], members[0].overrides)
+    sweep_members.name(swept, members, first)
+    asked = first["run"]
+    name = asked["name"] or (Path(asked["dir"]).name if asked["dir"] else time.strftime("%Y%m%d-%H%M%S"))
+    folder = Path(asked["dir"]) if asked["dir"] else preflight.RUNS / name
+    if (folder / FILE).exists():
+        raise UserError(f"run.dir={folder}: already holds a sweep; continue it with resume={folder}")
+    found = Sweep(folder, name, overrides, swept, members)
+    sizes = " x ".join(f"{len(key.values)} of {key.path}" for key in swept)
+    say(f"sweep {folder}: {len(members):,} members ({sizes}), all checked before the first starts")
+    ready = []
+    for member in members:
+        if (found.place(member) / "config.yaml").exists():
+            raise UserError(f"run.dir={found.place(member)}: already holds a run")
+        config = first if member is members[0] else _composed(member, member.overrides)
+        ready.append(_checked(found, member, config))
+    _one_place(ready)
+    folder, lock = preflight.claim({"run": {"name": name, "dir": str(folder)}}, resumed=False)
+    found.save()
+    found.tabulate()
+    return found, lock, ready
+
+
+def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[Ready]]:
+    """A sweep to go on with: its unfinished members, checked. `running` ones are still followed on their cluster."""
+    others = [override for override in overrides if not _is_resume(override)]
+    for override in others:
+        if override.lstrip("+~").partition("=")[0].split(".")[0] != "cluster":
+            raise UserError(f"{override}: a resumed sweep takes resume=RUN and cluster keys only: its members are set")
+    value = compose.composed([override for override in overrides if _is_resume(override)])["resume"]
+    folder = next((f for f in (Path(value or ""), preflight.RUNS / (value or "")) if (f / FILE).exists()), None)
+    if folder is None:
+        known = sorted(path.parent.name for path in preflight.RUNS.glob(f"*/{FILE}"))
+        has = f"; {preflight.RUNS}/ has {', '.join(known[-5:])}" if known else ""
+        raise UserError(f"resume={value}: no such sweep; expected the folder of one{has}")
+    _, lock = preflight.claim({"run": {"name": None, "dir": str(folder)}}, resumed=True)
+    try:
+        found = Sweep.load(folder)
+        ready = []
+        for member in found.members:
+            if member.state not in OPEN or (state := _caught_up(found, member)) is None:
+                continue
+            member.state, member.reason = state
+            if member.state != "done":
+                ready.append(_checked_again(found, member, others))
+        _one_place(ready)
+        say(f"sweep {folder}: {len(ready):,} of {len(found.members):,} members to start or to resume")
+        for each in ready:
+            each.member.state, each.member.reason = "waiting", None
+        found.save()
+        found.tabulate()
+        return found, lock, ready
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _checked_again(found: Sweep, member: Member, others: list[str]) -> Ready:
+    """A member to resume from its folder, or to start where it has none."""
+    folder = found.place(member)
+    if (folder / "config.yaml").exists():
+        quoted = str(folder).replace("'", r"\'")
+        return _checked(found, member, _composed(member, [*others, f"resume='{quoted}'"]))
+    ready = _checked(found, member, _composed(member, [*member.overrides, *others]))
+    if _remote(ready.config) and member.job and member.state != "waiting":  # its folder is on the cluster
+        return ready._replace(elsewhere=[*others, f"resume='{folder.absolute()}'"])
+    return ready
+
+
+def _composed(member: Member, overrides: list[str]) -> dict[str, Any]:
+    try:
+        return preflight.configure(overrides)
+    except UserError as error:
+        raise UserError(f"member {member.number} ({member.words}): {error}") from None
+
+
+def _checked(found: Sweep, member: Member, config: dict[str, Any]) -> Ready:
+    """A member's configuration with its own name, folder and group, checked as far as that can be done from here."""
+    if config["resume"] is None:
+        config["run"] = {"name": f"{found.name}/{member.folder}", "dir": str(found.place(member))}
+        if config["tracking"].get("group", "") is None:
+            config["tracking"]["group"] = found.name
+    try:
+        remote = _remote(config)
+        check = submit.check if remote else preflight.clear
+        flight = check(config, lambda line: None)  # the run itself says it again
+    except UserError as error:
+        raise UserError(f"member {member.number} ({member.words}): {error}") from None
+    return Ready(member, config, flight.device)
+
+
+def _run_here(found: Sweep, ready: list[Ready], console: Console, heard: Heard) -> None:
+    """One member after another, until a signal asks for the end."""
+    for each in ready:
+        found.mark(each.member, "running")
+        console.print(f"[{each.member.number}/{len(found.members)}] {each.member.words}", style="bold", markup=False)
+        try:
+            state, reason = _one(found, each, console)
+        except KeyboardInterrupt:
+            state, reason = settled(found, each.member)
+        found.mark(each.member, state, reason)
+        if heard():
+            return
+
+
+def _one(found: Sweep, each: Ready, console: Console) -> tuple[str, str | None]:
+    """Runs a member to its end. Returns its state and, where it failed, why; nothing that it raises ends the sweep."""
+    try:
+        ended = run(each.config, console, brief=True)
+    except UserError as error:
+        state, reason = "failed", str(error)
+    except Exception as error:
+        with (found.folder / "error.txt").open("a", encoding="utf-8") as file:
+            file.write(f"member {each.member.number}\n{traceback.format_exc()}\n")
+        first = (str(error).strip().splitlines() or [""])[0]
+        state, reason = "failed", f"{type(error).__name__}: {first} (full trace: {found.folder / 'error.txt'})"
+    else:
+        if ended.code == 0 and ended.stopped:
+            return ("stopped" if ended.folder else "waiting"), None
+        if ended.code == 0:
+            return "done", None
+        return "failed", ended.reason or f"exit code {ended.code}"
+    console.print(f"failed: {reason}", markup=False)
+    return state, reason
+
+
+def settled(found: Sweep, member: Member) -> tuple[str, str | None]:
+    """The state of a member that nothing runs any more, by its folder; as it was noted where that says nothing."""
+    try:
+        state = status.read(found.place(member), running=False).state
+    except (OSError, ValueError, KeyError, TypeError, UserError):  # not begun, or not seen from here
+        return ("waiting", None) if member.state == "running" else (member.state, member.reason)
+    if state == "complete":
+        return "done", None
+    return ("failed", member.reason) if member.state == "failed" else ("stopped", None)
+
+
+def _caught_up(found: Sweep, member: Member) -> tuple[str, str | None] | None:
+    """The state of an unfinished member after the last sweep was left; None where it is a job that goes on."""
+    if member.state != "running" or member.job is None:
+        return settled(found, member)
+    from launch import sweep_jobs
+    from launch.jobs import Jobs
+
+    cluster = Jobs(member.address)
+    try:
+        cluster.find(member.job)
+    except UserError:  # a cluster that was started again knows none of its old jobs
+        return settled(found, member)
+    return sweep_jobs.end(found, member, cluster) if cluster.ended(member.job) else None
+
+
+def _ended(found: Sweep, console: Console, began: float) -> int:
+    """Prints and keeps the table and the plot, and says how to go on. Returns the exit code."""
+    results = found.results()
+    found.tabulate()
+    sweep_table.show(found.swept, results)
+    files = f"{found.folder}/table.txt, table.csv"
+    try:
+        from launch import sweep_plot
+
+        sweep_plot.draw(found.folder / PLOT, str(found.folder), found.swept, results)
+        files += f", {PLOT}"
+    except (Exception, KeyboardInterrupt) as error:  # a picture is not worth the exit code of a week
+        console.print(f"no plot: {type(error).__name__}: {error}", markup=False)
+    counts = {state: sum(member.state == state for member in found.members) for state in ("done", *OPEN)}
+    said = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+    console.print(f"{said}; {duration(time.monotonic() - began)} in all. {files}", markup=False)
+    if counts["done"] < len(found.members):
+        console.print(f"farspan sweep resume={found.folder} goes on with what is not done", markup=False)
+    return 1 if counts["failed"] else 0
+
+
+def _is_resume(override: str) -> bool:
+    return override.lstrip("+").startswith("resume=")
+
+
+def _remote(config: dict[str, Any]) -> bool:
+    """Whether a run is handed over to a cluster as a job."""
+    settings = config["cluster"]
+    return settings["kind"] == "ray" and nodes.is_remote(nodes.address_of(settings["address"]))
+
+
+def _one_place(ready: list[Ready]) -> None:
+    """Refuses a sweep over clusters: who runs here waits for its turn, who is a job does not."""
+    places = {nodes.address_of(e.config["cluster"]["address"]) if _remote(e.config) else "here" for e in ready}
+    if len(places) > 1:
+        raise UserError(f"cluster: the members would run at {', '.join(sorted(places))}; a sweep runs at one place")

@@ -1,0 +1,73 @@
+"""A sweep's own folder: `sweep.json` says what it is and how far each member has come; the tables follow from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch import sweep_table
+from launch.sweep_members import Member, Swept
+from launch.sweep_table import Result
+from launch.user import UserError
+
+FILE = "sweep.json"
+OPEN = ("waiting", "running", "stopped", "failed")  # states that `resume` takes up again
+
+
+@dataclass
+class Sweep:
+    """folder: where sweep.json, the tables, the plot and a folder for each member are. name: the members' group."""
+
+    folder: Path
+    name: str
+    overrides: list[str]
+    swept: list[Swept]
+    members: list[Member]
+    _results: dict[int, Result] = field(default_factory=dict)
+
+    def place(self, member: Member) -> Path:
+        """A member's run folder."""
+        return self.folder / member.folder
+
+    def mark(self, member: Member, state: str, reason: str | None = None) -> None:
+        """A member has come to another state: kept at once, in the tables too."""
+        member.state, member.reason = state, reason
+        self._results.pop(member.number, None)
+        self.save()
+        self.tabulate()
+
+    def results(self) -> list[Result]:
+        """What each member has reached; read again for those whose state has changed."""
+        for member in self.members:
+            if member.number not in self._results:
+                self._results[member.number] = sweep_table.read(member, self.place(member))
+        return [self._results[member.number] for member in self.members]
+
+    def tabulate(self) -> None:
+        """Writes table.txt and table.csv."""
+        sweep_table.write(self.folder, self.swept, self.results())
+
+    def save(self) -> None:
+        """Writes sweep.json aside, and renames it."""
+        told = {
+            "name": self.name,
+            "overrides": self.overrides,
+            "swept": [asdict(key) for key in self.swept],
+            "members": [asdict(member) for member in self.members],
+        }
+        aside = self.folder / f"{FILE}.partial"
+        aside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        aside.replace(self.folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Sweep:
+        """The sweep of a folder. Raises UserError where its file cannot be read."""
+        try:
+            told: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            swept = [Swept(**key) for key in told["swept"]]
+            members = [Member(**member) for member in told["members"]]
+            return cls(folder, told["name"], told["overrides"], swept, members)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"resume={folder}: {FILE} cannot be read ({type(error).__name__}: {error})") from None

@@ -1,0 +1,381 @@
+"""What `farspan doctor` tries in a process of its own: a package may take long to import, hang, or take it down.
+
+`python trials.py PACKAGE MODULE` does something small and real with a package. What it prints is a remark; for torch, a
+fact a line, as JSON.
+"""
+
+import importlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+LIMIT = timedelta(seconds=10)
+
+
+def try_torch() -> None:
+    """torch itself, how it multiplies, its devices, and every backend of torch.distributed."""
+    import torch
+    import torch.distributed as dist
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU build"
+    parts = {"mkl": torch.backends.mkl, "openmp": torch.backends.openmp, "onednn": torch.backends.mkldnn}
+    has = [name for name, part in parts.items() if part.is_available()]
+    _tell("torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads, with {', '.join(has)}")
+    _tell("matmul", "ok", _matmul())
+    _devices()
+    _backend("gloo", dist.is_gloo_available(), _gloo, "runs on CPUs need it")
+    if torch.cuda.is_available():
+        _backend("nccl", dist.is_nccl_available(), _nccl, "runs on GPUs need it")
+    else:
+        _tell("nccl", "missing", "no GPU to use it with")
+    _tell("mpi", *(("ok", "built in; not used") if dist.is_mpi_available() else ("missing", "not built in; not used")))
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    triton = importlib.util.find_spec("triton") is not None
+    found = [f"compiler {compiler}"] if compiler else []
+    found += ["triton"] if triton else []
+    _tell("compile", "ok" if found else "missing", f"torch.compile has {', '.join(found) or 'no compiler, no triton'}")
+
+
+def _matmul() -> str:
+    """Whether bf16 is multiplied natively, and how much sooner a product of two matrices is there than in fp32."""
+    import torch
+
+    from train.precision import native_bf16
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 768
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        best, end = float("inf"), time.monotonic() + 0.3
+        while best == float("inf") or time.monotonic() < end:
+            began = time.perf_counter()
+            a @ a
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - began)
+        rates[dtype] = 2 * size**3 / best / 1e9
+    ratio = rates[torch.bfloat16] / rates[torch.float32]
+    how = "native" if native_bf16(device) else "emulated: precision=auto computes in fp32"
+    return f"fp32 {rates[torch.float32]:,.0f} GFLOP/s, bf16 {ratio:.2g} times that ({how}) on {device}"
+
+
+def _devices() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "" if torch.version.cuda else "; this torch is built without CUDA"
+        _tell("devices", "missing", f"no CUDA device: runs use the CPU{why}")
+        return
+    count = torch.cuda.device_count()
+    for i in range(count):
+        facts = torch.cuda.get_device_properties(i)
+        _tell(
+            f"cuda:{i}",
+            "ok",
+            f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}, "
+            f"{facts.multi_processor_count} multiprocessors",
+        )
+    driver = Path("/proc/driver/nvidia/version")
+    words = driver.read_text().split() if driver.exists() else []
+    number = next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+    _tell("driver", "ok", f"NVIDIA {number}; torch is built for CUDA {torch.version.cuda}")
+    if count > 1:
+        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+        direct = sum(torch.cuda.can_device_access_peer(i, j) for i, j in pairs)
+        _tell(
+            "peers", "ok" if direct else "missing", f"{direct} of {len(pairs)} pairs of GPUs reach each other directly"
+        )
+
+
+def _backend(name: str, built: bool, trial: Callable[[], str], why: str) -> None:
+    if not built:
+        _tell(name, "missing", f"this torch is built without it; {why}")
+        return
+    try:
+        _tell(name, "ok", trial())
+    except Exception as error:
+        _tell(name, "broken", _line(error))
+
+
+def _gloo() -> str:
+    """Two ranks, threads of this process, that sum over the loopback interface."""
+    import torch
+    import torch.distributed as dist
+
+    if Path("/sys/class/net/lo").exists():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # as in a run on one machine: a host's own name may be unknown
+    began = time.monotonic()
+    server = dist.TCPStore("127.0.0.1", 0, None, True, timeout=LIMIT, wait_for_workers=False)
+    answers: dict[int, Any] = {}
+
+    def join(rank: int) -> None:
+        try:
+            store = dist.TCPStore("127.0.0.1", server.port, None, False, timeout=LIMIT)
+            group = dist.ProcessGroupGloo(dist.PrefixStore("doctor", store), rank, 2, LIMIT)
+            x = torch.full((4,), float(rank + 1))
+            group.allreduce([x]).wait()  # type: ignore[attr-defined]
+            answers[rank] = x.tolist()
+        except Exception as error:
+            answers[rank] = error
+
+    threads = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT.total_seconds() + 1)
+    for rank in range(2):
+        answer = answers.get(rank, TimeoutError(f"nothing in {LIMIT.total_seconds():g} s"))
+        if isinstance(answer, Exception):
+            raise answer
+        if answer != [3.0] * 4:
+            raise ValueError(f"1 + 2 was {answer[0]:g}")
+    return f"two ranks have summed over the loopback interface in {(time.monotonic() - began) * 1000:.0f} ms"
+
+
+def _nccl() -> str:
+    """One rank that sums with itself: the library loads, finds its devices, and runs a kernel."""
+    import torch
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, timeout=LIMIT)
+    x = torch.ones(4, device="cuda")
+    dist.all_reduce(x)
+    torch.cuda.synchronize()
+    dist.destroy_process_group()
+    if x.tolist() != [1.0] * 4:
+        raise ValueError(f"a sum of one 1 was {x.tolist()[0]:g}")
+    return f"{'.'.join(map(str, torch.cuda.nccl.version()))}, one rank has summed on cuda:0"
+
+
+def try_apex() -> None:
+    found = importlib.util.find_spec("apex")
+    if found is None or not any(Path(p, "optimizers").exists() for p in found.submodule_search_locations or ()):
+        raise RuntimeError(
+            "PyPI's package of this name, a web toolkit; farspan can use NVIDIA's, built from its source"
+        )
+    from apex.optimizers import FusedAdam
+
+    if _gpu():
+        import torch
+
+        weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
+        weight.grad = torch.ones_like(weight)
+        FusedAdam([weight], lr=0.1).step()
+        assert weight.detach().lt(1).all()
+
+
+def try_datasets() -> None:
+    import datasets
+
+    assert datasets.Dataset.from_dict({"text": ["a", "b"]})[1]["text"] == "b"
+
+
+def try_deepspeed() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    print(f"on {get_accelerator().device_name()}; its first run compiles for a minute or more")
+
+
+def try_fla_core() -> None:
+    import torch
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    if not _gpu():
+        return
+    q, k, v = (torch.randn(1, 64, 2, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    chunk_simple_gla(q, k, v, torch.zeros(1, 64, 2, device="cuda"))
+    torch.cuda.synchronize()
+
+
+def try_flash_attn() -> None:
+    import torch
+    from flash_attn import flash_attn_func
+
+    if not _gpu():
+        return
+    q, k, v = (torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    flash_attn_func(q, k, v, causal=True)
+    torch.cuda.synchronize()
+
+
+def try_hydra_core() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert OverridesParser.create().parse_override("a.b=1").value() == 1
+
+
+def try_matplotlib() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.plot([0, 1])
+    pyplot.savefig(io.BytesIO(), format="png", dpi=20)
+
+
+def try_megatron_core() -> None:
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    with tempfile.TemporaryDirectory() as folder:
+        builder = IndexedDatasetBuilder(f"{folder}/x.bin", dtype=np.int32)
+        builder.add_document(torch.tensor([1, 2, 3], dtype=torch.int32), [3])
+        builder.finalize(f"{folder}/x.idx")
+        assert IndexedDataset(f"{folder}/x")[0].tolist() == [1, 2, 3]
+
+
+def try_numpy() -> None:
+    import numpy
+
+    assert (numpy.ones((2, 2)) @ numpy.ones(2)).tolist() == [2, 2]
+
+
+def try_omegaconf() -> None:
+    from omegaconf import OmegaConf
+
+    assert OmegaConf.create("a: ${b}\nb: 1").a == 1
+
+
+def try_pyarrow() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"text": ["a"]}), sink)
+    assert parquet.read_table(pyarrow.BufferReader(sink.getvalue())).to_pylist() == [{"text": "a"}]
+
+
+def try_safetensors() -> None:
+    import torch
+    from safetensors.torch import load, save
+
+    assert load(save({"x": torch.ones(2)}))["x"].tolist() == [1, 1]
+
+
+def try_scipy() -> None:
+    from scipy.optimize import LinearConstraint, milp
+
+    assert milp([1.0], integrality=[1], constraints=LinearConstraint([[1.0]], 1.5)).x[0] == 2
+
+
+def try_tensorboardx() -> None:
+    from tensorboardX import RecordWriter
+    from tensorboardX.proto.event_pb2 import Event
+
+    with tempfile.TemporaryDirectory() as folder:
+        writer = RecordWriter(f"{folder}/events")
+        writer.write(Event(file_version="brain.Event:2").SerializeToString())
+        writer.close()
+        assert Path(folder, "events").stat().st_size
+
+
+def try_tokenizers() -> None:
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator(["abab"], trainers.BpeTrainer(vocab_size=4, show_progress=False))
+    assert tokenizer.encode("ab").ids
+
+
+def try_torchao() -> None:
+    import torch
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False, dtype=torch.bfloat16))
+    converted = convert_to_float8_training(layer, config=Float8LinearConfig(emulate=True))
+    converted(torch.ones(16, 16, dtype=torch.bfloat16)).sum().backward()
+
+
+def try_transformers() -> None:
+    from transformers import AutoConfig
+
+    assert AutoConfig.for_model("llama").model_type == "llama"
+
+
+def try_triton() -> None:
+    import triton
+
+    if _gpu():
+        triton.runtime.driver.active.get_current_device()
+
+
+def try_wandb() -> None:
+    import wandb
+
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
+        run = wandb.init(mode="offline", dir=folder, project="farspan-doctor", settings=quiet)
+        run.log({"loss": 1.0})
+        run.finish()
+    print("a run was recorded offline")
+
+
+def _gpu() -> bool:
+    """Whether there is a GPU to try a kernel on; says so where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("imported only: its kernels need a GPU")
+    return torch.cuda.is_available()
+
+
+def _tell(name: str, sign: str, value: str) -> None:
+    print(json.dumps([name, sign, value]), flush=True)
+
+
+def _line(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+TRIALS: dict[str, Callable[[], None]] = {
+    "torch": try_torch,
+    "apex": try_apex,
+    "datasets": try_datasets,
+    "deepspeed": try_deepspeed,
+    "fla-core": try_fla_core,
+    "flash-attn": try_flash_attn,
+    "hydra-core": try_hydra_core,
+    "matplotlib": try_matplotlib,
+    "megatron-core": try_megatron_core,
+    "numpy": try_numpy,
+    "omegaconf": try_omegaconf,
+    "pyarrow": try_pyarrow,
+    "safetensors": try_safetensors,
+    "scipy": try_scipy,
+    "tensorboardX": try_tensorboardx,
+    "tokenizers": try_tokenizers,
+    "torchao": try_torchao,
+    "transformers": try_transformers,
+    "triton": try_triton,
+    "wandb": try_wandb,
+}
+
+
+def main(name: str, module: str) -> int:
+    """Tries a package, or imports it where it has no trial. Where it fails, one line says why, and the code is 1."""
+    try:
+        TRIALS.get(name, lambda: importlib.import_module(module))()
+    except BaseException as error:
+        print(_line(error), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files are no packages
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,236 @@
+"""What can follow `farspan`: the verbs, what each of them runs (imported when it is run), and their help."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from launch import conf
+
+_WIDTH = 118
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """function: MODULE:NAME, called with the arguments, returns the exit code. synopsis: what may follow the verb.
+
+    line: the verb in one line. text: the rest of its help. overrides: whether its arguments describe a run. first: the
+    choice of a group that it makes where the arguments make none.
+    """
+
+    function: str
+    synopsis: str
+    line: str
+    text: str
+    overrides: bool = False
+    first: str | None = None
+
+    def load(self) -> Callable[[list[str]], int]:
+        module, _, name = self.function.partition(":")
+        return getattr(import_module(module), name)
+
+    def arguments(self, given: list[str]) -> list[str]:
+        """The arguments, with the verb's own choice before them where they make none."""
+        if self.first is None or any(g.lstrip("+").startswith(f"{self.first.partition('=')[0]}=") for g in given):
+            return given
+        return [self.first, *given]
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        function="launch.train:train",
+        synopsis="[key=value ...]",
+        line="train here: Ctrl-C saves and stops, resume=RUN goes on",
+        overrides=True,
+        text="""\
+A run is described by overrides of conf/train.yaml: group=option picks a file, key=value sets one value. Every key and
+every value is checked before a process starts. --cfg prints the resolved configuration instead of training.
+
+  farspan train                                        the default job, about three minutes on two cores
+  farspan train experiment=smoke cluster=none          fifteen seconds, without Ray
+  farspan train data=text data.path=my_texts optimizer.lr=1e-3 train.tokens=5e6
+  farspan train resume=runs/20260101-120000            go on where it stopped
+""",
+    ),
+    "sweep": Verb(
+        function="launch.sweep:sweep",
+        synopsis="[key=value,value,... ...]",
+        line="a run for every combination of values, a table and a plot at the end",
+        overrides=True,
+        text="""\
+The same overrides as train, any of them with several values: a list, range(1,4), or several options of a group. Every
+combination is a run with a folder of its own, inside the sweep's.
+
+  farspan sweep optimizer.lr=1e-3,3e-3,1e-2 mixer@model.blocks.gla.mixer=gla,gated_deltanet
+  farspan sweep resume=runs/20260101-120000            go on with what is not done
+""",
+    ),
+    "plan": Verb(
+        function="launch.plan:plan",
+        synopsis="[key=value ...]",
+        line="no training: mesh, parameters, memory per rank, the first plan",
+        overrides=True,
+        text="""\
+The same overrides as train; nothing is trained and no process is started.
+
+  farspan plan cluster.workers=2 parallel.sequence=2 scheduler.tokens_per_rank=1024
+""",
+    ),
+    "submit": Verb(
+        function="launch.submit:submit",
+        synopsis="[key=value ...]",
+        line="the same job on a running cluster; prints its id",
+        overrides=True,
+        first="cluster=ray",
+        text="""\
+The same overrides as train. Code and configuration travel to the cluster; the corpus and the run's folder are the
+cluster's. The job's id alone is printed to standard output.
+
+  farspan submit cluster.address=http://HEAD:8265 cluster.workers=16
+  farspan logs JOB --follow
+""",
+    ),
+    "status": Verb(
+        function="launch.jobs:status",
+        synopsis="JOB|RUN [cluster.address=http://HOST:8265]",
+        line="step, tokens, loss, rate, time left, last checkpoint, restarts",
+        text="""\
+Of a job on a cluster, or of a run's folder here. The address is otherwise what RAY_ADDRESS says.
+
+  farspan status first cluster.address=http://HEAD:8265
+""",
+    ),
+    "logs": Verb(
+        function="launch.jobs:logs",
+        synopsis="JOB [--follow] [cluster.address=http://HOST:8265]",
+        line="what a job has said",
+        text="""\
+--follow goes on to the job's end.
+
+  farspan logs first --follow
+""",
+    ),
+    "stop": Verb(
+        function="launch.jobs:stop",
+        synopsis="JOB|RUN [cluster.address=http://HOST:8265]",
+        line="save a checkpoint, then end",
+        text="""\
+A job, or a run here, ends after the step that it is in, with a checkpoint to go on from.
+
+  farspan stop first
+  farspan submit resume=first
+""",
+    ),
+    "list": Verb(
+        function="launch.jobs:list_",
+        synopsis="[cluster.address=http://HOST:8265]",
+        line="the jobs of a cluster",
+        text="""\
+  farspan list cluster.address=http://HEAD:8265
+""",
+    ),
+    "template": Verb(
+        function="launch.template:template",
+        synopsis="[key=value ...]",
+        line="what starts the machines of a cluster, for a scheduler such as Slurm",
+        overrides=True,
+        text="""\
+The same overrides as train, with a cluster that has a template. Prints a file to hand to the cluster's own scheduler.
+
+  farspan template cluster=slurm cluster.workers=16 cluster.template.nodes=2 train.tokens=1e9 > job.sh; sbatch job.sh
+  farspan template cluster=kuberay cluster.template.image=IMAGE cluster.template.claim=CLAIM > job.yaml
+  farspan template cluster=ray_up cluster.template.head_ip=HOST > cluster.yaml
+""",
+    ),
+    "generate": Verb(
+        function="launch.generate:generate",
+        synopsis="RUN [prompt=TEXT] [tokens=300] [temperature=0.8] [seed=0]",
+        line="continue a prompt from a run's newest checkpoint",
+        text="""\
+One byte at a time, with constant memory per token in the recurrent layers.
+
+  farspan generate runs/first prompt="def main(" tokens=500 temperature=0.5
+""",
+    ),
+    "doctor": Verb(
+        function="launch.doctor:doctor",
+        synopsis="[run.dir=FOLDER] [cluster.address=ADDRESS]",
+        line="what this machine has, and whether it works",
+        text="""\
+Devices, cores and their instruction sets, memory, torch and its backends, the packages that farspan needs and those
+that it can use, the speed of the disk where runs are written, and whether a Ray answers at an address. Each is tried,
+not looked up: ok, missing, or broken and why. Exit code 0: the default job can run here.
+
+  farspan doctor run.dir=/scratch/runs cluster.address=http://HEAD:8265
+""",
+    ),
+    "completion": Verb(
+        function="launch.complete:completion",
+        synopsis="SHELL",
+        line="completion of verbs, keys and values by the shell",
+        text="""\
+Prints a script for the shell to read: bash, zsh or fish.
+
+  eval "$(farspan completion bash)"            in ~/.bashrc; the same for zsh, in ~/.zshrc
+  farspan completion fish | source             in ~/.config/fish/config.fish
+""",
+    ),
+}
+
+
+def usage() -> str:
+    """All verbs, on one screen."""
+    heads = {
+        name: f"{name} [overrides]" if verb.overrides else f"{name} {verb.synopsis.partition('[')[0]}"
+        for name, verb in VERBS.items()
+    }
+    lines = "\n".join(f"  farspan {heads[name]:<23}{verb.line}" for name, verb in VERBS.items())
+    return f"""\
+farspan trains hybrid linear-attention / softmax / mixture-of-experts language models on long sequences.
+
+{lines}
+
+farspan VERB --help says more; with overrides, --cfg prints the configuration that they make.
+Example:  farspan train experiment=smoke cluster=none run.name=first
+"""
+
+
+def help_of(name: str, overrides: list[str]) -> str:
+    """A verb's help; of one that describes a run, also the groups, their options, and each section's keys."""
+    verb = VERBS[name]
+    synopsis = f"farspan {name} {verb.synopsis}" + (" [--cfg]" if verb.overrides else "")
+    return f"{synopsis}\n\n{verb.text}" + (_choices(overrides) if verb.overrides else "")
+
+
+def _choices(overrides: list[str]) -> str:
+    """The groups with their options, and the keys with the values that they have under the chosen ones."""
+    given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+    tree, placed = conf.written(given)
+    lines = ["", "Groups and their options, the chosen ones in brackets:"]
+    for group, options in sorted(conf.groups().items(), key=lambda item: [*placed, item[0]].index(item[0])):
+        if group in placed:
+            lines += _wrapped(f"{group}=", [f"[{o}]" if o == placed[group] else o for o in options])
+        else:
+            places = [name.partition("@")[2] for name in placed if name.startswith(f"{group}@")]
+            lines += _wrapped(f"{group}@PLACE=", [*options, f"(PLACE: {', '.join(places)})" if places else ""])
+    lines += ["", "Keys and the values that they have there:"]
+    lines += _wrapped("", [f"{key}={conf.flow(value)}" for key, value in tree.items() if not isinstance(value, dict)])
+    for section, node in tree.items():
+        if isinstance(node, dict):
+            lines += _wrapped(f"{section}.", [_key(k, v) for k, v in node.items() if not k.startswith("_")])
+    lines += ["", "docs/configuration.md has every key, what it means and what it accepts."]
+    return "\n".join(lines) + "\n"
+
+
+def _key(key: str, value: object) -> str:
+    """A key with its value; the keys of an object one by one, but of objects by name only the names."""
+    if not isinstance(value, dict) or not value:
+        return f"{key}={conf.flow(value)}".replace(", ", ",")
+    if all(isinstance(child, dict) for child in value.values()):
+        return " ".join(f"{key}.{name}.…" for name in value)
+    return " ".join(_key(f"{key}.{name}", child) for name, child in value.items() if not name.startswith("_"))
+
+
+def _wrapped(head: str, words: list[str]) -> list[str]:
+    text = textwrap.wrap(" ".join(words), _WIDTH - 16, break_long_words=False, break_on_hyphens=False)
+    return [f"  {head if i == 0 else '':<14}{line}" for i, line in enumerate(text)]

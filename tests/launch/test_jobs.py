@@ -1,0 +1,333 @@
+"""Jobs on a Ray of two machines, both on this one: submitted, followed, stopped, lost, resumed, refused.
+
+The machines are two `ray start` with ports and folders of their own, and a token, as on a cluster of several users.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.inspection import Sight, _folder, difference
+from launch.user import UserError
+from tests.jobs import overrides
+from tests.launch.processes import ROOT, wait_for
+from train import checkpoint
+
+FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
+RAY = str(Path(sys.executable).parent / "ray")
+STEPS = 24
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Cluster:
+    """Ray nodes of one CPU each; `place` is the folder that all share."""
+
+    place: Path
+    port: int = field(default_factory=free_port)
+    dashboard: int = field(default_factory=free_port)
+    nodes: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return f"cluster.address=http://127.0.0.1:{self.dashboard}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        ours = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.place / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        }
+        dropped = ("RAY_ADDRESS", "WANDB_API_KEY", "RAY_AUTH_TOKEN")
+        return {k: v for k, v in os.environ.items() if k not in dropped} | ours
+
+    def start(self, *before: str, **more: str) -> subprocess.Popen:
+        """A node: the head first. `before` runs it inside another command, `more` is in its environment."""
+        which = (
+            ["--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
+            + [f"--ray-client-server-port={free_port()}", f"--temp-dir={self.place / 'ray'}"]
+            if not self.nodes
+            else [f"--address=127.0.0.1:{self.port}"]
+        )
+        sizes = ["--num-cpus=1", "--object-store-memory=80000000", "--node-ip-address=127.0.0.1"]
+        ports = [f"--dashboard-agent-listen-port={free_port()}"]
+        with (self.place / f"node-{len(self.nodes)}.log").open("w") as log:
+            node = subprocess.Popen(
+                [*before, sys.executable, RAY, "start", "--block", "--disable-usage-stats", *which, *sizes, *ports],
+                env=self.env | more,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.nodes.append(node)
+        return node
+
+    def alive(self) -> int:
+        from launch import nodes
+
+        nodes.nodes.cache_clear()
+        try:
+            return len(nodes.nodes(f"http://127.0.0.1:{self.dashboard}"))
+        except UserError:
+            return 0
+
+    def end(self, node: subprocess.Popen) -> None:
+        node.terminate()
+        try:
+            node.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        with_session(node.pid, signal.SIGKILL)
+        node.wait(10)
+
+
+def with_session(session: int, number: int) -> None:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
+                os.kill(int(stat.parent.name), number)
+        except (OSError, ValueError):
+            continue
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    place = Path(tempfile.gettempdir()) / f"fs-{secrets.token_hex(4)}"  # Ray's sockets need a short path
+    place.mkdir(mode=0o700)
+    (place / "token").write_text(secrets.token_hex(32))
+    (place / "token").chmod(0o600)
+    two = Cluster(place)
+    before = {k: os.environ.get(k) for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    os.environ.update({k: two.env[k] for k in before})
+    try:
+        two.start()
+        wait_for(lambda: two.alive() == 1, 60)
+        two.start()
+        wait_for(lambda: two.alive() == 2, 60)
+        yield two
+    finally:
+        for node in reversed(two.nodes):
+            two.end(node)
+        for key, value in before.items():
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def farspan(cluster: Cluster, *words: str, code: int = 0, timeout: float = 150) -> str:
+    done = subprocess.run(
+        [*FARSPAN, *words], cwd=cluster.place, env=cluster.env, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout if code == 0 else done.stderr
+
+
+def job_overrides(cluster: Cluster, *more: str) -> list[str]:
+    kept = [each for each in overrides(cluster.place) if not each.startswith("cluster=")]
+    return [*kept, f"train.steps={STEPS}", "train.checkpoint_every=1920", *more]
+
+
+def records(run: Path) -> list[dict]:
+    """The newest attempt's record of every step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return list({r["step"]: r for r in lines}.values())
+
+
+def numbers(run: Path) -> list[tuple]:
+    return [(r["step"], r["tokens"], r["loss"], r["grad_norm"], r["lr"], r["expert_load"]) for r in records(run)]
+
+
+def steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster) -> Path:
+    """The same job on this machine's own processes."""
+    run = cluster.place / "runs" / "alone"
+    farspan(cluster, "train", *job_overrides(cluster, f"run.dir={run}", "cluster=none"))
+    return run
+
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+def test_a_submitted_job_is_followed_to_its_end(cluster, uninterrupted):
+    run = cluster.place / "runs" / "first"
+    said = farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/first"))
+    assert said == "first\n"
+    logs = farspan(cluster, "logs", "first", "--follow", cluster.address)
+    assert "2 workers on 2 machines" in logs and "sequence x2: over 2 neighbouring nodes" in logs
+    assert f"step {STEPS}" in logs and "held-out loss" in logs and "Traceback" not in logs
+    assert numbers(run) == numbers(uninterrupted)
+    assert {"config.yaml", "tokenizer.json", "corpus.json"} <= {p.name for p in run.iterdir()}
+    last = checkpoint.newest(run / "checkpoints", pytest.fail)
+    assert last is not None and {"config.yaml", "tokenizer.json", "corpus.json"} <= {p.name for p in last.iterdir()}
+    status = farspan(cluster, "status", "first", cluster.address)
+    for words in (
+        "succeeded",
+        "complete",
+        f"step        {STEPS} of {STEPS} (100%)",
+        "held-out",
+        "tokens/s",
+        "restarts",
+    ):
+        assert words in status, status
+    assert f"step-{STEPS}" in status
+    listed = farspan(cluster, "list", cluster.address)
+    assert re.search(r"first\s+succeeded\s+.* ago\s+" + str(run), listed)
+    members = uninterrupted  # generated from a checkpoint alone, away from its run
+    moved = cluster.place / "moved"
+    shutil.copytree(last, moved)
+    assert farspan(cluster, "generate", str(moved), "prompt=alpha", "tokens=5").startswith("alpha")
+    assert members.exists()
+
+
+def test_a_lost_worker_a_stop_and_a_resume_by_id_change_no_number(cluster, uninterrupted):
+    run = cluster.place / "runs" / "second"
+    farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/second"))
+    wait_for(lambda: steps(run) >= 6, 60)
+    (victim,) = [m["pid"] for m in json.loads((run / ".ray" / "members.json").read_text())][1:]
+    os.kill(victim, signal.SIGKILL)
+    wait_for(
+        lambda: steps(run) and json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["attempt"] == 2, 90
+    )
+    status = farspan(cluster, "status", "second", cluster.address)
+    assert re.search(r"restarts +1", status) and re.search(r"running|starting|complete", status)
+    said = farspan(cluster, "stop", "second", cluster.address)
+    assert "lost: rank 1 was killed" not in said  # of the time before the stop
+    reached = records(run)[-1]["step"]
+    assert checkpoint.newest(run / "checkpoints", pytest.fail).name == f"step-{reached}"
+    assert "stopped" in farspan(cluster, "list", cluster.address)
+    assert reached < STEPS
+    assert farspan(cluster, "submit", "resume=second", cluster.address) == "second-2\n"
+    assert "goes on from step-" not in farspan(cluster, "logs", "second-2", "--follow", cluster.address)
+    assert numbers(run) == numbers(uninterrupted)
+    assert {r["attempt"] for r in records(run)} == {1, 2, 3} or {r["attempt"] for r in records(run)} >= {1, 3}
+
+
+def test_train_on_a_cluster_follows_its_job_and_ctrl_c_saves(cluster, uninterrupted):
+    run = cluster.place / "runs" / "third"
+    process = subprocess.Popen(
+        [*FARSPAN, "train", "cluster=ray", cluster.address, *job_overrides(cluster, f"run.dir={run}")],
+        cwd=cluster.place,
+        env=cluster.env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: steps(run) >= 4, 90)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "job third on http://" in said and "stopping after this step" in said
+    reached = records(run)[-1]["step"]
+    assert f"stopped at step {reached}" in said and "Traceback" not in said
+    assert checkpoint.newest(run / "checkpoints", pytest.fail).name == f"step-{reached}"
+    assert numbers(run) == numbers(uninterrupted)[:reached]
+
+
+def refused(cluster: Cluster, capsys, *words: str) -> str:
+    """The one line with which a command is refused, in this process and with no job left behind."""
+    assert main([*words]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    return line
+
+
+def test_what_the_cluster_cannot_do_is_one_line(cluster, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = job_overrides(cluster, "run.name=never")
+    line = refused(cluster, capsys, "submit", cluster.address, *job, "cluster.workers=3")
+    assert "cluster.workers=3: the cluster has room for 2 (" in line and line.count(": 1") == 2
+    line = refused(cluster, capsys, "submit", cluster.address, *job, "cluster.device=cuda")
+    assert "cluster.device=cuda: no machine of http://" in line
+    line = refused(cluster, capsys, "status", "frist", cluster.address)
+    assert "frist: no such job at http://" in line
+    for verb in ("logs", "stop"):
+        assert "nosuch: no such job" in refused(cluster, capsys, verb, "nosuch", cluster.address)
+    line = refused(cluster, capsys, "submit", cluster.address, "resume=nosuch")
+    assert "no such job" in line
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "asks for a token" in refused(cluster, capsys, "list", cluster.address)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_where_no_ray_answers_it_is_said_within_ten_seconds(capsys, tmp_path):
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        port = deaf.getsockname()[1]
+        for address in (f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{port}"):
+            for verb in (["submit", *overrides(tmp_path)[:1], f"data.path={tmp_path}"], ["list"], ["status", "x"]):
+                began = time.monotonic()
+                assert main([*verb, f"cluster.address={address}"]) == 2
+                assert time.monotonic() - began < 10
+                said = capsys.readouterr().err
+                assert len(said.splitlines()) == 1 and f"cluster.address={address}: no Ray answers there" in said, said
+
+
+def test_a_machine_with_another_torch_or_another_file_system_is_refused(cluster):
+    """A third machine, first with a torch that calls itself another, then with a run folder of its own."""
+    other = cluster.place / "other" / "torch-1.2.3.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.2.3\n")
+    node = cluster.start(PYTHONPATH=f"{other.parent}{os.pathsep}{ROOT}")
+    wait_for(lambda: cluster.alive() == 3, 60)
+    job = job_overrides(cluster, "run.dir=runs/refused", "cluster.workers=3", "parallel.sequence=1")
+    job += ["train.batch_tokens=1152"]
+    said = farspan(cluster, "submit", cluster.address, *job, code=2)
+    assert "versions of torch differ between machines: " in said and "1.2.3 on " in said, said
+    assert not (cluster.place / "runs" / "refused").exists()
+    cluster.end(node)
+    wait_for(lambda: cluster.alive() == 2, 60)
+    hide = f'mount -t tmpfs none {cluster.place}/runs && exec "$@"'
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        return  # not root: the unit test below has to do
+    (cluster.place / "runs").mkdir(exist_ok=True)
+    node = cluster.start("unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh")
+    wait_for(lambda: cluster.alive() == 3, 60)
+    said = farspan(cluster, "submit", cluster.address, *job, code=2)
+    assert "run.dir=" in said and "does not see the run folder of the others" in said, said
+    assert "expected a folder on a file system that all machines share" in said
+    cluster.end(node)
+    wait_for(lambda: cluster.alive() == 2, 60)
+
+
+def test_differences_are_told_by_machine(tmp_path):
+    same = Sight("3.11.7", "2.60.0", "2.13.0", None)
+    difference({"the driver": same, "n1": same})
+    with pytest.raises(UserError, match="of python differ between machines: 3.11.7 on the driver, n1; 3.12.1 on n2"):
+        difference({"the driver": same, "n1": same, "n2": Sight("3.12.1", "2.60.0", "2.13.0", None)})
+    assert _folder(tmp_path / "elsewhere", "token", "mark") == "does not see the run folder of the others"
+    (tmp_path / "token").touch()
+    assert _folder(tmp_path, "token", "mark") is None and (tmp_path / "mark").exists()

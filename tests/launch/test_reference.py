@@ -1,0 +1,113 @@
+"""docs/configuration.md is what the constructors and conf/ say now; and what makes it so."""
+
+import re
+
+import pytest
+
+from launch import conf, reference
+from launch.accepts import accepts, nested, parameters
+from launch.reference import PAGE, documentation, meanings, page
+
+
+@pytest.fixture(scope="module")
+def text():
+    return page()
+
+
+def test_the_committed_page_is_current(text):
+    assert PAGE.exists(), "docs/configuration.md is missing: make reference"
+    assert PAGE.read_text(encoding="utf-8") == text, (
+        "docs/configuration.md is not current: make reference, and commit it"
+    )
+
+
+def test_it_is_the_same_twice_and_names_no_machine(text):
+    assert page() == text
+    assert str(reference.ROOT) not in text and "object at 0x" not in text and "<" not in text.replace("<!--", "")
+
+
+def test_every_option_and_every_key_of_the_files_is_there(text):
+    for group, options in conf.groups().items():
+        for option in options:
+            assert f"`{group}={option}`" in text, f"conf/{group}/{option}.yaml"
+    for key in conf.leaves(conf.written()[0]):
+        name = key.rpartition(".")[2]
+        if not name.startswith("_"):
+            assert f"| `{key}` |" in text or f"| `{name}` |" in text, key
+
+
+def test_every_table_is_one(text):
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
+
+
+def test_its_links_lead_somewhere(text):
+    for target in re.findall(r"\]\((?!https:)([^)#]+)\)", text):
+        assert (PAGE.parent / target).exists(), target
+    titles = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in re.findall(r"^## (.*)$", text, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) == titles
+
+
+def test_a_class_without_a_docstring_is_named():
+    class Silent:
+        def __init__(self, *, a: int): ...
+
+    with pytest.raises(ValueError, match=r"Silent has no docstring: docs/configuration.md is written from it"):
+        documentation(Silent)
+
+
+STYLES = {
+    "running": (
+        """What it is. `a` stands in the text.
+
+        a: the first: of all; b too. b, c: two
+        of a kind, e.g. 1: 2. Nothing else: this is c's. Raises ValueError for what is wrong.""",
+        "What it is. `a` stands in the text.",
+        {"a": "the first: of all; b too", "b": "two of a kind, e.g. 1: 2. Nothing else: this is c's"},
+    ),
+    "columns": (
+        """What it is.
+
+        a     of it. auto: what it
+              is
+        b, c  two blanks
+
+        Besides.""",
+        "What it is.\n\nBesides.",
+        {"a": "of it. auto: what it is", "c": "two blanks"},
+    ),
+    "first": ("""a: at once; or
+
+        else later. b: last.""", "", {"a": "at once; or else later", "b": "last"}),
+    "prose": ("""Only prose, with d: a key of another.""", "Only prose, with d: a key of another.", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_meanings_are_found_in_a_docstring_and_nothing_else_is_lost(style):
+    docstring, prose, found = STYLES[style]
+    rest, said = meanings(docstring, ["a", "b", "c"])
+    assert rest == prose and found.items() <= said.items()
+
+
+def test_accepted_values_are_read_from_the_source():
+    assert accepts("train.settings.ClusterSettings", "device") == ["auto", "cpu", "cuda"]  # a constant beside it
+    assert accepts("train.engines.fsdp.FSDP", "recompute") == ["none", "full"]  # one that is imported
+    assert accepts("train.settings.TransportSettings", "attention") == ["gather"]  # a dict of dicts, by key
+    assert accepts("data.loader.Data", "corpus") == ["stdlib", "text"]  # a dict, in another method
+    assert "offline" in accepts("train.tracking.Tracking", "mode")  # a class that its package hands on
+    assert accepts("train.settings.TrainSettings", "tokens") == accepts("torch.optim.AdamW", "lr") == []
+    assert parameters("train.settings.TransportSettings") == {"recurrence": "str", "attention": "str"}
+    assert parameters("no.such.Module") == {}
+    assert nested("train.settings.ParallelSettings", "transport") == "train.settings.TransportSettings"
+    assert nested("train.settings.ParallelSettings", "data") is None
+
+
+def test_comments_are_read_from_the_files(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "# @package _global_\n# What it is,\n# in two lines.\n\na: 1 # one\nb:\n  c: ' ' # two # three\n  d: 2\n"
+    )
+    assert conf.head_comment(file) == "What it is, in two lines."
+    assert conf.comments(file) == {"a": "one", "b.c": "two # three"}

@@ -1,0 +1,147 @@
+"""Ctrl-C, SIGTERM and `farspan stop` at random moments of a run, also inside a checkpoint and inside start-up.
+
+Always: exit code 0, a run folder that goes on to the uninterrupted run's numbers (or none), nothing left running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import overrides
+from tests.launch.processes import mentioning, wait_for
+from train import checkpoint
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
+STEPS = 60
+MARK = "FARSPAN_TEST_STOP"
+
+
+def start(place: Path, *words: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(place)}
+    return subprocess.Popen(
+        [*FARSPAN, *words],
+        cwd=place,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    try:
+        said, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, f"exit {process.returncode}: {said}"
+    assert "Traceback" not in said, said
+    return said
+
+
+def listens(process: subprocess.Popen) -> bool:
+    """Whether Python has come as far as farspan's handler of SIGTERM (Linux): before, it is not farspan that runs."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        return True
+    caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def job(place: Path, run: Path, *more: str) -> list[str]:
+    return ["train", *overrides(place), f"run.dir={run}", f"train.steps={STEPS}", "train.checkpoint_every=1152", *more]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The newest attempt's loss of every step."""
+    return {r["step"]: r["loss"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("stop")
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> tuple[dict[int, float], float]:
+    """The uninterrupted losses, and how long the run takes."""
+    began = time.monotonic()
+    finish(start(place, *job(place, place / "whole")))
+    return losses(place / "whole"), time.monotonic() - began
+
+
+def stop(place: Path, process: subprocess.Popen, run: Path, how: str) -> None:
+    if how == "stop":
+        asked = start(place, "stop", str(run))
+        said, _ = asked.communicate(timeout=120)
+        # Before the run has its folder, or after its end, there is nothing to stop: that is a user's mistake, exit 2.
+        assert asked.returncode in (0, 2) and "Traceback" not in said, said
+        if asked.returncode:
+            process.send_signal(signal.SIGTERM)
+    else:
+        process.send_signal(getattr(signal, how))
+
+
+def usable(place: Path, run: Path, expected: dict[int, float], *, go_on: bool) -> None:
+    """The folder is absent or resumes; what was trained is what the uninterrupted run has."""
+    wait_for(lambda: not mentioning(f"{MARK}={place}"), 15)
+    if not (run / "config.yaml").exists():
+        assert not run.exists() or not any(run.iterdir()), list(run.iterdir())
+        return
+    assert not (run / "stop").exists() and not list(run.glob("checkpoints/*.partial"))
+    if (run / "metrics.jsonl").exists() and (seen := losses(run)):
+        assert seen.items() <= expected.items()
+        assert checkpoint.newest(run / "checkpoints", pytest.fail).name == f"step-{max(seen)}"
+    if go_on and (not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < STEPS):
+        finish(start(place, "train", f"resume={run}"))
+        assert losses(run) == expected
+
+
+@pytest.mark.parametrize("moment", range(10))
+def test_a_stop_at_a_random_moment(place, whole, moment):
+    expected, seconds = whole
+    rng = random.Random()
+    run, how, after = place / f"random-{moment}", rng.choice(["SIGINT", "SIGTERM", "stop"]), rng.uniform(0, seconds)
+    print(f"{how} after {after:.2f} of {seconds:.2f} s")  # shown where it fails
+    process = start(place, *job(place, run))
+    wait_for(lambda: listens(process), 20)
+    time.sleep(after)
+    stop(place, process, run, how)
+    finish(process)
+    usable(place, run, expected, go_on=moment % 3 == 0)
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "stop"])
+def test_a_stop_inside_a_checkpoint(place, whole, how):
+    run = place / f"checkpoint-{how}"
+    process = start(place, *job(place, run))
+    deadline = time.monotonic() + 60
+    while not list(run.glob("checkpoints/*.partial")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    stop(place, process, run, how)
+    finish(process)
+    usable(place, run, whole[0], go_on=how == "stop")
+
+
+@pytest.mark.parametrize("how, after", [("SIGINT", 0.0), ("SIGTERM", 2.0), ("SIGINT", 6.0)])
+def test_a_stop_while_ray_starts(place, whole, how, after):
+    run = place / f"ray-{how}-{after}"
+    process = start(place, *job(place, run, "cluster=local"))
+    wait_for(lambda: listens(process), 20)
+    time.sleep(after)
+    stop(place, process, run, how)
+    finish(process)
+    usable(place, run, whole[0], go_on=False)

@@ -1,0 +1,146 @@
+"""Every command of the README and of docs/ is run, as printed, by someone who has nothing but these pages.
+
+What trains is made short: a small budget and a small model are added behind what is printed, and no Ray is started
+where the page does not say which cluster. What cannot run here is listed, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import corpus
+from tests.launch.processes import ROOT, mentioning, wait_for
+
+PAGES = ["README.md", "docs/install.md", "docs/first-run.md", "docs/data.md", "docs/cluster.md"]
+NOT_RUN = {
+    "python3 -m venv": "makes an environment: `make` does the same",
+    ".venv/bin/python -m pip": "installs: `make` does the same",
+    "source .venv": "of the shell",
+    "pip install": "installs",
+    "sbatch": "needs Slurm",
+    "scancel": "needs Slurm",
+    "kubectl": "needs Kubernetes",
+    "ray up": "needs hosts to log into",
+    "ray stop": "would stop every Ray on this machine; the test ends its own",
+    "wandb login": "needs an account",
+    "wandb sync": "needs a server; tests/train/tracking runs it against one of its own",
+}
+SMALL = ["model.dim=64", "data.heldout_tokens=4096", "train.evaluate_every=null", "train.checkpoint_every=null"]
+MARK = "FARSPAN_TEST_DOCS"
+PROGRAMS = ("farspan", "make", "ray", "python", "pip", "wandb", "sbatch", "kubectl", "eval", "export", "source")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    """What the page tells to type, in its order: lines of console blocks, and whole commands inside a sentence."""
+    text = (ROOT / page).read_text()
+    found = []
+    for match in re.finditer(r"^```console\n(.*?)^```$|`(farspan [a-z]+ [^`\n]*)`", text, re.MULTILINE | re.DOTALL):
+        lines = match[1].splitlines() if match[1] is not None else [match[2]]
+        found += [re.sub(r"\s+#.*", "", line) for line in lines if line.strip()]
+    return [line for line in found if "…" not in line and not re.search(r"\b(RUN|JOB)\b", line)]
+
+
+def shortened(command: str) -> str:
+    """The command as printed, with what makes it short behind it."""
+    words = shlex.split(command)
+    if words[:1] != ["farspan"] or words[1] not in ("train", "submit", "sweep") or {"--help", "--cfg"} & set(words):
+        return command
+    kept = [word for word in words if not word.startswith("train.tokens=")]
+    asked = dict(word.split("=", 1) for word in words[2:] if "=" in word)
+    length = int(asked.get("train.batch_tokens", 4096))
+    if "resume" in asked and words[1] == "sweep":
+        return command
+    more = [*SMALL, f"train.tokens={8 * length if 'resume' in asked else 2 * length}"]
+    if words[1] != "submit" and "cluster" not in asked and asked.get("run.name") != "watched":
+        more.append("cluster=none")
+    return shlex.join([*kept, *(each for each in more if each.split("=")[0] not in asked or "tokens" in each)])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_in_console_blocks(page):
+    """Else they would not be run."""
+    for language, text in blocks(page):
+        if language != "console":
+            typed = [line.split(" ") for line in text.splitlines()]
+            assert not [w for w in typed if w[0] in PROGRAMS and not w[1:2][0].endswith(":")], text
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_works_as_printed(page, tmp_path):
+    corpus(tmp_path / "my_texts", documents=1500)
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    env = os.environ | {
+        "PATH": f"{_console(tmp_path)}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": home,  # the default corpus is tokenised once a machine
+        "RAY_TMPDIR": str(tmp_path),
+        MARK: str(tmp_path),
+    }
+    env.pop("RAY_ADDRESS", None)
+    try:
+        for command in commands(page):
+            _type(command, tmp_path, env)
+    finally:
+        _end_ray(tmp_path)
+
+
+def _type(command: str, place: Path, env: dict[str, str]) -> None:
+    if any(command.startswith(start) for start in NOT_RUN):
+        return
+    if command.startswith("export "):
+        key, _, value = command.removeprefix("export ").partition("=")
+        env[key] = value
+        return
+    if command.startswith("make "):  # CI runs train and test; the others take minutes
+        command, place = f"make -n {command.removeprefix('make ')}", ROOT
+    pipe = re.search(r" > \S+$", command)  # a redirection is the shell's
+    typed = shortened(command[: pipe.start()] if pipe else command) + (pipe[0] if pipe else "")
+    if command.startswith("ray start"):
+        typed = typed.replace("--num-cpus=2", "--num-cpus=2 --object-store-memory=80000000")
+    began = time.monotonic()
+    done = subprocess.run(
+        ["bash", "-c", typed], cwd=place, env=env, capture_output=True, text=True, timeout=240, start_new_session=True
+    )
+    said = f"{command}\n  typed: {typed}\n  exit {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    print(f"{time.monotonic() - began:6.1f} s  {command}")
+    ended_already = command.startswith("farspan stop") and "has ended already" in done.stderr
+    assert done.returncode == 0 or ended_already, said
+    assert "Traceback" not in done.stdout + done.stderr, said
+
+
+def _console(place: Path) -> Path:
+    """A folder with a `farspan` of this checkout on it, for where the package is not installed."""
+    folder = place / "bin"
+    folder.mkdir(exist_ok=True)
+    script = folder / "farspan"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch.cli import main; sys.exit(main())"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$@"\n')
+    script.chmod(0o755)
+    return folder
+
+
+def _end_ray(place: Path) -> None:
+    """Ends what `ray start` has left running: all that inherited our mark."""
+    for line in mentioning(f"{MARK}={place}"):
+        try:
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+        except OSError:
+            continue
+    wait_for(lambda: not mentioning(f"{MARK}={place}"), 15)

@@ -1,0 +1,96 @@
+"""What the sinks are told of a run at its start: where it is, how it is configured, which code, where it comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """A run at its start.
+
+    code: farspan's version and, of a checkout, `commit`, `branch`, `modified`, `remote`. lineage: the run and the
+    checkpoint that the weights come from; {} for a run that starts from nothing.
+    """
+
+    run_dir: Path
+    name: str
+    config: dict[str, Any]
+    code: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, order: dict[str, Any]) -> Facts:
+        """From what the launcher ordered: `run_dir`, `config` and, where there are, `code` and `init_from`.
+
+        Without `code`, what config.yaml in the run's folder says. The lineage is found once and kept in lineage.json:
+        a resumed run keeps the one it began with, and its parent may be moved or deleted meanwhile.
+        """
+        run_dir, config = Path(order["run_dir"]), order["config"]
+        code = dict(order.get("code") or _yaml(run_dir / "config.yaml").get("code") or {})
+        if code.get("remote"):
+            code["remote"] = without_credentials(code["remote"])
+        name = config["run"]["name"] or run_dir.name
+        return cls(run_dir=run_dir, name=name, config=config, code=code, lineage=_lineage(run_dir, order))
+
+
+def without_credentials(url: str) -> str:
+    """A repository's address without user, password, token and query: `https://me:secret@host/x` is `https://host/x`."""
+    if "://" not in url:  # user@host:path, as ssh has it
+        before, at, rest = url.partition("@")
+        return rest if at and ":" in before else url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def artifact_name(name: str) -> str:
+    """What a run's checkpoints are called in W&B, which takes letters, digits, "-", "_" and ".", 128 at most."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-checkpoint")[-128:]
+
+
+def _lineage(run_dir: Path, order: dict[str, Any]) -> dict[str, Any]:
+    kept = run_dir / "lineage.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    if not order.get("init_from"):
+        return {}
+    found = _parent(Path(order["init_from"]))
+    aside = kept.with_suffix(".partial")
+    aside.write_text(json.dumps(found, indent=1) + "\n")
+    aside.replace(kept)
+    return found
+
+
+def _parent(checkpoint: Path) -> dict[str, Any]:
+    """The run that a checkpoint belongs to, as far as its folder tells: a checkpoint may have been moved."""
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    config = _yaml(folder / "config.yaml") or _yaml(checkpoint / "config.yaml")
+    tracking = config.get("tracking") or {}
+    name = (config.get("run") or {}).get("name") or folder.name
+    wandb_id = folder / "wandb-id"
+    return {
+        "run": folder.name,
+        "folder": str(folder),
+        "checkpoint": checkpoint.name,
+        "step": manifest.get("step"),
+        "tokens": manifest.get("tokens"),
+        "wandb_id": wandb_id.read_text().strip() if wandb_id.exists() else None,
+        "project": tracking.get("project"),
+        "entity": tracking.get("entity"),
+        "artifact": f"{artifact_name(name)}:{checkpoint.name}",
+    }
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(OmegaConf.load(path))
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}

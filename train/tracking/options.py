@@ -1,0 +1,83 @@
+"""The options of tracking: what `conf/tracking/*.yaml` builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from train.tracking.facts import Facts
+from train.tracking.record import Jsonl
+from train.tracking.tensorboard import TensorBoard
+from train.tracking.tracker import Sink, Tracker
+from train.tracking.wandb import WandB, mode_of
+
+MODES = ("auto", "offline", "online", "disabled")
+
+
+class Tracking:
+    """Who gets a copy of a run's record.
+
+    mode          of W&B. auto: what WANDB_MODE says, else online where a key is found (WANDB_API_KEY, W&B's settings,
+                  netrc) and offline elsewhere; online: offline all the same where there is no key or the server does
+                  not answer; offline: written to the run folder, for `wandb sync` later; disabled: no W&B
+    project, entity, group, tags   as W&B calls them; the entity defaults to the account's own
+    job_type      as W&B calls it; null for "train", or "continue" where the weights come from another run
+    timeout       seconds that the server may take to answer at the start, and to receive what is left at the end.
+                  Training does not wait for the start; the end of the run waits a few times as long, at worst
+    queue         records kept for a sink that is slow; those that find it full are dropped for it, and counted
+    artifacts     each checkpoint as a reference to its folder; nothing is uploaded
+    alerts        a message when the run fails, or goes on in another attempt
+    histograms    where routers sent the tokens and how long documents were, in W&B and TensorBoard
+    tensorboard   write RUN/tensorboard too
+
+    Raises ValueError, one line that opens with the key, for a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str = "farspan",
+        mode: str = "auto",
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: Sequence[str] | None = None,
+        timeout: float = 15,
+        queue: int = 1024,
+        artifacts: bool = True,
+        alerts: bool = True,
+        histograms: bool = True,
+        tensorboard: bool = False,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"tracking.mode: got {mode!r}, accepts {', '.join(MODES)}")
+        if not isinstance(timeout, int | float) or not timeout > 0:
+            raise ValueError(f"tracking.timeout: got {timeout!r}, accepts a number of seconds above 0")
+        if not isinstance(queue, int) or isinstance(queue, bool) or queue < 1:
+            raise ValueError(f"tracking.queue: got {queue!r}, accepts a number of records, at least 1")
+        switches = {"artifacts": artifacts, "alerts": alerts, "histograms": histograms, "tensorboard": tensorboard}
+        for key, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"tracking.{key}: got {value!r}, accepts true or false")
+        self.project = project
+        self.mode = mode
+        self.entity = entity
+        self.group = group
+        self.job_type = job_type
+        self.tags = tags
+        self.timeout = timeout
+        self.queue = queue
+        self.artifacts = artifacts
+        self.alerts = alerts
+        self.histograms = histograms
+        self.tensorboard = tensorboard
+
+    def open(self, facts: Facts, say: Callable[[str], None]) -> Tracker:
+        """The tracker of a run, for rank 0; its sinks start in their own threads, and `say` takes lines from these.
+
+        Continues the metrics.jsonl of the run's folder. Raises OSError where it cannot be written.
+        """
+        log = Jsonl(facts.run_dir / "metrics.jsonl")
+        sinks: list[Sink] = [TensorBoard(facts, with_histograms=self.histograms)] if self.tensorboard else []
+        if mode_of(self.mode) != "disabled":
+            sinks.append(WandB(self, facts, say))
+        return Tracker(log, sinks, queue=self.queue, timeout=self.timeout, say=say)
