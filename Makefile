@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test unit check mutations bench reference clean
+.PHONY: train test unit check mutations stops bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -23,6 +23,9 @@ check: $(READY)
 
 mutations: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/parallel/test_mutations.py
+
+stops: $(READY)
+	$(VENV)/bin/python -m pytest -q tests/launch/test_stop.py -m "slow or not slow"
 
 bench: $(READY)
 	$(VENV)/bin/python -m tests.benchmarks.train_rate

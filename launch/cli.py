@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import threading
 from difflib import get_close_matches
 
 from launch.user import UserError
@@ -11,10 +10,22 @@ from launch.verbs import VERBS, Verb, help_of, usage
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a verb. Exit codes: 0 done, 1 the run failed, 2 the configuration or the input is wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, until a launcher takes both over
+    """Runs a verb; by default the process's own. Exit codes: 0 done, 1 failed, 2 a wrong configuration or input.
+
+    A process of ours hears SIGTERM like Ctrl-C, until a launcher takes both over, and neither once it has ended: its
+    exit code is decided.
+    """
+    if arguments is not None:
+        return _run(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(sys.argv[1:])
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _run(arguments: list[str]) -> int:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
         if name in ("-h", "--help", "help"):

@@ -50,4 +50,6 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is decided
+    sys.exit(code)

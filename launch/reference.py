@@ -2,7 +2,8 @@
 
 A key's type is its parameter's, its default what conf/ says, else the constructor's; its meaning stands in the class's
 docstring, as "key: meaning." in running text or as a column "key   meaning", else behind the `#` of its line in conf/.
-What a docstring says besides is the text above the table, but for what it raises.
+What a docstring says besides is the text above the table, but for what it raises, and for the paragraph with the shapes
+of a forward pass.
 """
 
 import inspect
@@ -47,7 +48,6 @@ change a resumed run.
 
 In the tables, a default is that of the option chosen by default; those that other options set follow it.
 """
-SEED = "of the weights, of the order of the data, and of every other random choice"
 
 
 def page() -> str:
@@ -70,7 +70,7 @@ def page() -> str:
         parts[key] = _described(SECTIONS[key], {"": tree[key]}, f"{key}.", said)
     contents = " · ".join(f"[{name}](#{name.replace(', ', '-')})" for name in parts)
     body = "\n\n".join(f"## {name}\n\n{text.strip()}" for name, text in parts.items())
-    return f"{INTRO}\n{contents}\n\n{body}\n"
+    return f"{INTRO}\n{contents}\n\n{_PAPER.sub(r'[\1](https://arxiv.org/abs/\1)', body)}\n"
 
 
 def meanings(text: str, keys: Iterable[str]) -> tuple[str, dict[str, str]]:
@@ -79,6 +79,8 @@ def meanings(text: str, keys: Iterable[str]) -> tuple[str, dict[str, str]]:
     rest: list[str] = []
     found: dict[str, str] = {}
     for paragraph in _paragraphs(text):
+        if _SHAPES.match(paragraph):
+            continue
         column = _columns(paragraph, keys)
         if column:
             found |= column
@@ -94,6 +96,8 @@ def meanings(text: str, keys: Iterable[str]) -> tuple[str, dict[str, str]]:
     return "\n\n".join(rest), found
 
 
+_PAPER = re.compile(r"(?<![\w./\[])(\d{4}\.\d{5})(?![\w.]?\w)")  # by its number on arXiv
+_SHAPES = re.compile(r"\w+ \[[^\]]*\].* -> ")  # x [B, T, D] -> [B, T, D]
 _NAMED = re.compile(r"(?:^|(?<=[.;!?)]\s))((?:\w+,\s+)*\w+):\s", re.MULTILINE)
 
 
@@ -210,7 +214,10 @@ def _placed(group: str, places: list[str]) -> str:
     options = conf.groups()[group]
     where = ", ".join(f"`{group}@{place}=OPTION`" for place in places)
     nodes = {option: conf.option(group, option) for option in options}
-    return f"Placed where one is wanted: {where}.\n\n{_options(group, options, None)}{_by_class(group, nodes, '')}"
+    keys = f"its keys are then below that place, as `{places[0]}.KEY`"
+    return (
+        f"Placed where one is wanted: {where}; {keys}.\n\n{_options(group, options, None)}{_by_class(group, nodes, '')}"
+    )
 
 
 def _options(group: str, options: list[str], default: str | None) -> str:
@@ -235,7 +242,7 @@ def _experiments() -> str:
 
 def _scalars(keys: list[str]) -> str:
     tree, comments = conf.written()[0], conf.comments(conf.CONF / "train.yaml")
-    return _table([(key, _kind(SCALARS[key]), f"`{tree[key]}`", comments.get(key, SEED)) for key in keys]) + "\n"
+    return _table([(key, _kind(SCALARS[key]), f"`{tree[key]}`", comments.get(key, "")) for key in keys]) + "\n"
 
 
 def _described(target: Any, nodes: dict[str, dict[str, Any]], prefix: str, comments: dict[str, str]) -> str:
@@ -282,8 +289,11 @@ def _rows(constructor: type, nodes: dict[str, Any], prefix: str, comments: dict[
             rows += below
             continue
         default = _text(constructor, parameters[key])
-        rows.append((prefix + key, _type(constructor, key, hint), _default(key, nodes, default),
-                     said.get(key) or comments.get(key, "")))  # fmt: skip
+        kind = _type(constructor, key, hint)
+        if hint is Any and any(isinstance(node.get(key), dict) for node in nodes.values()):
+            kind = "object or null" if default == "`null`" else "object"
+        meaning = said.get(key) or comments.get(key, "")
+        rows.append((prefix + key, kind, _default(key, nodes, default), meaning))
     return prose, rows
 
 

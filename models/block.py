@@ -12,7 +12,13 @@ Factory = Callable[..., nn.Module]
 
 
 class Block(nn.Module):
-    """x [B, T, D] -> [B, T, D], and where a mixture of experts sent its tokens. Any mixer with any feed-forward."""
+    """Any mixer goes with any feed-forward.
+
+    mixer: how a token sees those before it: a class of `models.mixers`. ffn: what is then done to each token by itself:
+    `models.moe.MoE`, or the dense `models.ffn.SwiGLU`, which takes `hidden`, its width.
+
+    x [B, T, D] -> [B, T, D], and where a mixture of experts sent its tokens.
+    """
 
     def __init__(self, *, dim: int, mixer: Factory, ffn: Factory, slot: str):
         super().__init__()

@@ -9,7 +9,10 @@ from models.sequence import Sequence
 
 
 class SwiGLU(nn.Module):
-    """(silu(x W1) ⊙ x W3) W2. x [..., D] -> [..., D]."""
+    """(silu(x W1) ⊙ x W3) W2. hidden: columns of W1 and of W3.
+
+    x [..., D] -> [..., D].
+    """
 
     def __init__(self, *, dim: int, hidden: int):
         super().__init__()

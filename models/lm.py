@@ -23,9 +23,14 @@ class Output(NamedTuple):
 
 
 class LM(nn.Module):
-    """Decoder-only language model over `blocks`, a vocabulary of block factories laid out by `pattern`.
+    """A decoder-only language model: an embedding, layers of several kinds in a pattern, a norm, and a head of its own.
 
-    tokens [B, T] int64 -> Output. Activations are in `compute` dtype (an attribute, fp32 unless set); the logits too.
+    vocabulary: rows of the embedding and of the head, at least the tokens of the tokenizer (256 bytes and the document
+    mark). dim: width of the residual stream, which every mixer and feed-forward reads and writes. layers: how many
+    layers there are, of all kinds together. pattern: the kinds of the layers by name, from the first on, repeated down
+    to the last. blocks: the kinds of layer that `pattern` may name, each a mixer and a feed-forward.
+
+    tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set.
     """
 
     def __init__(self, *, vocabulary: int, dim: int, layers: int, pattern: list[str], blocks: Mapping[str, Factory]):

@@ -45,7 +45,14 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Σ over the top-k experts of each token, weights renormalised, plus a shared expert every token passes through.
+    """A mixture of experts: each token's `top_k`, weighted by the router, and a shared one that every token passes.
+
+    A token's router probabilities are renormalised over the experts that it goes to. No expert has a capacity: no
+    token is dropped.
+
+    num_experts: experts to choose from, the shared one not counted. top_k: how many of them a token goes to, from 1 to
+    num_experts. hidden: inner width of each of them, a SwiGLU (2002.05202). shared_hidden: that of the shared expert; 0
+    for none.
 
     x [B, T, D] -> [B, T, D] and the Routing that the balance loss needs.
     """

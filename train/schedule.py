@@ -15,7 +15,9 @@ def _tokens(key: str, duration: int | float, budget: int) -> float:
 class WSD:
     """Warm up linearly, stay, decay (MiniCPM, 2404.06395): the plateau can be continued from any checkpoint on it.
 
-    warmup, decay: tokens, or shares of the budget. floor: the last multiplier. The decay is linear (2405.18392).
+    warmup: how long the rate rises from 0: a share of the budget (below 1) or tokens. decay: how long the rate falls,
+    linearly (2405.18392), at the end of the budget: a share of it (below 1) or tokens; 0 for not at all. floor: where
+    the rate ends, as a share of optimizer.lr, from 0 to 1.
     """
 
     def __init__(self, *, warmup: int | float = 0.05, decay: int | float = 0.3, floor: float = 0.0):
@@ -33,7 +35,11 @@ class WSD:
 
 
 class Cosine:
-    """Warm up linearly, then half a cosine to `floor` at the end of the budget (SGDR, 1608.03983)."""
+    """Warm up linearly, then half a cosine to `floor` at the end of the budget (SGDR, 1608.03983).
+
+    warmup: how long the rate rises from 0: a share of the budget (below 1) or tokens. floor: where the rate ends, as a
+    share of optimizer.lr, from 0 to 1.
+    """
 
     def __init__(self, *, warmup: int | float = 0.05, floor: float = 0.1):
         if not 0 <= floor <= 1:

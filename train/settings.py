@@ -12,7 +12,11 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """dir: the run's folder. name: its last part by default, and the name in the tracker."""
+    """What a run is called, and where it is kept.
+
+    name: the run's name here and in the tracker; null for the last part of `dir` or, without one, for date and time.
+    dir: the run's folder, new unless the run is resumed; null for runs/NAME.
+    """
 
     name: str | None = None
     dir: str | None = None
@@ -20,10 +24,15 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How long and how often, in tokens. `steps`, where given, replaces `tokens`.
+    """How long and how often, in tokens.
 
-    batch_tokens: tokens of a step over all ranks. balance_weight: of the experts' balance loss. clip: largest gradient
-    norm. evaluate_every, checkpoint_every: tokens between two; null for only at the end. keep: newest checkpoints kept.
+    tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget
+    in steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of
+    data.max_length. balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the
+    cross-entropy; 0 for none. clip: largest 2-norm of all gradients together; larger ones are scaled down to it.
+    evaluate_every: tokens between two evaluations of the held-out loss; null for one, at the end. checkpoint_every:
+    tokens between two checkpoints; null for one, at the end, which a stopped run writes too. keep: how many of the
+    newest checkpoints are kept.
     """
 
     tokens: int = 1_000_000
@@ -57,7 +66,12 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TransportSettings:
-    """Names in `parallel.sequence.TRANSPORTS`."""
+    """how the ranks that share a sequence pass on what a span needs of those before it.
+
+    recurrence: of linear mixers. gather: an all-gather, in each layer, of every span's effect on the state (LASP-2,
+    2502.07563). attention: of softmax attention. gather: an all-gather, in each layer, of keys and values (Llama 3,
+    2407.21783, section 3.3.2).
+    """
 
     recurrence: str = "gather"
     attention: str = "gather"
@@ -73,7 +87,11 @@ class TransportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
-    """Sizes of the mesh. A null `data` or `sequence` is what the workers leave; both null: all of them on sequence."""
+    """Sizes of the mesh, whose product is cluster.workers.
+
+    data: groups of ranks, each with sequences of its own; null for what the workers leave. sequence: ranks of a group,
+    which share each of its sequences; null for what the workers leave: all of them, where `data` is null too.
+    """
 
     data: int | None = None
     sequence: int | None = None
@@ -104,12 +122,13 @@ DEVICES = ("auto", "cpu", "cuda")
 class ClusterSettings:
     """Where the workers run.
 
-    kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers: one a
-    GPU or, on CPUs, one a core. threads: of each worker; null for its machine's cores divided among the workers there.
-    device: auto takes CUDA where there is one for every worker. address: of the Ray; http://HOST:PORT (its dashboard,
+    kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers:
+    processes that train, on all machines together: one a GPU or, on CPUs, one a core. threads: CPU threads of each
+    worker; null for its machine's cores divided among the workers there. device: what the workers compute on; auto is
+    cuda where every worker has a GPU to itself, cpu elsewhere. address: where the Ray is; http://HOST:PORT (its dashboard,
     from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines; null for what
     RAY_ADDRESS says. restarts: new attempts from the last checkpoint after a worker or a machine is lost. template:
-    the machines to start, for `farspan template`.
+    the machines to start, for `farspan template`; null for none.
     """
 
     kind: str = "local"
@@ -142,9 +161,10 @@ COMPUTE = ("auto", "bf16", "fp32", "fp64")
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings:
-    """compute: the dtype of matmuls; auto is bf16 where the device multiplies it natively. Master weights are fp32, or
+    """Which dtypes a run computes in, and keeps its weights in.
 
-    fp64 when computing in fp64 (to compare layouts).
+    compute: the dtype of matmuls; auto is bf16 where the device multiplies it natively, fp32 elsewhere. Master weights
+    are fp32, or fp64 when computing in fp64 (to compare layouts).
     """
 
     compute: str = "auto"

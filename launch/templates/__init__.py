@@ -20,7 +20,10 @@ LINE = r"[^\x00-\x1f\x7f]+"  # text that stays on its line
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """Machines of one kind. gpus_per_node: 0 where the workers are to run on cores. cpus_per_node: cores of each."""
+    """Machines of one kind.
+
+    gpus_per_node: GPUs of each machine; 0 where the workers are to run on cores. cpus_per_node: cores of each machine.
+    """
 
     gpus_per_node: int = 8
     cpus_per_node: int = 64

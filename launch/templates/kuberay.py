@@ -28,14 +28,23 @@ _SUBDOMAIN = (r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "a name of small letters, digit
 
 @dataclass(frozen=True, kw_only=True)
 class KubeRay(Machines):
-    """resource: RayJob or RayCluster. name, namespace: of it; null for kubectl's own namespace.
+    """resource: RayJob, which trains and ends by itself, or RayCluster, only the machines, for `farspan submit`.
 
-    image: holds farspan and the Ray of ray_version (null: of the one installed here). claim: a volume claim that all
-    pods can write (ReadWriteMany), at `mount`, for the run. nodes: pods with workers, each with gpus_per_node of the
-    resource `gpu`, cpus_per_node, memory, and of that `shm` in /dev/shm; null for Kubernetes' 64 MB. head_cpus,
-    head_memory: of the pod that leads them. auth: KubeRay makes a secret, and Ray asks for it (KubeRay 1.5.1 or newer).
-    submission_mode: who tells Ray of the run; HTTPMode is the operator itself. shutdown, ttl: end the pods this many
-    seconds after the run. retries: new sets of pods after a failure, on which the run goes on. The rest is Kubernetes'.
+    name: of the resource. namespace: of the resource; null for kubectl's own. image: a container image that holds
+    farspan, and the Ray of ray_version; must be given. claim: a volume claim that all pods can write (ReadWriteMany), for the run; must be
+    given. mount: where the claim appears in the pods. nodes: pods with workers, each a machine to Ray. memory: of a pod
+    with workers, as 512Gi. gpu: what Kubernetes calls a GPU. shm: how much of that memory /dev/shm may take, for NCCL's
+    buffers and Ray's object store; null for Kubernetes' 64 MB. head_cpus: cores of the pod that leads the others, and
+    holds no worker. head_memory: memory of the pod that leads the others. auth: token: KubeRay
+    (1.5.1 or newer) makes a secret, and Ray asks for it; disabled: anyone who reaches the pods can run code in them.
+    ray_version: of the Ray in the image; null for that of the one installed here. submission_mode: who tells Ray of a
+    RayJob's run; HTTPMode: KubeRay's operator itself; K8sJobMode: a pod of its own. shutdown: whether a RayJob's
+    pods end after its run. ttl: how many seconds after it they end. retries: new sets of pods for a RayJob after a
+    failure, on which the run goes on. service_account: the account that the pods act as; null for the namespace's
+    default. pull_secrets: names of the secrets that the image is fetched with. labels: of the resource, as
+    {kueue.x-k8s.io/queue-name: training}. node_selector: labels that a machine must have to get pods with workers.
+    tolerations: taints that a machine may have all the same, as [{key: nvidia.com/gpu, operator: Exists, effect:
+    NoSchedule}].
     """
 
     resource: str = "RayJob"

@@ -9,7 +9,12 @@ from models.sequence import Sequence
 
 
 class Attention(nn.Module):
-    """x [B, T, D] -> [B, T, D]. `heads` query heads share `kv_heads` key/value heads in equal groups."""
+    """heads: query heads, which share out the model's `dim`, an even number of channels each. kv_heads: heads of keys
+    and values, each for heads / kv_heads query heads; must divide `heads`. rope_base: base of the rotary frequencies; a
+    larger one turns more slowly, for longer documents. Positions count from the start of each document.
+
+    x [B, T, D] -> [B, T, D].
+    """
 
     def __init__(self, *, dim: int, heads: int, kv_heads: int, rope_base: float = 10_000.0):
         super().__init__()

@@ -17,7 +17,15 @@ from models.sequence import Sequence
 
 
 class GatedDeltaNet(nn.Module):
-    """x [B, T, D] -> [B, T, D]. Keys are `dim * expand_k` wide in all, values `dim * expand_v`."""
+    """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
+
+    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
+    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
+    conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
+    within the document.
+
+    x [B, T, D] -> [B, T, D].
+    """
 
     def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4):
         super().__init__()

@@ -6,12 +6,13 @@ LAYOUTS = ("auto", "contiguous", "zigzag")
 
 
 class Static:
-    """`data` groups of `sequence` neighbouring ranks.
+    """`parallel.data` groups of `parallel.sequence` neighbouring ranks.
 
     tokens_per_rank: the most tokens a rank may hold in one micro-step; null for no limit, which makes one micro-step.
-    layout: contiguous gives each rank one span, lengths differing by at most one token; the last rank then has the most
-    causal attention to do. zigzag cuts 2·sequence equal spans and gives rank r the r-th and the r-th from the end,
-    which balances it. auto is zigzag where the lengths divide, contiguous elsewhere. No layout changes a number.
+    layout: how a sequence lies on its ranks. contiguous gives each one span, lengths differing by at most one token;
+    the last rank then has the most causal attention to do. zigzag cuts twice as many equal spans as ranks and gives
+    rank r the r-th and the r-th from the end, which balances it. auto is zigzag where the lengths divide, contiguous
+    elsewhere. The loss is the same in all.
     """
 
     def __init__(self, *, tokens_per_rank: int | None = None, layout: str = "auto"):

@@ -9,8 +9,9 @@ from parallel.memory import RECOMPUTE
 
 
 class FSDP:
-    """recompute: none, or full (keep only each layer's input). reshard_after_forward: free a layer's gathered weights
-    after its forward and gather them again for its backward: less memory, more communication."""
+    """recompute: what the backward pass computes again. none: nothing; full: each layer from its input, which is all
+    that is then kept of it. reshard_after_forward: free a layer's gathered weights after its forward and gather them
+    again for its backward: less memory, more communication."""
 
     def __init__(self, *, recompute: str = "none", reshard_after_forward: bool = True):
         if recompute not in RECOMPUTE:

@@ -1,4 +1,4 @@
-"""The options of tracking: what `conf/tracking/*.yaml` builds."""
+"""Tracking: who gets a copy of a run's record, metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ MODES = ("auto", "offline", "online", "disabled")
 
 
 class Tracking:
-    """Who gets a copy of a run's record.
+    """Training neither waits for those who get one nor ends with them. W&B is Weights & Biases.
 
-    mode          of W&B. auto: what WANDB_MODE says, else online where a key is found (WANDB_API_KEY, W&B's settings,
+    mode          what W&B gets. auto: what WANDB_MODE says, else online where a key is found (WANDB_API_KEY, W&B's settings,
                   netrc) and offline elsewhere; online: offline all the same where there is no key or the server does
                   not answer; offline: written to the run folder, for `wandb sync` later; disabled: no W&B
-    project, entity, group, tags   as W&B calls them; the entity defaults to the account's own
-    job_type      as W&B calls it; null for "train", or "continue" where the weights come from another run
+    project       W&B's project, where the run appears
+    entity        W&B's user or team that has the project; null for the account's own
+    group         runs of one group stand together in W&B; null for none
+    job_type      W&B's word for the kind of run; null for "train", or "continue" where the weights come from another
+                  run
+    tags          W&B's labels of the run; null for none
     timeout       seconds that the server may take to answer at the start, and to receive what is left at the end.
                   Training does not wait for the start; the end of the run waits a few times as long, at worst
     queue         records kept for a sink that is slow; those that find it full are dropped for it, and counted
-    artifacts     each checkpoint as a reference to its folder; nothing is uploaded
-    alerts        a message when the run fails, or goes on in another attempt
-    histograms    where routers sent the tokens and how long documents were, in W&B and TensorBoard
+    artifacts     tell W&B of each checkpoint, as a reference to its folder; nothing is uploaded
+    alerts        have W&B send a message when the run fails, or goes on in another attempt
+    histograms    chart where routers sent the tokens and how long documents were, in W&B and TensorBoard
     tensorboard   write RUN/tensorboard too
 
     Raises ValueError, one line that opens with the key, for a value out of range.
