@@ -80,10 +80,10 @@ class Data:
     """Which corpus, where its store is, and how it is cut.
 
     corpus: where documents come from: stdlib (the source of Python's own standard library) or text (UTF-8 files). path:
-    the file of a text corpus, or its folder; null for stdlib. store: the folder of the token store; by
-    default one in the user's cache, named by the corpus and its identity. max_length: tokens in a sequence. heldout:
-    the fraction of documents, in (0, 1), that is never trained on. heldout_tokens: how many of their tokens an
-    evaluation reads. Raises ValueError, one line that opens with the key, for a value out of range.
+    the file of a text corpus, or its folder; null for stdlib. store: the folder of the token store; null for one in the
+    user's cache, named by the corpus and its identity. max_length: tokens in a sequence. heldout: the fraction of
+    documents, in (0, 1), that is never trained on. heldout_tokens: how many of their tokens an evaluation reads. Raises
+    ValueError, one line that opens with the key, for a value out of range.
     """
 
     def __init__(

@@ -70,7 +70,8 @@ def page() -> str:
         parts[key] = _described(SECTIONS[key], {"": tree[key]}, f"{key}.", said)
     contents = " · ".join(f"[{name}](#{name.replace(', ', '-')})" for name in parts)
     body = "\n\n".join(f"## {name}\n\n{text.strip()}" for name, text in parts.items())
-    return f"{INTRO}\n{contents}\n\n{_PAPER.sub(r'[\1](https://arxiv.org/abs/\1)', body)}\n"
+    body = _PAPER.sub(r"[\1](https://arxiv.org/abs/\1)", body)
+    return f"{INTRO}\n{contents}\n\n{body}\n"
 
 
 def meanings(text: str, keys: Iterable[str]) -> tuple[str, dict[str, str]]:
@@ -214,10 +215,8 @@ def _placed(group: str, places: list[str]) -> str:
     options = conf.groups()[group]
     where = ", ".join(f"`{group}@{place}=OPTION`" for place in places)
     nodes = {option: conf.option(group, option) for option in options}
-    keys = f"its keys are then below that place, as `{places[0]}.KEY`"
-    return (
-        f"Placed where one is wanted: {where}; {keys}.\n\n{_options(group, options, None)}{_by_class(group, nodes, '')}"
-    )
+    said = f"Placed where one is wanted: {where}. Its keys are then below that place: `{places[0]}.KEY`.\n\n"
+    return said + _options(group, options, None) + _by_class(group, nodes, "")
 
 
 def _options(group: str, options: list[str], default: str | None) -> str:
@@ -285,12 +284,12 @@ def _rows(constructor: type, nodes: dict[str, Any], prefix: str, comments: dict[
             within = {option: node.get(key, {}) for option, node in nodes.items()}
             inner = {k.removeprefix(f"{key}."): text for k, text in comments.items() if k.startswith(f"{key}.")}
             more, below = _rows(hint, within, f"{prefix}{key}.", inner)
-            prose += f"\n\n`{prefix}{key}`: {more}"
+            prose += f"\n\n`{prefix}{key}`: {more[:1].lower()}{more[1:]}"
             rows += below
             continue
         default = _text(constructor, parameters[key])
         kind = _type(constructor, key, hint)
-        if hint is Any and any(isinstance(node.get(key), dict) for node in nodes.values()):
+        if hint is Any and any("_target_" in node.get(key, "") for node in nodes.values()):
             kind = "object or null" if default == "`null`" else "object"
         meaning = said.get(key) or comments.get(key, "")
         rows.append((prefix + key, kind, _default(key, nodes, default), meaning))

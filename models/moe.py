@@ -51,8 +51,8 @@ class MoE(nn.Module):
     token is dropped.
 
     num_experts: experts to choose from, the shared one not counted. top_k: how many of them a token goes to, from 1 to
-    num_experts. hidden: inner width of each of them, a SwiGLU (2002.05202). shared_hidden: that of the shared expert; 0
-    for none.
+    num_experts. hidden: inner width of each of them, a SwiGLU (2002.05202). shared_hidden: inner width of the shared
+    expert; 0 for none.
 
     x [B, T, D] -> [B, T, D] and the Routing that the balance loss needs.
     """

@@ -26,13 +26,12 @@ class RunSettings:
 class TrainSettings:
     """How long and how often, in tokens.
 
-    tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget
-    in steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of
-    data.max_length. balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the
-    cross-entropy; 0 for none. clip: largest 2-norm of all gradients together; larger ones are scaled down to it.
-    evaluate_every: tokens between two evaluations of the held-out loss; null for one, at the end. checkpoint_every:
-    tokens between two checkpoints; null for one, at the end, which a stopped run writes too. keep: how many of the
-    newest checkpoints are kept.
+    tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget in
+    steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of data.max_length.
+    balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none.
+    clip: largest 2-norm of all gradients together; larger ones are scaled down to it. evaluate_every: tokens between
+    two evaluations of the held-out loss; null for one, at the end. checkpoint_every: tokens between two checkpoints;
+    null for one, at the end, which a stopped run writes too. keep: how many of the newest checkpoints are kept.
     """
 
     tokens: int = 1_000_000
@@ -66,11 +65,11 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TransportSettings:
-    """how the ranks that share a sequence pass on what a span needs of those before it.
+    """How the ranks that share a sequence pass on what a span needs of those before it.
 
-    recurrence: of linear mixers. gather: an all-gather, in each layer, of every span's effect on the state (LASP-2,
-    2502.07563). attention: of softmax attention. gather: an all-gather, in each layer, of keys and values (Llama 3,
-    2407.21783, section 3.3.2).
+    recurrence: how the states of linear mixers travel. gather: an all-gather, in each layer, of every span's effect on
+    the state (LASP-2, 2502.07563). attention: how softmax attention reaches the keys of other ranks. gather: an
+    all-gather, in each layer, of keys and values (Llama 3, 2407.21783, section 3.3.2).
     """
 
     recurrence: str = "gather"
@@ -125,10 +124,10 @@ class ClusterSettings:
     kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers:
     processes that train, on all machines together: one a GPU or, on CPUs, one a core. threads: CPU threads of each
     worker; null for its machine's cores divided among the workers there. device: what the workers compute on; auto is
-    cuda where every worker has a GPU to itself, cpu elsewhere. address: where the Ray is; http://HOST:PORT (its dashboard,
-    from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines; null for what
-    RAY_ADDRESS says. restarts: new attempts from the last checkpoint after a worker or a machine is lost. template:
-    the machines to start, for `farspan template`; null for none.
+    cuda where every worker has a GPU to itself, cpu elsewhere. address: where the Ray is; http://HOST:PORT (its
+    dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines; null
+    for what RAY_ADDRESS says. restarts: new attempts from the last checkpoint after a worker or a machine is lost.
+    template: the machines to start, for `farspan template`; null for none.
     """
 
     kind: str = "local"

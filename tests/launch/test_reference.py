@@ -36,6 +36,23 @@ def test_every_option_and_every_key_of_the_files_is_there(text):
             assert f"| `{key}` |" in text or f"| `{name}` |" in text, key
 
 
+def test_every_key_has_a_meaning(text):
+    empty, title = [], ""
+    for line in text.splitlines():
+        title = line.lstrip("# ") if line.startswith("#") else title
+        if line.startswith("| `") and not re.split(r"(?<!\\)\|", line)[4].strip():
+            empty.append(f"{line.split('`')[1]} ({title})")
+    assert not empty, (
+        f"no meaning: {', '.join(empty)}; say it in the class's docstring, as 'key: meaning.', "
+        "or behind the # of its line in conf/"
+    )
+
+
+def test_papers_are_linked_by_their_numbers(text):
+    assert re.search(r"\[\d{4}\.\d{5}\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)", text)
+    assert not re.findall(r"(?<![\[/])\b\d{4}\.\d{5}\b", text)
+
+
 def test_every_table_is_one(text):
     for line in text.splitlines():
         if line.startswith("|"):
@@ -80,6 +97,14 @@ STYLES = {
     "first": ("""a: at once; or
 
         else later. b: last.""", "", {"a": "at once; or else later", "b": "last"}),
+    "shapes": (
+        """What it is. a: the first.
+
+        x [B, T, D] -> [B, T, D], and more
+        of that.""",
+        "What it is.",
+        {"a": "the first"},
+    ),
     "prose": ("""Only prose, with d: a key of another.""", "Only prose, with d: a key of another.", {}),
 }  # fmt: skip
 

@@ -16,9 +16,9 @@ MODES = ("auto", "offline", "online", "disabled")
 class Tracking:
     """Training neither waits for those who get one nor ends with them. W&B is Weights & Biases.
 
-    mode          what W&B gets. auto: what WANDB_MODE says, else online where a key is found (WANDB_API_KEY, W&B's settings,
-                  netrc) and offline elsewhere; online: offline all the same where there is no key or the server does
-                  not answer; offline: written to the run folder, for `wandb sync` later; disabled: no W&B
+    mode          what W&B gets. auto: what WANDB_MODE says, else online where a key is found (WANDB_API_KEY, W&B's
+                  settings, netrc) and offline elsewhere; online: offline all the same where there is no key or the
+                  server does not answer; offline: written to the run folder, for `wandb sync` later; disabled: no W&B
     project       W&B's project, where the run appears
     entity        W&B's user or team that has the project; null for the account's own
     group         runs of one group stand together in W&B; null for none
