@@ -32,7 +32,7 @@ bench: $(READY)
 	$(VENV)/bin/python -m tests.benchmarks.tracking
 
 reference: $(READY)
-	$(VENV)/bin/python -m launch.reference
+	$(VENV)/bin/python -m launch.config.reference
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -32,7 +32,7 @@ def _run(arguments: list[str]) -> int:
             print(usage(), end="")
             return 0
         if name == "complete":  # asked by the shell, between two keys
-            from launch.complete import complete
+            from launch.config.complete import complete
 
             return complete(rest)
         verb = _verb(name)
@@ -87,11 +87,12 @@ def _configuration(verb: Verb, overrides: list[str]) -> str:
     """The resolved configuration as YAML, checked, the model built on the meta device; of a sweep, one a run."""
     from omegaconf import OmegaConf
 
-    from launch import check, preflight
+    from launch import preflight
+    from launch.config import check
 
     jobs = [verb.arguments(overrides)]
     if verb is VERBS["sweep"]:
-        from launch.sweep_members import expand
+        from launch.sweep.members import expand
 
         jobs = [member.overrides for member in expand(overrides)[1]]
     texts = []

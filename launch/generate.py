@@ -68,7 +68,7 @@ def _checkpoint(value: str) -> Path:
 
 
 def _parse(arguments: list[str]) -> tuple[str, Request]:
-    from launch.compose import fields
+    from launch.config.compose import fields
 
     if not arguments or "=" in arguments[0] and not Path(arguments[0]).exists():
         raise UserError("RUN: missing; expected a run folder (farspan generate RUN prompt=TEXT)")

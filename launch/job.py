@@ -31,7 +31,7 @@ def _run() -> int:
     from rich.console import Console
 
     from launch import package, preflight
-    from launch.compose import checked
+    from launch.config.compose import checked
     from launch.train import Ended, Hosted, here
     from launch.user import UserError
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from launch.compose import checked, composed, groups
+from launch.config.compose import checked, composed, groups
 from launch.user import UserError
 from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from launch import preflight
-from launch.compose import CONF, composed, groups
+from launch.config.compose import CONF, composed, groups
 from launch.placement import place
 from launch.templates import Machines
 from launch.user import UserError

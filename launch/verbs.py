@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from launch import conf
+from launch.config import conf
 
 _WIDTH = 118
 
@@ -53,7 +53,7 @@ every value is checked before a process starts. --cfg prints the resolved config
 """,
     ),
     "sweep": Verb(
-        function="launch.sweep:sweep",
+        function="launch.sweep.sweep:sweep",
         synopsis="[key=value,value,... ...]",
         line="a run for every combination of values, a table and a plot at the end",
         overrides=True,
@@ -153,7 +153,7 @@ One byte at a time, with constant memory per token in the recurrent layers.
 """,
     ),
     "doctor": Verb(
-        function="launch.doctor:doctor",
+        function="launch.doctor.doctor:doctor",
         synopsis="[run.dir=FOLDER] [cluster.address=ADDRESS]",
         line="what this machine has, and whether it works",
         text="""\
@@ -165,7 +165,7 @@ not looked up: ok, missing, or broken and why. Exit code 0: the default job can 
 """,
     ),
     "completion": Verb(
-        function="launch.complete:completion",
+        function="launch.config.complete:completion",
         synopsis="SHELL",
         line="completion of verbs, keys and values by the shell",
         text="""\

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.compose import composed
+from launch.config.compose import composed
 
 SMALL = [
     "data=text",

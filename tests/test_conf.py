@@ -8,10 +8,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from launch import conf
-from launch.check import OBJECTS, build
-from launch.compose import composed
-from launch.conf import CONF
+from launch.config import conf
+from launch.config.check import OBJECTS, build
+from launch.config.compose import composed
+from launch.config.conf import CONF
 from models.mixers import MIXERS
 from parallel.schedule import SCHEDULERS
 from parallel.sequence import TRANSPORTS
@@ -81,7 +81,7 @@ def test_every_mixer_can_be_placed_in_a_model_by_name(mixer):
 
 @pytest.mark.parametrize("file", [None, *FILES], ids=str)
 def test_plain_reading_of_the_files_says_what_hydra_composes(file, monkeypatch):
-    """`launch.conf`, which completion and help read, against Hydra: the same keys, the same values."""
+    """`launch.config.conf`, which completion and help read, against Hydra: the same keys, the same values."""
     monkeypatch.setattr(conf, "_load", lambda path: OmegaConf.to_container(OmegaConf.load(path)))
     chosen = overrides_for(file)[:1] if file else []
     with initialize_config_dir(str(CONF), version_base="1.3"):

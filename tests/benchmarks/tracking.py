@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.compose import composed
+from launch.config.compose import composed
 from tests.world import run_world
 
 FULL = ["tracking.mode=offline", "tracking.tensorboard=true"]

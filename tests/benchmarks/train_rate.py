@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.compose import composed
+from launch.config.compose import composed
 from tests.world import run_world
 
 WARM = 8

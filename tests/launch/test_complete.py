@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.complete import SCRIPTS, candidates
+from launch.config.complete import SCRIPTS, candidates
 from launch.verbs import VERBS
 
 BASH = shutil.which("bash")
@@ -66,7 +66,7 @@ def test_what_is_offered(words, tmp_path, monkeypatch):
 
 
 def test_every_key_of_the_default_job_is_offered():
-    from launch import conf
+    from launch.config import conf
 
     for key in conf.leaves(conf.written()[0]):
         if not key.rpartition(".")[2].startswith("_"):

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from launch import conf
-from launch.check import words
 from launch.cli import main
-from launch.compose import composed, fields
+from launch.config import conf
+from launch.config.check import words
+from launch.config.compose import composed, fields
 from launch.verbs import VERBS, usage
 
 GLA = "model.blocks.gla"

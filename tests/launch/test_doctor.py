@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor, machine, nodes
+from launch import nodes
 from launch.cli import main
-from launch.doctor import Fact, package
+from launch.doctor import doctor, machine
+from launch.doctor.doctor import Fact, package
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

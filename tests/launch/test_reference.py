@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from launch import conf, reference
-from launch.accepts import accepts, nested, parameters
-from launch.reference import PAGE, documentation, meanings, page
+from launch.config import conf, reference
+from launch.config.accepts import accepts, nested, parameters
+from launch.config.reference import PAGE, documentation, meanings, page
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,17 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch import preflight, sweep, sweep_jobs, sweep_members, sweep_plot, sweep_table
+from launch import preflight
 from launch.cli import main
-from launch.compose import composed
+from launch.config.compose import composed
 from launch.stopping import Stopping
-from launch.sweep_members import expand, name
-from launch.sweep_record import Sweep
+from launch.sweep import jobs as sweep_jobs
+from launch.sweep import members as sweep_members
+from launch.sweep import plot as sweep_plot
+from launch.sweep import sweep
+from launch.sweep import table as sweep_table
+from launch.sweep.members import expand, name
+from launch.sweep.record import Sweep
 from launch.train import Ended
 from launch.user import UserError
 from tests.jobs import overrides

@@ -19,7 +19,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from launch.cli import main
-from launch.compose import composed
+from launch.config.compose import composed
 from launch.placement import place
 from launch.template import machines
 from launch.templates import command, commented, key_of, kuberay, own_words, ray_up, slurm

@@ -377,5 +377,5 @@ def main(name: str, module: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its files are no packages
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its files are no packages
     sys.exit(main(*sys.argv[1:]))

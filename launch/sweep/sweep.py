@@ -1,7 +1,7 @@
 """`farspan sweep`: a run for every combination of values, one folder each, and what they reached side by side.
 
 All members are checked before the first one starts. Here they run one after another, each with all the workers; on a
-cluster as many at a time as it holds (`launch.sweep_jobs`). One that fails is noted, and the next one starts.
+cluster as many at a time as it holds (`launch.sweep.jobs`). One that fails is noted, and the next one starts.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 
-from launch import compose, nodes, preflight, status, submit, sweep_members, sweep_table
+from launch import nodes, preflight, status, submit
+from launch.config import compose
 from launch.progress import duration
-from launch.sweep_members import Member
-from launch.sweep_record import FILE, OPEN, Sweep
+from launch.sweep import members as sweep_members
+from launch.sweep import table as sweep_table
+from launch.sweep.members import Member
+from launch.sweep.record import FILE, OPEN, Sweep
 from launch.train import run
 from launch.user import UserError
 
@@ -58,7 +61,7 @@ def sweep(overrides: list[str]) -> int:
             try:
                 following = [member for member in found.members if member.state == "running"]
                 if following or ready and _remote(ready[0].config):
-                    from launch import sweep_jobs
+                    from launch.sweep import jobs as sweep_jobs
 
                     sweep_jobs.run(found, ready, following, say)
                 else:
@@ -248,8 +251,8 @@ def _caught_up(found: Sweep, member: Member) -> tuple[str, str | None] | None:
     """The state of an unfinished member after the last sweep was left; None where it is a job that goes on."""
     if member.state != "running" or member.job is None:
         return settled(found, member)
-    from launch import sweep_jobs
     from launch.jobs import Jobs
+    from launch.sweep import jobs as sweep_jobs
 
     cluster = Jobs(member.address)
     try:
@@ -266,7 +269,7 @@ def _ended(found: Sweep, console: Console, began: float) -> int:
     sweep_table.show(found.swept, results)
     files = f"{found.folder}/table.txt, table.csv"
     try:
-        from launch import sweep_plot
+        from launch.sweep import plot as sweep_plot
 
         sweep_plot.draw(found.folder / PLOT, str(found.folder), found.swept, results)
         files += f", {PLOT}"

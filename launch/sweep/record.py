@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import sweep_table
-from launch.sweep_members import Member, Swept
-from launch.sweep_table import Result
+from launch.sweep import table as sweep_table
+from launch.sweep.members import Member, Swept
+from launch.sweep.table import Result
 from launch.user import UserError
 
 FILE = "sweep.json"

@@ -13,13 +13,13 @@ from launch import nodes, status, submit
 from launch.inspection import PASSED
 from launch.job import REFUSED
 from launch.jobs import Jobs
-from launch.sweep_members import Member
-from launch.sweep_record import Sweep
+from launch.sweep.members import Member
+from launch.sweep.record import Sweep
 from launch.user import UserError
 from train.settings import ClusterSettings, section
 
 if TYPE_CHECKING:
-    from launch.sweep import Ready
+    from launch.sweep.sweep import Ready
 
 POLL_S = 1.0
 SUMMARY_S = 60.0  # seconds between two summaries

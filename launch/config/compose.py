@@ -1,6 +1,6 @@
 """From command-line overrides to a checked configuration.
 
-Hydra composes the files of conf/ and the overrides; `launch.check` holds the result against the constructors. Hydra's
+Hydra composes the files of conf/ and the overrides; `check` holds the result against the constructors. Hydra's
 `+` and `++` are allowed and make no difference: a key that its constructor knows can be given, any other cannot. What
 Hydra would let through or explain at length is found here, and costs one line.
 """
@@ -17,9 +17,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch import conf
-from launch.check import OBJECTS, SCALARS, SECTIONS, checked, class_of, fields, hints_of, nearest, parameters_of
-from launch.conf import CONF, groups
+from launch.config import conf
+from launch.config.check import OBJECTS, SCALARS, SECTIONS, checked, class_of, fields, hints_of, nearest, parameters_of
+from launch.config.conf import CONF, groups
 from launch.user import UserError
 
 __all__ = ["CONF", "checked", "composed", "fields", "groups"]

@@ -1,7 +1,7 @@
 """`farspan doctor`: what this machine has, and whether it works here.
 
 A fact a line, as it is found: whether it is there (ok, missing, or broken), what it is, and what was found or went
-wrong. What may take long, hang or crash is tried in a process of its own (`launch.trials`); this one imports neither
+wrong. What may take long, hang or crash is tried in a process of its own (`trials`); this one imports neither
 torch nor anything else that might be at fault.
 """
 
@@ -24,10 +24,10 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
-from launch import machine, trials
+from launch.doctor import machine, trials
 from launch.user import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 45.0  # seconds that a trial may take; they take one to five
 ARGUMENTS = ("run.dir", "cluster.address")
 MEMORY = 6e9  # bytes that the default job takes at most, Ray included

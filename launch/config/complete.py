@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from launch import conf
-from launch.accepts import GIVEN, accepts, nested, parameters
+from launch.config import conf
+from launch.config.accepts import GIVEN, accepts, nested, parameters
 from launch.user import UserError
 from launch.verbs import VERBS, Verb
 

@@ -15,8 +15,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from launch import conf
-from launch.accepts import GIVEN
+from launch.config import conf
+from launch.config.accepts import GIVEN
 from launch.user import UserError
 from train.construct import ROOMS, allowed, construct
 from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, RunSettings, TrainSettings, section

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.sweep_members import Swept, plain
-from launch.sweep_table import Result, best, ranked
+from launch.sweep.members import Swept, plain
+from launch.sweep.table import Result, best, ranked
 
 NAMES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#555555")
 STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.3)), (0, (5, 1.5, 1, 1.5)))

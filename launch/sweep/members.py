@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
-from launch.conf import CONF, groups
+from launch.config.conf import CONF, groups
 from launch.user import UserError
 
 MOST = 1000  # members

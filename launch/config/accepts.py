@@ -8,7 +8,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIVEN = ("dim", "slot", "params")  # what the program itself gives to a `_partial_` node when it builds it
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.sweep_members import Member, Swept, plain
+from launch.sweep.members import Member, Swept, plain
 
 _WIDTH = 10_000  # of the text file: no line is folded
 

@@ -13,11 +13,11 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import conf
-from launch.accepts import GIVEN, accepts
-from launch.check import SCALARS, SECTIONS, class_of, hints_of, parameters_of, words
+from launch.config import conf
+from launch.config.accepts import GIVEN, accepts
+from launch.config.check import SCALARS, SECTIONS, class_of, hints_of, parameters_of, words
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
 INTRO = """\
 # Configuration

@@ -1,0 +1,1 @@
+"""`farspan doctor`: what this machine has, and whether it works."""

@@ -1,0 +1,1 @@
+"""`farspan sweep`: many runs from one command."""
