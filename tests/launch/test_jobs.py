@@ -256,6 +256,59 @@ def test_train_on_a_cluster_follows_its_job_and_ctrl_c_saves(cluster, uninterrup
     assert numbers(run) == numbers(uninterrupted)[:reached]
 
 
+def test_a_machine_of_the_cluster_joins_its_ray_without_a_job(cluster, uninterrupted):
+    run = cluster.place / "runs" / "joined"
+    address = f"cluster.address=127.0.0.1:{cluster.port}"
+    farspan(cluster, "train", "cluster=ray", address, *job_overrides(cluster, f"run.dir={run}"))
+    assert numbers(run) == numbers(uninterrupted)
+    assert "joined" not in farspan(cluster, "list", cluster.address)
+
+
+@pytest.mark.slow
+def test_a_lost_machine_is_waited_for(cluster):
+    """One of two machines goes; the run waits for another, and goes on from its last checkpoint."""
+    run = cluster.place / "runs" / "waited"
+    farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/waited", "train.steps=200"))
+    wait_for(lambda: steps(run) >= 8, 60)
+    cluster.end(cluster.nodes[1])
+    log = ["logs", "waited", cluster.address]
+    wait_for(
+        lambda: "waiting for machines: cluster.workers=2: the cluster has room for 1" in farspan(cluster, *log), 90
+    )
+    cluster.start()
+    wait_for(lambda: records(run)[-1]["attempt"] == 2, 90)
+    said = farspan(cluster, "stop", "waited", cluster.address)
+    assert "has ended" in said
+    assert [r["step"] for r in records(run)] == list(range(1, len(records(run)) + 1))
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"]).returncode != 0, reason="needs a mount namespace")
+def test_a_run_that_only_the_cluster_sees_is_told_and_resumed(cluster):
+    """From a machine that does not see the run folder: status, and resume by the job's id."""
+    run = cluster.place / "runs" / "unseen"
+    farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/unseen", "train.steps=4"))
+    farspan(cluster, "logs", "unseen", "--follow", cluster.address)
+    hide = f'mount -t tmpfs none {cluster.place}/runs && exec "$@"'
+
+    def far(*words: str) -> str:
+        done = subprocess.run(
+            ["unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh", *FARSPAN, *words],
+            cwd=cluster.place,
+            env=cluster.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = far("status", "unseen", cluster.address)
+    assert "cannot be seen from here; the last lines of its log:" in said and "step 4" in said
+    assert far("submit", "resume=unseen", "train.steps=6", cluster.address) == "unseen-2\n"
+    far("logs", "unseen-2", "--follow", cluster.address)
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+
+
 def refused(cluster: Cluster, capsys, *words: str) -> str:
     """The one line with which a command is refused, in this process and with no job left behind."""
     assert main([*words]) == 2
@@ -280,6 +333,11 @@ def test_what_the_cluster_cannot_do_is_one_line(cluster, capsys, tmp_path, monke
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert "asks for a token" in refused(cluster, capsys, "list", cluster.address)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_the_job(cluster):
+    said = farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=/proc/1/nowhere"), code=2)
+    assert "run.dir=/proc/1/nowhere: cannot be written (" in said
 
 
 def test_where_no_ray_answers_it_is_said_within_ten_seconds(capsys, tmp_path):
