@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test unit check mutations stops bench reference clean
+.PHONY: train test unit check mutations stops docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -13,7 +13,7 @@ test: $(READY) check
 	$(VENV)/bin/python -m pytest -q
 
 unit: $(READY)
-	$(VENV)/bin/python -m pytest -q -m "not dist and not e2e and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q -m "not composes and not dist and not e2e and not gpu and not slow"
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check --quiet .
@@ -26,6 +26,9 @@ mutations: $(READY)
 
 stops: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/launch/test_stop.py -m "slow or not slow"
+
+docs: $(READY)
+	$(VENV)/bin/python -m pytest -q tests/test_docs.py -m "slow or not slow"
 
 bench: $(READY)
 	$(VENV)/bin/python -m tests.benchmarks.train_rate

@@ -18,6 +18,8 @@ from parallel.sequence import TRANSPORTS
 from train.construct import construct
 from train.engines import ENGINES
 
+pytestmark = pytest.mark.composes
+
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
 REQUIRED = {"path": "somewhere", "heads": 4, "kv_heads": 2}  # a value for each key that some file leaves to its user
 MORE = {"cluster/ray_up": ["cluster.template.head_ip=10.0.0.1"]}  # what a constructor wants of the user besides

@@ -23,6 +23,7 @@ import pytest
 from tests.launch.processes import ROOT, mentioning, wait_for
 
 PAGES = ["README.md", "docs/install.md", "docs/first-run.md", "docs/data.md", "docs/cluster.md"]
+TAKE_MINUTES = ["docs/first-run.md", "docs/cluster.md"]  # run by `make docs`
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",
     ".venv/bin/python -m pip": "installs: `make` does the same",
@@ -83,7 +84,9 @@ def test_commands_are_in_console_blocks(page):
 
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in TAKE_MINUTES)) for page in PAGES]
+)
 def test_every_command_works_as_printed(page, tmp_path):
     _write_texts(tmp_path / "my_texts")
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

@@ -8,7 +8,7 @@ import math
 
 def _tokens(key: str, duration: int | float, budget: int) -> float:
     if duration < 0 or (isinstance(duration, float) and duration > 1 and not duration.is_integer()):
-        raise ValueError(f"schedule.{key}={duration}: must be a share of the budget in [0, 1] or a number of tokens")
+        raise ValueError(f"schedule.{key}={duration}: must be a share of the budget in [0, 1) or a number of tokens")
     return duration * budget if duration < 1 else float(duration)
 
 

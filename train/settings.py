@@ -123,11 +123,11 @@ class ClusterSettings:
 
     kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers:
     processes that train, on all machines together: one a GPU or, on CPUs, one a core. threads: CPU threads of each
-    worker; null for its machine's cores divided among the workers there. device: what the workers compute on; auto is
-    cuda where every worker has a GPU to itself, cpu elsewhere. address: where the Ray is; http://HOST:PORT (its
-    dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines; null
-    for what RAY_ADDRESS says. restarts: new attempts from the last checkpoint after a worker or a machine is lost.
-    template: the machines to start, for `farspan template`; null for none.
+    worker; null for its machine's cores divided among the workers there. device: what the workers compute on; auto
+    is cuda where every worker has a GPU to itself, cpu elsewhere. address: where the Ray is; http://HOST:PORT (its
+    dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines;
+    null for what RAY_ADDRESS says, else http://127.0.0.1:8265. restarts: new attempts from the last checkpoint
+    after a worker or a machine is lost. template: the machines to start, for `farspan template`; null for none.
     """
 
     kind: str = "local"

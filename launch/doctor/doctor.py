@@ -55,6 +55,7 @@ PACKAGES = {
     "matplotlib": Package("matplotlib", "plots"),
     "numpy": Package("numpy", "corpora, packing, schedules"),
     "omegaconf": Package("omegaconf", "resolves the configuration"),
+    "pyyaml": Package("yaml", "writes the templates"),
     "ray": Package("ray", "places workers on machines, and starts them again"),
     "rich": Package("rich", "the progress display, tables"),
     "tensorboardX": Package("tensorboardX", "tracking=tensorboard"),

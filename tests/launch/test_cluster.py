@@ -88,7 +88,7 @@ def test_reports_become_outcomes(tmp_path: Path) -> None:
     assert judge(Report(False, [bug])).reason == f"rank 1: ValueError: banana (full trace: {error})"
     assert judge(Report(False, [mistake])) == Outcome(False, "train.tokens: got -1", 2)
     no_ray = judge(Report(False, line="TimeoutError: no raylet", trace="a trace"))
-    assert no_ray == Outcome(False, f"Ray: TimeoutError: no raylet (full trace: {error})", 1)
+    assert no_ray == Outcome(False, f"Ray: TimeoutError: no raylet (full trace: {error})", 1, lost=True)
     assert error.read_text() == "a trace"
     assert "exit code -9" in str(judge(None).reason)
 

@@ -9,6 +9,8 @@ from launch.config.check import words
 from launch.config.compose import composed, fields
 from launch.verbs import VERBS, usage
 
+pytestmark = pytest.mark.composes
+
 GLA = "model.blocks.gla"
 TRANSPORT = "parallel.transport"
 

@@ -75,14 +75,14 @@ def test_an_entry_that_does_not_exist_is_a_failure(tmp_path: Path) -> None:
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert _spawn("die", tmp_path) == Outcome(False, "rank 1 was killed (SIGKILL)", 1)
+    assert _spawn("die", tmp_path) == Outcome(False, "rank 1 was killed (SIGKILL)", 1, lost=True)
     assert time.monotonic() - began < 20
     all_gone(pids(tmp_path))
     assert not multiprocessing.active_children()
 
 
 def test_a_rank_that_leaves_without_a_word_is_named(tmp_path: Path) -> None:
-    assert _spawn("leave", tmp_path) == Outcome(False, "rank 1 left with exit code 3", 1)
+    assert _spawn("leave", tmp_path) == Outcome(False, "rank 1 left with exit code 3", 1, lost=True)
 
 
 def test_a_world_that_does_not_start_in_time_is_ended(tmp_path: Path) -> None:

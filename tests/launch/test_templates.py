@@ -26,6 +26,8 @@ from launch.templates import command, commented, key_of, kuberay, own_words, ray
 from launch.user import UserError
 from tests.jobs import overrides
 
+pytestmark = pytest.mark.composes
+
 KUBE = ["cluster=kuberay", "cluster.template.image=registry/farspan:1", "cluster.template.claim=runs"]
 LOCAL = ["cluster=ray_up", "cluster.template.head_ip=10.0.0.9", "cluster.template.worker_ips=[10.0.0.10]"]
 ALL = (["cluster=slurm"], KUBE, [*KUBE, "cluster.template.resource=RayCluster"], LOCAL)

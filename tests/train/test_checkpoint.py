@@ -38,7 +38,7 @@ def whole(trainer):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_another_world_size_loads_the_same_bits_and_goes_on_the_same_way(run, tmp_path, precision):
     more = [*PRECISION[precision], "train.steps=60"]
     saved, losses = run(2, save_then_go_on, order(tmp_path, tmp_path / "run", *LAYOUTS[2], *more))[0]
