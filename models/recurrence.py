@@ -10,8 +10,15 @@ A transport of effects (`parallel/sequence`) needs nothing else, so it serves ev
 sequence-parallel on the day it is written.
 
 `alive` [B] is 1 where no document starts in the span and 0 where one does: compose and act multiply by it, so that a
-reset is exact and no log-decay is ever -inf. What A holds is the recurrence's own affair: `Diagonal` keeps a log decay
-per key channel (GLA), `Dense` a K×K matrix (delta rules).
+reset is exact and no log-decay is ever -inf. What A holds is the kind's own affair; which kernel reduces the span is
+the affair of the rule, by name, of `models.kernels.registry`.
+
+| kind | A | rules |
+|---|---|---|
+| Identity | nothing [B, H, 0] | linear |
+| Scalar | a log decay per head [B, H] | simple_gla (RetNet, Mamba-2) |
+| Diagonal | a log decay per key channel [B, H, K] | gla (GLA, HGRN2) |
+| Dense | a matrix [B, H, K, K] | delta_rule, gated_delta_rule, kda |
 
 Legend: B spans, T tokens, H heads, K key width, V value width. States are [B, H, K, V], in at least fp32.
 Algebra: Martin & Cundy 2018 (1709.04057) for the affine scan; the mixers cite their own papers.
@@ -19,33 +26,23 @@ Algebra: Martin & Cundy 2018 (1709.04057) for the affine scan; the mixers cite t
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-from models.kernels import delta, diagonal
-from models.kernels.chunk import Effect
+from models.kernels.chunk import Begun, Effect
+from models.kernels.registry import kernel
 
 
-class Begun(Protocol):
-    """A span whose outputs wait for the incoming state."""
-
-    @property
-    def effect(self) -> Effect:
-        """What the span does to a state; worked out when first asked for."""
-        ...
-
-    def finish(self, state: Tensor | None) -> Tensor:
-        """Outputs [B, T, H, V] of the span entered with `state` [B, H, K, V] (None: zero)."""
-        ...
-
-
+@dataclass(frozen=True)
 class Recurrence(ABC):
-    """One kind of A. `begin` belongs to the mixer's kernel, the algebra to the kind."""
+    """One kind of A. `rule` names the kernel that reduces a span; `scale` multiplies q, K^-½ where it is None."""
 
-    @abstractmethod
+    rule: str
+    scale: float | None = None
+
     def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
-        """Reduces a span. xs are [B, T, ...], starts [B, T] bool."""
+        """Reduces a span. xs are [B, T, ...] as the rule's kernel wants them, starts [B, T] bool."""
+        return kernel(self.rule, xs[0].device)(*xs, starts=starts, scale=self.scale)
 
     @abstractmethod
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
@@ -56,27 +53,37 @@ class Recurrence(ABC):
         """A·S."""
 
     def compose(self, first: Effect, then: Effect) -> Effect:
-        U = then.U + _each(then.alive) * self.apply(then.A, first.U)
+        U = then.U + _each(then.alive, first.U) * self.apply(then.A, first.U)
         return Effect(self.multiply(then.A, first.A), U, first.alive * then.alive)
 
     def act(self, effect: Effect, state: Tensor | None) -> Tensor:
         if state is None:
             return effect.U
-        return effect.U + _each(effect.alive) * self.apply(effect.A, state)
+        return effect.U + _each(effect.alive, state) * self.apply(effect.A, state)
 
 
-@dataclass(frozen=True)
+class Identity(Recurrence):
+    """S_t = S_{t-1} + U_t: nothing is forgotten (linear attention, 2006.16236)."""
+
+    def multiply(self, then: Tensor, first: Tensor) -> Tensor:
+        return then
+
+    def apply(self, A: Tensor, state: Tensor) -> Tensor:
+        return state
+
+
+class Scalar(Recurrence):
+    """S_t = e^{g_t}·S_{t-1} + U_t, g [B, H] one number a head (RetNet 2307.08621, Mamba-2 2405.21060)."""
+
+    def multiply(self, then: Tensor, first: Tensor) -> Tensor:
+        return then + first
+
+    def apply(self, A: Tensor, state: Tensor) -> Tensor:
+        return A.exp()[..., None, None] * state
+
+
 class Diagonal(Recurrence):
-    """S_t = diag(e^{g_t})·S_{t-1} + k_t⊗v_t, o_t = S_tᵀ q_t·K^-½ (gated linear attention, 2312.06635).
-
-    begin(q, k [B,T,H,K], v [B,T,H,V], g [B,T,H,K] natural log, ≤ 0).
-    """
-
-    chunk: int = 64
-
-    def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
-        q, k, v, g = xs
-        return diagonal.Chunks(q, k, v, g, starts=starts, size=self.chunk)
+    """S_t = diag(e^{g_t})·S_{t-1} + U_t, g [B, H, K] (gated linear attention, 2312.06635)."""
 
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then + first
@@ -85,18 +92,8 @@ class Diagonal(Recurrence):
         return A.exp().unsqueeze(-1) * state
 
 
-@dataclass(frozen=True)
 class Dense(Recurrence):
-    """S_t = e^{g_t}(I - β_t k_t k_tᵀ)·S_{t-1} + β_t k_t⊗v_t, o_t = S_tᵀ q_t·K^-½ (gated delta rule, 2412.06464).
-
-    begin(q, k [B,T,H,K] with ‖k‖ = 1, v [B,T,H,V], g [B,T,H] natural log, ≤ 0, beta [B,T,H] in [0, 2]).
-    """
-
-    chunk: int = 64
-
-    def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
-        q, k, v, g, beta = xs
-        return delta.Chunks(q, k, v, g, beta, starts=starts, size=self.chunk)
+    """S_t = A_t·S_{t-1} + U_t, A [B, H, K, K] (delta rules, 2406.06484, 2412.06464)."""
 
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then @ first
@@ -105,5 +102,5 @@ class Dense(Recurrence):
         return A @ state
 
 
-def _each(alive_B: Tensor) -> Tensor:
-    return alive_B[:, None, None, None]
+def _each(alive_B: Tensor, state: Tensor) -> Tensor:
+    return alive_B.view(-1, *(1,) * (state.dim() - 1))

@@ -3,7 +3,7 @@
 Legend: B spans, T tokens, H heads, N chunks, C tokens a chunk. A kernel works on [B, H, N, C, ...].
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,27 @@ from torch import Tensor
 class Effect(NamedTuple):
     """What a span does to the state that enters it: S_out = alive·A·S_in + U."""
 
-    A: Tensor  # Diagonal: log decay [B, H, K]; Dense: matrix [B, H, K, K]
-    U: Tensor  # [B, H, K, V]
+    A: Tensor  # [B, ...], as the kind of recurrence keeps it
+    U: Tensor  # [B, H, K, V], or what else the kind's state is
     alive: Tensor  # [B], 1 where no document starts in the span, else 0; in U's dtype
+
+
+class Begun(Protocol):
+    """A span whose outputs wait for the incoming state."""
+
+    @property
+    def effect(self) -> Effect:
+        """What the span does to a state; worked out when first asked for."""
+        ...
+
+    def finish(self, state: Tensor | None) -> Tensor:
+        """Outputs [B, T, H, V] of the span entered with `state` [B, H, K, V] (None: zero)."""
+        ...
+
+
+def scaled(q: Tensor, scale: float | None) -> Tensor:
+    """q times `scale`, K^-½ where it is None."""
+    return q * (q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def fold(x_BTH: Tensor, size: int) -> Tensor:

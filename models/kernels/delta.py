@@ -10,16 +10,27 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.kernels.chunk import Effect, fold, segments, unfold, unit_triangular_inverse
+from models.kernels.chunk import Effect, fold, scaled, segments, unfold, unit_triangular_inverse
 from models.precision import wide
 
 
 class Chunks:
     """A span reduced chunk by chunk. q, k [B,T,H,K], v [B,T,H,V], g, beta [B,T,H], starts [B,T]: `recurrence.Dense`."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, starts: Tensor, size: int):
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        starts: Tensor,
+        scale: float | None = None,
+        size: int = 64,
+    ):
         self.T, self.dtype = q.shape[1], v.dtype
-        q, k, v, g, beta = (fold(wide(x), size) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
+        q, k, v, g, beta = (fold(wide(x), size) for x in (scaled(q, scale), k, v, g, beta))
         seen = segments(starts, size)
         # Differences of long sums cancel: in fp32 they cost dt_bias and A_log two thirds of their accuracy.
         sums = g.double().cumsum(-1)

@@ -10,16 +10,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.kernels.chunk import Effect, fold, halves, join, segments, unfold
+from models.kernels.chunk import Effect, fold, halves, join, scaled, segments, unfold
 from models.precision import wide
 
 
 class Chunks:
     """A span reduced chunk by chunk. q, k, g [B,T,H,K], v [B,T,H,V], starts [B,T]; see `recurrence.Diagonal`."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, starts: Tensor, size: int):
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, starts: Tensor, scale: float | None = None, size: int = 64
+    ):
         self.T, self.dtype = q.shape[1], v.dtype
-        q, k, v, g = (fold(wide(x), size) for x in (q * q.shape[-1] ** -0.5, k, v, g))
+        q, k, v, g = (fold(wide(x), size) for x in (scaled(q, scale), k, v, g))
         seen = segments(starts, size)
         G = g.cumsum(-2)
         self.total = G[..., -1, :]

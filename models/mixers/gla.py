@@ -44,7 +44,7 @@ class GatedLinearAttention(nn.Module):
         self.gate = Linear(dim, values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
-        self.recurrence = Diagonal()
+        self.recurrence = Diagonal("gla")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)

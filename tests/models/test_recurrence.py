@@ -48,7 +48,7 @@ def inputs(kind, T, dtype=torch.float64, decay=1.0, seed=0):
     return [q, k, v, -decay * uniform(), 2 * uniform()]
 
 
-KINDS = {"diagonal": (Diagonal(), gla_loop), "dense": (Dense(), delta_loop)}
+KINDS = {"diagonal": (Diagonal("gla"), gla_loop), "dense": (Dense("gated_delta_rule"), delta_loop)}
 STARTS = {"none": [], "many": [0, 1, 2, 37, 63, 64, 65, 100], "edges": [64, 128]}
 
 
