@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from models.kernels.chunk import Effect, fold, scaled, segments, unfold, unit_triangular_inverse
+from models.kernels.diagonal import scores
 from models.precision import wide
 
 
 class Chunks:
-    """A span reduced chunk by chunk. q, k [B,T,H,K], v [B,T,H,V], g, beta [B,T,H], starts [B,T]: `recurrence.Dense`."""
+    """A span reduced chunk by chunk. q, k [B,T,H,K], v [B,T,H,V], g [B,T,H] or [B,T,H,K], beta [B,T,H]."""
 
     def __init__(
         self,
@@ -32,18 +33,24 @@ class Chunks:
         self.T, self.dtype = q.shape[1], v.dtype
         q, k, v, g, beta = (fold(wide(x), size) for x in (scaled(q, scale), k, v, g, beta))
         seen = segments(starts, size)
-        # Differences of long sums cancel: in fp32 they cost dt_bias and A_log two thirds of their accuracy.
-        sums = g.double().cumsum(-1)
-        G, total = sums.to(g.dtype), sums[..., -1:].to(g.dtype)
-        remaining = (sums[..., -1:] - sums).to(g.dtype)
-        between = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(g.dtype)
-        decay = between.masked_fill(~seen.visible, -torch.inf).exp()
-        solve = unit_triangular_inverse(beta.unsqueeze(-1) * (k @ k.transpose(-1, -2)) * decay)
+        if g.dim() == k.dim():
+            G = g.cumsum(-2)
+            total, remaining, visible = G[..., -1, :], G[..., -1:, :] - G, seen.visible.to(v.dtype)
+            keys, self.scores = scores(k, k, G) * visible, scores(q, k, G) * visible
+        else:
+            # Differences of long sums cancel: in fp32 they cost dt_bias and A_log two thirds of their accuracy.
+            sums = g.double().cumsum(-1)
+            between = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(g.dtype)
+            decay = between.masked_fill(~seen.visible, -torch.inf).exp()
+            keys, self.scores = (k @ k.transpose(-1, -2)) * decay, (q @ k.transpose(-1, -2)) * decay
+            G, total = sums.to(g.dtype).unsqueeze(-1), sums[..., -1:].to(g.dtype)
+            remaining = (sums[..., -1:] - sums).to(g.dtype).unsqueeze(-1)
+        first, last = seen.first.unsqueeze(-1), seen.last.unsqueeze(-1)
+        solve = unit_triangular_inverse(beta.unsqueeze(-1) * keys)
         self.u = solve @ (beta.unsqueeze(-1) * v)
-        self.w = solve @ (k * (beta * G.exp() * seen.first).unsqueeze(-1))
-        self.reads = q * (G.exp() * seen.first).unsqueeze(-1)
-        self.scores = (q @ k.transpose(-1, -2)) * decay
-        written = (k * (remaining.exp() * seen.last).unsqueeze(-1)).transpose(-1, -2)
+        self.w = solve @ (k * beta.unsqueeze(-1) * G.exp() * first)
+        self.reads = q * G.exp() * first
+        written = (k * remaining.exp() * last).transpose(-1, -2)
         kept = total.exp() * seen.alive.unsqueeze(-1)
         identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
         self.A = kept.unsqueeze(-1) * identity - written @ self.w
@@ -79,3 +86,8 @@ class Chunks:
             before = U + A @ state.unsqueeze(2)
         written = self.u - self.w @ before
         return unfold(self.reads @ before + self.scores @ written, self.T).to(self.dtype)
+
+
+def ungated(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, starts: Tensor, scale: float | None = None) -> Chunks:
+    """The delta rule without a decay (2406.06484)."""
+    return Chunks(q, k, v, torch.zeros_like(beta), beta, starts=starts, scale=scale)

@@ -5,14 +5,18 @@ from collections.abc import Callable
 
 import torch
 
-from models.kernels import delta, diagonal
+from models.kernels import delta, diagonal, scalar
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
 
 REFERENCE: dict[str, Kernel] = {
+    "linear": scalar.Chunks,
+    "simple_gla": scalar.Chunks,
     "gla": diagonal.Chunks,
+    "delta_rule": delta.ungated,
     "gated_delta_rule": delta.Chunks,
+    "kda": delta.Chunks,
 }
 
 
