@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from models.depth import ALONE, Depth, told
 from models.moe import Routing
 from models.norm import RMSNorm
 from models.sequence import Sequence
@@ -20,15 +21,16 @@ class Block(nn.Module):
     x [B, T, D] -> [B, T, D], and where a mixture of experts sent its tokens.
     """
 
-    def __init__(self, *, dim: int, mixer: Factory, ffn: Factory, slot: str):
+    def __init__(self, *, dim: int, mixer: Factory, ffn: Factory, slot: str, depth: Depth = ALONE):
         super().__init__()
         self.slot = slot
         self.mixer_norm = RMSNorm(dim)
-        self.mixer = mixer(dim=dim)
+        self.mixer = told(mixer, dim=dim, depth=depth)
         self.ffn_norm = RMSNorm(dim)
-        self.ffn = ffn(dim=dim)
+        self.ffn = told(ffn, dim=dim, depth=depth)
+        self.couplings = getattr(self.mixer, "couplings", ())
 
-    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), seq, slot=self.slot)
+    def forward(self, x_BTD: Tensor, seq: Sequence, **rows: Tensor | None) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), seq, slot=self.slot, **rows)
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), seq)
         return x_BTD + y_BTD, routing

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GIVEN = ("dim", "slot", "params")  # what the program itself gives to a `_partial_` node when it builds it
+GIVEN = ("dim", "slot", "depth", "params")  # what the program itself gives to a `_partial_` node when it builds it
 
 
 def accepts(target: str, key: str) -> list[str]:

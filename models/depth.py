@@ -1,0 +1,72 @@
+"""What layers know of one another: where they stand in the stack, and the parameters that couple them.
+
+A coupling is a parameter [layers, width] with a row for each layer that asks for it. It belongs to the model and not to
+a layer, since every row depends on all of them: sharding by layers then gathers it once, for the whole forward pass,
+and a row reaches its layer as an argument, so that running a layer again finds the same one.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from models.axes import Init, declare
+
+
+class Depth(NamedTuple):
+    """A layer's place in the stack: `layer` from 0 of `layers`."""
+
+    layer: int
+    layers: int
+
+
+ALONE = Depth(0, 1)
+
+
+def told(build: Callable[..., nn.Module], *, depth: Depth, **facts: Any) -> nn.Module:
+    """build(**facts), with `depth` too where its signature asks for it: most layers need not know."""
+    asks = "depth" in inspect.signature(build).parameters
+    return build(**facts, depth=depth) if asks else build(**facts)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What a mixer asks for in its attribute `couplings`: its forward gets its layer's row as the argument `name`.
+
+    `rows` makes of the parameter [layers, width] the rows, one a layer in the order of depth: a Tensor [width] each,
+    or None where the layer needs none.
+    """
+
+    name: str
+    width: int
+    axis: str | None
+    init: Init
+    rows: Callable[[Tensor], Sequence[Tensor | None]]
+
+
+class Coupled(nn.Module):
+    """The couplings of a stack: layers that ask for the same name and width share a parameter. A layer that asks alone
+    has nobody to share with, and gets no row."""
+
+    def __init__(self, layers: nn.ModuleDict):
+        super().__init__()
+        asking: dict[str, list[tuple[str, Coupling]]] = {}
+        for name, layer in layers.items():
+            for coupling in getattr(layer, "couplings", ()):
+                asking.setdefault(f"{coupling.name}_{coupling.width}", []).append((name, coupling))
+        self.asking = {key: found for key, found in asking.items() if len(found) > 1}
+        for key, found in self.asking.items():
+            _, first = found[0]
+            axes = (None, first.axis)
+            self.register_parameter(key, declare(len(found), first.width, axes=axes, init=first.init, decay=False))
+
+    def forward(self) -> dict[str, dict[str, Tensor | None]]:
+        """By layer, its rows by argument."""
+        given: dict[str, dict[str, Tensor | None]] = {}
+        for key, found in self.asking.items():
+            _, first = found[0]
+            for (name, coupling), row in zip(found, first.rows(self.get_parameter(key)), strict=True):
+                given.setdefault(name, {})[coupling.name] = row
+        return given
