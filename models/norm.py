@@ -1,5 +1,7 @@
 """Root-mean-square normalisation (arXiv 1910.07467), and its gated form for mixer outputs."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +23,28 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm(x) · silu(gate): per head when the last dimension is a head's, so that no rank needs another's heads."""
+    """RMSNorm(x) · activation(gate), silu unless told otherwise: per head when the last dimension is a head's, so that
+    no rank needs another's heads."""
+
+    def __init__(self, dim: int, *, activation: Callable[[Tensor], Tensor] = F.silu, axis: str | None = "embed"):
+        super().__init__(dim, axis=axis)
+        self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         normed = F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps)
-        return (normed * F.silu(wide(gate))).to(gate.dtype)
+        return (normed * self.activation(wide(gate))).to(gate.dtype)
+
+
+class GroupRMSNorm(RMSNorm):
+    """RMSNorm of each of `groups` equal parts of the last dimension, every channel with a weight of its own."""
+
+    def __init__(self, dim: int, groups: int, *, axis: str | None = "embed"):
+        super().__init__(dim, axis=axis)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = wide(x).unflatten(-1, (self.groups, -1))
+        return (F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * wide(self.weight)).to(x.dtype)
 
 
 def l2_normalise(x: Tensor) -> Tensor:

@@ -1,39 +1,67 @@
-"""Softmax attention with grouped queries (2305.13245) and rotary positions (2104.09864)."""
+"""Softmax attention with grouped queries (2305.13245) and rotary positions (2104.09864), over all of a document or a
+window of it.
+
+The norm of queries and keys is Qwen3's (2505.09388), the gate on the output Qwen3-Next's (2505.06708).
+"""
 
 from torch import Tensor, nn
 
+from models.axes import positive
 from models.linear import Linear
-from models.mixers.heads import head_dim
-from models.rope import rotate
+from models.mixers import heads as sizes
+from models.norm import RMSNorm
+from models.rope import Positions, RoPE, turn
 from models.sequence import Sequence
+
+ROPE = RoPE()
 
 
 class Attention(nn.Module):
-    """heads: query heads, which share out the model's `dim`, an even number of channels each. kv_heads: heads of keys
-    and values, each for heads / kv_heads query heads; must divide `heads`. rope_base: base of the rotary frequencies; a
-    larger one turns more slowly, for longer documents. Positions count from the start of each document.
+    """heads: query heads. kv_heads: heads of keys and values, each for heads / kv_heads query heads; must divide
+    `heads`. head_dim: channels of a head; null where the heads share out the model's `dim`. window: how many tokens a
+    query sees, itself included; null for the whole document. sinks: of the first tokens of the document, how many
+    remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453). qk_norm: whether each head's
+    queries and keys are normalised, before they are rotated. gate: whether each channel of the output is multiplied by
+    a sigmoid of the input. positions: how a token's place in its document enters: a rule of `models.rope`.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, kv_heads: int, rope_base: float = 10_000.0):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+        qk_norm: bool = False,
+        gate: bool = False,
+        positions: Positions = ROPE,
+    ):
         super().__init__()
-        self.head_dim = head_dim(dim, heads)
-        if self.head_dim % 2:
-            raise ValueError(
-                f"heads={heads}: dim={dim} gives an odd head dimension {self.head_dim}, rotary needs pairs"
-            )
+        positive(dim=dim, heads=heads)
+        self.head_dim = sizes.head_dim(dim, heads) if head_dim is None else head_dim
+        positive(head_dim=self.head_dim, window=1 if window is None else window)
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads={kv_heads}: must divide heads={heads}")
-        if rope_base <= 0:
-            raise ValueError(f"rope_base={rope_base}: must be above 0")
-        self.rope_base = rope_base
-        self.q = Linear(dim, dim, axes=("heads", "embed"))
+        if sinks < 0 or sinks and window is None:
+            raise ValueError(f"sinks={sinks}: must be 0 without a window, else at least 0")
+        positions.frequencies(self.head_dim)  # refuses a width that it cannot rotate
+        self.window, self.sinks, self.positions = window, sinks, positions
+        width = heads * self.head_dim
+        self.q = Linear(dim, width, axes=("heads", "embed"))
         self.kv = Linear(dim, 2 * kv_heads * self.head_dim, axes=("kv_heads", "embed"))
-        self.out = Linear(dim, dim, axes=("embed", "heads"))
+        self.q_norm = RMSNorm(self.head_dim, eps=1e-6, axis=None) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=1e-6, axis=None) if qk_norm else nn.Identity()
+        self.gate = Linear(dim, width, axes=("heads", "embed")) if gate else None
+        self.out = Linear(width, dim, axes=("embed", "heads"))
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTHK = self.q_norm(self.q(x_BTD).unflatten(-1, (-1, self.head_dim)))
         k_BTGK, v_BTGK = self.kv(x_BTD).unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
-        q_BTHK, k_BTGK = (rotate(x, seq.positions, self.rope_base) for x in (q_BTHK, k_BTGK))
-        return self.out(seq.attend(q_BTHK, k_BTGK, v_BTGK, slot=slot).flatten(-2))
+        rotation = self.positions.rotation(seq, self.head_dim)
+        q_BTHK, k_BTGK = turn(q_BTHK, *rotation), turn(self.k_norm(k_BTGK), *rotation)
+        o_BTD = seq.attend(q_BTHK, k_BTGK, v_BTGK, slot=slot, window=self.window, sinks=self.sinks).flatten(-2)
+        return self.out(o_BTD if self.gate is None else o_BTD * self.gate(x_BTD).sigmoid())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
 from models.conv import ShortConv
 from models.linear import Linear
-from models.mixers.heads import head_dim
+from models.mixers.heads import head_dim, repeat_heads
 from models.norm import GatedRMSNorm, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
@@ -17,28 +17,50 @@ from models.sequence import Sequence
 
 
 class GatedDeltaNet(nn.Module):
-    """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
+    """A value head's state is a matrix of dim * expand_k / heads by dim * expand_v / value_heads numbers, `dim` the
+    model's.
 
-    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
-    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
-    conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
-    within the document.
+    heads: how many heads of queries and keys; must divide dim * expand_k. expand_k: width of the keys of all heads
+    together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
+    of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
+    it stays within the document. value_heads: heads of values, each with gates and a state of its own, so many to a
+    head of keys; a multiple of heads that divides dim * expand_v; null for as many as heads. negative_eigenvalues:
+    β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key remembers (2411.12537).
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv: int = 4,
+        value_heads: int | None = None,
+        negative_eigenvalues: bool = False,
+    ):
         super().__init__()
         positive(dim=dim, conv=conv)
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        if value_heads is None:
+            head_dim(values, heads, what="dim * expand_v")
+            value_heads = heads
+        elif value_heads < 1 or value_heads % heads or values % value_heads:
+            raise ValueError(
+                f"value_heads={value_heads}: must be a multiple of heads={heads} and divide dim * expand_v={values}"
+            )
+        self.value_dim, self.each = values // value_heads, value_heads // heads
         self.widths = (keys, keys, values)
+        self.strongest = 2.0 if negative_eigenvalues else 1.0
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
         self.conv = ShortConv(sum(self.widths), conv)
-        self.rates = Linear(dim, 2 * heads, axes=("heads", "embed"))
-        self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
-        self.dt_bias = declare(heads, axes=("heads",), init=softplus_inverse_of_log_uniform(1e-3, 0.1), decay=False)
+        self.rates = Linear(dim, 2 * value_heads, axes=("heads", "embed"))
+        self.A_log = declare(value_heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
+        dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
+        self.dt_bias = declare(value_heads, axes=("heads",), init=dt, decay=False)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
@@ -47,9 +69,11 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
         q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
+        q_BTHK, k_BTHK = repeat_heads(q_BTHK, self.each), repeat_heads(k_BTHK, self.each)
         v_BTHV = v.unflatten(-1, (-1, self.value_dim))
         dt_BTH, beta_BTH = wide(self.rates(x_BTD)).unflatten(-1, (-1, 2)).unbind(-1)
         g_BTH = -wide(self.A_log).exp() * F.softplus(dt_BTH + wide(self.dt_bias))
-        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH.sigmoid(), slot=slot)
+        beta_BTH = self.strongest * beta_BTH.sigmoid()
+        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, slot=slot)
         gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
         return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))

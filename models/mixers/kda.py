@@ -1,0 +1,75 @@
+"""Kimi Delta Attention (Kimi Linear, 2510.26692): the gated delta rule with a decay per key channel.
+
+The state decays, S ← diag(e^g) S, before the write erases what its key remembers. Gates as in flash-linear-attention:
+g = -e^{A_log}·softplus(W2 W1 x + dt_bias), A_log per head and dt_bias per key channel; β = σ(W_b x) per head. The norm
+of the output is gated by a sigmoid.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
+from models.conv import ShortConv
+from models.linear import Linear
+from models.mixers.heads import head_dim
+from models.norm import GatedRMSNorm, l2_normalise
+from models.precision import wide
+from models.recurrence import Dense
+from models.sequence import Sequence
+
+
+class KimiDeltaAttention(nn.Module):
+    """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
+
+    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
+    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
+    conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
+    within the document. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a write may also turn the sign of
+    what its key remembers (2411.12537).
+
+    The decays and the output's gate come through a bottleneck as wide as a head's values.
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv: int = 4,
+        negative_eigenvalues: bool = False,
+    ):
+        super().__init__()
+        positive(dim=dim, conv=conv)
+        keys, values = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
+        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        self.widths = (keys, keys, values)
+        self.strongest = 2.0 if negative_eigenvalues else 1.0
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.conv = ShortConv(sum(self.widths), conv)
+        self.decay_in = Linear(dim, self.value_dim, axes=(None, "embed"))
+        self.decay_out = Linear(self.value_dim, keys, axes=("heads", None))
+        self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1.0, 16.0), decay=False)
+        self.dt_bias = declare(keys, axes=("heads",), init=softplus_inverse_of_log_uniform(1e-3, 0.1), decay=False)
+        self.beta = Linear(dim, heads, axes=("heads", "embed"))
+        self.gate_in = Linear(dim, self.value_dim, axes=(None, "embed"))
+        self.gate_out = Linear(self.value_dim, values, axes=("heads", None), bias=True)
+        self.norm = GatedRMSNorm(self.value_dim, activation=torch.sigmoid, axis=None)
+        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.recurrence = Dense("kda")
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
+        q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
+        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        dt = F.softplus(wide(self.decay_out(self.decay_in(x_BTD))) + wide(self.dt_bias))
+        g_BTHK = -wide(self.A_log).exp().unsqueeze(-1) * dt.unflatten(-1, (-1, self.key_dim))
+        beta_BTH = self.strongest * wide(self.beta(x_BTD)).sigmoid()
+        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, slot=slot)
+        gate_BTHV = self.gate_out(self.gate_in(x_BTD)).unflatten(-1, (-1, self.value_dim))
+        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))

@@ -1,0 +1,67 @@
+"""Linear attention (Katharopoulos et al. 2020, 2006.16236): softmax's kernel replaced by φ(q)·φ(k), nothing forgotten.
+
+The sum Σ_s φ(q_t)·φ(k_s) that divides the output in the paper grows with the document, and RMSNorm takes its scale
+away as well; flash-linear-attention therefore leaves it out by default, and so does this.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import positive
+from models.linear import Linear
+from models.mixers.heads import head_dim
+from models.norm import RMSNorm
+from models.recurrence import Identity
+from models.sequence import Sequence
+
+FEATURES = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
+EPS = 1e-10
+
+
+class LinearAttention(nn.Module):
+    """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
+
+    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
+    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
+    feature: the map φ of queries and keys; elu is elu(x) + 1, the paper's. normalise: whether the output is divided by
+    Σ_s φ(q_t)·φ(k_s), as in the paper; with `identity` that sum may be zero.
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        feature: str = "elu",
+        normalise: bool = False,
+    ):
+        super().__init__()
+        positive(dim=dim)
+        if feature not in FEATURES:
+            raise ValueError(f"feature={feature}: must be one of {', '.join(FEATURES)}")
+        keys, values = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
+        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        self.widths = (keys, keys, values)
+        self.feature, self.normalise = FEATURES[feature], normalise
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.norm = RMSNorm(self.value_dim, axis=None)
+        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.recurrence = Identity("linear")
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        q, k, v = self.qkv(x_BTD).split(self.widths, dim=-1)
+        q_BTHK, k_BTHK = (self.feature(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
+        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        if self.normalise:  # the sum is what a value of one would give
+            v_BTHV = torch.cat((v_BTHV, torch.ones_like(v_BTHV[..., :1])), dim=-1)
+        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, slot=slot)
+        if self.normalise:
+            o_BTHV, sum_BTH1 = o_BTHV.split((self.value_dim, 1), dim=-1)
+            o_BTHV = o_BTHV / (sum_BTH1 + EPS)
+        return self.out(self.norm(o_BTHV).flatten(-2))

@@ -1,0 +1,64 @@
+"""Retention (Sun et al. 2023, 2307.08621): linear attention whose heads forget at fixed rates, 1 - 2^(-5-h) a token.
+
+Queries and keys are rotated by their position in the document (the paper's e^{inθ}). The paper's division by
+max(|Σ scores|, 1) is left out, as in flash-linear-attention: the norm of each head takes the scale away.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.axes import positive
+from models.linear import Linear
+from models.mixers.heads import head_dim
+from models.norm import GatedRMSNorm
+from models.precision import wide
+from models.recurrence import Scalar
+from models.rope import rotate
+from models.sequence import Sequence
+
+
+class RetNet(nn.Module):
+    """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
+
+    heads: how many, each forgetting half as fast as the one before; must divide dim * expand_k into even parts, and
+    dim * expand_v. expand_k: width of the keys of all heads together, and of the queries, in multiples of dim.
+    expand_v: width of the values of all heads together, in multiples of dim. rope_base: base of the rotary frequencies
+    of queries and keys.
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(
+        self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 2.0, rope_base: float = 10_000.0
+    ):
+        super().__init__()
+        positive(dim=dim)
+        keys, values = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
+        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        if self.key_dim % 2:
+            raise ValueError(f"heads={heads}: must divide dim * expand_k={keys} into even parts, rotary needs pairs")
+        if rope_base <= 0:
+            raise ValueError(f"rope_base={rope_base}: must be above 0")
+        self.rope_base = rope_base
+        self.widths = (keys, keys, values)
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.recurrence = Scalar("simple_gla")
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        q, k, v = self.qkv(x_BTD).split(self.widths, dim=-1)
+        q_BTHK, k_BTHK = (rotate(x.unflatten(-1, (-1, self.key_dim)), seq.positions, self.rope_base) for x in (q, k))
+        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        g_BTH = log_decays(v_BTHV).expand(v_BTHV.shape[:3])
+        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, slot=slot)
+        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
+        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
+
+
+def log_decays(like_BTHV: Tensor) -> Tensor:
+    """log(1 - 2^(-5-h)) [H], worked out in fp64: in fp32 the plain formula is exactly 0 from head 20 on."""
+    h = torch.arange(like_BTHV.shape[2], device=like_BTHV.device, dtype=torch.float64)
+    return torch.log1p(-(2 ** (-5 - h))).to(wide(like_BTHV[:0]).dtype)
