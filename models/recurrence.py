@@ -19,17 +19,24 @@ the affair of the rule, by name, of `models.kernels.registry`.
 | Scalar | a log decay per head [B, H] | simple_gla (RetNet, Mamba-2) |
 | Diagonal | a log decay per key channel [B, H, K] | gla (GLA, HGRN2) |
 | Dense | a matrix [B, H, K, K] | delta_rule, gated_delta_rule, kda |
+| Elementwise | a log decay per number of the state | elementwise (RG-LRU, HGRN), longhorn |
+| Complex | a log decay and an angle, in turns, per complex number of the state | complex (LRU) |
+| Stabilised | a log decay per head, beside a state that carries its unit | mlstm |
 
-Legend: B spans, T tokens, H heads, K key width, V value width. States are [B, H, K, V], in at least fp32.
+Legend: B spans, T tokens, H heads, K key width, V value width. States are [B, H, K, V], in at least fp32; those of the
+last three kinds are what their kernels say. A state of zeros is the state of a document that has not begun.
 Algebra: Martin & Cundy 2018 (1709.04057) for the affine scan; the mixers cite their own papers.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from models.kernels import stabilised
 from models.kernels.chunk import Begun, Effect
+from models.kernels.complex import rotor, wrap
 from models.kernels.registry import kernel
 
 
@@ -52,14 +59,18 @@ class Recurrence(ABC):
     def apply(self, A: Tensor, state: Tensor) -> Tensor:
         """A·S."""
 
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sum of two states."""
+        return a + b
+
     def compose(self, first: Effect, then: Effect) -> Effect:
-        U = then.U + _each(then.alive, first.U) * self.apply(then.A, first.U)
+        U = self.add(then.U, _each(then.alive, first.U) * self.apply(then.A, first.U))
         return Effect(self.multiply(then.A, first.A), U, first.alive * then.alive)
 
     def act(self, effect: Effect, state: Tensor | None) -> Tensor:
         if state is None:
             return effect.U
-        return effect.U + _each(effect.alive, state) * self.apply(effect.A, state)
+        return self.add(effect.U, _each(effect.alive, state) * self.apply(effect.A, state))
 
 
 class Identity(Recurrence):
@@ -100,6 +111,41 @@ class Dense(Recurrence):
 
     def apply(self, A: Tensor, state: Tensor) -> Tensor:
         return A @ state
+
+
+class Elementwise(Recurrence):
+    """S_t = e^{g_t} ⊙ S_{t-1} + U_t, g in the state's own shape, [B, D] or [B, D, N] (Griffin, 2402.19427)."""
+
+    def multiply(self, then: Tensor, first: Tensor) -> Tensor:
+        return then + first
+
+    def apply(self, A: Tensor, state: Tensor) -> Tensor:
+        return A.exp() * state
+
+
+class Complex(Recurrence):
+    """S_t = e^{g_t + 2πi·θ_t} ⊙ S_{t-1} + U_t: A [B, ..., 2] is (g, θ in turns), the state [B, ..., 2] (re, im) (LRU,
+    2303.06349)."""
+
+    def multiply(self, then: Tensor, first: Tensor) -> Tensor:
+        g, turns = (then + first).unbind(-1)
+        return torch.stack((g, wrap(turns)), dim=-1)
+
+    def apply(self, A: Tensor, state: Tensor) -> Tensor:
+        return torch.view_as_real(rotor(*A.unbind(-1)) * torch.view_as_complex(state.contiguous()))
+
+
+class Stabilised(Recurrence):
+    """S_t = e^{f_t}·S_{t-1} + e^{i_t} k_t v_tᵀ, stored over e^{m_t}: `models.kernels.stabilised` (mLSTM, 2405.04517)."""
+
+    def multiply(self, then: Tensor, first: Tensor) -> Tensor:
+        return then + first
+
+    def apply(self, A: Tensor, state: Tensor) -> Tensor:
+        return stabilised.decay(A, state)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return stabilised.add(a, b)
 
 
 def _each(alive_B: Tensor, state: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from models.kernels import delta, diagonal, scalar
+from models.kernels import complex, delta, diagonal, elementwise, longhorn, scalar, stabilised
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
@@ -17,6 +17,10 @@ REFERENCE: dict[str, Kernel] = {
     "delta_rule": delta.ungated,
     "gated_delta_rule": delta.Chunks,
     "kda": delta.Chunks,
+    "elementwise": elementwise.Scanned,
+    "longhorn": longhorn.Blocks,
+    "complex": complex.Scanned,
+    "mlstm": stabilised.Chunks,
 }
 
 

@@ -11,7 +11,7 @@ An example is `example(T, dtype, decay, seed) -> xs`, with log decays down to -`
 import torch
 import torch.nn.functional as F
 
-from models.recurrence import Dense, Diagonal, Identity, Scalar
+from models.recurrence import Complex, Dense, Diagonal, Elementwise, Identity, Scalar, Stabilised
 
 B, H, K, V = 2, 2, 8, 6
 
@@ -79,6 +79,60 @@ def kda_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
     return run(step, q, v, starts, state, scale)
 
 
+def elementwise_loop(u, g, *, starts, state=None, scale=None):
+    """2402.19427, equation 4, with u for its input: h_t = a_t ⊙ h_{t-1} + u_t, a = e^g. Nothing is read by a query."""
+    h, outs = torch.zeros_like(u[:, 0]) if state is None else state, []
+    for t in range(u.shape[1]):
+        h = g[:, t].exp() * torch.where(starts[:, t, None], 0.0, h) + u[:, t]
+        outs.append(h)
+    return torch.stack(outs, 1), h
+
+
+def longhorn_loop(q, k, v, delta, *, starts, state=None, scale=None):
+    """2407.14207, algorithm 1: S_t = (1 - Δ_t ⊗ k_t²) ⊙ S_{t-1} + (Δ_t ⊙ x_t) ⊗ k_t, y_t = S_t q_t · scale."""
+    S, outs = v.new_zeros(*v[:, 0].shape, K) if state is None else state, []
+    for t in range(v.shape[1]):
+        S = (1 - outer(delta[:, t], k[:, t] ** 2)) * torch.where(starts[:, t, None, None], 0.0, S)
+        S = S + outer(delta[:, t] * v[:, t], k[:, t])
+        outs.append(torch.einsum("bdn,bn->bd", S, q[:, t]) * (K**-0.5 if scale is None else scale))
+    return torch.stack(outs, 1), S
+
+
+def complex_loop(u, g, turns, *, starts, state=None, scale=None):
+    """2303.06349, section 3: x_t = e^{g + iθ} ⊙ x_{t-1} + u_t, in real and imaginary parts, the angle θ = 2π·turns."""
+    re, im = (torch.zeros_like(u[:, 0]) if state is None else state).unbind(-1)
+    outs = []
+    for t in range(u.shape[1]):
+        re, im = (torch.where(starts[:, t, None], 0.0, x) for x in (re, im))
+        angle, size = 2 * torch.pi * turns[:, t], g[:, t].exp()
+        re, im = (
+            size * (angle.cos() * re - angle.sin() * im) + u[:, t, :, 0],
+            size * (angle.sin() * re + angle.cos() * im) + u[:, t, :, 1],
+        )
+        outs.append(torch.stack((re, im), -1))
+    return torch.stack(outs, 1), outs[-1]
+
+
+def mlstm_loop(q, k, v, i, f, *, starts, state=None, scale=None):
+    """2405.04517, equations 15 and 19 to 27, f a log; m is a constant to the gradient, and absent before a document.
+
+    The state is [B, H, K·(V+1) + 2]: C with n as its last column, row by row, then m, then 1 where m is present.
+    """
+    state = q.new_zeros(B, H, K * (V + 1) + 2) if state is None else state
+    C, m, present = state[..., :-2].unflatten(-1, (K, V + 1)), state[..., -2].detach(), state[..., -1] != 0
+    outs = []
+    for t in range(q.shape[1]):
+        present = present & ~starts[:, t, None]
+        before = torch.where(present, m, -torch.inf)
+        m = torch.maximum(f[:, t] + before, i[:, t]).detach()
+        row = torch.cat((v[:, t], torch.ones_like(v[:, t, :, :1])), -1)
+        kept = (f[:, t] + before - m).exp()[..., None, None] * torch.where(present[..., None, None], C, 0.0)
+        C, present = kept + (i[:, t] - m).exp()[..., None, None] * outer(k[:, t], row), torch.ones_like(present)
+        read = torch.einsum("bhkv,bhk->bhv", C, q[:, t]) * (K**-0.5 if scale is None else scale)
+        outs.append(read[..., :-1] / (torch.maximum(read[..., -1].abs(), (-m).exp()) + 1e-6)[..., None])
+    return torch.stack(outs, 1), torch.cat((C.flatten(2), m[..., None], torch.ones_like(m)[..., None]), -1)
+
+
 def draws(T, seed):
     """Normal and uniform numbers [B, T, H, ...] in fp64, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -117,6 +171,39 @@ def erasing(*gate):
     return example
 
 
+def flat(*shape):
+    """One row of a draw per span and token, without heads."""
+
+    def example(T, dtype=torch.float64, decay=1.0, seed=0):
+        normal, uniform = draws(T, seed)
+        xs = [normal(K, *shape).flatten(2, 3), -decay * uniform(K).flatten(2)]
+        return [x.to(dtype) for x in (*xs, *(uniform(K).flatten(2) - 0.5 for _ in shape))]
+
+    return example
+
+
+def forgetting(T, dtype=torch.float64, decay=1.0, seed=0):
+    """Longhorn's: 1 - Δ‖k‖² = e^{-decay·uniform}, a quarter of the keys along one axis, where Δk² is Δ‖k‖²."""
+    normal, uniform = draws(T, seed)
+    q, k, v = normal(K)[:, :, 0], normal(K)[:, :, 0], normal(V).flatten(2)
+    k[:, T // 4 : T // 2] = 1.3 * F.one_hot(torch.arange(K), K)[3]
+    delta = -torch.expm1(-decay * uniform(V).flatten(2)) / k.square().sum(-1, keepdim=True)
+    return [x.to(dtype) for x in (q, k, v, delta)]
+
+
+def exponential(T, dtype=torch.float64, decay=1.0, seed=0):
+    """mLSTM's, with input gates e^ĩ over eight orders of magnitude and, for a quarter of the tokens, below e^-90.
+
+    Keys are positive and queries of one sign a head: near a zero of q·n, which divides, rounding the inputs to fp32
+    alone moves the outputs of 8192 random tokens by 6e-4 in exact arithmetic, and no kernel could be held to 1e-4.
+    """
+    normal, uniform = draws(T, seed)
+    q, k, i = normal(K).abs(), normal(K).abs(), 20 * uniform() - 10
+    q[:, :, 1] *= -1
+    i[:, T // 4 : T // 2] -= 100
+    return [x.to(dtype) for x in (q, k, normal(V), i, -decay * uniform())]
+
+
 ORACLES = {
     "linear": linear_loop,
     "simple_gla": simple_gla_loop,
@@ -124,6 +211,10 @@ ORACLES = {
     "delta_rule": delta_loop,
     "gated_delta_rule": gated_delta_loop,
     "kda": kda_loop,
+    "elementwise": elementwise_loop,
+    "longhorn": longhorn_loop,
+    "complex": complex_loop,
+    "mlstm": mlstm_loop,
 }
 
 EXAMPLES = {
@@ -133,6 +224,10 @@ EXAMPLES = {
     "delta_rule": erasing(),
     "gated_delta_rule": erasing(()),
     "kda": erasing((K,)),
+    "elementwise": flat(),
+    "longhorn": forgetting,
+    "complex": flat(2),
+    "mlstm": exponential,
 }
 
 KINDS = {
@@ -142,4 +237,8 @@ KINDS = {
     "delta_rule": Dense("delta_rule"),
     "gated_delta_rule": Dense("gated_delta_rule"),
     "kda": Dense("kda"),
+    "elementwise": Elementwise("elementwise"),
+    "longhorn": Elementwise("longhorn"),
+    "complex": Complex("complex"),
+    "mlstm": Stabilised("mlstm"),
 }
