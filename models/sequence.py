@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.softmax import Piece, attend_pieces, pieces_of
+from models.past import Past
 from models.recurrence import Recurrence
 
 
@@ -44,8 +45,13 @@ class Sequence(Protocol):
         """Runs `recurrence` over the whole sequence; every x is [B, T, ...], so is the result."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, slot: str) -> Tensor:
-        """Causal softmax attention in documents: q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] -> [B,T,H,V], G divides H."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    ) -> Tensor:
+        """Causal softmax attention in documents: q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] -> [B,T,H,V], G divides H.
+
+        A token sees the last `window` tokens of its document, itself included (None: all), and the first `sinks`.
+        """
         ...
 
     def sum(self, x: Tensor) -> Tensor:
@@ -126,12 +132,15 @@ class Whole(Tokens):
         self._leave(slot, lambda: recurrence.act(begun.effect, state))
         return begun.finish(state)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, slot: str) -> Tensor:
-        past = self._recall(slot)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
-        self._leave(slot, lambda: (k, v))
-        return attend_pieces(q, k, v, self.pieces, [k.shape[1] - q.shape[1]] * q.shape[0])
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    ) -> Tensor:
+        past = self._recall(slot) or Past(k[:, :0], v[:, :0])
+        firsts = past.firsts(self.pieces)
+        held = past.joined(k, v)
+        self._leave(slot, lambda: held.kept(self.pieces, firsts, window, sinks))
+        offsets = [past.k.shape[1]] * q.shape[0]
+        return attend_pieces(q, held.k, held.v, self.pieces, offsets, window=window, sinks=sinks, firsts=firsts)
 
     def sum(self, x: Tensor) -> Tensor:
         return self.local_sum(x)

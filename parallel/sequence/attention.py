@@ -16,8 +16,18 @@ from parallel.sequence.chain import Chain
 class GatherKeys:
     """One all-gather of keys and values forward, one reduce-scatter backward."""
 
-    def attend(self, chain: Chain, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]]) -> Tensor:
-        """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] of this rank's spans -> [B,T,H,V]."""
+    def attend(
+        self,
+        chain: Chain,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pieces: list[list[Piece]],
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> Tensor:
+        """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] of this rank's spans -> [B,T,H,V]; see `Sequence.attend`."""
         local = torch.cat((k, v), dim=-1)
         B, T = local.shape[:2]
         local = F.pad(local, [0, 0, 0, 0, 0, chain.longest - T, 0, chain.rows - B])
@@ -28,4 +38,5 @@ class GatherKeys:
 
         keys, values = gather(chain.comm, local, in_order, linear=True).split((k.shape[-1], v.shape[-1]), dim=-1)
         offsets = [chain.links[n].begin for n in chain.mine]
-        return attend_pieces(q, keys.expand(B, *keys.shape), values.expand(B, *values.shape), pieces, offsets)
+        keys, values = keys.expand(B, *keys.shape), values.expand(B, *values.shape)
+        return attend_pieces(q, keys, values, pieces, offsets, window=window, sinks=sinks)

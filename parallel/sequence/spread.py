@@ -47,8 +47,10 @@ class Spread(Tokens):
         begun = recurrence.begin(*xs, starts=self.starts)
         return begun.finish(self.recurrence.enter(self.chain, recurrence, begun.effect))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, slot: str) -> Tensor:
-        return self.attention.attend(self.chain, q, k, v, self.pieces)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    ) -> Tensor:
+        return self.attention.attend(self.chain, q, k, v, self.pieces, window=window, sinks=sinks)
 
     def sum(self, x: Tensor) -> Tensor:
         return sum_over(self.chain.comm, self.local_sum(x))
