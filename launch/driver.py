@@ -186,6 +186,17 @@ def _join_ray(job: Job) -> None:
         raise UserError(f"cluster.address={job.address}: no Ray to join from this machine ({line[:200]})") from None
 
 
+def _no_retries() -> dict[str, int]:
+    """Every limit of Ray Train's own retries, at 0: a machine that is taken away politely counts apart from a lost one,
+    and by default is waited for without end and without a word. `launch.train` decides, and says so."""
+    from dataclasses import fields
+
+    from ray.train import FailureConfig
+
+    limits = ("max_failures", "max_preemption_failures", "controller_failure_limit")
+    return {field.name: 0 for field in fields(FailureConfig) if field.name in limits}
+
+
 def _trainer(job: Job) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend, BackendConfig
@@ -213,7 +224,7 @@ def _trainer(job: Job) -> Any:
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": 1}
         ),
         run_config=RunConfig(
-            name="train", storage_path=str(scratch(job.run_dir)), failure_config=FailureConfig(max_failures=0)
+            name="train", storage_path=str(scratch(job.run_dir)), failure_config=FailureConfig(**_no_retries())
         ),
     )
 
