@@ -235,7 +235,7 @@ class Truncated(RoPE):
 
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         trained = _frequencies(self.base, self.rotated(head_dim))
-        slowed = torch.where(trained > self.low, self.middle, 0.0)
+        slowed = torch.full_like(trained, self.middle).masked_fill(trained <= self.low, 0.0)
         return torch.where(trained >= self.high, trained, slowed), 1.0
 
 

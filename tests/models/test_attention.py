@@ -65,10 +65,8 @@ def test_fp32_is_as_good_as_fp32_can_be(tile, window, sinks):
     weights = torch.randn(2, positions.shape[1], H, V, dtype=torch.float64)
     want = oracle(*xs, positions, window, sinks)
     got = attend_pieces(*narrow, pieces_of(positions), [0, 0], window=window, sinks=sinks, tile=tile)
-    pairs = [
-        (got, want),
-        *zip(torch.autograd.grad(got, narrow, weights.float()), torch.autograd.grad(want, xs, weights)),
-    ]
+    gradients = [torch.autograd.grad(out, x, w) for out, x, w in ((got, narrow, weights.float()), (want, xs, weights))]
+    pairs = zip((got, *gradients[0]), (want, *gradients[1]), strict=True)
     for a, b in pairs:
         assert a.dtype == torch.float32
         assert (a - b).norm() <= 1e-5 * b.norm()
