@@ -21,8 +21,10 @@ class Batches:
     A document is held out if its hash, as a fraction of 2^64, is below `heldout`: the same in every run, and the same
     for all copies of it. `train_documents` and `heldout_documents`, int64, index the store. `fingerprint` (hex sha256)
     changes with anything that changes a batch or the split. Raises ValueError if the sizes do not fit each other or
-    the store.
+    the store. `chance` is None: of text, nobody asks how much of it a guess gets right.
     """
+
+    chance = None
 
     def __init__(
         self,

@@ -30,12 +30,31 @@ class Bytes:
         return ids[ids < self.DOCUMENT].astype(np.uint8).tobytes()
 
 
+class Symbols:
+    """The tokens of a generated task (`data.tasks`): they stand for nothing, and `DOCUMENT` is its mark.
+
+    size: how many there are, the mark included.
+    """
+
+    name = "symbols"
+    DOCUMENT = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them. `from_card` refuses it: there is no text to make tokens of."""
+        return {"name": self.name, "size": self.size, "special": {"document": self.DOCUMENT}}
+
+
 TOKENIZERS: dict[str, type[Bytes]] = {Bytes.name: Bytes}
 
 
 def from_card(card: dict[str, Any]) -> Bytes:
     """The tokenizer that a checkpoint was trained with. Raises ValueError for one that this version does not have."""
     name = card.get("name")
+    if name == Symbols.name:
+        raise ValueError(f"tokenizer={name}: the symbols of a generated task spell no text")
     if name not in TOKENIZERS:
         raise ValueError(f"tokenizer={name}: not in this version, which has {', '.join(TOKENIZERS)}")
     found = TOKENIZERS[name]()

@@ -19,6 +19,7 @@ from rich.console import Console
 
 TAIL_BYTES = 1 << 20  # enough for the last record: some kilobytes, more with many experts
 SHOWN = {"step", "tokens", "time", "loss"}
+HELD_OUT = ("heldout_loss", "heldout_accuracy")
 SPEED_STEPS = 32  # the speed shown is that over this many steps
 
 
@@ -107,7 +108,7 @@ class Progress:
         self._last = record
         if self._bar:
             if "heldout_loss" in record:
-                self._held_out = {"heldout_loss": record["heldout_loss"]}
+                self._held_out = {key: record[key] for key in HELD_OUT if key in record}
             text = f"{self._percent(record)}  step {record['step']}  {self._results(self._held_out | record)}"
             self._bar.update(self._task, description=text)
         elif first or "heldout_loss" in record or self._clock() >= self._next_line:
@@ -130,7 +131,9 @@ class Progress:
     def _results(self, record: dict[str, Any]) -> str:
         parts = [f"loss {_loss(record['loss'])}"]
         if "heldout_loss" in record:
-            parts.append(f"held-out {_loss(record['heldout_loss'])}")
+            accuracy = record.get("heldout_accuracy")
+            right = "" if accuracy is None else f" ({100 * accuracy:.1f}% right)"
+            parts.append(f"held-out {_loss(record['heldout_loss'])}{right}")
         if speed := self._speed(record):
             left = max(0, self._total - record["tokens"]) / speed
             parts += [f"{speed:,.0f} tok/s", f"{duration(left)} left"]

@@ -234,7 +234,15 @@ def _report(flight: Flight, folder: Path, again: str, say: Callable[[str], None]
 
 
 def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Callable[[str], None]) -> None:
-    if summary["heldout_loss"] is None or summary["tokens"] > COUNTED_TOKENS:
+    if summary["heldout_loss"] is None:
+        return
+    if flight.batches.chance is not None:
+        say(
+            f"held-out answers: {summary['heldout_accuracy']:.1%} right (guessing: {flight.batches.chance:.1%}), "
+            f"{summary['heldout_loss']:.3f} nats each"
+        )
+        return
+    if summary["tokens"] > COUNTED_TOKENS:
         return
     from data.baseline import ngram_losses
 

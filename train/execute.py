@@ -14,6 +14,7 @@ from parallel.schedule.plan import Plan
 from parallel.sequence.attention import GatherKeys
 from parallel.sequence.place import Packed, Placed, place
 from parallel.sequence.recurrence import GatherEffects
+from train.accuracy import correct
 from train.loss import Sums, sums
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -25,11 +26,15 @@ def _no_clock(phase: str) -> AbstractContextManager[None]:
 
 @dataclass
 class Tally:
-    """What a step adds up to over its micro-steps, on this rank: nats, balance, and choices [E] by layer."""
+    """What a step adds up to over its micro-steps, on this rank: nats, balance, and choices [E] by layer.
+
+    correct: targets that were the likeliest token, counted by `Executor.evaluate` only.
+    """
 
     cross_entropy: Tensor
     balance: Tensor
     load: dict[str, Tensor]
+    correct: Tensor
 
     def add(self, part: Sums) -> None:
         self.cross_entropy = self.cross_entropy + part.cross_entropy.detach()
@@ -68,7 +73,9 @@ class Executor:
         """Forward only."""
         tally = self._empty()
         for _, placed in self._places(plan, batch):
-            tally.add(sums(self.model(placed.tokens, placed.seq), placed.targets))
+            output = self.model(placed.tokens, placed.seq)
+            tally.add(sums(output, placed.targets))
+            tally.correct += correct(output.logits, placed.targets)
         return tally
 
     def _places(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[bool, Placed]]:
@@ -84,4 +91,5 @@ class Executor:
             yield m == len(plan.micro_steps) - 1, placed
 
     def _empty(self) -> Tally:
-        return Tally(torch.zeros((), device=self.device), torch.zeros((), device=self.device), {})
+        nats, balance, count = torch.zeros(3, device=self.device).unbind()
+        return Tally(nats, balance, {}, count.long())

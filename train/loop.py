@@ -19,7 +19,7 @@ from parallel.data import norm
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
 from train import checkpoint
-from train.evaluate import heldout_loss
+from train.evaluate import Heldout, heldout
 from train.execute import Executor, Tally
 from train.observe import Phases, peak_memory_bytes
 from train.optimizer import set_rate
@@ -64,14 +64,16 @@ class Trainer:
 
     def _train(self) -> None:
         started, saved = time.time(), self.state.step
-        heldout, stopping = None, False
+        scores: Heldout | None = None
+        stopping = False
         record: dict[str, Any] = {}
         while self.state.step < self.settings.total_steps and not stopping:
             record, stopping = self.step()
             ended = stopping or self.state.step == self.settings.total_steps
             if ended and not stopping or self._due(self.settings.evaluate_every):
                 with self.phases("evaluate"):
-                    heldout = record["heldout_loss"] = heldout_loss(self.executor, self.batches, self.plan)
+                    scores = heldout(self.executor, self.batches, self.plan)
+                    record |= {"heldout_loss": scores.loss, "heldout_accuracy": scores.accuracy}
                     batch = self.batches.batch(self.seed, self.state.step - 1, self.state.skips)
                     record["documents"] = document_lengths([s.starts for s in batch])
             if ended or self._due(self.settings.checkpoint_every):
@@ -79,7 +81,7 @@ class Trainer:
                 if self.tracker is not None:
                     self.tracker.checkpoint(path, {key: record[key] for key in ("step", "tokens", "loss")})
             self._log(record)
-        self._finish(record, heldout, saved, started, stopping)
+        self._finish(record, scores, saved, started, stopping)
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step. Returns its record, the same on every rank, and whether a stop was asked for."""
@@ -181,12 +183,14 @@ class Trainer:
             if self.tracker is not None:
                 self.tracker.log({**record, "seconds": self.phases.take()})
 
-    def _finish(self, record: dict, heldout: float | None, saved: int, started: float, stopped: bool) -> None:
+    def _finish(self, record: dict, scores: Heldout | None, saved: int, started: float, stopped: bool) -> None:
         if stopped:
             self.say(f"stopped after step {self.state.step}, saved as checkpoints/step-{saved}")
         if self.tracker is not None:
             summary = {"step": self.state.step, "tokens": self.state.tokens, "loss": record.get("loss")}
-            summary |= {"heldout_loss": heldout, "seconds": time.time() - started, "stopped": stopped}
+            loss, accuracy = scores or (None, None)
+            summary |= {"heldout_loss": loss, "heldout_accuracy": accuracy}
+            summary |= {"seconds": time.time() - started, "stopped": stopped}
             (self.run_dir / "summary.json").write_text(json.dumps(summary))
             self.tracker.finish(summary)
 

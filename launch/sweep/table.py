@@ -23,13 +23,15 @@ _WIDTH = 10_000  # of the text file: no line is folded
 class Result:
     """A member and what it reached. loss: of the last step; heldout: the last evaluation's; both in nats per token.
 
-    tokens_per_second: the median over steps. curve: (tokens, training loss) of every step whose loss is finite.
+    accuracy: the share of held-out targets that were the likeliest token at that evaluation. tokens_per_second: the
+    median over steps. curve: (tokens, training loss) of every step whose loss is finite.
     """
 
     member: Member
     folder: Path
     loss: float | None = None
     heldout: float | None = None
+    accuracy: float | None = None
     tokens: int | None = None
     tokens_per_second: float | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
@@ -49,13 +51,14 @@ def read(member: Member, folder: Path) -> Result:
     steps = records(folder / "metrics.jsonl")
     if not steps:
         return Result(member, folder)
-    heldout = next((r["heldout_loss"] for r in reversed(steps) if r.get("heldout_loss") is not None), None)
+    scored = next((r for r in reversed(steps) if r.get("heldout_loss") is not None), None) or _summary(folder)
     rates = [r["tokens_per_second"] for r in steps if r.get("tokens_per_second")]
     return Result(
         member,
         folder,
         loss=steps[-1].get("loss"),
-        heldout=heldout if heldout is not None else _summary(folder).get("heldout_loss"),
+        heldout=scored.get("heldout_loss"),
+        accuracy=scored.get("heldout_accuracy"),
         tokens=steps[-1].get("tokens"),
         tokens_per_second=median(rates) if rates else None,
         curve=[(r["tokens"], r["loss"]) for r in steps if r.get("loss") is not None and "tokens" in r],
@@ -86,7 +89,7 @@ def table(swept: list[Swept], results: list[Result], *, folders: bool) -> Table:
     shown.add_column("#", justify="right")
     for key in swept:
         shown.add_column(key.label, justify="right" if key.numbers else "left", no_wrap=True)
-    for title in ("held-out", "loss", "tokens", "tokens/s"):
+    for title in ("held-out", "right", "loss", "tokens", "tokens/s"):
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("state", no_wrap=True)
     if folders:
@@ -96,7 +99,7 @@ def table(swept: list[Swept], results: list[Result], *, folders: bool) -> Table:
         star = each is first
         cells = ["*" if star else "", str(each.member.number)]
         cells += [plain(each.member.values[key.key]) for key in swept]
-        cells += [_number(each.heldout, ".4f"), _number(each.loss, ".4f")]
+        cells += [_number(each.heldout, ".4f"), _number(each.accuracy, ".1%"), _number(each.loss, ".4f")]
         cells += [_number(each.tokens, ",d"), _number(each.tokens_per_second, ",.0f"), _state(each)]
         cells += [str(each.folder)] if folders else []
         shown.add_row(*map(Text, cells), style="bold" if star else "dim" if not each.done else None)
@@ -140,14 +143,12 @@ def write(folder: Path, swept: list[Swept], results: list[Result]) -> None:
     _replace(folder / "table.txt", "\n".join(lines).rstrip() + "\n")
     rows = io.StringIO()
     out = csv.writer(rows, lineterminator="\n")
-    out.writerow(
-        ["number", *(key.key for key in swept), "heldout_loss", "loss", "tokens", "tokens_per_second"]
-        + ["state", "reason", "folder"]
-    )
+    scores = ["heldout_loss", "heldout_accuracy", "loss", "tokens", "tokens_per_second"]
+    out.writerow(["number", *(key.key for key in swept), *scores, "state", "reason", "folder"])
     for each in ranked(results):
         values = [plain(each.member.values[key.key]) for key in swept]
         out.writerow(
-            [each.member.number, *values, each.heldout, each.loss, each.tokens, each.tokens_per_second]
+            [each.member.number, *values, each.heldout, each.accuracy, each.loss, each.tokens, each.tokens_per_second]
             + [each.member.state, each.member.reason, each.folder]
         )
     _replace(folder / "table.csv", rows.getvalue())

@@ -52,4 +52,4 @@ def test_fifty_steps_have_the_same_losses_on_every_layout(run, alone, tmp_path, 
     job = order(tmp_path, tmp_path / "run", *more, *PRECISION[precision], "train.tokens=20000")
     for got in run(world, losses, job, STEPS):
         np.testing.assert_allclose(got, alone(precision), rtol=TOLERANCE[precision])
-    assert alone(precision)[-1] < alone[precision][0] - 1, "it should learn"
+    assert alone(precision)[-1] < alone(precision)[0] - 1, "it should learn"
