@@ -136,7 +136,7 @@ class Complex(Recurrence):
 
 
 class Stabilised(Recurrence):
-    """S_t = e^{f_t}·S_{t-1} + e^{i_t} k_t v_tᵀ, stored over e^{m_t}: `models.kernels.stabilised` (mLSTM, 2405.04517)."""
+    """S_t = e^{f_t}·S_{t-1} + e^{i_t} k_t v_tᵀ over e^{m_t}, see `models.kernels.stabilised` (mLSTM, 2405.04517)."""
 
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then + first

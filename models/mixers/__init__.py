@@ -6,20 +6,30 @@ from models.mixers.attention import Attention
 from models.mixers.deltanet import DeltaNet
 from models.mixers.gated_deltanet import GatedDeltaNet
 from models.mixers.gla import GatedLinearAttention
+from models.mixers.hgrn import HGRN
 from models.mixers.hgrn2 import HGRN2
 from models.mixers.kda import KimiDeltaAttention
 from models.mixers.linear import LinearAttention
+from models.mixers.longhorn import Longhorn
+from models.mixers.lru import LRU
 from models.mixers.mamba2 import Mamba2
+from models.mixers.mlstm import MLSTM
 from models.mixers.retnet import RetNet
+from models.mixers.rglru import RGLRU
 
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "gla": GatedLinearAttention,
+    "hgrn": HGRN,
     "hgrn2": HGRN2,
     "kda": KimiDeltaAttention,
     "linear": LinearAttention,
+    "longhorn": Longhorn,
+    "lru": LRU,
     "mamba2": Mamba2,
+    "mlstm": MLSTM,
     "retnet": RetNet,
+    "rglru": RGLRU,
 }

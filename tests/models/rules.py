@@ -90,11 +90,11 @@ def elementwise_loop(u, g, *, starts, state=None, scale=None):
 
 def longhorn_loop(q, k, v, delta, *, starts, state=None, scale=None):
     """2407.14207, algorithm 1: S_t = (1 - Δ_t ⊗ k_t²) ⊙ S_{t-1} + (Δ_t ⊙ x_t) ⊗ k_t, y_t = S_t q_t · scale."""
-    S, outs = v.new_zeros(*v[:, 0].shape, K) if state is None else state, []
+    S, outs = torch.zeros_like(outer(v[:, 0], k[:, 0])) if state is None else state, []
     for t in range(v.shape[1]):
         S = (1 - outer(delta[:, t], k[:, t] ** 2)) * torch.where(starts[:, t, None, None], 0.0, S)
         S = S + outer(delta[:, t] * v[:, t], k[:, t])
-        outs.append(torch.einsum("bdn,bn->bd", S, q[:, t]) * (K**-0.5 if scale is None else scale))
+        outs.append(torch.einsum("bdn,bn->bd", S, q[:, t]) * (q.shape[-1] ** -0.5 if scale is None else scale))
     return torch.stack(outs, 1), S
 
 
@@ -118,8 +118,9 @@ def mlstm_loop(q, k, v, i, f, *, starts, state=None, scale=None):
 
     The state is [B, H, K·(V+1) + 2]: C with n as its last column, row by row, then m, then 1 where m is present.
     """
-    state = q.new_zeros(B, H, K * (V + 1) + 2) if state is None else state
-    C, m, present = state[..., :-2].unflatten(-1, (K, V + 1)), state[..., -2].detach(), state[..., -1] != 0
+    K, columns = k.shape[-1], v.shape[-1] + 1
+    state = q.new_zeros(*q[:, 0, :, 0].shape, K * columns + 2) if state is None else state
+    C, m, present = state[..., :-2].unflatten(-1, (K, columns)), state[..., -2].detach(), state[..., -1] != 0
     outs = []
     for t in range(q.shape[1]):
         present = present & ~starts[:, t, None]

@@ -1,0 +1,51 @@
+"""Longhorn (Liu et al. 2024, 2407.14207): Mamba's block around the recurrence of online least squares.
+
+β = σ(dt), Δ = β / (1 + β‖k‖²), S_t = (1 - Δ k²)·S_{t-1} + Δ x kᵀ, y = S q + D·x. The key itself forgets: there is no A.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import constant, declare, positive
+from models.conv import ShortConv
+from models.linear import Linear
+from models.precision import wide
+from models.recurrence import Elementwise
+from models.sequence import Sequence
+
+
+class Longhorn(nn.Module):
+    """The state is dim * expand by `state` numbers, `dim` the model's.
+
+    expand: inner width in multiples of dim. state: numbers that each inner channel keeps, the width of the keys and of
+    the queries. rank: width through which the step sizes of all channels are computed; null for dim / 16, rounded up.
+    conv: tokens that the short causal convolution before the recurrence sees, the present one included; it stays within
+    the document.
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(self, *, dim: int, expand: float = 2.0, state: int = 16, rank: int | None = None, conv: int = 4):
+        super().__init__()
+        inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
+        positive(dim=dim, **{"dim * expand": inner}, state=state, rank=rank, conv=conv)
+        self.widths = (rank, state, state)
+        self.x = Linear(dim, inner, axes=("heads", "embed"))
+        self.z = Linear(dim, inner, axes=("heads", "embed"))
+        self.conv = ShortConv(inner, conv, bias=True)
+        self.dkq = Linear(inner, sum(self.widths), axes=(None, "heads"))
+        self.dt = Linear(rank, inner, axes=("heads", None), bias=True)
+        self.D = declare(inner, axes=("heads",), init=constant(1.0), decay=False)
+        self.out = Linear(inner, dim, axes=("embed", "heads"))
+        self.recurrence = Elementwise("longhorn", scale=1.0)
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        v_BTV = self.conv(self.x(x_BTD), seq, slot=slot)
+        dt, k_BTN, q_BTN = self.dkq(v_BTV).split(self.widths, dim=-1)
+        beta_BTV = wide(self.dt(dt)).sigmoid()
+        delta_BTV = beta_BTV / (1 + beta_BTV * wide(k_BTN).square().sum(-1, keepdim=True))
+        y_BTV = seq.scan(self.recurrence, q_BTN, k_BTN, wide(v_BTV), delta_BTV, slot=slot)
+        y_BTV = (y_BTV + wide(self.D) * v_BTV) * F.silu(wide(self.z(x_BTD)))
+        return self.out(y_BTV.to(x_BTD.dtype))
