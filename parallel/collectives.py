@@ -3,15 +3,20 @@
 The classic traps are closed here once. A plain `dist.all_gather` has no gradient. An autograd all-gather whose result
 one rank does not use never runs its backward there, and the others wait for ever; so what a rank makes of the gathered
 values is part of the function (`use`), and its backward always communicates, with zeros if it must.
+
+What is sent goes through operators of the namespace `farspan`, which name their group by a string. So a checkpointing
+policy sees a collective as it sees a matmul: it can keep the result, and computing a layer again then sends nothing.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from models.precision import wide
 
@@ -19,7 +24,51 @@ from models.precision import wide
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+NAMESPACE = "farspan"  # of the operators that communicate
+
 Clock = Callable[[], AbstractContextManager[None]]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
+def all_gather(local: Tensor, ranks: int, group: str) -> Tensor:
+    """[...] -> [P, ...], rank after rank of the process group of that name."""
+    gathered = local.new_empty((ranks, *local.shape))
+    _all_gather(gathered.view(-1), local.reshape(-1), group=_resolve_process_group(group))
+    return gathered
+
+
+@torch.library.custom_op(f"{NAMESPACE}::reduce_scatter", mutates_args=())
+def reduce_scatter(whole: Tensor, group: str) -> Tensor:
+    """[P, ...] -> [...], this rank's part of the sum over ranks."""
+    part = whole.new_empty(whole.shape[1:])
+    _reduce_scatter(part.view(-1), whole.reshape(-1), group=_resolve_process_group(group))
+    return part
+
+
+@torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
+def all_reduce(local: Tensor, group: str) -> Tensor:
+    """The sum over ranks, in a new tensor."""
+    total = local.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_resolve_process_group(group))
+    return total
+
+
+all_gather.register_fake(lambda local, ranks, group: local.new_empty((ranks, *local.shape)))
+reduce_scatter.register_fake(lambda whole, group: whole.new_empty(whole.shape[1:]))
+all_reduce.register_fake(lambda local, group: local.new_empty(local.shape))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.ranks, ctx.group = inputs[0].shape[0] if inputs[0].dim() else 0, inputs[-1]
+
+
+all_gather.register_autograd(
+    lambda ctx, grad: (reduce_scatter(grad.contiguous(), ctx.group), None, None), setup_context=_remember
+)
+reduce_scatter.register_autograd(
+    lambda ctx, grad: (all_gather(grad, ctx.ranks, ctx.group), None), setup_context=_remember
+)
+all_reduce.register_autograd(lambda ctx, grad: (all_reduce(grad, ctx.group), None), setup_context=_remember)
 
 
 @dataclass(frozen=True)
@@ -35,32 +84,32 @@ class Comm:
     def size(self) -> int:
         return len(self.ranks)
 
+    @property
+    def name(self) -> str:
+        """The name by which operators know the group."""
+        assert self.group is not None
+        return self.group.group_name
+
     def all_gather(self, x: Tensor) -> Tensor:
         """[...] -> [P, ...], rank after rank."""
         if self.size == 1:
             return x.unsqueeze(0)
-        gathered = x.new_empty((self.size, *x.shape))
         with self.waiting():
-            _all_gather(gathered.view(-1), x.reshape(-1), group=self.group)
-        return gathered
+            return all_gather(x, self.size, self.name)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """[P, ...] -> [...], this rank's part of the sum over ranks, accumulated in at least fp32."""
         if self.size == 1:
             return x.squeeze(0)
-        whole = wide(x).contiguous()
-        part = torch.empty_like(whole[0])
         with self.waiting():
-            _reduce_scatter(part.view(-1), whole.view(-1), group=self.group)
-        return part.to(x.dtype)
+            return reduce_scatter(wide(x), self.name).to(x.dtype)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in a new tensor."""
-        total = x.clone()
-        if self.size > 1:
-            with self.waiting():
-                dist.all_reduce(total, group=self.group)
-        return total
+        if self.size == 1:
+            return x.clone()
+        with self.waiting():
+            return all_reduce(x, self.name)
 
 
 class _Gathered(torch.autograd.Function):

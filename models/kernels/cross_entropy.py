@@ -1,0 +1,64 @@
+"""Cross-entropy of a linear head, a chunk of tokens at a time: the logits [N, V] of all tokens are never held together.
+
+The gradient of Σ_n (logsumexp z_n - z_n[target]), z = x Wᵀ, is (softmax z_n - onehot) for each row of z. It depends on
+nothing behind the loss but a factor, so each chunk gives its gradients of x and W while its logits are there, and the
+backward pass only multiplies. The work is that of the plain way, which holds N·V numbers several times; this holds
+N·D + V·D, and C·V for a moment. (Cut cross-entropy, 2411.09009, avoids even the latter; Liger, 2410.10989, is alike.)
+
+Legend: N tokens, C tokens of a chunk, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.precision import wide
+
+NO_TARGET = -100
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, differentiate: bool
+    ) -> Tensor:
+        cast_VD = weight_VD.to(x_ND.dtype)
+        total = wide(x_ND.new_zeros(()))
+        dx_ND = torch.empty_like(x_ND) if differentiate else x_ND
+        dweight_VD = torch.zeros_like(wide(weight_VD)) if differentiate else None
+        for x_CD, targets_C, dx_CD in zip(x_ND.split(chunk), targets_N.split(chunk), dx_ND.split(chunk), strict=True):
+            log_p_CV = wide(x_CD @ cast_VD.T).log_softmax(-1)
+            missing_C, index_C1 = targets_C == NO_TARGET, targets_C.clamp_min(0).unsqueeze(-1)
+            total -= log_p_CV.gather(-1, index_C1).squeeze(-1).masked_fill_(missing_C, 0.0).sum()
+            if dweight_VD is None:
+                continue
+            dz_CV = log_p_CV.exp_()
+            dz_CV.scatter_add_(-1, index_C1, dz_CV.new_full((), -1.0).expand_as(index_C1))
+            dz_CV = dz_CV.masked_fill_(missing_C.unsqueeze(-1), 0.0).to(x_ND.dtype)
+            torch.mm(dz_CV, cast_VD, out=dx_CD)
+            if dweight_VD.dtype == dz_CV.dtype:
+                dweight_VD.addmm_(dz_CV.T, x_CD)
+            else:
+                dweight_VD += dz_CV.T @ x_CD
+        if dweight_VD is not None:
+            ctx.save_for_backward(dx_ND, dweight_VD.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx_ND, dweight_VD = ctx.saved_tensors
+        return grad * dx_ND, grad * dweight_VD, None, None, None
+
+
+def cross_entropy(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:
+    """Σ over targets of -log softmax(x Wᵀ)[target] in nats: a scalar in at least fp32.
+
+    x: [..., D], as the head gets it; the weight is cast to its dtype at use. targets: [...] int64, -100 where there is
+    none; without any, the sum is a zero whose gradients are zeros, not missing. chunk: tokens whose logits are held at
+    a time; None for all.
+    """
+    x_ND, targets_N = x.flatten(0, -2), targets.flatten()
+    return _CrossEntropy.apply(x_ND, weight_VD, targets_N, chunk or max(len(x_ND), 1), torch.is_grad_enabled())
