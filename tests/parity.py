@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +27,14 @@ DTYPE = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 
 
-def small_model() -> LM:
-    """GLA, Gated DeltaNet and grouped attention, with dense and expert feed-forwards."""
+def small_model(attention: dict[str, Any] | None = None) -> LM:
+    """GLA, Gated DeltaNet and grouped attention with these options, with dense and expert feed-forwards."""
     moe = partial(MoE, num_experts=4, top_k=2, hidden=12, shared_hidden=8)
     dense = partial(SwiGLU, hidden=24)
     mixers = {
         "gla": partial(MIXERS["gla"], heads=2),
         "gdn": partial(MIXERS["gated_deltanet"], heads=2),
-        "attn": partial(MIXERS["attention"], heads=4, kv_heads=2),
+        "attn": partial(MIXERS["attention"], heads=4, kv_heads=2, **(attention or {})),
     }
     blocks = {name: partial(Block, mixer=mixer, ffn=dense if name == "gdn" else moe) for name, mixer in mixers.items()}
     return LM(vocabulary=VOCABULARY, dim=32, layers=4, pattern=["gla", "gdn", "attn", "gdn"], blocks=blocks)
@@ -60,9 +61,11 @@ class Sample:
             object.__setattr__(self, name, value)
 
 
-def truth(batch: list[Sample], precision: str) -> tuple[float, dict[str, np.ndarray]]:
+def truth(
+    batch: list[Sample], precision: str, attention: dict[str, Any] | None = None
+) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and every gradient with the whole model on one device, one sequence at a time, no process group."""
-    model = initialise(small_model().to(DTYPE[precision]), seed=1)
+    model = initialise(small_model(attention).to(DTYPE[precision]), seed=1)
     model.compute = DTYPE[precision]
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     tokens = sum(len(s.tokens) for s in batch)
@@ -77,13 +80,18 @@ def truth(batch: list[Sample], precision: str) -> tuple[float, dict[str, np.ndar
 
 
 def spread(
-    batch: list[Sample], plan: Plan, precision: str, remat: str = "none", device: str = "cpu"
+    batch: list[Sample],
+    plan: Plan,
+    precision: str,
+    remat: str = "none",
+    device: str = "cpu",
+    attention: dict[str, Any] | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it."""
     groups = Groups()
     plan.check(groups.world)
     with torch.device("meta"):
-        model = small_model()
+        model = small_model(attention)
     model.compute = DTYPE[precision]
     mesh = everyone(torch.device(device))
     parallelise(model, mesh, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)

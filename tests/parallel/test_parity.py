@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.rope import YaRN
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
 from tests.parity import Sample, assert_close, spread, truth
@@ -33,6 +34,12 @@ def unequal() -> Plan:
     )
     second = MicroStep((Group((0, 1, 3), (2, 1), (((0, 80),), ((80, 82),), ((82, 204),))), Group((2,), (), ((),))))
     return Plan(0, tuple(LENGTHS), (first, second))
+
+
+def unequal_pair() -> Plan:
+    """Two ranks: all sequences joined, a span of 3 tokens and one of the rest."""
+    spans = (((0, 3),), ((3, sum(LENGTHS)),))
+    return Plan(0, tuple(LENGTHS), (MicroStep((Group((0, 1), (0, 1, 2, 3), spans),)),))
 
 
 def zigzag() -> Plan:
@@ -73,6 +80,18 @@ def test_recomputed_activations_change_nothing(run):
     want = truth(BATCH, "fp64")
     for got in run(4, spread, BATCH, unequal(), "fp64", remat="full"):
         assert_close(got, want, "fp64")
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("name", ["zigzag 2", "unequal 2"])
+def test_windows_reach_across_ranks(run, name, precision):
+    """A window with the document's first tokens in sight, normalised queries and keys, a gate, few channels rotated."""
+    attention = {"window": 9, "sinks": 3, "qk_norm": True, "gate": True, "head_dim": 16}
+    attention["positions"] = YaRN(factor=4, trained_length=64, fraction=0.5)
+    plan = zigzag() if name == "zigzag 2" else unequal_pair()
+    want = truth(BATCH, precision, attention)
+    for got in run(2, spread, BATCH, plan, precision, attention=attention):
+        assert_close(got, want, precision)
 
 
 @pytest.mark.gpu
