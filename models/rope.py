@@ -5,20 +5,23 @@ dim)`. Pairs are (i, i + R/2) of the first R channels of a head, positions count
 exact at any length.
 
 Every rule is static: what a token gets depends on its place in its document alone, never on how long the document or
-the batch turns out to be. So a run is the same at any layout, and keys that were rotated once stay valid.
+the batch turns out to be. So a run is the same at any layout, and keys that were rotated once stay valid. `Randomized`
+draws places anew in every step of training, by what names the document at any layout: `seq.identities`.
 
 Legend: B spans, T tokens, H heads, K head width, R rotated channels.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Listed
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from models.precision import wide
-from models.sequence import Sequence
+from models.sequence import Identity, Sequence
 
 
 class Positions(ABC):
@@ -239,6 +242,34 @@ class Truncated(RoPE):
         return torch.where(trained >= self.high, trained, slowed), 1.0
 
 
+class Randomized(RoPE):
+    """In training, a document's positions are a sorted sample of those of a longer one (2305.16843).
+
+    So a model meets positions far beyond the documents that it is trained on. The sample is drawn anew in every step,
+    for each document; where nothing is trained, positions are as they are.
+
+    longest: how many positions there are to draw from; at least the tokens of the longest document. seed: of the draws.
+    base, fraction: as in RoPE.
+    """
+
+    def __init__(self, *, longest: int, seed: int = 0, base: float = 10_000.0, fraction: float = 1.0):
+        super().__init__(base=base, fraction=fraction)
+        if longest < 1:
+            raise ValueError(f"longest={longest}: must be at least 1")
+        self.longest, self.seed = longest, seed
+
+    def places(self, seq: Sequence) -> Tensor:
+        if seq.identities is None:
+            return seq.positions
+        drawn_BT = torch.empty_like(seq.positions)
+        for b, runs in enumerate(seq.pieces):
+            documents = seq.documents[b, [begin for begin, _, _ in runs]].tolist()
+            for (begin, end, past), document in zip(runs, documents, strict=True):
+                sample = _sample(self.seed, self.longest, seq.identities[document])
+                drawn_BT[b, begin:end] = sample[past : past + end - begin].to(drawn_BT.device)
+        return drawn_BT
+
+
 def turn(x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     """Rotates the first channels of every head, computed in at least fp32, in x's dtype. cos, sin: [B, T, R/2]."""
     half = cos_BTR.shape[-1]
@@ -273,3 +304,13 @@ def _trained(trained_length: int | None) -> int:
     if trained_length is None or trained_length < 2:
         raise ValueError(f"trained_length={trained_length}: must be the tokens of the longest document trained on")
     return trained_length
+
+
+@lru_cache(maxsize=32)  # the layers of a model ask for the same ones
+def _sample(seed: int, longest: int, document: Identity) -> Tensor:
+    """As many of range(longest) as the document has tokens, ascending: int64 [length] on the CPU."""
+    if document.length > longest:
+        raise ValueError(f"longest={longest}: must be at least the {document.length} tokens of a document")
+    digest = hashlib.sha256(f"{seed}/{document.step}/{document.sequence}/{document.index}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randperm(longest, generator=generator, device="cpu")[: document.length].sort().values

@@ -11,7 +11,7 @@ independent packed sequences; in `Spread` they are the spans that this rank hold
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from models.past import Past
 from models.recurrence import Recurrence
 
 
+class Identity(NamedTuple):
+    """What names a document in training, at any layout, for a random choice to be keyed by; and how long it is."""
+
+    step: int
+    sequence: int  # its sequence's index in the step's global batch
+    index: int  # its own in that sequence
+    length: int
+
+
 class Sequence(Protocol):
     """What a module may ask about the sequence it works on. All collectives, if any, happen inside these methods."""
 
@@ -28,6 +37,12 @@ class Sequence(Protocol):
     documents: Tensor  # [B, T] int64, index of the token's document in the packed sequence
     num_documents: int
     counted: Tensor  # [B, T] bool, False for a token that only fills a place: no statistic may count it
+    identities: list[Identity] | None  # of each document, in training; None where nothing is to be random
+
+    @property
+    def pieces(self) -> list[list[Piece]]:
+        """For each span, its runs of tokens of one document."""
+        ...
 
     @property
     def starts(self) -> Tensor:
@@ -85,6 +100,7 @@ class Tokens:
     documents: Tensor
     num_documents: int
     counted: Tensor
+    identities: list[Identity] | None = None
 
     @cached_property
     def starts(self) -> Tensor:

@@ -59,7 +59,7 @@ class Executor:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
         tokens, tally = sum(plan.lengths), self._empty()
-        for last, placed in self._places(plan, batch):
+        for last, placed in self._places(plan, batch, step=plan.step):
             communicate_gradients(self.model, last)
             with self.phase("forward"):
                 part = sums(self.model(placed.tokens, placed.seq), placed.targets)
@@ -78,7 +78,7 @@ class Executor:
             tally.correct += correct(output.logits, placed.targets)
         return tally
 
-    def _places(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[bool, Placed]]:
+    def _places(self, plan: Plan, batch: Sequence[Packed], step: int | None = None) -> Iterator[tuple[bool, Placed]]:
         with self.phase("plan"):
             self.groups.prepare(plan)
         for m, micro in enumerate(plan.micro_steps):
@@ -86,7 +86,13 @@ class Executor:
                 group = micro.group_of(self.groups.rank)
                 comm = self.groups.comm(group.ranks)
                 placed = place(
-                    group, batch, comm, device=self.device, recurrence=self.recurrence, attention=self.attention
+                    group,
+                    batch,
+                    comm,
+                    device=self.device,
+                    recurrence=self.recurrence,
+                    attention=self.attention,
+                    step=step,
                 )
             yield m == len(plan.micro_steps) - 1, placed
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.sequence import Sequence, Whole
+from models.sequence import Identity, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
 from parallel.sequence.attention import GatherKeys
@@ -47,8 +47,12 @@ def place(
     device: torch.device,
     recurrence: GatherEffects,
     attention: GatherKeys,
+    step: int | None = None,
 ) -> Placed:
-    """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end."""
+    """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
+
+    `step` is that of the training; None where nothing is to be random.
+    """
     tokens, targets, positions = (
         np.concatenate([*(getattr(batch[s], name) for s in group.sequences), np.empty(0, np.int64)])
         for name in ("tokens", "targets", "positions")
@@ -77,6 +81,7 @@ def place(
         "documents": rows(documents),
         "num_documents": int(documents[-1]) + 1,
         "counted": rows(np.arange(length + idle) < length),
+        "identities": None if step is None else _identities(group, batch, step, idle),
     }
     seq: Sequence
     if comm.size == 1 and len(mine) == 1:
@@ -84,3 +89,13 @@ def place(
     else:
         seq = Spread(**where, chain=Chain(comm, tuple(spans)), recurrence=recurrence, attention=attention)
     return Placed(rows(tokens), rows(targets), seq)
+
+
+def _identities(group: Group, batch: Listed[Packed], step: int, idle: int) -> list[Identity]:
+    """Of every document of the group in order, and of the one that masked tokens share."""
+    found = []
+    for s in group.sequences:
+        starts = np.flatnonzero(batch[s].positions == 0)
+        lengths = np.diff(starts, append=len(batch[s].positions))
+        found += [Identity(step, s, index, length) for index, length in enumerate(lengths.tolist())]
+    return [*found, Identity(step, len(batch), 0, idle)] if idle else found

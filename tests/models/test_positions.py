@@ -8,8 +8,25 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models.rope import Interpolated, Llama3, LongRoPE, NoPE, NTKAware, RoPE, Truncated, YaRN, rotate, turn
-from models.sequence import Whole
+from models.rope import (
+    Interpolated,
+    Llama3,
+    LongRoPE,
+    NoPE,
+    NTKAware,
+    Randomized,
+    RoPE,
+    Truncated,
+    YaRN,
+    rotate,
+    turn,
+)
+from models.sequence import Identity, Whole
+from parallel.collectives import Comm
+from parallel.schedule.plan import Group
+from parallel.sequence import TRANSPORTS
+from parallel.sequence.place import place
+from tests.parity import Sample
 
 K = 64
 SHORT, LONG = [1 + i / 50 for i in range(K // 2)], [1 + i for i in range(K // 2)]
@@ -111,6 +128,62 @@ def test_yarn_and_llama3_leave_fast_pairs_and_divide_slow_ones():
         assert torch.equal(frequencies[turns > fast], trained[turns > fast])
         torch.testing.assert_close(frequencies[turns < 0.5], trained[turns < 0.5] / 8, rtol=1e-14, atol=0)
         assert (turns > fast).any() and (turns < 0.5).any()
+
+
+BATCH = [Sample((40, 1, 23)), Sample((40, 24)), Sample((64,))]
+
+
+def placed(group, rank, step=7):
+    """What one rank of a group would compute on; placing needs no process group."""
+    gather = {kind: transports["gather"]() for kind, transports in TRANSPORTS.items()}
+    return place(group, BATCH, Comm(group.ranks, rank), device=torch.device("cpu"), step=step, **gather).seq
+
+
+def whole(sequence, step=7):
+    return placed(Group((0,), (sequence,), (((0, 64),),)), 0, step)
+
+
+def test_randomised_positions_are_ascending_samples_that_change_with_step_sequence_document_and_seed():
+    rule = Randomized(longest=200, seed=3)
+    first = rule.places(whole(0))
+    assert first.shape == (1, 64) and first.min() >= 0 and first.max() < 200
+    for document in (first[0, :40], first[0, 41:]):
+        assert (document.diff() > 0).all()
+    others = [rule.places(whole(0, step=8)), rule.places(whole(1)), Randomized(longest=200, seed=4).places(whole(0))]
+    assert all(not torch.equal(first[0, :40], other[0, :40]) for other in others)
+    assert torch.equal(first, Randomized(longest=200, seed=3).places(whole(0)))
+
+
+def test_every_set_of_positions_is_as_likely():
+    """Each of 20 positions is in a sample of 5 a quarter of the time, each pair 1 in 19 of it."""
+    times = 2000
+    drawn = torch.zeros(times, 20)
+    for step in range(times):
+        seq = Whole.of(torch.arange(5)[None])
+        seq.identities = [Identity(step, 0, 0, 5)]
+        drawn[step, Randomized(longest=20).places(seq)[0]] = 1
+    together = drawn.T @ drawn / times
+    assert ((together.diagonal() - 0.25).abs() < 5 * (0.25 * 0.75 / times) ** 0.5).all()
+    pairs = together[~torch.eye(20, dtype=torch.bool)]
+    assert ((pairs - 0.25 * 4 / 19).abs() < 5 * (0.05 / times) ** 0.5).all()
+
+
+def test_randomised_positions_are_the_same_at_any_layout():
+    rule = Randomized(longest=100)
+    want = torch.cat([rule.places(whole(s)) for s in range(3)], 1)[0]
+    joined = Group((0, 1), (0, 1, 2), (((0, 30), (162, 192)), ((30, 162),)))
+    outer, inner = (rule.places(placed(joined, rank)) for rank in (0, 1))
+    assert torch.equal(torch.cat((outer[0], inner[0], outer[1])), want)
+    swapped = rule.places(placed(Group((0, 1), (2, 1), (((0, 128),), ())), 0))[0]  # a rank without a span
+    assert torch.equal(swapped, torch.cat((want[128:], want[64:128])))
+    assert rule.places(placed(Group((0, 1), (2, 1), (((0, 128),), ())), 1)).shape == (1, 1)
+
+
+def test_nothing_is_random_outside_training_and_a_document_that_is_too_long_is_refused():
+    seq = whole(0, step=None)
+    assert torch.equal(Randomized(longest=100).places(seq), seq.positions)
+    with pytest.raises(ValueError, match="longest=39: must be at least the 40 tokens of a document"):
+        Randomized(longest=39).places(whole(0))
 
 
 def test_no_positions_leave_heads_as_they_are():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.rope import YaRN
+from models.rope import Randomized, YaRN
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
 from tests.parity import Sample, assert_close, spread, truth
@@ -92,6 +92,14 @@ def test_windows_reach_across_ranks(run, name, precision):
     want = truth(BATCH, precision, attention)
     for got in run(2, spread, BATCH, plan, precision, attention=attention):
         assert_close(got, want, precision)
+
+
+def test_randomised_positions_are_the_same_at_any_layout(run):
+    attention = {"positions": Randomized(longest=500)}
+    (want,) = run(1, spread, BATCH, static(1, 1), "fp64", attention=attention)
+    assert abs(want[0] - truth(BATCH, "fp64")[0]) > 1e-6 * want[0]
+    for got in run(2, spread, BATCH, zigzag(), "fp64", attention=attention):
+        assert_close(got, want, "fp64")
 
 
 @pytest.mark.gpu
