@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from models.axes import declare, normal, positive
 from models.block import Factory
+from models.depth import Coupled, Depth
 from models.linear import Linear
 from models.moe import Routing, balance
 from models.norm import RMSNorm
-from models.pattern import unroll
+from models.pattern import dense_front, unroll
 from models.sequence import Sequence
 
 
@@ -23,32 +24,60 @@ class Output(NamedTuple):
 
 
 class LM(nn.Module):
-    """A decoder-only language model: an embedding, layers of several kinds in a pattern, a norm, and a head of its own.
+    """A decoder-only language model: an embedding, layers of several kinds in a pattern, a norm, and a head.
 
     vocabulary: rows of the embedding and of the head, at least the tokens of the tokenizer (256 bytes and the document
     mark). dim: width of the residual stream, which every mixer and feed-forward reads and writes. layers: how many
     layers there are, of all kinds together. pattern: the kinds of the layers by name, from the first on, repeated down
     to the last. blocks: the kinds of layer that `pattern` may name, each a mixer and a feed-forward.
+    first_k_dense: how many layers, from the first, have `dense` in place of their block's feed-forward, as in
+    DeepSeekMoE (2401.06066). dense: that feed-forward. tied: whether the head multiplies by the embedding instead of
+    weights of its own. Its input is then scaled by dim^-½ (T5, 1910.10683): the embedding's entries have variance 1.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set.
     """
 
-    def __init__(self, *, vocabulary: int, dim: int, layers: int, pattern: list[str], blocks: Mapping[str, Factory]):
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        dim: int,
+        layers: int,
+        pattern: list[str],
+        blocks: Mapping[str, Factory],
+        first_k_dense: int = 0,
+        dense: Factory | None = None,
+        tied: bool = False,
+    ):
         super().__init__()
         positive(vocabulary=vocabulary, dim=dim)
+        self.kinds = unroll(pattern, layers, list(blocks))
+        front = dense_front(first_k_dense, dense, layers)
         self.compute = torch.float32
         self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0))
-        names = unroll(pattern, layers, list(blocks))
-        self.layers = nn.ModuleDict({str(i): blocks[n](dim=dim, slot=f"layers.{i}") for i, n in enumerate(names)})
+        self.layers = nn.ModuleDict(
+            {
+                str(i): blocks[n](dim=dim, slot=f"layers.{i}", depth=Depth(i, layers), **front.get(i, {}))
+                for i, n in enumerate(self.kinds)
+            }
+        )
+        self.coupled = Coupled(self.layers)
         self.norm = RMSNorm(dim)
-        self.head = Linear(dim, vocabulary, axes=("vocab", "embed"))
+        self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
 
     def forward(self, tokens_BT: Tensor, seq: Sequence) -> Output:
         x_BTD = F.embedding(tokens_BT, self.embedding).to(self.compute)
         routings: dict[str, Routing] = {}
+        rows = self.coupled()
         for name, block in self.layers.items():
-            x_BTD, routing = block(x_BTD, seq)
+            x_BTD, routing = block(x_BTD, seq, **rows.get(name, {}))
             if routing is not None:
                 routings[f"layers.{name}"] = routing
-        logits = self.head(self.norm(x_BTD))
+        logits = self.unembed(self.norm(x_BTD))
         return Output(logits, *balance(routings, seq)) if routings else Output(logits, logits.new_zeros(()), {})
+
+    def unembed(self, x_BTD: Tensor) -> Tensor:
+        """Logits [B, T, vocabulary] of the normalised residual stream."""
+        if self.head is not None:
+            return self.head(x_BTD)
+        return F.linear(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding.to(x_BTD.dtype))

@@ -1,5 +1,7 @@
 """Hybrids: a vocabulary of blocks and a pattern of their names, repeated down the layers."""
 
+from typing import Any
+
 
 def unroll(pattern: list[str], layers: int, vocabulary: list[str]) -> list[str]:
     """The block name of each layer. Raises ValueError for an unknown name or an empty pattern."""
@@ -11,3 +13,15 @@ def unroll(pattern: list[str], layers: int, vocabulary: list[str]) -> list[str]:
     if layers < 1:
         raise ValueError(f"layers={layers}: must be at least 1")
     return [pattern[i % len(pattern)] for i in range(layers)]
+
+
+def dense_front(first_k_dense: int, dense: Any, layers: int) -> dict[int, dict[str, Any]]:
+    """By layer, what it is built with besides its block's own: `dense` as the feed-forward of the first few.
+
+    Raises ValueError where there are not as many layers, or no `dense`.
+    """
+    if not 0 <= first_k_dense <= layers:
+        raise ValueError(f"first_k_dense={first_k_dense}: must lie between 0 and layers={layers}")
+    if first_k_dense and dense is None:
+        raise ValueError(f"first_k_dense={first_k_dense}: must be 0 without dense, the feed-forward of those layers")
+    return {i: {"ffn": dense} for i in range(first_k_dense)}

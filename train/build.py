@@ -9,14 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from models.accounting import account
 from models.axes import declarations
+from models.lm import LM
 from parallel.mesh import Groups, everyone
 from parallel.sequence import TRANSPORTS
 from train import checkpoint, optimizer
 from train.construct import construct
 from train.execute import Executor
 from train.loop import Trainer
-from train.observe import Phases
+from train.observe import Phases, Utilisation, matmul_peak
 from train.precision import dtypes
 from train.settings import ParallelSettings, TrainSettings, section
 from train.state import State
@@ -33,6 +35,8 @@ def build(order: dict[str, Any]) -> Trainer:
     config, run_dir = order["config"], Path(order["run_dir"])
     device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
     compute, master = dtypes(config["precision"]["compute"], device.type)
+    first = dist.get_rank() == 0
+    say = RunLog(run_dir / "log.txt") if first else lambda line: None
     phases = Phases()
     groups = Groups(waiting=lambda: phases("wait"))
 
@@ -40,6 +44,7 @@ def build(order: dict[str, Any]) -> Trainer:
         model = construct(config["model"])
     model.compute = compute
     declared = declarations(model)
+    utilisation = _utilisation(model, order["device"], say) if first else None
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
     adamw = optimizer.build(construct(config["optimizer"]), model, declared)
 
@@ -65,8 +70,6 @@ def build(order: dict[str, Any]) -> Trainer:
     )
     data, sequence = parallel.sizes(dist.get_world_size())
     batches = _batches(config, train)
-    first = dist.get_rank() == 0
-    say = RunLog(run_dir / "log.txt") if first else lambda line: None
     return Trainer(
         settings=train,
         seed=config["seed"],
@@ -85,6 +88,7 @@ def build(order: dict[str, Any]) -> Trainer:
         state=state,
         say=say,
         tracker=_tracker(order, say) if first else None,
+        utilisation=utilisation,
         companions=_companions(run_dir, batches) if first else (),
     )
 
@@ -97,6 +101,17 @@ def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
     if others := [host for fingerprint, host in found if fingerprint != found[0][0]]:
         raise ValueError(f"data: {others[0]} has other documents than {found[0][1]}; share them through data.store")
     return batches
+
+
+def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisation | None:
+    """What steps' FLOP/s are held against: plain matmuls on as many devices as rank 0's. None where a model's costs are
+    not known."""
+    try:
+        costs = account(model)
+    except NotImplementedError as error:
+        say(f"model_flops and mfu are not known: {' '.join(str(error).split())[:200]}")
+        return None
+    return Utilisation(costs, matmul_peak(device, model.compute) * dist.get_world_size())
 
 
 def _companions(run_dir: Path, batches: Any) -> list[Path]:

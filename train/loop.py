@@ -21,7 +21,7 @@ from parallel.schedule.plan import MicroStep, Plan
 from train import checkpoint
 from train.evaluate import Heldout, heldout
 from train.execute import Executor, Tally
-from train.observe import Phases, peak_memory_bytes
+from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
 from train.optimizer import set_rate
 from train.settings import TrainSettings
 from train.state import State
@@ -30,7 +30,7 @@ from train.tracking import Tracker
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Everything a step needs. Rank 0 has a tracker; `say` is silent elsewhere."""
+    """Everything a step needs. Rank 0 has a tracker and measures utilisation; `say` is silent elsewhere."""
 
     settings: TrainSettings
     seed: int
@@ -49,6 +49,7 @@ class Trainer:
     state: State
     say: Callable[[str], None]
     tracker: Tracker | None
+    utilisation: Utilisation | None = None
     companions: Sequence[Path] = ()
     noted: tuple[MicroStep, ...] = ()
 
@@ -98,6 +99,7 @@ class Trainer:
         state.step += 1
         state.tokens += tokens
         shared = self._share(tally)
+        seconds = time.perf_counter() - began
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -107,10 +109,12 @@ class Trainer:
             "balance_loss": shared["balance"] / tokens,
             "lr": rate,
             "grad_norm": gradient_norm,
-            "tokens_per_second": tokens / (time.perf_counter() - began),
+            "tokens_per_second": tokens / seconds,
             "memory_bytes": shared["memory"],
             "expert_load": shared["load"],
         }
+        if self.utilisation is not None:
+            record |= self.utilisation.of([s.starts for s in batch], seconds)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record[name]):
                 raise FloatingPointError(f"{name} is {record[name]} at step {state.step}")
@@ -211,8 +215,8 @@ def document_lengths(starts: Sequence[np.ndarray]) -> list[list[int]]:
 
     starts: bool [L] of each packed sequence, True where a piece begins. A limit counts what is above the one before.
     """
-    lengths = np.concatenate([np.diff(np.append(np.flatnonzero(s), len(s))) for s in starts])
-    found = Counter(int(length - 1).bit_length() for length in lengths)
+    lengths = [length for s in starts for length in pieces(s)]
+    found = Counter((length - 1).bit_length() for length in lengths)
     return [[1 << power, found[power]] for power in range(min(found), max(found) + 1)]
 
 

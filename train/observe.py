@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a process may ask for its peak of memory without loading torch
+    import numpy as np
+    import torch
+
+    from models.accounting import Account
 
 PHASES = ("data", "plan", "forward", "backward", "optimizer", "evaluate", "checkpoint", "logging", "wait")
 
@@ -91,3 +99,43 @@ def peak_memory_bytes(device: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def matmul_peak(device: str, dtype: torch.dtype, *, seconds: float = 0.2) -> float:
+    """FLOP/s of this process's best product of two square matrices in about `seconds`; draws no random number."""
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    size = 8192 if on_gpu else 768
+    # Numbers that differ: a GPU that multiplies equal ones draws less power, and is faster than it will be in training.
+    a = torch.linspace(-1, 1, size * size, device=device, dtype=dtype).view(size, size)
+    best, end = float("inf"), time.monotonic() + seconds
+    while best == float("inf") or time.monotonic() < end:
+        began = time.perf_counter()
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """How much of the machines a step used. peak: FLOP/s that all workers together reach on plain matmuls."""
+
+    account: Account
+    peak: float
+
+    def of(self, starts: Iterable[np.ndarray], seconds: float) -> dict[str, float]:
+        """`model_flops` a second and, as a share of the peak, `mfu`, of a batch that took `seconds`.
+
+        starts: bool [L] of each packed sequence, True where a piece of a document begins.
+        """
+        rate = self.account.flops(length for s in starts for length in pieces(s)).model / seconds
+        return {"model_flops": rate, "mfu": rate / self.peak}
+
+
+def pieces(starts: np.ndarray) -> list[int]:
+    """The lengths of a packed sequence's pieces of documents."""
+    ends = [*starts.nonzero()[0].tolist(), len(starts)]
+    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+OVERRIDE = "override "  # opens an entry that chooses for one placed further down
 
 
 def groups() -> dict[str, list[str]]:
@@ -37,12 +38,15 @@ def written(choices: dict[str, str] | None = None) -> tuple[dict[str, Any], dict
 
     A group placed inside another is named as in an override: `mixer@model.blocks.gla.mixer`.
     """
-    choices = choices or {}
+    choices = dict(choices or {})
     placed: dict[str, str] = {}
     tree: dict[str, Any] = {}
 
     def add(node: dict[str, Any], own: str, package: str) -> None:
         entries = node.get("defaults", [])
+        for key, chosen in _overriding(entries, package).items():
+            choices.setdefault(key, chosen)
+        entries = [entry for entry in entries if not str(next(iter(entry))).startswith(OVERRIDE)]
         for entry in entries if "_self_" in entries else [*entries, "_self_"]:
             if entry == "_self_":
                 own_keys = {key: value for key, value in node.items() if key != "defaults"}
@@ -56,15 +60,27 @@ def written(choices: dict[str, str] | None = None) -> tuple[dict[str, Any], dict
                 add(option(own, entry), own, package)
             else:
                 ((name, chosen),) = entry.items()
-                group, _, inner = name.removeprefix("/").partition("@")
-                where = ".".join(filter(None, [package, inner])) if inner else group
-                key = group if where == group else f"{group}@{where}"
+                group, where, key = _place(name, package)
                 placed[key] = choices.get(key, chosen)
                 if placed[key] in groups().get(group, []):
                     add(option(group, placed[key]), group, "" if _is_global(group, placed[key]) else where)
 
     add(_load(CONF / "train.yaml"), "", "")
     return tree, placed
+
+
+def _place(name: str, package: str) -> tuple[str, str, str]:
+    """The group of an entry in a defaults list, the node where it is placed, and the two as in an override."""
+    group, _, inner = name.removeprefix("/").partition("@")
+    where = ".".join(filter(None, [package, inner])) if inner else group
+    return group, where, group if where == group else f"{group}@{where}"
+
+
+def _overriding(entries: list[Any], package: str) -> dict[str, str]:
+    """What a defaults list chooses for the groups that its other entries place, by their names as in an override."""
+    chosen = {name: option for entry in entries if isinstance(entry, dict) for name, option in entry.items()}
+    overrides = {name.removeprefix(OVERRIDE): option for name, option in chosen.items() if name.startswith(OVERRIDE)}
+    return {_place(name, package)[2]: option for name, option in overrides.items()}
 
 
 def leaves(node: Any, path: str = "") -> dict[str, Any]:

@@ -50,21 +50,11 @@ def _matmul() -> str:
     """Whether bf16 is multiplied natively, and how much sooner a product of two matrices is there than in fp32."""
     import torch
 
+    from train.observe import matmul_peak
     from train.precision import native_bf16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 768
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        best, end = float("inf"), time.monotonic() + 0.3
-        while best == float("inf") or time.monotonic() < end:
-            began = time.perf_counter()
-            a @ a
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
-        rates[dtype] = 2 * size**3 / best / 1e9
+    rates = {dtype: matmul_peak(device, dtype, seconds=0.3) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
     ratio = rates[torch.bfloat16] / rates[torch.float32]
     how = "native" if native_bf16(device) else "emulated: precision=auto computes in fp32"
     return f"fp32 {rates[torch.float32]:,.0f} GFLOP/s, bf16 {ratio:.2g} times that ({how}) on {device}"

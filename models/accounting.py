@@ -1,0 +1,276 @@
+"""What a model costs, read off the model: parameters, matmul FLOPs, bytes kept for the backward, bytes of state.
+
+No module states its cost, so none can state it wrong: the layers run, forward and backward, on the meta device, where
+nothing is computed and every matmul is seen with its shapes. A multiply-add counts as two FLOPs, and what is not a
+matmul counts nothing. Two answers depend on data and are given by shape instead: softmax attention notes what it was
+asked, since its work grows with the documents (`Attention`); and tokens are dealt evenly to experts, since without a
+capacity each goes to `top_k` of them whatever the router says (`Evenly`). A recurrence counts as what its reference
+kernel multiplies, chunk by chunk; a fused kernel may do less or more and is credited the same.
+
+FLOPs are those of the model, as in PaLM's utilisation (2204.02311, appendix B): what a backward pass computes again is
+apart, and so is what parallel ranks add. A causal query meets only the keys that it may see; the backward of attention
+is twice its forward.
+
+Legend: B spans, T tokens, D model width, H heads, G key/value heads, K key width, V value width, N tokens, X choices.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.dispatch import Sent
+from models.lm import LM
+from models.moe import MoE
+from models.sequence import Memory, Whole
+
+TOKENS = 256  # that the model is run on: whole chunks of every kernel
+
+
+class Attention(NamedTuple):
+    """What one softmax layer does: FLOPs a pair of a query and a key, bytes that a token leaves to those after it.
+
+    A query meets the last `window` keys of its document, its own included (None: all), and the first `sinks`.
+    """
+
+    flops: int
+    bytes: int
+    window: int | None = None
+    sinks: int = 0
+
+    def pairs(self, length: int) -> int:
+        """Queries of a document of this length times the keys that each meets."""
+        if self.window is None or length <= self.window:
+            return length * (length + 1) // 2
+        beyond = length - self.window
+        return _triangle(length, self.window) + _triangle(beyond, self.sinks)
+
+    def held(self, context: int) -> int:
+        """Keys that are held for the token after `context` others."""
+        if self.window is None:
+            return context
+        return min(context, max(self.window - 1, self.sinks)) + self.sinks
+
+
+class Flops(NamedTuple):
+    """Matmul FLOPs. `recompute` is what a backward pass runs again when it keeps only each layer's input."""
+
+    forward: float
+    backward: float
+    recompute: float
+
+    @property
+    def model(self) -> float:
+        """What training needs, however it is run."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """The costs of a model; bytes in the dtypes that it computes in."""
+
+    parameters: int
+    embedding: int  # of them, rows that are looked up and multiply nothing; 0 where the head multiplies them too
+    activated: int  # that act on a token: one row of such an embedding, of the experts those that it goes to
+    per_token: Flops  # without what attention does on pairs of tokens
+    attention: tuple[Attention, ...]  # a softmax layer each
+    activations: float  # bytes a token that the layers keep for the backward
+    recurrent: int  # bytes a sequence: states and convolution tails, whatever its length
+
+    def flops(self, lengths: Iterable[int]) -> Flops:
+        """Of documents of these lengths, packed in any way."""
+        documents, layers = Counter(lengths), Counter(self.attention)
+        on_pairs = sum(
+            times * layer.flops * count * layer.pairs(length)
+            for layer, times in layers.items()
+            for length, count in documents.items()
+        )
+        tokens = sum(length * count for length, count in documents.items())
+        forward, backward, recompute = (tokens * flops for flops in self.per_token)
+        return Flops(forward + on_pairs, backward + 2 * on_pairs, recompute + on_pairs)
+
+    def state(self, context: int) -> int:
+        """Bytes that continuing one sequence takes after `context` tokens."""
+        return self.recurrent + sum(layer.bytes * layer.held(context) for layer in self.attention)
+
+
+def _triangle(count: int, most: int) -> int:
+    """Σ_{t=1..count} min(t, most)."""
+    least = min(count, most)
+    return least * (least + 1) // 2 + (count - least) * least
+
+
+def account(model: LM) -> Account:
+    """The costs of a model on the meta device, computing in `model.compute`: layers alike are run once.
+
+    Raises ValueError for a model on another device, NotImplementedError for a layer whose course depends on data.
+    """
+    if model.embedding.device.type != "meta":
+        raise ValueError(f"model: is on {model.embedding.device.type}; must be on the meta device to be accounted for")
+    known: dict[Any, _Layer] = {}
+    rows, found = model.coupled(), []
+    for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
+        alike = (kind, *(p.shape for p in layer.parameters()))
+        if alike not in known:
+            try:
+                known[alike] = _run(layer, model, rows.get(name, {}))
+            except RuntimeError as error:  # what the meta device cannot do
+                line = (str(error).splitlines() or [""])[0]
+                raise NotImplementedError(f"costs of layers.{name} ({kind}): {line}") from error
+        found.append(known[alike])
+    forward, backward = sum(each.forward for each in found), sum(each.backward for each in found)
+    vocabulary, dim = model.embedding.shape
+    head = 2 * vocabulary * dim
+    looked_up = vocabulary * dim if model.head is not None else 0
+    parameters = sum(p.numel() for p in model.parameters())
+    return Account(
+        parameters=parameters,
+        embedding=looked_up,
+        activated=parameters - _idle(model) - (looked_up and looked_up - dim),
+        per_token=Flops(forward / TOKENS + head, backward / TOKENS + 2 * head, forward / TOKENS),
+        attention=tuple(attention for each in found for attention in each.attention),
+        activations=sum(each.kept for each in found) / TOKENS,
+        recurrent=sum(each.recurrent for each in found),
+    )
+
+
+def _idle(model: nn.Module) -> int:
+    """Parameters of the experts that a token does not go to."""
+    moes = [m for m in model.modules() if isinstance(m, MoE)]
+    return sum(
+        sum(p.numel() for p in moe.experts.parameters()) // moe.num_experts * (moe.num_experts - moe.top_k)
+        for moe in moes
+    )
+
+
+class _Layer(NamedTuple):
+    """What a layer did with TOKENS tokens: FLOPs, softmax attention, bytes kept for the backward, bytes of state."""
+
+    forward: int
+    backward: int
+    attention: tuple[Attention, ...]
+    kept: int
+    recurrent: int
+
+
+def _run(layer: nn.Module, model: LM, rows: dict[str, Any]) -> _Layer:
+    x_BTD = torch.empty(1, TOKENS, model.embedding.shape[1], dtype=model.compute, device="meta", requires_grad=True)
+    parameters = list(layer.parameters())
+    kept = _Kept(parameters)
+    seq, remembering = Traced.of_length(TOKENS), Traced.of_length(TOKENS, memory := Memory())
+    with _by_shape(layer):
+        with kept.hooks, FlopCounterMode(display=False) as forward:
+            y_BTD, _ = layer(x_BTD, seq, **rows)
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(y_BTD.sum(), [x_BTD, *parameters], allow_unused=True)
+        with torch.no_grad():
+            layer(x_BTD, remembering, **rows)
+    states = [x for x in tree_leaves(memory.leaving) if isinstance(x, Tensor)]
+    return _Layer(
+        forward.get_total_flops(),
+        backward.get_total_flops(),
+        tuple(seq.attention),
+        kept.bytes,
+        sum(x.numel() * x.itemsize for x in states),
+    )
+
+
+@dataclass(kw_only=True)
+class Traced(Whole):
+    """One document on the meta device, which notes what softmax attention is asked."""
+
+    attention: list[Attention] = field(default_factory=list)
+
+    @classmethod
+    def of_length(cls, tokens: int, memory: Memory | None = None) -> "Traced":
+        positions = torch.arange(tokens, device="meta").unsqueeze(0)
+        return cls(
+            positions=positions,
+            documents=torch.zeros_like(positions),
+            num_documents=1,
+            counted=torch.ones_like(positions, dtype=torch.bool),
+            memory=memory,
+        )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    ) -> Tensor:
+        (H, K), (G, V) = q.shape[2:], v.shape[2:]
+        self.attention.append(Attention(2 * H * (K + V), G * (K + V) * k.itemsize, window, sinks))
+        return _Attend.apply(q, k.clone(), v.clone())  # they are joined to those of the past, wherever that is
+
+
+class _Attend(torch.autograd.Function):
+    """The shapes of fused attention, and what it keeps: its inputs, its output, a logsumexp a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty((*q.shape[:3], v.shape[-1]))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class Evenly:
+    """A `Dispatch` that deals the tokens out without looking: as many rows, in the same shapes."""
+
+    def send(self, x: Tensor, experts: Tensor, num_experts: int, *, dropping: bool = False) -> Sent:
+        rows = x.repeat_interleave(experts.shape[1], dim=0)
+        # On the CPU, since the loop over experts, where it stands in for a fused matmul, reads them.
+        ends = torch.arange(1, num_experts + 1, device="cpu") * len(rows) // num_experts
+        return Sent(rows, ends.to(torch.int32), torch.empty(len(rows), dtype=torch.long, device=x.device))
+
+    def collect(self, rows: Tensor, sent: Sent, weights: Tensor) -> Tensor:
+        N, X = weights.shape
+        return (rows.view(N, X, -1) * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
+
+
+@contextlib.contextmanager
+def _by_shape(layer: nn.Module) -> Iterator[None]:
+    """Experts are given tokens, and multiply them, by shape alone."""
+    moes = [(m, m.dispatch) for m in layer.modules() if isinstance(m, MoE)]
+    for moe, _ in moes:
+        moe.dispatch = Evenly()
+    try:
+        with _Ungrouped():
+            yield
+    finally:
+        for moe, dispatch in moes:
+            moe.dispatch = dispatch
+
+
+class _Kept:
+    """Bytes of the storages that autograd saves, each once, parameters not counted."""
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        self.seen = {p.untyped_storage()._cdata for p in parameters}
+        self.alive: list[torch.UntypedStorage] = []  # an address names a storage only as long as that lives
+        self.bytes = 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.alive.append(storage)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+class _Ungrouped(TorchFunctionMode):
+    """The fused matmul of groups of rows, whose meta kernel knows bf16 only, as one product of as many FLOPs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm:
+            return args[0] @ args[1][0]
+        return func(*args, **(kwargs or {}))
