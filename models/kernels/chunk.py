@@ -51,6 +51,20 @@ def unfold(x_BHNC: Tensor, T: int) -> Tensor:
     return x_BHNC.movedim(1, 3).reshape(B, N * C, H, *rest)[:, :T]
 
 
+def chunks(x_BTH: Tensor, size: int) -> Tensor:
+    """[B, T, H, ...] -> [N, B, H, C, ...]: as `fold`, with the chunks first, so that each is contiguous."""
+    B, T, H, *rest = x_BTH.shape
+    pad = -T % size
+    if pad:
+        x_BTH = F.pad(x_BTH, [0, 0] * (len(rest) + 1) + [0, pad])
+    return x_BTH.reshape(B, (T + pad) // size, size, H, *rest).movedim(0, 1).movedim(3, 2).contiguous()
+
+
+def unchunks(x_NBHC: Tensor, T: int) -> Tensor:
+    """[N, B, H, C, ...] -> [B, T, H, ...]."""
+    return unfold(x_NBHC.movedim(0, 2), T)
+
+
 class Segments(NamedTuple):
     """Document boundaries inside chunks. All are [B, 1, N, ...] and broadcast over heads."""
 
@@ -68,6 +82,11 @@ def segments(starts_BT: Tensor, size: int) -> Segments:
     causal = torch.ones(size, size, dtype=torch.bool, device=index.device).tril()
     visible = (index.unsqueeze(-1) == index.unsqueeze(-2)) & causal
     return Segments(visible, index == 0, index == index[..., -1:], index[..., -1] == 0)
+
+
+def seen_in(starts_BT: Tensor, size: int) -> Segments:
+    """`segments` for what `chunks` has folded: all are [N, B, 1, ...]."""
+    return Segments(*(x.movedim(2, 0) for x in segments(starts_BT, size)))
 
 
 def halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -1,68 +1,37 @@
-"""Chunked linear recurrence with a decay per key channel (GLA; Yang et al. 2023, 2312.06635, section 4).
+"""Chunked linear recurrence, its state decayed by nothing, by a number a head or by one a key channel.
 
-Inside a chunk the score of t on s is Σ_k q_tk k_sk e^{G_tk - G_sk}, G the running sum of the log decays. Factoring it
-as (q e^G)(k e^-G)ᵀ overflows once a channel forgets; here every factor is a decay from or to the middle of the block
-that holds both tokens, so no exponent is ever positive. Blocks double from one token to the chunk: log2(C) matmuls.
+Linear attention (2006.16236), RetNet (2307.08621) and Mamba-2 (2405.21060), gated linear attention (2312.06635,
+section 4). A chunk adds writesᵀ·v to what it keeps of the state that enters it, and its outputs are scores·v + reads·S.
 """
 
-from functools import cached_property
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from models.kernels.chunk import Effect, fold, halves, join, scaled, segments, unfold
+from models.kernels.chunk import chunks, scaled, seen_in, unchunks
+from models.kernels.decay import decayed
+from models.kernels.stream import Streamed, widen
+from models.kernels.sweep import Add
 from models.precision import wide
 
 
-class Chunks:
-    """A span reduced chunk by chunk. q, k, g [B,T,H,K], v [B,T,H,V], starts [B,T]; see `recurrence.Diagonal`."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, starts: Tensor, scale: float | None = None, size: int = 64
-    ):
-        self.T, self.dtype = q.shape[1], v.dtype
-        q, k, v, g = (fold(wide(x), size) for x in (scaled(q, scale), k, v, g))
-        seen = segments(starts, size)
-        G = g.cumsum(-2)
-        self.total = G[..., -1, :]
-        self.local = (scores(q, k, G) * seen.visible.to(v.dtype)) @ v
-        self.reads = q * G.exp() * seen.first.unsqueeze(-1)
-        writes = k * (self.total.unsqueeze(-2) - G).exp() * seen.last.unsqueeze(-1)
-        self.writes = writes.transpose(-1, -2) @ v
-        self.alive = seen.alive.to(v.dtype)
-
-    @cached_property
-    def _from_zero(self) -> tuple[Tensor, Tensor]:
-        """States before each chunk [B,H,N,K,V] and after the last one [B,H,K,V], the span entered with zero."""
-        factors = (self.total.exp() * self.alive.unsqueeze(-1)).unsqueeze(-1)
-        state = torch.zeros_like(self.writes[:, :, 0])
-        before = []
-        for factor, write in zip(factors.unbind(2), self.writes.unbind(2), strict=True):
-            before.append(state)
-            state = factor * state + write
-        return torch.stack(before, dim=2), state
-
-    @cached_property
-    def effect(self) -> Effect:
-        return Effect(self.total.sum(2), self._from_zero[1], self.alive[:, 0].prod(-1))
-
-    def finish(self, state: Tensor | None) -> Tensor:
-        before = self._from_zero[0]
-        if state is not None:
-            decay = (self.total.cumsum(2) - self.total).exp()
-            alive = torch.cat((torch.ones_like(self.alive[..., :1]), self.alive[..., :-1]), -1).cumprod(-1)
-            before = before + (decay * alive.unsqueeze(-1)).unsqueeze(-1) * state.unsqueeze(2)
-        return unfold(self.local + self.reads @ before, self.T).to(self.dtype)
+def step(
+    xs: tuple[Tensor, ...], starts: Tensor, state: Tensor, *, scale: float | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """xs: q, k [B,T,H,K], v [B,T,H,V] and, if the state decays, g [B,T,H] or [B,T,H,K]. See `stream.Step`."""
+    q, k, v, *gates = (chunks(wide(x), size) for x in xs)
+    known = decayed(gates[0] if gates else None, k, scaled(q, scale), seen=seen_in(starts, size))
+    update = known.writes.mT @ v
+    before, state = Add.apply(known.kept, widen(update, state), state)  # type: ignore[no-untyped-call]
+    out = known.reads[0] @ before + widen(known.scores[0] @ v, state)
+    return unchunks(out, starts.shape[1]), state
 
 
-def scores(q: Tensor, k: Tensor, G: Tensor) -> Tensor:
-    """Σ_k q_tk k_sk e^{G_tk - G_sk} for s ≤ t, zero above. q, k, G [..., C, K] -> [..., C, C], C a power of two."""
-    triangles, h = (q * k).sum(-1)[..., None, None], 1
-    while h < q.shape[-2]:
-        G_first, G_second = halves(G, h)
-        middle = G_first[..., -1:, :]
-        reading = halves(q, h)[1] * (G_second - middle).exp()
-        written = halves(k, h)[0] * (middle - G_first).exp()
-        triangles = join(triangles, reading @ written.transpose(-1, -2))
-        h *= 2
-    return triangles.squeeze(-3)
+def begin(*xs: Tensor, starts: Tensor, scale: float | None = None, size: int = 64) -> Streamed:
+    """A span of q, k, v and perhaps g; see `recurrence.Identity`, `Scalar` and `Diagonal`."""
+    size = min(size, 1 << (starts.shape[1] - 1).bit_length())
+
+    def transition(A: Tensor) -> Tensor:
+        return wide(xs[3]).sum(1) if len(xs) > 3 else A.new_zeros(*A.shape[:2], 0)
+
+    return Streamed(partial(step, scale=scale, size=size), *xs, starts=starts, chunk=size, transition=transition)

@@ -5,18 +5,18 @@ from collections.abc import Callable
 
 import torch
 
-from models.kernels import complex, delta, diagonal, elementwise, longhorn, scalar, stabilised
+from models.kernels import complex, delta, diagonal, elementwise, longhorn, stabilised
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
 
 REFERENCE: dict[str, Kernel] = {
-    "linear": scalar.Chunks,
-    "simple_gla": scalar.Chunks,
-    "gla": diagonal.Chunks,
-    "delta_rule": delta.ungated,
-    "gated_delta_rule": delta.Chunks,
-    "kda": delta.Chunks,
+    "linear": diagonal.begin,
+    "simple_gla": diagonal.begin,
+    "gla": diagonal.begin,
+    "delta_rule": delta.begin,
+    "gated_delta_rule": delta.begin,
+    "kda": delta.begin,
     "elementwise": elementwise.Scanned,
     "longhorn": longhorn.Blocks,
     "complex": complex.Scanned,

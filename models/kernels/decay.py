@@ -1,0 +1,232 @@
+"""What decays do inside a chunk: scores between tokens, reads of the state that enters, writes to the one that leaves.
+
+With G_t the sum of the log decays of a chunk's tokens up to t, for a reader r (a query, or a key that looks back):
+
+    scores_ts = Σ_k r_tk k_sk e^{G_tk - G_sk}, s ≤ t     reads_t = r_t e^{G_t}     writes_s = k_s e^{G_C - G_s}
+
+and the state that enters is multiplied by kept = e^{G_C}. No factor may have a positive exponent, or it overflows as
+soon as something is forgotten. One decay a head makes a [C, C] mask of differences. One a channel cannot be taken out
+of the sum over k: there scores are built from blocks that double, each split at its middle, where what is read decays
+since the middle and what was written decays up to it; two sums grow with the blocks, of the same sign throughout, so
+that nothing cancels. The gradient of a log decay needs no new product: r·∂r - k·∂k, summed from the end of the chunk.
+
+Plain autograd would pass over the tokens some hundred times for this; the gradients below are written out.
+
+Legend: N chunks, B spans, H heads, C tokens a chunk, K key width. Everything is [N, B, H, C, ...], fp32 or better.
+Source: gated linear attention, 2312.06635, section 4 (the secondary chunks), with halves for its sub-chunks of 16.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.kernels.chunk import Segments
+
+SMALL = 16  # blocks up to this many tokens are one masked matmul: smaller ones cost more to cut out than to multiply
+
+
+class Decayed(NamedTuple):
+    """One chunk's keys and readers, with decays and document starts taken into account."""
+
+    kept: Tensor  # [N, B, H, 1 or K], what is left of the incoming state
+    writes: Tensor  # [N, B, H, C, K]
+    scores: tuple[Tensor, ...]  # a reader [N, B, H, C, C], lower triangular
+    reads: tuple[Tensor, ...]  # a reader [N, B, H, C, K]
+
+
+def decayed(g: Tensor | None, k: Tensor, *readers: Tensor, seen: Segments) -> Decayed:
+    """g: None, [N, B, H, C] a head, or [N, B, H, C, K] a channel; k and each reader [N, B, H, C, K]."""
+    function: Any = PerHead if g is None or g.dim() < k.dim() else PerChannel
+    kept, writes, *rest = function.apply(g, k, seen, *readers)
+    return Decayed(kept, writes, tuple(rest[: len(readers)]), tuple(rest[len(readers) :]))
+
+
+class PerHead(torch.autograd.Function):
+    """One log decay a head, or none."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor | None, k: Tensor, seen: Segments, *readers: Tensor) -> tuple[Tensor, ...]:
+        first, last, alive = (x.to(k.dtype) for x in (seen.first, seen.last, seen.alive))
+        if g is None:
+            decay, read, write, kept = seen.visible.to(k.dtype), first, last, alive
+        else:
+            # Differences of long sums cancel: in fp32 they cost dt_bias and A_log two thirds of their accuracy.
+            sums = g.double().cumsum(-1)
+            between = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(g.dtype)
+            decay = between.masked_fill_(~seen.visible, -torch.inf).exp_()
+            read = sums.to(g.dtype).exp() * first
+            write = (sums[..., -1:] - sums).to(g.dtype).exp() * last
+            kept = sums[..., -1].to(g.dtype).exp() * alive
+        read, write = read.unsqueeze(-1), write.unsqueeze(-1)
+        scores = [(r @ k.mT).mul_(decay) for r in readers]
+        reads = [r * read for r in readers]
+        writes = k * write
+        kept = kept.unsqueeze(-1).expand(*k.shape[:3], 1)
+        ctx.save_for_backward(k, decay, read, write, kept, writes, *readers, *reads, *scores)
+        ctx.gated = g is not None
+        return kept, writes, *scores, *reads
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        k, decay, read, write, kept, writes, *rest = ctx.saved_tensors
+        count = len(rest) // 3
+        readers, reads, scores = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        d_kept, d_writes, d_scores, d_reads = (
+            gradients[0],
+            gradients[1],
+            gradients[2 : 2 + count],
+            gradients[2 + count :],
+        )
+        d_k, d_readers, d_sums = d_writes * write, [], None
+        if ctx.gated:
+            at_end = (d_writes * writes).sum(-1).double()
+            d_sums = -at_end
+            d_sums[..., -1] += at_end.sum(-1) + (d_kept * kept).squeeze(-1)
+        for r, reading, score, d_score, d_reading in zip(readers, reads, scores, d_scores, d_reads, strict=True):
+            raw = d_score * decay
+            d_k += raw.mT @ r
+            d_readers.append(torch.addcmul(raw @ k, d_reading, read))
+            if d_sums is not None:
+                flow = d_score * score
+                flow.diagonal(dim1=-2, dim2=-1).zero_()
+                d_sums += flow.sum(-1, dtype=torch.float64) - flow.sum(-2, dtype=torch.float64)
+                d_sums += (d_reading * reading).sum(-1)
+        d_g = None if d_sums is None else d_sums.flip(-1).cumsum(-1).flip(-1).to(k.dtype)
+        return d_g, d_k, None, *d_readers
+
+
+class PerChannel(torch.autograd.Function):
+    """One log decay a key channel."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, k: Tensor, seen: Segments, *readers: Tensor) -> tuple[Tensor, ...]:
+        levels, until, after = _levels(g)
+        scores = [_scores(r, k, levels).mul_(seen.visible) for r in readers]
+        read = until.exp().mul_(seen.first.unsqueeze(-1))
+        write = after.exp_().mul_(seen.last.unsqueeze(-1))
+        kept = until[..., -1, :].exp() * seen.alive.unsqueeze(-1)
+        reads = [r * read for r in readers]
+        writes = k * write
+        ctx.save_for_backward(k, read, write, kept, seen.visible, *readers, *levels)
+        ctx.readers = len(readers)
+        return kept, writes, *scores, *reads
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        k, read, write, kept, visible, *rest = ctx.saved_tensors
+        count = ctx.readers
+        readers, levels = rest[:count], rest[count:]
+        d_kept, d_writes, d_scores, d_reads = (
+            gradients[0],
+            gradients[1],
+            gradients[2 : 2 + count],
+            gradients[2 + count :],
+        )
+        d_k = d_writes * write
+        at_end = (d_k * k).sum(-2).addcmul_(d_kept, kept)
+        d_readers = [d * read for d in d_reads]
+        self_scores = []
+        for r, d_score, d_r in zip(readers, d_scores, d_readers, strict=True):
+            d_score = d_score * visible
+            self_scores.append(d_score.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))
+            _scores_backward(r, k, levels, d_score, d_r, d_k)
+        # A token's score on itself does not decay: it enters r·∂r and k·∂k alike, so both are taken without it.
+        d_sums = -(k * d_k)
+        for r, d_r in zip(readers, d_readers, strict=True):
+            d_sums.addcmul_(r, d_r)
+        d_sums[..., -1, :] += at_end
+        later = torch.ones(k.shape[-2], k.shape[-2], dtype=k.dtype, device=k.device).triu()
+        d_g = later @ d_sums
+        for r, d_r, d_self in zip(readers, d_readers, self_scores, strict=True):
+            d_k.addcmul_(d_self, r)
+            d_r.addcmul_(d_self, k)
+        return d_g, d_k, None, *d_readers
+
+
+def _levels(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Decays to and from the middles of blocks of 2, 4, ... C tokens, and log decays in the chunk up to and after t.
+
+    A small block's decays are one tensor like g; a large one's are two, of its first half and of its second.
+    """
+    until, after = g.clone(), torch.zeros_like(g)
+    levels, h, C = [], 1, g.shape[-2]
+    while h < C:
+        shape = (*g.shape[:-2], C // (2 * h), 2, h, g.shape[-1])
+        (until_1, until_2), after_1 = until.view(shape).unbind(-3), after.view(shape)[..., 0, :, :]
+        if 2 * h <= SMALL:
+            levels.append(torch.stack((after_1, until_2), -3).exp_().view_as(g))
+        else:
+            levels += [after_1.exp(), until_2.exp()]
+        total_1, total_2 = until_1[..., -1:, :], until_2[..., -1:, :].clone()
+        until_2 += total_1
+        after_1 += total_2
+        h *= 2
+    return levels, until, after
+
+
+def _small(x: Tensor, size: int) -> Tensor:
+    """[..., C, K] -> [rows, size, K]."""
+    return x.reshape(-1, size, x.shape[-1])
+
+
+def _mask(h: int, size: int, like: Tensor) -> Tensor:
+    """[size, size]: 1 where the row is in the second and the column in the first half of the same block of 2h."""
+    at = torch.arange(size, device=like.device) // h
+    return ((at.unsqueeze(-1) == at + 1) & (at % 2 == 0)).to(like.dtype)
+
+
+def _diagonal_blocks(scores: Tensor, size: int) -> Tensor:
+    """A view [..., C / size, size, size] of the blocks of [..., C, C] on the diagonal."""
+    n = scores.shape[-1] // size
+    blocks = scores.unflatten(-1, (n, size)).unflatten(-3, (n, size))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _halves(x: Tensor, h: int) -> tuple[Tensor, Tensor]:
+    return x.unflatten(-2, (-1, 2, h)).unbind(-3)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _scores(r: Tensor, k: Tensor, levels: list[Tensor]) -> Tensor:
+    C = r.shape[-2]
+    size = min(C, SMALL)
+    out = r.new_zeros(*r.shape[:-1], C)
+    blocks = torch.bmm(_small(r, size), _small(k, size).mT)
+    blocks *= torch.eye(size, dtype=r.dtype, device=r.device)
+    h, remaining = 1, iter(levels)
+    while 2 * h <= size:
+        factor = next(remaining)
+        blocks.addcmul_(torch.bmm(_small(r * factor, size), _small(k * factor, size).mT), _mask(h, size, r))
+        h *= 2
+    _diagonal_blocks(out, size).copy_(blocks.view(*r.shape[:-2], C // size, size, size))
+    while h < C:
+        to, since = next(remaining), next(remaining)
+        written, reading = _halves(k, h)[0] * to, _halves(r, h)[1] * since
+        square = torch.bmm(_flat(reading), _flat(written).mT)
+        _diagonal_blocks(out, 2 * h)[..., h:, :h].copy_(square.view(*reading.shape[:-1], h))
+        h *= 2
+    return out
+
+
+def _scores_backward(r: Tensor, k: Tensor, levels: list[Tensor], d_out: Tensor, d_r: Tensor, d_k: Tensor) -> None:
+    """Adds to d_r and d_k what d_out, the gradient of the scores, gives them through pairs of different tokens."""
+    C = r.shape[-2]
+    size = min(C, SMALL)
+    d_blocks = _flat(_diagonal_blocks(d_out, size))
+    h, remaining = 1, iter(levels)
+    while 2 * h <= size:
+        factor, d_square = next(remaining), d_blocks * _mask(h, size, r)
+        d_r.addcmul_(torch.bmm(d_square, _small(k * factor, size)).view_as(r), factor)
+        d_k.addcmul_(torch.bmm(d_square.mT, _small(r * factor, size)).view_as(k), factor)
+        h *= 2
+    while h < C:
+        to, since = next(remaining), next(remaining)
+        written, reading = _halves(k, h)[0] * to, _halves(r, h)[1] * since
+        d_square = _flat(_diagonal_blocks(d_out, 2 * h)[..., h:, :h])
+        _halves(d_r, h)[1].addcmul_(torch.bmm(d_square, _flat(written)).view_as(reading), since)
+        _halves(d_k, h)[0].addcmul_(torch.bmm(d_square.mT, _flat(reading)).view_as(written), to)
+        h *= 2

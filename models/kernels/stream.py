@@ -1,0 +1,117 @@
+"""A span streamed through its kernel, some chunks at a time, and forgotten on the way.
+
+Only the states between tiles are kept; the backward pass computes a tile again from its inputs. So a scan holds no more
+memory than its inputs and outputs, and what it works on stays in the processor's caches: tensors as long as a sequence
+of 64k tokens would spend more time on fresh pages of memory than on arithmetic.
+
+A span that waits for its incoming state is streamed once too. Its state is given K columns more, which start as the
+identity: they turn into A, the outputs of these columns into C, and finish adds C·S to the outputs from zero.
+
+Legend: B spans, T tokens, H heads, K key width, V value width, W columns of the state.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.kernels.chunk import Effect
+from models.precision import wide
+
+TILE = 2048  # tokens of all spans together
+
+# (xs, starts, state [B,H,K,W]) -> outputs [B,T,H,W], state after
+Step = Callable[[tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Stream(torch.autograd.Function):
+    """Outputs [B, T, H, W] and last state of `step` over xs, tile after tile."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, tile: int, starts: Tensor, state: Tensor, *xs: Tensor) -> tuple[Tensor, Tensor]:
+        outs, entering = [], []
+        for begin in range(0, starts.shape[1], tile):
+            part = slice(begin, begin + tile)
+            entering.append(state)
+            out, state = step(tuple(x[:, part] for x in xs), starts[:, part], state)
+            outs.append(out)
+        ctx.step, ctx.tile = step, tile
+        ctx.save_for_backward(starts, *entering, *xs)
+        ctx.count = len(xs)
+        return torch.cat(outs, 1), state
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        starts, *saved = ctx.saved_tensors
+        entering, xs = saved[: -ctx.count], saved[-ctx.count :]
+        gradients = [torch.empty_like(x) for x in xs]
+        for i in reversed(range(len(entering))):
+            part = slice(i * ctx.tile, (i + 1) * ctx.tile)
+            leaves = [x[:, part].detach().requires_grad_() for x in xs]
+            state = entering[i].detach().requires_grad_()
+            with torch.enable_grad():
+                out, last = ctx.step(tuple(leaves), starts[:, part], state)
+            d_state, *parts = torch.autograd.grad((out, last), (state, *leaves), (d_out[:, part], d_state))
+            for whole, piece in zip(gradients, parts, strict=True):
+                whole[:, part] = piece
+        return None, None, None, d_state, *gradients
+
+
+class Streamed:
+    """A begun span of a rule whose kernel is `step`: one tile, entered with a state.
+
+    xs are [B, T, ...], keys and values second and third. `transition` gives the effect's A from the A that the extra
+    columns of the state have become.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        *xs: Tensor,
+        starts: Tensor,
+        chunk: int,
+        transition: Callable[[Tensor], Tensor],
+    ):
+        self.step, self.xs, self.starts, self.chunk, self.transition = step, xs, starts, chunk, transition
+        self.dtype, (self.K, self.V) = xs[2].dtype, (xs[1].shape[-1], xs[2].shape[-1])
+        self._open: tuple[Tensor, Tensor] | None = None
+
+    def _run(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        B, T = self.starts.shape
+        tile = max(TILE // B // self.chunk, 1) * self.chunk
+        if tile >= T:
+            return self.step(self.xs, self.starts, state)
+        return Stream.apply(self.step, tile, self.starts, state, *self.xs)  # type: ignore[no-untyped-call]
+
+    def _zero(self) -> Tensor:
+        v = self.xs[2]
+        return wide(v.new_zeros(v.shape[0], v.shape[2], self.K, self.V))
+
+    def _opened(self) -> tuple[Tensor, Tensor]:
+        """Outputs [out from zero | C] and last state [U | A]."""
+        if self._open is None:
+            zero = self._zero()
+            identity = torch.eye(self.K, dtype=zero.dtype, device=zero.device).expand(*zero.shape[:2], -1, -1)
+            self._open = self._run(torch.cat((zero, identity), -1))
+        return self._open
+
+    @property
+    def effect(self) -> Effect:
+        U, A = self._opened()[1].split((self.V, self.K), -1)
+        return Effect(self.transition(A), U, (~self.starts.any(1)).to(U.dtype))
+
+    def finish(self, state: Tensor | None) -> Tensor:
+        if self._open is None:
+            return self._run(self._zero() if state is None else state)[0].to(self.dtype)
+        out, reads = self._open[0].split((self.V, self.K), -1)
+        if state is not None:
+            out = out + (reads.transpose(1, 2) @ state).transpose(1, 2)
+        return out.to(self.dtype)
+
+
+def widen(x: Tensor, like: Tensor) -> Tensor:
+    """Zeros for the columns that `like` has and x has not."""
+    extra = like.shape[-1] - x.shape[-1]
+    return F.pad(x, (0, extra)) if extra else x
