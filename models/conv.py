@@ -1,10 +1,10 @@
 """Short causal depthwise convolution: the linear mixers' view of the last few tokens."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, fan_in
+from models.kernels.conv import conv
 from models.sequence import Sequence
 
 
@@ -25,13 +25,5 @@ class ShortConv(nn.Module):
         self.activation = activation
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        width, T = self.weight.shape[1], x_BTD.shape[1]
-        taps = self.weight.t().to(x_BTD.dtype).contiguous()
-        padded = torch.cat((seq.before(x_BTD, width - 1, slot=slot), x_BTD), dim=1)
-        y = x_BTD * taps[0]
-        for j in range(1, width):
-            inside = (seq.positions >= j).unsqueeze(-1).to(x_BTD.dtype)
-            y = y + padded[:, width - 1 - j : width - 1 - j + T] * inside * taps[j]
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return F.silu(y) if self.activation else y
+        padded_BPD = torch.cat((seq.before(x_BTD, self.weight.shape[1] - 1, slot=slot), x_BTD), dim=1)
+        return conv(padded_BPD, self.weight.t().contiguous(), self.bias, seq.positions, silu=self.activation)

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare
+from models.kernels.norm import l2_norm, rms_norm
 from models.precision import wide
 
 
@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
         self.weight = declare(dim, axes=(axis,), init=constant(1.0), decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps).to(x.dtype)
+        return rms_norm(x, wide(self.weight), self.eps).to(x.dtype)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -31,7 +31,7 @@ class GatedRMSNorm(RMSNorm):
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        normed = F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps)
+        normed = rms_norm(x, wide(self.weight), self.eps)
         return (normed * self.activation(wide(gate))).to(gate.dtype)
 
 
@@ -44,10 +44,9 @@ class GroupRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = wide(x).unflatten(-1, (self.groups, -1))
-        return (F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * wide(self.weight)).to(x.dtype)
+        return (rms_norm(parts, None, self.eps).flatten(-2) * wide(self.weight)).to(x.dtype)
 
 
 def l2_normalise(x: Tensor) -> Tensor:
     """x · rsqrt(Σx² + 1e-6) over the last dimension: the eps of flash-linear-attention and transformers alike."""
-    x = wide(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return l2_norm(x, 1e-6)

@@ -1,0 +1,75 @@
+"""Rows of unit length, times a weight: what RMS norms and normalised keys share, a tile of rows at a time.
+
+    y = s · x · r · w,    r = (Σx² + c)^-½ of the row
+
+Written with operators of whole tensors, squares, means, roots and products each go through memory, and autograd keeps
+several of them. A tile stays in the cache; only x and r are kept. With g = s · w · dy the gradients are
+
+    dx = r · (g - x · r² · Σ(g x)),    dw = s · Σ over rows of dy · x · r.
+
+Legend: N rows, D entries of a row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.precision import wide
+
+TILE = 1 << 16  # elements: 256 KiB in fp32, of which a core's cache holds several
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor | None, scale: float, floor: float) -> Tensor:
+        N, D = x_ND.shape
+        y_ND, r_N1 = torch.empty_like(x_ND), x_ND.new_empty((N, 1))
+        factor_D = scale if weight_D is None else scale * weight_D
+        for rows in _tiles(x_ND):
+            x = x_ND[rows]
+            r = torch.rsqrt(x.square().sum(-1, keepdim=True).add_(floor), out=r_N1[rows])
+            torch.mul(x, r, out=y_ND[rows]).mul_(factor_D)
+        ctx.save_for_backward(x_ND, weight_D, r_N1)
+        ctx.scale = scale
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_D, r_N1 = ctx.saved_tensors
+        dx_ND = torch.empty_like(x_ND)
+        dweight_D = None if weight_D is None else torch.zeros_like(weight_D)
+        factor_D = ctx.scale if weight_D is None else ctx.scale * weight_D
+        for rows in _tiles(x_ND):
+            n, r, g = x_ND[rows] * r_N1[rows], r_N1[rows], grad_ND[rows]
+            gn = g * n
+            if dweight_D is not None:
+                dweight_D += gn.sum(0)
+            inner = gn.mul_(factor_D).sum(-1, keepdim=True)
+            torch.mul(g, factor_D, out=dx_ND[rows]).addcmul_(n, inner, value=-1).mul_(r)
+        return dx_ND, None if dweight_D is None else dweight_D.mul_(ctx.scale), None, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in at least fp32."""
+    D = x.shape[-1]
+    return _normalise(x, weight_D, D**0.5, D * eps)
+
+
+def l2_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(Σx² + eps) over the last dimension, in at least fp32."""
+    return _normalise(x, None, 1.0, eps)
+
+
+def _normalise(x: Tensor, weight_D: Tensor | None, scale: float, floor: float) -> Tensor:
+    rows_ND = wide(x).reshape(-1, x.shape[-1])
+    weight_D = None if weight_D is None else weight_D.to(rows_ND.dtype)
+    return _Normalise.apply(rows_ND, weight_D, scale, floor).view(x.shape)
+
+
+def _tiles(x_ND: Tensor) -> list[slice]:
+    N, D = x_ND.shape
+    size = max(1, TILE // D) if x_ND.device.type == "cpu" else max(1, N)
+    return [slice(begin, begin + size) for begin in range(0, N, size)]
