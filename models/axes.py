@@ -66,6 +66,20 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+def start_buffers(model: nn.Module, device: str) -> None:
+    """Puts every buffer on `device` with its first value, which memory that follows the meta device does not hold.
+
+    Raises TypeError for a module that has buffers and no method `start_buffers`.
+    """
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not hasattr(module, "start_buffers"):
+                raise TypeError(f"{type(module).__name__} has buffers, and must say in start_buffers() how they start")
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if next(module.buffers(recurse=False), None) is not None:
+            module.start_buffers()  # type: ignore[operator]
+
+
 def normal(std: float) -> Init:
     return lambda shape, generator: torch.randn(shape, generator=generator) * std
 

@@ -12,13 +12,16 @@ from torch import Tensor
 class Sent(NamedTuple):
     """Rows grouped by expert, and what is needed to bring them back."""
 
-    rows: Tensor  # [M, D], expert after expert
+    rows: Tensor  # [M, D], expert after expert; fewer where choices were dropped
     offsets: Tensor  # [E] int32, where each expert's rows end
     order: Tensor  # [M] int64, row -> flat index into [N, X]
 
 
 class Dispatch(Protocol):
-    """`Here` keeps the experts on this device; an all-to-all will answer the same two calls across ranks."""
+    """`Here` keeps the experts on this device; an all-to-all will answer the same two calls across ranks.
+
+    A choice of `num_experts` is of no expert, that of a dropped token: it is not sent, and brings nothing back.
+    """
 
     def send(self, x: Tensor, experts: Tensor, num_experts: int) -> Sent:
         """x [N, D] to the experts [N, X] of each token."""
@@ -30,16 +33,34 @@ class Dispatch(Protocol):
 
 
 class Here:
-    """Every expert is on this device: sorting is all it takes."""
+    """Every expert is on this device: sorting is all it takes.
+
+    dropping: whether choices may be of no expert; a device waits for their number then.
+    """
+
+    def __init__(self, *, dropping: bool = False):
+        self.dropping = dropping
 
     def send(self, x: Tensor, experts: Tensor, num_experts: int) -> Sent:
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=num_experts)
-        rows = x.index_select(0, order // experts.shape[1])
-        return Sent(rows, counts.cumsum(0).to(torch.int32), order)
+        order, counts = by_expert(experts, num_experts)
+        offsets = counts.cumsum(0)
+        if self.dropping:
+            order = order[: int(offsets[-1])]
+        return Sent(x.index_select(0, order // experts.shape[1]), offsets.to(torch.int32), order)
 
     def collect(self, rows: Tensor, sent: Sent, weights: Tensor) -> Tensor:
         N, X = weights.shape
-        by_token = rows.index_select(0, sent.order.argsort()).view(N, X, -1)
-        return (by_token * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
+        if len(sent.order) == N * X:
+            by_token = rows.index_select(0, sent.order.argsort())
+        else:
+            by_token = rows.new_zeros(N * X, rows.shape[1]).index_copy(0, sent.order, rows)
+        return (by_token.view(N, X, -1) * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
+
+
+def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Choices [N, X] in expert order, tokens in their own order within an expert, and how many each expert has.
+
+    Flat indices into [N, X], those of no expert (`num_experts`) last, and counts [E], int64 both.
+    """
+    flat = experts.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts + 1)[:num_experts]

@@ -21,6 +21,8 @@ class Output(NamedTuple):
     logits: Tensor  # [B, T, vocabulary]
     balance: Tensor  # scalar: the experts' balance loss summed over counted tokens; 0 without experts
     load: dict[str, Tensor]  # by layer, how many choices each expert got [E]
+    z: Tensor  # scalar: the routers' z-loss summed over counted tokens; 0 without experts
+    dropped: dict[str, Tensor]  # by layer whose experts have a capacity, how many choices found no place
 
 
 class LM(nn.Module):
@@ -74,7 +76,7 @@ class LM(nn.Module):
             if routing is not None:
                 routings[f"layers.{name}"] = routing
         logits = self.unembed(self.norm(x_BTD))
-        return Output(logits, *balance(routings, seq)) if routings else Output(logits, logits.new_zeros(()), {})
+        return Output(logits, *balance(routings, seq))
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of the normalised residual stream."""

@@ -1,14 +1,20 @@
-"""Mixture of experts: a softmax router with top-k choices, a shared expert, and a balance loss per document.
+"""Mixture of experts: each token is sent to a few of many feed-forwards, and beside them through one that all share.
 
-The balance loss of a document of n tokens is E·Σ_e f_e P_e, f_e the share of its choices that went to expert e and P_e
-its mean router probability (Switch Transformer, 2101.03961, section 2.2; per sequence as in DeepSeek-V3, 2412.19437).
-f has no gradient, so the loss is a sum over tokens, Σ_t E·Σ_e f_e p_te: each rank adds its own tokens' part, nothing is
-counted twice, and it does not matter how documents were cut into micro-batches, spans or ranks. The counts behind f
-are summed once for all layers, so that however deep the model is, its ranks wait for each other once.
+Two losses keep the router in order, both sums over tokens and mean over layers, so that each rank adds its own tokens'
+part, nothing is counted twice, and it does not matter how documents were cut into micro-batches, spans or ranks.
+
+The balance loss of a token is E·Σ_e f_e p_e, p its router probabilities and f constants: the share of the choices that
+went to expert e, in the token's document (Switch Transformer, 2101.03961, section 2.2; per sequence as in DeepSeek-V3,
+2412.19437, section 2.1.2), or in the whole batch of the step before. This step's own would depend on micro-batching,
+since most of its tokens are not here yet. The counts of documents are summed once for all layers: however deep the
+model is, its ranks wait for each other once.
+
+The z-loss of a token is (log Σ_e exp logit_e)² (ST-MoE, 2202.08906, equation 5): it keeps logits small.
 
 Legend: B spans, T tokens, N = B·T, D model width, E experts, X choices a token.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,83 +22,171 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import declare, fan_in, positive
-from models.dispatch import Dispatch, Here
+from models.dispatch import Dispatch, Here, by_expert
 from models.ffn import SwiGLU
-from models.kernels.experts import grouped_linear
+from models.kernels.experts import grouped_linear, mixture
 from models.linear import Linear
-from models.precision import wide
+from models.router import BALANCES, ROUTERS, Router, Routing, within_capacity
 from models.sequence import Sequence
 
 
-class Routing(NamedTuple):
-    """Where a layer sent its tokens."""
-
-    probabilities: Tensor  # [B, T, E]
-    choices: Tensor  # [B, T, X] int64
-
-
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards applied to rows grouped by expert."""
+    """E SwiGLU feed-forwards. x [N, D], choices [N, X] (E: none), weights [N, X] -> [N, D], weighted and summed."""
 
     def __init__(self, num_experts: int, dim: int, hidden: int):
         super().__init__()
+        self.num_experts = num_experts
         self.gate_up = declare(num_experts, dim, 2 * hidden, axes=("expert", "embed", "ffn"), init=fan_in(dim))
         self.down = declare(num_experts, hidden, dim, axes=("expert", "ffn", "embed"), init=fan_in(hidden))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        gate, up = grouped_linear(rows, self.gate_up.to(rows.dtype), offsets).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down.to(rows.dtype), offsets)
+    def forward(self, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Dispatch) -> Tensor:
+        gate_up, down = self.gate_up.to(x_ND.dtype), self.down.to(x_ND.dtype)
+        if isinstance(dispatch, Here) and x_ND.device.type == "cpu":
+            order, counts = by_expert(choices_NX, self.num_experts)
+            sizes = counts.tolist()
+            return mixture(x_ND, weights_NX, order[: sum(sizes)], sizes, gate_up, down)
+        sent = dispatch.send(x_ND, choices_NX, self.num_experts)
+        gate, up = grouped_linear(sent.rows, gate_up, sent.offsets).chunk(2, dim=-1)
+        return dispatch.collect(grouped_linear(F.silu(gate) * up, down, sent.offsets), sent, weights_NX)
 
 
 class MoE(nn.Module):
     """A mixture of experts: each token's `top_k`, weighted by the router, and a shared one that every token passes.
 
-    A token's router probabilities are renormalised over the experts that it goes to. No expert has a capacity: no
-    token is dropped.
-
     num_experts: experts to choose from, the shared one not counted. top_k: how many of them a token goes to, from 1 to
     num_experts. hidden: inner width of each of them, a SwiGLU (2002.05202). shared_hidden: inner width of the shared
-    expert; 0 for none.
+    expert; 0 for none. shared_gate: whether a sigmoid of a linear function of the token scales the shared expert's
+    output (Qwen2, 2407.10671). router: what scores the experts for a token; softmax over them, or sigmoid, each by
+    itself (DeepSeek-V3, 2412.19437). renormalise: whether a token's weights, the scores of its experts, are divided by
+    their sum. scale: what the weights are then multiplied by. balance: what the balance loss, weighed by
+    train.balance_weight, evens out: the choices of each document, those of the whole batch (by the loads of the step
+    before), or none. bias_rate: how much a bias that only chooses experts moves after each step towards those that had
+    too few tokens (2408.15664 takes 0.001); 0 for no bias. capacity_factor: choices that an expert takes of a span of
+    tokens, in multiples of its fair share; later tokens' are dropped, which makes a run depend on its layout. null for
+    no limit.
 
-    x [B, T, D] -> [B, T, D] and the Routing that the balance loss needs.
+    x [B, T, D] -> [B, T, D] and the Routing that the losses need.
     """
 
-    def __init__(self, *, dim: int, num_experts: int, top_k: int, hidden: int, shared_hidden: int = 0):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        shared_hidden: int = 0,
+        shared_gate: bool = False,
+        router: str = "softmax",
+        renormalise: bool = True,
+        scale: float = 1.0,
+        balance: str = "document",
+        bias_rate: float = 0.0,
+        capacity_factor: float | None = None,
+    ):
         super().__init__()
         positive(dim=dim, num_experts=num_experts, hidden=hidden)
-        if shared_hidden < 0:
-            raise ValueError(f"shared_hidden={shared_hidden}: must not be negative; 0 for no shared expert")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: must lie between 1 and num_experts={num_experts}")
-        self.num_experts, self.top_k = num_experts, top_k
-        self.router = Linear(dim, num_experts, axes=("expert", "embed"))
+        if router not in ROUTERS:
+            raise ValueError(f"router={router}: must be one of {', '.join(ROUTERS)}")
+        if balance not in BALANCES:
+            raise ValueError(f"balance={balance}: must be one of {', '.join(BALANCES)}")
+        if renormalise and top_k == 1 < num_experts:
+            raise ValueError("renormalise=true: must be false with top_k=1: every weight would be 1, and teach nothing")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale={scale}: must be above 0")
+        if not 0 <= bias_rate < math.inf:
+            raise ValueError(f"bias_rate={bias_rate}: must not be negative; 0 for no bias")
+        if shared_hidden < 0:
+            raise ValueError(f"shared_hidden={shared_hidden}: must not be negative; 0 for no shared expert")
+        if shared_gate and not shared_hidden:
+            raise ValueError("shared_gate=true: must be false without a shared expert (shared_hidden=0)")
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor={capacity_factor}: must be above 0, or null for no limit")
+        self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
+        self.router = Router(
+            dim=dim,
+            num_experts=num_experts,
+            top_k=top_k,
+            router=router,
+            renormalise=renormalise,
+            scale=scale,
+            balance=balance,
+            bias_rate=bias_rate,
+        )
         self.experts = Experts(num_experts, dim, hidden)
         self.shared = SwiGLU(dim=dim, hidden=shared_hidden) if shared_hidden else None
-        self.dispatch: Dispatch = Here()
+        self.shared_gate = Linear(dim, 1, axes=(None, "embed")) if shared_gate else None
+        self.dispatch: Dispatch = Here(dropping=capacity_factor is not None)
 
     def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Routing]:
-        probabilities_BTE = self.router(wide(x_BTD)).softmax(-1)
-        weights_BTX, choices_BTX = probabilities_BTE.topk(self.top_k, dim=-1)
-        weights_BTX = weights_BTX / weights_BTX.sum(-1, keepdim=True)
-        sent = self.dispatch.send(x_BTD.flatten(0, 1), choices_BTX.flatten(0, 1), self.num_experts)
-        rows = self.experts(sent.rows, sent.offsets)
-        y_BTD = self.dispatch.collect(rows, sent, weights_BTX.flatten(0, 1)).view_as(x_BTD)
+        weights_BTX, routing = self.router(x_BTD)
+        choices_BTX = routing.choices
+        if self.capacity_factor is not None:
+            kept_BTX = within_capacity(choices_BTX, self.num_experts, self.capacity(x_BTD.shape[1]))
+            choices_BTX, weights_BTX = choices_BTX.where(kept_BTX, self.num_experts), weights_BTX * kept_BTX
+            routing = routing._replace(dropped=(~kept_BTX).sum(-1))
+        sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
+        y_BTD = self.experts(*sent, self.dispatch).view_as(x_BTD)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared.transform(x_BTD)
-        return y_BTD, Routing(probabilities_BTE, choices_BTX)
+            shared_BTD = self.shared.transform(x_BTD)
+            y_BTD = y_BTD + (shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD)
+        return y_BTD, routing
+
+    def capacity(self, tokens: int) -> int:
+        """How many choices an expert takes of a span of so many tokens."""
+        assert self.capacity_factor is not None
+        return math.ceil(self.capacity_factor * tokens * self.top_k / self.num_experts - 1e-9)
 
 
-def balance(routings: dict[str, Routing], seq: Sequence) -> tuple[Tensor, dict[str, Tensor]]:
-    """The balance loss summed over this device's counted tokens, mean over layers (1 a token when balanced), and the
-    choices [E] of each expert by layer. One `seq.sum` for all layers."""
+class Routed(NamedTuple):
+    """What the routers of all layers add up to over this device's counted tokens."""
+
+    balance: Tensor  # scalar with gradient, mean over layers; 1 a token when balanced
+    load: dict[str, Tensor]  # by layer, choices of each expert [E] int64
+    z: Tensor  # scalar with gradient, the z-loss, mean over layers
+    dropped: dict[str, Tensor]  # by layer that has a capacity, how many choices found no place
+
+
+def balance(routings: dict[str, Routing], seq: Sequence) -> Routed:
+    """The losses and counts of all layers, by their names; zeros without any. One `seq.sum` for all of them."""
+    if not routings:
+        return Routed(torch.zeros((), device=seq.counted.device), {}, torch.zeros((), device=seq.counted.device), {})
     counted = seq.counted.unsqueeze(-1)
     with torch.no_grad():
-        chosen = [torch.zeros_like(p).scatter_(-1, c, 1) * counted for p, c in routings.values()]
-        per_document = seq.sum(torch.cat([*chosen, counted.to(chosen[0].dtype)], dim=-1))
-        frequencies = (per_document / per_document[:, -1:].clamp_min(1))[seq.documents]
-        by_layer = frequencies[..., :-1].split([c.shape[-1] for c in chosen], dim=-1)
+        chosen = {n: torch.zeros_like(r.probabilities).scatter_(-1, r.choices, 1) for n, r in routings.items()}
+        chosen = {n: c * counted for n, c in chosen.items()}
+        given = {n: r.frequencies for n, r in routings.items() if r.frequencies is not None}
+        frequencies = given | _of_documents({n: c for n, c in chosen.items() if n not in given}, seq)
     losses = [
-        p.shape[-1] / c.shape[-1] * (p * f * counted).sum()
-        for (p, c), f in zip(routings.values(), by_layer, strict=True)
+        r.probabilities.shape[-1] / r.choices.shape[-1] * (r.probabilities * frequencies[n] * counted).sum()
+        for n, r in routings.items()
     ]
-    return torch.stack(losses).mean(), {n: c.sum((0, 1)) for n, c in zip(routings, chosen, strict=True)}
+    return Routed(
+        balance=torch.stack(losses).mean(),
+        load={n: c.sum((0, 1)).long() for n, c in chosen.items()},
+        z=torch.stack([(r.z * seq.counted).sum() for r in routings.values()]).mean(),
+        dropped={n: (r.dropped * seq.counted).sum() for n, r in routings.items() if r.dropped is not None},
+    )
+
+
+def _of_documents(chosen: dict[str, Tensor], seq: Sequence) -> dict[str, Tensor]:
+    """By layer [B, T, E]: how many choices of each expert a token of the same document makes on average."""
+    if not chosen:
+        return {}
+    several = list(chosen.values())
+    counted = seq.counted.unsqueeze(-1).to(several[0].dtype)
+    per_document = seq.sum(torch.cat([*several, counted], dim=-1))
+    frequencies = (per_document / per_document[:, -1:].clamp_min(1))[seq.documents]
+    return dict(zip(chosen, frequencies[..., :-1].split([c.shape[-1] for c in several], dim=-1), strict=True))
+
+
+def mixtures(model: nn.Module) -> dict[str, MoE]:
+    """The mixture of experts of each layer that has one, by the layer's name as in `Routed.load`."""
+    return {
+        f"layers.{name}": moe
+        for name, block in model.layers.items()  # type: ignore[operator, union-attr]
+        for moe in block.modules()
+        if isinstance(moe, MoE)
+    }

@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.axes import Declared, declarations, initial
+from models.axes import Declared, declarations, initial, start_buffers
 from models.lm import LM
 from parallel.data import shard
 from parallel.memory import recompute
@@ -28,6 +28,7 @@ def parallelise(
     recompute(model, model.layers, remat)
     shard(model, list(model.layers.values()), mesh, reshard_after_forward=reshard_after_forward)
     model.to_empty(device=mesh.device_type)
+    start_buffers(model, mesh.device_type)
     initialise_sharded(model, declared, seed)
     return model
 

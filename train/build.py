@@ -12,6 +12,7 @@ import torch.distributed as dist
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
+from models.moe import mixtures
 from parallel.mesh import Groups, everyone
 from parallel.sequence import TRANSPORTS
 from train import checkpoint, optimizer
@@ -48,6 +49,7 @@ def build(order: dict[str, Any]) -> Trainer:
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
     adamw = optimizer.build(construct(config["optimizer"]), model, declared)
 
+    _announce(model, say)
     state = State(attempt=0)
     if order.get("resume"):
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
@@ -67,6 +69,7 @@ def build(order: dict[str, Any]) -> Trainer:
         TRANSPORTS["attention"][transport.attention](),
         train.balance_weight,
         phases,
+        train.z_weight,
     )
     data, sequence = parallel.sizes(dist.get_world_size())
     batches = _batches(config, train)
@@ -91,6 +94,13 @@ def build(order: dict[str, Any]) -> Trainer:
         utilisation=utilisation,
         companions=_companions(run_dir, batches) if first else (),
     )
+
+
+def _announce(model: LM, say: Callable[[str], None]) -> None:
+    """Says what of the model keeps a run from having the same loss on every layout."""
+    limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
+    for limit in sorted(limits):
+        say(f"capacity_factor={limit:g}: choices are dropped by span of tokens, so the loss depends on the layout")
 
 
 def _batches(config: dict[str, Any], train: TrainSettings) -> Any:

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -89,11 +90,17 @@ def prune(folder: Path, step: int, *, keep: int) -> None:
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    """Fills the model, and the optimizer unless None (`init_from`), in place; returns the manifest. Collective."""
+    """Fills the model, and the optimizer unless None (`init_from`), in place; returns the manifest. Collective.
+
+    A new run may remember more than the one it starts from, the bias of a router: such buffers keep their first value.
+    """
     if optimizer is None:
-        weights = get_model_state_dict(model)
+        saved = _Reader(str(checkpoint)).read_metadata().state_dict_metadata
+        buffers = (parameter_name(name) for name, _ in model.named_buffers())
+        new = {name for name in buffers if f"model.{name}" not in saved}
+        weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
         read({"model": weights}, checkpoint)
-        set_model_state_dict(model, weights)
+        set_model_state_dict(model, weights, options=StateDictOptions(strict=not new))
     else:
         weights, moments = get_state_dict(model, optimizer)
         read({"model": weights, "optimizer": moments}, checkpoint)

@@ -26,7 +26,7 @@ def _no_clock(phase: str) -> AbstractContextManager[None]:
 
 @dataclass
 class Tally:
-    """What a step adds up to over its micro-steps, on this rank: nats, balance, and choices [E] by layer.
+    """What a step adds up to over its micro-steps, on this rank: `train.loss.Sums`, without gradients.
 
     correct: targets that were the likeliest token, counted by `Executor.evaluate` only.
     """
@@ -34,13 +34,17 @@ class Tally:
     cross_entropy: Tensor
     balance: Tensor
     load: dict[str, Tensor]
+    z: Tensor
+    dropped: dict[str, Tensor]
     correct: Tensor
 
     def add(self, part: Sums) -> None:
         self.cross_entropy = self.cross_entropy + part.cross_entropy.detach()
         self.balance = self.balance + part.balance.detach()
-        for name, choices in part.load.items():
-            self.load[name] = self.load[name] + choices if name in self.load else choices
+        self.z = self.z + part.z.detach()
+        for mine, more in ((self.load, part.load), (self.dropped, part.dropped)):
+            for name, choices in more.items():
+                mine[name] = mine[name] + choices if name in mine else choices
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Executor:
     attention: GatherKeys
     balance_weight: float
     phase: Phase = _no_clock
+    z_weight: float = 0.0
 
     def train(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
@@ -64,7 +69,8 @@ class Executor:
             with self.phase("forward"):
                 part = sums(self.model(placed.tokens, placed.seq), placed.targets)
             with self.phase("backward"):
-                part.objective(targets=targets, tokens=tokens, balance_weight=self.balance_weight).backward()
+                weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
+                part.objective(targets=targets, tokens=tokens, **weights).backward()
             tally.add(part)
         return tally
 
@@ -97,5 +103,5 @@ class Executor:
             yield m == len(plan.micro_steps) - 1, placed
 
     def _empty(self) -> Tally:
-        nats, balance, count = torch.zeros(3, device=self.device).unbind()
-        return Tally(nats, balance, {}, count.long())
+        nats, balance, z, count = torch.zeros(4, device=self.device).unbind()
+        return Tally(nats, balance, {}, z, {}, count.long())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.moe import mixtures
 from parallel.data import norm
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
@@ -99,6 +100,8 @@ class Trainer:
         state.step += 1
         state.tokens += tokens
         shared = self._share(tally)
+        for name, counts in shared["choices"].items():
+            mixtures(self.model)[name].router.settle(counts)
         seconds = time.perf_counter() - began
         record = {
             "step": state.step,
@@ -107,12 +110,15 @@ class Trainer:
             "attempt": state.attempt,
             "loss": shared["cross_entropy"] / max(sum(s.num_targets for s in batch), 1),
             "balance_loss": shared["balance"] / tokens,
+            "z_loss": shared["z"] / tokens,
             "lr": rate,
             "grad_norm": gradient_norm,
             "tokens_per_second": tokens / seconds,
             "memory_bytes": shared["memory"],
-            "expert_load": shared["load"],
+            "expert_load": {name: _shares(counts) for name, counts in shared["choices"].items()},
         }
+        if shared["dropped"]:
+            record["expert_dropped"] = shared["dropped"]
         if self.utilisation is not None:
             record |= self.utilisation.of([s.starts for s in batch], seconds)
         for name in ("loss", "grad_norm"):
@@ -166,20 +172,26 @@ class Trainer:
 
     def _share(self, tally: Tally) -> dict[str, Any]:
         """What the ranks tell each other at the end of a step, in one all-gather: sums, the stop flag, memory."""
-        loads = [tally.load[name].double() for name in sorted(tally.load)]
+        layers, limited = sorted(tally.load), sorted(tally.dropped)
+        loads = [tally.load[name].double() for name in layers]
+        sums = [tally.cross_entropy, tally.balance, tally.z, *(tally.dropped[name] for name in limited)]
         stop = float((self.run_dir / "stop").exists()) if self.groups.rank == 0 else 0.0
         memory = float(peak_memory_bytes(str(self.executor.device)))
         own = torch.tensor([stop, memory], dtype=torch.float64, device=self.executor.device)
-        row = torch.cat([own, tally.cross_entropy.double().view(1), tally.balance.double().view(1), *loads])
+        row = torch.cat([own, *(x.double().view(1) for x in sums), *loads])
         rows = self.groups.world_comm.all_gather(row)
         total = rows.sum(0)
-        split = total[4:].split([len(load) for load in loads]) if loads else []
+        first = len(own) + len(sums)
+        choices = dict(zip(layers, total[first:].split([len(load) for load in loads]) if loads else [], strict=True))
+        dropped = dict(zip(limited, total[len(own) + 3 : first].tolist(), strict=True))
         return {
             "stop": bool(total[0] > 0),
             "memory": int(rows[:, 1].max()),
             "cross_entropy": total[2].item(),
             "balance": total[3].item(),
-            "load": {n: _shares(x) for n, x in zip(sorted(tally.load), split, strict=True)},
+            "z": total[4].item(),
+            "choices": choices,
+            "dropped": {name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
         }
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The objective: cross-entropy summed over tokens, divided by the step's global targets, plus the balance losses."""
+"""The objective: cross-entropy summed over tokens, divided by the step's global targets, plus the routers' losses."""
 
 from typing import NamedTuple
 
@@ -15,14 +15,17 @@ class Sums(NamedTuple):
     cross_entropy: Tensor  # nats, scalar with gradient
     balance: Tensor  # scalar with gradient, mean over layers; 1 a token when balanced
     load: dict[str, Tensor]  # by layer, choices of each expert [E]
+    z: Tensor  # scalar with gradient, the routers' z-loss, mean over layers
+    dropped: dict[str, Tensor]  # by layer whose experts have a capacity, choices that found no place
 
-    def objective(self, *, targets: int, tokens: int, balance_weight: float) -> Tensor:
+    def objective(self, *, targets: int, tokens: int, balance_weight: float, z_weight: float = 0.0) -> Tensor:
         """This rank's part of the step's loss. It is divided by global counts, so that parts sum and never average."""
-        return self.cross_entropy / max(targets, 1) + balance_weight * self.balance / max(tokens, 1)
+        routers = balance_weight * self.balance + z_weight * self.z
+        return self.cross_entropy / max(targets, 1) + routers / max(tokens, 1)
 
 
 def sums(output: Output, targets_BT: Tensor) -> Sums:
     """Targets of -100 do not count; a rank with none adds a zero that still reaches every parameter."""
     logits = wide(output.logits).flatten(0, 1)
     cross_entropy = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=-100, reduction="sum")
-    return Sums(cross_entropy, output.balance, output.load)
+    return Sums(cross_entropy, output.balance, output.load, output.z, output.dropped)

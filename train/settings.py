@@ -29,6 +29,7 @@ class TrainSettings:
     tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget in
     steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of data.max_length.
     balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none.
+    z_weight: weight of the routers' z-loss, which keeps their logits small (2202.08906, equation 5); 0 for none.
     clip: largest 2-norm of all gradients together; larger ones are scaled down to it. evaluate_every: tokens between
     two evaluations of the held-out loss; null for one, at the end. checkpoint_every: tokens between two checkpoints;
     null for one, at the end, which a stopped run writes too. keep: how many of the newest checkpoints are kept.
@@ -38,6 +39,7 @@ class TrainSettings:
     steps: int | None = None
     batch_tokens: int = 4096
     balance_weight: float = 0.01
+    z_weight: float = 0.0
     clip: float = 1.0
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
@@ -51,8 +53,9 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name}={value}: must be at least 1, or null")
-        if self.balance_weight < 0:
-            raise ValueError(f"train.balance_weight={self.balance_weight}: must not be negative")
+        for name in ("balance_weight", "z_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must not be negative")
 
     @property
     def total_steps(self) -> int:

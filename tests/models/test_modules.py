@@ -8,11 +8,9 @@ import torch.nn.functional as F
 
 from models.axes import declarations, declare, initial, initialise
 from models.conv import ShortConv
-from models.kernels.experts import grouped_linear, loop
 from models.kernels.softmax import attend_pieces, pieces_of
 from models.lm import LM
 from models.mixers import MIXERS
-from models.moe import MoE, balance
 from models.pattern import unroll
 from models.rope import rotate
 from models.sequence import Memory, Whole
@@ -56,46 +54,6 @@ def test_attention_by_pieces_equals_one_masked_softmax():
     scores = torch.einsum("bthk,bshk->bhts", q, keys) / 8**0.5
     weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
     torch.testing.assert_close(got, torch.einsum("bhts,bshv->bthv", weights, values))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_experts_equal_the_loop_with_an_empty_expert(dtype):
-    rows = torch.randn(24, 16).to(dtype).requires_grad_()
-    weight = torch.randn(4, 16, 8).to(dtype).requires_grad_()
-    offsets = torch.tensor([10, 10, 23, 24], dtype=torch.int32)
-    out = torch.randn(24, 8).to(dtype)
-    fused, plain = grouped_linear(rows, weight, offsets), loop(rows, weight, offsets)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
-    for a, b in zip(
-        torch.autograd.grad(fused, [rows, weight], out), torch.autograd.grad(plain, [rows, weight], out), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def test_experts_equal_a_token_loop_and_the_balance_loss_its_formula():
-    moe = initialise(MoE(dim=12, num_experts=5, top_k=2, hidden=7, shared_hidden=6), 0).double()
-    x, seq = torch.randn(2, 17, 12, dtype=torch.float64), Whole.of(POSITIONS)
-    y, routing = moe(x, seq)
-    loss, load = balance({"a": routing, "b": routing}, seq)
-    p = (x @ moe.router.weight.T).softmax(-1)
-    expected = 0.0
-    for document in range(seq.num_documents):
-        inside = seq.documents == document
-        chosen = p[inside].topk(2, dim=-1).indices
-        f = torch.bincount(chosen.flatten(), minlength=5) / chosen.numel()
-        expected += inside.sum() * 5 * (f * p[inside].mean(0)).sum()
-    torch.testing.assert_close(loss, expected)
-    assert load["a"].sum() == 2 * 2 * 17
-    for b, t in [(0, 0), (0, 5), (1, 16)]:
-        top = p[b, t].topk(2)
-        want = torch.zeros(12, dtype=torch.float64)
-        for weight, e in zip(top.values / top.values.sum(), top.indices, strict=True):
-            gate, up = (x[b, t] @ moe.experts.gate_up[e]).chunk(2)
-            want += weight * ((F.silu(gate) * up) @ moe.experts.down[e])
-        gate, up = (moe.shared.gate_up.weight @ x[b, t]).chunk(2)
-        want += moe.shared.down.weight @ (F.silu(gate) * up)
-        torch.testing.assert_close(y[b, t], want)
 
 
 def test_a_parameter_starts_from_seed_and_name_alone():
@@ -158,8 +116,6 @@ def test_sizes_that_do_not_fit_are_refused_by_name():
     for name in ("gla", "gated_deltanet"):
         with pytest.raises(ValueError, match=r"heads=5: must divide dim \* expand_k"):
             MIXERS[name](dim=32, heads=5)
-    with pytest.raises(ValueError, match="top_k=5"):
-        MoE(dim=32, num_experts=4, top_k=5, hidden=8)
     with pytest.raises(ValueError, match="pattern"):
         LM(vocabulary=8, dim=8, layers=2, pattern=["a", "x"], blocks={"a": partial(int)})
     assert unroll(["a", "b", "b"], 5, ["a", "b"]) == ["a", "b", "b", "a", "b"]

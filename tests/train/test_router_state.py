@@ -1,0 +1,108 @@
+"""What routers remember: the same on every rank and layout, part of the checkpoint, counted and logged."""
+
+import json
+
+import numpy as np
+import pytest
+
+from models.moe import mixtures
+from tests.jobs import order
+from train.build import build
+
+pytestmark = pytest.mark.dist
+
+FFN = "model.blocks.gla.ffn."
+REMEMBERING = [
+    "precision=fp64",
+    "train.steps=20",
+    "train.balance_weight=0.1",
+    "train.z_weight=0.01",
+    f"{FFN}router=sigmoid",
+    f"{FFN}scale=1.5",
+    f"{FFN}balance=batch",
+    f"{FFN}bias_rate=0.01",
+    f"{FFN}shared_gate=true",
+]
+LAYOUTS = {
+    "sequence 2": (2, ["cluster.workers=2"]),
+    "data 2, accumulated, recomputed": (
+        2,
+        ["cluster.workers=2", "parallel.data=2", "scheduler.tokens_per_rank=96", "engine.recompute=full"],
+    ),
+}
+STEPS = 8
+
+
+def remembered(trainer):
+    routers = {name: moe.router for name, moe in mixtures(trainer.model).items()}
+    return {
+        f"{name}.{kind}": buffer.numpy().copy()
+        for name, router in routers.items()
+        for kind, buffer in router.named_buffers()
+    }
+
+
+def train(job, steps):
+    """The losses of some steps, what routers then remember, and the checkpoint of it."""
+    trainer = build(job)
+    records = [trainer.step()[0] for _ in range(steps)]
+    kept = remembered(trainer)
+    path = trainer.save()
+    return [(r["loss"], r["grad_norm"], r["balance_loss"], r["z_loss"]) for r in records], kept, str(path)
+
+
+def begin(job):
+    """What routers remember before the first step."""
+    return remembered(build(job))
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return run(1, train, order(folder, folder / "run", *REMEMBERING, "cluster.workers=1"), STEPS)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_routers_remember_the_same_and_lose_the_same_on_every_layout(run, alone, tmp_path, layout):
+    world, more = LAYOUTS[layout]
+    for losses, kept, _ in run(world, train, order(tmp_path, tmp_path / "run", *REMEMBERING, *more), STEPS):
+        np.testing.assert_allclose(losses, alone[0], rtol=1e-9)
+        assert kept.keys() == alone[1].keys() and len(kept) == 8
+        for name, value in kept.items():
+            assert np.array_equal(value, alone[1][name]), name
+            assert value.std() > 0, "nothing was learnt"
+
+
+def test_resuming_is_bitwise_uninterrupted_and_a_new_run_starts_from_the_same_bias(run, tmp_path):
+    more = [*REMEMBERING, *LAYOUTS["sequence 2"][1]]
+    whole, kept, _ = run(2, train, order(tmp_path, tmp_path / "whole", *more), STEPS)[0]
+    _, halfway, path = run(2, train, order(tmp_path, tmp_path / "half", *more), STEPS // 2)[0]
+    for losses, again, _ in run(2, train, order(tmp_path, tmp_path / "rest", *more, resume=path), STEPS // 2):
+        assert losses == whole[STEPS // 2 :]
+        assert all(np.array_equal(again[name], kept[name]) for name in kept)
+    (taken,) = run(1, begin, order(tmp_path, tmp_path / "new", *more, "cluster.workers=1", init_from=path))
+    assert all(np.array_equal(taken[name], halfway[name]) for name in halfway)
+
+
+def test_a_new_run_may_remember_what_the_old_one_did_not(run, tmp_path):
+    plain = ["precision=fp64", "cluster.workers=1", f"{FFN}router=sigmoid", f"{FFN}shared_gate=true"]
+    _, nothing, path = run(1, train, order(tmp_path, tmp_path / "plain", *plain), 1)[0]
+    assert nothing == {}
+    job = order(tmp_path, tmp_path / "new", *REMEMBERING, "cluster.workers=1", init_from=path)
+    kept = run(1, begin, job)[0]
+    assert all((value == (0 if name.endswith("bias") else 1 / 4)).all() for name, value in kept.items()) and kept
+
+
+def fit(job):
+    build(job).fit()
+
+
+def test_a_capacity_is_announced_and_what_it_drops_is_logged(run, tmp_path):
+    job = order(tmp_path, tmp_path / "run", "cluster.workers=2", "train.steps=2", f"{FFN}capacity_factor=0.75")
+    run(2, fit, job)
+    said = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "capacity_factor=0.75" in line]
+    assert len(said) == 1 and said[0].endswith("so the loss depends on the layout")
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for record in logged:
+        assert record["expert_dropped"].keys() == record["expert_load"].keys()
+        assert all(0.25 <= share < 0.75 for share in record["expert_dropped"].values())
