@@ -4,9 +4,12 @@ import os
 import signal
 import sys
 from difflib import get_close_matches
+from types import FrameType
 
 from launch.user import UserError
 from launch.verbs import VERBS, Verb, help_of, usage
+
+_interrupted = False  # by a signal, before a launcher took them over
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,12 +20,19 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is not None:
         return _run(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         return _run(sys.argv[1:])
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:
@@ -48,14 +58,17 @@ def _run(arguments: list[str]) -> int:
         line = str(error).replace("\n", "\\n")  # of a value that was given
         print(f"farspan {name}: {line}" if name in VERBS else f"farspan: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except BrokenPipeError:  # whoever reads standard output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, Exception) as error:
+        # Code that is being imported may swallow an interrupt, and then fail at what it has not defined.
+        if not (isinstance(error, KeyboardInterrupt) or _interrupted):
+            raise
         if name in ("train", "sweep"):  # a stop is no failure, however early
             print("stopped before the run started: nothing was written", file=sys.stderr)
             return 0
         print(f"farspan {name}: interrupted", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever reads standard output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
