@@ -88,7 +88,7 @@ def divide_by_local_targets() -> None:
 
 
 def keep_gradients_of_other_ranks_spans() -> None:
-    parallel.collectives.Comm.reduce_scatter = lambda self, x: x[self.rank].clone()
+    parallel.collectives.Comm.reduce_scatter = lambda self, x, purpose: x[self.rank].clone()
 
 
 def count_experts_on_this_rank_only() -> None:

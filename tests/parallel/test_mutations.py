@@ -6,7 +6,8 @@ One command runs them all: `make mutations`.
 import numpy as np
 import pytest
 
-from tests.mutations import MUTATIONS
+from tests.models import test_mixers, test_recurrence
+from tests.mutations import ALGEBRA, MUTATIONS
 from tests.parallel.test_parity import BATCH, unequal
 from tests.parity import Sample, assert_close, spread, truth
 
@@ -35,3 +36,37 @@ def test_the_batch_has_what_the_mutations_need():
     """Otherwise a mutation could be caught by luck, or not at all when the batch changes."""
     assert len(BATCH) > 2 and isinstance(BATCH[0], Sample)
     assert any((np.diff(np.flatnonzero(s.positions == 0)) < 4).any() for s in BATCH)
+
+
+def caught(mutation: str | None) -> list[str]:
+    """The checks of rules and mixers, on one decay per channel and on one dense transition, that fail in here."""
+    if mutation is not None:
+        ALGEBRA[mutation]()
+    loop = test_recurrence.test_outputs_state_and_gradients_equal_the_token_loop
+    checks = {
+        "loop": lambda rule, mixer: [loop(rule, 150, where, 0.3) for where in ("none", "many")],
+        "compose": lambda rule, mixer: test_recurrence.test_effects_of_three_spans_compose_to_the_effect_of_the_whole(
+            rule
+        ),
+        "spans": lambda rule, mixer: test_mixers.test_any_split_into_spans_equals_the_whole(
+            (mixer, {}), [5, 1, 58, 11]
+        ),
+        "packed": lambda rule, mixer: test_mixers.test_packed_documents_equal_documents_alone((mixer, {})),
+    }
+    failed = []
+    for rule, mixer in (("gla", "gla"), ("gated_delta_rule", "gated_deltanet")):
+        for name, check in checks.items():
+            try:
+                check(rule, mixer)
+            except AssertionError:
+                failed.append(f"{rule} {name}")
+    return failed
+
+
+def test_nothing_is_caught_where_nothing_is_broken(run):
+    assert run(1, caught, None) == [[]]
+
+
+@pytest.mark.parametrize("mutation", ALGEBRA)
+def test_a_broken_algebra_is_caught_in_one_process(run, mutation):
+    assert run(1, caught, mutation)[0]
