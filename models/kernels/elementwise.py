@@ -8,6 +8,7 @@ recurrence run towards the past (2311.01927 and 1709.04057 use this form): δ_t 
 Legend: B spans, T tokens, N chunks, C tokens a chunk, ... the state's own dimensions. Real or complex alike.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -27,6 +28,13 @@ def chunked(x_BT: Tensor, size: int) -> Tensor:
     return x_BT.reshape(B, -1, size, *rest)
 
 
+def steps(a: Sequence[Tensor], u: Sequence[Tensor], h: Tensor, outs: Sequence[Tensor]) -> Tensor:
+    """h ← a·h + u, step by step, into `outs`, each of which may be the u of its step; returns the last h."""
+    for a_c, u_c, out in zip(a, u, outs, strict=True):
+        h = torch.addcmul(u_c, a_c, h, out=out)
+    return h
+
+
 class Scan(torch.autograd.Function):
     """h_t = a_t·h_{t-1} + u_t. a, u [B, N, C, ...], state [B, ...] before the first token -> h [B, N, C, ...].
 
@@ -38,16 +46,13 @@ class Scan(torch.autograd.Function):
     def forward(ctx, a: Tensor, whole: Tensor, u: Tensor, state: Tensor) -> Tensor:
         a_C, u_C = a.unbind(2), u.unbind(2)
         ends = u_C[0].clone()
-        for a_c, u_c in zip(a_C[1:], u_C[1:], strict=True):
-            torch.addcmul(u_c, a_c, ends, out=ends)
+        steps(a_C[1:], u_C[1:], ends, [ends] * (len(a_C) - 1))
         before = torch.empty_like(ends)
         for n in range(a.shape[1]):
             before[:, n] = state
             state = torch.addcmul(ends[:, n], whole[:, n], state)
         h = torch.empty_like(u, memory_format=torch.contiguous_format)
-        at = before
-        for a_c, u_c, h_c in zip(a_C, u_C, h.unbind(2), strict=True):
-            at = torch.addcmul(u_c, a_c, at, out=h_c)
+        steps(a_C, u_C, before, h.unbind(2))
         ctx.save_for_backward(a, whole, h, before)
         return h
 

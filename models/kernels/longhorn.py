@@ -1,12 +1,14 @@
 """Longhorn (Liu et al. 2024, 2407.14207): an elementwise recurrence over D×N, read over N by a query.
 
 S_t = (1 - Δ_t k_t²)·S_{t-1} + Δ_t x_t k_tᵀ, y_t = S_t q_t: the diagonal of the online least-squares update. The states
-of all tokens, [T, D, N], are N times the layer's activations, so they exist for one block of tokens at a time: the pass
-keeps the state at each block's border, and the backward pass walks the block again from there.
+of all tokens, [T, D, N], are N times the layer's activations, so they exist for one block of tokens at a time: a pass
+keeps the state at each block's border, and its gradient walks the block again from there. Blocks are small, so that
+they stay in cache; a step has D·N numbers to work on, enough for tokens to take their turn one by one.
 
-Legend: B spans, T tokens, M runs of `STEPS` tokens, C tokens a run, D channels, N the state's width.
+Legend: B spans, T tokens, C tokens a block, D channels, N the state's width.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -14,10 +16,81 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.kernels.chunk import Effect, scaled
-from models.kernels.elementwise import Scan, chunked
+from models.kernels.elementwise import steps
 from models.precision import wide
 
-STEPS, RUNS = 16, 16  # a block is RUNS runs that step side by side through STEPS tokens
+SIZE = 32  # tokens a block
+
+
+def outer(x: Tensor, y: Tensor) -> Tensor:
+    """[..., D], [..., N] -> [..., D, N]."""
+    return x.unsqueeze(-1) * y.unsqueeze(-2)
+
+
+def read(S: Tensor, x: Tensor) -> Tensor:
+    """Σ_n S_dn x_n: [..., D, N], [..., N] -> [..., D]."""
+    return (S @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def walk(state: Tensor, k: Tensor, v: Tensor, delta: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """The decays and the states [B, C, D, N] of a block entered with `state` [B, D, N]."""
+    a = torch.addcmul(k.new_ones(()), delta.unsqueeze(-1), k.square().unsqueeze(-2), value=-1)
+    a = a.mul_(_inside(starts, a))
+    S = outer(delta * v, k)
+    steps(a.unbind(1), S.unbind(1), state, S.unbind(1))
+    return a, S
+
+
+def _inside(starts: Tensor, like: Tensor) -> Tensor:
+    """[B, C, 1, 1], 0 where a document starts and nothing of the past remains."""
+    return (~starts[..., None, None]).to(like.dtype)
+
+
+def blocks(*xs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(SIZE, dim=1) for x in xs), strict=True)
+
+
+class Pass(torch.autograd.Function):
+    """(state [B,D,N], q, k [B,T,N], v, delta [B,T,D], starts [B,T]) -> y [B,T,D], the state after the last token."""
+
+    @staticmethod
+    def forward(
+        ctx, state: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        borders, outs = [], []
+        for q_C, *block in blocks(q, k, v, delta, starts):
+            borders.append(state)
+            S = walk(state, *block)[1]
+            outs.append(read(S, q_C))
+            state = S[:, -1].clone()
+        ctx.save_for_backward(torch.stack(borders), q, k, v, delta, starts)
+        return torch.cat(outs, dim=1), state
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        borders, *xs = ctx.saved_tensors
+        found, later = [], grad_state
+        for border, block in reversed(list(zip(borders.unbind(0), blocks(grad_y, *xs), strict=True))):
+            *grads, later = Pass._backward(border, later, *block)
+            found.append(grads)
+        return later, *(torch.cat(x[::-1], dim=1) for x in zip(*found, strict=True)), None
+
+    @staticmethod
+    def _backward(border, later, grad_y, q, k, v, delta, starts) -> tuple[Tensor, ...]:
+        """The gradients of a block's q, k, v, delta and of the state that enters it; `later`: of the one after it."""
+        a, S = walk(border, k, v, delta, starts)
+        grad_S = outer(grad_y, q)
+        grad_S[:, -1] += later
+        towards_past = grad_S.unbind(1)[::-1]
+        steps(a.unbind(1)[:0:-1], towards_past[1:], towards_past[0], towards_past[1:])
+        grad_q = read(S.transpose(-1, -2), grad_y)
+        later = a[:, 0] * grad_S[:, 0]
+        grad_a = torch.cat((border.unsqueeze(1), S[:, :-1]), dim=1).mul_(grad_S)
+        grad_a = grad_a.mul_(_inside(starts, a))
+        along_k = read(grad_S, k)
+        grad_delta = v * along_k - read(grad_a, k.square())
+        grad_k = read(grad_S.transpose(-1, -2), delta * v) - 2 * k * read(grad_a.transpose(-1, -2), delta)
+        return grad_q, grad_k, delta * along_k, grad_delta, later
 
 
 class Blocks:
@@ -27,46 +100,29 @@ class Blocks:
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, *, starts: Tensor, scale: float | None = None):
-        self.T, self.dtype = v.shape[1], v.dtype
-        folded = [chunked(wide(x), STEPS) for x in (k, v, delta, scaled(q, scale))]
-        self.blocks = list(zip(*(x.split(RUNS, dim=1) for x in (chunked(starts, STEPS), *folded)), strict=True))
-        self.zero = v.new_zeros(v.shape[0], v.shape[-1], k.shape[-1], dtype=folded[0].dtype)
-        self.alive = (~starts.any(1)).to(self.zero.dtype)
+        self.dtype, self.starts = v.dtype, starts
+        self.q, self.k, self.v, self.delta = (wide(x) for x in (scaled(q, scale), k, v, delta))
+
+    def _run(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return Pass.apply(state, self.q, self.k, self.v, self.delta, self.starts)
+
+    @cached_property
+    def _from_zero(self) -> tuple[Tensor, Tensor]:
+        return self._run(self.v.new_zeros(*self.v[:, 0].shape, self.k.shape[-1]))
 
     @cached_property
     def effect(self) -> Effect:
-        A = state = self.zero
-        for starts, k, v, delta, _ in self.blocks:
-            A, state = _again(_effect, A, state, starts, k, v, delta)
-        return Effect(A, state, self.alive)
+        A = torch.zeros_like(self._from_zero[1])
+        for k, delta in blocks(self.k, self.delta):
+            A = checkpoint(_forget, A, k, delta, use_reentrant=False, preserve_rng_state=False)
+        return Effect(A, self._from_zero[1], (~self.starts.any(1)).to(A.dtype))
 
     def finish(self, state: Tensor | None) -> Tensor:
-        state, outs = self.zero if state is None else state, []
-        for block in self.blocks:
-            out, state = _again(_outputs, state, *block)
-            outs.append(out)
-        return torch.cat(outs, dim=1).flatten(1, 2)[:, : self.T].to(self.dtype)
+        y, _ = self._from_zero if state is None else self._run(state)
+        return y.to(self.dtype)
 
 
-def _again(block, *xs: Tensor) -> tuple[Tensor, Tensor]:
-    """block(*xs), whose inside is computed again when the gradient is."""
-    return checkpoint(block, *xs, use_reentrant=False, preserve_rng_state=False)
-
-
-def _states(state: Tensor, starts: Tensor, k: Tensor, v: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """The states [B,M,C,D,N] of a block entered with `state` [B,D,N], and what each token forgets, Δk²."""
-    forgotten = delta.unsqueeze(-1) * k.square().unsqueeze(-2)
-    a = (1 - forgotten).masked_fill(starts[..., None, None], 0.0)
-    u = (delta * v).unsqueeze(-1) * k.unsqueeze(-2)
-    return Scan.apply(a, a.detach().prod(2), u, state), forgotten
-
-
-def _outputs(state: Tensor, starts: Tensor, k: Tensor, v: Tensor, delta: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    S, _ = _states(state, starts, k, v, delta)
-    return (S @ q.unsqueeze(-1)).squeeze(-1), S[:, -1, -1].clone()
-
-
-def _effect(A: Tensor, state: Tensor, starts: Tensor, k: Tensor, v: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    S, forgotten = _states(state, starts, k, v, delta)
-    below_one = forgotten.clamp(max=1 - torch.finfo(k.dtype).eps)  # it is in exact arithmetic
-    return A + torch.log1p(-below_one).sum((1, 2)), S[:, -1, -1].clone()
+def _forget(A: Tensor, k: Tensor, delta: Tensor) -> Tensor:
+    """A plus the log decays of a block, in which Δk² < 1 may have been rounded to 1."""
+    forgotten = outer(delta, k.square()).clamp(max=1 - torch.finfo(k.dtype).eps)
+    return A + torch.log1p(-forgotten).sum(1)
