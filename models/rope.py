@@ -41,6 +41,9 @@ class Positions(ABC):
         angle_BTR = self.places(seq).to(torch.float64).unsqueeze(-1) * frequencies.to(seq.positions.device)
         return angle_BTR.cos() * scale, angle_BTR.sin() * scale
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
+
 
 class NoPE(Positions):
     """No positions: a causal mask alone tells the order (2305.19466)."""
@@ -307,10 +310,10 @@ def _trained(trained_length: int | None) -> int:
 
 
 @lru_cache(maxsize=32)  # the layers of a model ask for the same ones
-def _sample(seed: int, longest: int, document: Identity) -> Tensor:
+def _sample(seed: int, longest: int, identity: Identity) -> Tensor:
     """As many of range(longest) as the document has tokens, ascending: int64 [length] on the CPU."""
-    if document.length > longest:
-        raise ValueError(f"longest={longest}: must be at least the {document.length} tokens of a document")
-    digest = hashlib.sha256(f"{seed}/{document.step}/{document.sequence}/{document.index}".encode()).digest()
+    if identity.length > longest:
+        raise ValueError(f"longest={longest}: must be at least the {identity.length} tokens of a document")
+    digest = hashlib.sha256(f"{seed}/{identity.step}/{identity.sequence}/{identity.document}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randperm(longest, generator=generator, device="cpu")[: document.length].sort().values
+    return torch.randperm(longest, generator=generator, device="cpu")[: identity.length].sort().values

@@ -26,7 +26,7 @@ class Identity(NamedTuple):
 
     step: int
     sequence: int  # its sequence's index in the step's global batch
-    index: int  # its own in that sequence
+    document: int  # its own in that sequence
     length: int
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from models.axes import initialise
-from models.kernels.softmax import Piece, attend_pieces, pieces_of
+from models.kernels.softmax import Piece, _squares, attend_pieces, parts_of, pieces_of
 from models.kernels.tiles import ROWS, Fused, Plain
 from models.mixers.attention import Attention
 from models.rope import RoPE
@@ -83,6 +83,29 @@ def test_bf16_gradients_are_worked_out_in_fp32():
     gradients = torch.autograd.grad(want, exact, weights.double())
     for a, b in zip(torch.autograd.grad(got, xs, weights), gradients, strict=True):
         assert a.dtype == torch.bfloat16 and (a - b).norm() <= 5e-3 * b.norm()  # bf16's own rounding: 2^-9
+
+
+def test_whole_documents_by_a_devices_own_kernel():
+    """What other devices than the CPU do with documents that need no merging."""
+    positions = packed()
+    q, k, v = draw(positions.shape[1])
+    rows = [[part for run in runs for part in parts_of(run, run.begin, run.begin)] for runs in pieces_of(positions)]
+    assert_same(_squares(q, k, v, rows), oracle(q, k, v, positions, None, 0), (q, k, v), 1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window, sinks", [(None, 0), (40, 4)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_same_on_a_gpu(window, sinks, dtype, tolerance):
+    positions = packed()
+    xs = [x.detach().to(dtype).requires_grad_() for x in draw(positions.shape[1], width=K)]
+    theirs = [x.detach().cuda().requires_grad_() for x in xs]
+    weights = torch.randn(2, positions.shape[1], H, K).to(dtype)
+    outs = [attend_pieces(*each, pieces_of(positions), [0, 0], window=window, sinks=sinks) for each in (xs, theirs)]
+    wanted = (outs[0], *torch.autograd.grad(outs[0], xs, weights))
+    got = (outs[1], *torch.autograd.grad(outs[1], theirs, weights.cuda()))
+    for a, b in zip(got, wanted, strict=True):
+        assert (a.cpu() - b).norm() <= tolerance * b.norm()
 
 
 def test_strides_and_gradients_of_any_layout():

@@ -1,4 +1,4 @@
-"""Convolution, rotation, attention, experts, initialisation, hybrids: each against something written independently."""
+"""Convolution, experts, initialisation, hybrids: each against something written independently."""
 
 from functools import partial
 
@@ -8,11 +8,9 @@ import torch.nn.functional as F
 
 from models.axes import declarations, declare, initial, initialise
 from models.conv import ShortConv
-from models.kernels.softmax import attend_pieces, pieces_of
 from models.lm import LM
 from models.mixers import MIXERS
 from models.pattern import unroll
-from models.rope import rotate
 from models.sequence import Memory, Whole
 from tests.parity import VOCABULARY, small_model
 
@@ -28,32 +26,6 @@ def test_convolution_equals_a_loop_that_stops_at_document_starts():
             taps = [j for j in range(4) if j <= POSITIONS[b, t] and t >= j]
             want = sum(conv.weight[:, j] * x[b, t - j] for j in taps)
             torch.testing.assert_close(y[b, t], F.silu(want))
-
-
-def test_rotation_depends_on_relative_positions_only_and_is_one_at_zero():
-    q, k = torch.randn(1, 1, 2, 8, dtype=torch.float64), torch.randn(1, 1, 2, 8, dtype=torch.float64)
-
-    def score(i, j):
-        return (rotate(q, torch.tensor([[i]]), 1e4) * rotate(k, torch.tensor([[j]]), 1e4)).sum(-1)
-
-    torch.testing.assert_close(score(7, 3), score(1_000_004, 1_000_000))
-    assert torch.equal(rotate(q, torch.zeros(1, 1, dtype=torch.long), 1e4), q)
-    pair = rotate(q, torch.tensor([[2]]), 1e4)[0, 0, 0, [1, 5]]  # frequency 1 of 4: 10000^(-2/8)
-    angle = torch.tensor(2 * 1e4**-0.25, dtype=torch.float64)
-    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
-    torch.testing.assert_close(pair, turn @ q[0, 0, 0, [1, 5]])
-
-
-def test_attention_by_pieces_equals_one_masked_softmax():
-    q, k, v = (torch.randn(2, 17, h, 8, dtype=torch.float64) for h in (4, 2, 2))
-    documents = (POSITIONS == 0).cumsum(1)
-    allowed = (documents[:, :, None] == documents[:, None, :]) & torch.ones(17, 17, dtype=torch.bool).tril()
-    pieces = [[p._replace(past=0) if p.begin == 0 else p for p in row] for row in pieces_of(POSITIONS)]
-    got = attend_pieces(q, k, v, pieces, [0, 0])
-    keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
-    scores = torch.einsum("bthk,bshk->bhts", q, keys) / 8**0.5
-    weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
-    torch.testing.assert_close(got, torch.einsum("bhts,bshv->bthv", weights, values))
 
 
 def test_a_parameter_starts_from_seed_and_name_alone():
