@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.axes import declare, normal, positive
 from models.block import Factory
 from models.depth import Coupled, Depth
+from models.kernels.cross_entropy import cross_entropy
 from models.linear import Linear
 from models.moe import Routing, balance
 from models.norm import RMSNorm
@@ -18,11 +19,12 @@ from models.sequence import Sequence
 
 
 class Output(NamedTuple):
-    logits: Tensor  # [B, T, vocabulary]
+    logits: Tensor  # [B, T, vocabulary]; [B, T, 0] where targets were given
     balance: Tensor  # scalar: the experts' balance loss summed over counted tokens; 0 without experts
     load: dict[str, Tensor]  # by layer, how many choices each expert got [E]
     z: Tensor  # scalar: the routers' z-loss summed over counted tokens; 0 without experts
     dropped: dict[str, Tensor]  # by layer whose experts have a capacity, how many choices found no place
+    cross_entropy: Tensor | None = None  # scalar: nats summed over the targets, where they were given
 
 
 class LM(nn.Module):
@@ -36,7 +38,9 @@ class LM(nn.Module):
     DeepSeekMoE (2401.06066). dense: that feed-forward. tied: whether the head multiplies by the embedding instead of
     weights of its own. Its input is then scaled by dim^-½ (T5, 1910.10683): the embedding's entries have variance 1.
 
-    tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set.
+    tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set. With
+    targets [B, T] int64, -100 for none, the Output has their cross-entropy in place of the logits, of which no more are
+    held at a time than those of `loss_chunk` tokens. That happens in here because a sharded head is whole only in here.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class LM(nn.Module):
         self.kinds = unroll(pattern, layers, list(blocks))
         front = dense_front(first_k_dense, dense, layers)
         self.compute = torch.float32
+        self.loss_chunk: int | None = 2048
         self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0))
         self.layers = nn.ModuleDict(
             {
@@ -67,7 +72,7 @@ class LM(nn.Module):
         self.norm = RMSNorm(dim)
         self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
 
-    def forward(self, tokens_BT: Tensor, seq: Sequence) -> Output:
+    def forward(self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor | None = None) -> Output:
         x_BTD = F.embedding(tokens_BT, self.embedding).to(self.compute)
         routings: dict[str, Routing] = {}
         rows = self.coupled()
@@ -75,11 +80,20 @@ class LM(nn.Module):
             x_BTD, routing = block(x_BTD, seq, **rows.get(name, {}))
             if routing is not None:
                 routings[f"layers.{name}"] = routing
-        logits = self.unembed(self.norm(x_BTD))
-        return Output(logits, *balance(routings, seq))
+        x_BTD = self.norm(x_BTD)
+        counts = balance(routings, seq)
+        if targets_BT is None:
+            return Output(self.unembed(x_BTD), *counts)
+        return Output(x_BTD[..., :0], *counts, self.cross_entropy(x_BTD, targets_BT))
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of the normalised residual stream."""
         if self.head is not None:
             return self.head(x_BTD)
         return F.linear(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding.to(x_BTD.dtype))
+
+    def cross_entropy(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """The same logits' cross-entropy in nats, summed over the targets."""
+        if self.head is not None:
+            return cross_entropy(x_BTD, self.head.weight, targets_BT, chunk=self.loss_chunk)
+        return cross_entropy(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding, targets_BT, chunk=self.loss_chunk)

@@ -30,6 +30,7 @@ Algebra: Martin & Cundy 2018 (1709.04057) for the affine scan; the mixers cite t
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,17 +39,27 @@ from models.kernels import stabilised
 from models.kernels.chunk import Begun, Effect
 from models.kernels.complex import rotor, wrap
 from models.kernels.registry import kernel
+from models.kernels.slices import Slices
 
 
 @dataclass(frozen=True)
 class Recurrence(ABC):
-    """One kind of A. `rule` names the kernel that reduces a span; `scale` multiplies q, K^-½ where it is None."""
+    """One kind of A. `rule` names the kernel that reduces a span; `scale` multiplies q, K^-½ where it is None.
+
+    A span of more than `tile` tokens (None: no limit) is reduced that many at a time: see `models.kernels.slices`.
+    """
 
     rule: str
     scale: float | None = None
+    tile: int | None = None
+
+    splits_decay: ClassVar[bool] = True  # A has that axis too
+    block_axis: ClassVar[int] = 1  # of a state [B, ...], along which A does not mix: by default heads or channels
 
     def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
         """Reduces a span. xs are [B, T, ...] as the rule's kernel wants them, starts [B, T] bool."""
+        if self.tile is not None and starts.shape[1] > self.tile:
+            return Slices(self, xs, starts, self.tile)
         return kernel(self.rule, xs[0].device)(*xs, starts=starts, scale=self.scale)
 
     @abstractmethod
@@ -63,6 +74,14 @@ class Recurrence(ABC):
         """The sum of two states."""
         return a + b
 
+    def blocks(self, effect: Effect, count: int) -> list[Effect]:
+        """The effect as effects on at most `count` parts of the state, which do not see each other."""
+        U = effect.U.tensor_split(min(count, effect.U.shape[self.block_axis]), dim=self.block_axis)
+        if not self.splits_decay:
+            return [Effect(effect.A, u, effect.alive) for u in U]
+        A = effect.A.split([u.shape[self.block_axis] for u in U], dim=self.block_axis)
+        return [Effect(a, u, effect.alive) for a, u in zip(A, U, strict=True)]
+
     def compose(self, first: Effect, then: Effect) -> Effect:
         U = self.add(then.U, _each(then.alive, first.U) * self.apply(then.A, first.U))
         return Effect(self.multiply(then.A, first.A), U, first.alive * then.alive)
@@ -76,6 +95,9 @@ class Recurrence(ABC):
 class Identity(Recurrence):
     """S_t = S_{t-1} + U_t: nothing is forgotten (linear attention, 2006.16236)."""
 
+    block_axis = 2
+    splits_decay = False
+
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then
 
@@ -85,6 +107,9 @@ class Identity(Recurrence):
 
 class Scalar(Recurrence):
     """S_t = e^{g_t}·S_{t-1} + U_t, g [B, H] one number a head (RetNet 2307.08621, Mamba-2 2405.21060)."""
+
+    block_axis = 2
+    splits_decay = False
 
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then + first
@@ -96,6 +121,8 @@ class Scalar(Recurrence):
 class Diagonal(Recurrence):
     """S_t = diag(e^{g_t})·S_{t-1} + U_t, g [B, H, K] (gated linear attention, 2312.06635)."""
 
+    block_axis = 2
+
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then + first
 
@@ -105,6 +132,9 @@ class Diagonal(Recurrence):
 
 class Dense(Recurrence):
     """S_t = A_t·S_{t-1} + U_t, A [B, H, K, K] (delta rules, 2406.06484, 2412.06464)."""
+
+    block_axis = 3
+    splits_decay = False
 
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then @ first

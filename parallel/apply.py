@@ -7,27 +7,42 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.axes import Declared, declarations, initial, start_buffers
 from models.lm import LM
+from parallel import memory
 from parallel.data import shard
-from parallel.memory import recompute
 
 
 def parameter_name(name: str) -> str:
-    """A parameter's own name, without what activation checkpointing inserts."""
+    """A parameter's own name, without what the wrappers of layers insert."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def parallelise(
-    model: LM, mesh: DeviceMesh, *, seed: int, dtype: torch.dtype, remat: str, reshard_after_forward: bool
+    model: LM,
+    mesh: DeviceMesh,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    remat: str,
+    reshard_after_forward: bool,
+    tile: int | None = None,
+    offload_activations: bool = False,
+    offload_optimizer: bool = False,
 ) -> LM:
-    """Checkpointing, then sharding, then memory on the mesh's device, then each parameter from (seed, name).
+    """What activations are kept, then sharding, then memory, then each parameter from (seed, name).
 
-    dtype: of the master weights. Returns the same model.
+    dtype: of the master weights. remat, tile, offload_activations: see `parallel.memory`. offload_optimizer: master
+    weights, gradients and optimizer state live on the host. Returns the same model.
     """
     declared = declarations(model)
     model.to(dtype)
-    recompute(model, model.layers, remat)
-    shard(model, list(model.layers.values()), mesh, reshard_after_forward=reshard_after_forward)
-    model.to_empty(device=mesh.device_type)
+    if tile is not None:
+        memory.tile(model, tile)
+    memory.recompute(model.layers, remat)
+    if offload_activations:
+        memory.offload(model.layers)
+    layers, on_host = list(model.layers.values()), offload_optimizer and mesh.device_type != "cpu"
+    shard(model, layers, mesh, reshard_after_forward=reshard_after_forward, on_host=on_host)
+    model.to_empty(device="cpu" if on_host else mesh.device_type)
     start_buffers(model, mesh.device_type)
     initialise_sharded(model, declared, seed)
     return model

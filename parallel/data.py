@@ -3,14 +3,22 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, *, reshard_after_forward: bool) -> None:
-    """Shards each block, then the rest with the root, over `mesh`."""
+def shard(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    reshard_after_forward: bool,
+    on_host: bool = False,
+) -> None:
+    """Shards each block, then the rest with the root, over `mesh`; `on_host`: shards live there, gradients too."""
+    policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     sum_gradients(model)
 
 

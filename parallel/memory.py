@@ -1,15 +1,89 @@
-"""Activation checkpointing: keep a block's input, compute the rest again in the backward pass."""
+"""What a step keeps for its backward pass, and where: recomputation, tiles of tokens, the host's memory.
 
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+Every choice changes memory and time, never a number beyond rounding. Recomputing a layer repeats its collectives, in
+the same order on every rank, since all ranks run the same layers; the policy `selective` keeps their results and sends
+nothing twice.
+"""
 
-RECOMPUTE = ("none", "full")
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from models.recurrence import Recurrence
+from parallel.collectives import NAMESPACE
+
+RECOMPUTE = ("none", "full", "selective")
+
+# What costs most to compute for the bytes that it holds. Products inside a chunk (bmm) are not here: they are large.
+DEAR = {"mm", "addmm", "_grouped_mm"}
+ATTENTION = "_scaled_dot_product_"
 
 
-def recompute(model: nn.Module, layers: nn.ModuleDict, policy: str) -> None:
-    """Wraps every layer (policy "full") or none. Collectives are repeated in the same order on every rank."""
+def recompute(layers: nn.ModuleDict, policy: str) -> None:
+    """Wraps every layer: "full" keeps its input alone, "selective" also what `keep` names; "none" wraps nothing.
+
+    Raises ValueError for another policy.
+    """
     if policy not in RECOMPUTE:
         raise ValueError(f"engine.recompute={policy}: must be one of {', '.join(RECOMPUTE)}")
-    if policy == "full":
-        for name, layer in layers.items():
-            layers[name] = checkpoint_wrapper(layer)
+    chosen: dict[str, Callable[[], Any]] = {}
+    if policy == "selective":
+        chosen["context_fn"] = partial(create_selective_checkpoint_contexts, keep)
+    for name, layer in layers.items():
+        if policy != "none":
+            layers[name] = checkpoint_wrapper(layer, **chosen)
+
+
+def keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy "selective": outputs of matmuls with weights, of fused attention and of collectives are kept."""
+    namespace, _, name = operator.name().partition("::")
+    name = name.partition(".")[0]
+    dear = namespace == NAMESPACE or name in DEAR or name.startswith(ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def tile(model: nn.Module, tokens: int) -> None:
+    """Feed-forwards and recurrences take `tokens` at a time: modules with an attribute `tile` or `recurrence`."""
+    for module in model.modules():
+        if hasattr(module, "tile"):
+            module.tile = tokens
+        if isinstance(declared := getattr(module, "recurrence", None), Recurrence):
+            module.recurrence = replace(declared, tile=tokens)  # type: ignore[assignment]
+
+
+class OnHost(ActivationWrapper):
+    """A layer whose saved activations wait in the host's memory, pinned where that makes the copies faster.
+
+    Parameters stay where they are: sharding frees and gathers them by itself. On a CPU nothing is copied.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        held = {p.untyped_storage().data_ptr() for p in self.parameters()}
+        with saved_tensors_hooks(partial(to_host, held=held), from_host):
+            return self._checkpoint_wrapped_module(*args, **kwargs)
+
+
+def to_host(x: Tensor, *, held: set[int]) -> tuple[torch.device, Tensor]:
+    """(where it was, itself on the host), but for what is on the host or shares the storage of a parameter."""
+    if x.device.type == "cpu" or x.untyped_storage().data_ptr() in held:
+        return x.device, x
+    host = torch.empty(x.shape, dtype=x.dtype, layout=x.layout, pin_memory=True)
+    return x.device, host.copy_(x)
+
+
+def from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
+    device, x = packed
+    return x.to(device, non_blocking=True)
+
+
+def offload(layers: nn.ModuleDict) -> None:
+    """Wraps every layer so that what it saves waits on the host. After `recompute`: what that drops is not moved."""
+    for name, layer in layers.items():
+        layers[name] = OnHost(layer)

@@ -1,6 +1,7 @@
 """PyTorch's fully sharded data parallelism (FSDP2), over all data × sequence ranks."""
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.lm import LM
@@ -10,16 +11,40 @@ from parallel.memory import RECOMPUTE
 
 class FSDP:
     """recompute: what the backward pass computes again. none: nothing; full: each layer from its input, which is all
-    that is then kept of it. reshard_after_forward: free a layer's gathered weights after its forward and gather them
-    again for its backward: less memory, more communication."""
+    that is then kept of it; selective: each layer but its matmuls with weights, its attention and what its ranks sent
+    each other, whose results are kept. reshard_after_forward: free a layer's gathered weights after its forward and
+    gather them again for its backward: less memory, more communication. tile: tokens that a dense feed-forward and a
+    recurrence take at a time, computing each tile again for its backward (2506.13996); null for all at once.
+    offload_activations: what layers keep waits in the host's memory. offload_optimizer: weights, gradients and
+    optimizer state live in the host's memory, and the optimizer steps there. Where the device is the CPU, both offloads
+    change nothing."""
 
-    def __init__(self, *, recompute: str = "none", reshard_after_forward: bool = True):
+    def __init__(
+        self,
+        *,
+        recompute: str = "none",
+        reshard_after_forward: bool = True,
+        tile: int | None = None,
+        offload_activations: bool = False,
+        offload_optimizer: bool = False,
+    ):
         if recompute not in RECOMPUTE:
             raise ValueError(f"engine.recompute={recompute}: must be one of {', '.join(RECOMPUTE)}")
-        self.recompute, self.reshard_after_forward = recompute, reshard_after_forward
+        if tile is not None and tile < 1:
+            raise ValueError(f"engine.tile={tile}: must be at least 1, or null")
+        self.recompute, self.reshard_after_forward, self.tile = recompute, reshard_after_forward, tile
+        self.offload_activations, self.offload_optimizer = offload_activations, offload_optimizer
 
     def prepare(self, model: LM, mesh: DeviceMesh, *, seed: int, dtype: torch.dtype) -> LM:
-        """The model, from the meta device to sharded and initialised."""
+        """The model, from the meta device to sharded and initialised.
+
+        Raises ValueError where the optimizer's state goes to the host and no process group reaches tensors there.
+        """
+        if self.offload_optimizer and mesh.device_type != "cpu" and "gloo" not in dist.get_backend_config():
+            raise ValueError(
+                "engine.offload_optimizer=true: must have ranks that also communicate on the CPU, to clip gradients "
+                "there (backend cpu:gloo,cuda:nccl)"
+            )
         return parallelise(
             model,
             mesh,
@@ -27,4 +52,7 @@ class FSDP:
             dtype=dtype,
             remat=self.recompute,
             reshard_after_forward=self.reshard_after_forward,
+            tile=self.tile,
+            offload_activations=self.offload_activations,
+            offload_optimizer=self.offload_optimizer,
         )

@@ -1,0 +1,175 @@
+"""Memory of a training step at 16,384 tokens in one sequence: what chunks, tiles and recomputation save.
+
+    python -m tests.benchmarks.memory [tokens]
+
+The model is that of conf/model/linear_moe_tiny.yaml, on one device in fp32; the step a forward and a backward pass,
+each choice in a fresh process. `saved`: bytes of tensors alive when the forward pass ends. `most`: the most alive at a
+time. Both count what the step makes, gradients included, not the weights. `VmHWM`: how far the peak of the process's
+resident memory rises in the step, the counter being off. Then the loss alone, with a vocabulary of 32,768. The lines to
+read are the ratios: with all three, over without any.
+"""
+
+import sys
+import time
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CHUNK, TILE, VOCABULARY = 1024, 512, 32_768
+CHOICES: dict[str, dict[str, Any]] = {
+    "all kept": {},
+    "chunks, selective": {"chunk": CHUNK, "recompute": "selective"},
+    "chunks, tiles, full": {"chunk": CHUNK, "tile": TILE, "recompute": "full"},
+}
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make while it is entered, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+class Measured(NamedTuple):
+    loss: float
+    gradients: dict[str, Tensor]
+    saved: int  # bytes
+    most: int  # bytes
+
+
+def step(model: Any, tokens: int, *, chunk: int | None = None, tile: int | None = None, recompute: str = "none") -> Any:
+    """The loss of one sequence of two documents, its graph attached, all as `train.engines.fsdp` would choose it.
+
+    chunk: None for the plain way, which makes all logits and then their cross-entropy.
+    """
+    from models.sequence import Whole
+    from parallel import memory
+    from train.loss import sums
+
+    model.loss_chunk = chunk
+    if tile is not None:
+        memory.tile(model, tile)
+    memory.recompute(model.layers, recompute)
+    ids = torch.randint(0, len(model.embedding), (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+    seq = Whole.of((torch.arange(tokens) % (tokens // 2)).unsqueeze(0))
+    output = model(ids[:, :-1], seq, *([] if chunk is None else [ids[:, 1:]]))
+    return sums(output, ids[:, 1:]).objective(targets=tokens, tokens=tokens, balance_weight=0.01)
+
+
+def measure(model: Any, tokens: int, **choice: Any) -> Measured:
+    from parallel.apply import parameter_name
+
+    with Held() as held:
+        loss = step(model, tokens, **choice)
+        saved = held.now
+        loss.backward()
+    gradients = {parameter_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return Measured(loss.item(), gradients, saved, held.most)
+
+
+def resident_peak() -> int:
+    """VmHWM of this process, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def default_model() -> Any:
+    from launch.config.compose import composed
+    from models.axes import initialise
+    from train.construct import construct
+
+    return initialise(construct(composed([])["model"]), 0)
+
+
+def counted(tokens: int, choice: dict[str, Any]) -> tuple[float, int, int]:
+    """Loss, bytes saved, most bytes."""
+    torch.set_num_threads(1)
+    got = measure(default_model(), tokens, **choice)
+    return got.loss, got.saved, got.most
+
+
+def resident(tokens: int, choice: dict[str, Any]) -> tuple[int, float]:
+    """By how many bytes the peak rises in the step, and its seconds."""
+    torch.set_num_threads(1)
+    model = default_model()
+    step(model, 512).backward()  # so that code and pools of threads are there
+    before, began = resident_peak(), time.perf_counter()
+    step(model, tokens, **choice).backward()
+    return resident_peak() - before, time.perf_counter() - began
+
+
+def loss_alone(tokens: int, chunk: int | None) -> int:
+    """Most bytes of the head's loss and gradients, its inputs not counted."""
+    from models.kernels.cross_entropy import cross_entropy
+
+    torch.set_num_threads(1)
+    x = torch.randn(tokens, 256, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 256, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (tokens,))
+    with Held() as held:
+        if chunk is None:
+            loss = F.cross_entropy(x @ weight.T, targets, reduction="sum")
+        else:
+            loss = cross_entropy(x, weight, targets, chunk=chunk)
+        loss.backward()
+    return held.most
+
+
+def fresh(function: Any, *args: Any) -> Any:
+    """function(*args) in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as one:
+        return one.submit(function, *args).result()
+
+
+def main(tokens: int = 16_384) -> None:
+    rows = {}
+    for name, choice in CHOICES.items():
+        loss, saved, most = fresh(counted, tokens, choice)
+        risen, seconds = fresh(resident, tokens, choice)
+        rows[name] = (saved, most, risen)
+        print(
+            f"{name:<20} saved {saved / 2**20:7.0f} MiB   most {most / 2**20:7.0f} MiB   "
+            f"VmHWM +{risen / 2**20:7.0f} MiB   {seconds:5.1f} s   loss {loss!r}",
+            flush=True,
+        )
+    ratios = [b / a for a, b in zip(rows["all kept"], rows["chunks, tiles, full"], strict=True)]
+    print("with over without, {:,} tokens: saved {:.3f}   most {:.3f}   VmHWM {:.3f}".format(tokens, *ratios))
+    plain, chunked = (fresh(loss_alone, tokens, chunk) for chunk in (None, CHUNK))
+    print(
+        f"the loss alone, vocabulary {VOCABULARY:,}: {plain / 2**20:,.0f} MiB, in chunks {chunked / 2**20:,.0f} MiB, "
+        f"ratio {chunked / plain:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
