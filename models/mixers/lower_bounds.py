@@ -1,4 +1,4 @@
-"""Forget gates with a lower bound for each layer (HGRN, Qin, Yang & Zhong 2023, 2311.04823, section 3.2).
+"""Forget gates with a lower bound for each layer (HGRN, Qin, Yang & Zhong 2023, 2311.04823).
 
 The bounds rise with depth, from 0: lower layers may forget everything, upper ones must remember. They are learnt, one
 per layer and channel, and made monotonic by a softmax over layers and its running sum.

@@ -31,12 +31,12 @@ def outer(k, v):
 
 
 def linear_loop(q, k, v, *, starts, state=None, scale=None):
-    """2006.16236, equations 18 to 20 without the denominator: S_t = S_{t-1} + k_t v_tᵀ."""
+    """2006.16236, without the denominator: S_t = S_{t-1} + k_t v_tᵀ."""
     return run(lambda t, S: S + outer(k[:, t], v[:, t]), q, v, starts, state, scale)
 
 
 def simple_gla_loop(q, k, v, g, *, starts, state=None, scale=None):
-    """2307.08621, section 2, and 2405.21060: S_t = e^{g_t} S_{t-1} + k_t v_tᵀ, g_t one number a head."""
+    """2307.08621 and 2405.21060: S_t = e^{g_t} S_{t-1} + k_t v_tᵀ, g_t one number a head."""
     return run(lambda t, S: g[:, t].exp()[..., None, None] * S + outer(k[:, t], v[:, t]), q, v, starts, state, scale)
 
 
@@ -51,7 +51,7 @@ def erase(k, beta, S):
 
 
 def delta_loop(q, k, v, beta, *, starts, state=None, scale=None):
-    """2406.06484, section 2.2: S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ."""
+    """2406.06484: S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ."""
 
     def step(t, S):
         return erase(k[:, t], beta[:, t], S) + beta[:, t, :, None, None] * outer(k[:, t], v[:, t])
@@ -70,7 +70,7 @@ def gated_delta_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
 
 
 def kda_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
-    """2510.26692, section 3: S_t = (I - β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ: decay first, then erase."""
+    """2510.26692: S_t = (I - β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ: decay first, then erase."""
 
     def step(t, S):
         erased = erase(k[:, t], beta[:, t], g[:, t].exp()[..., None] * S)

@@ -239,7 +239,7 @@ def test_a_value_head_reads_with_the_key_of_its_group():
 
 
 def test_lower_bounds_start_even_rise_with_depth_and_hold():
-    """2311.04823, section 3.2: γ sums a softmax over the layers below, f = γ + (1 - γ)·σ. Layer l of L has l / L."""
+    """2311.04823: γ sums a softmax over the layers below, f = γ + (1 - γ)·σ. Layer l of L has l / L."""
     first, *rest = bounds(torch.zeros(4, 3))
     assert first is None
     torch.testing.assert_close(torch.stack(rest), torch.tensor([[0.25], [0.5], [0.75]]).expand(3, 3))
@@ -268,7 +268,7 @@ def test_layers_that_ask_for_the_same_parameter_share_it_and_one_alone_gets_none
 
 
 def test_heads_of_retention_forget_at_the_papers_rates():
-    """2307.08621, section 3.1: γ = 1 - 2^(-5 - arange(0, h)); head 24's is 1 in fp32, and its log is not 0."""
+    """2307.08621: γ = 1 - 2^(-5 - arange(0, h)); head 24's is 1 in fp32, and its log is not 0."""
     mixer = MIXERS["retnet"](dim=52, heads=26)
     seen = []
 
