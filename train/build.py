@@ -60,6 +60,7 @@ def build(order: dict[str, Any]) -> Trainer:
 
     parallel = section(ParallelSettings, config["parallel"])
     train = section(TrainSettings, config["train"])
+    model.loss_chunk = train.loss_chunk
     transport = parallel.transport
     executor = Executor(
         model,

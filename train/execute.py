@@ -67,7 +67,7 @@ class Executor:
         for last, placed in self._places(plan, batch, step=plan.step):
             communicate_gradients(self.model, last)
             with self.phase("forward"):
-                part = sums(self.model(placed.tokens, placed.seq), placed.targets)
+                part = sums(self.model(placed.tokens, placed.seq, placed.targets))
             with self.phase("backward"):
                 weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
                 part.objective(targets=targets, tokens=tokens, **weights).backward()

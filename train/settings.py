@@ -28,6 +28,7 @@ class TrainSettings:
 
     tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget in
     steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of data.max_length.
+    loss_chunk: tokens whose logits are held at a time for the cross-entropy and its gradient; null for all of them.
     balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none.
     z_weight: weight of the routers' z-loss, which keeps their logits small (2202.08906, equation 5); 0 for none.
     clip: largest 2-norm of all gradients together; larger ones are scaled down to it. evaluate_every: tokens between
@@ -38,6 +39,7 @@ class TrainSettings:
     tokens: int = 1_000_000
     steps: int | None = None
     batch_tokens: int = 4096
+    loss_chunk: int | None = 2048
     balance_weight: float = 0.01
     z_weight: float = 0.0
     clip: float = 1.0
@@ -49,7 +51,7 @@ class TrainSettings:
         for name in ("tokens", "batch_tokens", "clip", "keep"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be above 0")
-        for name in ("steps", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "loss_chunk", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name}={value}: must be at least 1, or null")
