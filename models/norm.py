@@ -26,8 +26,15 @@ class GatedRMSNorm(RMSNorm):
     """RMSNorm(x) · activation(gate), silu unless told otherwise: per head when the last dimension is a head's, so that
     no rank needs another's heads."""
 
-    def __init__(self, dim: int, *, activation: Callable[[Tensor], Tensor] = F.silu, axis: str | None = "embed"):
-        super().__init__(dim, axis=axis)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        eps: float = 1e-5,
+        axis: str | None = "embed",
+    ):
+        super().__init__(dim, eps=eps, axis=axis)
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]

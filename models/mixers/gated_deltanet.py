@@ -25,7 +25,8 @@ class GatedDeltaNet(nn.Module):
     of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
     it stays within the document. value_heads: heads of values, each with gates and a state of its own, so many to a
     head of keys; a multiple of heads that divides dim * expand_v; null for as many as heads. negative_eigenvalues:
-    β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key remembers (2411.12537).
+    β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key remembers (2411.12537). norm_eps: what the norm of a head's output adds to
+    its mean square; Qwen3-Next has 1e-6.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -40,9 +41,12 @@ class GatedDeltaNet(nn.Module):
         conv: int = 4,
         value_heads: int | None = None,
         negative_eigenvalues: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         positive(dim=dim, conv=conv)
+        if norm_eps <= 0:
+            raise ValueError(f"norm_eps={norm_eps}: must be above 0")
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         if value_heads is None:
@@ -62,7 +66,7 @@ class GatedDeltaNet(nn.Module):
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(value_heads, axes=("heads",), init=dt, decay=False)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
-        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.norm = GatedRMSNorm(self.value_dim, eps=norm_eps, axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("gated_delta_rule")
 

@@ -54,7 +54,6 @@ def test_gated_deltanet_is_qwen3_nexts():
         linear_num_value_heads=4,
         linear_key_head_dim=8,
         linear_value_head_dim=12,
-        rms_norm_eps=1e-5,
     )
     q, k, v, z = (w.flatten(0, 1) for w in layer.in_proj_qkvz.weight.unflatten(0, (2, -1)).split((8, 8, 24, 24), dim=1))
     b, a = (w.flatten(0, 1) for w in layer.in_proj_ba.weight.unflatten(0, (2, 4)).split((2, 2), dim=1))
@@ -68,7 +67,11 @@ def test_gated_deltanet_is_qwen3_nexts():
         "norm.weight": layer.norm.weight,
         "out.weight": layer.out_proj.weight,
     }
-    equal(MIXERS["gated_deltanet"](dim=DIM, heads=2, value_heads=4, expand_k=0.5, expand_v=1.5), weights, layer)
+    equal(
+        MIXERS["gated_deltanet"](dim=DIM, heads=2, value_heads=4, expand_k=0.5, expand_v=1.5, norm_eps=1e-6),
+        weights,
+        layer,
+    )
 
 
 def test_kda_is_kimi_linears():
@@ -158,7 +161,7 @@ CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_linear_attention_is_the_papers_as_one_matrix(normalise):
-    """2006.16236: softmax's similarity replaced by φ(q)·φ(k), φ = elu + 1; without the denominator, K^-½ takes its place."""
+    """2006.16236: φ(q)·φ(k), φ = elu + 1, for softmax's e^{q·k}; without the denominator, K^-½ takes its place."""
     mixer, x, (q, k, v) = drawn("linear", normalise=normalise)
     phi = [torch.where(u > 0, u + 1, u.exp()) for u in (q, k)]
     scores = torch.einsum("bthk,bshk->bhts", *phi) * CAUSAL
