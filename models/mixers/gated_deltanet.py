@@ -25,8 +25,8 @@ class GatedDeltaNet(nn.Module):
     of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
     it stays within the document. value_heads: heads of values, each with gates and a state of its own, so many to a
     head of keys; a multiple of heads that divides dim * expand_v; null for as many as heads. negative_eigenvalues:
-    β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key remembers (2411.12537). norm_eps: what the norm of a head's output adds to
-    its mean square; Qwen3-Next has 1e-6.
+    β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key remembers (2411.12537).
+    norm_eps: what the norm of a head's output adds to its mean square; Qwen3-Next has 1e-6.
 
     x [B, T, D] -> [B, T, D].
     """
