@@ -24,25 +24,32 @@ class Slices:
 
     @cached_property
     def effect(self) -> Effect:
-        return reduce(self.recurrence.compose, (_again(self._effect, *parts) for parts in self.slices))
+        recurrence = self.recurrence
+        return reduce(recurrence.compose, (_again(_effect, recurrence, *parts) for parts in self.slices))
 
     def finish(self, state: Tensor | None) -> Tensor:
         outputs = []
         for parts in self.slices[:-1]:
-            output, state = _again(self._pass, state, *parts)
+            output, state = _again(_pass, self.recurrence, state, *parts)
             outputs.append(output)
-        return torch.cat([*outputs, _again(self._finish, state, *self.slices[-1])], dim=1)
-
-    def _effect(self, starts: Tensor, *xs: Tensor) -> Effect:
-        return self.recurrence.begin(*xs, starts=starts).effect
-
-    def _finish(self, state: Tensor | None, starts: Tensor, *xs: Tensor) -> Tensor:
-        return self.recurrence.begin(*xs, starts=starts).finish(state)
-
-    def _pass(self, state: Tensor | None, starts: Tensor, *xs: Tensor) -> tuple[Tensor, Tensor]:
-        begun = self.recurrence.begin(*xs, starts=starts)
-        return begun.finish(state), self.recurrence.act(begun.effect, state)
+        return torch.cat([*outputs, _again(_finish, self.recurrence, state, *self.slices[-1])], dim=1)
 
 
-def _again(f: Any, *inputs: Tensor | None) -> Any:
+# What runs again holds on to what it is called with, so these are no methods: `self` would keep all slices alive.
+
+
+def _effect(recurrence: Any, starts: Tensor, *xs: Tensor) -> Effect:
+    return recurrence.begin(*xs, starts=starts).effect
+
+
+def _finish(recurrence: Any, state: Tensor | None, starts: Tensor, *xs: Tensor) -> Tensor:
+    return recurrence.begin(*xs, starts=starts).finish(state)
+
+
+def _pass(recurrence: Any, state: Tensor | None, starts: Tensor, *xs: Tensor) -> tuple[Tensor, Tensor]:
+    begun = recurrence.begin(*xs, starts=starts)
+    return begun.finish(state), recurrence.act(begun.effect, state)
+
+
+def _again(f: Any, *inputs: Any) -> Any:
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
