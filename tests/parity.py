@@ -1,5 +1,6 @@
 """What parity tests share: a small hybrid of every kind of layer, packed unequal documents, one-process truth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -61,11 +62,20 @@ class Sample:
             object.__setattr__(self, name, value)
 
 
+def mixer_model(mixer: str, **options: Any) -> LM:
+    """Three layers of one mixer, its required options among these, each with a dense feed-forward."""
+    block = partial(Block, mixer=partial(MIXERS[mixer], **options), ffn=partial(SwiGLU, hidden=24))
+    return LM(vocabulary=VOCABULARY, dim=16, layers=3, pattern=["layer"], blocks={"layer": block})
+
+
 def truth(
-    batch: list[Sample], precision: str, attention: dict[str, Any] | None = None
+    batch: list[Sample],
+    precision: str,
+    attention: dict[str, Any] | None = None,
+    build: Callable[..., LM] = small_model,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and every gradient with the whole model on one device, one sequence at a time, no process group."""
-    model = initialise(small_model(attention).to(DTYPE[precision]), seed=1)
+    model = initialise((build() if attention is None else build(attention)).to(DTYPE[precision]), seed=1)
     model.compute = DTYPE[precision]
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     tokens = sum(len(s.tokens) for s in batch)
@@ -86,12 +96,13 @@ def spread(
     remat: str = "none",
     device: str = "cpu",
     attention: dict[str, Any] | None = None,
+    build: Callable[..., LM] = small_model,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it."""
     groups = Groups()
     plan.check(groups.world)
     with torch.device("meta"):
-        model = small_model(attention)
+        model = build() if attention is None else build(attention)
     model.compute = DTYPE[precision]
     mesh = everyone(torch.device(device))
     parallelise(model, mesh, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)

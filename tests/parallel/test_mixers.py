@@ -1,0 +1,43 @@
+"""Every mixer of the registry across ranks, against one process: loss and every gradient on every rank."""
+
+import inspect
+from functools import partial
+
+import pytest
+
+from models.mixers import MIXERS
+from tests.models.test_mixers import NEEDED
+from tests.parallel.test_parity import BATCH, static, unequal
+from tests.parity import assert_close, mixer_model, spread, truth
+
+pytestmark = pytest.mark.dist
+
+BUILDS = {
+    name: partial(mixer_model, name, **{k: v for k, v in NEEDED.items() if k in inspect.signature(mixer).parameters})
+    for name, mixer in sorted(MIXERS.items())
+}
+LAYOUTS = {
+    "2 ranks": (2, static(1, 2), "none"),
+    "4 ranks, unequal spans, recomputed": (4, unequal(), "full"),
+}
+
+
+def every_mixer(plan, remat):
+    return {name: spread(BATCH, plan, "fp64", remat=remat, build=build) for name, build in BUILDS.items()}
+
+
+@pytest.fixture(scope="module")
+def want():
+    return {name: truth(BATCH, "fp64", build=build) for name, build in BUILDS.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_mixer_gives_the_loss_and_gradients_of_one_process(run, want, layout):
+    """One world for all of them: packed unequal documents, three layers, so that what layers share is shared."""
+    world, plan, remat = LAYOUTS[layout]
+    for got in run(world, every_mixer, plan, remat):
+        for name in BUILDS:
+            try:
+                assert_close(got[name], want[name], "fp64")
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
