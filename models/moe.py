@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models.axes import declare, fan_in, positive
 from models.dispatch import Dispatch, Here, by_expert
 from models.ffn import SwiGLU
-from models.kernels.experts import grouped_linear, mixture
+from models.kernels.experts import IN_TURN, grouped_linear, mixture
 from models.linear import Linear
 from models.router import BALANCES, ROUTERS, Router, Routing, within_capacity
 from models.sequence import Sequence
@@ -41,7 +41,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Dispatch) -> Tensor:
         gate_up, down = self.gate_up.to(x_ND.dtype), self.down.to(x_ND.dtype)
-        if isinstance(dispatch, Here) and x_ND.device.type == "cpu":
+        if isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
             order, counts = by_expert(choices_NX, self.num_experts)
             sizes = counts.tolist()
             return mixture(x_ND, weights_NX, order[: sum(sizes)], sizes, gate_up, down)

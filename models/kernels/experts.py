@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from models.precision import wide
 
 FUSED = (torch.float32, torch.bfloat16)
+IN_TURN = {("cpu", torch.float32), ("cpu", torch.float64)}  # where `mixture` is faster; bf16 is converted
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ Histogram = tuple[list[float], list[float]]  # what each bin holds [n], and the 
 def scalars(record: dict[str, Any]) -> dict[str, Any]:
     """The record's numbers and strings, nested names joined by "/", what was not finite as NaN.
 
-    The loads of a layer's experts become their largest and smallest, times the number of experts (1.0 is balanced);
-    other lists stay in metrics.jsonl only.
+    The loads of a layer's experts become their largest and smallest, times the number of experts (1.0 is balanced), and
+    their standard deviation over their mean, `cv` (0.0 is balanced); other lists stay in metrics.jsonl only.
     """
     return dict(_flat(record, ""))
 
@@ -31,6 +31,7 @@ def _flat(record: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             known = [math.nan] if None in value else value
             yield f"{name}/max", max(known) * len(value)
             yield f"{name}/min", min(known) * len(value)
+            yield f"{name}/cv", math.sqrt(sum((share * len(value) - 1) ** 2 for share in known) / len(value))
 
 
 def histograms(record: dict[str, Any]) -> dict[str, Histogram]:

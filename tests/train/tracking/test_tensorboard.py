@@ -53,6 +53,7 @@ def test_every_number_is_there_over_tokens(tmp_path: Path) -> None:
     last = values(steps[-1])
     assert last["loss"] == pytest.approx(4 / 3) and last["seconds/forward"] == 0.25 and last["step"] == 3
     assert last["expert_load/layers.0/max"] == pytest.approx(1.6)
+    assert last["expert_load/layers.0/cv"] == pytest.approx(0.2**0.5)  # of 0.4, 0.8, 1.2 and 1.6
 
 
 def test_histograms_are_those_of_wandb(tmp_path: Path) -> None:
