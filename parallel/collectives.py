@@ -6,17 +6,22 @@ values is part of the function (`use`), and its backward always communicates, wi
 
 What is sent goes through operators of the namespace `farspan`, which name their group by a string. So a checkpointing
 policy sees a collective as it sees a matmul: it can keep the result, and computing a layer again then sends nothing.
+
+Each one says what it is for, and `LEDGER` counts the calls and the bytes that this process received, by mesh axis and
+by purpose.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from models.precision import wide
 
@@ -29,46 +34,79 @@ NAMESPACE = "farspan"  # of the operators that communicate
 Clock = Callable[[], AbstractContextManager[None]]
 
 
+class Entry(NamedTuple):
+    """What was communicated, over which axis of the mesh, and why."""
+
+    axis: str
+    purpose: str
+
+
+@dataclass
+class Ledger:
+    """Calls, and bytes that this process received from others. FSDP's own collectives are not in it."""
+
+    axes: dict[str, str] = field(default_factory=dict)  # by the name of the process group
+    calls: Counter[Entry] = field(default_factory=Counter)
+    bytes: Counter[Entry] = field(default_factory=Counter)
+
+    def add(self, group: str, purpose: str, received: int) -> None:
+        entry = Entry(self.axes.get(group, "world"), purpose)
+        self.calls[entry] += 1
+        self.bytes[entry] += received
+
+    def clear(self) -> None:
+        self.calls.clear()
+        self.bytes.clear()
+
+
+LEDGER = Ledger()
+
+
+def _named(group: str) -> dist.ProcessGroup:
+    return _resolve_process_group(GroupName(group))
+
+
 @torch.library.custom_op(f"{NAMESPACE}::all_gather", mutates_args=())
-def all_gather(local: Tensor, ranks: int, group: str) -> Tensor:
+def all_gather(local: Tensor, ranks: int, group: str, purpose: str) -> Tensor:
     """[...] -> [P, ...], rank after rank of the process group of that name."""
+    LEDGER.add(group, purpose, (ranks - 1) * local.nbytes)
     gathered = local.new_empty((ranks, *local.shape))
-    _all_gather(gathered.view(-1), local.reshape(-1), group=_resolve_process_group(group))
+    _all_gather(gathered.view(-1), local.reshape(-1), group=_named(group))
     return gathered
 
 
 @torch.library.custom_op(f"{NAMESPACE}::reduce_scatter", mutates_args=())
-def reduce_scatter(whole: Tensor, group: str) -> Tensor:
+def reduce_scatter(whole: Tensor, group: str, purpose: str) -> Tensor:
     """[P, ...] -> [...], this rank's part of the sum over ranks."""
+    LEDGER.add(group, purpose, whole.nbytes // whole.shape[0] * (whole.shape[0] - 1))
     part = whole.new_empty(whole.shape[1:])
-    _reduce_scatter(part.view(-1), whole.reshape(-1), group=_resolve_process_group(group))
+    _reduce_scatter(part.view(-1), whole.reshape(-1), group=_named(group))
     return part
 
 
 @torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
-def all_reduce(local: Tensor, group: str) -> Tensor:
+def all_reduce(local: Tensor, group: str, purpose: str) -> Tensor:
     """The sum over ranks, in a new tensor."""
+    ranks = _named(group).size()
+    LEDGER.add(group, purpose, 2 * (ranks - 1) * local.nbytes // ranks)
     total = local.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=_resolve_process_group(group))
+    dist.all_reduce(total, group=_named(group))
     return total
 
 
-all_gather.register_fake(lambda local, ranks, group: local.new_empty((ranks, *local.shape)))
-reduce_scatter.register_fake(lambda whole, group: whole.new_empty(whole.shape[1:]))
-all_reduce.register_fake(lambda local, group: local.new_empty(local.shape))
+@torch.library.custom_op(f"{NAMESPACE}::all_to_all", mutates_args=())
+def all_to_all(parts: Tensor, group: str, purpose: str) -> Tensor:
+    """[P, ...] -> [P, ...]: part p goes to rank p, and what comes from rank p is part p of the result."""
+    LEDGER.add(group, purpose, parts.nbytes // parts.shape[0] * (parts.shape[0] - 1))
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous(), group=_named(group))
+    return received
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.ranks, ctx.group = inputs[0].shape[0] if inputs[0].dim() else 0, inputs[-1]
-
-
-all_gather.register_autograd(
-    lambda ctx, grad: (reduce_scatter(grad.contiguous(), ctx.group), None, None), setup_context=_remember
-)
-reduce_scatter.register_autograd(
-    lambda ctx, grad: (all_gather(grad, ctx.ranks, ctx.group), None), setup_context=_remember
-)
-all_reduce.register_autograd(lambda ctx, grad: (all_reduce(grad, ctx.group), None), setup_context=_remember)
+all_gather.register_fake(lambda local, ranks, group, purpose: local.new_empty((ranks, *local.shape)))
+reduce_scatter.register_fake(lambda whole, group, purpose: whole.new_empty(whole.shape[1:]))
+all_reduce.register_fake(lambda local, group, purpose: local.new_empty(local.shape))
+all_to_all.register_fake(lambda parts, group, purpose: parts.new_empty(parts.shape))
 
 
 @dataclass(frozen=True)
@@ -90,33 +128,82 @@ class Comm:
         assert self.group is not None
         return self.group.group_name
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, *, purpose: str) -> Tensor:
         """[...] -> [P, ...], rank after rank."""
         if self.size == 1:
             return x.unsqueeze(0)
         with self.waiting():
-            return all_gather(x, self.size, self.name)
+            return all_gather(x, self.size, self.name, purpose)
 
-    def reduce_scatter(self, x: Tensor) -> Tensor:
+    def reduce_scatter(self, x: Tensor, *, purpose: str) -> Tensor:
         """[P, ...] -> [...], this rank's part of the sum over ranks, accumulated in at least fp32."""
         if self.size == 1:
             return x.squeeze(0)
         with self.waiting():
-            return reduce_scatter(wide(x), self.name).to(x.dtype)
+            return reduce_scatter(wide(x), self.name, purpose).to(x.dtype)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor, *, purpose: str) -> Tensor:
         """The sum over ranks, in a new tensor."""
         if self.size == 1:
             return x.clone()
         with self.waiting():
-            return all_reduce(x, self.name)
+            return all_reduce(x, self.name, purpose)
+
+    def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
+        """[P, ...] -> [P, ...]: what rank p has as part r comes to rank r as part p. Its own transpose."""
+        if self.size == 1:
+            return x.clone()
+        with self.waiting():
+            return all_to_all(x, self.name, purpose)
+
+    def send(self, x: Tensor, to: int) -> dist.Work:
+        """Starts to send `x` to the group's rank `to`. Hold on to both until the work is done."""
+        work = dist.isend(x, group=self.group, group_dst=to)
+        assert work is not None
+        return work
+
+    def receive(self, like: Tensor, source: int, *, purpose: str) -> Tensor:
+        """Waits for a tensor of the shape and dtype of `like` from the group's rank `source`."""
+        work, x = self.start_receive(like, source, purpose=purpose)
+        with self.waiting():
+            work.wait()
+        return x
+
+    def start_receive(self, like: Tensor, source: int, *, purpose: str) -> tuple[dist.Work, Tensor]:
+        """The same without waiting: the tensor is there when the work is done."""
+        LEDGER.add(self.name, purpose, like.nbytes)
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        work = dist.irecv(x, group=self.group, group_src=source)
+        assert work is not None
+        return work, x
+
+
+_calls: dict[int, Callable[..., list[Tensor]]] = {}
+_numbers = itertools.count()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::call", mutates_args=())
+def call(tensors: list[Tensor], number: int) -> list[Tensor]:
+    """A function that communicates, by its number."""
+    return _calls[number](*tensors)
+
+
+def as_operator(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list[Tensor]:
+    """`function(*tensors)`, new tensors, as one operator: a checkpointing policy keeps its results and sends nothing
+    twice. No gradient passes through it."""
+    number = next(_numbers)
+    _calls[number] = function
+    try:
+        return call(list(tensors), number)
+    finally:
+        del _calls[number]
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, comm: Comm, use: Callable[[Tensor], Tensor], linear: bool, local: Tensor) -> Tensor:
-        gathered = comm.all_gather(local)
-        ctx.comm, ctx.use, ctx.shape = comm, use, gathered.shape
+    def forward(ctx, comm: Comm, use: Callable[[Tensor], Tensor], linear: bool, purpose: str, local: Tensor) -> Tensor:
+        gathered = comm.all_gather(local, purpose=purpose)
+        ctx.comm, ctx.use, ctx.shape, ctx.purpose = comm, use, gathered.shape, purpose
         ctx.save_for_backward(*([] if linear else [gathered]))
         return use(gathered)
 
@@ -127,25 +214,41 @@ class _Gathered(torch.autograd.Function):
         with torch.enable_grad():
             used = ctx.use(gathered.requires_grad_())
         (gradient,) = torch.autograd.grad(used, gathered, grad) if used.requires_grad else (torch.zeros_like(gathered),)
-        return None, None, None, ctx.comm.reduce_scatter(gradient)
+        return None, None, None, None, ctx.comm.reduce_scatter(gradient, purpose=f"{ctx.purpose} gradient")
 
 
-def gather(comm: Comm, local: Tensor, use: Callable[[Tensor], Tensor], *, linear: bool = False) -> Tensor:
+def gather(comm: Comm, local: Tensor, use: Callable[[Tensor], Tensor], *, purpose: str, linear: bool = False) -> Tensor:
     """`use(local of all ranks, [P, ...])`. `linear` promises that `use` is linear: nothing is kept for its backward."""
-    return _Gathered.apply(comm, use, linear, local)
+    return _Gathered.apply(comm, use, linear, purpose, local)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, comm: Comm, local: Tensor) -> Tensor:
-        ctx.comm = comm
-        return comm.all_reduce(local)
+    def forward(ctx, comm: Comm, purpose: str, local: Tensor) -> Tensor:
+        ctx.comm, ctx.purpose = comm, purpose
+        return comm.all_reduce(local, purpose=purpose)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return None, ctx.comm.all_reduce(grad)
+        return None, None, ctx.comm.all_reduce(grad, purpose=f"{ctx.purpose} gradient")
 
 
-def sum_over(comm: Comm, local: Tensor) -> Tensor:
+def sum_over(comm: Comm, local: Tensor, *, purpose: str) -> Tensor:
     """Σ over ranks, on every rank. Each rank's use of it is a use of one sum, so the transpose sums the gradients."""
-    return _Sum.apply(comm, local)
+    return _Sum.apply(comm, purpose, local)
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, comm: Comm, purpose: str, parts: Tensor) -> Tensor:
+        ctx.comm, ctx.purpose = comm, purpose
+        return comm.all_to_all(parts, purpose=purpose)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, None, ctx.comm.all_to_all(grad, purpose=f"{ctx.purpose} gradient")
+
+
+def exchange(comm: Comm, parts: Tensor, *, purpose: str) -> Tensor:
+    """parts [P, ...], the p-th for rank p -> [P, ...], the p-th from rank p."""
+    return _Exchanged.apply(comm, purpose, parts)

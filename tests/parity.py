@@ -18,8 +18,8 @@ from models.sequence import Whole
 from parallel.apply import parallelise, parameter_name
 from parallel.mesh import Groups, everyone
 from parallel.schedule.plan import Plan
-from parallel.sequence.attention import GatherKeys
-from parallel.sequence.recurrence import GatherEffects
+from parallel.sequence.effects import GatherEffects, Transport
+from parallel.sequence.keys import GatherKeys, Keys
 from train.execute import Executor
 from train.loss import sums
 
@@ -35,7 +35,7 @@ def small_model(attention: dict[str, Any] | None = None) -> LM:
     mixers = {
         "gla": partial(MIXERS["gla"], heads=2),
         "gdn": partial(MIXERS["gated_deltanet"], heads=2),
-        "attn": partial(MIXERS["attention"], heads=4, kv_heads=2, **(attention or {})),
+        "attn": partial(MIXERS["attention"], **{"heads": 4, "kv_heads": 2, **(attention or {})}),
     }
     blocks = {name: partial(Block, mixer=mixer, ffn=dense if name == "gdn" else moe) for name, mixer in mixers.items()}
     return LM(vocabulary=VOCABULARY, dim=32, layers=4, pattern=["gla", "gdn", "attn", "gdn"], blocks=blocks)
@@ -97,6 +97,8 @@ def spread(
     device: str = "cpu",
     attention: dict[str, Any] | None = None,
     build: Callable[..., LM] = small_model,
+    recurrence: Transport | None = None,
+    keys: Keys | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it."""
     groups = Groups()
@@ -106,10 +108,12 @@ def spread(
     model.compute = DTYPE[precision]
     mesh = everyone(torch.device(device))
     parallelise(model, mesh, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
-    executor = Executor(model, groups, torch.device(device), GatherEffects(), GatherKeys(), BALANCE)
+    executor = Executor(
+        model, groups, torch.device(device), recurrence or GatherEffects(), keys or GatherKeys(), BALANCE
+    )
     tally = executor.train(plan, batch)
     targets = sum(int((s.targets != -100).sum()) for s in batch)
-    both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double())
+    both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double(), purpose="loss")
     loss = both[0].item() / targets + BALANCE * both[1].item() / sum(plan.lengths)
     gradients = {parameter_name(n): p.grad.full_tensor().cpu().numpy() for n, p in model.named_parameters()}
     return loss, gradients

@@ -14,7 +14,6 @@ from models.axes import declarations
 from models.lm import LM
 from models.moe import mixtures
 from parallel.mesh import Groups, everyone
-from parallel.sequence import TRANSPORTS
 from train import checkpoint, optimizer
 from train.construct import construct
 from train.execute import Executor
@@ -44,12 +43,12 @@ def build(order: dict[str, Any]) -> Trainer:
     with torch.device("meta"):
         model = construct(config["model"])
     model.compute = compute
+    _announce(model, say)
     declared = declarations(model)
     utilisation = _utilisation(model, order["device"], say) if first else None
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
     adamw = optimizer.build(construct(config["optimizer"]), model, declared)
 
-    _announce(model, say)
     state = State(attempt=0)
     if order.get("resume"):
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
@@ -61,13 +60,11 @@ def build(order: dict[str, Any]) -> Trainer:
     parallel = section(ParallelSettings, config["parallel"])
     train = section(TrainSettings, config["train"])
     model.loss_chunk = train.loss_chunk
-    transport = parallel.transport
     executor = Executor(
         model,
         groups,
         device,
-        TRANSPORTS["recurrence"][transport.recurrence](),
-        TRANSPORTS["attention"][transport.attention](),
+        *parallel.transport.build(),
         train.balance_weight,
         phases,
         train.z_weight,
@@ -118,7 +115,7 @@ def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisat
     """What steps' FLOP/s are held against: plain matmuls on as many devices as rank 0's. None where a model's costs are
     not known."""
     try:
-        costs = account(model)
+        costs = account(model, device=device)
     except NotImplementedError as error:
         say(f"model_flops and mfu are not known: {' '.join(str(error).split())[:200]}")
         return None

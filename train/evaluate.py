@@ -38,7 +38,7 @@ def heldout(executor: Executor, batches: Any, plan: Callable[[list[int]], Plan])
         batch = windows[begin : begin + batches.windows_per_batch]
         tally = executor.evaluate(plan([len(s.tokens) for s in batch]), batch)
         parts = torch.stack([tally.cross_entropy.double(), tally.correct.double()])
-        nats, right = executor.groups.world_comm.all_reduce(parts).tolist()
+        nats, right = executor.groups.world_comm.all_reduce(parts, purpose="evaluation").tolist()
         total, correct = total + nats, correct + right
         count += sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
     return Heldout(total / max(count, 1), correct / max(count, 1))

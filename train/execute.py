@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from parallel.data import communicate_gradients
 from parallel.mesh import Groups
 from parallel.schedule.plan import Plan
-from parallel.sequence.attention import GatherKeys
+from parallel.sequence.effects import Transport
+from parallel.sequence.keys import Keys
 from parallel.sequence.place import Packed, Placed, place
-from parallel.sequence.recurrence import GatherEffects
 from train.accuracy import correct
 from train.loss import Sums, sums
 
@@ -54,8 +54,8 @@ class Executor:
     model: nn.Module
     groups: Groups
     device: torch.device
-    recurrence: GatherEffects
-    attention: GatherKeys
+    recurrence: Transport
+    attention: Keys
     balance_weight: float
     phase: Phase = _no_clock
     z_weight: float = 0.0

@@ -179,7 +179,7 @@ class Trainer:
         memory = float(peak_memory_bytes(str(self.executor.device)))
         own = torch.tensor([stop, memory], dtype=torch.float64, device=self.executor.device)
         row = torch.cat([own, *(x.double().view(1) for x in sums), *loads])
-        rows = self.groups.world_comm.all_gather(row)
+        rows = self.groups.world_comm.all_gather(row, purpose="metrics")
         total = rows.sum(0)
         first = len(own) + len(sums)
         choices = dict(zip(layers, total[first:].split([len(load) for load in loads]) if loads else [], strict=True))

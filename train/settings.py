@@ -5,7 +5,11 @@ Constructors check values; the configuration's keys and types are checked agains
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from parallel.sequence.effects import Transport
+    from parallel.sequence.keys import Keys
 
 Settings = TypeVar("Settings")
 
@@ -72,13 +76,17 @@ class TrainSettings:
 class TransportSettings:
     """How the ranks that share a sequence pass on what a span needs of those before it.
 
-    recurrence: how the states of linear mixers travel. gather: an all-gather, in each layer, of every span's effect on
-    the state (LASP-2, 2502.07563). attention: how softmax attention reaches the keys of other ranks. gather: an
-    all-gather, in each layer, of keys and values (Llama 3, 2407.21783, section 3.3.2).
+    recurrence: how the states of linear mixers travel. gather: an all-gather, in each layer, of every span's effect
+    on the state (LASP-2, 2502.07563); relay: from rank to rank, the fewest bytes (LASP, 2404.02882); allscan: the
+    relay in blocks that follow each other (ZeCO, 2507.01004). blocks: how many of them, at least 2. attention: how
+    softmax attention reaches the keys of other ranks. gather: an all-gather of keys and values, a head at a time
+    (Llama 3, 2407.21783, section 3.3.2); ring: they pass every rank (2310.01889); ulysses: ranks exchange tokens
+    for heads (2309.14509); usp: heads over as many ranks as there are heads, a ring over the rest (2405.07719).
     """
 
     recurrence: str = "gather"
     attention: str = "gather"
+    blocks: int = 4
 
     def __post_init__(self) -> None:
         from parallel.sequence import TRANSPORTS
@@ -87,6 +95,15 @@ class TransportSettings:
             name = getattr(self, kind)
             if name not in known:
                 raise ValueError(f"parallel.transport.{kind}={name}: must be one of {', '.join(known)}")
+        if self.blocks < 2:
+            raise ValueError(f"parallel.transport.blocks={self.blocks}: must be at least 2, or nothing overlaps")
+
+    def build(self) -> tuple["Transport", "Keys"]:
+        """The transport of effects, and that of keys and values."""
+        from parallel.sequence import TRANSPORTS
+
+        options = {"allscan": {"blocks": self.blocks}}.get(self.recurrence, {})
+        return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention]()
 
 
 @dataclass(frozen=True, kw_only=True)

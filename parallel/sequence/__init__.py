@@ -1,9 +1,9 @@
 """Sequence parallelism: a packed sequence over ranks, and the transports that join its spans."""
 
-from parallel.sequence.attention import GatherKeys
-from parallel.sequence.recurrence import GatherEffects
+from parallel.sequence.effects import AllScan, GatherEffects, Relay
+from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
 
 TRANSPORTS: dict[str, dict[str, type]] = {
-    "recurrence": {"gather": GatherEffects},
-    "attention": {"gather": GatherKeys},
+    "recurrence": {"allscan": AllScan, "gather": GatherEffects, "relay": Relay},
+    "attention": {"gather": GatherKeys, "ring": Ring, "ulysses": Ulysses, "usp": MeshKeys},
 }

@@ -1,5 +1,6 @@
 """The chain of spans: which rank holds which part of a packed sequence, in the order of its tokens."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,10 +23,14 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """Spans of all ranks of a group; `spans[r]` are rank r's, ascending. Lengths may differ between ranks."""
+    """Spans of all ranks of a group; `spans[r]` are rank r's, ascending. Lengths may differ between ranks.
+
+    `starts`: where documents begin in the packed sequence, ascending; the first is 0.
+    """
 
     comm: Comm
     spans: tuple[tuple[tuple[int, int], ...], ...]
+    starts: tuple[int, ...] = (0,)
 
     @cached_property
     def links(self) -> list[Link]:
@@ -36,6 +41,16 @@ class Chain:
     def mine(self) -> list[int]:
         """Where this rank's rows stand in `links`, by row."""
         return [n for n, link in enumerate(self.links) if link.rank == self.comm.rank]
+
+    def documents_of(self, link: Link) -> list[tuple[int, int, int]]:
+        """For each document with tokens in the span: where it began, and which [begin, end) of it the span holds."""
+        at = bisect_right(self.starts, link.begin) - 1
+        found = []
+        while at < len(self.starts) and self.starts[at] < link.end:
+            ends = self.starts[at + 1] if at + 1 < len(self.starts) else link.end
+            found.append((self.starts[at], max(self.starts[at], link.begin), min(ends, link.end)))
+            at += 1
+        return found
 
     @property
     def rows(self) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 from models.sequence import Identity, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
-from parallel.sequence.attention import GatherKeys
 from parallel.sequence.chain import Chain
-from parallel.sequence.recurrence import GatherEffects
+from parallel.sequence.effects import Transport
+from parallel.sequence.keys import Keys
 from parallel.sequence.spread import Spread
 
 NO_TARGET = -100
@@ -45,8 +45,8 @@ def place(
     comm: Comm,
     *,
     device: torch.device,
-    recurrence: GatherEffects,
-    attention: GatherKeys,
+    recurrence: Transport,
+    attention: Keys,
     step: int | None = None,
 ) -> Placed:
     """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
@@ -87,7 +87,12 @@ def place(
     if comm.size == 1 and len(mine) == 1:
         seq = Whole(**where)
     else:
-        seq = Spread(**where, chain=Chain(comm, tuple(spans)), recurrence=recurrence, attention=attention)
+        seq = Spread(
+            **where,
+            chain=Chain(comm, tuple(spans), tuple(np.flatnonzero(starting).tolist())),
+            recurrence=recurrence,
+            attention=attention,
+        )
     return Placed(rows(tokens), rows(targets), seq)
 
 

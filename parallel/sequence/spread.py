@@ -13,9 +13,9 @@ from torch import Tensor
 from models.recurrence import Recurrence
 from models.sequence import Tokens
 from parallel.collectives import gather, sum_over
-from parallel.sequence.attention import GatherKeys
 from parallel.sequence.chain import Chain
-from parallel.sequence.recurrence import GatherEffects
+from parallel.sequence.effects import Transport, cross
+from parallel.sequence.keys import Keys
 
 
 @dataclass(kw_only=True)
@@ -23,8 +23,8 @@ class Spread(Tokens):
     """Rows are this rank's spans of one packed sequence."""
 
     chain: Chain
-    recurrence: GatherEffects
-    attention: GatherKeys
+    recurrence: Transport
+    attention: Keys
 
     def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
         """The halo, from as many spans back as `width` needs: spans may be shorter than a convolution."""
@@ -41,11 +41,12 @@ class Spread(Tokens):
                 found.append(torch.cat([tails.new_zeros(width, tails.shape[-1]), *past])[-width:])
             return torch.stack(found)
 
-        return gather(chain.comm, tails, halos, linear=True)
+        return gather(chain.comm, tails, halos, purpose="halo", linear=True)
 
     def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
         begun = recurrence.begin(*xs, starts=self.starts)
-        return begun.finish(self.recurrence.enter(self.chain, recurrence, begun.effect))
+        entering = cross(self.recurrence, self.chain, recurrence, begun.effect)
+        return begun.finish(entering())
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
@@ -53,4 +54,4 @@ class Spread(Tokens):
         return self.attention.attend(self.chain, q, k, v, self.pieces, window=window, sinks=sinks)
 
     def sum(self, x: Tensor) -> Tensor:
-        return sum_over(self.chain.comm, self.local_sum(x))
+        return sum_over(self.chain.comm, self.local_sum(x), purpose="document sums")

@@ -1,11 +1,15 @@
 """Loss and every parameter's gradient on every rank, against one process: the contract of the whole system."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from models.rope import Randomized, YaRN
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
+from parallel.sequence.effects import AllScan, Relay
+from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
 from tests.parity import Sample, assert_close, spread, truth
 
 pytestmark = pytest.mark.dist
@@ -74,6 +78,33 @@ def test_loss_and_gradients_equal_one_process(run, name, precision):
     want = truth(BATCH, precision)
     for got in run(world, spread, BATCH, plan, precision):
         assert_close(got, want, precision)
+
+
+@pytest.mark.parametrize("transport", [Relay(), AllScan(2), AllScan(3)], ids=["relay", "allscan 2", "allscan 3"])
+@pytest.mark.parametrize("name", ["zigzag 2", "unequal 4"])
+def test_every_transport_of_effects_gives_the_same(run, name, transport):
+    world, plan = PLANS[name]
+    want = truth(BATCH, "fp64")
+    for got in run(world, partial(spread, recurrence=transport), BATCH, plan, "fp64"):
+        assert_close(got, want, "fp64")
+
+
+KEYS = {
+    "gather": (GatherKeys(2), ["zigzag 2", "unequal 4"], {}),
+    "ring": (Ring(), ["zigzag 2", "sequence 4", "unequal 4"], {}),
+    "ulysses": (Ulysses(), ["zigzag 2", "sequence 4"], {}),
+    "ulysses, three ranks": (Ulysses(), ["unequal 4"], {"heads": 12, "kv_heads": 6, "head_dim": 4}),
+    "usp": (MeshKeys(), ["sequence 4"], {"heads": 2, "kv_heads": 1, "head_dim": 8}),  # two by two
+}
+
+
+@pytest.mark.parametrize(("transport", "name"), [(t, name) for t, (_, names, _) in KEYS.items() for name in names])
+def test_every_transport_of_keys_gives_the_same(run, transport, name):
+    world, plan = PLANS[name]
+    keys, _, attention = KEYS[transport]
+    want = truth(BATCH, "fp64", attention)
+    for got in run(world, partial(spread, keys=keys), BATCH, plan, "fp64", attention=attention):
+        assert_close(got, want, "fp64")
 
 
 def test_recomputed_activations_change_nothing(run):
