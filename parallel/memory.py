@@ -5,7 +5,6 @@ the same order on every rank, since all ranks run the same layers; the policy `s
 nothing twice.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ def recompute(layers: nn.ModuleDict, policy: str) -> None:
     """
     if policy not in RECOMPUTE:
         raise ValueError(f"engine.recompute={policy}: must be one of {', '.join(RECOMPUTE)}")
-    chosen: dict[str, Callable[[], Any]] = {}
+    chosen: dict[str, Any] = {}
     if policy == "selective":
         chosen["context_fn"] = partial(create_selective_checkpoint_contexts, keep)
     for name, layer in layers.items():
@@ -53,7 +52,7 @@ def tile(model: nn.Module, tokens: int) -> None:
     """Feed-forwards and recurrences take `tokens` at a time: modules with an attribute `tile` or `recurrence`."""
     for module in model.modules():
         if hasattr(module, "tile"):
-            module.tile = tokens
+            module.tile = tokens  # type: ignore[assignment]
         if isinstance(declared := getattr(module, "recurrence", None), Recurrence):
             module.recurrence = replace(declared, tile=tokens)  # type: ignore[assignment]
 
