@@ -1,7 +1,8 @@
-"""`farspan plan`: what a run would do, without training: mesh, parameters, memory per rank, the first plan."""
+"""`farspan plan`: what a run would do, without training: mesh, parameters, FLOPs, memory per rank, the first plan."""
 
-import math
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from launch import preflight
 from launch.placement import Node, place
@@ -9,7 +10,8 @@ from launch.preflight import Flight
 from launch.templates import Machines
 from launch.user import UserError
 
-PROBE_TOKENS = 256
+if TYPE_CHECKING:  # torch is loaded once the configuration has been read
+    from models.accounting import Account
 
 
 def plan(overrides: list[str]) -> int:
@@ -51,12 +53,14 @@ def _nodes(flight: Flight) -> list[Node]:
 def lines(flight: Flight, nodes: list[Node]) -> list[str]:
     """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
     from train.construct import construct
+    from train.observe import pieces
 
     config, train = flight.config, flight.train
-    lengths = [len(s.tokens) for s in flight.batches.batch(config["seed"], 0)]
+    batch = flight.batches.batch(config["seed"], 0)
+    lengths = [len(s.tokens) for s in batch]
     first = construct(config["scheduler"]).plan(0, lengths, data=flight.data, sequence=flight.sequence)
     placement = place(flight.cluster.workers, nodes, flight.sizes)
-    total = sum(math.prod(shape) for shape in flight.shapes.values())
+    costs = _costs(flight)
     held = max(
         sum(end - begin for begin, end in spans)
         for micro in first.micro_steps
@@ -68,82 +72,76 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         f"{flight.sequence}; parameters sharded over all of them",
         *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
         f"budget      {train.total_steps:,} steps of {train.batch_tokens:,} tokens = {train.total_tokens:,}",
-        f"parameters  {total:,}, of which {_activated(config['model'], flight.shapes):,} act on a token",
-        *_memory(flight, total, held),
+        f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
+        *_flops(costs, [n for s in batch for n in pieces(s.starts)], config["engine"].get("recompute", "none")),
+        *_memory(flight, costs, held),
+        f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
         *first.text().splitlines(),
     ]
 
 
-def _activated(model: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> int:
-    """Parameters a token meets: of the experts, only as many as the router chooses; one row of the embedding."""
-    from models.pattern import unroll
+def _costs(flight: Flight) -> Account:
+    """Raises ValueError for a model whose costs are not known."""
+    import torch
 
-    names = unroll(model["pattern"], model["layers"], list(model["blocks"]))
-    count = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape)
-        if name == "embedding":
-            size = shape[1]
-        elif ".experts." in name:
-            ffn = model["blocks"][names[int(name.split(".")[1])]]["ffn"]
-            size = size // ffn["num_experts"] * ffn["top_k"]
-        count += size
-    return count
+    from models.accounting import account
+    from train.construct import construct
+    from train.precision import dtypes
+
+    with torch.device("meta"):
+        model = construct(flight.config["model"])
+    model.compute = dtypes(flight.config["precision"]["compute"], flight.device)[0]
+    try:
+        return account(model, device=flight.device)
+    except NotImplementedError as error:
+        raise ValueError(f"model: {error}") from None
 
 
-def _memory(flight: Flight, total: int, held: int) -> list[str]:
-    """Bytes on the fullest rank. States are exact; activations are those that a layer keeps for its backward, measured
+def _flops(costs: Account, documents: list[int], recompute: str) -> list[str]:
+    """Of the first batch, its documents as they are: the work of attention depends on their lengths."""
+    flops, tokens = costs.flops(documents), sum(documents)
+    attention = 1 - sum(costs.per_token[:2]) * tokens / flops.model
+    again = f", again {_count(flops.recompute / tokens)} for what is recomputed" if recompute == "full" else ""
+    return [
+        f"FLOPs       a token {_count(flops.forward / tokens)} forward, {_count(flops.backward / tokens)} backward"
+        f"{again}; a step {_count(flops.model)}",
+        f"            {attention:.1%} of them are products of queries, keys and values in softmax attention",
+    ]
 
-    on one layer of each kind over a few tokens and scaled.
-    """
+
+def _memory(flight: Flight, costs: Account, held: int) -> list[str]:
+    """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward."""
     from train.precision import dtypes
 
     compute, master = dtypes(flight.config["precision"]["compute"], flight.device)
-    engine = flight.config["engine"]
-    states = total * 4 * master.itemsize / flight.cluster.workers
-    gathered = total * master.itemsize
+    engine, model = flight.config["engine"], flight.config["model"]
+    states = costs.parameters * 4 * master.itemsize / flight.cluster.workers
+    gathered = costs.parameters * master.itemsize
     if engine["reshard_after_forward"]:
-        layers = max(int(n.split(".")[1]) for n in flight.shapes if n.startswith("layers.")) + 1
-        gathered = gathered * 2 // layers
-    kept = _activations(flight.config["model"], held, compute, full=engine["recompute"] == "none")
-    logits = held * flight.shapes["embedding"][0] * (compute.itemsize + 8)
-    parts = {"weights, gradients, moments": states, "gathered weights": gathered, "activations": kept, "logits": logits}
+        gathered = gathered * 2 // model["layers"]
+    kept = costs.activations
+    if engine["recompute"] == "full":  # every layer's input, and all of one layer while it runs again
+        kept = model["dim"] * compute.itemsize * model["layers"] + kept / model["layers"]
+    chunk = min(held, flight.config["train"].get("loss_chunk") or held)
+    parts = {
+        "weights, gradients, moments": states,
+        "gathered weights": gathered,
+        "activations" + (", at most" if engine["recompute"] == "selective" else ""): kept * held,
+        "logits": chunk * model["vocabulary"] * (compute.itemsize + 8),
+    }
     return [
         f"memory      {_size(sum(parts.values()))} a rank at {held:,} tokens a micro-step, besides the runtime",
         *(f"            {_size(value):>10}  {name}" for name, value in parts.items()),
     ]
 
 
-def _activations(model: dict[str, Any], held: int, compute: Any, *, full: bool) -> float:
-    import torch
-
-    from models.axes import initialise
-    from models.pattern import unroll
-    from models.sequence import Whole
-    from train.construct import construct
-
-    if not full:
-        return held * model["dim"] * compute.itemsize * model["layers"]
-    per_token = {}
-    seq = Whole.of(torch.arange(PROBE_TOKENS).unsqueeze(0))
-    for name, node in model["blocks"].items():
-        block = initialise(construct(node)(dim=model["dim"], slot="probe"), 0)
-        x = torch.randn(1, PROBE_TOKENS, model["dim"], dtype=compute, requires_grad=True)
-        kept: dict[int, int] = {}
-        own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-
-        def keep(tensor: torch.Tensor, own: set = own, kept: dict = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y, _ = block(x, seq)
-        del y
-        per_token[name] = sum(kept.values()) / PROBE_TOKENS
-    names = unroll(model["pattern"], model["layers"], list(model["blocks"]))
-    return sum(per_token[name] for name in names) * held
+def _count(number: float) -> str:
+    """Three digits and a prefix: 12.3 M."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or unit == "P":
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    raise AssertionError
 
 
 def _size(count: float) -> str:

@@ -18,6 +18,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.dispatch import Sent
+from models.kernels.experts import mixture
 from models.lm import LM
-from models.moe import MoE
+from models.moe import Experts, MoE
 from models.sequence import Memory, Whole
 
 TOKENS = 256  # that the model is run on: whole chunks of every kernel
@@ -107,8 +109,10 @@ def _triangle(count: int, most: int) -> int:
     return least * (least + 1) // 2 + (count - least) * least
 
 
-def account(model: LM) -> Account:
-    """The costs of a model on the meta device, computing in `model.compute`: layers alike are run once.
+def account(model: LM, *, device: str = "cpu") -> Account:
+    """The costs of a model on the meta device, computing in `model.compute` on a `device`: layers alike are run once.
+
+    The device's type decides in what form experts run: that changes the bytes that they keep, and no FLOP.
 
     Raises ValueError for a model on another device, NotImplementedError for a layer whose course depends on data.
     """
@@ -120,7 +124,7 @@ def account(model: LM) -> Account:
         alike = (kind, *(p.shape for p in layer.parameters()))
         if alike not in known:
             try:
-                known[alike] = _run(layer, model, rows.get(name, {}))
+                known[alike] = _run(layer, model, device, rows.get(name, {}))
             except RuntimeError as error:  # what the meta device cannot do
                 line = (str(error).splitlines() or [""])[0]
                 raise NotImplementedError(f"costs of layers.{name} ({kind}): {line}") from error
@@ -133,7 +137,7 @@ def account(model: LM) -> Account:
     return Account(
         parameters=parameters,
         embedding=looked_up,
-        activated=parameters - _idle(model) - (looked_up and looked_up - dim),
+        activated=parameters - idle(model) - (looked_up and looked_up - dim),
         per_token=Flops(forward / TOKENS + head, backward / TOKENS + 2 * head, forward / TOKENS),
         attention=tuple(attention for each in found for attention in each.attention),
         activations=sum(each.kept for each in found) / TOKENS,
@@ -141,7 +145,7 @@ def account(model: LM) -> Account:
     )
 
 
-def _idle(model: nn.Module) -> int:
+def idle(model: nn.Module) -> int:
     """Parameters of the experts that a token does not go to."""
     moes = [m for m in model.modules() if isinstance(m, MoE)]
     return sum(
@@ -160,12 +164,12 @@ class _Layer(NamedTuple):
     recurrent: int
 
 
-def _run(layer: nn.Module, model: LM, rows: dict[str, Any]) -> _Layer:
+def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Layer:
     x_BTD = torch.empty(1, TOKENS, model.embedding.shape[1], dtype=model.compute, device="meta", requires_grad=True)
     parameters = list(layer.parameters())
     kept = _Kept(parameters)
     seq, remembering = Traced.of_length(TOKENS), Traced.of_length(TOKENS, memory := Memory())
-    with _by_shape(layer):
+    with _by_shape(layer, device):
         with kept.hooks, FlopCounterMode(display=False) as forward:
             y_BTD, _ = layer(x_BTD, seq, **rows)
         with FlopCounterMode(display=False) as backward:
@@ -236,17 +240,28 @@ class Evenly:
 
 
 @contextlib.contextmanager
-def _by_shape(layer: nn.Module) -> Iterator[None]:
+def _by_shape(layer: nn.Module, device: str) -> Iterator[None]:
     """Experts are given tokens, and multiply them, by shape alone."""
     moes = [(m, m.dispatch) for m in layer.modules() if isinstance(m, MoE)]
     for moe, _ in moes:
         moe.dispatch = Evenly()
+        if device == "cpu":
+            moe.experts.forward = partial(_in_turn, moe.experts)  # type: ignore[method-assign]
     try:
         with _Ungrouped():
             yield
     finally:
         for moe, dispatch in moes:
             moe.dispatch = dispatch
+            vars(moe.experts).pop("forward", None)
+
+
+def _in_turn(experts: Experts, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Evenly) -> Tensor:
+    """What `Experts` do on a CPU."""
+    sent = dispatch.send(x_ND, choices_NX, experts.num_experts)
+    sizes = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).tolist()
+    weights = (experts.gate_up.to(x_ND.dtype), experts.down.to(x_ND.dtype))
+    return mixture(x_ND, weights_NX, sent.order, sizes, *weights)
 
 
 class _Kept:

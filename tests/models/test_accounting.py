@@ -95,9 +95,9 @@ def test_state_is_what_a_real_run_leaves(make):
     assert on_meta(make).state(T) == sum(x.numel() * x.itemsize for x in left)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "gated_deltanet", "gla"])
-def test_activations_are_what_a_real_run_keeps(mixer):
-    model = initialise(single(mixer, torch.float32), 0)
+@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in ("attention", "gated_deltanet", "gla"))])
+def test_activations_are_what_a_real_run_keeps(make):
+    model = initialise(make(torch.float32), 0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -111,7 +111,7 @@ def test_activations_are_what_a_real_run_keeps(mixer):
         for layer in model.layers.values():
             x, _ = layer(x, whole(256))
     real = sum(storage.nbytes() for storage in kept.values())
-    assert 256 * on_meta(partial(single, mixer, torch.float32)).activations == pytest.approx(real, rel=0.02)
+    assert 256 * on_meta(partial(make, torch.float32)).activations == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (3, 2), (7, 9), (20, 4)])
@@ -161,13 +161,20 @@ def test_a_token_meets_the_experts_that_it_goes_to_and_one_row_of_the_embedding(
     assert costs.embedding == VOCABULARY * 32
 
 
+def test_the_form_in_which_experts_run_changes_bytes_and_no_flop():
+    with torch.device("meta"):
+        model = small(torch.bfloat16)
+    here, there = account(model), account(model, device="cuda")
+    assert here.per_token == there.per_token and here.activations < there.activations
+
+
 def test_accounting_leaves_the_model_as_it_was():
     with torch.device("meta"):
         model = small_model()
     moes = [m for m in model.modules() if isinstance(m, MoE)]
     before = [m.dispatch for m in moes]
     account(model)
-    assert [m.dispatch for m in moes] == before
+    assert [m.dispatch for m in moes] == before and all("forward" not in vars(m.experts) for m in moes)
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ValueError, match="must be on the meta device"):
         account(small_model())
