@@ -19,7 +19,7 @@ from models.sequence import Sequence
 
 
 class Output(NamedTuple):
-    logits: Tensor  # [B, T, vocabulary]; [B, T, 0] where targets were given
+    logits: Tensor  # [B, T, vocabulary]; empty where targets were given
     balance: Tensor  # scalar: the experts' balance loss summed over counted tokens; 0 without experts
     load: dict[str, Tensor]  # by layer, how many choices each expert got [E]
     z: Tensor  # scalar: the routers' z-loss summed over counted tokens; 0 without experts
@@ -84,7 +84,7 @@ class LM(nn.Module):
         counts = balance(routings, seq)
         if targets_BT is None:
             return Output(self.unembed(x_BTD), *counts)
-        return Output(x_BTD[..., :0], *counts, self.cross_entropy(x_BTD, targets_BT))
+        return Output(x_BTD.new_empty(0), *counts, self.cross_entropy(x_BTD, targets_BT))
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of the normalised residual stream."""

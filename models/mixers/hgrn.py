@@ -19,12 +19,13 @@ from models.sequence import Sequence
 class HGRN(nn.Module):
     """The state is dim * expand numbers, `dim` the model's.
 
-    expand: width of the recurrence in multiples of dim.
+    heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
+    can take another's place. expand: width of the recurrence in multiples of dim.
 
     x [B, T, D] -> [B, T, D]. lower_bound: [dim * expand], below which no gate falls; the model gives it.
     """
 
-    def __init__(self, *, dim: int, expand: float = 1.0):
+    def __init__(self, *, dim: int, heads: int | None = None, expand: float = 1.0):
         super().__init__()
         inner = int(dim * expand)
         positive(dim=dim, **{"dim * expand": inner})

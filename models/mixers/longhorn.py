@@ -19,15 +19,25 @@ from models.sequence import Sequence
 class Longhorn(nn.Module):
     """The state is dim * expand by `state` numbers, `dim` the model's.
 
-    expand: inner width in multiples of dim. state: numbers that each inner channel keeps, the width of the keys and of
-    the queries. rank: width through which the step sizes of all channels are computed; null for dim / 16, rounded up.
-    conv: tokens that the short causal convolution before the recurrence sees, the present one included; it stays within
-    the document.
+    heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
+    can take another's place. expand: inner width in multiples of dim. state: numbers that each inner channel keeps,
+    the width of the keys and of the queries. rank: width through which the step sizes of all channels are computed;
+    null for dim / 16, rounded up. conv: tokens that the short causal convolution before the recurrence sees, the
+    present one included; it stays within the document.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, expand: float = 2.0, state: int = 16, rank: int | None = None, conv: int = 4):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int | None = None,
+        expand: float = 2.0,
+        state: int = 16,
+        rank: int | None = None,
+        conv: int = 4,
+    ):
         super().__init__()
         inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
         positive(dim=dim, **{"dim * expand": inner}, state=state, rank=rank, conv=conv)

@@ -42,15 +42,23 @@ def angles(largest: float) -> Init:
 class LRU(nn.Module):
     """The state is dim * expand complex numbers, `dim` the model's.
 
-    expand: width of the state in multiples of dim. r_min: smallest |λ| at the start, from 0. r_max: largest |λ| at the
-    start, below 1; the state forgets in about 1 / (1 - |λ|) tokens. max_phase: largest angle of λ at the start, in
-    radians a token.
+    heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
+    can take another's place. expand: width of the state in multiples of dim. r_min: smallest |λ| at the start, from
+    0. r_max: largest |λ| at the start, below 1; the state forgets in about 1 / (1 - |λ|) tokens. max_phase: largest
+    angle of λ at the start, in radians a token.
 
     x [B, T, D] -> [B, T, D].
     """
 
     def __init__(
-        self, *, dim: int, expand: float = 1.0, r_min: float = 0.9, r_max: float = 0.999, max_phase: float = 6.28
+        self,
+        *,
+        dim: int,
+        heads: int | None = None,
+        expand: float = 1.0,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 6.28,
     ):
         super().__init__()
         inner = int(dim * expand)
