@@ -86,7 +86,17 @@ def test_a_job_trains_and_leaves_a_complete_record(uninterrupted):
     assert [r["step"] for r in logged] == list(range(1, 25))
     assert logged[-1]["tokens"] == 24 * 384
     assert logged[-1]["loss"] < logged[0]["loss"] - 1
-    for key in ("balance_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "expert_load", "seconds"):
+    for key in (
+        "balance_loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "memory_bytes",
+        "expert_load",
+        "seconds",
+        "model_flops",
+        "mfu",
+    ):
         assert key in logged[3], key
     assert set(logged[3]["seconds"]) >= {"data", "plan", "forward", "backward", "optimizer", "wait", "logging"}
     for load in logged[3]["expert_load"].values():
