@@ -16,6 +16,7 @@ Legend: N chunks, B spans, H heads, C tokens a chunk, K key width. Everything is
 Source: gated linear attention, 2312.06635, section 4 (the secondary chunks), with halves for its sub-chunks of 16.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +36,16 @@ class Decayed(NamedTuple):
     reads: tuple[Tensor, ...]  # a reader [N, B, H, C, K]
 
 
-def decayed(g: Tensor | None, k: Tensor, *readers: Tensor, seen: Segments) -> Decayed:
-    """g: None, [N, B, H, C] a head, or [N, B, H, C, K] a channel; k and each reader [N, B, H, C, K]."""
-    function: Any = PerHead if g is None or g.dim() < k.dim() else PerChannel
-    kept, writes, *rest = function.apply(g, k, seen, *readers)
+def decayed(g: Tensor | None, k: Tensor, *readers: Tensor, seen: Segments, memo: list[Tensor]) -> Decayed:
+    """g: None, [N, B, H, C] a head, or [N, B, H, C, K] a channel; k and each reader [N, B, H, C, K].
+
+    The scores of decays by channel cost more than all the rest: they are taken from `memo`, or left there if it is
+    empty, for whoever computes the same again.
+    """
+    if g is None or g.dim() < k.dim():
+        kept, writes, *rest = PerHead.apply(g, k, seen, *readers)  # type: ignore[no-untyped-call]
+    else:
+        kept, writes, *rest = PerChannel.apply(g, k, seen, memo, *readers)  # type: ignore[no-untyped-call]
     return Decayed(kept, writes, tuple(rest[: len(readers)]), tuple(rest[len(readers) :]))
 
 
@@ -100,9 +107,12 @@ class PerChannel(torch.autograd.Function):
     """One log decay a key channel."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, k: Tensor, seen: Segments, *readers: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, g: Tensor, k: Tensor, seen: Segments, memo: list[Tensor], *readers: Tensor
+    ) -> tuple[Tensor, ...]:
         levels, until, after = _levels(g)
-        scores = [_scores(r, k, levels).mul_(seen.visible) for r in readers]
+        scores = [*memo] or [s.mul_(seen.visible) for s in _scores(readers, k, levels)]
+        memo[:] = [s.detach() for s in scores]
         read = until.exp().mul_(seen.first.unsqueeze(-1))
         write = after.exp_().mul_(seen.last.unsqueeze(-1))
         kept = until[..., -1, :].exp() * seen.alive.unsqueeze(-1)
@@ -123,14 +133,12 @@ class PerChannel(torch.autograd.Function):
             gradients[2 : 2 + count],
             gradients[2 + count :],
         )
-        d_k = d_writes * write
+        d_k = d_writes.contiguous() * write  # contiguous: added to in place, by views
         at_end = (d_k * k).sum(-2).addcmul_(d_kept, kept)
-        d_readers = [d * read for d in d_reads]
-        self_scores = []
-        for r, d_score, d_r in zip(readers, d_scores, d_readers, strict=True):
-            d_score = d_score * visible
-            self_scores.append(d_score.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))
-            _scores_backward(r, k, levels, d_score, d_r, d_k)
+        d_readers = [d.contiguous() * read for d in d_reads]
+        d_scores = tuple(d * visible for d in d_scores)
+        self_scores = [d.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) for d in d_scores]
+        _scores_backward(readers, k, levels, d_scores, d_readers, d_k)
         # A token's score on itself does not decay: it enters r·∂r and k·∂k alike, so both are taken without it.
         d_sums = -(k * d_k)
         for r, d_r in zip(readers, d_readers, strict=True):
@@ -141,28 +149,44 @@ class PerChannel(torch.autograd.Function):
         for r, d_r, d_self in zip(readers, d_readers, self_scores, strict=True):
             d_k.addcmul_(d_self, r)
             d_r.addcmul_(d_self, k)
-        return d_g, d_k, None, *d_readers
+        return d_g, d_k, None, None, *d_readers
 
 
 def _levels(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """Decays to and from the middles of blocks of 2, 4, ... C tokens, and log decays in the chunk up to and after t.
 
-    A small block's decays are one tensor like g; a large one's are two, of its first half and of its second.
+    A small block's decays are one tensor like g; a large one's are two, of its first half and of its second. The sums
+    in small blocks are matmuls with zeros and ones, which a processor does faster than additions of short rows.
     """
-    until, after = g.clone(), torch.zeros_like(g)
-    levels, h, C = [], 1, g.shape[-2]
+    C = g.shape[-2]
+    size = min(C, SMALL)
+    blocks, sums = _small(g, size), _sums(size, g)
+    levels = [torch.matmul(one, blocks).exp_().view_as(g) for one in sums[:-2]]
+    until, after = (torch.matmul(one, blocks).view_as(g) for one in sums[-2:])
+    h = size
     while h < C:
         shape = (*g.shape[:-2], C // (2 * h), 2, h, g.shape[-1])
         (until_1, until_2), after_1 = until.view(shape).unbind(-3), after.view(shape)[..., 0, :, :]
-        if 2 * h <= SMALL:
-            levels.append(torch.stack((after_1, until_2), -3).exp_().view_as(g))
-        else:
-            levels += [after_1.exp(), until_2.exp()]
+        levels += [after_1.exp(), until_2.exp()]
         total_1, total_2 = until_1[..., -1:, :], until_2[..., -1:, :].clone()
         until_2 += total_1
         after_1 += total_2
         h *= 2
     return levels, until, after
+
+
+def _sums(size: int, like: Tensor) -> list[Tensor]:
+    """Matrices [size, size] that sum log decays: for each level from the middle or up to it, then up to t, and after t.
+
+    At level h a token of a second half decays since the half began, one of a first half until it ends.
+    """
+    t, s = (x.to(like.device) for x in torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"))
+    matrices, h = [], 1
+    while h < size:
+        same, second = t // h == s // h, (t // h) % 2 == 1
+        matrices.append(same & torch.where(second, s <= t, s > t))
+        h *= 2
+    return [m.to(like.dtype) for m in (*matrices, s <= t, s > t)]
 
 
 def _small(x: Tensor, size: int) -> Tensor:
@@ -191,42 +215,67 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _scores(r: Tensor, k: Tensor, levels: list[Tensor]) -> Tensor:
-    C = r.shape[-2]
-    size = min(C, SMALL)
-    out = r.new_zeros(*r.shape[:-1], C)
-    blocks = torch.bmm(_small(r, size), _small(k, size).mT)
-    blocks *= torch.eye(size, dtype=r.dtype, device=r.device)
-    h, remaining = 1, iter(levels)
-    while 2 * h <= size:
-        factor = next(remaining)
-        blocks.addcmul_(torch.bmm(_small(r * factor, size), _small(k * factor, size).mT), _mask(h, size, r))
-        h *= 2
-    _diagonal_blocks(out, size).copy_(blocks.view(*r.shape[:-2], C // size, size, size))
-    while h < C:
-        to, since = next(remaining), next(remaining)
-        written, reading = _halves(k, h)[0] * to, _halves(r, h)[1] * since
-        square = torch.bmm(_flat(reading), _flat(written).mT)
-        _diagonal_blocks(out, 2 * h)[..., h:, :h].copy_(square.view(*reading.shape[:-1], h))
-        h *= 2
-    return out
+def _stack(xs: Sequence[Tensor], size: int) -> Tensor:
+    """Several [..., C, K] -> [rows, readers * size, K]: matmuls with the same keys are one."""
+    return torch.cat([_small(x, size) for x in xs], 1) if len(xs) > 1 else _small(xs[0], size)
 
 
-def _scores_backward(r: Tensor, k: Tensor, levels: list[Tensor], d_out: Tensor, d_r: Tensor, d_k: Tensor) -> None:
-    """Adds to d_r and d_k what d_out, the gradient of the scores, gives them through pairs of different tokens."""
-    C = r.shape[-2]
+def _times(stacked: Tensor, factor: Tensor) -> Tensor:
+    """Every reader of `_stack` times factor [rows, size, K]."""
+    return (stacked.unflatten(1, (-1, factor.shape[1])) * factor.unsqueeze(1)).flatten(1, 2)
+
+
+def _scores(readers: Sequence[Tensor], k: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:
+    """What each reader reads of each key, [..., C, C]; levels as `_levels` gives them."""
+    C, n = k.shape[-2], len(readers)
     size = min(C, SMALL)
-    d_blocks = _flat(_diagonal_blocks(d_out, size))
+    outs = [k.new_zeros(*k.shape[:-1], C) for _ in readers]
+    reading = _stack(readers, size)
+    blocks = torch.cat([torch.diag_embed(_small(r * k, size).sum(-1)) for r in readers], 1)
     h, remaining = 1, iter(levels)
     while 2 * h <= size:
-        factor, d_square = next(remaining), d_blocks * _mask(h, size, r)
-        d_r.addcmul_(torch.bmm(d_square, _small(k * factor, size)).view_as(r), factor)
-        d_k.addcmul_(torch.bmm(d_square.mT, _small(r * factor, size)).view_as(k), factor)
+        factor = _small(next(remaining), size)
+        square = torch.bmm(_times(reading, factor), (_small(k, size) * factor).mT)
+        blocks.addcmul_(square, _mask(h, size, k).repeat(n, 1))
+        h *= 2
+    for out, block in zip(outs, blocks.chunk(n, 1), strict=True):
+        _diagonal_blocks(out, size).copy_(block.unflatten(0, (*k.shape[:-2], -1)))
+    while h < C:
+        to, since = next(remaining), next(remaining)
+        square = torch.bmm(_stack([_halves(r, h)[1] * since for r in readers], h), _flat(_halves(k, h)[0] * to).mT)
+        for out, block in zip(outs, square.chunk(n, 1), strict=True):
+            _diagonal_blocks(out, 2 * h)[..., h:, :h].copy_(block.unflatten(0, to.shape[:-2]))
+        h *= 2
+    return outs
+
+
+def _scores_backward(
+    readers: Sequence[Tensor],
+    k: Tensor,
+    levels: Sequence[Tensor],
+    d_outs: Sequence[Tensor],
+    d_readers: Sequence[Tensor],
+    d_k: Tensor,
+) -> None:
+    """Adds to d_readers and d_k what d_outs, the gradients of the scores, give them through pairs of two tokens."""
+    C, n = k.shape[-2], len(readers)
+    size = min(C, SMALL)
+    reading = _stack(readers, size)
+    d_blocks = _stack([_flat(_diagonal_blocks(d, size)) for d in d_outs], size)
+    h, remaining = 1, iter(levels)
+    while 2 * h <= size:
+        factor, d_square = _small(next(remaining), size), d_blocks * _mask(h, size, k).repeat(n, 1)
+        d_reading = torch.bmm(d_square, _small(k, size) * factor)
+        for d_r, part in zip(d_readers, d_reading.chunk(n, 1), strict=True):
+            d_r.view_as(factor).addcmul_(part, factor)
+        d_k.view_as(factor).addcmul_(torch.bmm(d_square.mT, _times(reading, factor)), factor)
         h *= 2
     while h < C:
         to, since = next(remaining), next(remaining)
-        written, reading = _halves(k, h)[0] * to, _halves(r, h)[1] * since
-        d_square = _flat(_diagonal_blocks(d_out, 2 * h)[..., h:, :h])
-        _halves(d_r, h)[1].addcmul_(torch.bmm(d_square, _flat(written)).view_as(reading), since)
-        _halves(d_k, h)[0].addcmul_(torch.bmm(d_square.mT, _flat(reading)).view_as(written), to)
+        d_square = _stack([_flat(_diagonal_blocks(d, 2 * h)[..., h:, :h]) for d in d_outs], h)
+        d_reading = torch.bmm(d_square, _flat(_halves(k, h)[0] * to))
+        d_written = torch.bmm(d_square.mT, _stack([_halves(r, h)[1] * since for r in readers], h))
+        for d_r, part in zip(d_readers, d_reading.chunk(n, 1), strict=True):
+            _halves(d_r, h)[1].addcmul_(part.unflatten(0, since.shape[:-2]), since)
+        _halves(d_k, h)[0].addcmul_(d_written.view_as(to), to)
         h *= 2

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels.chunk import chunks, scaled, seen_in, unchunks, unit_triangular_inverse
+from models.kernels.chunk import chunks, scaled, seen_in, unchunks
 from models.kernels.decay import decayed
 from models.kernels.stream import Streamed, widen
 from models.kernels.sweep import Replace
@@ -23,7 +23,9 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, beta: Tensor, v: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         beta = beta.unsqueeze(-1)
-        inverse = unit_triangular_inverse(scores * beta)
+        # Forward substitution; the Neumann doubling often used instead loses every digit when keys repeat.
+        identity = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device).expand_as(scores)
+        inverse = torch.linalg.solve_triangular(scores * beta, identity, upper=False, unitriangular=True)
         u, w = inverse @ (beta * v), inverse @ (beta * k)
         ctx.save_for_backward(scores, beta, v, k, inverse, u, w)
         return u, w
@@ -38,11 +40,11 @@ class Solve(torch.autograd.Function):
 
 
 def step(
-    xs: tuple[Tensor, ...], starts: Tensor, state: Tensor, *, scale: float | None, size: int
+    xs: tuple[Tensor, ...], starts: Tensor, state: Tensor, memo: list[Tensor], *, scale: float | None, size: int
 ) -> tuple[Tensor, Tensor]:
     """xs: q, k [B,T,H,K], v [B,T,H,V], g [B,T,H] or [B,T,H,K] or absent, beta [B,T,H]. See `stream.Step`."""
     q, k, v, *gates, beta = (chunks(wide(x), size) for x in xs)
-    known = decayed(gates[0] if gates else None, k, scaled(q, scale), k, seen=seen_in(starts, size))
+    known = decayed(gates[0] if gates else None, k, scaled(q, scale), k, seen=seen_in(starts, size), memo=memo)
     u, w = Solve.apply(known.scores[1], beta, v, known.reads[1])  # type: ignore[no-untyped-call]
     before, written, state = Replace.apply(  # type: ignore[no-untyped-call]
         known.kept, widen(u, state), w, known.writes, state

@@ -16,11 +16,11 @@ from models.precision import wide
 
 
 def step(
-    xs: tuple[Tensor, ...], starts: Tensor, state: Tensor, *, scale: float | None, size: int
+    xs: tuple[Tensor, ...], starts: Tensor, state: Tensor, memo: list[Tensor], *, scale: float | None, size: int
 ) -> tuple[Tensor, Tensor]:
     """xs: q, k [B,T,H,K], v [B,T,H,V] and, if the state decays, g [B,T,H] or [B,T,H,K]. See `stream.Step`."""
     q, k, v, *gates = (chunks(wide(x), size) for x in xs)
-    known = decayed(gates[0] if gates else None, k, scaled(q, scale), seen=seen_in(starts, size))
+    known = decayed(gates[0] if gates else None, k, scaled(q, scale), seen=seen_in(starts, size), memo=memo)
     update = known.writes.mT @ v
     before, state = Add.apply(known.kept, widen(update, state), state)  # type: ignore[no-untyped-call]
     out = known.reads[0] @ before + widen(known.scores[0] @ v, state)

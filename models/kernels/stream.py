@@ -1,8 +1,8 @@
 """A span streamed through its kernel, some chunks at a time, and forgotten on the way.
 
-Only the states between tiles are kept; the backward pass computes a tile again from its inputs. So a scan holds no more
-memory than its inputs and outputs, and what it works on stays in the processor's caches: tensors as long as a sequence
-of 64k tokens would spend more time on fresh pages of memory than on arithmetic.
+The states between tiles are kept, and what costs most; the backward pass computes the rest of a tile again from its
+inputs. So a scan holds little more memory than its inputs and outputs, and what it works on stays in the processor's
+caches: tensors as long as a sequence of 64k tokens spend more time on fresh pages of memory than on arithmetic.
 
 A span that waits for its incoming state is streamed once too. Its state is given K columns more, which start as the
 identity: they turn into A, the outputs of these columns into C, and finish adds C·S to the outputs from zero.
@@ -22,8 +22,9 @@ from models.precision import wide
 
 TILE = 2048  # tokens of all spans together
 
-# (xs, starts, state [B,H,K,W]) -> outputs [B,T,H,W], state after
-Step = Callable[[tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor]]
+# (xs, starts, state [B,H,K,W], memo) -> outputs [B,T,H,W], state after. An empty memo is filled with what costs more to
+# compute than to keep; a full one is used.
+Step = Callable[[tuple[Tensor, ...], Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]
 
 
 class Stream(torch.autograd.Function):
@@ -31,28 +32,32 @@ class Stream(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, tile: int, starts: Tensor, state: Tensor, *xs: Tensor) -> tuple[Tensor, Tensor]:
-        outs, entering = [], []
+        outs: list[Tensor] = []
+        entering: list[Tensor] = []
+        memos: list[list[Tensor]] = []
         for begin in range(0, starts.shape[1], tile):
             part = slice(begin, begin + tile)
             entering.append(state)
-            out, state = step(tuple(x[:, part] for x in xs), starts[:, part], state)
+            memos.append([])
+            out, state = step(tuple(x[:, part] for x in xs), starts[:, part], state, memos[-1])
             outs.append(out)
         ctx.step, ctx.tile = step, tile
-        ctx.save_for_backward(starts, *entering, *xs)
-        ctx.count = len(xs)
+        ctx.save_for_backward(starts, *xs, *entering, *(x for memo in memos for x in memo))
+        ctx.inputs, ctx.tiles = len(xs), len(entering)
         return torch.cat(outs, 1), state
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         starts, *saved = ctx.saved_tensors
-        entering, xs = saved[: -ctx.count], saved[-ctx.count :]
+        xs, entering, kept = saved[: ctx.inputs], saved[ctx.inputs :][: ctx.tiles], saved[ctx.inputs + ctx.tiles :]
+        each = len(kept) // ctx.tiles
         gradients = [torch.empty_like(x) for x in xs]
         for i in reversed(range(len(entering))):
             part = slice(i * ctx.tile, (i + 1) * ctx.tile)
             leaves = [x[:, part].detach().requires_grad_() for x in xs]
             state = entering[i].detach().requires_grad_()
             with torch.enable_grad():
-                out, last = ctx.step(tuple(leaves), starts[:, part], state)
+                out, last = ctx.step(tuple(leaves), starts[:, part], state, kept[i * each : (i + 1) * each])
             d_state, *parts = torch.autograd.grad((out, last), (state, *leaves), (d_out[:, part], d_state))
             for whole, piece in zip(gradients, parts, strict=True):
                 whole[:, part] = piece
@@ -82,7 +87,7 @@ class Streamed:
         B, T = self.starts.shape
         tile = max(TILE // B // self.chunk, 1) * self.chunk
         if tile >= T:
-            return self.step(self.xs, self.starts, state)
+            return self.step(self.xs, self.starts, state, [])
         return Stream.apply(self.step, tile, self.starts, state, *self.xs)  # type: ignore[no-untyped-call]
 
     def _zero(self) -> Tensor:
