@@ -18,12 +18,12 @@ ROPE = RoPE()
 
 class Attention(nn.Module):
     """heads: query heads. kv_heads: heads of keys and values, each for heads / kv_heads query heads; must divide
-    `heads`, null for as many. head_dim: channels of a head; null where the heads share out the model's `dim`. window: how
-    many tokens a query sees, itself included; null for the whole document. sinks: of the first tokens of the
-    document, how many remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453). qk_norm:
-    whether each head's queries and keys are normalised, before they are rotated. gate: whether each channel of the
-    output is multiplied by a sigmoid of the input. positions: how a token's place in its document enters: a rule of
-    `models.rope`.
+    `heads`, null for as many. head_dim: channels of a head; null where the heads share out the model's `dim`.
+    window: how many tokens a query sees, itself included; null for the whole document. sinks: of the first tokens
+    of the document, how many remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453).
+    qk_norm: whether each head's queries and keys are normalised, before they are rotated. gate: whether each
+    channel of the output is multiplied by a sigmoid of the input. positions: how a token's place in its document
+    enters: a rule of `models.rope`.
 
     x [B, T, D] -> [B, T, D].
     """
