@@ -33,6 +33,7 @@ docs: $(READY)
 bench: $(READY)
 	$(VENV)/bin/python -m tests.benchmarks.train_rate
 	$(VENV)/bin/python -m tests.benchmarks.tracking
+	$(VENV)/bin/python -m tests.benchmarks.mixers
 
 reference: $(READY)
 	$(VENV)/bin/python -m launch.config.reference
