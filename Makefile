@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test unit check mutations stops docs bench reference clean
+.PHONY: train test unit check mutations matrix stops docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -23,6 +23,9 @@ check: $(READY)
 
 mutations: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/parallel/test_mutations.py
+
+matrix: $(READY)
+	$(VENV)/bin/python -m pytest -q tests/parallel/test_matrix.py -m "slow or not slow"
 
 stops: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/launch/test_stop.py -m "slow or not slow"
