@@ -169,7 +169,7 @@ def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Lay
     parameters = list(layer.parameters())
     kept = _Kept(parameters)
     seq, remembering = Traced.of_length(TOKENS), Traced.of_length(TOKENS, memory := Memory())
-    with _by_shape(layer, device):
+    with by_shape(layer, device):
         with kept.hooks, FlopCounterMode(display=False) as forward:
             y_BTD, _ = layer(x_BTD, seq, **rows)
         with FlopCounterMode(display=False) as backward:
@@ -240,7 +240,7 @@ class Evenly:
 
 
 @contextlib.contextmanager
-def _by_shape(layer: nn.Module, device: str) -> Iterator[None]:
+def by_shape(layer: nn.Module, device: str) -> Iterator[None]:
     """Experts are given tokens, and multiply them, by shape alone."""
     moes = [(m, m.dispatch) for m in layer.modules() if isinstance(m, MoE)]
     for moe, _ in moes:

@@ -12,6 +12,7 @@ by purpose.
 """
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,8 +27,8 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from models.precision import wide
 
 # torch 2.13 renamed both; 2.11 has only the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 NAMESPACE = "farspan"  # of the operators that communicate
 
@@ -43,20 +44,27 @@ class Entry(NamedTuple):
 
 @dataclass
 class Ledger:
-    """Calls, and bytes that this process received from others. FSDP's own collectives are not in it."""
+    """Calls, and bytes that this process received from others. An all-reduce counts as 2(P-1)/P of its bytes, which is
+    what a ring receives. FSDP's gathers and reductions of weights are in it (`parallel.data`); what torch sends to take
+    a norm or to write a checkpoint is not."""
 
-    axes: dict[str, str] = field(default_factory=dict)  # by the name of the process group
+    axes: dict[str, str] = field(default_factory=dict)  # by the name of the process group; others are of the world
     calls: Counter[Entry] = field(default_factory=Counter)
     bytes: Counter[Entry] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # effects cross beside the main thread
 
     def add(self, group: str, purpose: str, received: int) -> None:
         entry = Entry(self.axes.get(group, "world"), purpose)
-        self.calls[entry] += 1
-        self.bytes[entry] += received
+        with self._lock:
+            self.calls[entry] += 1
+            self.bytes[entry] += received
 
-    def clear(self) -> None:
-        self.calls.clear()
-        self.bytes.clear()
+    def take(self) -> tuple[Counter[Entry], Counter[Entry]]:
+        """Bytes and calls since the last time."""
+        with self._lock:
+            bytes, calls = self.bytes, self.calls
+            self.bytes, self.calls = Counter(), Counter()
+        return bytes, calls
 
 
 LEDGER = Ledger()
@@ -71,7 +79,7 @@ def all_gather(local: Tensor, ranks: int, group: str, purpose: str) -> Tensor:
     """[...] -> [P, ...], rank after rank of the process group of that name."""
     LEDGER.add(group, purpose, (ranks - 1) * local.nbytes)
     gathered = local.new_empty((ranks, *local.shape))
-    _all_gather(gathered.view(-1), local.reshape(-1), group=_named(group))
+    all_gather_into(gathered.view(-1), local.reshape(-1), group=_named(group))
     return gathered
 
 
@@ -80,7 +88,7 @@ def reduce_scatter(whole: Tensor, group: str, purpose: str) -> Tensor:
     """[P, ...] -> [...], this rank's part of the sum over ranks."""
     LEDGER.add(group, purpose, whole.nbytes // whole.shape[0] * (whole.shape[0] - 1))
     part = whole.new_empty(whole.shape[1:])
-    _reduce_scatter(part.view(-1), whole.reshape(-1), group=_named(group))
+    reduce_scatter_into(part.view(-1), whole.reshape(-1), group=_named(group))
     return part
 
 

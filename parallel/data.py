@@ -1,9 +1,15 @@
 """Fully sharded data parallelism (FSDP2) over all data × sequence ranks, gradients summed."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
 
 
 def shard(
@@ -20,6 +26,43 @@ def shard(
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     sum_gradients(model)
+    count(model)
+
+
+class Counted:
+    """FSDP's own collectives, done as it does them."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @staticmethod
+    def count(group: dist.ProcessGroup, purpose: str, received: int) -> None:
+        if group.size() > 1:
+            LEDGER.add(group.group_name, purpose, received)
+
+
+class CountedGather(Counted):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        self.count(group, "weights", output_tensor.nbytes - input_tensor.nbytes)
+        return all_gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class CountedScatter(Counted):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        self.count(group, "weights gradient", input_tensor.nbytes - output_tensor.nbytes)
+        return reduce_scatter_into(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
+def count(model: nn.Module) -> None:
+    """Enters what FSDP gathers and reduces into the ledger."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(CountedGather())  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(CountedScatter())  # type: ignore[arg-type]
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -132,7 +132,7 @@ def run_and_count(remat, **more):
 
         setattr(module, name, counting)
 
-    for module, name in ((collectives, "_all_gather"), (collectives, "_reduce_scatter"), (dist, "all_reduce")):
+    for module, name in ((collectives, "all_gather_into"), (collectives, "reduce_scatter_into"), (dist, "all_reduce")):
         count(module, name)
     parity.parallelise = partial(parallelise, **more)
     plan = Static().plan(0, LENGTHS, data=1, sequence=2)

@@ -1,0 +1,329 @@
+"""What a rank receives from the others: bytes and calls by purpose, from a plan and the shapes that layers ask with.
+
+The formulas are those of the transports in `parallel/sequence`, message by message; `tests/parallel/test_volume.py`
+holds every one to what a world has counted, byte for byte. With P ranks of R spans each, elements received by a rank,
+a layer and direction, of states S = H·K·V and decays A:
+
+    gather        (P-1)·R·(A + S + 1) forward, (P-1)·R·S backward                   2502.07563
+    relay         S for each span whose neighbour is another rank's                 2404.02882
+    allscan       the same, in blocks                                               2507.01004
+    keys, gather  (P-1)·R·L·G·2W, three times: out, out again, gradients back       2407.21783
+    ring          the same forward; backward as much again, and P times a rank's gradients
+    ulysses       (P-1)/P of a rank's queries, keys, values and outputs             2309.14509
+
+W is the wider of a key's and a value's channels, L the longest span: spans are padded to it, a rank's two to two rows.
+Only `gather`, `relay` and `allscan` of states do not depend on the length. What is accumulated over ranks (gradients of
+halos, of keys and values) travels in at least fp32. An all-reduce counts as 2(P-1)/P of its bytes, which a ring
+receives.
+
+Legend: P ranks of a group, R spans a rank, H heads, G key/value heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from parallel.schedule.plan import Plan, Span
+
+GRADIENT = " gradient"  # ends the purpose of what a backward pass sends
+
+
+@dataclass
+class Traffic:
+    """Bytes and calls by purpose."""
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def add(self, purpose: str, bytes: int, calls: int = 1) -> None:
+        """Nothing where there is no call: a rank to which nothing was sent has no such purpose."""
+        if calls:
+            self.bytes[purpose] += bytes
+            self.calls[purpose] += calls
+
+    def include(self, other: Traffic, times: int = 1) -> None:
+        for purpose, calls in other.calls.items():
+            self.add(purpose, times * other.bytes[purpose], times * calls)
+
+
+class Both(NamedTuple):
+    """What one layer's forward and backward pass receive."""
+
+    forward: Traffic
+    backward: Traffic
+
+
+@dataclass(frozen=True)
+class How:
+    """The transports by name. blocks: of allscan. heads: key/value heads that `gather` gathers at a time."""
+
+    recurrence: str = "gather"
+    attention: str = "gather"
+    blocks: int = 4
+    heads: int = 1
+
+
+class Link(NamedTuple):
+    """A span, the rank of the group that holds it, and as which of its rows."""
+
+    begin: int
+    end: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a group's packed sequence lies: each rank's spans, where documents start; none of either is empty."""
+
+    spans: tuple[tuple[Span, ...], ...]
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.spans)
+
+    @property
+    def links(self) -> list[Link]:
+        """All spans in the order of the sequence."""
+        return sorted(Link(b, e, r) for r, held in enumerate(self.spans) for b, e in held)
+
+    @property
+    def rows(self) -> int:
+        return max(len(held) for held in self.spans)
+
+    @property
+    def longest(self) -> int:
+        return max(end - begin for held in self.spans for begin, end in held)
+
+
+class Ask(Protocol):
+    """Something that a layer asks of its sequence."""
+
+    def received(self, layout: Layout, rank: int, how: How) -> Both:
+        """By the rank of that index in its group of at least two."""
+        ...
+
+    def repeated(self, recompute: str) -> bool:
+        """Whether a backward pass that computes its layer again asks again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Halo:
+    """`Sequence.before`: `width` tokens of `channels` numbers."""
+
+    width: int
+    channels: int
+    itemsize: int
+
+    def received(self, layout: Layout, rank: int, how: How) -> Both:
+        numbers = (layout.ranks - 1) * layout.rows * self.width * self.channels
+        both = Both(Traffic(), Traffic())
+        both.forward.add("halo", numbers * self.itemsize)
+        both.backward.add("halo" + GRADIENT, numbers * _wide(self.itemsize))
+        return both
+
+    def repeated(self, recompute: str) -> bool:
+        return recompute == "full"
+
+
+@dataclass(frozen=True)
+class State:
+    """`Sequence.scan`: a span's effect, of `decay` and `state` numbers. extent: into how many blocks it can be cut."""
+
+    kind: str
+    decay: int
+    state: int
+    extent: int
+    itemsize: int
+
+    def received(self, layout: Layout, rank: int, how: How) -> Both:
+        both = Both(Traffic(), Traffic())
+        if how.recurrence == "gather":
+            rows = (layout.ranks - 1) * layout.rows
+            both.forward.add("state", rows * (self.decay + self.state + 1) * self.itemsize)
+            both.backward.add("state" + GRADIENT, rows * self.state * self.itemsize)
+            return both
+        links = [link.rank for link in layout.links]
+        calls = min(how.blocks, self.extent) if how.recurrence == "allscan" else 1
+        for before, after in zip(links, links[1:], strict=False):
+            if before != after and after == rank:
+                both.forward.add("state", self.state * self.itemsize, calls)
+            if before != after and before == rank:
+                both.backward.add("state" + GRADIENT, self.state * self.itemsize, calls)
+        return both
+
+    def repeated(self, recompute: str) -> bool:
+        return recompute == "full"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`Sequence.attend`: heads H, kv_heads G, widths key K and value V; window, sinks as there."""
+
+    heads: int
+    kv_heads: int
+    key: int
+    value: int
+    itemsize: int
+    window: int | None = None
+    sinks: int = 0
+
+    def received(self, layout: Layout, rank: int, how: How) -> Both:
+        if self.window is not None:
+            return self._in_window(layout, rank, self.window)
+        return self._gathered(layout, how) if how.attention == "gather" else self._meshed(layout, how)
+
+    def repeated(self, recompute: str) -> bool:
+        # Fetching for a window is no operator, so that `selective` does not keep what it has brought.
+        return recompute == "full" or recompute == "selective" and self.window is not None
+
+    def split(self, ranks: int, how: str) -> int:
+        """Over how many ranks heads are split. Raises ValueError where the transport cannot split them."""
+        if how == "ring":
+            return 1
+        fitting = [
+            n
+            for n in range(1, ranks + 1)
+            if ranks % n == 0 and self.heads % n == 0 and (self.kv_heads % n == 0 or n % self.kv_heads == 0)
+        ]
+        if how == "ulysses" and fitting[-1] != ranks:
+            raise ValueError(
+                f"parallel.transport.attention=ulysses: must split heads={self.heads} and kv_heads={self.kv_heads} "
+                f"over {ranks} ranks, and cannot; gather, ring and usp take any number"
+            )
+        return fitting[-1]
+
+    def _gathered(self, layout: Layout, how: How) -> Both:
+        width = 2 * max(self.key, self.value)
+        numbers = (layout.ranks - 1) * layout.rows * layout.longest * self.kv_heads * width
+        calls = -(-self.kv_heads // how.heads)
+        both = Both(Traffic(), Traffic())
+        for way in both:
+            way.add("keys and values", numbers * self.itemsize, calls)
+        both.backward.add("keys and values" + GRADIENT, numbers * _wide(self.itemsize), calls)
+        return both
+
+    def _meshed(self, layout: Layout, how: How) -> Both:
+        split = self.split(layout.ranks, how.attention)
+        rows, others, tokens = layout.ranks // split, split - 1, layout.rows * layout.longest
+        width = max(self.key, self.value)
+        queries = tokens * self.heads // split * width  # of one rank for another
+        keys = tokens * max(self.kv_heads, split) // split * 2 * width
+        block = split * keys  # what travels around the ring
+        both = Both(Traffic(), Traffic())
+        for way in both:
+            way.add("keys and values", others * keys * self.itemsize, others)
+            way.add("keys and values", (rows - 1) * block * self.itemsize, rows - 1)
+        both.forward.add("queries", others * queries * self.itemsize, others)
+        both.forward.add("outputs", others * queries * self.itemsize, others)
+        # Their gradients, outputs and the queries themselves go to where the heads are; queries' gradients come back.
+        both.backward.add("queries" + GRADIENT, 3 * others * queries * self.itemsize, 3 * others)
+        both.backward.add("queries" + GRADIENT, others * queries * _wide(self.itemsize), others)
+        both.backward.add("keys and values" + GRADIENT, others * keys * _wide(self.itemsize), others)
+        if rows > 1:
+            both.backward.add("keys and values" + GRADIENT, rows * block * _wide(self.itemsize), rows)
+        return both
+
+    def _in_window(self, layout: Layout, rank: int, window: int) -> Both:
+        token = self.kv_heads * (self.key + self.value) * self.itemsize
+        both = Both(Traffic(), Traffic())
+        for other in set(range(layout.ranks)) - {rank}:
+            asked = self._tokens(layout, rank, other, window)
+            both.forward.add("keys and values", asked * token, int(asked > 0))
+            given = self._tokens(layout, other, rank, window)
+            both.backward.add("keys and values" + GRADIENT, given * token, int(given > 0))
+        return both
+
+    def _tokens(self, layout: Layout, asking: int, holding: int, window: int) -> int:
+        """Tokens that the spans of one rank see of those of another."""
+        total = 0
+        for begin, _ in layout.spans[asking]:
+            first = max(start for start in layout.starts if start <= begin)
+            near = max(first, begin - window + 1)
+            for low, high in ((first, min(first + self.sinks, near)), (near, begin)):
+                total += sum(max(0, min(high, e) - max(low, b)) for b, e in layout.spans[holding])
+        return total
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """`Sequence.sum`, outside of the layers: `numbers` a document. graded: whether a gradient comes back."""
+
+    numbers: int
+    itemsize: int
+    graded: bool
+
+    def received(self, layout: Layout, rank: int, how: How) -> Both:
+        reduced = 2 * (layout.ranks - 1) * (len(layout.starts) * self.numbers * self.itemsize) // layout.ranks
+        both = Both(Traffic(), Traffic())
+        both.forward.add("document sums", reduced)
+        both.backward.add("document sums" + GRADIENT, reduced, int(self.graded))
+        return both
+
+    def repeated(self, recompute: str) -> bool:
+        return False
+
+
+def of_plan(
+    plan: Plan, starts: Sequence[Sequence[int]], asks: Iterable[Ask], how: How, *, recompute: str = "none"
+) -> dict[int, Traffic]:
+    """What each rank receives on the sequence axis in a step of training.
+
+    starts: of each of the batch's sequences, where its documents begin; the first is 0. recompute: `engine.recompute`.
+    """
+    several = Counter(asks)
+    found: dict[int, Traffic] = {}
+    for micro in plan.micro_steps:
+        for group in micro.groups:
+            layout = lay([plan.lengths[s] for s in group.sequences], [starts[s] for s in group.sequences], group.spans)
+            for i, rank in enumerate(group.ranks):
+                total = found.setdefault(rank, Traffic())
+                for ask, times in several.items() if layout.ranks > 1 else ():
+                    forward, backward = ask.received(layout, i, how)
+                    total.include(forward, times * (2 if ask.repeated(recompute) else 1))
+                    total.include(backward, times)
+    return found
+
+
+def lay(lengths: Sequence[int], starts: Sequence[Sequence[int]], spans: tuple[tuple[Span, ...], ...]) -> Layout:
+    """Sequences joined end to end, with one masked token behind the end for each rank without a span."""
+    begins, behind = [], 0
+    for length, within in zip(lengths, starts, strict=True):
+        begins += [behind + start for start in within]
+        behind += length
+    if not all(spans):
+        begins.append(behind)  # the masked tokens share a document
+    filled = []
+    for held in spans:
+        filled.append(held or ((behind, behind + 1),))
+        behind += not held
+    return Layout(tuple(filled), tuple(begins))
+
+
+class Unit(NamedTuple):
+    """Parameters that FSDP gathers together: rows and numbers a row of each, bytes a number. `stays`: gathered once
+    for forward and backward."""
+
+    shapes: tuple[tuple[int, int], ...]
+    itemsize: int
+    stays: bool
+
+
+def of_weights(units: Iterable[Unit], ranks: int, micro_steps: int) -> Traffic:
+    """What each rank receives of weights and their gradients in a step: FSDP shards rows, padded to the ranks."""
+    total = Traffic()
+    for unit in units:
+        shard = sum(-(-rows // ranks) * rest for rows, rest in unit.shapes) * unit.itemsize
+        if ranks > 1:
+            gathers = micro_steps * (1 if unit.stays else 2)
+            total.add("weights", gathers * (ranks - 1) * shard, gathers)
+            total.add("weights" + GRADIENT, (ranks - 1) * shard)
+    return total
+
+
+def _wide(itemsize: int) -> int:
+    return max(itemsize, 4)

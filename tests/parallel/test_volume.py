@@ -1,0 +1,251 @@
+"""What a world has counted against what the formulas predict: every transport and layout, every rank, every byte.
+
+The model asks for everything: states of each kind of A, halos, all keys, a window of them, sums over documents.
+"""
+
+from functools import cache, partial
+
+import numpy as np
+import pytest
+import torch
+
+from models.axes import initialise
+from models.block import Block
+from models.ffn import SwiGLU
+from models.lm import LM
+from models.mixers import MIXERS
+from models.moe import MoE
+from parallel import memory
+from parallel.apply import parallelise
+from parallel.collectives import LEDGER
+from parallel.mesh import Groups, everyone
+from parallel.schedule.choice import Wire, choose, seconds
+from parallel.schedule.plan import Group, MicroStep, Plan
+from parallel.schedule.static import Static
+from parallel.schedule.volume import How, Traffic, of_plan, of_weights
+from parallel.sequence import TRANSPORTS
+from parallel.sequence.effects.auto import measure
+from tests.parity import DTYPE, Sample
+from train.asked import asked, weight_units
+from train.execute import Executor
+
+DIM, HEADS, BLOCKS = 24, 2, 3
+LINEAR = ("gla", "gated_deltanet", "retnet", "linear", "lru", "rglru", "mlstm", "longhorn")
+HEADED = {"gla", "gated_deltanet", "retnet", "linear", "rglru", "mlstm"}
+
+
+def model(heads: int, kv_heads: int, only: tuple[str, ...] = ()) -> LM:
+    """A layer of each kind of A, two of softmax attention, one of them in a window; experts behind that."""
+    mixers = {name: partial(MIXERS[name], **({"heads": HEADS} if name in HEADED else {})) for name in LINEAR}
+    attention = partial(MIXERS["attention"], heads=heads, kv_heads=kv_heads, head_dim=4)
+    mixers |= {"attention": attention, "window": partial(attention, window=7, sinks=3)}
+    dense, moe = partial(SwiGLU, hidden=8), partial(MoE, num_experts=3, top_k=2, hidden=8)
+    chosen = only or tuple(mixers)
+    blocks = {n: partial(Block, mixer=mixers[n], ffn=moe if n == "window" else dense) for n in chosen}
+    return LM(vocabulary=32, dim=DIM, layers=len(chosen), pattern=list(chosen), blocks=blocks)
+
+
+BATCH = [Sample((20, 1, 27)), Sample((11, 13), seed=1)]
+LENGTHS = [len(s.tokens) for s in BATCH]
+STARTS = [np.flatnonzero(s.positions == 0).tolist() for s in BATCH]
+
+
+def unequal(ranks: int) -> Plan:
+    """Short and long spans, two on a rank; a rank without a span; a group of fewer ranks beside an idle one."""
+    if ranks == 2:
+        both = Group((0, 1), (1, 0), (((0, 5),), ((5, 72),)))
+        return Plan(0, tuple(LENGTHS), (MicroStep((both,)),))
+    everyone = tuple(range(ranks))
+    first = Group(everyone, (1,), (((0, 5),), ((5, 17),), ((17, 24),), ())[:ranks])
+    few, alone = ((0, 2), 1) if ranks == 3 else ((1, 2, 3), 0)
+    spans = (((0, 9), (20, 29)), ((9, 20),), ((29, 48),)) if ranks == 4 else (((0, 9), (39, 48)), ((9, 39),))
+    second = MicroStep((Group(few, (0,), spans), Group((alone,), (), ((),))))
+    return Plan(0, tuple(LENGTHS), (MicroStep((first,)), second))
+
+
+def plans(ranks: int) -> dict[str, Plan]:
+    static = {n: Static(layout=n).plan(0, LENGTHS, data=1, sequence=ranks) for n in ("contiguous", "zigzag")}
+    found = {**static, "unequal": unequal(ranks)}
+    for plan in found.values():
+        plan.check(ranks)
+    return found
+
+
+PAIRS = [("gather", "gather"), ("relay", "ring"), ("allscan", "ulysses"), ("allscan", "usp")]
+
+
+def transports(how: How):
+    options = {"blocks": how.blocks} if how.recurrence == "allscan" else {}
+    keys = {"heads": how.heads} if how.attention == "gather" else {}
+    return TRANSPORTS["recurrence"][how.recurrence](**options), TRANSPORTS["attention"][how.attention](**keys)
+
+
+def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, sharded=False):
+    """(bytes, calls) by "axis/purpose" of this rank in one step of training."""
+    with torch.device("meta" if sharded else "cpu"):
+        lm = build()
+    lm.compute = DTYPE[precision]
+    device = torch.device("cpu")
+    if sharded:
+        parallelise(lm, everyone(device), seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
+    else:
+        initialise(lm.to(DTYPE[precision]), seed=1)
+        memory.recompute(lm.layers, remat)
+    groups = Groups()
+    executor = Executor(lm, groups, device, *transports(how), 0.05)
+    LEDGER.take()
+    executor.train(plan, batch)
+    return tuple({"/".join(entry): n for entry, n in part.items()} for part in LEDGER.take())
+
+
+# Of attention alone, key heads: one each, and heads too few for four ranks. The whole model has a key head for all.
+MODELS = {"whole": (12, 1), "a head each": (12, 12, ("attention",)), "few heads": (2, 2, ("attention",))}
+
+
+def every_cell(ranks):
+    """In one world: all layouts and pairs of transports."""
+    return {
+        (name, layout, pair): counted(partial(model, *options), plan, How(*pair, BLOCKS, 2))
+        for name, options in MODELS.items()
+        for layout, plan in plans(ranks).items()
+        for pair in PAIRS
+        if fits(options[0], plan, pair[1])
+    }
+
+
+def fits(heads: int, plan: Plan, attention: str) -> bool:
+    sizes = {len(group.ranks) for micro in plan.micro_steps for group in micro.groups}
+    return attention != "ulysses" or all(heads % size == 0 for size in sizes)
+
+
+@cache
+def asks(*options, precision="fp32"):
+    with torch.device("meta"):
+        lm = model(*options)
+    lm.compute = DTYPE[precision]
+    return asked(lm)
+
+
+def predicted(options, plan, how, precision="fp32", remat="none"):
+    found = of_plan(plan, STARTS, asks(*options, precision=precision), how, recompute=remat)
+    return [by_axis(found[rank]) for rank in sorted(found)]
+
+
+def by_axis(traffic: Traffic, axis: str = "sequence"):
+    return tuple({f"{axis}/{p}": n for p, n in part.items()} for part in (traffic.bytes, traffic.calls))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_measured_is_predicted_byte_for_byte_on_every_rank(run, ranks):
+    measured = run(ranks, every_cell, ranks)
+    for cell in measured[0]:
+        name, layout, pair = cell
+        want = predicted(MODELS[name], plans(ranks)[layout], How(*pair, BLOCKS, 2))
+        assert [got[cell] for got in measured] == want, cell
+    purposes = {purpose for got in measured for cell in got.values() for purpose in cell[0]}
+    assert purposes >= {f"sequence/{p}" for p in ("halo", "state", "queries", "keys and values", "document sums")}
+
+
+FEW = ("gla", "attention", "window")
+
+
+def recomputed():
+    plan, how = plans(2)["zigzag"], How("relay", "ring")
+    return {
+        (precision, remat): counted(partial(model, 12, 12, FEW), plan, how, precision, remat)
+        for precision, remat in [("fp32", "selective"), *(("fp64", policy) for policy in memory.RECOMPUTE)]
+    }
+
+
+@pytest.mark.dist
+def test_what_is_computed_again_is_asked_again(run):
+    measured = run(2, recomputed)
+    for precision, remat in measured[0]:
+        want = predicted((12, 12, FEW), plans(2)["zigzag"], How("relay", "ring"), precision, remat)
+        assert [got[precision, remat] for got in measured] == want, (precision, remat)
+    sent = {remat: sum(measured[0]["fp64", remat][1].values()) for remat in memory.RECOMPUTE}
+    assert sent["none"] < sent["selective"] < sent["full"]
+
+
+def states(recurrence, long):
+    """What crosses between ranks of each layer's states, at a length and at four times as much."""
+    documents = (4 * 48,) if long else (48,)
+    plan = Static(layout="contiguous").plan(0, [sum(documents)], data=1, sequence=3)
+    how = How(recurrence, "gather", 4)
+    found = {}
+    for name in LINEAR:
+        bytes, calls = counted(partial(model, 2, 2, (name,)), plan, how, batch=[Sample(documents)])
+        found[name] = {p: (n, calls[p]) for p, n in bytes.items() if "state" in p}
+    return found
+
+
+def several_states():
+    return {(name, long): states(name, long) for name in ("gather", "relay", "allscan") for long in (False, True)}
+
+
+@pytest.mark.dist
+def test_the_bytes_of_states_do_not_depend_on_the_length_and_all_scan_sends_no_more_than_the_state(run):
+    measured = run(3, several_states)
+    for got in measured:
+        for name in ("gather", "relay", "allscan"):
+            assert got[name, True] == got[name, False]
+    K, V = DIM // 2 // HEADS, DIM // HEADS
+    gdn = MIXERS["gated_deltanet"](dim=DIM, heads=HEADS)
+    elements = {
+        "gla": HEADS * K * V,
+        "gated_deltanet": HEADS * gdn.key_dim * gdn.value_dim,
+        "retnet": HEADS * (DIM // HEADS) * (2 * DIM // HEADS),
+        "linear": HEADS * (DIM // HEADS) * (DIM // HEADS),
+        "lru": 2 * DIM,
+        "rglru": DIM,
+        "mlstm": HEADS * (K * V + K + 2),  # the normaliser, its unit, and whether there is one
+        "longhorn": 2 * DIM * 16,
+    }
+    for rank, got in enumerate(measured):
+        for name, number in elements.items():
+            hop = {"state": rank > 0, "state gradient": rank < 2}
+            want = {f"sequence/{p}": 4 * number for p, there in hop.items() if there}
+            sent = got["allscan", False][name]
+            assert {p: bytes for p, (bytes, _) in sent.items()} == want, (rank, name)
+            assert all(1 < calls <= 4 for _, calls in sent.values())
+
+
+def weights():
+    twice = Static(tokens_per_rank=24).plan(0, LENGTHS, data=1, sequence=2)
+    return counted(partial(model, 2, 2), twice, How(), sharded=True), len(twice.micro_steps)
+
+
+@pytest.mark.dist
+def test_what_sharding_sends_is_counted_and_predicted(run):
+    with torch.device("meta"):
+        units = weight_units(model(2, 2), itemsize=4, reshard=True)
+    for (bytes, calls), micro_steps in run(2, weights):
+        assert micro_steps == 2
+        want = by_axis(of_weights(units, 2, micro_steps), "world")
+        assert tuple({p: n for p, n in part.items() if "world/" in p} for part in (bytes, calls)) == want
+
+
+def test_the_fastest_is_chosen_from_latency_bandwidth_ranks_and_kind():
+    far, near = Wire(1e-3, 1e9), Wire(1e-6, 1e9)
+    found = seconds(4, 100, 1000, Wire(0.5, 1000.0), 4)
+    assert found == pytest.approx({"gather": 1 + 6.3, "relay": 9.0, "allscan": 9.0})
+    assert choose(8, 1 << 10, 1 << 16, far, 4) == "gather"  # latencies cost most, and it has two
+    assert choose(64, 1 << 10, 1 << 20, near, 8) == "allscan"  # bytes do, and the hops of its blocks overlap
+    assert choose(3, 1 << 20, 1 << 16, far, 4) == "relay"  # a dense A stays where it is; blocks would cost latencies
+    assert choose(3, 1 << 8, 1 << 16, far, 4) == "gather"  # the same state, decayed by channel
+    assert choose(2, 1 << 8, 1 << 16, far, 4) == "relay"  # one hop, and no decay travels
+
+
+def measured_wire():
+    groups = Groups()
+    everyone = tuple(range(groups.world))
+    groups.open([everyone])
+    return measure(groups.comm(everyone), groups.world_comm, torch.device("cpu"))
+
+
+@pytest.mark.dist
+def test_all_ranks_measure_the_same_wire(run):
+    wires = run(3, measured_wire)
+    assert len(set(wires)) == 1
+    assert 1e-7 < wires[0].latency < 1 and 1e5 < wires[0].bandwidth < 1e13
