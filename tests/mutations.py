@@ -1,6 +1,7 @@
 """Ways to break the mechanisms on purpose: name -> a function that breaks it in this process for good."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -11,10 +12,16 @@ import parallel.apply
 import parallel.collectives
 import parallel.data
 import parallel.sequence.chain
+import parallel.sequence.effects.gather
+import parallel.sequence.effects.relay
+import parallel.sequence.keys.fetch
 import parallel.sequence.place
+import parallel.sequence.spread
 import train.execute
 import train.loss
 from models.kernels.chunk import Begun
+from parallel.collectives import Comm
+from parallel.sequence.effects.post import Post
 from parallel.sequence.spread import Spread
 
 
@@ -120,6 +127,72 @@ def let_masked_tokens_count() -> None:
         setattr(parallel.sequence.place, name, blind)
 
 
+def hand_states_to_the_span_before() -> None:
+    honest = parallel.sequence.spread.cross
+
+    class Reversed(parallel.sequence.chain.Chain):
+        @property
+        def links(self):
+            return sorted(super().links, reverse=True)
+
+    parallel.sequence.spread.cross = lambda transport, chain, *rest: honest(
+        transport, Reversed(chain.comm, chain.spans, chain.starts), *rest
+    )
+
+
+def carry_gradients_back_without_the_transpose() -> None:
+    """A·G where it should be Aᵀ·G; a diagonal A would not notice."""
+    for transport in (parallel.sequence.effects.gather, parallel.sequence.effects.relay):
+
+        def blind(recurrence, effect, state, grad, honest=transport.transpose):
+            A, U, _ = honest(recurrence, effect, state, grad)
+            return A, U, models.recurrence._each(effect.alive, grad) * recurrence.apply(effect.A, grad)
+
+        transport.transpose = blind
+
+
+def carry_states_in_bf16() -> None:
+    send, gather = Post.send, Comm.all_gather
+    Post.send = lambda self, n, x: send(self, n, x.bfloat16().to(x.dtype))
+    Comm.all_gather = lambda self, x, purpose: gather(
+        self, x.bfloat16().to(x.dtype) if purpose == "state" else x, purpose=purpose
+    )
+
+
+def lose_a_hop_of_the_keys_gradient() -> None:
+    """What the later half of the ranks sends rank 0 of the gradients of its keys and values is lost."""
+    receive, scatter, mine = Comm.start_receive, Comm.reduce_scatter, "keys and values gradient"
+
+    class Lost(NamedTuple):
+        work: torch.distributed.Work
+        x: torch.Tensor
+
+        def wait(self):
+            self.work.wait()
+            self.x.zero_()
+
+    def start_receive(self, like, source, *, purpose):
+        work, x = receive(self, like, source, purpose=purpose)
+        return Lost(work, x) if purpose == mine and self.rank == 0 and source >= self.size / 2 else work, x
+
+    def reduce_scatter(self, x, *, purpose):
+        if purpose == mine and self.rank >= self.size / 2:
+            x = torch.cat((torch.zeros_like(x[:1]), x[1:]))
+        return scatter(self, x, purpose=purpose)
+
+    Comm.start_receive, Comm.reduce_scatter = start_receive, reduce_scatter
+
+
+def fetch_one_token_less_than_the_window() -> None:
+    honest = parallel.sequence.keys.fetch.needed
+    parallel.sequence.keys.fetch.needed = lambda chain, link, window, sinks: honest(chain, link, window - 1, sinks)
+
+
+def fetch_no_sinks() -> None:
+    honest = parallel.sequence.keys.fetch.needed
+    parallel.sequence.keys.fetch.needed = lambda chain, link, window, sinks: honest(chain, link, window, 0)
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -151,5 +224,32 @@ ALGEBRA: dict[str, Callable[[], None]] = {
         take_the_diagonal_of_a_dense_transition,
         multiply_transitions_in_reverse,
         drop_the_terminal_term_of_the_gates_gradient,
+    )
+}
+
+
+class Broken(NamedTuple):
+    """What is broken on the way between ranks, and the rows of the matrix that turn red, whatever the transport."""
+
+    by: Callable[[], None]
+    mixers: tuple[str, ...]
+    precision: str = "fp64"
+    layout: str = "contiguous"
+
+
+MHA, GROUPED, WINDOW = "attention", "attention, two key heads", "attention, window"
+CARRIED: dict[str, Broken] = {
+    broken.by.__name__: broken
+    for broken in (
+        Broken(drop_the_terminal_term_of_the_gates_gradient, ("gla", "gated_deltanet", "lru", "mlstm")),
+        Broken(take_the_diagonal_of_a_dense_transition, ("gated_deltanet", "kda")),
+        Broken(keep_the_state_across_a_document_start_between_spans, ("gla", "rglru", "mlstm")),
+        Broken(order_spans_by_rank, ("gla", "gated_deltanet"), layout="zigzag"),
+        Broken(hand_states_to_the_span_before, ("linear", "gla", "gated_deltanet")),
+        Broken(carry_gradients_back_without_the_transpose, ("deltanet", "gated_deltanet")),
+        Broken(carry_states_in_bf16, ("gla", "gated_deltanet"), precision="fp32"),
+        Broken(lose_a_hop_of_the_keys_gradient, (MHA, GROUPED, WINDOW)),
+        Broken(fetch_one_token_less_than_the_window, (WINDOW,)),
+        Broken(fetch_no_sinks, (WINDOW,)),
     )
 }

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests.models import test_mixers, test_recurrence
-from tests.mutations import ALGEBRA, MUTATIONS
+from tests.mutations import ALGEBRA, CARRIED, MUTATIONS
+from tests.parallel import matrix
 from tests.parallel.test_parity import BATCH, unequal
-from tests.parity import Sample, assert_close, spread, truth
+from tests.parity import TOLERANCE, Sample, assert_close, spread, truth
 
 pytestmark = pytest.mark.dist
 
@@ -70,3 +71,33 @@ def test_nothing_is_caught_where_nothing_is_broken(run):
 @pytest.mark.parametrize("mutation", ALGEBRA)
 def test_a_broken_algebra_is_caught_in_one_process(run, mutation):
     assert run(1, caught, mutation)[0]
+
+
+def unnoticed(run, cells: list[matrix.Cell], mutation=None) -> list[matrix.Cell]:
+    """Which of these cells, all on four ranks, are within their tolerance on every rank."""
+    results = run(4, matrix.run_cells, cells, matrix.truths(cells), before=mutation)
+    return [
+        cell
+        for cell, found in zip(cells, zip(*results, strict=True), strict=True)
+        if all(error <= TOLERANCE[cell.precision] for errors in found for error in errors.values())
+    ]
+
+
+def rows(mutation: str) -> list[matrix.Cell]:
+    """Its mixers over every transport, on four ranks; documents that end in every rank, and one over all of them."""
+    broken, packing = CARRIED[mutation], "one document" if "start" not in mutation else "starts one after"
+    wanted = (broken.layout, packing, 4, broken.precision)
+    return [cell for cell in matrix.cells() if cell.mixer in broken.mixers and cell[2:] == wanted]
+
+
+@pytest.mark.parametrize("mutation", CARRIED)
+def test_what_is_broken_between_ranks_turns_every_transport_red(run, mutation):
+    cells = rows(mutation)
+    kinds = {transport for cell in cells for transport in matrix.transports(cell.mixer)}
+    assert {cell.transport for cell in cells} == kinds
+    assert unnoticed(run, cells, CARRIED[mutation].by) == []
+
+
+def test_no_transport_is_red_where_nothing_is_broken(run):
+    cells = sorted({cell for mutation in CARRIED for cell in rows(mutation)})
+    assert unnoticed(run, cells) == cells
