@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.axes import declare, normal, positive
 from models.block import Factory
 from models.depth import Coupled, Depth
-from models.kernels.cross_entropy import cross_entropy
+from models.kernels.cross_entropy import cross_entropy, score
 from models.linear import Linear
 from models.moe import Routing, balance
 from models.norm import RMSNorm
@@ -25,6 +25,7 @@ class Output(NamedTuple):
     z: Tensor  # scalar: the routers' z-loss summed over counted tokens; 0 without experts
     dropped: dict[str, Tensor]  # by layer whose experts have a capacity, how many choices found no place
     cross_entropy: Tensor | None = None  # scalar: nats summed over the targets, where they were given
+    correct: Tensor | None = None  # scalar int64: targets that are the likeliest token, where no gradient is taken
 
 
 class LM(nn.Module):
@@ -84,7 +85,7 @@ class LM(nn.Module):
         counts = balance(routings, seq)
         if targets_BT is None:
             return Output(self.unembed(x_BTD), *counts)
-        return Output(x_BTD.new_empty(0), *counts, self.cross_entropy(x_BTD, targets_BT))
+        return Output(x_BTD.new_empty(0), *counts, *self.score(x_BTD, targets_BT))
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of the normalised residual stream."""
@@ -92,8 +93,11 @@ class LM(nn.Module):
             return self.head(x_BTD)
         return F.linear(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding.to(x_BTD.dtype))
 
-    def cross_entropy(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """The same logits' cross-entropy in nats, summed over the targets."""
-        if self.head is not None:
-            return cross_entropy(x_BTD, self.head.weight, targets_BT, chunk=self.loss_chunk)
-        return cross_entropy(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding, targets_BT, chunk=self.loss_chunk)
+    def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same logits' cross-entropy in nats, summed over the targets; without gradients, how many are right too."""
+        weight_VD = self.embedding if self.head is None else self.head.weight
+        if self.head is None:
+            x_BTD = x_BTD * x_BTD.shape[-1] ** -0.5
+        if torch.is_grad_enabled():
+            return cross_entropy(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk), None
+        return score(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk)

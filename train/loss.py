@@ -17,6 +17,7 @@ class Sums(NamedTuple):
     load: dict[str, Tensor]  # by layer, choices of each expert [E]
     z: Tensor  # scalar with gradient, the routers' z-loss, mean over layers
     dropped: dict[str, Tensor]  # by layer whose experts have a capacity, choices that found no place
+    correct: Tensor | None = None  # targets that are the likeliest token, where no gradient is taken
 
     def objective(self, *, targets: int, tokens: int, balance_weight: float, z_weight: float = 0.0) -> Tensor:
         """This rank's part of the step's loss. It is divided by global counts, so that parts sum and never average."""
@@ -30,7 +31,7 @@ def sums(output: Output, targets_BT: Tensor | None = None) -> Sums:
     Targets of -100 do not count; a rank with none adds a zero that still reaches every parameter.
     """
     if output.cross_entropy is not None:
-        return Sums(output.cross_entropy, output.balance, output.load, output.z, output.dropped)
+        return Sums(output.cross_entropy, output.balance, output.load, output.z, output.dropped, output.correct)
     if targets_BT is None:
         raise ValueError("targets: needed for an output of logits")
     logits = wide(output.logits).flatten(0, 1)

@@ -21,19 +21,14 @@ NO_TARGET = -100
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, differentiate: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
         cast_VD = weight_VD.to(x_ND.dtype)
         total = wide(x_ND.new_zeros(()))
-        dx_ND = torch.empty_like(x_ND) if differentiate else x_ND
-        dweight_VD = torch.zeros_like(wide(weight_VD)) if differentiate else None
+        dx_ND, dweight_VD = torch.empty_like(x_ND), torch.zeros_like(wide(weight_VD))
         for x_CD, targets_C, dx_CD in zip(x_ND.split(chunk), targets_N.split(chunk), dx_ND.split(chunk), strict=True):
             log_p_CV = wide(x_CD @ cast_VD.T).log_softmax(-1)
-            missing_C, index_C1 = targets_C == NO_TARGET, targets_C.clamp_min(0).unsqueeze(-1)
+            missing_C, index_C1 = _missing(targets_C)
             total -= log_p_CV.gather(-1, index_C1).squeeze(-1).masked_fill_(missing_C, 0.0).sum()
-            if dweight_VD is None:
-                continue
             dz_CV = log_p_CV.exp_()
             dz_CV.scatter_add_(-1, index_C1, dz_CV.new_full((), -1.0).expand_as(index_C1))
             dz_CV = dz_CV.masked_fill_(missing_C.unsqueeze(-1), 0.0).to(x_ND.dtype)
@@ -42,15 +37,19 @@ class _CrossEntropy(torch.autograd.Function):
                 dweight_VD.addmm_(dz_CV.T, x_CD)
             else:
                 dweight_VD += dz_CV.T @ x_CD
-        if dweight_VD is not None:
-            ctx.save_for_backward(dx_ND, dweight_VD.to(weight_VD.dtype))
+        ctx.save_for_backward(dx_ND, dweight_VD.to(weight_VD.dtype))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx_ND, dweight_VD = ctx.saved_tensors
-        return grad * dx_ND, grad * dweight_VD, None, None, None
+        return grad * dx_ND, grad * dweight_VD, None, None
+
+
+def _missing(targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Where there is no target [C] bool, and the targets to gather by [C, 1], 0 there."""
+    return targets_C == NO_TARGET, targets_C.clamp_min(0).unsqueeze(-1)
 
 
 def cross_entropy(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int | None) -> Tensor:
@@ -60,5 +59,21 @@ def cross_entropy(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int |
     none; without any, the sum is a zero whose gradients are zeros, not missing. chunk: tokens whose logits are held at
     a time; None for all.
     """
+    if not torch.is_grad_enabled():
+        return score(x, weight_VD, targets, chunk=chunk)[0]
+    x_ND = x.flatten(0, -2)
+    return _CrossEntropy.apply(x_ND, weight_VD, targets.flatten(), chunk or max(len(x_ND), 1))
+
+
+@torch.no_grad()
+def score(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int | None) -> tuple[Tensor, Tensor]:
+    """The same cross-entropy, bitwise, and how many targets are the likeliest token (int64 scalar); no gradients."""
     x_ND, targets_N = x.flatten(0, -2), targets.flatten()
-    return _CrossEntropy.apply(x_ND, weight_VD, targets_N, chunk or max(len(x_ND), 1), torch.is_grad_enabled())
+    cast_VD, size = weight_VD.to(x.dtype), chunk or max(len(x_ND), 1)
+    total, right = wide(x.new_zeros(())), targets.new_zeros(())
+    for x_CD, targets_C in zip(x_ND.split(size), targets_N.split(size), strict=True):
+        z_CV = x_CD @ cast_VD.T
+        missing_C, index_C1 = _missing(targets_C)
+        right += (z_CV.argmax(-1) == targets_C).sum()
+        total -= wide(z_CV).log_softmax(-1).gather(-1, index_C1).squeeze(-1).masked_fill_(missing_C, 0.0).sum()
+    return total, right

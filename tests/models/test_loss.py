@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
-from models.kernels.cross_entropy import cross_entropy
+from models.kernels.cross_entropy import cross_entropy, score
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
@@ -29,13 +30,13 @@ def case(dtype, seed=0):
     return x, weight, targets
 
 
-def hybrid(tied):
+def hybrid(tied, vocabulary=VOCABULARY):
     moe = partial(MoE, num_experts=4, top_k=2, hidden=12, shared_hidden=8)
     blocks = {
         "gla": partial(Block, mixer=partial(MIXERS["gla"], heads=2), ffn=moe),
         "attn": partial(Block, mixer=partial(MIXERS["attention"], heads=4, kv_heads=2), ffn=partial(SwiGLU, hidden=24)),
     }
-    return LM(vocabulary=VOCABULARY, dim=32, layers=2, pattern=["gla", "attn"], blocks=blocks, tied=tied)
+    return LM(vocabulary=vocabulary, dim=32, layers=2, pattern=["gla", "attn"], blocks=blocks, tied=tied)
 
 
 def by_hand(x, weight, targets):
@@ -82,12 +83,35 @@ def test_without_a_target_the_gradients_are_zeros_and_not_missing():
         assert torch.count_nonzero(gradient) == 0
 
 
-def test_without_gradients_it_computes_none():
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_without_gradients_the_loss_is_the_same_and_right_answers_are_counted(chunk):
     x, weight, targets = case(torch.float64)
+    likeliest = [max(range(V), key=[(row @ x_D).item() for row in weight].__getitem__) for x_D in x]
+    targets[10:20] = torch.tensor(likeliest[10:20])
+    expected = sum(a == b for a, b in zip(likeliest, targets.tolist(), strict=True))
+    loss, right = score(x, weight, targets, chunk=chunk)
+    assert not loss.requires_grad and loss == cross_entropy(x, weight, targets, chunk=chunk)
+    assert 10 <= right.item() == expected < (targets != -100).sum()
+    assert score(x, weight, torch.full((N,), -100), chunk=chunk)[1] == 0
     with torch.no_grad():
-        loss = cross_entropy(x, weight, targets, chunk=8)
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, by_hand(x, weight, targets).detach())
+        assert cross_entropy(x, weight, targets, chunk=chunk) == loss
+
+
+def test_evaluation_holds_the_logits_of_a_chunk_alone():
+    model = hybrid(tied=False, vocabulary=VOCABULARY + 1)
+    model.loss_chunk, widest = 64, []
+    tokens = torch.randint(0, VOCABULARY, (1, 128))
+
+    class Widest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (VOCABULARY + 1,):
+                widest.append(out.numel() // out.shape[-1])
+            return out
+
+    with torch.no_grad(), Widest():
+        output = model(tokens, Whole.of(torch.arange(128)[None]), tokens)
+    assert widest and max(widest) == 64 and output.logits.numel() == 0 and output.correct is not None
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

@@ -9,7 +9,6 @@ import torch
 from launch.config.compose import composed
 from models.sequence import Whole
 from tests.jobs import SMALL
-from train.accuracy import correct
 from train.build import build
 
 pytestmark = pytest.mark.dist
@@ -46,10 +45,3 @@ def test_accuracy_is_the_same_on_every_layout_and_that_of_a_plain_loop(run, tmp_
     assert total == 16 * 15 and 0 < right < total
     np.testing.assert_allclose([found[1], found[2]], right / total, rtol=1e-12)
     assert json.loads((tmp_path / "2" / "summary.json").read_text())["heldout_accuracy"] == found[2]
-
-
-def test_only_targets_count():
-    logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
-    targets = torch.tensor([[1, -100, 1, 1]])
-    assert correct(logits, targets).item() == 2
-    assert correct(logits, torch.full((1, 4), -100)).item() == 0
