@@ -94,7 +94,7 @@ class LM(nn.Module):
         return F.linear(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding.to(x_BTD.dtype))
 
     def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same logits' cross-entropy in nats, summed over the targets; without gradients, how many are right too."""
+        """The same logits' cross-entropy in nats, summed over the targets; without gradients, how many are right."""
         weight_VD = self.embedding if self.head is None else self.head.weight
         if self.head is None:
             x_BTD = x_BTD * x_BTD.shape[-1] ** -0.5

@@ -8,16 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.sequence import Memory
 from parallel.data import communicate_gradients
 from parallel.mesh import Groups
-from parallel.schedule import time
-from parallel.schedule.plan import Group, MicroStep, Plan
+from parallel.schedule.plan import Plan
 from parallel.sequence.effects import Transport
 from parallel.sequence.keys import Keys
 from parallel.sequence.place import Packed, Placed, place
 from train.loss import Sums, sums
-from train.spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -63,81 +60,46 @@ class Executor:
     balance_weight: float
     phase: Phase = _no_clock
     z_weight: float = 0.0
-    spans: Spans | None = None
 
     def train(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
         tokens, tally = sum(plan.lengths), self._empty()
-
-        def objective(part: Sums) -> Tensor:
-            weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
-            return part.objective(targets=targets, tokens=tokens, **weights)
-
-        for last, micro in self._micro_steps(plan):
-            for part in self._run(plan, micro, batch, objective, last):
-                tally.add(part)
-        return tally
-
-    def _run(
-        self, plan: Plan, micro: MicroStep, batch: Sequence[Packed], objective: Callable[[Sums], Tensor], last: bool
-    ) -> Iterator[Sums]:
-        """Forward and backward of a micro-step, whole or span after span in time."""
-        count = 1 if self.spans is None else time.count(micro, plan.lengths, self.spans.tokens)
-        group = micro.group_of(self.groups.rank)
-        if self.spans is None or count == 1:
-            placed = self._place(group, batch, step=plan.step)
+        for last, placed in self._places(plan, batch, step=plan.step):
             communicate_gradients(self.model, last)
             with self.phase("forward"):
                 part = sums(self.model(placed.tokens, placed.seq, placed.targets))
             with self.phase("backward"):
-                objective(part).backward()
-            yield part
-            return
-        groups = time.in_time(group, plan.lengths, count)
-        tokens = [sum(end - begin for held in g.spans for begin, end in held) for g in groups]
-
-        def forward(i: int, memory: Memory | None) -> Sums:
-            placed = self._place(groups[i], batch, step=plan.step, memory=memory)
-            return sums(self.model(placed.tokens, placed.seq, placed.targets))
-
-        def begin_backward(ends: bool) -> None:
-            communicate_gradients(self.model, last and ends)
-
-        yield from Passage(forward, tokens, objective, begin_backward, self.phase).run(self.spans)
+                weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
+                part.objective(targets=targets, tokens=tokens, **weights).backward()
+            tally.add(part)
+        return tally
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Forward only."""
         tally = self._empty()
-        for _, micro in self._micro_steps(plan):
-            placed = self._place(micro.group_of(self.groups.rank), batch)
-            output = self.model(placed.tokens, placed.seq)
-            tally.add(sums(output, placed.targets))
-            tally.correct += correct(output.logits, placed.targets)
+        for _, placed in self._places(plan, batch):
+            tally.add(sums(self.model(placed.tokens, placed.seq, placed.targets)))
         return tally
 
-    def _micro_steps(self, plan: Plan) -> Iterator[tuple[bool, MicroStep]]:
-        """Each micro-step, and whether it is the last."""
+    def _places(self, plan: Plan, batch: Sequence[Packed], step: int | None = None) -> Iterator[tuple[bool, Placed]]:
         with self.phase("plan"):
             self.groups.prepare(plan)
         for m, micro in enumerate(plan.micro_steps):
-            yield m == len(plan.micro_steps) - 1, micro
-
-    def _place(
-        self, group: Group, batch: Sequence[Packed], step: int | None = None, memory: Memory | None = None
-    ) -> Placed:
-        with self.phase("plan"):
-            return place(
-                group,
-                batch,
-                self.groups.comm(group.ranks),
-                device=self.device,
-                recurrence=self.recurrence,
-                attention=self.attention,
-                step=step,
-                memory=memory,
-            )
+            with self.phase("plan"):
+                group = micro.group_of(self.groups.rank)
+                comm = self.groups.comm(group.ranks)
+                placed = place(
+                    group,
+                    batch,
+                    comm,
+                    device=self.device,
+                    recurrence=self.recurrence,
+                    attention=self.attention,
+                    step=step,
+                )
+            yield m == len(plan.micro_steps) - 1, placed
 
     def _empty(self) -> Tally:
         nats, balance, z, count = torch.zeros(4, device=self.device).unbind()
