@@ -1,6 +1,6 @@
-"""What the chunked kernels share: folding time into chunks, who sees whom inside one, building triangles by halves.
+"""What the chunked kernels share: folding time into chunks, and who sees whom inside one.
 
-Legend: B spans, T tokens, H heads, N chunks, C tokens a chunk. A kernel works on [B, H, N, C, ...].
+Legend: B spans, T tokens, H heads, N chunks, C tokens a chunk. A kernel works on [B, H, N, C, ...] or [N, B, H, C, ...].
 """
 
 from typing import NamedTuple, Protocol
@@ -69,9 +69,7 @@ class Segments(NamedTuple):
     """Document boundaries inside chunks. All are [B, 1, N, ...] and broadcast over heads."""
 
     visible: Tensor  # [B, 1, N, C, C] bool: s ≤ t in the same document
-    first: (
-        Tensor  # [B, 1, N, C] bool: no document has started yet in the chunk, the incoming state is this token's past
-    )
+    first: Tensor  # [B, 1, N, C] bool: no document has started yet in the chunk; the incoming state is its past
     last: Tensor  # [B, 1, N, C] bool: no document starts after this token, the outgoing state is its future
     alive: Tensor  # [B, 1, N] bool: no document starts in the chunk
 
@@ -87,31 +85,3 @@ def segments(starts_BT: Tensor, size: int) -> Segments:
 def seen_in(starts_BT: Tensor, size: int) -> Segments:
     """`segments` for what `chunks` has folded: all are [N, B, 1, ...]."""
     return Segments(*(x.movedim(2, 0) for x in segments(starts_BT, size)))
-
-
-def halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The first and second halves of consecutive blocks of 2·size along the next to last dimension."""
-    blocks = x.reshape(*x.shape[:-2], x.shape[-2] // (2 * size), 2, size, x.shape[-1])
-    return blocks[..., 0, :, :], blocks[..., 1, :, :]
-
-
-def join(blocks: Tensor, low: Tensor) -> Tensor:
-    """Lower triangles of size h, [..., 2n, h, h], and the squares below them, [..., n, h, h], to n triangles of 2h."""
-    upper, lower = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
-    return torch.cat((torch.cat((upper, torch.zeros_like(upper)), -1), torch.cat((low, lower), -1)), -2)
-
-
-def unit_triangular_inverse(lower: Tensor) -> Tensor:
-    """(I + L)⁻¹, L what lies strictly below the diagonal of `lower` [..., C, C] (the rest is not read), C a power of 2.
-
-    By halves: the square below two inverted triangles is -B⁻¹ L A⁻¹. Only matmuls, and as stable as forward
-    substitution; the Neumann doubling often used instead loses every digit when keys repeat.
-    """
-    C = lower.shape[-1]
-    inverse, h = lower.new_ones(*lower.shape[:-2], C, 1, 1), 1
-    while h < C:
-        blocks = lower.reshape(*lower.shape[:-2], C // (2 * h), 2 * h, C // (2 * h), 2 * h)
-        square = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., h:, :h]
-        inverse = join(inverse, -(inverse[..., 1::2, :, :] @ square @ inverse[..., 0::2, :, :]))
-        h *= 2
-    return inverse.squeeze(-3)
