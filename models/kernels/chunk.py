@@ -1,6 +1,7 @@
 """What the chunked kernels share: folding time into chunks, and who sees whom inside one.
 
-Legend: B spans, T tokens, H heads, N chunks, C tokens a chunk. A kernel works on [B, H, N, C, ...] or [N, B, H, C, ...].
+Legend: B spans, T tokens, H heads, N chunks, C tokens a chunk. Kernels work on [B, H, N, C, ...] or
+[N, B, H, C, ...].
 """
 
 from typing import NamedTuple, Protocol
