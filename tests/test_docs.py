@@ -22,8 +22,8 @@ import pytest
 
 from tests.launch.processes import ROOT, mentioning, wait_for
 
-PAGES = ["README.md", "docs/install.md", "docs/first-run.md", "docs/data.md", "docs/cluster.md"]
-TAKE_MINUTES = ["docs/first-run.md", "docs/cluster.md"]  # run by `make docs`
+PAGES = ["README.md", "docs/install.md", "docs/first-run.md", "docs/models.md", "docs/parallel.md", "docs/data.md", "docs/cluster.md"]
+TAKE_MINUTES = ["docs/first-run.md", "docs/models.md", "docs/parallel.md", "docs/cluster.md"]  # run by `make docs`
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",
     ".venv/bin/python -m pip": "installs: `make` does the same",
