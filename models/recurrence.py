@@ -60,7 +60,7 @@ class Recurrence(ABC):
         """Reduces a span. xs are [B, T, ...] as the rule's kernel wants them, starts [B, T] bool."""
         if self.tile is not None and starts.shape[1] > self.tile:
             return Slices(self, xs, starts, self.tile)
-        return kernel(self.rule, xs[0].device)(*xs, starts=starts, scale=self.scale)
+        return kernel(self.rule, xs[0])(*xs, starts=starts, scale=self.scale)
 
     @abstractmethod
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ PACKAGES = {
     "tensorboardX": Package("tensorboardX", "tracking=tensorboard"),
     "torch": Package("torch", "all that is computed"),
     "wandb": Package("wandb", "tracking=wandb"),
-    "fla-core": Package("fla", "planned: Triton kernels of the linear mixers"),
+    "fla-core": Package("fla", "Triton kernels of linear mixers on GPUs, in bf16"),
     "triton": Package("triton", "torch.compile on GPUs; planned: kernels"),
     "flash-attn": Package("flash_attn", "planned: fused softmax attention on GPUs"),
     "deepspeed": Package("deepspeed", "planned: engine=deepspeed, ZeRO and offloading"),
@@ -107,6 +107,8 @@ def facts(run_dir: Path, address: str | None) -> Iterator[Fact | str]:
         yield from (found[name].result() for name in required)
         yield "Packages that it can use"
         yield from (found[name].result() for name in optional)
+    yield "Kernels of the mixers"
+    yield from _kernels()
     yield "Where runs are written, and a cluster"
     yield _disk(run_dir)
     yield _cache()
@@ -156,18 +158,29 @@ def _machine() -> Iterator[Fact]:
 
 def _torch() -> Iterator[Fact]:
     """What a process that imports torch finds."""
+    for name, sign, value in _told("torch"):
+        yield Fact(name, sign, value, name in ("torch", "gloo") or name == "nccl" and sign == "broken")
+
+
+def _kernels() -> Iterator[Fact]:
+    """What each mixer is computed by here, and why."""
+    yield from (Fact(*told) for told in _told("kernels"))
+
+
+def _told(trial: str) -> Iterator[tuple[str, str, str]]:
+    """The facts that a trial prints, name, sign and value; one of its own name where it fails."""
     said = False
     try:
-        for line in _tried("torch", "torch"):
+        for line in _tried(trial, trial):
             with contextlib.suppress(ValueError):
                 name, sign, value = json.loads(line)
                 said = True
-                yield Fact(name, sign, value, name in ("torch", "gloo") or name == "nccl" and sign == "broken")
+                yield name, sign, value
     except TrialError as error:
-        yield Fact("torch", "broken", str(error), True)
+        yield trial, "broken", str(error)
     else:
         if not said:
-            yield Fact("torch", "broken", "says nothing", True)
+            yield trial, "broken", "says nothing"
 
 
 class TrialError(Exception):

@@ -1,7 +1,7 @@
 """What `farspan doctor` tries in a process of its own: a package may take long to import, hang, or take it down.
 
-`python trials.py PACKAGE MODULE` does something small and real with a package. What it prints is a remark; for torch, a
-fact a line, as JSON.
+`python trials.py PACKAGE MODULE` does something small and real with a package. What it prints is a remark; for torch
+and for the mixers' kernels, a fact a line, as JSON.
 """
 
 import importlib
@@ -44,6 +44,27 @@ def try_torch() -> None:
     found = [f"compiler {compiler}"] if compiler else []
     found += ["triton"] if triton else []
     _tell("compile", "ok" if found else "missing", f"torch.compile has {', '.join(found) or 'no compiler, no triton'}")
+
+
+def try_kernels() -> None:
+    """Which kernel each mixer gets on the device that runs would use, a fact a mixer."""
+    import torch
+
+    from models.kernels.registry import chosen
+    from models.kernels.tiles import Fused, tile_for
+    from models.mixers import MIXERS
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, mixer in sorted(MIXERS.items()):
+        with torch.device("meta"):
+            recurrence = getattr(mixer(dim=64, heads=2), "recurrence", None)
+        if recurrence is None:
+            flash = tile_for(device) is Fused
+            value = f"PyTorch: {'its flash kernel for CPUs' if flash else f'matmuls, in blocks, on {device}'}"
+        else:
+            kernel, reason = chosen(recurrence.rule, device)
+            value = f"{'fla for bf16, PyTorch for fp32' if kernel == 'fla' else kernel}: {reason}"
+        _tell(name, "ok", value)
 
 
 def _matmul() -> str:
@@ -334,6 +355,7 @@ def _line(error: BaseException) -> str:
 
 TRIALS: dict[str, Callable[[], None]] = {
     "torch": try_torch,
+    "kernels": try_kernels,
     "apex": try_apex,
     "datasets": try_datasets,
     "deepspeed": try_deepspeed,

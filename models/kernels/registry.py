@@ -1,11 +1,15 @@
 """Which kernel computes a rule: the only place that knows. The reference in PyTorch runs everywhere and is the oracle
-of the others."""
+of the others. On CUDA flash-linear-attention's take over where they exist, for what is multiplied in 16 bits: in fp32
+they round to TF32, which the reference does not."""
 
 from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from models.kernels import complex, delta, diagonal, elementwise, longhorn, stabilised
+from models.kernels import complex, delta, diagonal, elementwise, fla, longhorn, stabilised
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
@@ -22,8 +26,45 @@ REFERENCE: dict[str, Kernel] = {
     "complex": complex.Scanned,
     "mlstm": stabilised.Chunks,
 }
+HALF = (torch.bfloat16, torch.float16)
 
 
-def kernel(rule: str, device: torch.device) -> Kernel:
-    """The kernel of `rule` for tensors on `device`: `kernel(*xs, starts=, scale=)`."""
+class Choice(NamedTuple):
+    name: str  # "PyTorch" or "fla"
+    reason: str
+
+
+def chosen(rule: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = fla.WIDEST) -> Choice:
+    """The kernel of `rule` on `device`, and why. dtype: that of the queries. width: their columns a head."""
+    if device.type != "cuda":
+        return Choice("PyTorch", f"Triton has no kernels for {device.type}")
+    if rule not in fla.CALLS:
+        return Choice("PyTorch", "flash-linear-attention has none for packed documents of this rule")
+    if dtype not in HALF:
+        return Choice("PyTorch", f"{dtype} is not to be rounded to TF32")
+    if fla.CALLS[rule].dense and width > fla.WIDEST:
+        return Choice("PyTorch", f"flash-linear-attention's has keys of up to {fla.WIDEST}, these have {width}")
+    missing = _missing(rule)
+    return Choice("PyTorch", missing) if missing else Choice("fla", "flash-linear-attention's, in Triton")
+
+
+@cache
+def _missing(rule: str) -> str | None:
+    """Why flash-linear-attention's kernel is not to be had here, in one line."""
+    try:
+        fla.function(rule)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "fla":
+            return "flash-linear-attention is not installed: pip install fla-core"
+        return f"flash-linear-attention does not import: {error}"
+    except Exception as error:  # a Triton or a driver that does not fit raises what it likes
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"flash-linear-attention does not import: {type(error).__name__}: {first}"
+    return None
+
+
+def kernel(rule: str, like: Tensor) -> Kernel:
+    """The kernel of `rule` for a first input like this: `kernel(*xs, starts=, scale=)`."""
+    if chosen(rule, like.device, like.dtype, like.shape[-1]).name == "fla":
+        return partial(fla.Packed, rule)
     return REFERENCE[rule]

@@ -13,11 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import nodes
 from launch.cli import main
 from launch.doctor import doctor, machine
 from launch.doctor.doctor import Fact, package
+from models.mixers import MIXERS
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -169,6 +171,25 @@ def test_a_torch_that_does_not_import_ends_nothing(site):
     assert fact.name == "torch" and fact.sign == "broken" and fact.needed and "libtorch_cpu.so" in fact.value
 
 
+def test_every_mixer_says_which_kernel_it_gets_and_why():
+    found = {fact.name: fact for fact in doctor._kernels()}
+    assert sorted(found) == sorted(MIXERS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for fact in found.values():
+        kernel, why = fact.value.split(": ", 1)
+        assert fact.sign == "ok" and not fact.needed and why, fact
+        assert kernel == "PyTorch" or device == "cuda", fact
+    if device == "cpu":
+        assert found["gla"].value == "PyTorch: Triton has no kernels for cpu"
+        assert found["attention"].value == "PyTorch: its flash kernel for CPUs"
+
+
+def test_kernels_that_cannot_be_found_out_end_nothing(site):
+    write(site / "torch/__init__.py", "raise ImportError('libtorch_cpu.so: no such file')")
+    (fact,) = doctor._kernels()
+    assert fact.name == "kernels" and fact.sign == "broken" and not fact.needed and "libtorch_cpu.so" in fact.value
+
+
 @pytest.fixture
 def ray():
     """A server that answers as a Ray dashboard does; `answer` is what it says of itself."""
@@ -293,7 +314,7 @@ def test_as_a_user_would(tmp_path, ray):
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if re.match(r"ok |missing |broken ", line)]
     names = [line[9:25].split()[0] for line in lines]
-    expected = "python cores memory torch matmul devices gloo hydra-core wandb triton apex runs cluster.address"
+    expected = "python cores memory torch matmul devices gloo hydra-core wandb triton apex gla runs cluster.address"
     assert set(expected.split()) <= set(names)
     assert all(line[8] == " " and line[9] != " " and line[24] == " " and line[25] != " " for line in lines), lines
     for name in ("python", "cores", "torch", "gloo", "ray", "wandb", "runs", "cluster.address"):

@@ -1,0 +1,161 @@
+"""flash-linear-attention's Triton kernels (github.com/fla-org/flash-linear-attention, fla-core), as kernels of ours.
+
+All take one packed batch: rows and documents become the N sequences between `cu_seqlens` [N + 1], each with a state
+[N, H, K, V] of its own, so that a document that starts in a row resets exactly. The first sequence of a row is entered
+with the row's state, and the last one's final state is the row's.
+
+A span's effect comes of a pass from a zero state. A state that is a matrix' product forgets by decays alone, or by
+matrices too. By decays: A is the sum of them, and what the outputs lack is q_t e^{G_t}·S, G_t the sum up to t. By
+matrices: values are given K columns more, zeros, and the state as many, the identity, which turn into A, and their
+outputs into what S is to be multiplied by. Both end with the row's first document, as the first sequence does.
+
+Legend: B spans, T tokens, N sequences, H heads, K key width, V value width, W columns of the state.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from models.kernels.chunk import Effect
+from models.precision import wide
+
+WIDEST = 256  # columns of a key that the delta rules' kernels hold
+
+
+class Call(NamedTuple):
+    """Where a rule's kernel is, the names of its inputs behind q, k and v, and whether its A is dense."""
+
+    module: str
+    function: str
+    gates: tuple[str, ...] = ()
+    dense: bool = False
+
+
+# linear attention is called as a decay of nothing: chunk_linear_attn divides by a sum unless told not to, and has not
+# taken packed batches in every version.
+CALLS = {
+    "linear": Call("fla.ops.simple_gla", "chunk_simple_gla", ("g",)),
+    "simple_gla": Call("fla.ops.simple_gla", "chunk_simple_gla", ("g",)),
+    "gla": Call("fla.ops.gla", "chunk_gla", ("g",)),
+    "delta_rule": Call("fla.ops.delta_rule", "chunk_delta_rule", ("beta",), dense=True),
+    "gated_delta_rule": Call("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", ("g", "beta"), dense=True),
+    "kda": Call("fla.ops.kda", "chunk_kda", ("g", "beta"), dense=True),
+}
+
+
+def function(rule: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Raises ImportError, or whatever else importing it does, where the rule's kernel is not to be had."""
+    call = CALLS[rule]
+    module = import_module(call.module)
+    if not hasattr(module, call.function):
+        raise ImportError(f"{call.module} has no {call.function}")
+    return getattr(module, call.function)
+
+
+class Packing(NamedTuple):
+    """Rows [B, T] as sequences one after another."""
+
+    bounds: Tensor  # [N + 1] int64, where they begin, and the number of tokens
+    first: Tensor  # [B], each row's first sequence
+    last: Tensor  # [B], its last
+    enters: Tensor  # [B] bool: the row's state enters it, as no document starts at its first token
+
+    @classmethod
+    def of(cls, starts: Tensor) -> "Packing":
+        B, T = starts.shape
+        begins = starts.clone()
+        begins[:, 0] = True
+        counts = begins.sum(1).cumsum(0)
+        bounds = F.pad(begins.flatten().nonzero().squeeze(-1), (0, 1), value=B * T)
+        return cls(bounds, F.pad(counts[:-1], (1, 0)), counts - 1, ~starts[:, 0])
+
+
+_PACKINGS = WeakTensorKeyDictionary()  # how many sequences there are is a question to the GPU: ask once, not per layer
+
+
+def packing(starts: Tensor) -> Packing:
+    known = _PACKINGS.get(starts)
+    if known is None or known[0] != starts._version:
+        known = _PACKINGS[starts] = (starts._version, Packing.of(starts))
+    return known[1]
+
+
+class Packed:
+    """A begun span. q, k [B,T,H,K], v [B,T,H,V], then the rule's gates, starts [B,T] bool; multiplied in q's dtype.
+
+    Decays, states and effects are in fp32, outputs in v's dtype.
+    """
+
+    def __init__(self, rule: str, *xs: Tensor, starts: Tensor, scale: float | None = None):
+        self.call, self.function, self.starts = CALLS[rule], function(rule), starts
+        self.q, self.k, self.v, *gates = xs
+        if rule == "linear":
+            gates = [wide(self.k.new_zeros(self.k.shape[:-1]))]
+        self.gates = dict(zip(self.call.gates, gates, strict=True))
+        if "g" in self.gates:
+            self.gates["g"] = wide(self.gates["g"])
+        self.decays = len(xs) > 3 and "g" in self.gates
+        self.scale = self.k.shape[-1] ** -0.5 if scale is None else scale
+        self.packing = packing(starts)
+        self._open: tuple[Tensor, Tensor] | None = None
+
+    def _run(self, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, H, W] and each row's last state [B, H, K, W], from `state` [B, H, K, W] where one enters."""
+        (B, T), (bounds, first, last, enters) = self.starts.shape, self.packing
+        if state is not None:
+            entering = wide(state).new_zeros(len(bounds) - 1, *state.shape[1:])
+            state = entering.index_put((first,), torch.where(enters[:, None, None, None], wide(state), 0.0))
+        packed = [x.reshape(1, B * T, *x.shape[2:]).contiguous() for x in (self.q, self.k, v)]
+        out, states = self.function(
+            *(x.to(self.q.dtype) for x in packed),
+            **{name: x.reshape(1, B * T, *x.shape[2:]).contiguous() for name, x in self.gates.items()},
+            scale=self.scale,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=bounds,
+        )
+        return out.view(B, T, *out.shape[2:]), wide(states)[last]
+
+    def _opened(self) -> tuple[Tensor, Tensor]:
+        """Outputs and last states from zero; of a dense A with those of the identity's columns behind them."""
+        if self._open is None:
+            if self.call.dense:
+                K, V = self.k.shape[-1], self.v.shape[-1]
+                identity = torch.eye(K, V + K, device=self.k.device, dtype=wide(self.k).dtype).roll(V, 1)
+                B, _, H = self.k.shape[:3]
+                self._open = self._run(F.pad(self.v, (0, K)), identity.expand(B, H, -1, -1))
+            else:
+                self._open = self._run(self.v, None)
+        return self._open
+
+    @property
+    def effect(self) -> Effect:
+        state, V = self._opened()[1], self.v.shape[-1]
+        if self.call.dense:
+            A = state[..., V:]
+        else:
+            A = self.gates["g"].sum(1) if self.decays else state.new_zeros(*state.shape[:2], 0)
+        return Effect(A, state[..., :V], (~self.starts.any(1)).to(state.dtype))
+
+    def finish(self, state: Tensor | None) -> Tensor:
+        if self._open is None:
+            return self._run(self.v, state)[0].to(self.v.dtype)
+        out, V = self._open[0], self.v.shape[-1]
+        if state is None:
+            return out[..., :V].to(self.v.dtype)
+        reads = out[..., V:] if self.call.dense else self._reads()
+        past = (wide(reads).transpose(1, 2) @ wide(state)).transpose(1, 2)
+        return (out[..., :V] + past).to(self.v.dtype)
+
+    def _reads(self) -> Tensor:
+        """q_t e^{G_t} · scale [B, T, H, K], zero once a document has started."""
+        q = wide(self.q) * self.scale
+        if self.decays:
+            sums = self.gates["g"].cumsum(1).exp()
+            q = q * (sums if sums.dim() == q.dim() else sums.unsqueeze(-1))
+        return q.masked_fill(self.starts.cumsum(1)[..., None, None] > 0, 0.0)
