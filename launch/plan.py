@@ -1,4 +1,4 @@
-"""`farspan plan`: what a run would do, without training: mesh, parameters, FLOPs, memory per rank, the first plan."""
+"""`farspan plan`: what a run would do, without training: mesh, parameters, FLOPs, memory, traffic, the first plan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from launch.user import UserError
 
 if TYPE_CHECKING:  # torch is loaded once the configuration has been read
     from models.accounting import Account
+    from models.lm import LM
+    from parallel.schedule.plan import Plan
 
 
 def plan(overrides: list[str]) -> int:
@@ -60,7 +62,8 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
     lengths = [len(s.tokens) for s in batch]
     first = construct(config["scheduler"]).plan(0, lengths, data=flight.data, sequence=flight.sequence)
     placement = place(flight.cluster.workers, nodes, flight.sizes)
-    costs = _costs(flight)
+    model = _model(flight)
+    costs = _costs(flight, model)
     held = max(
         sum(end - begin for begin, end in spans)
         for micro in first.micro_steps
@@ -76,21 +79,28 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         *_flops(costs, [n for s in batch for n in pieces(s.starts)], config["engine"].get("recompute", "none")),
         *_memory(flight, costs, held),
         f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
+        *_traffic(flight, model, first, batch),
         *first.text().splitlines(),
     ]
 
 
-def _costs(flight: Flight) -> Account:
-    """Raises ValueError for a model whose costs are not known."""
+def _model(flight: Flight) -> LM:
+    """On the meta device, computing in what the run would."""
     import torch
 
-    from models.accounting import account
     from train.construct import construct
     from train.precision import dtypes
 
     with torch.device("meta"):
         model = construct(flight.config["model"])
     model.compute = dtypes(flight.config["precision"]["compute"], flight.device)[0]
+    return model
+
+
+def _costs(flight: Flight, model: LM) -> Account:
+    """Raises ValueError for a model whose costs are not known."""
+    from models.accounting import account
+
     try:
         return account(model, device=flight.device)
     except NotImplementedError as error:
@@ -132,6 +142,38 @@ def _memory(flight: Flight, costs: Account, held: int) -> list[str]:
     return [
         f"memory      {_size(sum(parts.values()))} a rank at {held:,} tokens a micro-step, besides the runtime",
         *(f"            {_size(value):>10}  {name}" for name, value in parts.items()),
+    ]
+
+
+def _traffic(flight: Flight, model: LM, first: Plan, batch: Any) -> list[str]:
+    """What ranks receive from others in the first step, by purpose, as the run's records will count it."""
+    from collections import Counter
+
+    from parallel.schedule.volume import How, of_plan, of_weights
+    from train.asked import asked, weight_units
+    from train.precision import dtypes
+
+    transport, engine, workers = flight.config["parallel"]["transport"], flight.config["engine"], flight.cluster.workers
+    if workers == 1:
+        return []
+    auto = transport["recurrence"] == "auto"
+    how = How("gather" if auto else transport["recurrence"], transport["attention"], transport["blocks"])
+    starts = [s.starts.nonzero()[0].tolist() for s in batch]
+    asks = asked(model, device=flight.device) if flight.sequence > 1 else ()
+    found = of_plan(first, starts, asks, how, recompute=engine.get("recompute", "none"))
+    master = dtypes(flight.config["precision"]["compute"], flight.device)[1]
+    units = weight_units(model, itemsize=master.itemsize, reshard=engine.get("reshard_after_forward", True))
+    weights = of_weights(units, workers, len(first.micro_steps))
+    total, most = Counter[str](), Counter[str]()
+    for traffic in found.values():
+        traffic.include(weights)
+        total.update(traffic.bytes)
+        most |= traffic.bytes
+    note = "; auto, as if it chose gather for states" if auto and flight.sequence > 1 else ""
+    return [
+        f"traffic     {_size(total.total())} a step between {workers} ranks, by what it is, and the most a rank "
+        f"receives{note}",
+        *(f"            {_size(n):>10}  {purpose}, {_size(most[purpose])}" for purpose, n in total.most_common()),
     ]
 
 

@@ -92,6 +92,7 @@ def clear(
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
         data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
         shapes = model_shapes(config["model"])
+        _heads(config, sequence)
         if not data_here:
             _objects(config, train, data, sequence)
             return Flight(config, train, cluster, device, data, sequence, shapes, None)
@@ -262,7 +263,14 @@ def _objects(
         construct(config[key])
     scheduler = construct(config["scheduler"])
     if lengths is not None:
-        scheduler.plan(0, lengths, data=data, sequence=sequence).check(data * sequence)
+        plan = scheduler.plan(0, lengths, data=data, sequence=sequence)
+        plan.check(data * sequence)
+        shared = [sum(lengths[s] for s in group.sequences) for micro in plan.micro_steps for group in micro.groups]
+        if sequence > max(shared):
+            raise ValueError(
+                f"parallel.sequence={sequence}: must be at most {max(shared)}, the tokens that such a group of ranks "
+                "has to share"
+            )
     else:
         construct(config["data"])
     construct(config["schedule"]).multiplier(train.batch_tokens, train.total_tokens)
@@ -270,6 +278,19 @@ def _objects(
         construct(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"optimizer: {error}") from None
+
+
+def _heads(config: dict[str, Any], sequence: int) -> None:
+    """Raises ValueError where softmax attention has heads that its transport cannot share out to the ranks."""
+    import torch
+
+    from train.asked import check_heads
+    from train.construct import construct
+
+    if (attention := config["parallel"]["transport"]["attention"]) == "ulysses" and sequence > 1:
+        with torch.device("meta"):
+            model = construct(config["model"])
+        check_heads(model, attention, sequence)
 
 
 def _warn_without_bf16(say: Callable[[str], None]) -> None:

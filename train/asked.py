@@ -32,6 +32,20 @@ def asked(model: LM, *, device: str = "cpu") -> tuple[Ask, ...]:
     return tuple(seq.asks)
 
 
+def check_heads(model: LM, attention: str, ranks: int) -> None:
+    """Raises ValueError where that transport of keys cannot share out the heads of a model on the meta device.
+
+    A window needs none of it; a model whose course depends on data is not known here, and speaks when it runs.
+    """
+    try:
+        asks = asked(model)
+    except NotImplementedError:
+        return
+    for ask in asks:
+        if isinstance(ask, Attention) and ask.window is None:
+            ask.split(ranks, attention)
+
+
 def weight_units(model: LM, *, itemsize: int, reshard: bool) -> list[Unit]:
     """What FSDP gathers at a time, as `parallel.data.shard` wraps it: each layer, then the rest.
 

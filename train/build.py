@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
 from models.moe import mixtures
 from parallel.mesh import Groups, everyone
-from train import checkpoint, optimizer
+from parallel.schedule.volume import Ask
+from train import checkpoint, communication, optimizer
+from train.asked import asked
 from train.construct import construct
 from train.execute import Executor
 from train.loop import Trainer
@@ -44,32 +47,30 @@ def build(order: dict[str, Any]) -> Trainer:
         model = construct(config["model"])
     model.compute = compute
     _announce(model, say)
+    asks = _asks(model, config, order["device"])
     declared = declarations(model)
     utilisation = _utilisation(model, order["device"], say) if first else None
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
     adamw = optimizer.build(construct(config["optimizer"]), model, declared)
 
-    state = State(attempt=0)
-    if order.get("resume"):
-        facts = checkpoint.load(Path(order["resume"]), model, adamw)
-        state = State(facts["step"], facts["tokens"], facts["skips"], facts["attempt"])
-    elif order.get("init_from"):
-        checkpoint.load(Path(order["init_from"]), model, None)
-    state.attempt = _attempt(order, state.attempt)
+    state, facts = _start(order, model, adamw)
 
     parallel = section(ParallelSettings, config["parallel"])
     train = section(TrainSettings, config["train"])
     model.loss_chunk = train.loss_chunk
+    data, sequence = parallel.sizes(dist.get_world_size())
+    recurrence, attention = parallel.transport.build()
+    kept = communication.settle(recurrence, asks, groups, sequence, device, facts, say)
     executor = Executor(
         model,
         groups,
         device,
-        *parallel.transport.build(),
+        recurrence,
+        attention,
         train.balance_weight,
         phases,
         train.z_weight,
     )
-    data, sequence = parallel.sizes(dist.get_world_size())
     batches = _batches(config, train)
     return Trainer(
         settings=train,
@@ -91,6 +92,7 @@ def build(order: dict[str, Any]) -> Trainer:
         tracker=_tracker(order, say) if first else None,
         utilisation=utilisation,
         companions=_companions(run_dir, batches) if first else (),
+        kept=kept,
     )
 
 
@@ -99,6 +101,28 @@ def _announce(model: LM, say: Callable[[str], None]) -> None:
     limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
     for limit in sorted(limits):
         say(f"capacity_factor={limit:g}: choices are dropped by span of tokens, so the loss depends on the layout")
+
+
+def _start(order: dict[str, Any], model: LM, adamw: Optimizer) -> tuple[State, dict[str, Any]]:
+    """Where the run stands, its weights filled; and what the checkpoint that it goes on from says, {} without one."""
+    state, facts = State(attempt=0), dict[str, Any]()
+    if order.get("resume"):
+        facts = checkpoint.load(Path(order["resume"]), model, adamw)
+        state = State(facts["step"], facts["tokens"], facts["skips"], facts["attempt"])
+    elif order.get("init_from"):
+        checkpoint.load(Path(order["init_from"]), model, None)
+    state.attempt = _attempt(order, state.attempt)
+    return state, facts
+
+
+def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:
+    """What a transport is chosen for, where one is to be; none of it where the model's shapes depend on data."""
+    if config["parallel"]["transport"]["recurrence"] != "auto":
+        return ()
+    try:
+        return asked(model, device=device)
+    except NotImplementedError:
+        return ()
 
 
 def _batches(config: dict[str, Any], train: TrainSettings) -> Any:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.moe import mixtures
+from parallel.collectives import LEDGER
 from parallel.data import norm
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
-from train import checkpoint
+from train import checkpoint, communication
 from train.evaluate import Heldout, heldout
 from train.execute import Executor, Tally
 from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
@@ -52,6 +53,7 @@ class Trainer:
     tracker: Tracker | None
     utilisation: Utilisation | None = None
     companions: Sequence[Path] = ()
+    kept: dict[str, Any] = field(default_factory=dict)  # what a resumed run finds as it was
     noted: tuple[MicroStep, ...] = ()
 
     def fit(self) -> None:
@@ -88,6 +90,7 @@ class Trainer:
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step. Returns its record, the same on every rank, and whether a stop was asked for."""
         began, state = time.perf_counter(), self.state
+        LEDGER.take()  # an evaluation before this step is not the step's
         with self.phases("data"):
             batch = self.batches.batch(self.seed, state.step, state.skips)
         with self.phases("plan"):
@@ -117,6 +120,7 @@ class Trainer:
             "memory_bytes": shared["memory"],
             "expert_load": {name: _shares(counts) for name, counts in shared["choices"].items()},
         }
+        record |= shared["communication"]
         if shared["dropped"]:
             record["expert_dropped"] = shared["dropped"]
         if self.utilisation is not None:
@@ -144,7 +148,7 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder. Collective."""
         with self.phases("checkpoint"):
-            facts = {**self.state.facts(), "seed": self.seed, "data": self.batches.fingerprint}
+            facts = {**self.state.facts(), **self.kept, "seed": self.seed, "data": self.batches.fingerprint}
             path = checkpoint.save(
                 self.run_dir / "checkpoints",
                 self.model,
@@ -178,11 +182,13 @@ class Trainer:
         stop = float((self.run_dir / "stop").exists()) if self.groups.rank == 0 else 0.0
         memory = float(peak_memory_bytes(str(self.executor.device)))
         own = torch.tensor([stop, memory], dtype=torch.float64, device=self.executor.device)
-        row = torch.cat([own, *(x.double().view(1) for x in sums), *loads])
+        received = torch.tensor(communication.taken(), dtype=torch.float64, device=self.executor.device)
+        row = torch.cat([own, *(x.double().view(1) for x in sums), *loads, received])
         rows = self.groups.world_comm.all_gather(row, purpose="metrics")
         total = rows.sum(0)
         first = len(own) + len(sums)
-        choices = dict(zip(layers, total[first:].split([len(load) for load in loads]) if loads else [], strict=True))
+        *counts, received = total[first:].split([*(len(load) for load in loads), communication.COLUMNS])
+        choices = dict(zip(layers, counts, strict=True))
         dropped = dict(zip(limited, total[len(own) + 3 : first].tolist(), strict=True))
         return {
             "stop": bool(total[0] > 0),
@@ -191,6 +197,7 @@ class Trainer:
             "balance": total[3].item(),
             "z": total[4].item(),
             "choices": choices,
+            "communication": communication.record(received.tolist()),
             "dropped": {name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
         }
 

@@ -78,10 +78,12 @@ class TransportSettings:
 
     recurrence: how the states of linear mixers travel. gather: an all-gather, in each layer, of every span's effect
     on the state (LASP-2, 2502.07563); relay: from rank to rank, the fewest bytes (LASP, 2404.02882); allscan: the
-    relay in blocks that follow each other (ZeCO, 2507.01004). blocks: how many of them, at least 2. attention: how
-    softmax attention reaches the keys of other ranks. gather: an all-gather of keys and values, a head at a time
-    (Llama 3, 2407.21783, section 3.3.2); ring: they pass every rank (2310.01889); ulysses: ranks exchange tokens
-    for heads (2309.14509); usp: heads over as many ranks as there are heads, a ring over the rest (2405.07719).
+    relay in blocks that follow each other (ZeCO, 2507.01004); auto: for each kind of recurrence the fastest of these,
+    by the size of its states, the number of ranks, and latency and bandwidth as measured at the start; a resumed run
+    keeps what was measured. blocks: into how many allscan cuts a state, at least 2. attention: how softmax attention
+    reaches the keys of other ranks. gather: an all-gather of keys and values, a head at a time (Llama 3, 2407.21783,
+    section 3.3.2); ring: they pass every rank (2310.01889); ulysses: ranks exchange tokens for heads (2309.14509); usp:
+    heads over as many ranks as there are heads, a ring over the rest (2405.07719).
     """
 
     recurrence: str = "gather"
@@ -102,7 +104,7 @@ class TransportSettings:
         """The transport of effects, and that of keys and values."""
         from parallel.sequence import TRANSPORTS
 
-        options = {"allscan": {"blocks": self.blocks}}.get(self.recurrence, {})
+        options = {"blocks": self.blocks} if self.recurrence in ("allscan", "auto") else {}
         return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention]()
 
 

@@ -192,8 +192,8 @@ class Attention:
         ]
         if how == "ulysses" and fitting[-1] != ranks:
             raise ValueError(
-                f"parallel.transport.attention=ulysses: must split heads={self.heads} and kv_heads={self.kv_heads} "
-                f"over {ranks} ranks, and cannot; gather, ring and usp take any number"
+                f"parallel.transport.attention=ulysses: must share out heads={self.heads}, kv_heads={self.kv_heads} to "
+                f"{ranks} ranks, and cannot; gather, ring and usp can"
             )
         return fitting[-1]
 

@@ -209,6 +209,9 @@ BAD = {
     "model.pattern=[gla,foo]": "'foo' is not one of the blocks",
     "model.vocabulary=100": "model.vocabulary=100: the tokenizer has 257 tokens",
     "parallel.sequence=3": "parallel.sequence=3: must divide cluster.workers=2",
+    "cluster.workers=385": "parallel.sequence=385: must be at most 384, the tokens that such a group of ranks has to",
+    "cluster.workers=6 parallel.transport.attention=ulysses": "ulysses: must share out heads=4, kv_heads=2 to 6 ranks, "
+    "and cannot; gather, ring and usp can",
     "cluster.device=cuda": "cluster.device=cuda: this machine has no CUDA device",
     "data.path=/no/such/place": "data.path=/no/such/place: no such file or folder",
     "data.max_length=100": "train.batch_tokens=384: expected a multiple of data.max_length=100",
@@ -229,7 +232,7 @@ def test_a_mistake_costs_one_line_and_no_process(place, tmp_path, monkeypatch, c
     monkeypatch.setattr("launch.local.warm", lambda *modules: None)
     monkeypatch.setattr("launch.local.spawn", None)
     monkeypatch.setattr("launch.cluster.fit", None)
-    assert main(["train", *overrides(place), mistake]) == 2
+    assert main(["train", *overrides(place), *mistake.split()]) == 2
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and BAD[mistake] in said.err, said.err
     assert not (tmp_path / "runs").exists()
@@ -296,7 +299,7 @@ def test_plan_and_doctor_and_help(place, capsys):
         main(["plan", *overrides(place), "scheduler.tokens_per_rank=50", "cluster.workers=4", "parallel.data=2"]) == 0
     )
     said = capsys.readouterr().out
-    for words in ("data 2 x sequence 2", "parameters", "memory", "micro-step 1", "rank 3"):
+    for words in ("data 2 x sequence 2", "parameters", "memory", "traffic", "state gradient", "micro-step 1", "rank 3"):
         assert words in said
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out

@@ -27,7 +27,7 @@ REFUSED = {
     "++foo.bar=3": "foo: no such key; accepts cluster, data,",
     "süd=3": "süd: no such key",
     f"{TRANSPORT}.recurence=gather": f"{TRANSPORT}.recurence: no such key; nearest: {TRANSPORT}.recurrence",
-    "+parallel.transport.foo=1": "parallel.transport.foo: no such key; accepts attention, recurrence",
+    "+parallel.transport.foo=1": "parallel.transport.foo: no such key; accepts attention, blocks, recurrence",
     f"{TRANSPORT}={{recurence: gather}}": f"{TRANSPORT}.recurence: no such key; nearest: {TRANSPORT}.recurrence",
     f"{GLA}.mixer.heds=4": f"{GLA}.mixer.heds: no such key; nearest: {GLA}.mixer.heads",
     f"+{GLA}.mixer.heds=4": f"{GLA}.mixer.heds: no such key; nearest: {GLA}.mixer.heads",
@@ -98,7 +98,7 @@ REFUSED = {
     "+model.blocks.new=3": "model.blocks.new=3: expected an object",
     "+model.blocks.new.mixer.heads=3": "model.blocks.new._target_: missing",
     # values that a constructor refuses, with the nearest of those that it accepts
-    "parallel.transport.recurrence=gathr": "gathr: must be one of gather; nearest: gather",
+    "parallel.transport.recurrence=gathr": "gathr: must be one of allscan, auto, gather, relay; nearest: gather",
     "precision.compute=fp3": "precision.compute=fp3: must be one of auto, bf16, fp32, fp64; nearest: fp32",
     "cluster.kind=foo": "cluster.kind=foo: must be one of none, local, ray",
     "scheduler.layout=zigzga": "nearest: zigzag",
@@ -199,7 +199,7 @@ ACCEPTED = [
     (["train.steps=null"], "train.steps", None),
     (["train={tokens: 3}"], "train.keep", 2),
     (["~train.keep"], "train.keep", 2),  # the constructor's default
-    (["~parallel.transport"], "parallel.transport", {"recurrence": "gather", "attention": "gather"}),
+    (["~parallel.transport"], "parallel.transport", {"recurrence": "gather", "attention": "gather", "blocks": 4}),
     (["~engine.reshard_after_forward"], "engine.reshard_after_forward", True),
     (["tracking.tags=[a,b]"], "tracking.tags", ["a", "b"]),
     (["optimizer.amsgrad=true"], "optimizer.amsgrad", True),  # not in the file, but torch knows it
