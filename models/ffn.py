@@ -1,6 +1,7 @@
 """The dense feed-forward layer: SwiGLU (arXiv 2002.05202), all tokens at once or a tile of them at a time."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.axes import positive
+from models.kept import unkept
 from models.linear import Linear
 from models.sequence import Sequence
 
@@ -21,7 +23,8 @@ def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
     if tile is None:
         return f(x)
     tiles = x.flatten(0, -2).split(tile)
-    y = torch.cat([checkpoint(f, x_ND, use_reentrant=False, preserve_rng_state=False) for x_ND in tiles])
+    again = partial(checkpoint, partial(unkept, f), use_reentrant=False, preserve_rng_state=False)
+    y = torch.cat([again(x_ND) for x_ND in tiles])
     return y.view(*x.shape[:-1], -1)
 
 

@@ -1,9 +1,14 @@
 """Every matmul with a weight goes through here: fp32 master weights, multiplied in the dtype of the activations."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.axes import Init, constant, declare, fan_in
+from models.kept import keeping, kept
 
 
 class Linear(nn.Module):
@@ -23,4 +28,26 @@ class Linear(nn.Module):
         self.bias = declare(outputs, axes=axes[:1], init=constant(0.0), decay=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = _Kept.apply(x, weight, bias) if keeping() else F.linear(x, weight, bias)
+        return y
+
+
+class _Kept(torch.autograd.Function):
+    """F.linear, whose result is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return kept(lambda: F.linear(x, weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ weight if ctx.needs_input_grad[0] else None,
+            rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None,
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )

@@ -37,7 +37,7 @@ def parallelise(
     model.to(dtype)
     if tile is not None:
         memory.tile(model, tile)
-    memory.recompute(model.layers, remat)
+    memory.recompute(model.layers, remat, device=mesh.device_type)
     if offload_activations:
         memory.offload(model.layers)
     layers, on_host = list(model.layers.values()), offload_optimizer and mesh.device_type != "cpu"

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
+from models.kept import kept
 from models.precision import wide
 
 # torch 2.13 renamed both; 2.11 has only the old names.
@@ -141,28 +142,28 @@ class Comm:
         if self.size == 1:
             return x.unsqueeze(0)
         with self.waiting():
-            return all_gather(x, self.size, self.name, purpose)
+            return kept(lambda: all_gather(x, self.size, self.name, purpose))
 
     def reduce_scatter(self, x: Tensor, *, purpose: str) -> Tensor:
         """[P, ...] -> [...], this rank's part of the sum over ranks, accumulated in at least fp32."""
         if self.size == 1:
             return x.squeeze(0)
         with self.waiting():
-            return reduce_scatter(wide(x), self.name, purpose).to(x.dtype)
+            return kept(lambda: reduce_scatter(wide(x), self.name, purpose)).to(x.dtype)
 
     def all_reduce(self, x: Tensor, *, purpose: str) -> Tensor:
         """The sum over ranks, in a new tensor."""
         if self.size == 1:
             return x.clone()
         with self.waiting():
-            return all_reduce(x, self.name, purpose)
+            return kept(lambda: all_reduce(x, self.name, purpose))
 
     def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
         """[P, ...] -> [P, ...]: what rank p has as part r comes to rank r as part p. Its own transpose."""
         if self.size == 1:
             return x.clone()
         with self.waiting():
-            return all_to_all(x, self.name, purpose)
+            return kept(lambda: all_to_all(x, self.name, purpose))
 
     def send(self, x: Tensor, to: int) -> dist.Work:
         """Starts to send `x` to the group's rank `to`. Hold on to both until the work is done."""
@@ -202,7 +203,7 @@ def as_operator(function: Callable[..., list[Tensor]], *tensors: Tensor) -> list
     number = next(_numbers)
     _calls[number] = function
     try:
-        return call(list(tensors), number)
+        return kept(lambda: call(list(tensors), number))
     finally:
         del _calls[number]
 

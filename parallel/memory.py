@@ -5,6 +5,7 @@ the same order on every rank, since all ranks run the same layers; the policy `s
 nothing twice.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from models.kept import Tape
 from models.recurrence import Recurrence
 from parallel.collectives import NAMESPACE
 
@@ -25,19 +27,27 @@ DEAR = {"mm", "addmm", "_grouped_mm"}
 ATTENTION = "_scaled_dot_product_"
 
 
-def recompute(layers: nn.ModuleDict, policy: str) -> None:
-    """Wraps every layer: "full" keeps its input alone, "selective" also what `keep` names; "none" wraps nothing.
+def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> None:
+    """Wraps every layer: "full" keeps its input alone, "selective" also what is dear; "none" wraps nothing.
 
-    Raises ValueError for another policy.
+    Dear is what asks `models.kept` on a CPU. Elsewhere it is what `keep` names: a policy asked for every operator sees
+    kernels that are not ours, and Python is ahead of a GPU. Raises ValueError for another policy.
     """
     if policy not in RECOMPUTE:
         raise ValueError(f"engine.recompute={policy}: must be one of {', '.join(RECOMPUTE)}")
     chosen: dict[str, Any] = {}
     if policy == "selective":
-        chosen["context_fn"] = partial(create_selective_checkpoint_contexts, keep)
+        asked = partial(create_selective_checkpoint_contexts, keep)
+        chosen["context_fn"] = taped if device == "cpu" else asked
     for name, layer in layers.items():
         if policy != "none":
             layers[name] = checkpoint_wrapper(layer, **chosen)
+
+
+def taped() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a layer's first pass runs in, and its second."""
+    tape = Tape()
+    return tape.recording(), tape.replay()
 
 
 def keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kept import kept
 from models.precision import wide
 
 FUSED = (torch.float32, torch.bfloat16)
@@ -54,16 +55,22 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         token_M = order_M // weights_NX.shape[1]
         weight_M1 = weights_NX.flatten()[order_M].unsqueeze(-1)
-        y_ND, inners = torch.zeros_like(wide(x_ND)), []
-        parts = zip(token_M.split(sizes), weight_M1.split(sizes), gate_up, down, strict=True)
-        for token_C, weight_C1, gate_up_DH, down_HD in parts:
-            inners.append(x_ND.index_select(0, token_C) @ gate_up_DH)  # not into one array: see `parallel.memory.keep`
-            gate_CH, up_CH = wide(inners[-1]).chunk(2, dim=-1)
-            hidden_CH = F.silu(gate_CH).mul_(up_CH).mul_(weight_C1)
-            y_ND.index_add_(0, token_C, wide(hidden_CH.to(x_ND.dtype) @ down_HD))
+
+        def run() -> tuple[Tensor, ...]:
+            """The output, and each expert's inner rows: arrays of their own, so that a policy may keep them."""
+            y_ND, inners = torch.zeros_like(wide(x_ND)), []
+            parts = zip(token_M.split(sizes), weight_M1.split(sizes), gate_up, down, strict=True)
+            for token_C, weight_C1, gate_up_DH, down_HD in parts:
+                inners.append(x_ND.index_select(0, token_C) @ gate_up_DH)
+                gate_CH, up_CH = wide(inners[-1]).chunk(2, dim=-1)
+                hidden_CH = F.silu(gate_CH).mul_(up_CH).mul_(weight_C1)
+                y_ND.index_add_(0, token_C, wide(hidden_CH.to(x_ND.dtype) @ down_HD))
+            return y_ND.to(x_ND.dtype), *inners
+
+        y_ND, *inners = kept(run)
         ctx.save_for_backward(x_ND, weight_M1, order_M, token_M, gate_up, down, *inners)
         ctx.sizes, ctx.choices = sizes, weights_NX.shape
-        return y_ND.to(x_ND.dtype)
+        return y_ND
 
     @staticmethod
     @once_differentiable

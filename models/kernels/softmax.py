@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kept import kept
 from models.kernels.tiles import ROWS, Tile, tile_for
 from models.precision import wide
 
@@ -135,6 +136,16 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: list[list[Part]], scale: float, tile: type[Tile]
     ) -> Tensor:
+        out, lse = kept(lambda: _Attend.run(q, k, v, rows, scale, tile))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rows, ctx.scale, ctx.tile = rows, scale, tile
+        return out
+
+    @staticmethod
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, rows: list[list[Part]], scale: float, tile: type[Tile]
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse."""
         merging = any(part.merged for parts in rows for part in parts)
         precise = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty_like(q, dtype=precise if merging else q.dtype)
@@ -151,10 +162,7 @@ class _Attend(torch.autograd.Function):
                 else:
                     whole.copy_(part_out)
                     total.copy_(part_lse)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rows, ctx.scale, ctx.tile = rows, scale, tile
-        return out
+        return out.to(q.dtype), lse
 
     @staticmethod
     @once_differentiable

@@ -60,6 +60,16 @@ def test_a_step_has_the_same_loss_and_gradients(name):
         assert (got.gradients[key] - gradient).norm() <= 1e-10 * gradient.norm(), key
 
 
+def test_a_policy_asked_for_every_operator_is_the_same_step():
+    """The way of devices that have kernels of their own."""
+    want, asked = measure(small(), 192), small()
+    memory.recompute(asked.layers, "selective", device="cuda")
+    got = measure(asked, 192)
+    assert abs(got.loss - want.loss) <= 1e-12 * want.loss and got.saved < want.saved
+    for key, gradient in want.gradients.items():
+        assert (got.gradients[key] - gradient).norm() <= 1e-10 * gradient.norm(), key
+
+
 def test_chunks_tiles_and_recomputation_hold_less_than_two_fifths():
     plain, saving = measure(small(512, 8), 2048), measure(small(512, 8), 2048, chunk=128, tile=128, recompute="full")
     assert saving.saved < 0.2 * plain.saved and saving.most < 0.4 * plain.most
