@@ -1,11 +1,13 @@
 """Windows: a span needs no more keys than reach into its first token's window, and the first few of that document."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.kernels.softmax import Piece, attend_pieces
+from parallel.collectives import as_operator
 from parallel.sequence.chain import Chain, Link
 
 Range = tuple[int, int]  # tokens [begin, end) of the packed sequence
@@ -50,12 +52,41 @@ def _parts(chain: Chain, ranges: list[Range]) -> list[tuple[Link, slice]]:
     ]
 
 
+def _fetched(chain: Chain, orders: dict[int, list[tuple[Link, slice]]], x: Tensor) -> list[Tensor]:
+    """Sends what each rank ordered of x, and gives what this one did."""
+    me = chain.comm.rank
+    sent = []
+    for rank, parts in orders.items():
+        mine = [x[link.row, at] for link, at in parts if link.rank == me]
+        if mine and rank != me:
+            out = torch.cat(mine)
+            sent.append((chain.comm.send(out, rank), out))
+    arrived = {
+        source: chain.comm.receive(
+            x.new_empty(sum(at.stop - at.start for link, at in orders[me] if link.rank == source), *x.shape[2:]),
+            source,
+            purpose="keys and values",
+        )
+        for source in sorted({link.rank for link, _ in orders[me]} - {me})
+    }
+    found, taken = [], dict.fromkeys(arrived, 0)
+    for link, at in orders[me]:
+        if link.rank == me:
+            found.append(x[link.row, at])
+            continue
+        begin = taken[link.rank]
+        taken[link.rank] += at.stop - at.start
+        found.append(arrived[link.rank][begin : taken[link.rank]])
+    for work, _ in sent:
+        work.wait()
+    return [torch.cat(found) if found else x.new_empty(0, *x.shape[2:])]
+
+
 class _Fetch(torch.autograd.Function):
     """x [B, T, ...] -> the tokens that this rank's spans ask for, [N, ...], row after row."""
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, window: int, sinks: int, x: Tensor) -> Tensor:
-        me = chain.comm.rank
         orders = {
             rank: [
                 part
@@ -66,31 +97,7 @@ class _Fetch(torch.autograd.Function):
             for rank in range(chain.comm.size)
         }
         ctx.chain, ctx.orders, ctx.shape = chain, orders, x.shape
-        sent = []
-        for rank, parts in orders.items():
-            mine = [x[link.row, at] for link, at in parts if link.rank == me]
-            if mine and rank != me:
-                out = torch.cat(mine)
-                sent.append((chain.comm.send(out, rank), out))
-        arrived = {
-            source: chain.comm.receive(
-                x.new_empty(sum(at.stop - at.start for link, at in orders[me] if link.rank == source), *x.shape[2:]),
-                source,
-                purpose="keys and values",
-            )
-            for source in sorted({link.rank for link, _ in orders[me]} - {me})
-        }
-        found, taken = [], dict.fromkeys(arrived, 0)
-        for link, at in orders[me]:
-            if link.rank == me:
-                found.append(x[link.row, at])
-                continue
-            begin = taken[link.rank]
-            taken[link.rank] += at.stop - at.start
-            found.append(arrived[link.rank][begin : taken[link.rank]])
-        for work, _ in sent:
-            work.wait()
-        return torch.cat(found) if found else x.new_empty(0, *x.shape[2:])
+        return as_operator(partial(_fetched, chain, orders), x)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

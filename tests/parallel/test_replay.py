@@ -1,0 +1,136 @@
+"""What is recomputed sends what was sent, in the same order; and nothing twice where the policy keeps it (T11)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from models.lm import LM
+from parallel.collectives import LEDGER
+from parallel.schedule.plan import Group, MicroStep, Plan
+from parallel.sequence.effects import AllScan, GatherEffects, Relay
+from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
+from tests import parity
+from tests.parallel.matrix import layout_spans
+from tests.parity import Sample, small_model
+
+pytestmark = pytest.mark.dist
+
+SAMPLE = Sample((3, 50, 1, 42))
+LENGTH = len(SAMPLE.tokens)
+CASES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
+    "gather, gather": (GatherEffects(), GatherKeys(), "contiguous", {}),
+    "relay, ring": (Relay(), Ring(), "zigzag", {}),
+    "allscan, usp": (AllScan(2), MeshKeys(), "contiguous", {"heads": 2, "kv_heads": 1}),  # two by two
+    "relay, ulysses": (Relay(), Ulysses(), "idle rank", {}),
+    "allscan, window": (AllScan(3), GatherKeys(), "unequal", {"window": 9, "sinks": 2}),
+}
+Sent = tuple[str, int]  # purpose, bytes
+
+
+@dataclass
+class Record:
+    """What this rank receives in a step, in order, between marks: a layer's number as it begins, -1 as it ends."""
+
+    events: list[Sent | int] = field(default_factory=list)
+
+    def build(self, attention: dict[str, Any]) -> LM:
+        model = small_model(attention)
+        for name, layer in model.layers.items():
+            layer.register_forward_pre_hook(lambda *_, n=int(name): self.events.append(n))
+            layer.register_forward_hook(lambda *_: self.events.append(-1))
+        return model
+
+    def sent(self) -> list[Sent]:
+        return [event for event in self.events if not isinstance(event, int)]
+
+    def passes(self) -> list[tuple[int, list[Sent]]]:
+        """What was sent after each mark."""
+        found: list[tuple[int, list[Sent]]] = []
+        for event in self.events:
+            if isinstance(event, int):
+                found.append((event, []))
+            else:
+                found[-1][1].append(event)
+        return found
+
+
+def record(case: str, remat: str) -> tuple[Record, dict[str, float]]:
+    """A step on this rank, and how its loss and gradients differ from one process."""
+    effects, keys, layout, attention = CASES[case]
+    taken = Record()
+    honest = type(LEDGER).add
+
+    def add(group: str, purpose: str, received: int) -> None:
+        taken.events.append((purpose, received))
+        honest(LEDGER, group, purpose, received)
+
+    spans = layout_spans(layout, 4, LENGTH)
+    assert spans is not None
+    plan = Plan(0, (LENGTH,), (MicroStep((Group((0, 1, 2, 3), (0,), spans),)),))
+    taken.events.append(-1)
+    LEDGER.add = add  # type: ignore[method-assign]
+    got = parity.spread(
+        [SAMPLE], plan, "fp64", remat, attention=attention, recurrence=effects, keys=keys, build=taken.build
+    )
+    del LEDGER.add
+    assert taken.sent()[-1][0] == "loss", "which parity.spread sums at the end"
+    want = parity.truth([SAMPLE], "fp64", attention)
+    return taken, parity.differences(got, want)
+
+
+def every_policy(case: str) -> dict[str, tuple[Record, dict[str, float]]]:
+    return {remat: record(case, remat) for remat in ("none", "full", "selective")}
+
+
+def every_case() -> dict[str, dict[str, tuple[Record, dict[str, float]]]]:
+    return {case: every_policy(case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def recorded(run):
+    """One world for all of them: by rank, case and policy."""
+    return run(4, every_case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_computed_again_sends_the_same_in_the_same_order(recorded, case):
+    """Full recomputation repeats each layer's forward, entry by entry, and is otherwise as without."""
+    for rank in recorded:
+        plain, full = (rank[case][remat][0].passes() for remat in ("none", "full"))
+        forward = {layer: sent for layer, sent in plain if layer >= 0}
+        assert any(forward.values()), "or there is nothing to repeat"
+        rest, seen = [], []
+        for layer, sent in full:
+            if layer in seen:  # in the backward pass
+                first = forward[layer]
+                assert sent[: len(first)] == first
+                rest += sent[len(first) :]
+            else:
+                rest += sent
+            seen += [layer] * (layer >= 0)
+        assert sorted(seen) == sorted([*forward, *forward])
+        assert rest == [event for _, sent in plain for event in sent]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_selective_recomputation_sends_nothing_twice(recorded, case):
+    for rank in recorded:
+        plain, selective, full = (rank[case][remat][0] for remat in ("none", "selective", "full"))
+        assert selective.sent() == plain.sent()
+        assert sum(layer >= 0 for layer, _ in selective.passes()) == 2 * sum(layer >= 0 for layer, _ in plain.passes())
+        assert len(full.sent()) > len(plain.sent()), "or this would hold for any policy"
+
+
+def test_collectives_come_in_the_same_order_on_every_rank(recorded):
+    """Where all that is sent is collective, so that an order of one's own would wait for ever or mix up messages."""
+    for remat in ("none", "full", "selective"):
+        first, *others = (rank["gather, gather"][remat][0].sent() for rank in recorded)
+        assert all(sent == first for sent in others)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recomputed_gradients_are_those_of_one_process(recorded, case):
+    for rank in recorded:
+        for remat, (_, found) in rank[case].items():
+            assert max(found.values()) <= parity.TOLERANCE["fp64"], (remat, max(found, key=found.get))
