@@ -24,6 +24,7 @@ from typing import Any
 from launch import inspection, meeting, package
 from launch.outcome import Failure
 from launch.user import UserError
+from launch.watch import Watch
 from launch.world import SIGNALS, Job, leave_with_parent, loopback
 
 _STORE_BYTES = 80_000_000  # Ray's object store: near its least (75 MiB), nothing of ours goes through it
@@ -126,7 +127,8 @@ def _fit(job: Job, place: str, say: Callable[[str], None]) -> Report:
 
     try:
         # Off the main thread: there, Ray's own SIGINT handler would be installed, which aborts the run.
-        _off_main_thread(_trainer(job).fit)
+        if not _off_main_thread(_trainer(job).fit, meanwhile=lambda: any(f.stopped for f in _reports(job))):
+            return Report(False, _reports(job))  # Ray would wait for the worker that does not answer
     except ray.train.WorkerGroupError as error:
         failures = _reports(job)
         members = _members(job)
@@ -229,8 +231,8 @@ def _trainer(job: Job) -> Any:
     )
 
 
-def _off_main_thread(function: Any) -> None:
-    """Call `function` in a thread and raise what it raises."""
+def _off_main_thread(function: Any, *, meanwhile: Callable[[], bool]) -> bool:
+    """Call `function` in a thread and raise what it raises. False where it was left to itself: `meanwhile` was true."""
     errors: list[BaseException] = []
 
     def call() -> None:
@@ -239,11 +241,15 @@ def _off_main_thread(function: Any) -> None:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(1.0)
+        if meanwhile():
+            return False
     if errors:
         raise errors[0]
+    return True
 
 
 def _work(told: dict[str, Any]) -> None:
@@ -256,19 +262,25 @@ def _work(told: dict[str, Any]) -> None:
     try:
         if job.address is None:
             os.chdir(job.directory)
-        rank = meeting.enter(job, scratch(job.run_dir) / _MEMBERS)
-        job.function()(job.config)
+        rank, host, port = meeting.enter(job, scratch(job.run_dir) / _MEMBERS)
+        with Watch(rank, job.workers, host, port, lambda failure: _tell(job, ours, failure)):
+            job.function()(job.config)
         dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:
         failure = Failure.of(rank, error)
-        path = scratch(job.run_dir) / f"rank-{ours}.json"
-        path.with_suffix(".part").write_text(json.dumps(asdict(failure)), encoding="utf-8")
-        path.with_suffix(".part").rename(path)
+        _tell(job, ours, failure)
         if failure.blames_peer:
             time.sleep(_PEER_S)  # the controller stops at the first failure it hears of: let that be the culprit's
         # A plain one, for whatever the entry raised may not survive the way to the driver.
         raise RuntimeError(failure.line) from None
+
+
+def _tell(job: Job, ours: int, failure: Failure) -> None:
+    """A rank's report, in a file of Ray's rank `ours`."""
+    path = scratch(job.run_dir) / f"rank-{ours}.json"
+    path.with_suffix(".part").write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    path.with_suffix(".part").rename(path)
 
 
 def _reports(job: Job) -> list[Failure]:

@@ -17,12 +17,16 @@ from typing import Any
 
 from launch.placement import order
 from launch.world import Job, TooFewDevicesError
+from parallel.whereabouts import TIMEOUT
 
 _SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 
 
-def enter(job: Job, members_file: Path) -> int:
-    """Join the world and return the rank in it; `members_file` gets every rank's Ray rank, address and process id."""
+def enter(job: Job, members_file: Path) -> tuple[int, str, int]:
+    """Join the world and return the rank in it, and the store's host and port.
+
+    `members_file` gets every rank's Ray rank, address and process id.
+    """
     import ray
     import torch
     import torch.distributed as dist
@@ -55,14 +59,13 @@ def enter(job: Job, members_file: Path) -> int:
     if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(address)):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo asks for the address of the host's name
     torch.set_num_threads(threads)
-    dist.init_process_group(
-        job.backend, store=dist.PrefixStore("world", store), rank=rank, world_size=size, device_id=device
-    )
+    apart = dist.PrefixStore("world", store)
+    dist.init_process_group(job.backend, store=apart, rank=rank, world_size=size, device_id=device, timeout=TIMEOUT)
     if rank == 0:
         facts = ("address", "node", "local", "pid")
         told = [{**dict(zip(facts, members[each], strict=True)), "ray_rank": each} for each in ranks]
         members_file.write_text(json.dumps(told), encoding="utf-8")
-    return rank
+    return rank, host, port
 
 
 def _device(job: Job) -> Any:

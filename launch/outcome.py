@@ -1,9 +1,9 @@
 """How a run ended, and who is to blame.
 
 When one rank of a world fails, all of them do: its peers see "connection reset by peer" a moment later. A report that
-names a peer sends its reader to the wrong place, so the culprit is, in this order: a rank that was killed by a signal
-which we did not send; the earliest failure that is not about a connection; a rank that aborted itself (NCCL's watchdog
-does, when a peer is gone); the earliest failure.
+names a peer sends its reader to the wrong place, so the culprit is, in this order: a rank that stopped answering, as
+`launch.watch` tells; a rank that was killed by a signal which we did not send; the earliest failure that is not about a
+connection; a rank that aborted itself (NCCL's watchdog does, when a peer is gone); the earliest failure.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Failure:
     line: str  # "ExceptionType: first line of the message"
     trace: str
     user_line: str | None = None  # the exception's own words, when it is a user's mistake
+    stopped: bool = False  # `line` is a watch's word about a rank that stopped answering, itself or another
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
@@ -77,6 +78,8 @@ def verdict(failures: Sequence[Failure], deaths: Sequence[tuple[int, str]], run_
     path = run_dir / "error.txt"
     path.write_text("\n".join(texts), encoding="utf-8")
     killed = [death for death in deaths if "SIGABRT" not in death[1]]
+    if stopped := [failure for failure in ordered if failure.stopped]:  # what died later died of that
+        return Outcome(False, f"{stopped[0].line} (more: {path})", 1, lost=True)
     own_reports = [failure for failure in ordered if not failure.blames_peer]
     if killed or (deaths and not own_reports):
         rank, how = (killed or list(deaths))[0]

@@ -12,7 +12,9 @@ from typing import Any
 
 from launch.outcome import Failure
 from launch.stopping import stop_file
+from launch.watch import Watch
 from launch.world import SIGNALS, Job, TooFewDevicesError, leave_with_parent, loopback
+from parallel.whereabouts import TIMEOUT
 
 
 def work(
@@ -63,9 +65,10 @@ def _enter(
     store = dist.TCPStore(
         "127.0.0.1", port, job.workers, is_master=rank == 0, wait_for_workers=False, master_listen_fd=fd
     )
-    dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.workers)
+    dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.workers, timeout=TIMEOUT)
     pipe.send("entered")
-    function(job.config)
+    with Watch(rank, job.workers, "127.0.0.1", store.port, pipe.send):
+        function(job.config)
     dist.barrier()
     dist.destroy_process_group()
 

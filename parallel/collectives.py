@@ -14,8 +14,8 @@ by purpose.
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from models.kept import kept
 from models.precision import wide
+from parallel.whereabouts import HERE, Marked, Wait
 
 # torch 2.13 renamed both; 2.11 has only the old names.
 all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -120,12 +121,16 @@ all_to_all.register_fake(lambda parts, group, purpose: parts.new_empty(parts.sha
 
 @dataclass(frozen=True)
 class Comm:
-    """Some ranks that communicate. `waiting` is entered while this rank is blocked on the others."""
+    """Some ranks that communicate. `waiting` is entered while this rank is blocked on the others.
+
+    layer: the slot for which they do, where it is known.
+    """
 
     ranks: tuple[int, ...]
     rank: int  # index of this process in `ranks`
     group: dist.ProcessGroup | None = None  # None when there is only one rank
     waiting: Clock = nullcontext
+    layer: str = ""
 
     @property
     def size(self) -> int:
@@ -141,35 +146,41 @@ class Comm:
         """[...] -> [P, ...], rank after rank."""
         if self.size == 1:
             return x.unsqueeze(0)
-        with self.waiting():
+        with self._blocked(purpose, "all-gather"):
             return kept(lambda: all_gather(x, self.size, self.name, purpose))
 
     def reduce_scatter(self, x: Tensor, *, purpose: str) -> Tensor:
         """[P, ...] -> [...], this rank's part of the sum over ranks, accumulated in at least fp32."""
         if self.size == 1:
             return x.squeeze(0)
-        with self.waiting():
+        with self._blocked(purpose, "reduce-scatter"):
             return kept(lambda: reduce_scatter(wide(x), self.name, purpose)).to(x.dtype)
 
     def all_reduce(self, x: Tensor, *, purpose: str) -> Tensor:
         """The sum over ranks, in a new tensor."""
         if self.size == 1:
             return x.clone()
-        with self.waiting():
+        with self._blocked(purpose, "all-reduce"):
             return kept(lambda: all_reduce(x, self.name, purpose))
 
     def all_to_all(self, x: Tensor, *, purpose: str) -> Tensor:
         """[P, ...] -> [P, ...]: what rank p has as part r comes to rank r as part p. Its own transpose."""
         if self.size == 1:
             return x.clone()
-        with self.waiting():
+        with self._blocked(purpose, "all-to-all"):
             return kept(lambda: all_to_all(x, self.name, purpose))
 
-    def send(self, x: Tensor, to: int) -> dist.Work:
+    @contextmanager
+    def _blocked(self, purpose: str, kind: str) -> Iterator[None]:
+        with self.waiting(), HERE.waiting(Wait(self.layer, purpose, kind, self.ranks)):
+            yield
+
+    def _marked(self, work: dist.Work | None, purpose: str, kind: str, other: int) -> Marked:
+        return HERE.marked(work, Wait(self.layer, purpose, kind, (self.ranks[other],)))
+
+    def send(self, x: Tensor, to: int, *, purpose: str) -> Marked:
         """Starts to send `x` to the group's rank `to`. Hold on to both until the work is done."""
-        work = dist.isend(x, group=self.group, group_dst=to)
-        assert work is not None
-        return work
+        return self._marked(dist.isend(x, group=self.group, group_dst=to), purpose, "send", to)
 
     def receive(self, like: Tensor, source: int, *, purpose: str) -> Tensor:
         """Waits for a tensor of the shape and dtype of `like` from the group's rank `source`."""
@@ -178,13 +189,12 @@ class Comm:
             work.wait()
         return x
 
-    def start_receive(self, like: Tensor, source: int, *, purpose: str) -> tuple[dist.Work, Tensor]:
+    def start_receive(self, like: Tensor, source: int, *, purpose: str) -> tuple[Marked, Tensor]:
         """The same without waiting: the tensor is there when the work is done."""
         LEDGER.add(self.name, purpose, like.nbytes)
         x = torch.empty_like(like, memory_format=torch.contiguous_format)
         work = dist.irecv(x, group=self.group, group_src=source)
-        assert work is not None
-        return work, x
+        return self._marked(work, purpose, "receive", source), x
 
 
 _calls: dict[int, Callable[..., list[Tensor]]] = {}

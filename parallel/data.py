@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
+from parallel.whereabouts import HERE, Wait
 
 
 def shard(
@@ -30,7 +31,10 @@ def shard(
 
 
 class Counted:
-    """FSDP's own collectives, done as it does them."""
+    """FSDP's own collectives, done as it does them, for the weights of one `layer`."""
+
+    def __init__(self, layer: str):
+        self.layer = layer
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -46,7 +50,8 @@ class CountedGather(Counted):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
         self.count(group, "weights", output_tensor.nbytes - input_tensor.nbytes)
-        return all_gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
+        with HERE.waiting(Wait(self.layer, "weights", "all-gather")):
+            return all_gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class CountedScatter(Counted):
@@ -54,15 +59,16 @@ class CountedScatter(Counted):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> Any:
         self.count(group, "weights gradient", input_tensor.nbytes - output_tensor.nbytes)
-        return reduce_scatter_into(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        with HERE.waiting(Wait(self.layer, "weights gradient", "reduce-scatter")):
+            return reduce_scatter_into(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
 def count(model: nn.Module) -> None:
     """Enters what FSDP gathers and reduces into the ledger."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(CountedGather())  # type: ignore[arg-type]
-            module.set_custom_reduce_scatter(CountedScatter())  # type: ignore[arg-type]
+            module.set_custom_all_gather(CountedGather(name))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(CountedScatter(name))  # type: ignore[arg-type]
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.collectives import LEDGER, Clock, Comm
 from parallel.schedule.plan import Plan
+from parallel.whereabouts import TIMEOUT
 
 
 def everyone(device: torch.device) -> DeviceMesh:
@@ -35,7 +36,7 @@ class Groups:
         cross beside them, in an order of their own."""
         for ranks in groups:
             if len(ranks) > 1 and ranks not in self._groups:
-                group = dist.new_group(list(ranks))
+                group = dist.new_group(list(ranks), timeout=TIMEOUT)
                 self._groups[ranks] = group
                 if self.rank in ranks:
                     LEDGER.axes[group.group_name] = "sequence"

@@ -22,8 +22,9 @@ from train.construct import construct
 from train.execute import Executor
 from train.loop import Trainer
 from train.observe import Phases, Utilisation, matmul_peak
+from train.patience import Patience
 from train.precision import dtypes
-from train.settings import ParallelSettings, TrainSettings, section
+from train.settings import ClusterSettings, ParallelSettings, TrainSettings, section
 from train.state import State
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
 
@@ -87,6 +88,7 @@ def build(order: dict[str, Any]) -> Trainer:
         executor=executor,
         groups=groups,
         phases=phases,
+        patience=Patience(section(ClusterSettings, config["cluster"]).timeout),
         state=state,
         say=say,
         tracker=_tracker(order, say) if first else None,

@@ -25,6 +25,7 @@ from train.evaluate import Heldout, heldout
 from train.execute import Executor, Tally
 from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
 from train.optimizer import set_rate
+from train.patience import Patience
 from train.settings import TrainSettings
 from train.state import State
 from train.tracking import Tracker
@@ -48,6 +49,7 @@ class Trainer:
     executor: Executor
     groups: Groups
     phases: Phases
+    patience: Patience
     state: State
     say: Callable[[str], None]
     tracker: Tracker | None
@@ -63,6 +65,7 @@ class Trainer:
         try:
             self._train()
         except BaseException as error:
+            self.patience.end()
             self._fail(error)
             raise
 
@@ -85,6 +88,7 @@ class Trainer:
                 if self.tracker is not None:
                     self.tracker.checkpoint(path, {key: record[key] for key in ("step", "tokens", "loss")})
             self._log(record)
+        self.patience.end()
         self._finish(record, scores, saved, started, stopping)
 
     def step(self) -> tuple[dict[str, Any], bool]:
@@ -106,6 +110,7 @@ class Trainer:
         for name, counts in shared["choices"].items():
             mixtures(self.model)[name].router.settle(counts)
         seconds = time.perf_counter() - began
+        self.patience.stepped(seconds)
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -147,7 +152,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder. Collective."""
-        with self.phases("checkpoint"):
+        with self.phases("checkpoint"), self.patience.during("writing a checkpoint"):
             facts = {**self.state.facts(), **self.kept, "seed": self.seed, "data": self.batches.fingerprint}
             path = checkpoint.save(
                 self.run_dir / "checkpoints",

@@ -151,7 +151,9 @@ class ClusterSettings:
     is cuda where every worker has a GPU to itself, cpu elsewhere. address: where the Ray is; http://HOST:PORT (its
     dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines;
     null for what RAY_ADDRESS says, else http://127.0.0.1:8265. restarts: new attempts from the last checkpoint
-    after a worker or a machine is lost. template: the machines to start, for `farspan template`; null for none.
+    after a worker or a machine is lost. timeout: seconds without a sign of life after which a worker counts as stuck,
+    which ends the run; null for 20 median steps, at least a minute. Ten minutes at least for the first two steps and a
+    checkpoint. template: the machines to start, for `farspan template`; null for none.
     """
 
     kind: str = "local"
@@ -160,6 +162,7 @@ class ClusterSettings:
     device: str = "auto"
     address: str | None = None
     restarts: int = 0
+    timeout: float | None = None
     template: Any = None
 
     def __post_init__(self) -> None:
@@ -177,6 +180,8 @@ class ClusterSettings:
             )
         if self.restarts < 0:
             raise ValueError(f"cluster.restarts={self.restarts}: must not be negative")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"cluster.timeout={self.timeout:g}: must be above 0 seconds, or null")
 
 
 COMPUTE = ("auto", "bf16", "fp32", "fp64")

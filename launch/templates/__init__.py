@@ -57,7 +57,8 @@ class Machines:
         words = ["cluster=ray", *([f"cluster.address={address}"] if address else [])]
         words += [f"cluster.workers={cluster['workers']}", f"cluster.device={self.device(cluster['device'])}"]
         words += [f"cluster.restarts={cluster['restarts']}"]
-        return words if cluster["threads"] is None else [*words, f"cluster.threads={cluster['threads']}"]
+        optional = ("threads", "timeout")
+        return words + [f"cluster.{name}={cluster[name]}" for name in optional if cluster[name] is not None]
 
 
 def own_words(overrides: list[str], *dropped: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The chain of spans: which rank holds which part of a packed sequence, in the order of its tokens."""
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,6 +41,10 @@ class Chain:
     def mine(self) -> list[int]:
         """Where this rank's rows stand in `links`, by row."""
         return [n for n, link in enumerate(self.links) if link.rank == self.comm.rank]
+
+    def of(self, layer: str) -> "Chain":
+        """The same, as the slot `layer` asks for it: who waits in it can say for what."""
+        return replace(self, comm=replace(self.comm, layer=layer))
 
     def documents_of(self, link: Link) -> list[tuple[int, int, int]]:
         """For each document with tokens in the span: where it began, and which [begin, end) of it the span holds."""

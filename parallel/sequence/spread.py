@@ -28,7 +28,7 @@ class Spread(Tokens):
 
     def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
         """The halo, from as many spans back as `width` needs: spans may be shorter than a convolution."""
-        chain = self.chain
+        chain = self.chain.of(slot)
         B, T = x.shape[:2]
         tails = F.pad(x[:, -width:], [0, 0, max(0, width - T), 0, 0, chain.rows - B])
 
@@ -45,13 +45,13 @@ class Spread(Tokens):
 
     def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
         begun = recurrence.begin(*xs, starts=self.starts)
-        entering = cross(self.recurrence, self.chain, recurrence, begun.effect)
+        entering = cross(self.recurrence, self.chain.of(slot), recurrence, begun.effect)
         return begun.finish(entering())
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
     ) -> Tensor:
-        return self.attention.attend(self.chain, q, k, v, self.pieces, window=window, sinks=sinks)
+        return self.attention.attend(self.chain.of(slot), q, k, v, self.pieces, window=window, sinks=sinks)
 
     def sum(self, x: Tensor) -> Tensor:
         return sum_over(self.chain.comm, self.local_sum(x), purpose="document sums")

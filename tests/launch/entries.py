@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from parallel.collectives import Comm
+from parallel.whereabouts import HERE
 
 
 class UserError(Exception):
@@ -96,6 +102,49 @@ def add_and_step(config: dict[str, Any]) -> None:
     print("a worker's own words stay off the terminal")
     add(config)
     steps(config)
+
+
+def _rounds(config: dict[str, Any], stop_at: int, stop: Callable[[], None]) -> None:
+    """Collectives for a layer each; rank 1 stops before the third. Patient until then: a first one may take seconds."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    comm = Comm(tuple(range(size)), rank, dist.group.WORLD)
+    _note(config, "pid", os.getpid())
+    for layer in range(1000):
+        if layer == 2:
+            HERE.patience = 3.0
+            time.sleep(0.8)  # until each has told where it is
+        if rank == config.get("culprit", 1) and layer == stop_at:
+            _note(config, "stopped", time.monotonic())
+            stop()
+        replace(comm, layer=f"layers.{layer}").all_gather(torch.ones(2), purpose="state")
+
+
+def freeze(config: dict[str, Any]) -> None:
+    """A rank is frozen by a signal that nothing in it can hear."""
+    _rounds(config, 3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def freeze_host(config: dict[str, Any]) -> None:
+    """The same of rank 0, which hosts the store."""
+    freeze({**config, "culprit": 0})
+
+
+def busy(config: dict[str, Any]) -> None:
+    """A rank is alive and never comes."""
+    _rounds(config, 3, lambda: time.sleep(600))
+
+
+def pause(config: dict[str, Any]) -> None:
+    """All ranks are frozen for longer than they are patient, and go on, as after Ctrl-Z."""
+    HERE.patience = 1.0
+    _note(config, "pid", os.getpid())
+    _sum()
+    pid = os.getpid()
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -STOP {pid}; sleep 4; kill -CONT {pid}"])
+    time.sleep(1.5)
+    _sum()
+    time.sleep(0.2)
+    HERE.patience = None
 
 
 def stuck(config: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from parallel.sequence.chain import Chain
+from parallel.whereabouts import Marked
 
 
 class Post:
@@ -10,7 +11,7 @@ class Post:
 
     def __init__(self, chain: Chain, purpose: str):
         self.chain, self.purpose = chain, purpose
-        self._out: list[tuple[object, Tensor]] = []
+        self._out: list[tuple[Marked, Tensor]] = []
 
     def __enter__(self) -> "Post":
         return self
@@ -18,14 +19,14 @@ class Post:
     def __exit__(self, *raised: object) -> None:
         if raised[0] is None:
             for work, _ in self._out:
-                work.wait()  # type: ignore[attr-defined]
+                work.wait()
 
     def send(self, n: int, x: Tensor) -> None:
         """To the rank of span n, if there is such a span and it is another rank's."""
         links = self.chain.links
         if 0 <= n < len(links) and links[n].rank != self.chain.comm.rank:
             x = x.contiguous()
-            self._out.append((self.chain.comm.send(x, links[n].rank), x))
+            self._out.append((self.chain.comm.send(x, links[n].rank, purpose=self.purpose), x))
 
     def receive(self, n: int, like: Tensor) -> Tensor:
         """From the rank of span n."""

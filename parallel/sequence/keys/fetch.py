@@ -60,7 +60,7 @@ def _fetched(chain: Chain, orders: dict[int, list[tuple[Link, slice]]], x: Tenso
         mine = [x[link.row, at] for link, at in parts if link.rank == me]
         if mine and rank != me:
             out = torch.cat(mine)
-            sent.append((chain.comm.send(out, rank), out))
+            sent.append((chain.comm.send(out, rank, purpose="keys and values"), out))
     arrived = {
         source: chain.comm.receive(
             x.new_empty(sum(at.stop - at.start for link, at in orders[me] if link.rank == source), *x.shape[2:]),
@@ -112,7 +112,7 @@ class _Fetch(torch.autograd.Function):
         sent = []
         for source, parts in sorted(by_source.items()):
             out = torch.cat(parts)
-            sent.append((chain.comm.send(out, source), out))
+            sent.append((chain.comm.send(out, source, purpose="keys and values gradient"), out))
         for rank, parts in orders.items():
             mine = [(link, at) for link, at in parts if link.rank == me]
             if rank == me or not mine:

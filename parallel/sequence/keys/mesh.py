@@ -115,7 +115,7 @@ class Mesh:
         """[split, ...] for the ranks of this row -> [split, ...] from them."""
         first = self.row * self.split
         parts = parts.contiguous()
-        sent = [self.comm.send(parts[u], first + u) for u in range(self.split) if u != self.column]
+        sent = [self.comm.send(parts[u], first + u, purpose=purpose) for u in range(self.split) if u != self.column]
         received = [
             parts[u] if u == self.column else self.comm.receive(parts[u], first + u, purpose=purpose)
             for u in range(self.split)
@@ -128,7 +128,7 @@ class Mesh:
         """Starts to hand each to the next row and to take the row before's. Returns what waits for these."""
         after, before = (((self.row + d) % self.rows) * self.split + self.column for d in (1, -1))
         tensors = tuple(x.contiguous() for x in tensors)
-        sent = [self.comm.send(x, after) for x in tensors]
+        sent = [self.comm.send(x, after, purpose=purpose) for x in tensors]
         coming = [self.comm.start_receive(x, before, purpose=purpose) for x in tensors]
 
         def arrive() -> list[Tensor]:

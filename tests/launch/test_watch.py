@@ -1,0 +1,176 @@
+"""A rank that stops answering: who is blamed, where, how soon, and that nothing is left of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.local import spawn
+from launch.outcome import Failure, Outcome, verdict
+from launch.watch import Told, blame
+from parallel.whereabouts import TIMEOUT, Wait, Whereabouts
+from tests.jobs import overrides
+from tests.launch.processes import all_gone, mentioning, pids, wait_for
+from tests.launch.test_stop import MARK, finish, losses, start
+from train.patience import FIRST_S, LEAST_S, Patience
+
+STATE = Wait("layers.3", "state", "all-gather")
+PAIR = Wait("layers.5", "keys and values", "receive", (2,))
+
+
+def told(beat: int = 1, wait: Wait | None = STATE, quiet: float = 60.0, signs: int = 7, **more: object) -> Told:
+    return Told(beat, signs, quiet, wait, "", "", **more)  # type: ignore[arg-type]
+
+
+def board(*tellings: Told | None) -> dict[int, Told | None]:
+    return dict(enumerate(tellings))
+
+
+def test_a_rank_that_tells_nothing_new_is_frozen_where_the_others_wait() -> None:
+    before = board(told(1), told(1), told(1, None), told(1))
+    now = board(told(5), told(4), told(1, None), told(6))
+    line = "rank 2 stopped answering in layers.3, state (all-gather): no word for 61 s"
+    assert blame(before, now, 60, 61) == line
+    now[1] = told(4, PAIR)  # waits for that very rank
+    assert blame(before, now, 60, 61) == line.replace(
+        "layers.3, state (all-gather)", "layers.5, keys and values (receive)"
+    )
+    now[1] = told(4, replace_ranks(PAIR, (3,)))  # waits for another, that waits
+    assert blame(before, now, 60, 61) == line
+    assert blame({**before, 2: None}, {**now, 2: None}, 60, 61) == line  # it never told anything
+    assert blame({**before, 0: None}, now, 60, 61) == line  # late, not frozen
+    assert blame({0: None}, {0: None, 1: told(5)}, 60, 61) == line.replace("rank 2", "rank 0")  # the store's silence
+    now[2] = told(1, None, left=True)  # it has ended its work
+    assert blame(before, now, 60, 61) is not None and "rank 2" not in str(blame(before, now, 60, 61))
+
+
+def replace_ranks(wait: Wait, ranks: tuple[int, ...]) -> Wait:
+    return wait._replace(ranks=ranks)
+
+
+def test_of_ranks_that_are_all_alive_the_one_outside_of_collectives_is_awaited() -> None:
+    before = board(*[told(1)] * 3)
+    busy = replace(told(5, None, 61), at="step.py:7 (sleep)")
+    line = "rank 1 stopped answering before layers.3, state (all-gather): busy elsewhere for 61 s, at step.py:7 (sleep)"
+    assert blame(before, board(told(5), busy, told(5)), 60, 61) == line
+    assert blame(before, board(told(5), replace(busy, quiet=3.0), told(5)), 60, 61) is None  # it moves
+    crossed = board(told(5), told(5, PAIR), told(5))
+    assert str(blame(before, crossed, 60, 61)).startswith("the ranks wait for each other for 61 s: rank 0 in layers.3")
+
+
+def test_what_is_told_survives_the_store() -> None:
+    from dataclasses import asdict
+
+    for each in (told(), told(wait=PAIR), told(wait=None)):
+        assert Told.parse(json.dumps(asdict(each))) == each
+
+
+def test_the_verdict_is_the_watchs() -> None:
+    stopped = Failure(0, 2.0, "rank 2 stopped answering", "", stopped=True)
+    peer = Failure(1, 1.0, "RuntimeError: x", "Connection closed by peer")
+    outcome = verdict([peer, stopped], [(3, "was killed (SIGKILL)")], Path("/tmp"))
+    assert outcome.reason == "rank 2 stopped answering (more: /tmp/error.txt)" and outcome.lost
+
+
+def test_patience_follows_the_steps() -> None:
+    here = Whereabouts()
+    patience = Patience(None, here)
+    assert here.patience == FIRST_S
+    for seconds in (100.0, 9.0, 9.0):
+        patience.stepped(seconds)
+    assert here.patience == 180.0  # 20 medians
+    with patience.during("writing a checkpoint"):
+        assert here.patience == FIRST_S and here.doing == "writing a checkpoint"
+    assert here.patience == 180.0 and here.doing == ""
+    for _ in range(20):
+        patience.stepped(0.1)
+    assert here.patience == LEAST_S
+    patience.end()
+    assert here.patience is None
+    short = Patience(5.0, here)
+    assert here.patience == FIRST_S  # the first two steps are not the others
+    short.stepped(1.0)
+    short.stepped(1.0)
+    assert here.patience == 5.0 < TIMEOUT.total_seconds()
+
+
+def test_the_oldest_wait_is_where_one_is() -> None:
+    here = Whereabouts()
+    assert here.wait is None
+    with here.waiting(STATE):
+        with here.waiting(PAIR):
+            assert here.wait == STATE
+        assert here.signs == 3
+    assert here.wait is None and here.signs == 4
+
+
+def _spawn(entry: str, run_dir: Path) -> Outcome:
+    named = f"tests.launch.entries:{entry}"
+    return spawn(named, {"dir": str(run_dir)}, workers=2, run_dir=run_dir, device="cpu", threads=1, tick=lambda: None)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "entry, line",
+    [
+        ("freeze", "rank 1 stopped answering in layers.3, state (all-gather): no word for"),
+        ("freeze_host", "rank 0 stopped answering in layers.3, state (all-gather): no word for"),
+        ("busy", "rank 1 stopped answering before layers.3, state (all-gather): busy elsewhere for"),
+    ],
+)
+def test_a_rank_that_stops_ends_the_world(tmp_path: Path, entry: str, line: str) -> None:
+    outcome = _spawn(entry, tmp_path)
+    assert not outcome.ok and outcome.exit_code == 1 and outcome.lost
+    assert str(outcome.reason).startswith(line), outcome.reason
+    assert "main thread" in (tmp_path / "error.txt").read_text()
+    (stopped,) = tmp_path.glob("stopped-*")
+    assert time.monotonic() - float(stopped.read_text()) < 20  # 3 s of patience, 5 s for the others' last words
+    all_gone(pids(tmp_path))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+def test_a_world_that_is_paused_as_a_whole_goes_on(tmp_path: Path) -> None:
+    assert _spawn("pause", tmp_path).ok
+
+
+def _ranks(place: Path, launcher: int) -> list[int]:
+    """The processes of a run's ranks (Linux), in order: children of the fork server, which is the launcher's."""
+    parents = {}
+    for line in mentioning(f"{MARK}={place}"):
+        pid = int(line.split()[0])
+        with contextlib.suppress(OSError):
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return sorted(pid for pid, parent in parents.items() if parents.get(parent) == launcher)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_a_run_with_a_frozen_rank_ends_and_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", *overrides(tmp_path), f"run.dir={run}", "train.steps=400", "train.checkpoint_every=1536"]
+    process = start(tmp_path, *words, "cluster.timeout=6", "cluster.workers=2")
+    try:
+        wait_for(lambda: list(run.glob("checkpoints/step-*/manifest.json")) or process.poll() is not None, 100)
+        wait_for(lambda: (run / "metrics.jsonl").exists() and max(losses(run), default=0) > 6, 60)
+        frozen = _ranks(tmp_path, process.pid)[1]
+        os.kill(frozen, signal.SIGSTOP)
+        began = time.monotonic()
+        said = finish(process, code=1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert time.monotonic() - began < 40
+    assert "failed: rank 1 stopped answering in " in said and "no word for" in said, said
+    wait_for(lambda: not mentioning(f"{MARK}={tmp_path}"), 15)
+    steps = max(losses(run)) + 2
+    finish(start(tmp_path, "train", f"resume={run}", f"train.steps={steps}"))
+    assert max(losses(run)) == steps
