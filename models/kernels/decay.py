@@ -25,6 +25,15 @@ from torch import Tensor
 from models.kernels.chunk import Segments
 
 SMALL = 16  # blocks up to this many tokens are one masked matmul: smaller ones cost more to cut out than to multiply
+SMALL_STATE = 128 * 64  # numbers of a head's state
+
+
+def chunk_size(k: Tensor, v: Tensor, g: Tensor | None) -> int:
+    """How many tokens to a chunk. Decays by channel are worked on once for every doubling of it, so it is smaller for
+    them, unless states are so large that passing over one for each chunk costs more. k, v and g [B, T, H, ...]."""
+    by_channel = g is not None and g.dim() == k.dim()
+    size = 32 if by_channel and k.shape[-1] * v.shape[-1] <= SMALL_STATE else 64
+    return min(size, 1 << (k.shape[1] - 1).bit_length())
 
 
 class Decayed(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.chunk import chunks, scaled, seen_in, unchunks
-from models.kernels.decay import decayed
+from models.kernels.decay import chunk_size, decayed
 from models.kernels.stream import Streamed, widen
 from models.kernels.sweep import Replace
 from models.precision import wide
@@ -52,7 +52,7 @@ def step(
     return unchunks(known.reads[0] @ before + known.scores[0] @ written, starts.shape[1]), state
 
 
-def begin(*xs: Tensor, starts: Tensor, scale: float | None = None, size: int = 64) -> Streamed:
+def begin(*xs: Tensor, starts: Tensor, scale: float | None = None) -> Streamed:
     """A span of q, k, v, perhaps g, and beta; see `recurrence.Dense`."""
-    size = min(size, 1 << (starts.shape[1] - 1).bit_length())
+    size = chunk_size(xs[1], xs[2], xs[3] if len(xs) > 4 else None)
     return Streamed(partial(step, scale=scale, size=size), *xs, starts=starts, chunk=size, transition=lambda A: A)

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from models.kernels.chunk import chunks, scaled, seen_in, unchunks
-from models.kernels.decay import decayed
+from models.kernels.decay import chunk_size, decayed
 from models.kernels.stream import Streamed, widen
 from models.kernels.sweep import Add
 from models.precision import wide
@@ -27,9 +27,9 @@ def step(
     return unchunks(out, starts.shape[1]), state
 
 
-def begin(*xs: Tensor, starts: Tensor, scale: float | None = None, size: int = 64) -> Streamed:
+def begin(*xs: Tensor, starts: Tensor, scale: float | None = None) -> Streamed:
     """A span of q, k, v and perhaps g; see `recurrence.Identity`, `Scalar` and `Diagonal`."""
-    size = min(size, 1 << (starts.shape[1] - 1).bit_length())
+    size = chunk_size(xs[1], xs[2], xs[3] if len(xs) > 3 else None)
 
     def transition(A: Tensor) -> Tensor:
         return wide(xs[3]).sum(1) if len(xs) > 3 else A.new_zeros(*A.shape[:2], 0)

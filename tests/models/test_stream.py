@@ -1,6 +1,6 @@
 """Spans of several tiles, as all long ones are: against the token loops, in the precisions that train, and broken.
 
-At their own size a tile is 2,048 tokens, so the short spans of the other tests are one: here a tile is one chunk.
+At their own size a tile is 2,048 tokens, so the short spans of the other tests are one: here a tile is 64.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ from tests.models.test_mixers import NEEDED
 from tests.models.test_recurrence import STARTS, close, entering, starting
 
 STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in (diagonal.begin, delta.begin))
-T = 150  # three chunks, the last of them partly empty
+T = 150  # three tiles, the last of them with a chunk that is partly empty
 
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
-    """One chunk a tile; how many spans were streamed in several."""
+    """Of 64 tokens in each of two spans; how many there were, a stream."""
     honest, streamed = stream.Stream.forward, []
 
     def counted(ctx, step, tile, starts, *rest):
         streamed.append(-(-starts.shape[1] // tile))
         return honest(ctx, step, tile, starts, *rest)
 
-    monkeypatch.setattr(stream, "TILE", 1)
+    monkeypatch.setattr(stream, "TILE", 128)
     monkeypatch.setattr(stream.Stream, "forward", staticmethod(counted))
     return streamed
 
