@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from parallel.schedule.plan import Plan, Span
 
@@ -100,14 +100,12 @@ class Layout:
 
 
 class Ask(Protocol):
-    """Something that a layer asks of its sequence."""
+    """Something that a model asks of its sequence."""
+
+    in_layer: ClassVar[bool]  # so that a backward pass that computes all of its layer again asks again
 
     def received(self, layout: Layout, rank: int, how: How) -> Both:
         """By the rank of that index in its group of at least two."""
-        ...
-
-    def repeated(self, recompute: str) -> bool:
-        """Whether a backward pass that computes its layer again asks again."""
         ...
 
 
@@ -115,6 +113,7 @@ class Ask(Protocol):
 class Halo:
     """`Sequence.before`: `width` tokens of `channels` numbers."""
 
+    in_layer: ClassVar[bool] = True
     width: int
     channels: int
     itemsize: int
@@ -126,14 +125,12 @@ class Halo:
         both.backward.add("halo" + GRADIENT, numbers * _wide(self.itemsize))
         return both
 
-    def repeated(self, recompute: str) -> bool:
-        return recompute == "full"
-
 
 @dataclass(frozen=True)
 class State:
     """`Sequence.scan`: a span's effect, of `decay` and `state` numbers. extent: into how many blocks it can be cut."""
 
+    in_layer: ClassVar[bool] = True
     kind: str
     decay: int
     state: int
@@ -156,14 +153,12 @@ class State:
                 both.backward.add("state" + GRADIENT, self.state * self.itemsize, calls)
         return both
 
-    def repeated(self, recompute: str) -> bool:
-        return recompute == "full"
-
 
 @dataclass(frozen=True)
 class Attention:
     """`Sequence.attend`: heads H, kv_heads G, widths key K and value V; window, sinks as there."""
 
+    in_layer: ClassVar[bool] = True
     heads: int
     kv_heads: int
     key: int
@@ -176,10 +171,6 @@ class Attention:
         if self.window is not None:
             return self._in_window(layout, rank, self.window)
         return self._gathered(layout, how) if how.attention == "gather" else self._meshed(layout, how)
-
-    def repeated(self, recompute: str) -> bool:
-        # Fetching for a window is no operator, so that `selective` does not keep what it has brought.
-        return recompute == "full" or recompute == "selective" and self.window is not None
 
     def split(self, ranks: int, how: str) -> int:
         """Over how many ranks heads are split. Raises ValueError where the transport cannot split them."""
@@ -253,6 +244,7 @@ class Attention:
 class DocumentSums:
     """`Sequence.sum`, outside of the layers: `numbers` a document. graded: whether a gradient comes back."""
 
+    in_layer: ClassVar[bool] = False
     numbers: int
     itemsize: int
     graded: bool
@@ -263,9 +255,6 @@ class DocumentSums:
         both.forward.add("document sums", reduced)
         both.backward.add("document sums" + GRADIENT, reduced, int(self.graded))
         return both
-
-    def repeated(self, recompute: str) -> bool:
-        return False
 
 
 def of_plan(
@@ -284,7 +273,7 @@ def of_plan(
                 total = found.setdefault(rank, Traffic())
                 for ask, times in several.items() if layout.ranks > 1 else ():
                     forward, backward = ask.received(layout, i, how)
-                    total.include(forward, times * (2 if ask.repeated(recompute) else 1))
+                    total.include(forward, times * (2 if ask.in_layer and recompute == "full" else 1))
                     total.include(backward, times)
     return found
 

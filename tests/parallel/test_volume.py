@@ -40,7 +40,7 @@ def model(heads: int, kv_heads: int, only: tuple[str, ...] = ()) -> LM:
     attention = partial(MIXERS["attention"], heads=heads, kv_heads=kv_heads, head_dim=4)
     mixers |= {"attention": attention, "window": partial(attention, window=7, sinks=3)}
     dense, moe = partial(SwiGLU, hidden=8), partial(MoE, num_experts=3, top_k=2, hidden=8)
-    chosen = only or tuple(mixers)
+    chosen = only or (*LINEAR[:-1], "attention", "window")
     blocks = {n: partial(Block, mixer=mixers[n], ffn=moe if n == "window" else dense) for n in chosen}
     return LM(vocabulary=32, dim=DIM, layers=len(chosen), pattern=list(chosen), blocks=blocks)
 
@@ -71,7 +71,7 @@ def plans(ranks: int) -> dict[str, Plan]:
     return found
 
 
-PAIRS = [("gather", "gather"), ("relay", "ring"), ("allscan", "ulysses"), ("allscan", "usp")]
+PAIRS = [("gather", "gather"), ("relay", "ring"), ("allscan", "ulysses"), ("relay", "usp")]
 
 
 def transports(how: How):
@@ -165,7 +165,7 @@ def test_what_is_computed_again_is_asked_again(run):
         want = predicted((12, 12, FEW), plans(2)["zigzag"], How("relay", "ring"), precision, remat)
         assert [got[precision, remat] for got in measured] == want, (precision, remat)
     sent = {remat: sum(measured[0]["fp64", remat][1].values()) for remat in memory.RECOMPUTE}
-    assert sent["none"] < sent["selective"] < sent["full"]
+    assert sent["none"] == sent["selective"] < sent["full"]
 
 
 def states(recurrence, long):
