@@ -165,7 +165,7 @@ def path(tmp_path_factory):
 # A line and what bash, which cuts words at = : and @, is to put behind the last cut.
 REPLIES = {
     "farspan tra": ["train"],
-    "farspan train data=": ["stdlib", "text"],
+    "farspan train data=": ["copy", "induction", "mqar", "needle", "stdlib", "text"],
     "farspan train data=t": ["text"],
     "farspan train parallel.transport.rec": ["parallel.transport.recurrence="],
     "farspan train mixer@model.blocks.gla.mixer=ga": ["gated_deltanet"],
