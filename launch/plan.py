@@ -130,14 +130,17 @@ def _memory(flight: Flight, costs: Account, held: int) -> list[str]:
     if engine["reshard_after_forward"]:
         gathered = gathered * 2 // model["layers"]
     kept = costs.activations
-    if engine["recompute"] == "full":  # every layer's input, and all of one layer while it runs again
+    if engine["recompute"] != "none":  # every layer's input, and all of one layer while it runs again
         kept = model["dim"] * compute.itemsize * model["layers"] + kept / model["layers"]
+    if engine["recompute"] == "selective":
+        kept += costs.dear
     chunk = min(held, flight.config["train"].get("loss_chunk") or held)
     parts = {
         "weights, gradients, moments": states,
         "gathered weights": gathered,
-        "activations" + (", at most" if engine["recompute"] == "selective" else ""): kept * held,
-        "logits": chunk * model["vocabulary"] * (compute.itemsize + 8),
+        "activations": kept * held,
+        f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] * (compute.itemsize + 8)
+        + held * model["dim"] * compute.itemsize,  # and its gradient of the head's input
     }
     return [
         f"memory      {_size(sum(parts.values()))} a rank at {held:,} tokens a micro-step, besides the runtime",

@@ -58,8 +58,8 @@ class Job:
 
     @property
     def backend(self) -> str:
-        """The torch.distributed backend of the device."""
-        return "nccl" if self.device == "cuda" else "gloo"
+        """torch.distributed's for the device, and for a GPU's host, where `engine.offload_optimizer` clips gradients."""
+        return "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
 
 
 class TooFewDevicesError(Exception):

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.dispatch import Sent
+from models.kept import Tape, kept
 from models.kernels.experts import mixture
 from models.lm import LM
 from models.moe import Experts, MoE
@@ -84,6 +85,7 @@ class Account:
     per_token: Flops  # without what attention does on pairs of tokens
     attention: tuple[Attention, ...]  # a softmax layer each
     activations: float  # bytes a token that the layers keep for the backward
+    dear: float  # bytes a token of the results that they keep besides their inputs where the rest is computed again
     recurrent: int  # bytes a sequence: states and convolution tails, whatever its length
 
     def flops(self, lengths: Iterable[int]) -> Flops:
@@ -141,6 +143,7 @@ def account(model: LM, *, device: str = "cpu") -> Account:
         per_token=Flops(forward / TOKENS + head, backward / TOKENS + 2 * head, forward / TOKENS),
         attention=tuple(attention for each in found for attention in each.attention),
         activations=sum(each.kept for each in found) / TOKENS,
+        dear=sum(each.dear for each in found) / TOKENS,
         recurrent=sum(each.recurrent for each in found),
     )
 
@@ -155,33 +158,38 @@ def idle(model: nn.Module) -> int:
 
 
 class _Layer(NamedTuple):
-    """What a layer did with TOKENS tokens: FLOPs, softmax attention, bytes kept for the backward, bytes of state."""
+    """What a layer did with TOKENS tokens: FLOPs, softmax attention, bytes kept for the backward, the dear ones of them
+    (`models.kept`), bytes of state."""
 
     forward: int
     backward: int
     attention: tuple[Attention, ...]
     kept: int
+    dear: int
     recurrent: int
 
 
 def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Layer:
     x_BTD = torch.empty(1, TOKENS, model.embedding.shape[1], dtype=model.compute, device="meta", requires_grad=True)
     parameters = list(layer.parameters())
-    kept = _Kept(parameters)
+    saved = _Kept(parameters)
     seq, remembering = Traced.of_length(TOKENS), Traced.of_length(TOKENS, memory := Memory())
     with by_shape(layer, device):
-        with kept.hooks, FlopCounterMode(display=False) as forward:
+        with saved.hooks, FlopCounterMode(display=False) as forward:
             y_BTD, _ = layer(x_BTD, seq, **rows)
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y_BTD.sum(), [x_BTD, *parameters], allow_unused=True)
         with torch.no_grad():
             layer(x_BTD, remembering, **rows)
+        with (tape := Tape()).recording():
+            layer(x_BTD, Traced.of_length(TOKENS), **rows)
     states = [x for x in tree_leaves(memory.leaving) if isinstance(x, Tensor)]
     return _Layer(
         forward.get_total_flops(),
         backward.get_total_flops(),
         tuple(seq.attention),
-        kept.bytes,
+        saved.bytes,
+        tape.bytes,
         sum(x.numel() * x.itemsize for x in states),
     )
 
@@ -216,8 +224,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty((*q.shape[:3], v.shape[-1]))
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        out, lse = kept(
+            lambda: (q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32))
+        )
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod

@@ -15,6 +15,7 @@ from models.accounting import Account, Attention, Flops, account
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
+from models.kept import Tape
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
@@ -93,6 +94,18 @@ def test_state_is_what_a_real_run_leaves(make):
         initialise(model.to(model.compute), 0)(torch.zeros(1, T, dtype=torch.long), whole(T, memory))
     left = [x for x in tree_leaves(memory.leaving) if isinstance(x, torch.Tensor)]
     assert on_meta(make).state(T) == sum(x.numel() * x.itemsize for x in left)
+
+
+@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in ("attention", "gated_deltanet", "gla"))])
+def test_dear_results_are_those_that_a_real_run_keeps(make):
+    model, tape = initialise(make(torch.float32), 0), Tape()
+    with tape.recording():
+        x = torch.randn(1, 256, 32, requires_grad=True)
+        for layer in model.layers.values():
+            x = layer(x, whole(256))[0]
+    costs = on_meta(lambda: make(torch.float32))
+    assert costs.dear * 256 == tape.bytes
+    assert 0 < costs.dear < costs.activations
 
 
 @pytest.mark.parametrize("make", [small, *(partial(single, name) for name in ("attention", "gated_deltanet", "gla"))])
