@@ -22,7 +22,7 @@ check: $(READY)
 	$(VENV)/bin/lint-imports > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
 
 mutations: $(READY)
-	$(VENV)/bin/python -m pytest -q tests/parallel/test_mutations.py
+	$(VENV)/bin/python -m pytest -q tests/parallel/test_mutations.py tests/models/test_stream.py
 
 matrix: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/parallel/test_matrix.py -m "slow or not slow"

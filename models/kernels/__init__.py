@@ -1,1 +1,1 @@
-"""Chunked kernels in plain PyTorch: the reference on every device, and what the CPU runs."""
+"""Kernels in plain PyTorch, the reference on every device and what a CPU runs; `registry` knows of others."""
