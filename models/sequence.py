@@ -9,6 +9,7 @@ Tensors are span-major: a row never continues the row above it through a convolu
 independent packed sequences; in `Spread` they are the spans that this rank holds of one packed sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -78,15 +79,46 @@ class Sequence(Protocol):
 
 
 @dataclass
+class DocumentSums:
+    """Per-document sums of spans in time, in the order in which a span asks for them.
+
+    A first pass over the spans adds them up. Once they are `known`, every span gets the sums of the whole sequence;
+    before that, those of the spans so far. `asked` counts within a span: whoever begins one sets it to 0.
+    """
+
+    totals: list[Tensor] = field(default_factory=list)
+    known: bool = False
+    asked: int = 0
+
+    def __call__(self, part: Callable[[], Tensor]) -> Tensor:
+        """The next sum; `part` is this span's. Raises NotImplementedError for one with a gradient: what follows from
+        the whole sequence's sum is not here when a span of it is differentiated."""
+        index, self.asked = self.asked, self.asked + 1
+        if self.known:
+            return self.totals[index]
+        own = part()
+        if own.requires_grad:
+            raise NotImplementedError("a per-document sum with a gradient cannot be taken over spans in time")
+        if index == len(self.totals):
+            self.totals.append(own)
+        else:
+            self.totals[index] = self.totals[index] + own
+        return self.totals[index]
+
+
 class Memory:
     """What a span leaves to the next one, by slot: recurrent states, convolution tails, keys and values.
 
     Reads see what the previous span left until `advance()`, so that running a layer again (activation checkpointing)
-    reads the same state and writes the same one.
+    reads the same state; what it writes then is not kept. `last`: no span follows, and nothing is left. `sums`: those
+    over documents, of all spans together; None where each span's are its own.
+
+    No dataclass: FSDP copies those that hold tensors with gradients, and what a layer writes to a copy is lost.
     """
 
-    entering: dict[str, Any] = field(default_factory=dict)
-    leaving: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, entering: dict[str, Any] | None = None, *, last: bool = False, sums: DocumentSums | None = None):
+        self.entering, self.last, self.sums = entering or {}, last, sums
+        self.leaving: dict[str, Any] = {}
 
     def advance(self) -> None:
         self.entering, self.leaving = self.leaving, {}
@@ -101,6 +133,7 @@ class Tokens:
     num_documents: int
     counted: Tensor
     identities: list[Identity] | None = None
+    memory: Memory | None = None
 
     @cached_property
     def starts(self) -> Tensor:
@@ -115,12 +148,23 @@ class Tokens:
         total = x.new_zeros((self.num_documents, *x.shape[2:]))
         return total.index_add(0, self.documents.flatten(), x.flatten(0, 1))
 
+    def summed(self, part: Callable[[], Tensor]) -> Tensor:
+        """A sum over documents: this span's own, or with those of other spans in time."""
+        return part() if self.memory is None or self.memory.sums is None else self.memory.sums(part)
+
+    def recall(self, slot: str) -> Any:
+        """What the span before this one in time left there; None without one."""
+        return None if self.memory is None else self.memory.entering.get(slot)
+
+    def leave(self, slot: str, value: Callable[[], Any]) -> None:
+        """Leaves `value()` to the next span in time, if there is one."""
+        if self.memory is not None and not self.memory.last:
+            self.memory.leaving.setdefault(slot, value())
+
 
 @dataclass(kw_only=True)
 class Whole(Tokens):
     """One device holds the whole sequence, or receives it span after span with a `memory`."""
-
-    memory: Memory | None = None
 
     @classmethod
     def of(cls, positions: Tensor, *, memory: Memory | None = None) -> "Whole":
@@ -136,34 +180,28 @@ class Whole(Tokens):
         )
 
     def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
-        tail = self._recall(f"{slot}/before")
+        tail = self.recall(f"{slot}/before")
         if tail is None:
             tail = x.new_zeros((x.shape[0], width, *x.shape[2:]))
-        self._leave(f"{slot}/before", lambda: torch.cat((tail, x), dim=1)[:, -width:])
+        # Only as much of x as is left of it: a view of all would hold all.
+        self.leave(f"{slot}/before", lambda: torch.cat((tail, x[:, max(0, x.shape[1] - width) :]), dim=1)[:, -width:])
         return tail
 
     def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
-        state = self._recall(slot)
+        state = self.recall(slot)
         begun = recurrence.begin(*xs, starts=self.starts)
-        self._leave(slot, lambda: recurrence.act(begun.effect, state))
+        self.leave(slot, lambda: recurrence.act(begun.effect, state))
         return begun.finish(state)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
     ) -> Tensor:
-        past = self._recall(slot) or Past(k[:, :0], v[:, :0])
+        past = self.recall(slot) or Past(k[:, :0], v[:, :0])
         firsts = past.firsts(self.pieces)
         held = past.joined(k, v)
-        self._leave(slot, lambda: held.kept(self.pieces, firsts, window, sinks))
+        self.leave(slot, lambda: held.kept(self.pieces, firsts, window, sinks))
         offsets = [past.k.shape[1]] * q.shape[0]
         return attend_pieces(q, held.k, held.v, self.pieces, offsets, window=window, sinks=sinks, firsts=firsts)
 
     def sum(self, x: Tensor) -> Tensor:
-        return self.local_sum(x)
-
-    def _recall(self, slot: str) -> Any:
-        return None if self.memory is None else self.memory.entering.get(slot)
-
-    def _leave(self, slot: str, value: Any) -> None:
-        if self.memory is not None:
-            self.memory.leaving[slot] = value()
+        return self.summed(lambda: self.local_sum(x))

@@ -25,6 +25,7 @@ from train.observe import Phases, Utilisation, matmul_peak
 from train.patience import Patience
 from train.precision import dtypes
 from train.settings import ClusterSettings, ParallelSettings, TrainSettings, section
+from train.spans import Spans
 from train.state import State
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
 
@@ -71,6 +72,7 @@ def build(order: dict[str, Any]) -> Trainer:
         train.balance_weight,
         phases,
         train.z_weight,
+        _spans(config, train),
     )
     batches = _batches(config, train)
     return Trainer(
@@ -135,6 +137,13 @@ def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
     if others := [host for fingerprint, host in found if fingerprint != found[0][0]]:
         raise ValueError(f"data: {others[0]} has other documents than {found[0][1]}; share them through data.store")
     return batches
+
+
+def _spans(config: dict[str, Any], train: TrainSettings) -> Spans | None:
+    """What lies between spans in time waits where activations do."""
+    if train.span_tokens is None:
+        return None
+    return Spans(train.span_tokens, train.span_gradient, bool(config["engine"].get("offload_activations")))
 
 
 def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisation | None:

@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.sequence import Memory
 from parallel.data import communicate_gradients
 from parallel.mesh import Groups
-from parallel.schedule.plan import Plan
+from parallel.schedule import time
+from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.sequence.effects import Transport
 from parallel.sequence.keys import Keys
 from parallel.sequence.place import Packed, Placed, place
 from train.loss import Sums, sums
+from train.spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -60,46 +63,88 @@ class Executor:
     balance_weight: float
     phase: Phase = _no_clock
     z_weight: float = 0.0
+    spans: Spans | None = None
 
     def train(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
         tokens, tally = sum(plan.lengths), self._empty()
-        for last, placed in self._places(plan, batch, step=plan.step):
+
+        def objective(part: Sums) -> Tensor:
+            weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
+            return part.objective(targets=targets, tokens=tokens, **weights)
+
+        for last, micro in self._micro_steps(plan):
+            for part in self._run(plan, micro, batch, objective, last):
+                tally.add(part)
+        return tally
+
+    def _run(
+        self, plan: Plan, micro: MicroStep, batch: Sequence[Packed], objective: Callable[[Sums], Tensor], last: bool
+    ) -> Iterator[Sums]:
+        """Forward and backward of a micro-step, whole or span after span in time."""
+        groups = self._in_time(plan, micro)
+        if self.spans is None or len(groups) == 1:
+            placed = self._place(groups[0], batch, step=plan.step)
             communicate_gradients(self.model, last)
             with self.phase("forward"):
                 part = sums(self.model(placed.tokens, placed.seq, placed.targets))
             with self.phase("backward"):
-                weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
-                part.objective(targets=targets, tokens=tokens, **weights).backward()
-            tally.add(part)
-        return tally
+                objective(part).backward()
+            yield part
+            return
+        tokens = [sum(end - begin for held in g.spans for begin, end in held) for g in groups]
+
+        def forward(i: int, memory: Memory) -> Sums:
+            placed = self._place(groups[i], batch, step=plan.step, memory=memory)
+            return sums(self.model(placed.tokens, placed.seq, placed.targets))
+
+        def begin_backward(ends: bool) -> None:
+            communicate_gradients(self.model, last and ends)
+
+        yield from Passage(forward, tokens, objective, begin_backward, self.phase).run(self.spans)
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Forward only."""
         tally = self._empty()
-        for _, placed in self._places(plan, batch):
-            tally.add(sums(self.model(placed.tokens, placed.seq, placed.targets)))
+        for _, micro in self._micro_steps(plan):
+            groups = self._in_time(plan, micro)
+            memory = Memory() if len(groups) > 1 else None
+            for group in groups:
+                placed = self._place(group, batch, memory=memory if any(group.spans) else None)
+                tally.add(sums(self.model(placed.tokens, placed.seq, placed.targets)))
+                if memory is not None:
+                    memory.advance()
         return tally
 
-    def _places(self, plan: Plan, batch: Sequence[Packed], step: int | None = None) -> Iterator[tuple[bool, Placed]]:
+    def _in_time(self, plan: Plan, micro: MicroStep) -> list[Group]:
+        """This rank's group, whole or as spans in time: as many on every rank."""
+        group = micro.group_of(self.groups.rank)
+        count = 1 if self.spans is None else time.count(micro, plan.lengths, self.spans.tokens)
+        return [group] if count == 1 else time.in_time(group, plan.lengths, count)
+
+    def _micro_steps(self, plan: Plan) -> Iterator[tuple[bool, MicroStep]]:
+        """Each micro-step, and whether it is the last."""
         with self.phase("plan"):
             self.groups.prepare(plan)
         for m, micro in enumerate(plan.micro_steps):
-            with self.phase("plan"):
-                group = micro.group_of(self.groups.rank)
-                comm = self.groups.comm(group.ranks)
-                placed = place(
-                    group,
-                    batch,
-                    comm,
-                    device=self.device,
-                    recurrence=self.recurrence,
-                    attention=self.attention,
-                    step=step,
-                )
-            yield m == len(plan.micro_steps) - 1, placed
+            yield m == len(plan.micro_steps) - 1, micro
+
+    def _place(
+        self, group: Group, batch: Sequence[Packed], step: int | None = None, memory: Memory | None = None
+    ) -> Placed:
+        with self.phase("plan"):
+            return place(
+                group,
+                batch,
+                self.groups.comm(group.ranks),
+                device=self.device,
+                recurrence=self.recurrence,
+                attention=self.attention,
+                step=step,
+                memory=memory,
+            )
 
     def _empty(self) -> Tally:
         nats, balance, z, count = torch.zeros(4, device=self.device).unbind()

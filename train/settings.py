@@ -26,6 +26,9 @@ class RunSettings:
     dir: str | None = None
 
 
+SPAN_GRADIENTS = ("exact", "truncated")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How long and how often, in tokens.
@@ -33,6 +36,10 @@ class TrainSettings:
     tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget in
     steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of data.max_length.
     loss_chunk: tokens whose logits are held at a time for the cross-entropy and its gradient; null for all of them.
+    span_tokens: the most tokens of a sequence that a rank takes at a time: a longer one is trained on span after span,
+    through the same states; null for no limit. span_gradient: exact runs forward through all spans and then back, each
+    once more from its entering states (1606.03401), for the gradient of the whole; truncated ends gradients at the
+    borders of spans, and sums over documents at what has been read.
     balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none.
     z_weight: weight of the routers' z-loss, which keeps their logits small (2202.08906, equation 5); 0 for none.
     clip: largest 2-norm of all gradients together; larger ones are scaled down to it. evaluate_every: tokens between
@@ -44,6 +51,8 @@ class TrainSettings:
     steps: int | None = None
     batch_tokens: int = 4096
     loss_chunk: int | None = 2048
+    span_tokens: int | None = None
+    span_gradient: str = "exact"
     balance_weight: float = 0.01
     z_weight: float = 0.0
     clip: float = 1.0
@@ -55,13 +64,15 @@ class TrainSettings:
         for name in ("tokens", "batch_tokens", "clip", "keep"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be above 0")
-        for name in ("steps", "loss_chunk", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "loss_chunk", "span_tokens", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name}={value}: must be at least 1, or null")
         for name in ("balance_weight", "z_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must not be negative")
+        if self.span_gradient not in SPAN_GRADIENTS:
+            raise ValueError(f"train.span_gradient={self.span_gradient}: must be one of {', '.join(SPAN_GRADIENTS)}")
 
     @property
     def total_steps(self) -> int:

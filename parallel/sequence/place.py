@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.sequence import Identity, Sequence, Whole
+from models.sequence import Identity, Memory, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
 from parallel.sequence.chain import Chain
@@ -48,10 +48,12 @@ def place(
     recurrence: Transport,
     attention: Keys,
     step: int | None = None,
+    memory: Memory | None = None,
 ) -> Placed:
     """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
 
-    `step` is that of the training; None where nothing is to be random.
+    `step` is that of the training; None where nothing is to be random. `memory`: the group's spans are one of several
+    spans in time, see `parallel.schedule.time`; what it leaves to the next and has from the one before is there.
     """
     tokens, targets, positions = (
         np.concatenate([*(getattr(batch[s], name) for s in group.sequences), np.empty(0, np.int64)])
@@ -82,6 +84,7 @@ def place(
         "num_documents": int(documents[-1]) + 1,
         "counted": rows(np.arange(length + idle) < length),
         "identities": None if step is None else _identities(group, batch, step, idle),
+        "memory": memory,
     }
     seq: Sequence
     if comm.size == 1 and len(mine) == 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.recurrence import Recurrence
 from models.sequence import Tokens
 from parallel.collectives import gather, sum_over
+from parallel.sequence import in_time
 from parallel.sequence.chain import Chain
 from parallel.sequence.effects import Transport, cross
 from parallel.sequence.keys import Keys
@@ -30,28 +31,35 @@ class Spread(Tokens):
         """The halo, from as many spans back as `width` needs: spans may be shorter than a convolution."""
         chain = self.chain.of(slot)
         B, T = x.shape[:2]
-        tails = F.pad(x[:, -width:], [0, 0, max(0, width - T), 0, 0, chain.rows - B])
+        padding = [max(0, width - T), 0, 0, chain.rows - B]
+        tails = F.pad(x[:, max(0, T - width) :], [0, 0] * (x.dim() - 2) + padding)
 
         def halos(gathered: Tensor) -> Tensor:
             found = []
-            for n in chain.mine:
+            for n in ends:
                 past = [
                     gathered[a.rank, a.row, width - min(width, a.length) :] for a in chain.links[max(0, n - width) : n]
                 ]
-                found.append(torch.cat([tails.new_zeros(width, tails.shape[-1]), *past])[-width:])
+                found.append(torch.cat([tails.new_zeros(width, *tails.shape[2:]), *past])[-width:])
             return torch.stack(found)
 
-        return gather(chain.comm, tails, halos, purpose="halo", linear=True)
+        ends = chain.mine if self.memory is None else [*chain.mine, len(chain.links)]
+        halo = gather(chain.comm, tails, halos, purpose="halo", linear=True)
+        return halo if self.memory is None else in_time.with_past(self, halo, slot=f"{slot}/before")
 
     def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
         begun = recurrence.begin(*xs, starts=self.starts)
+        if self.memory is not None:
+            return begun.finish(in_time.entering(self, recurrence, begun.effect, slot=slot))
         entering = cross(self.recurrence, self.chain.of(slot), recurrence, begun.effect)
         return begun.finish(entering())
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
     ) -> Tensor:
+        if self.memory is not None:
+            return in_time.attend(self, q, k, v, slot=slot, window=window, sinks=sinks)
         return self.attention.attend(self.chain.of(slot), q, k, v, self.pieces, window=window, sinks=sinks)
 
     def sum(self, x: Tensor) -> Tensor:
-        return sum_over(self.chain.comm, self.local_sum(x), purpose="document sums")
+        return self.summed(lambda: sum_over(self.chain.comm, self.local_sum(x), purpose="document sums"))
