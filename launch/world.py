@@ -58,7 +58,7 @@ class Job:
 
     @property
     def backend(self) -> str:
-        """torch.distributed's for the device, and for a GPU's host, where `engine.offload_optimizer` clips gradients."""
+        """torch.distributed's for the device, and a GPU's host, where `engine.offload_optimizer` clips gradients."""
         return "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
 
 

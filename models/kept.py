@@ -41,9 +41,9 @@ class Tape:
         if not self.replaying:
             with _on(None):  # what it asks for in turn is part of it
                 result = compute()
-            one = isinstance(result, Tensor)
-            tensors = tuple(x.detach() for x in ((result,) if one else result))
-            self.results.append((one, tensors, tuple(x._version for x in tensors)))
+            several = (result,) if isinstance(result, Tensor) else tuple(result)
+            tensors = tuple(x.detach() for x in several)
+            self.results.append((isinstance(result, Tensor), tensors, tuple(x._version for x in tensors)))
             return result
         if not self.results:
             raise RuntimeError("a layer that is computed again asks for more than it kept, or a second time")

@@ -5,8 +5,8 @@
 The model is that of conf/model/linear_moe_tiny.yaml, on one device in fp32; the step a forward and a backward pass,
 each choice in a fresh process. `saved`: bytes of tensors alive when the forward pass ends. `most`: the most alive at a
 time. Both count what the step makes, gradients included, not the weights. `VmHWM`: how far the peak of the process's
-resident memory rises in the step, the counter being off. Then the loss alone, with a vocabulary of 32,768. The lines to
-read are the ratios: with all three, over without any.
+resident memory rises in the step, the counter being off. Then the loss alone, with a vocabulary of 32,768. What is
+found goes to docs/speed.md.
 """
 
 import sys
@@ -23,10 +23,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CHUNK, TILE, VOCABULARY = 1024, 512, 32_768
+from tests.benchmarks import section
+
+TOKENS, CHUNK, TILE, VOCABULARY, AIM = 16_384, 1024, 512, 32_768, 0.4
 CHOICES: dict[str, dict[str, Any]] = {
     "all kept": {},
     "chunks, selective": {"chunk": CHUNK, "recompute": "selective"},
+    "chunks, full": {"chunk": CHUNK, "recompute": "full"},
     "chunks, tiles, full": {"chunk": CHUNK, "tile": TILE, "recompute": "full"},
 }
 
@@ -119,13 +122,13 @@ def counted(tokens: int, choice: dict[str, Any]) -> tuple[float, int, int]:
 
 
 def resident(tokens: int, choice: dict[str, Any]) -> tuple[int, float]:
-    """By how many bytes the peak rises in the step, and its seconds."""
+    """By how many bytes the peak rises in the step, and its processor time in seconds."""
     torch.set_num_threads(1)
     model = default_model()
     step(model, 512).backward()  # so that code and pools of threads are there
-    before, began = resident_peak(), time.perf_counter()
+    before, began = resident_peak(), time.process_time()
     step(model, tokens, **choice).backward()
-    return resident_peak() - before, time.perf_counter() - began
+    return resident_peak() - before, time.process_time() - began
 
 
 def loss_alone(tokens: int, chunk: int | None) -> int:
@@ -151,24 +154,58 @@ def fresh(function: Any, *args: Any) -> Any:
         return one.submit(function, *args).result()
 
 
-def main(tokens: int = 16_384) -> None:
-    rows = {}
-    for name, choice in CHOICES.items():
-        loss, saved, most = fresh(counted, tokens, choice)
-        risen, seconds = fresh(resident, tokens, choice)
-        rows[name] = (saved, most, risen)
-        print(
-            f"{name:<20} saved {saved / 2**20:7.0f} MiB   most {most / 2**20:7.0f} MiB   "
-            f"VmHWM +{risen / 2**20:7.0f} MiB   {seconds:5.1f} s   loss {loss!r}",
-            flush=True,
-        )
-    ratios = [b / a for a, b in zip(rows["all kept"], rows["chunks, tiles, full"], strict=True)]
-    print("with over without, {:,} tokens: saved {:.3f}   most {:.3f}   VmHWM {:.3f}".format(tokens, *ratios))
-    plain, chunked = (fresh(loss_alone, tokens, chunk) for chunk in (None, CHUNK))
-    print(
-        f"the loss alone, vocabulary {VOCABULARY:,}: {plain / 2**20:,.0f} MiB, in chunks {chunked / 2**20:,.0f} MiB, "
-        f"ratio {chunked / plain:.3f}"
+class Row(NamedTuple):
+    """Of one choice. Bytes as in the module's text; seconds: processor time of the step, nothing counted."""
+
+    loss: float
+    saved: int
+    most: int
+    risen: int
+    seconds: float
+
+
+def row(tokens: int, choice: dict[str, Any]) -> Row:
+    return Row(*fresh(counted, tokens, choice), *fresh(resident, tokens, choice))
+
+
+def report(tokens: int, rows: dict[str, Row], alone: tuple[int, int]) -> str:
+    """The section of docs/speed.md. alone: most bytes of the loss, all logits at once and in chunks."""
+    first, last = rows["all kept"], rows["chunks, tiles, full"]
+    lines = [
+        f"`python -m tests.benchmarks.memory`: forward and backward of one sequence of {tokens:,} tokens in two "
+        "documents, the model of `conf/model/linear_moe_tiny.yaml`, fp32, one thread. Chunks of "
+        f"{CHUNK:,} tokens for the loss, tiles of {TILE}. Saved: bytes alive when the forward pass ends. Most: the "
+        "most alive at a time, gradients included, weights not. Resident: rise of the peak (VmHWM) of a fresh process. "
+        "Time: of the processor.",
+        "",
+        "| | saved, MiB | most, MiB | resident, MiB | s | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, each in rows.items():
+        sizes = " | ".join(f"{x / 2**20:,.0f}" for x in (each.saved, each.most, each.risen))
+        lines.append(f"| {name} | {sizes} | {each.seconds:.1f} | {each.loss:.8f} |")
+    ratios = [f"{b / a:.3f}" for a, b in zip(first[1:4], last[1:4], strict=True)]
+    plain, chunked = alone
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Chunks, tiles and full recomputation over nothing of the kind (aim, at most {AIM}): saved {ratios[0]}, "
+            f"most {ratios[1]}, resident {ratios[2]}. Selective recomputation takes "
+            f"{rows['chunks, selective'].seconds / rows['chunks, full'].seconds:.2f} of the time of full.",
+            "",
+            f"The loss alone, {VOCABULARY:,} words: {plain / 2**20:,.0f} MiB at once, {chunked / 2**20:,.0f} MiB in "
+            f"chunks, {chunked / plain:.3f} of it.",
+        ]
     )
+
+
+def main(tokens: int = TOKENS) -> None:
+    rows = {name: row(tokens, choice) for name, choice in CHOICES.items()}
+    text = report(tokens, rows, tuple(fresh(loss_alone, tokens, chunk) for chunk in (None, CHUNK)))
+    print(text)
+    if tokens == TOKENS:
+        section.write(section.SPEED, "Memory", text)
 
 
 if __name__ == "__main__":
