@@ -235,6 +235,7 @@ class Broken(NamedTuple):
     mixers: tuple[str, ...]
     precision: str = "fp64"
     layout: str = "contiguous"
+    packing: str = "one document"
 
 
 MHA, GROUPED, WINDOW = "attention", "attention, two key heads", "attention, window"
@@ -243,7 +244,9 @@ CARRIED: dict[str, Broken] = {
     for broken in (
         Broken(drop_the_terminal_term_of_the_gates_gradient, ("gla", "gated_deltanet", "lru", "mlstm")),
         Broken(take_the_diagonal_of_a_dense_transition, ("gated_deltanet", "kda")),
-        Broken(keep_the_state_across_a_document_start_between_spans, ("gla", "rglru", "mlstm")),
+        Broken(
+            keep_the_state_across_a_document_start_between_spans, ("gla", "rglru", "mlstm"), packing="starts one after"
+        ),
         Broken(order_spans_by_rank, ("gla", "gated_deltanet"), layout="zigzag"),
         Broken(hand_states_to_the_span_before, ("linear", "gla", "gated_deltanet")),
         Broken(carry_gradients_back_without_the_transpose, ("deltanet", "gated_deltanet")),

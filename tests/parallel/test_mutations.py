@@ -84,9 +84,9 @@ def unnoticed(run, cells: list[matrix.Cell], mutation=None) -> list[matrix.Cell]
 
 
 def rows(mutation: str) -> list[matrix.Cell]:
-    """Its mixers over every transport, on four ranks; documents that end in every rank, and one over all of them."""
-    broken, packing = CARRIED[mutation], "one document" if "start" not in mutation else "starts one after"
-    wanted = (broken.layout, packing, 4, broken.precision)
+    """Its mixers over every transport, on four ranks."""
+    broken = CARRIED[mutation]
+    wanted = (broken.layout, broken.packing, 4, broken.precision)
     return [cell for cell in matrix.cells() if cell.mixer in broken.mixers and cell[2:] == wanted]
 
 
