@@ -22,7 +22,10 @@ import pytest
 
 from tests.launch.processes import ROOT, mentioning, wait_for
 
-PAGES = ["README.md", "docs/install.md", "docs/first-run.md", "docs/models.md", "docs/parallel.md", "docs/data.md", "docs/cluster.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/{page}.md" for page in ("install", "first-run", "models", "parallel", "data", "cluster")),
+]
 TAKE_MINUTES = ["docs/first-run.md", "docs/models.md", "docs/parallel.md", "docs/cluster.md"]  # run by `make docs`
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",
