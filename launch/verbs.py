@@ -8,6 +8,7 @@ from importlib import import_module
 from launch.config import conf
 
 _WIDTH = 118
+_INDENT = 20  # of what stands behind a group's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,5 +233,5 @@ def _key(key: str, value: object) -> str:
 
 
 def _wrapped(head: str, words: list[str]) -> list[str]:
-    text = textwrap.wrap(" ".join(words), _WIDTH - 16, break_long_words=False, break_on_hyphens=False)
-    return [f"  {head if i == 0 else '':<14}{line}" for i, line in enumerate(text)]
+    text = textwrap.wrap(" ".join(words), _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+    return [f"{f'  {head} ' if i == 0 else '':<{_INDENT}}{line}" for i, line in enumerate(text)]
