@@ -126,7 +126,7 @@ REFUSED = {
     "mixer=gla": f"mixer=gla: where? for example mixer@{GLA}.mixer=gla",
     "mixr@model.blocks.gla.mixer=gla": "mixr is no group; nearest: mixer",
     "run@model=gla": "run is no group; accepts cluster, data,",
-    f"mixer@{GLA}.mixer=gated": f"mixer@{GLA}.mixer=gated: no such option; accepts attention, deltanet, gated_deltanet,",
+    f"mixer@{GLA}.mixer=gated": f"mixer@{GLA}.mixer=gated: no such option; accepts attention, deltanet,",
     f"mixer@{GLA}.mixer=null": "null: no such option",
     f"mixer@{GLA}.mixer=[gla,attention]": "takes one option",
     "mixer@model.blocks.glaa.mixer=gla": f"there is no such place; nearest: mixer@{GLA}.mixer",
