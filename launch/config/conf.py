@@ -41,6 +41,11 @@ def written(choices: dict[str, str] | None = None) -> tuple[dict[str, Any], dict
     choices = dict(choices or {})
     placed: dict[str, str] = {}
     tree: dict[str, Any] = {}
+    if (experiment := choices.get("experiment", "null")) in groups()[
+        "experiment"
+    ]:  # the last one placed, the first heard
+        for key, chosen in _overriding(option("experiment", experiment).get("defaults", []), "").items():
+            choices.setdefault(key, chosen)
 
     def add(node: dict[str, Any], own: str, package: str) -> None:
         entries = node.get("defaults", [])

@@ -144,6 +144,7 @@ def test_documents_cost_what_their_tokens_and_pairs_do_however_they_are_packed()
         per_token=Flops(1000, 2000, 500),
         attention=layers,
         activations=0,
+        dear=0,
         recurrent=64,
     )
     on_pairs = 20 * (6 + 6 + 1) + 100 * (5 + 5 + 1)
