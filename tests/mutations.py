@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 import models.conv
-import models.kernels.softmax
 import models.recurrence
 import parallel.apply
 import parallel.collectives
@@ -15,6 +14,9 @@ import parallel.sequence.chain
 import parallel.sequence.effects.gather
 import parallel.sequence.effects.relay
 import parallel.sequence.keys.fetch
+import parallel.sequence.keys.gather
+import parallel.sequence.keys.mesh
+import parallel.sequence.keys.visible
 import parallel.sequence.place
 import parallel.sequence.spread
 import train.execute
@@ -79,8 +81,12 @@ def convolve_across_document_starts() -> None:
 
 
 def attend_to_no_key_of_an_earlier_span() -> None:
-    honest = models.kernels.softmax.parts_of
-    models.kernels.softmax.parts_of = lambda *args, **kwargs: (p for p in honest(*args, **kwargs) if not p.merged)
+    honest = parallel.sequence.keys.visible.meetings
+
+    def own(chain, asking, asked):
+        return honest(chain, asking, asked) if asking == asked else iter(())
+
+    parallel.sequence.keys.gather.meetings = parallel.sequence.keys.mesh.meetings = own
 
 
 def forget_the_divide_factor() -> None:
