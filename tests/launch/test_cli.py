@@ -191,7 +191,7 @@ BAD = {
     "model.dmi=64": "model.dmi: no such key; nearest: model.dim",
     "+model.dmi=64": "model.dmi: no such key; nearest: model.dim",
     "++train.tokns=64": "train.tokns: no such key; nearest: train.tokens",
-    "model=linear_moe_tny": "model=linear_moe_tny: no such option; accepts linear_moe_tiny; nearest: linear_moe_tiny",
+    "model=linear_moe_tny": "model=linear_moe_tny: no such option; accepts griffin_tiny, jamba_tiny,",
     "train.tokens=abc": "train.tokens=abc: expected a whole number",
     "optimizer.lr=fast": "optimizer.lr=fast: expected a number",
     "optimizer.lr=-1.0": "optimizer",
