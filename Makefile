@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test unit check mutations matrix stops docs bench reference clean
+.PHONY: train test unit check slow mutations matrix stops docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -21,8 +21,11 @@ check: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
 
+slow: $(READY)
+	$(VENV)/bin/python -m pytest -q -m "slow and not gpu"
+
 mutations: $(READY)
-	$(VENV)/bin/python -m pytest -q tests/parallel/test_mutations.py tests/models/test_stream.py
+	$(VENV)/bin/python -m pytest -q -m "slow or not slow" tests/parallel/test_mutations.py tests/models/test_stream.py
 
 matrix: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/parallel/test_matrix.py -m "slow or not slow"

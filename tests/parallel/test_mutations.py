@@ -90,6 +90,7 @@ def rows(mutation: str) -> list[matrix.Cell]:
     return [cell for cell in matrix.cells() if cell.mixer in broken.mixers and cell[2:] == wanted]
 
 
+@pytest.mark.slow  # run by `make mutations`
 @pytest.mark.parametrize("mutation", CARRIED)
 def test_what_is_broken_between_ranks_turns_every_transport_red(run, mutation):
     cells = rows(mutation)

@@ -106,6 +106,7 @@ def test_parameters_after_ten_steps_in_fp64(run, descended, name):
             assert np.linalg.norm(b - before[key]) > 1e-4 * np.linalg.norm(b), f"{key} has not moved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_parameters_in_fp32_are_no_further_from_fp64_than_twice_one_process(run, descended, name):
     exact, rounded = descended["fp64"][1], descended["fp32"][1]

@@ -46,7 +46,7 @@ def alone(run, tmp_path_factory):
     "precision",
     ["fp64", pytest.param("fp32", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=[pytest.mark.slow] * (LAYOUTS[n][0] < 4)) for n in LAYOUTS])
 def test_fifty_steps_have_the_same_losses_on_every_layout(run, alone, tmp_path, layout, precision):
     world, more = LAYOUTS[layout]
     job = order(tmp_path, tmp_path / "run", *more, *PRECISION[precision], "train.tokens=20000")
