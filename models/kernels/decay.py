@@ -17,6 +17,7 @@ Source: gated linear attention, 2312.06635, section 4 (the secondary chunks), wi
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ def _levels(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """
     C = g.shape[-2]
     size = min(C, SMALL)
-    blocks, sums = _small(g, size), _sums(size, g)
+    blocks, sums = _small(g, size), _sums(size, g.dtype, g.device)
     levels = [torch.matmul(one, blocks).exp_().view_as(g) for one in sums[:-2]]
     until, after = (torch.matmul(one, blocks).view_as(g) for one in sums[-2:])
     h = size
@@ -184,18 +185,19 @@ def _levels(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     return levels, until, after
 
 
-def _sums(size: int, like: Tensor) -> list[Tensor]:
+@lru_cache(maxsize=16)  # every tile of every layer asks for the same
+def _sums(size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Matrices [size, size] that sum log decays: for each level from the middle or up to it, then up to t, and after t.
 
     At level h a token of a second half decays since the half began, one of a first half until it ends.
     """
-    t, s = (x.to(like.device) for x in torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"))
+    t, s = torch.meshgrid(*[torch.arange(size, device=device)] * 2, indexing="ij")
     matrices, h = [], 1
     while h < size:
         same, second = t // h == s // h, (t // h) % 2 == 1
         matrices.append(same & torch.where(second, s <= t, s > t))
         h *= 2
-    return [m.to(like.dtype) for m in (*matrices, s <= t, s > t)]
+    return [m.to(dtype) for m in (*matrices, s <= t, s > t)]
 
 
 def _small(x: Tensor, size: int) -> Tensor:
@@ -203,10 +205,11 @@ def _small(x: Tensor, size: int) -> Tensor:
     return x.reshape(-1, size, x.shape[-1])
 
 
-def _mask(h: int, size: int, like: Tensor) -> Tensor:
-    """[size, size]: 1 where the row is in the second and the column in the first half of the same block of 2h."""
-    at = torch.arange(size, device=like.device) // h
-    return ((at.unsqueeze(-1) == at + 1) & (at % 2 == 0)).to(like.dtype)
+@lru_cache(maxsize=64)
+def _mask(h: int, size: int, readers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[readers * size, size]: 1 where the row is in the second and the column in the first half of one block of 2h."""
+    at = torch.arange(size, device=device) // h
+    return ((at.unsqueeze(-1) == at + 1) & (at % 2 == 0)).to(dtype).repeat(readers, 1)
 
 
 def _diagonal_blocks(scores: Tensor, size: int) -> Tensor:
@@ -245,7 +248,7 @@ def _scores(readers: Sequence[Tensor], k: Tensor, levels: Sequence[Tensor]) -> l
     while 2 * h <= size:
         factor = _small(next(remaining), size)
         square = torch.bmm(_times(reading, factor), (_small(k, size) * factor).mT)
-        blocks.addcmul_(square, _mask(h, size, k).repeat(n, 1))
+        blocks.addcmul_(square, _mask(h, size, n, k.dtype, k.device))
         h *= 2
     for out, block in zip(outs, blocks.chunk(n, 1), strict=True):
         _diagonal_blocks(out, size).copy_(block.unflatten(0, (*k.shape[:-2], -1)))
@@ -273,7 +276,7 @@ def _scores_backward(
     d_blocks = _stack([_flat(_diagonal_blocks(d, size)) for d in d_outs], size)
     h, remaining = 1, iter(levels)
     while 2 * h <= size:
-        factor, d_square = _small(next(remaining), size), d_blocks * _mask(h, size, k).repeat(n, 1)
+        factor, d_square = _small(next(remaining), size), d_blocks * _mask(h, size, n, k.dtype, k.device)
         d_reading = torch.bmm(d_square, _small(k, size) * factor)
         for d_r, part in zip(d_readers, d_reading.chunk(n, 1), strict=True):
             d_r.view_as(factor).addcmul_(part, factor)
