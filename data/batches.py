@@ -1,0 +1,278 @@
+"""`Batches`, what the training loop reads: global batches, held-out windows, and what tells one order from another."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data import decompose
+from data.curriculum import Curriculum
+from data.documents import Documents
+from data.pack import Packed, read
+from data.permute import Permutation
+from data.sampler import Sampler, Slot, Source
+from data.samplers import PACKINGS
+from data.samplers.pool import Cut
+
+VERSION = 2  # of the order: any change of what a step holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequencing:
+    """How documents become sequences, and which are held out: the keys that `Data` and `Mixture` share.
+
+    Raises ValueError, one line that opens with the key, for a value out of range.
+    """
+
+    max_length: int
+    packing: str
+    min_length: int
+    overlong: str
+    document_mask: bool
+    heldout: float
+    heldout_tokens: int
+
+    def __post_init__(self) -> None:
+        for key in ("max_length", "min_length", "heldout_tokens"):
+            tokens = getattr(self, key)
+            if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+                raise ValueError(f"data.{key}={tokens}: expected a positive whole number of tokens")
+        if not isinstance(self.heldout, float) or not 0 < self.heldout < 1:
+            raise ValueError(
+                f"data.heldout={self.heldout}: expected a fraction of documents between 0 and 1, exclusive"
+            )
+        if self.packing not in PACKINGS:
+            raise ValueError(f"data.packing={self.packing}: must be one of {', '.join(PACKINGS)}")
+        if self.overlong not in decompose.OVERLONG:
+            raise ValueError(f"data.overlong={self.overlong}: must be one of {', '.join(decompose.OVERLONG)}")
+        if self.packing == "decomposition":
+            for key in ("max_length", "min_length"):
+                if (tokens := getattr(self, key)) & (tokens - 1):
+                    near = 1 << max((tokens * 2 // 3).bit_length(), 0)
+                    raise ValueError(f"data.{key}={tokens}: must be a power of two to decompose; nearest {near}")
+            if self.min_length > self.max_length:
+                raise ValueError(
+                    f"data.min_length={self.min_length}: must be at most data.max_length={self.max_length}"
+                )
+
+    def order(self) -> dict[str, Any]:
+        """Every key that a batch depends on."""
+        found = {"data.packing": self.packing, "data.max_length": self.max_length, "data.heldout": self.heldout}
+        if self.packing == "decomposition":
+            found |= {"data.min_length": self.min_length, "data.overlong": self.overlong}
+        else:
+            found |= {"data.document_mask": self.document_mask}
+        return found
+
+
+class Batches:
+    """Global batches of `batch_tokens` tokens, as a pure function of (seed, step), of one length each.
+
+    A document is held out if its hash, as a fraction of 2^64, is below `heldout`: the same in every run, and the same
+    for all copies of it. `order` is everything that decides a batch or the split, by its key in the configuration, and
+    `fingerprint` (hex sha256) is of that. Raises ValueError if the sizes do not fit each other or the stores. `chance`
+    is None: of text, nobody asks how much of it a guess gets right.
+    """
+
+    chance = None
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        tokenizer: Any,
+        batch_tokens: int,
+        sequencing: Sequencing,
+        curriculum: Curriculum | None = None,
+    ) -> None:
+        curriculum = curriculum or Curriculum()
+        longest = sequencing.max_length
+        stages = curriculum.context or ((0, longest, None),)
+        for length in (longest, *(stage[1] for stage in stages)):
+            if batch_tokens < length or batch_tokens % length:
+                raise ValueError(
+                    f"train.batch_tokens={batch_tokens}: expected a multiple of data.max_length={length}; "
+                    f"nearest {max(round(batch_tokens / length), 1) * length}"
+                )
+        self.sources, self.sequencing, self.tokenizer = tuple(sources), sequencing, tokenizer
+        self.vocab_size = tokenizer.size
+        self.batch_tokens = batch_tokens
+        self.windows_per_batch = batch_tokens // longest
+        self._check_curriculum(curriculum)
+        self.heldout_documents = [self._held_out(source) for source in self.sources]
+        self.stages = [
+            (
+                -(-token // batch_tokens),
+                Sampler(
+                    self.sources,
+                    packing=sequencing.packing,
+                    cut=Cut(length, sequencing.min_length, sequencing.overlong),
+                    batch_tokens=batch_tokens,
+                    heldout=sequencing.heldout,
+                    curriculum=curriculum,
+                    key=(i,) if i else (),
+                ),
+                theta,
+            )
+            for i, (token, length, theta) in enumerate(stages)
+        ]
+        self.order = self._order(curriculum)
+        self.fingerprint = hashlib.sha256(json.dumps(self.order, sort_keys=True).encode()).hexdigest()
+
+    def _check_curriculum(self, curriculum: Curriculum) -> None:
+        sequencing = self.sequencing
+        if curriculum.odds != "uniform" and sequencing.packing != "decomposition":
+            raise ValueError(
+                f"data.packing={sequencing.packing}: must be decomposition for curriculum.odds={curriculum.odds}"
+            )
+        for _, length, _ in curriculum.context or ():
+            if length > sequencing.max_length:
+                raise ValueError(
+                    f"data.max_length={sequencing.max_length}: must be at least {length}, which curriculum.context "
+                    f"comes to"
+                )
+            if sequencing.packing == "decomposition" and (length & (length - 1) or length < sequencing.min_length):
+                raise ValueError(
+                    f"curriculum.context: {length} must be a power of two from data.min_length="
+                    f"{sequencing.min_length} to decompose"
+                )
+
+    def _held_out(self, source: Source) -> Documents:
+        heldout, longest = self.sequencing.heldout, self.sequencing.max_length
+        ((held, _),) = source.documents("heldout", heldout)
+        sides = (("training", source.documents("train", heldout)), ("held-out", [(held, 1)] if len(held.ids) else []))
+        for side, found in sides:
+            if not found:
+                raise ValueError(
+                    f"data.heldout={heldout}: leaves no {side} documents of the corpus' {len(source.store.hashes)}"
+                )
+        if len(held) <= longest:
+            raise ValueError(
+                f"data.max_length={longest}: {len(held.ids)} held-out documents, {len(held)} tokens together, do not "
+                f"fill one window; at most {len(held) - 1} fits"
+            )
+        return held
+
+    def _order(self, curriculum: Curriculum) -> dict[str, Any]:
+        found: dict[str, Any] = {"version": VERSION, "train.batch_tokens": self.batch_tokens, **self.sequencing.order()}
+        versions = [Permutation.version, decompose.VERSION, *(lane.parts[0].pool.version for lane in self._lanes())]
+        found["versions"] = sorted(set(versions))
+        for source in self.sources:
+            at = f"data.sources.{source.name}" if source.name else "data"
+            found[f"{at}.corpus"] = source.store.fingerprint
+            if source.name:
+                found[f"{at}.weight"] = [[token, str(weight)] for token, weight in source.weight]
+                found[f"{at}.epochs"] = str(source.epochs)
+                found[f"{at}.long"] = [[least, str(factor)] for least, factor in source.long]
+                found[f"{at}.order"] = source.order
+        if curriculum.odds != "uniform":
+            found |= {f"curriculum.{key}": getattr(curriculum, key) for key in ("odds", "cycles", "tokens")}
+        if curriculum.context is not None:
+            found["curriculum.context"] = [list(stage) for stage in curriculum.context]
+        return found
+
+    def _lanes(self) -> list[Any]:
+        return [lane for _, sampler, _ in self.stages for lane in sampler.lanes]
+
+    def card(self) -> dict[str, Any]:
+        """What a run and its checkpoints keep of their corpus: the stores' cards, and how they are split and cut."""
+        counts = [
+            (sum(len(d.ids) for d, _ in source.documents("train", self.sequencing.heldout)), len(held.ids))
+            for source, held in zip(self.sources, self.heldout_documents, strict=True)
+        ]
+        cards = {
+            source.name: {**getattr(source.store, "card", {}), "train_documents": train, "heldout_documents": held}
+            for source, (train, held) in zip(self.sources, counts, strict=True)
+        }
+        head = cards[""] if set(cards) == {""} else {"sources": cards}
+        return {
+            **head,
+            "max_length": self.sequencing.max_length,
+            "packing": self.sequencing.packing,
+            "epoch": {
+                part.name: {"sequences": part.pool.count, "tokens": part.pool.tokens}
+                for lane in self._lanes()
+                for part in lane.parts
+            },
+            "order": self.order,
+            "batches": self.fingerprint,
+        }
+
+    def slots(self, step: int, skips: int = 0) -> list[Slot]:
+        """Which sequences a step has."""
+        begin, sampler, _ = self._stage(step + skips)
+        return sampler.slots(step + skips - begin)
+
+    def batch(self, seed: int, step: int, skips: int = 0) -> list[Packed]:
+        """The global batch of a step, `skips` batches having been skipped before it."""
+        masked = self.sequencing.document_mask or self.sequencing.packing == "decomposition"
+        return [
+            read(
+                slot.part.source.store,
+                slot.pieces(seed),
+                slot.part.pool.length,
+                document=self.tokenizer.DOCUMENT,
+                masked=masked,
+            )
+            for slot in self.slots(step, skips)
+        ]
+
+    def drawn(self, step: int, skips: int = 0) -> dict[str, int]:
+        """The tokens that each source and bucket has given before a step: they sum to those of all steps before."""
+        found: dict[str, int] = {}
+        at = step + skips
+        ends = [begin for begin, _, _ in self.stages[1:]] + [at]
+        for (begin, sampler, _), end in zip(self.stages, ends, strict=True):
+            if begin < at:
+                for name, tokens in sampler.drawn(min(end, at) - begin).items():
+                    found[name] = found.get(name, 0) + tokens
+        return found
+
+    def rope_theta(self, step: int, skips: int = 0) -> float | None:
+        """The base of rotary positions that the curriculum has at a step; None: the model's own."""
+        return self._stage(step + skips)[2]
+
+    def shapes(self) -> list[list[int]]:
+        """The lengths of every kind of batch that there is."""
+        found = {lane.length: [lane.length] * lane.per_step for lane in self._lanes()}
+        return [found[length] for length in sorted(found)]
+
+    def heldout(self) -> list[Packed]:
+        """Windows of `max_length` tokens of held-out documents end to end: always the same, whatever the packing.
+
+        `heldout_tokens` over all sources, evenly spread; of each source at least one window, at most all.
+        """
+        longest, windows = self.sequencing.max_length, []
+        wanted = max(self.sequencing.heldout_tokens // len(self.sources) // longest, 1)
+        for held in self.heldout_documents:
+            there = (len(held) - 1) // longest
+            count = min(wanted, there)
+            for i in range(count):
+                begin = i * there // count * longest
+                pieces = held.pieces(begin, begin + longest)
+                windows.append(read(held.store, pieces, longest, document=self.tokenizer.DOCUMENT))
+        return windows
+
+    def _stage(self, step: int) -> tuple[int, Sampler, float | None]:
+        return next(stage for stage in reversed(self.stages) if stage[0] <= step)
+
+
+def checked_audit(steps: int | None) -> int | None:
+    """A number of steps to audit. Raises ValueError for none of them."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"data.audit={steps}: must be at least 1, or null")
+    return steps
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What is another in the second `order` than in the first, a line each."""
+    found = []
+    for key in sorted({*before, *after}):
+        a, b = before.get(key), after.get(key)
+        if a != b:
+            if key.endswith(".corpus"):
+                found.append(f"{key} has other documents")
+            else:
+                found.append(f"{key} was {a}, is {b}")
+    return found

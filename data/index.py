@@ -1,0 +1,133 @@
+"""Indices over a store: which sequences there are, in files that are mapped and never read whole.
+
+An index is a folder of int64 arrays beside its store, in `STORE.index/`, or in the user's cache where that cannot be
+written. Its name is a hash of the store's content and of everything that decides the index, so it is never out of date;
+it is written aside, synced and renamed, so it is complete or absent; and whoever builds it builds the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 1 << 16  # documents, or other rows, that are looked at together
+Ints = NDArray[np.int64]
+
+
+class Stored(Protocol):
+    """What an index and a sampler ask of a store: document i is tokens[offsets[i]:offsets[i + 1]].
+
+    opened: whether every document opens with the tokenizer's DOCUMENT; where not, nothing predicts what follows one.
+    """
+
+    folder: Path
+    fingerprint: str
+    opened: bool
+
+    @property
+    def tokens(self) -> NDArray[Any]: ...
+    @property
+    def offsets(self) -> Ints: ...
+    @property
+    def hashes(self) -> NDArray[np.uint64]: ...
+
+
+class Writer:
+    """Arrays that grow on disk, int64, by their names; and `facts`, small numbers to keep beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+
+    def append(self, name: str, values: Any) -> None:
+        if name not in self._files:
+            self._files[name] = open(self.folder / f"{name}.bin", "wb")
+            self.counts[name] = 0
+        values = np.ascontiguousarray(values, dtype="<i8")
+        self._files[name].write(values.data)
+        self.counts[name] += values.size
+
+    def close(self) -> None:
+        card = {"counts": self.counts, "facts": self.facts}
+        (self.folder / "index.json").write_text(json.dumps(card, indent=1) + "\n")
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
+class Index:
+    """An index on disk: `index["name"]` is an array int64, mapped; empty for a name that has none. `facts` as written.
+
+    Raises ValueError if its files are not what its card says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        card = json.loads((folder / "index.json").read_text())
+        self.folder, self.facts = folder, card["facts"]
+        self._arrays: dict[str, Ints] = {}
+        for name, count in card["counts"].items():
+            path = folder / f"{name}.bin"
+            if path.stat().st_size != 8 * count:
+                raise ValueError(f"{path}: must have {8 * count:,} bytes")
+            self._arrays[name] = np.memmap(path, dtype="<i8", mode="r") if count else np.empty(0, np.int64)
+
+    def __getitem__(self, name: str) -> Ints:
+        return self._arrays.get(name, _EMPTY)
+
+
+_EMPTY = np.empty(0, np.int64)
+
+
+def index(store: Stored, spec: dict[str, Any], write: Callable[[Writer], None]) -> Index:
+    """The index of a store under `spec`, which says all that decides it: the one that is there, or what `write` makes.
+
+    Raises OSError where neither place can be written.
+    """
+    name = hashlib.sha256(json.dumps([store.fingerprint, spec], sort_keys=True).encode()).hexdigest()[:16]
+    places = list(_places(store.folder))
+    for place in places:
+        with suppress(OSError, ValueError, KeyError):
+            return Index(place / name)
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            if not os.access(place, os.W_OK):
+                continue
+        except OSError:
+            continue
+        return _build(place, name, write)
+    raise PermissionError(f"data.store={store.folder}: neither {places[0]} nor the cache can be written to")
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    folder = Path(folder).absolute()
+    yield folder.with_name(f"{folder.name}.index")
+    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "farspan" / "index"
+
+
+def _build(place: Path, name: str, write: Callable[[Writer], None]) -> Index:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=place) as aside:
+        new = Path(aside, "new")
+        new.mkdir()
+        writer = Writer(new)
+        write(writer)
+        writer.close()
+        try:
+            new.rename(place / name)
+        except OSError:  # a rival's, whose bytes are the same, or a damaged one
+            with suppress(OSError, ValueError, KeyError):
+                return Index(place / name)
+            shutil.rmtree(place / name, ignore_errors=True)
+            new.rename(place / name)
+    return Index(place / name)

@@ -1,0 +1,19 @@
+"""Ways to cut documents into sequences. `PACKINGS` names them for `data.packing`.
+
+Each is a function of the documents and the cut that gives pools: sequences of one length each, as pieces of documents,
+in an order of their own in every epoch.
+"""
+
+from collections.abc import Callable
+
+from data.documents import Documents
+from data.samplers.best_fit import bins
+from data.samplers.concat import chunks
+from data.samplers.decomposition import buckets
+from data.samplers.pool import Cut, Pool
+
+PACKINGS: dict[str, Callable[[Documents, Cut], list[Pool]]] = {
+    "concat": chunks,
+    "best_fit": bins,
+    "decomposition": buckets,
+}
