@@ -59,7 +59,7 @@ def drop_the_terminal_term_of_the_gates_gradient() -> None:
 
     class Constant:
         def __init__(self, begun: Begun):
-            self.begun, self.finish = begun, begun.finish
+            self.begun, self.ahead, self.finish = begun, begun.ahead, begun.finish
 
         @property
         def effect(self):

@@ -20,12 +20,17 @@ class Effect(NamedTuple):
 
 
 class Begun(Protocol):
-    """A span whose outputs wait for the incoming state."""
+    """A span whose outputs wait for the incoming state. Kernels inherit from it, and so have an `ahead`."""
 
     @property
     def effect(self) -> Effect:
         """What the span does to a state; worked out when first asked for."""
         ...
+
+    def ahead(self) -> None:
+        """Computes of the outputs what waits for no state, while that is on its way. Here nothing: for kinds whose
+        effect takes all that their outputs from a zero state do, or whose outputs are the states."""
+        return
 
     def finish(self, state: Tensor | None) -> Tensor:
         """Outputs [B, T, H, V] of the span entered with `state` [B, H, K, V] (None: zero)."""

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.kernels.chunk import Effect
+from models.kernels.chunk import Begun, Effect
 from models.kernels.elementwise import Scan, chunked
 from models.precision import wide
 
@@ -29,7 +29,7 @@ def rotor(g: Tensor, turns: Tensor) -> Tensor:
     return torch.polar(g.exp(), 2 * math.pi * turns)
 
 
-class Scanned:
+class Scanned(Begun):
     """A span. u [B, T, ..., 2] pairs, g and turns [B, T, ...], starts [B, T]; see `recurrence.Complex`.
 
     The outputs are the states, [B, T, ..., 2] in u's dtype; who reads them with a query does so outside. `scale`

@@ -4,15 +4,16 @@ Inside a chunk the deletions couple: with L_ts = β_t Σ_k k_tk k_sk e^{G_tk - G
 [u | w] = (I + L)⁻¹ [β v | β k e^G], S the state that enters the chunk. All decays, G, are of `models.kernels.decay`.
 """
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.chunk import chunks, scaled, seen_in, unchunks
+from models.kernels.chunk import Effect, chunks, scaled, seen_in, unchunks
 from models.kernels.decay import chunk_size, decayed
-from models.kernels.stream import Streamed, widen
+from models.kernels.stream import Streamed
 from models.kernels.sweep import Replace
 from models.precision import wide
 
@@ -47,12 +48,30 @@ def step(
     known = decayed(gates[0] if gates else None, k, scaled(q, scale), k, seen=seen_in(starts, size), memo=memo)
     u, w = Solve.apply(known.scores[1], beta, v, known.reads[1])  # type: ignore[no-untyped-call]
     before, written, state = Replace.apply(  # type: ignore[no-untyped-call]
-        known.kept, widen(u, state), w, known.writes, state
+        known.kept, F.pad(u, (0, state.shape[-1] - u.shape[-1])), w, known.writes, state
     )
     return unchunks(known.reads[0] @ before + known.scores[0] @ written, starts.shape[1]), state
 
 
-def begin(*xs: Tensor, starts: Tensor, scale: float | None = None) -> Streamed:
-    """A span of q, k, v, perhaps g, and beta; see `recurrence.Dense`."""
-    size = chunk_size(xs[1], xs[2], xs[3] if len(xs) > 4 else None)
-    return Streamed(partial(step, scale=scale, size=size), *xs, starts=starts, chunk=size, transition=lambda A: A)
+class Span(Streamed):
+    """A span of q, k, v, perhaps g, and beta; see `recurrence.Dense`.
+
+    One that waits for its state is streamed once too. The state is given K columns more, which start as the identity:
+    they turn into A, and the outputs of these columns into what the state is to be multiplied by.
+    """
+
+    def __init__(self, *xs: Tensor, starts: Tensor, scale: float | None = None):
+        size = chunk_size(xs[1], xs[2], xs[3] if len(xs) > 4 else None)
+        super().__init__(partial(step, scale=scale, size=size), *xs, starts=starts, chunk=size)
+
+    @cached_property
+    def effect(self) -> Effect:
+        zero = self._zero()
+        identity = torch.eye(self.K, dtype=zero.dtype, device=zero.device).expand(*zero.shape[:2], -1, -1)
+        self._open = self._run(torch.cat((zero, identity), -1))
+        U, A = self._open[1].split((self.V, self.K), -1)
+        return Effect(A, U, (~self.starts.any(1)).to(U.dtype))
+
+    def _past(self, state: Tensor) -> Tensor:
+        assert self._open is not None
+        return (self._open[0][..., self.V :].transpose(1, 2) @ state).transpose(1, 2)

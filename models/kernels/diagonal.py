@@ -4,13 +4,14 @@ Linear attention (2006.16236), RetNet (2307.08621) and Mamba-2 (2405.21060), gat
 section 4). A chunk adds writesᵀ·v to what it keeps of the state that enters it, and its outputs are scores·v + reads·S.
 """
 
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 
-from models.kernels.chunk import chunks, scaled, seen_in, unchunks
+from models.kernels import span
+from models.kernels.chunk import Effect, chunks, scaled, seen_in, unchunks
 from models.kernels.decay import chunk_size, decayed
-from models.kernels.stream import Streamed, widen
+from models.kernels.stream import Streamed
 from models.kernels.sweep import Add
 from models.precision import wide
 
@@ -22,16 +23,26 @@ def step(
     q, k, v, *gates = (chunks(wide(x), size) for x in xs)
     known = decayed(gates[0] if gates else None, k, scaled(q, scale), seen=seen_in(starts, size), memo=memo)
     update = known.writes.mT @ v
-    before, state = Add.apply(known.kept, widen(update, state), state)  # type: ignore[no-untyped-call]
-    out = known.reads[0] @ before + widen(known.scores[0] @ v, state)
+    before, state = Add.apply(known.kept, update, state)  # type: ignore[no-untyped-call]
+    out = known.reads[0] @ before + known.scores[0] @ v
     return unchunks(out, starts.shape[1]), state
 
 
-def begin(*xs: Tensor, starts: Tensor, scale: float | None = None) -> Streamed:
-    """A span of q, k, v and perhaps g; see `recurrence.Identity`, `Scalar` and `Diagonal`."""
-    size = chunk_size(xs[1], xs[2], xs[3] if len(xs) > 3 else None)
+class Span(Streamed):
+    """A span of q, k, v and perhaps g; see `recurrence.Identity`, `Scalar` and `Diagonal`. Its effect is on its way
+    before any output is computed."""
 
-    def transition(A: Tensor) -> Tensor:
-        return wide(xs[3]).sum(1) if len(xs) > 3 else A.new_zeros(*A.shape[:2], 0)
+    def __init__(self, *xs: Tensor, starts: Tensor, scale: float | None = None):
+        self.g, self.scale = (xs[3] if len(xs) > 3 else None), scale
+        size = chunk_size(xs[1], xs[2], self.g)
+        super().__init__(partial(step, scale=scale, size=size), *xs, starts=starts, chunk=size)
 
-    return Streamed(partial(step, scale=scale, size=size), *xs, starts=starts, chunk=size, transition=transition)
+    @cached_property
+    def effect(self) -> Effect:
+        return span.effect(self.xs[1], self.xs[2], self.g, self.starts)
+
+    def ahead(self) -> None:
+        self._open = self._run(self._zero())
+
+    def _past(self, state: Tensor) -> Tensor:
+        return span.past(scaled(wide(self.xs[0]), self.scale), self.g, self.starts, state)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.chunk import Effect
+from models.kernels.chunk import Begun, Effect
 from models.precision import wide
 
 
@@ -76,7 +76,7 @@ class Scan(torch.autograd.Function):
         return grad_a, None, grad_u, at
 
 
-class Scanned:
+class Scanned(Begun):
     """A span of h_t = e^{g_t}·h_{t-1} + u_t. u, g [B, T, ...] (g log decays), starts [B, T]: `recurrence.Elementwise`.
 
     The outputs are the states themselves, [B, T, ...] in u's dtype. There is no query, and `scale` multiplies nothing.

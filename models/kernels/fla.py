@@ -4,10 +4,10 @@ All take one packed batch: rows and documents become the N sequences between `cu
 [N, H, K, V] of its own, so that a document that starts in a row resets exactly. The first sequence of a row is entered
 with the row's state, and the last one's final state is the row's.
 
-A span's effect comes of a pass from a zero state. A state that is a matrix' product forgets by decays alone, or by
-matrices too. By decays: A is the sum of them, and what the outputs lack is q_t e^{G_t}·S, G_t the sum up to t. By
-matrices: values are given K columns more, zeros, and the state as many, the identity, which turn into A, and their
-outputs into what S is to be multiplied by. Both end with the row's first document, as the first sequence does.
+A state forgets by decays alone, or by matrices too. By decays, a span's effect and what its outputs lack of S are
+products over its tokens (`models.kernels.span`), and the kernel runs from a zero state while S is on its way. By
+matrices, the effect comes of that pass: values are given K columns more, zeros, and the state as many, the identity,
+which turn into A, and their outputs into what S is to be multiplied by.
 
 Legend: B spans, T tokens, N sequences, H heads, K key width, V value width, W columns of the state.
 """
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from models.kernels.chunk import Effect
+from models.kernels import span
+from models.kernels.chunk import Begun, Effect
 from models.precision import wide
 
 WIDEST = 256  # columns of a key that the delta rules' kernels hold
@@ -85,7 +86,7 @@ def packing(starts: Tensor) -> Packing:
     return known[1]
 
 
-class Packed:
+class Packed(Begun):
     """A begun span. q, k [B,T,H,K], v [B,T,H,V], then the rule's gates, starts [B,T] bool; multiplied in q's dtype.
 
     Decays, states and effects are in fp32, outputs in v's dtype.
@@ -94,12 +95,12 @@ class Packed:
     def __init__(self, rule: str, *xs: Tensor, starts: Tensor, scale: float | None = None):
         self.call, self.function, self.starts = CALLS[rule], function(rule), starts
         self.q, self.k, self.v, *gates = xs
+        self.g = gates[0] if "g" in self.call.gates and gates else None
         if rule == "linear":
             gates = [wide(self.k.new_zeros(self.k.shape[:-1]))]
         self.gates = dict(zip(self.call.gates, gates, strict=True))
         if "g" in self.gates:
             self.gates["g"] = wide(self.gates["g"])
-        self.decays = len(xs) > 3 and "g" in self.gates
         self.scale = self.k.shape[-1] ** -0.5 if scale is None else scale
         self.packing = packing(starts)
         self._open: tuple[Tensor, Tensor] | None = None
@@ -122,7 +123,7 @@ class Packed:
         return out.view(B, T, *out.shape[2:]), wide(states)[last]
 
     def _opened(self) -> tuple[Tensor, Tensor]:
-        """Outputs and last states from zero; of a dense A with those of the identity's columns behind them."""
+        """Outputs from zero and, of a dense A, last states, with those of the identity's columns behind them."""
         if self._open is None:
             if self.call.dense:
                 K, V = self.k.shape[-1], self.v.shape[-1]
@@ -135,12 +136,13 @@ class Packed:
 
     @property
     def effect(self) -> Effect:
+        if not self.call.dense:
+            return span.effect(self.k, self.v, self.g, self.starts)
         state, V = self._opened()[1], self.v.shape[-1]
-        if self.call.dense:
-            A = state[..., V:]
-        else:
-            A = self.gates["g"].sum(1) if self.decays else state.new_zeros(*state.shape[:2], 0)
-        return Effect(A, state[..., :V], (~self.starts.any(1)).to(state.dtype))
+        return Effect(state[..., V:], state[..., :V], (~self.starts.any(1)).to(state.dtype))
+
+    def ahead(self) -> None:
+        self._opened()
 
     def finish(self, state: Tensor | None) -> Tensor:
         if self._open is None:
@@ -148,14 +150,8 @@ class Packed:
         out, V = self._open[0], self.v.shape[-1]
         if state is None:
             return out[..., :V].to(self.v.dtype)
-        reads = out[..., V:] if self.call.dense else self._reads()
-        past = (wide(reads).transpose(1, 2) @ wide(state)).transpose(1, 2)
+        if self.call.dense:
+            past = (wide(out[..., V:]).transpose(1, 2) @ wide(state)).transpose(1, 2)
+        else:
+            past = span.past(wide(self.q) * self.scale, self.g, self.starts, state)
         return (out[..., :V] + past).to(self.v.dtype)
-
-    def _reads(self) -> Tensor:
-        """q_t e^{G_t} · scale [B, T, H, K], zero once a document has started."""
-        q = wide(self.q) * self.scale
-        if self.decays:
-            sums = self.gates["g"].cumsum(1).exp()
-            q = q * (sums if sums.dim() == q.dim() else sums.unsqueeze(-1))
-        return q.masked_fill(self.starts.cumsum(1)[..., None, None] > 0, 0.0)

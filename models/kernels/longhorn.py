@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.kernels.chunk import Effect, scaled
+from models.kernels.chunk import Begun, Effect, scaled
 from models.kernels.elementwise import steps
 from models.precision import wide
 
@@ -93,7 +93,7 @@ class Pass(torch.autograd.Function):
         return grad_q, grad_k, delta * along_k, grad_delta, later
 
 
-class Blocks:
+class Blocks(Begun):
     """A span. q, k [B,T,N], v, delta [B,T,D] with delta·‖k‖² < 1, starts [B,T] -> [B,T,D]; `recurrence.Elementwise`.
 
     The state is [B, D, N].

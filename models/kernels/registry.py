@@ -15,12 +15,12 @@ from models.kernels.chunk import Begun
 Kernel = Callable[..., Begun]
 
 REFERENCE: dict[str, Kernel] = {
-    "linear": diagonal.begin,
-    "simple_gla": diagonal.begin,
-    "gla": diagonal.begin,
-    "delta_rule": delta.begin,
-    "gated_delta_rule": delta.begin,
-    "kda": delta.begin,
+    "linear": diagonal.Span,
+    "simple_gla": diagonal.Span,
+    "gla": diagonal.Span,
+    "delta_rule": delta.Span,
+    "gated_delta_rule": delta.Span,
+    "kda": delta.Span,
     "elementwise": elementwise.Scanned,
     "longhorn": longhorn.Blocks,
     "complex": complex.Scanned,

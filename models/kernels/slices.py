@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.kernels.chunk import Effect
+from models.kernels.chunk import Begun, Effect
 
 
-class Slices:
+class Slices(Begun):
     """xs [B, T, ...] and starts [B, T] of a span, `tile` tokens at a time; `recurrence` reduces a slice whole."""
 
     def __init__(self, recurrence: Any, xs: tuple[Tensor, ...], starts: Tensor, tile: int):

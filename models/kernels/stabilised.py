@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.chunk import Effect, fold, scaled, segments, unfold
+from models.kernels.chunk import Begun, Effect, fold, scaled, segments, unfold
 from models.precision import wide
 
 ABSENT = -1e30  # the maximum of nothing; -inf would give -inf - (-inf) = NaN
@@ -55,7 +55,7 @@ def decay(F_BH: Tensor, state: Tensor) -> Tensor:
     return torch.cat((kept, state[..., -2:-1] + drop.unsqueeze(-1), state[..., -1:]), dim=-1)
 
 
-class Chunks:
+class Chunks(Begun):
     """A span reduced chunk by chunk. q, k [B,T,H,K], v [B,T,H,V], i (log input gate) and f (log forget gate, ≤ 0)
     [B,T,H], starts [B,T]: `recurrence.Stabilised`."""
 
@@ -78,9 +78,7 @@ class Chunks:
         # Differences of long sums cancel; see delta.py.
         sums = f.double().cumsum(-1)
         weights = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).to(f.dtype) + i.unsqueeze(-2)
-        weights = weights.masked_fill(~seen.visible, ABSENT)
-        self.row_max = weights.detach().amax(-1)
-        self.local = ((q @ k.transpose(-1, -2)) * (weights - self.row_max.unsqueeze(-1)).exp()) @ v
+        self.k, self.v, self.weights = k, v, weights.masked_fill(~seen.visible, ABSENT)
         self.q, self.G = q, sums.to(f.dtype).masked_fill(~seen.first, ABSENT)
         left = ((sums[..., -1:] - sums).to(f.dtype) + i).masked_fill(~seen.last, ABSENT)
         self.write_max = left.detach().amax(-1)
@@ -88,6 +86,12 @@ class Chunks:
         self.writes = written.transpose(-1, -2) @ v
         self.total = sums[..., -1].to(f.dtype)
         self.alive = seen.alive.expand_as(self.total)
+
+    @cached_property
+    def _inside(self) -> tuple[Tensor, Tensor]:
+        """Of each token: the largest weight in its chunk, [B,H,N,C], and over that what it reads there, [.., V+1]."""
+        top = self.weights.detach().amax(-1)
+        return top, ((self.q @ self.k.transpose(-1, -2)) * (self.weights - top.unsqueeze(-1)).exp()) @ self.v
 
     @cached_property
     def _from_zero(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,6 +113,9 @@ class Chunks:
         _, _, C, m = self._from_zero
         return Effect(self.total.sum(2), pack(C, m), self.alive[:, 0].all(-1).to(C.dtype))
 
+    def ahead(self) -> None:
+        self._inside  # noqa: B018
+
     def _entered(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """C and m before each chunk, the span entered with `state`."""
         C, m, _, _ = self._from_zero
@@ -123,9 +130,10 @@ class Chunks:
 
     def finish(self, state: Tensor | None) -> Tensor:
         C, m = self._entered(state)
+        row_max, local = self._inside
         past = self.G + m.unsqueeze(-1)
-        top = torch.maximum(self.row_max, past.detach())
-        read = (self.row_max - top).exp().unsqueeze(-1) * self.local + (past - top).exp().unsqueeze(-1) * (self.q @ C)
+        top = torch.maximum(row_max, past.detach())
+        read = (row_max - top).exp().unsqueeze(-1) * local + (past - top).exp().unsqueeze(-1) * (self.q @ C)
         value, norm = read[..., :-1], read[..., -1]
         h = value / (torch.maximum(norm.abs(), (-top).exp()) + EPS).unsqueeze(-1)
         return unfold(h, self.T).to(self.dtype)

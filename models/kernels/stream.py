@@ -4,9 +4,6 @@ The states between tiles are kept, and what costs most; the backward pass comput
 inputs. So a scan holds little more memory than its inputs and outputs, and what it works on stays in the processor's
 caches: tensors as long as a sequence of 64k tokens spend more time on fresh pages of memory than on arithmetic.
 
-A span that waits for its incoming state is streamed once too. Its state is given K columns more, which start as the
-identity: they turn into A, the outputs of these columns into C, and finish adds C·S to the outputs from zero.
-
 Legend: B spans, T tokens, H heads, K key width, V value width, W columns of the state.
 """
 
@@ -14,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.chunk import Effect
+from models.kernels.chunk import Begun
 from models.precision import wide
 
 TILE = 2048  # tokens of all spans together
@@ -64,24 +60,16 @@ class Stream(torch.autograd.Function):
         return None, None, None, d_state, *gradients
 
 
-class Streamed:
-    """A begun span of a rule whose kernel is `step`: one tile, entered with a state.
+class Streamed(Begun):
+    """A begun span of a rule whose kernel is `step`. xs are [B, T, ...], queries, keys and values first.
 
-    xs are [B, T, ...], keys and values second and third. `transition` gives the effect's A from the A that the extra
-    columns of the state have become.
+    How an effect is come by, and what is added to the outputs from zero for a state that comes later, is the rule's.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        *xs: Tensor,
-        starts: Tensor,
-        chunk: int,
-        transition: Callable[[Tensor], Tensor],
-    ):
-        self.step, self.xs, self.starts, self.chunk, self.transition = step, xs, starts, chunk, transition
+    def __init__(self, step: Step, *xs: Tensor, starts: Tensor, chunk: int):
+        self.step, self.xs, self.starts, self.chunk = step, xs, starts, chunk
         self.dtype, (self.K, self.V) = xs[2].dtype, (xs[1].shape[-1], xs[2].shape[-1])
-        self._open: tuple[Tensor, Tensor] | None = None
+        self._open: tuple[Tensor, Tensor] | None = None  # outputs and last state, from zero
 
     def _run(self, state: Tensor) -> tuple[Tensor, Tensor]:
         B, T = self.starts.shape
@@ -94,29 +82,12 @@ class Streamed:
         v = self.xs[2]
         return wide(v.new_zeros(v.shape[0], v.shape[2], self.K, self.V))
 
-    def _opened(self) -> tuple[Tensor, Tensor]:
-        """Outputs [out from zero | C] and last state [U | A]."""
-        if self._open is None:
-            zero = self._zero()
-            identity = torch.eye(self.K, dtype=zero.dtype, device=zero.device).expand(*zero.shape[:2], -1, -1)
-            self._open = self._run(torch.cat((zero, identity), -1))
-        return self._open
-
-    @property
-    def effect(self) -> Effect:
-        U, A = self._opened()[1].split((self.V, self.K), -1)
-        return Effect(self.transition(A), U, (~self.starts.any(1)).to(U.dtype))
+    def _past(self, state: Tensor) -> Tensor:
+        """What `state` adds to the outputs from zero, [B, T, H, V]."""
+        raise NotImplementedError
 
     def finish(self, state: Tensor | None) -> Tensor:
         if self._open is None:
             return self._run(self._zero() if state is None else state)[0].to(self.dtype)
-        out, reads = self._open[0].split((self.V, self.K), -1)
-        if state is not None:
-            out = out + (reads.transpose(1, 2) @ state).transpose(1, 2)
-        return out.to(self.dtype)
-
-
-def widen(x: Tensor, like: Tensor) -> Tensor:
-    """Zeros for the columns that `like` has and x has not."""
-    extra = like.shape[-1] - x.shape[-1]
-    return F.pad(x, (0, extra)) if extra else x
+        out = self._open[0][..., : self.V]
+        return (out if state is None else out + self._past(state)).to(self.dtype)

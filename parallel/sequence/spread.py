@@ -52,6 +52,7 @@ class Spread(Tokens):
         if self.memory is not None:
             return begun.finish(in_time.entering(self, recurrence, begun.effect, slot=slot))
         entering = cross(self.recurrence, self.chain.of(slot), recurrence, begun.effect)
+        begun.ahead()
         return begun.finish(entering())
 
     def attend(

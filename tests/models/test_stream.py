@@ -19,7 +19,7 @@ from tests.models.rules import EXAMPLES, KINDS, ORACLES
 from tests.models.test_mixers import NEEDED
 from tests.models.test_recurrence import STARTS, close, entering, starting
 
-STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in (diagonal.begin, delta.begin))
+STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in (diagonal.Span, delta.Span))
 T = 150  # three tiles, the last of them with a chunk that is partly empty
 
 
@@ -53,7 +53,9 @@ def effect_first(rule, **options):
 
     def run(xs, starts, state):
         begun = recurrence.begin(*xs, starts=starts)
-        return recurrence.act(begun.effect, state), begun.finish(state)
+        last = recurrence.act(begun.effect, state)
+        begun.ahead()
+        return last, begun.finish(state)
 
     return run
 
@@ -86,7 +88,8 @@ def test_the_rules_of_matrices_are_streamed():
 @pytest.mark.parametrize("rule", STREAMED)
 def test_several_tiles_equal_the_token_loop(rule, tiles):
     check(rule)
-    assert len(tiles) == 3 * len(STARTS) and set(tiles) == {3}
+    by_decays = REFERENCE[rule] is diagonal.Span  # their effect is no stream
+    assert len(tiles) == (2 if by_decays else 3) * len(STARTS) and set(tiles) == {3}
 
 
 @pytest.mark.parametrize("rule", sorted(REFERENCE))
@@ -136,7 +139,7 @@ STREAMING: dict[Callable, tuple[str, ...]] = {
 @pytest.mark.parametrize("mutation", STREAMING, ids=lambda f: f.__name__)
 def test_broken_streaming_is_caught(mutation, monkeypatch):
     for rule in STREAMING[mutation]:
-        module = diagonal if REFERENCE[rule] is diagonal.begin else delta
+        module = diagonal if REFERENCE[rule] is diagonal.Span else delta
         with monkeypatch.context() as patch, pytest.raises((AssertionError, RuntimeError, IndexError)):
             patch.setattr(module, "step", mutation(module.step))
             check(rule, ways=(state_first,), packings=("many",))
@@ -180,3 +183,17 @@ def test_bf16_inputs_keep_their_gradients(rule):
         return [x.float() for x in (out, *torch.autograd.grad((out.float() * weights).sum(), leaves))]
 
     close(outputs_and_gradients(torch.bfloat16), outputs_and_gradients(torch.float32), 2e-2)
+
+
+@pytest.mark.parametrize("rule", [name for name, kernel in REFERENCE.items() if kernel is diagonal.Span])
+def test_an_effect_by_decays_waits_for_no_output(rule, monkeypatch):
+    """So that it is on its way while outputs are computed; and those are not computed twice when the state is there."""
+    steps, honest = [], diagonal.step
+    monkeypatch.setattr(diagonal, "step", lambda *xs, **options: steps.append(1) or honest(*xs, **options))
+    begun = KINDS[rule].begin(*EXAMPLES[rule](T, decay=0.1), starts=starting(T, "none"))
+    effect = begun.effect
+    assert not steps
+    begun.ahead()
+    tiles = len(steps)
+    begun.finish(torch.ones_like(effect.U))
+    assert len(steps) == tiles > 0
