@@ -98,6 +98,13 @@ def test_packings_and_layouts_are_what_their_names_say():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixer", matrix.rows())
+def test_fp32_can_solve_what_it_is_given(mixer):
+    able = matrix.conditioned(mixer) or next((s for s in range(100) if matrix.conditioned(mixer, s)), None)
+    assert able is True, f"SEEDS[{mixer!r}] = {able} would do"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 def test_the_whole_matrix_equals_one_process(run):
     began = time.time()
