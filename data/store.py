@@ -1,53 +1,76 @@
 """The token store: a tokenised corpus on disk, complete or absent.
 
-    tokens.bin    uint16 [tokens]     every document as DOCUMENT and its tokens, end to end
-    offsets.npy   int64 [N + 1]       document i is tokens[offsets[i]:offsets[i + 1]]
-    hashes.npy    uint64 [N]          first 8 bytes of the sha256 of each document's content
-    card.json                         counts, length percentiles, the corpus' identity, the fingerprint
+    tokens.bin       [tokens]         every document as DOCUMENT and its tokens, end to end, and
+    tokens.idx                        its index: together an IndexedDataset of Megatron-core (`data.indexed`)
+    offsets.npy      int64 [N + 1]    document i is tokens[offsets[i]:offsets[i + 1]]
+    hashes.npy       uint64 [N]       first 8 bytes of the sha256 of each document's content
+    sources.npy      uint32 [N]       the line of sources.txt, from 0, that names where it comes from
+    tokenizer.json                    the tokenizer's card (`data.tokenizer.from_card`)
+    card.json                         counts, length percentiles, the corpus' identity, the fingerprint, files' sizes
+    lengths.png                       a histogram of the documents' lengths
 
-All little-endian. A store is written in a folder beside its place, synced, and renamed into it.
+All little-endian. Tokens are uint16, or int32 for a vocabulary of 65,500 and more. Of a corpus in Megatron's format the
+tokens stay where they are, and the card says where (`at`); its documents do not open with DOCUMENT.
+
+A store is made in a hidden folder beside its place, where an interrupted one goes on, and renamed into it.
 """
 
 import fcntl
-import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data import prepare
 from data.corpus import Corpus
-from data.tokenizer import Bytes
+from data.indexed import Index
+from data.parts import NO_ROOM, Runner
+from data.prepare import FILES, PICTURE, VERSION, Watch
+from data.tokenizer import from_card
 
-VERSION = 1
-FILES = frozenset({"tokens.bin", "offsets.npy", "hashes.npy", "card.json"})
-PERCENTILES = (1, 10, 50, 90, 99, 100)
+OURS = frozenset({*FILES, PICTURE, "card.json"})
 
 
 class Store:
     """A complete store, opened memory-mapped and read-only.
 
-    Attributes: `tokens` uint16 [tokens], `offsets` int64 [N + 1], `hashes` uint64 [N], `card` (the parsed card.json),
-    `fingerprint` (hex sha256 over the tokens and the offsets). Raises ValueError if the folder holds no complete store.
+    Attributes: `tokens` [tokens] of an integer type, `offsets` int64 [N + 1], `hashes` uint64 [N], `sources` uint32
+    [N], `card` (the parsed card.json), `tokenizer`, `fingerprint` (hex sha256 over the tokens and the offsets),
+    `opened` (whether every document opens with the tokenizer's DOCUMENT: where not, the last token of a document is
+    followed by the next document's first, which nothing can predict). Raises ValueError if the folder holds no complete
+    store.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
             self.card: dict[str, Any] = json.loads((self.folder / "card.json").read_text())
+            if self.card["version"] != VERSION:
+                raise ValueError(f"of version {self.card['version']}, expected {VERSION}")
+            for name, size in self.card["files"].items():
+                if (found := (self.folder / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {found:,} bytes, its card says {size:,}")
             self.fingerprint: str = self.card["fingerprint"]
-            self.tokens: NDArray[np.uint16] = np.memmap(self.folder / "tokens.bin", dtype="<u2", mode="r")
+            self.opened = "at" not in self.card
+            prefix = str(self.folder / "tokens") if self.opened else self.card["at"]
+            self.dtype = Index(f"{prefix}.idx").dtype
+            self.tokens: NDArray[np.integer] = np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r")
             self.offsets: NDArray[np.int64] = np.load(self.folder / "offsets.npy", mmap_mode="r")
             self.hashes: NDArray[np.uint64] = np.load(self.folder / "hashes.npy", mmap_mode="r")
-            sizes = {"tokens": len(self.tokens), "documents": len(self.hashes), "version": VERSION}
-            if {key: self.card[key] for key in sizes} != sizes or len(self.offsets) != len(self) + 1:
+            self.sources: NDArray[np.uint32] = np.load(self.folder / "sources.npy", mmap_mode="r")
+            self.tokenizer: Any = from_card(json.loads((self.folder / "tokenizer.json").read_text()))
+            sizes = {"tokens": len(self.tokens), "documents": len(self.hashes)}
+            whole = len(self.offsets) == len(self) + 1 and len(self.sources) == len(self)
+            if {key: self.card[key] for key in sizes} != sizes or not whole or self.offsets[-1] != len(self.tokens):
                 raise ValueError("its files disagree with its card")
-        except (OSError, EOFError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"data.store={folder}: not a complete token store ({error})") from error
 
     def __len__(self) -> int:
@@ -57,38 +80,55 @@ class Store:
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return Store, (self.folder,)  # else pickling would copy every token
 
-    def document(self, index: int) -> NDArray[np.uint16]:
-        """Document `index`: DOCUMENT, then its tokens; uint16 [length]."""
+    def document(self, index: int) -> NDArray[np.integer]:
+        """Document `index`: DOCUMENT where documents open with it, then its tokens; [length]."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def source(self, index: int) -> str:
+        """The name of where document `index` comes from: a file of the corpus. Reads sources.txt up to there."""
+        wanted = int(self.sources[index])
+        with open(self.folder / "sources.txt", encoding="utf-8") as lines:
+            return next(line for number, line in enumerate(lines) if number == wanted).rstrip("\n")
 
-def build(corpus: Corpus, tokenizer: Bytes, folder: str | Path) -> Store:
+
+def build(
+    corpus: Corpus,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    workers: int = 1,
+    runner: Runner | None = None,
+    watch: Watch | None = None,
+) -> Store:
     """The store of `corpus` in `folder`: the one that is there if it is of the same identity, else a new one.
 
-    Processes that build the same folder at once all end with a good store. Raises ValueError if the folder holds
-    anything that is not a store's, or if the corpus has no documents.
+    Its bytes do not depend on workers or runner (`prepare.fill`). Processes that build the same folder at once all end
+    with a good store. Raises ValueError if the folder holds anything that is not a store's, if the corpus has no
+    documents or a bad one, or if the disk is full: then, as after an interrupt, the next call goes on.
     """
     folder = Path(folder).absolute()
-    source = {"identity": corpus.identity(), "tokenizer": tokenizer.name}
+    source = {"identity": corpus.identity(), "tokenizer": tokenizer.identity}
     if (store := _reusable(folder, source)) is not None:
         return store
-    if folder.exists() and not (folder.is_dir() and FILES.issuperset(os.listdir(folder))):
+    if folder.exists() and not (folder.is_dir() and OURS.issuperset(os.listdir(folder))):
         raise ValueError(f"data.store={folder}: holds other files; expected a new folder, or a token store to replace")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
-        if (store := _reusable(folder, source)) is not None:  # built by another process while this one waited
-            return store
-        new = Path(aside, "new")
-        new.mkdir()
-        _write(corpus, tokenizer, new, source)
-        try:
-            new.rename(folder)
-        except OSError:  # something is there: a store of another corpus, half a store, or a rival's where locks fail
-            if (store := _reusable(folder, source)) is not None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone(folder) as alone_here, _room(folder, keep=alone_here) as new:
+            if (store := _reusable(folder, source)) is not None:  # built by another process while this one waited
                 return store
-            folder.rename(Path(aside, "old"))
-            new.rename(folder)
-        _sync(folder.parent)
+            prepare.fill(new, corpus, tokenizer, source, workers=workers, runner=runner, watch=watch)
+            for path in (*new.iterdir(), new):
+                sync(path)
+            if not _put(new, folder, source):
+                shutil.rmtree(new)
+            sync(folder.parent)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ValueError(
+            f"data.store={folder}: the disk is full ({error.strerror}); with more room, the same command goes on"
+        ) from None
     return Store(folder)
 
 
@@ -101,47 +141,41 @@ def _reusable(folder: Path, source: dict[str, Any]) -> Store | None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One builder of `folder` at a time, where the file system has locks."""
+def alone(folder: Path) -> Iterator[bool]:
+    """One maker of `folder` at a time, where the file system has locks; whether it has."""
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        with suppress(OSError):
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
-def _write(corpus: Corpus, tokenizer: Bytes, folder: Path, source: dict[str, Any]) -> None:
-    lengths, hashes, size, digest = [], [], 0, hashlib.sha256()
-    opening = np.array([tokenizer.DOCUMENT], dtype="<u2")
-    with open(folder / "tokens.bin", "wb") as stream:
-        for _, content in corpus:
-            document = np.concatenate([opening, tokenizer.encode(content)]).astype("<u2").tobytes()
-            stream.write(document)
-            digest.update(document)
-            lengths.append(len(document) // opening.itemsize)
-            hashes.append(int.from_bytes(hashlib.sha256(content).digest()[:8], "little"))
-            size += len(content)
-    if not lengths:
-        raise ValueError(f"data.corpus={source['identity']['corpus']}: holds no documents")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    digest.update(offsets.tobytes())
-    np.save(folder / "offsets.npy", offsets)
-    np.save(folder / "hashes.npy", np.array(hashes, dtype="<u8"))
-    card = {
-        "version": VERSION,
-        **source,
-        "documents": len(lengths),
-        "duplicates": len(hashes) - len(set(hashes)),
-        "tokens": int(offsets[-1]),
-        "bytes": size,
-        "length_percentiles": {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES},
-        "fingerprint": digest.hexdigest(),
-    }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
+@contextmanager
+def _room(folder: Path, keep: bool) -> Iterator[Path]:
+    """A folder to make a store in: always the same one, so that it can be gone on with, unless others may be in it."""
+    if keep:
+        yield folder.parent / f".{folder.name}.partial"
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
+        yield Path(aside, "new")
 
 
-def _sync(path: Path) -> None:
+def _put(new: Path, folder: Path, source: dict[str, Any]) -> bool:
+    """Renames a finished store into its place. False where a rival's is there, which is as good."""
+    try:
+        new.rename(folder)
+    except OSError:  # something is there: a store of another corpus, half a store, or a rival's where locks fail
+        if _reusable(folder, source) is not None:
+            return False
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
+            folder.rename(Path(aside, "old"))
+            new.rename(folder)
+    return True
+
+
+def sync(path: Path) -> None:
     """Flushes a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

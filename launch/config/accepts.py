@@ -27,9 +27,16 @@ def accepts(target: str, key: str) -> list[str]:
             elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call):  # for key, known in CONSTANT.items()
                 if isinstance(node.iter.func, ast.Attribute) and node.iter.func.attr == "items":
                     known = _values(module, node.iter.func.value, key)
+            elif own and isinstance(node, ast.Call) and any(_hands_on(word, key) for word in node.keywords):
+                known = accepts(f"{module}.{_name(node.func)}", key)
             if known:
                 return known
     return []
+
+
+def _hands_on(word: ast.keyword, key: str) -> bool:
+    """Whether `key=key`: the constructor leaves it to another's, of a class that its module has or imports."""
+    return word.arg == key and isinstance(word.value, ast.Name) and word.value.id == key
 
 
 def parameters(target: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from data.corpus import Text
+from data.files import Part
+from data.prepare import FILES
 from data.store import Store, build
 from data.tokenizer import Bytes
 from tests.data import prose, store_of, write
@@ -68,7 +71,7 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
 class Unread(Text):
     """A corpus that fails after its first document, as a build cut short would."""
 
-    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         yield "first", b"first"
         raise KeyboardInterrupt
 
@@ -88,14 +91,17 @@ def test_a_store_of_another_identity_is_replaced(tmp_path: Path) -> None:
     assert visible(tmp_path) == ["store", "texts"]
 
 
-def test_a_build_cut_short_leaves_nothing(tmp_path: Path) -> None:
+def test_a_build_cut_short_leaves_no_store_and_the_next_goes_on(tmp_path: Path) -> None:
     texts = write(tmp_path / "texts", CONTENTS)
     with pytest.raises(KeyboardInterrupt):
         build(Unread(path=str(texts)), Bytes(), tmp_path / "store")
-    assert visible(tmp_path) == ["texts"]
+    assert visible(tmp_path) == [".store.partial", "texts"]
+    store = build(Text(path=str(texts)), Bytes(), tmp_path / "store")
+    assert store.document(0).tolist() == [256, *CONTENTS[0]]
+    assert visible(tmp_path) == ["store", "texts"]
 
 
-@pytest.mark.parametrize("name", ["card.json", "tokens.bin", "offsets.npy", "hashes.npy"])
+@pytest.mark.parametrize("name", [*FILES, "card.json"])
 @pytest.mark.parametrize("remains", [None, 0, 0.5])
 def test_half_a_store_is_ignored_and_built_again(tmp_path: Path, name: str, remains: float | None) -> None:
     whole = store_of(tmp_path, CONTENTS)
@@ -111,9 +117,16 @@ def test_half_a_store_is_ignored_and_built_again(tmp_path: Path, name: str, rema
     assert file.read_bytes() == content
 
 
-def test_files_that_disagree_are_no_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["offsets.npy", "hashes.npy", "sources.npy"])
+def test_files_that_disagree_are_no_store(tmp_path: Path, name: str) -> None:
+    """The sidecar of another store, though the card names its size."""
     store = store_of(tmp_path, CONTENTS)
-    np.save(store.folder / "offsets.npy", np.array(store.offsets[:-1]))
+    np.save(store.folder / name, np.load(store.folder / name)[:-1])
+    card = json.loads((store.folder / "card.json").read_text())
+    card["files"][name] = (store.folder / name).stat().st_size
+    with pytest.raises(ValueError, match=f"{name} has [0-9]+ bytes, its card says"):
+        Store(store.folder)
+    (store.folder / "card.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match="its files disagree with its card"):
         Store(store.folder)
 
@@ -151,10 +164,10 @@ def test_processes_that_build_at_once_all_end_with_a_good_store(tmp_path: Path) 
 class Overtaken(Text):
     """A corpus whose store a rival finishes while it is being read."""
 
-    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         assert self.path is not None
         self.rival = inode(build(Text(path=self.path), Bytes(), Path(self.path).parent / "store"))
-        yield from super().__iter__()
+        yield from super().read(part, skipped)
 
 
 def test_without_locks_the_first_store_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

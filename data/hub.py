@@ -1,0 +1,127 @@
+"""A corpus of Hugging Face `datasets`: a folder that it saved, files that it reads, or a dataset of the hub."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.files import PART_BYTES, Part
+from data.records import ROWS, Records
+
+
+class HuggingFace(Records):
+    """One document a row.
+
+    A dataset on disk is read in ranges of rows, a streamed one in the shards that it comes in. Nothing of it is
+    unpickled, and no code that a dataset brings is run: `datasets` from version 4 on has neither.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        field: str = "text",
+        on_error: str = "stop",
+        subset: str | None = None,
+        split: str = "train",
+        streaming: bool = False,
+    ) -> None:
+        super().__init__(path=path, field=field, on_error=on_error)
+        self.subset = subset
+        self.split = split
+        self.streaming = streaming
+        self._opened: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # every process opens it by itself
+
+    def check(self) -> None:
+        """Raises ValueError if the dataset cannot be opened, or has no such split or field."""
+        if not self.path:
+            raise ValueError("data.path=null: corpus hf needs a folder or the name of a dataset")
+        columns = self._dataset().column_names  # of a stream, None until it is read
+        if columns is not None and self.field not in columns:
+            raise ValueError(f"data.field={self.field}: the dataset has no such column; it has {', '.join(columns)}")
+
+    def identity(self) -> dict[str, str | int]:
+        """Path, subset, split and field; on disk also the number of rows, and its files by size and mtime."""
+        told: dict[str, str | int] = {"corpus": self.name, "path": str(self.path), "subset": str(self.subset)}
+        told |= {"split": self.split, "field": self.field, "on_error": self.on_error, "streaming": int(self.streaming)}
+        opened = self._dataset()
+        if not self.streaming:
+            stats = [Path(file["filename"]).stat() for file in opened.cache_files]
+            digest = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()).hexdigest()
+            told |= {"rows": len(opened), "digest": digest}
+        return told
+
+    def parts(self) -> Iterator[Part]:
+        """Ranges of rows, or shards of a stream, whose size is not known before they are read."""
+        opened = self._dataset()
+        if self.streaming:
+            for shard in range(opened.num_shards):
+                yield Part((shard, opened.num_shards), 0)
+            return
+        rows, size = len(opened), opened.data.nbytes
+        step = max(rows * PART_BYTES // max(size, 1), 1)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            yield Part((begin, end), size * (end - begin) // rows)
+
+    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+        """(path of the dataset, text) of every row."""
+        opened, first = self._dataset(), part.what[0]
+        if self.streaming:
+            shard, first = first, 0
+            rows = opened.shard(num_shards=part.what[1], index=shard)
+        else:
+            rows = opened.select_columns([self.field]).select(range(*part.what))
+        of = f" of shard {shard}" if self.streaming else ""
+        for batch in rows.iter(batch_size=ROWS):
+            if self.field not in batch:
+                raise ValueError(f"data.field={self.field}: the dataset has no such column; it has {', '.join(batch)}")
+            for row, value in enumerate(batch[self.field], first):
+
+                def where(row: int = row) -> str:
+                    return f"row {row}{of}"
+
+                if (content := self._text(value, where, skipped)) is not None:
+                    yield str(self.path), content
+            first += len(batch[self.field])
+
+    def nothing(self) -> ValueError:
+        return ValueError(f"data.path={self.path}: holds no documents in its split {self.split}")
+
+    def _dataset(self) -> Any:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise ValueError("data.corpus=hf: needs datasets, which is not installed: pip install datasets") from None
+        folder = Path(str(self.path)).expanduser()
+        saved = [name for name in ("state.json", "dataset_dict.json") if (folder / name).exists()]
+        try:
+            if not saved:
+                return datasets.load_dataset(
+                    str(folder) if folder.exists() else str(self.path),
+                    self.subset,
+                    split=self.split,
+                    streaming=self.streaming,
+                )
+            found = datasets.load_from_disk(str(folder))
+        except Exception as error:  # of a dozen kinds, several of them the network's
+            line = " ".join(str(error).split())[:300]
+            raise ValueError(f"data.path={self.path}: datasets cannot open it ({line})") from None
+        if self.streaming:
+            raise ValueError("data.streaming=true: the dataset lies on this disk already; must be false")
+        if isinstance(found, dict):
+            if self.split not in found:
+                raise ValueError(f"data.split={self.split}: must be one of {', '.join(found)}")
+            found = found[self.split]
+        return found

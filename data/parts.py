@@ -1,0 +1,193 @@
+"""The parts of a corpus, made into tokens one by one, by this process or by many.
+
+A part is finished when NNNNNN.json stands beside its tokens (NNNNNN.bin) and its documents (NNNNNN.npy, `DOCUMENTS`):
+it is written last, by renaming. What a part becomes depends on the corpus and the tokenizer alone, so it does not
+matter who makes it, nor when; nothing but the batch at work is ever in memory.
+"""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.corpus import Corpus
+from data.files import Part
+from data.indexed import smallest
+
+DOCUMENTS = np.dtype([("hash", "<u8"), ("length", "<i8"), ("source", "<u4")])
+BATCH_BYTES = 1 << 18  # of text, tokenised at a time
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part needs. tokens: the type of a corpus that is tokenised already; its tokens are not written.
+
+    size: ids must be below it; 0 where that is not known.
+    """
+
+    corpus: Corpus
+    tokenizer: Any
+    folder: Path
+    tokens: np.dtype | None = None
+
+    def __call__(self, number: int, part: Part) -> int:
+        """Makes a part, unless it is finished, and returns its number. Raises ValueError for a bad document."""
+        if finished(self.folder, number, self.dtype) is not None:
+            return number
+        place = self.folder / f"{number:06}"
+        skipped: Counter[str] = Counter()
+        documents: list[tuple[int, int, int]] = []
+        names: list[str] = []
+        size = 0
+        largest = -1
+        opening = [] if self.tokens is not None else [np.array([self.tokenizer.DOCUMENT], dtype=self.dtype)]
+        with open(place.with_suffix(".bin"), "wb") as stream:
+            for batch in _batched(self.corpus.read(part, skipped)):
+                contents = [content for _, content in batch]
+                pieces = []
+                for (name, content), ids in zip(batch, self._encoded(contents), strict=True):
+                    if not names or names[-1] != name:
+                        names.append(name)
+                    pieces += [*opening, ids]
+                    digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+                    documents.append((digest, len(ids) + len(opening), len(names) - 1))
+                    size += len(content)
+                together = np.concatenate(pieces)
+                largest = max(largest, self._largest(together))
+                if self.tokens is None:
+                    stream.write(together.astype(self.dtype, copy=False).data)
+        np.save(place.with_suffix(".npy"), np.array(documents, dtype=DOCUMENTS))
+        facts = {"bytes": size, "largest": largest, "skipped": dict(skipped), "names": names}
+        aside = place.with_suffix(".partial")
+        aside.write_text(json.dumps(facts))
+        aside.replace(place.with_suffix(".json"))
+        return number
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens."""
+        return smallest(self.tokenizer.size) if self.tokens is None else self.tokens
+
+    def _encoded(self, contents: list[bytes]) -> Iterable[NDArray[np.integer]]:
+        if self.tokens is None:
+            return self.tokenizer.encode_batch(contents)
+        return (np.frombuffer(content, dtype=self.tokens) for content in contents)
+
+    def _largest(self, ids: NDArray[np.integer]) -> int:
+        low, high, size = int(ids.min()), int(ids.max()), self.tokenizer.size
+        if low < 0 or size and high >= size:
+            raise ValueError(f"data.tokenizer: the corpus has token {low if low < 0 else high}, out of its {size:,}")
+        return high
+
+
+def finished(folder: Path, number: int, dtype: np.dtype) -> dict[str, Any] | None:
+    """What is told of a finished part, its `documents` among that; None for one that is not whole.
+
+    A machine that lost its power may have kept the name of a file and not its content.
+    """
+    place = folder / f"{number:06}"
+    try:
+        facts = json.loads(place.with_suffix(".json").read_text())
+        facts["documents"] = np.load(place.with_suffix(".npy"))
+        written = place.with_suffix(".bin").stat().st_size
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = facts["documents"].dtype == DOCUMENTS
+    return facts if whole and written in (0, int(facts["documents"]["length"].sum()) * dtype.itemsize) else None
+
+
+def _batched(documents: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    batch: list[tuple[str, bytes]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# Runs a job on (number, part) pairs, and yields the numbers in their order as the parts are finished.
+Runner = Callable[[Job, Iterable[tuple[int, Part]]], Iterator[int]]
+
+
+def here(job: Job, parts: Iterable[tuple[int, Part]]) -> Iterator[int]:
+    """A runner: in this process, one after another."""
+    for number, part in parts:
+        yield job(number, part)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A runner: over processes of this machine, which end with it. At most two parts a process are under way."""
+
+    workers: int
+
+    def __call__(self, job: Job, parts: Iterable[tuple[int, Part]]) -> Iterator[int]:
+        spawn = multiprocessing.get_context("spawn")
+        before = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(self.workers, mp_context=spawn, initializer=_start, initargs=(job, os.getpid()))
+        clean = False
+        try:
+            yield from in_order(lambda number, part: pool.submit(_work, number, part).result, parts, 2 * self.workers)
+            clean = True
+        except BrokenProcessPool:
+            raise ValueError("data.workers: one was killed, for its memory perhaps; fewer need less") from None
+        finally:
+            if not clean:  # else it would wait for what is under way
+                for process in set(multiprocessing.active_children()) - before:
+                    process.terminate()
+            pool.shutdown(wait=clean, cancel_futures=True)
+
+
+def in_order(
+    submit: Callable[[int, Part], Callable[[], int]], parts: Iterable[tuple[int, Part]], ahead: int
+) -> Iterator[int]:
+    """The results of what `submit` returns, in the order of the parts; `ahead` of them are under way at a time."""
+    waiting: deque[Callable[[], int]] = deque()
+    for number, part in parts:
+        waiting.append(submit(number, part))
+        if len(waiting) >= ahead:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
+
+
+_job: Job | None = None
+
+
+def _start(job: Job, parent: int) -> None:
+    """A process begins: Ctrl-C is its parent's, it has one core, and it does not outlive whom it works for."""
+    global _job
+    _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(number: int, part: Part) -> int:
+    assert _job is not None
+    return _job(number, part)

@@ -1,0 +1,169 @@
+"""From a corpus to the files of a store: tokens, index, sidecar and card, in a folder that can be gone on with.
+
+Memory: this process holds a part's documents at a time (20 bytes each); every process that makes parts holds a batch
+of `BATCH_BYTES` of text, its tokens, and the largest document. Neither grows with the corpus. What does grow, and is
+small: names of files (of a folder), and the different lengths that documents have.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data import card
+from data.corpus import Corpus
+from data.files import Part
+from data.megatron import Megatron
+from data.merge import JOURNAL, Merge
+from data.parts import Job, Processes, Runner, finished, here
+from data.tokenizer import Given, Untrained, from_card
+
+VERSION = 2
+FILES = ("tokens.bin", "tokens.idx", "offsets.npy", "hashes.npy", "sources.npy", "sources.txt", "tokenizer.json")
+PICTURE = "lengths.png"
+SAMPLE_BYTES = 32 << 20  # of text, that a BPE is trained on
+SMALL_BYTES = 48 << 20  # of corpus, for which starting processes does not pay
+_SAMPLED = 64  # places of the corpus that a sample comes from
+
+
+class Progress(NamedTuple):
+    """How far it is. done, total: bytes of the corpus, as far as their number is known before they are read."""
+
+    done: int
+    total: int
+    parts: int
+    of: int
+    documents: int
+    tokens: int
+
+
+Watch = Callable[[Progress], None]
+
+
+def fill(
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: Any,
+    source: dict[str, Any],
+    *,
+    workers: int = 1,
+    runner: Runner | None = None,
+    watch: Watch | None = None,
+) -> None:
+    """Makes the files of a store in `folder`, or goes on with what was begun there; the card is written last.
+
+    source: the identities of corpus and tokenizer. workers: processes, where no runner says how. The files are the same
+    whatever both are. Raises ValueError for a corpus that holds no documents, or a bad one.
+    """
+    parts = list(corpus.parts())
+    _begin(folder, {**source, "version": VERSION, "parts": _digest(parts)})
+    tokenizer = _tokenizer(folder, corpus, parts, tokenizer)
+    tokens = corpus.index.dtype if isinstance(corpus, Megatron) else None
+    job = Job(corpus, tokenizer, folder / "parts", tokens)
+    merge = Merge(folder, job.folder, job.dtype, corpus.bin if isinstance(corpus, Megatron) else None)
+    try:
+        total = sum(part.size for part in parts)
+        if runner is None:
+            runner = Processes(min(workers, len(parts))) if workers > 1 and total > SMALL_BYTES else here
+        first = merge.facts["parts"]
+        done = sum(part.size for part in parts[:first])
+        for number in runner(job, ((i, parts[i]) for i in range(first, len(parts)))):
+            part = finished(job.folder, number, job.dtype)
+            if part is None:
+                raise ValueError(f"data.store: {job.folder} lost a part that was finished; is it on all machines?")
+            merge.append(number, part)
+            done += parts[number].size
+            if watch is not None:
+                facts = merge.facts
+                watch(Progress(done, total, number + 1, len(parts), facts["documents"], facts["tokens"]))
+        if not merge.facts["documents"]:
+            raise corpus.nothing()
+        merge.journal()
+        fingerprint = merge.finish()
+    except BaseException:
+        merge.close()
+        raise
+    if isinstance(tokenizer, Given):
+        tokenizer = tokenizer.fitted(merge.facts["largest"])
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer.card()) + "\n")
+    shutil.rmtree(job.folder)
+    (folder / JOURNAL).unlink()
+    (folder / "plan.json").unlink()
+    _card(folder, corpus, source, tokenizer.size, merge, fingerprint)
+
+
+def _begin(folder: Path, plan: dict[str, Any]) -> None:
+    """Keeps what was begun under the same plan, and clears what was begun under another, or cannot be gone on with."""
+    try:
+        known = json.loads((folder / "plan.json").read_text()) == plan
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        shutil.rmtree(folder, ignore_errors=True)
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def _digest(parts: list[Part]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _tokenizer(folder: Path, corpus: Corpus, parts: list[Part], tokenizer: Any) -> Any:
+    """The tokenizer, trained if it has to be, and once only: its card is beside what it has been used for."""
+    path = folder / "tokenizer.json"
+    if isinstance(tokenizer, Untrained):
+        if path.exists():
+            try:
+                return from_card(json.loads(path.read_text()))
+            except ValueError:
+                pass  # cut short while it was written: nothing has been tokenised by it
+        tokenizer = tokenizer.trained(_sample(corpus, parts))
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(tokenizer.card()) + "\n")
+    aside.replace(path)
+    return tokenizer
+
+
+def _sample(corpus: Corpus, parts: list[Part]) -> Iterator[bytes]:
+    """Documents from all over a corpus, `SAMPLE_BYTES` of them at most: the same whoever reads them."""
+    step = max(len(parts) // _SAMPLED, 1)
+    chosen = parts[::step][:_SAMPLED]
+    for part in chosen:
+        left = SAMPLE_BYTES // len(chosen)
+        for _, content in corpus.read(part, Counter()):
+            yield content[:left].decode(errors="ignore").encode()
+            left -= len(content)
+            if left <= 0:
+                break
+
+
+def _card(folder: Path, corpus: Corpus, source: dict[str, Any], size: int, merge: Merge, fingerprint: str) -> None:
+    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+    lengths, counts = card.lengths_of(offsets)
+    bars = card.histogram(lengths, counts)
+    facts = merge.facts
+    title = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens"
+    card.draw(bars, title, folder / PICTURE)
+    elsewhere = {"at": str(corpus.prefix)} if isinstance(corpus, Megatron) else {}
+    told = {
+        "version": VERSION,
+        **source,
+        **elsewhere,
+        "vocabulary": size,
+        "documents": facts["documents"],
+        "duplicates": card.duplicates(np.load(folder / "hashes.npy", mmap_mode="r")),
+        "tokens": facts["tokens"],
+        "bytes": facts["bytes"],
+        "skipped": facts["skipped"],
+        "sources": facts["names"],
+        "length_percentiles": {str(p): card.percentile(lengths, counts, p) for p in card.PERCENTILES},
+        "lengths": bars,
+        "files": {name: (folder / name).stat().st_size for name in FILES if (folder / name).exists()},
+        "fingerprint": fingerprint,
+    }
+    (folder / "card.json").write_text(json.dumps(told, indent=2) + "\n")

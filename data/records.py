@@ -1,0 +1,212 @@
+"""Corpora of records: JSON lines and Parquet, one document a record, its text under one field."""
+
+import bz2
+import glob
+import gzip
+import json
+import lzma
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data.files import ON_ERROR, PART_BYTES, Part, Reader, files, listing, named
+
+UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+ROWS = 256  # read at a time
+
+
+class Records(Reader):
+    """A file, a folder or a pattern of files of records. What is wrong with one ends the reading with a line that
+    says where, or, `on_error="skip"`, leaves it out and counts it."""
+
+    suffixes: tuple[str, ...] = ()
+
+    def __init__(self, *, path: str | None = None, field: str = "text", on_error: str = "stop") -> None:
+        self.path = path
+        self.field = field
+        self.on_error = on_error
+
+    def check(self) -> None:
+        """Raises ValueError if the path is missing, holds no such files, or `on_error` is not known."""
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"data.on_error={self.on_error}: must be one of {', '.join(ON_ERROR)}")
+        if not self.path:
+            raise ValueError(f"data.path=null: corpus {self.name} needs a file, a folder or a pattern")
+        if not self._files():
+            raise self.nothing()
+
+    def identity(self) -> dict[str, str | int]:
+        """The path, the field, number and total size of the files, a digest of their names, sizes and mtimes."""
+        path = str(Path(self.path or "").expanduser().absolute())
+        told: dict[str, str | int] = {"corpus": self.name, "path": path, "field": self.field}
+        return {**told, "on_error": self.on_error, **listing(self._files())}
+
+    def nothing(self) -> ValueError:
+        root = Path(self.path or "").expanduser()
+        if not glob.has_magic(str(root)) and not root.exists():
+            return ValueError(f"data.path={self.path}: no such file or folder")
+        return ValueError(f"data.path={self.path}: holds no documents; expected files {', '.join(self.suffixes)}")
+
+    def _files(self) -> list[tuple[str, Path]]:
+        root = Path(self.path or "").expanduser()
+        if glob.has_magic(str(root)) and not root.exists():
+            return [(file, Path(file)) for file in sorted(glob.glob(str(root), recursive=True)) if Path(file).is_file()]
+        if root.is_file():
+            return [(root.name, root)]
+        return named(root, (file for file in files(root) if file.name.endswith(self.suffixes)))
+
+    def _text(self, value: Any, where: Callable[[], str], skipped: Counter[str]) -> bytes | None:
+        """The UTF-8 bytes of a field's value, None where it is left out."""
+        if isinstance(value, str):
+            try:
+                value = value.encode()
+            except UnicodeEncodeError:
+                return self._bad("not UTF-8", "has half a character (a lone surrogate)", where, skipped)
+        if not isinstance(value, bytes):
+            return self._bad("no text", f"has no text under data.field={self.field}", where, skipped)
+        if not value:
+            return self._bad("empty", "is an empty document", where, skipped)
+        return value
+
+    def _bad(self, reason: str, said: str, where: Callable[[], str], skipped: Counter[str]) -> bytes | None:
+        """None, where it is left out."""
+        if self.on_error == "stop":
+            raise ValueError(f"data.path={self.path}: {where()} {said}; data.on_error=skip leaves such out")
+        skipped[reason] += 1
+        return None
+
+
+class Jsonl(Records):
+    """JSON lines, plain or packed (.gz, .bz2, .xz); a plain file is read in parts, a packed one as a whole."""
+
+    name = "jsonl"
+    suffixes = (".jsonl", ".ndjson", ".json", *(f"{end}{how}" for end in (".jsonl", ".json") for how in UNPACKED))
+
+    def parts(self) -> Iterator[Part]:
+        """Stretches of bytes of a file; a line belongs to the one that it begins in."""
+        for name, file in self._files():
+            size = file.stat().st_size
+            step = size if file.suffix in UNPACKED else PART_BYTES
+            for begin in range(0, size, step):
+                yield Part((name, str(file), begin, min(begin + step, size)), min(step, size - begin))
+
+    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+        """(name of the file, text) of every line; lines of blanks are none. Raises ValueError for a bad one."""
+        name, file, begin, end = part.what
+        for number, line in enumerate(_lines(file, begin, end)):
+            if not line.strip():
+                continue
+
+            def where(number: int = number) -> str:
+                return f"{name} line {_before(file, begin) + number + 1}"
+
+            try:
+                record = json.loads(line.decode())
+            except UnicodeDecodeError:
+                self._bad("not UTF-8", "is not UTF-8", where, skipped)
+                continue
+            except (json.JSONDecodeError, RecursionError) as error:
+                why = f" ({error.msg} at column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+                self._bad("not JSON", f"is not JSON{why}", where, skipped)
+                continue
+            value = record.get(self.field) if isinstance(record, dict) else None
+            if (content := self._text(value, where, skipped)) is not None:
+                yield name, content
+
+
+def _lines(file: str, begin: int, end: int) -> Iterator[bytes]:
+    """The lines that begin in a stretch of a file, and its last may end behind it; of a packed file, all."""
+    unpack = UNPACKED.get(Path(file).suffix)
+    if unpack is not None:
+        with unpack(file, "rb") as stream:
+            yield from stream
+        return
+    with open(file, "rb") as stream:
+        place = begin
+        if begin:
+            stream.seek(begin - 1)
+            place += len(stream.readline()) - 1
+        while place < end and (line := stream.readline()):
+            place += len(line)
+            yield line
+
+
+def _before(file: str, begin: int) -> int:
+    """How many lines begin before a stretch: counted only when a line has to be named."""
+    count, place = 0, 0
+    if begin:
+        with open(file, "rb") as stream:
+            while place < begin and (block := stream.read(min(1 << 20, begin - place))):
+                count += block.count(b"\n")
+                place += len(block)
+            stream.seek(begin - 1)
+            count += stream.read(1) != b"\n"  # the line that runs into the stretch
+    return count
+
+
+class Parquet(Records):
+    """Parquet files, read by row groups."""
+
+    name = "parquet"
+    suffixes = (".parquet", ".pq")
+
+    def check(self) -> None:
+        """Raises ValueError too where a file is none, or has no such field."""
+        super().check()
+        for name, file in self._files():
+            fields = _opened(self.path, name, file).schema_arrow
+            if self.field not in fields.names:
+                raise ValueError(
+                    f"data.field={self.field}: {name} has no such column; it has {', '.join(fields.names)}"
+                )
+            kind = str(fields.field(self.field).type)
+            if not kind.endswith(("string", "binary", "string_view", "binary_view")):
+                raise ValueError(f"data.field={self.field}: must be text, {name} has {kind} there")
+
+    def parts(self) -> Iterator[Part]:
+        """Row groups, some to a part."""
+        for name, file in self._files():
+            facts = _opened(self.path, name, file).metadata
+            first, size = 0, 0
+            for group in range(facts.num_row_groups):
+                size += facts.row_group(group).total_byte_size
+                if size >= PART_BYTES or group + 1 == facts.num_row_groups:
+                    yield Part((name, str(file), first, group + 1), size)
+                    first, size = group + 1, 0
+
+    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+        """(name of the file, text) of every row."""
+        import pyarrow as pa
+
+        name, file, first, end = part.what
+        opened = _opened(self.path, name, Path(file))
+        row = sum(opened.metadata.row_group(group).num_rows for group in range(first))
+        groups = range(first, end)
+        for batch in opened.iter_batches(batch_size=ROWS, row_groups=list(groups), columns=[self.field]):
+            for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+
+                def where(row: int = row) -> str:
+                    return f"{name} row {row}"
+
+                row += 1
+                content = self._text(value, where, skipped)
+                if content is None:
+                    continue
+                try:
+                    content.decode()
+                except UnicodeDecodeError:
+                    self._bad("not UTF-8", "is not UTF-8", where, skipped)
+                    continue
+                yield name, content
+
+
+def _opened(path: str | None, name: str, file: Path) -> Any:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError("data.corpus=parquet: needs pyarrow, which is not installed: pip install pyarrow") from None
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.path={path}: {name} is no Parquet file ({error})") from None

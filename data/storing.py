@@ -1,0 +1,142 @@
+"""How a corpus becomes a store: the keys that say so, checked, and the store itself."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Any
+
+from data.corpus import CORPORA, Prepared
+from data.fetch import Place, fetch, is_address
+from data.files import ON_ERROR
+from data.megatron import Megatron
+from data.parts import Runner
+from data.prepare import VERSION, Watch
+from data.store import build
+from data.tokenizer import Bytes, Given, Untrained, from_file
+
+VOCABULARY = 8192  # of a bpe, where none is asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storing:
+    """Where documents come from, how they become tokens, and where those are kept: the keys that `Data` has for it.
+
+    Raises ValueError, one line that opens with the key, for a value out of range.
+    """
+
+    corpus: str
+    path: str | None = None
+    field: str = "text"
+    subset: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    on_error: str = "stop"
+    tokenizer: str = "bytes"
+    vocabulary: int | None = None
+    document: str | None = None
+    store: str | None = None
+    local: str | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.corpus not in CORPORA:
+            nearest = get_close_matches(str(self.corpus), CORPORA, n=1, cutoff=0)[0]
+            raise ValueError(f"data.corpus={self.corpus}: expected one of {', '.join(CORPORA)}; nearest {nearest}")
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"data.on_error={self.on_error}: must be one of {', '.join(ON_ERROR)}")
+        for key in ("vocabulary", "workers"):
+            count = getattr(self, key)
+            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+                raise ValueError(f"data.{key}={count}: must be a positive whole number, or null")
+        has_own = f"must be null: data.tokenizer={self.tokenizer} has its own"
+        if self.vocabulary is not None and self.tokenizer not in (Untrained.name, Given.name):
+            raise ValueError(f"data.vocabulary={self.vocabulary}: {has_own}")
+        if self.document is not None and self.tokenizer in (Bytes.name, Untrained.name, Given.name):
+            raise ValueError(f"data.document={self.document}: {has_own}")
+
+    def check(self) -> None:
+        """Raises ValueError, one line, if the corpus cannot be read or the store not written. Cheap."""
+        source = self.source()
+        source.check()
+        if isinstance(source, Prepared):
+            if self.store is None:
+                raise ValueError("data.store=null: must be the folder, or the address, of a store")
+            if is_address(self.store) and self.local is None:
+                raise ValueError(f"data.local=null: must be a folder that {self.store} can be copied to")
+            Place(self.store).card()
+            return
+        self._tokenizer(source)
+        if self.store is None:
+            return
+        if is_address(self.store):
+            raise ValueError(
+                f"data.store={self.store}: must be a folder; data=store reads it from there, once it has been put there"
+            )
+        place = Path(self.store).expanduser().absolute()
+        ground = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not ground.is_dir():
+            raise ValueError(f"data.store={self.store}: {ground} is a file; expected a folder")
+        if ground != place and not os.access(ground, os.W_OK):
+            raise ValueError(f"data.store={self.store}: {ground} cannot be written to")
+
+    def prepare(self, runner: Runner | None = None, watch: Watch | None = None) -> Path:
+        """Builds the token store, or finds it built, and returns its folder, or that of this machine's copy.
+
+        runner: who tokenises; null for processes of this machine. watch: is told how far it is.
+        """
+        self.check()
+        source = self.source()
+        if isinstance(source, Prepared):
+            store = str(self.store)
+        else:
+            tokenizer = self._tokenizer(source)
+            workers = 1 if current_process().daemon else self.workers or _cores()
+            folder = self._folder(source, tokenizer)
+            store = str(build(source, tokenizer, folder, workers=workers, runner=runner, watch=watch).folder)
+        return fetch(store, self.local) if self.local is not None else Path(store).expanduser()
+
+    def source(self) -> Any:
+        """The corpus (`data.corpus.Corpus`), not yet checked."""
+        found = CORPORA[self.corpus]
+        known = signature(found).parameters
+        keys = ("path", "field", "subset", "split", "streaming", "on_error")
+        return found(**{key: getattr(self, key) for key in keys if key in known})
+
+    def vocabulary_size(self) -> int | None:
+        """How many tokens there may be, where that is known before any are made."""
+        source = self.source()
+        return None if isinstance(source, Prepared) else self._tokenizer(source).size or None
+
+    def _tokenizer(self, source: Any) -> Any:
+        if self.tokenizer == Given.name:
+            if not isinstance(source, Megatron):
+                raise ValueError(f"data.tokenizer=ids: corpus {self.corpus} is text; must be bytes, bpe or a file")
+            return Given(self.vocabulary, source.closing())
+        if self.tokenizer == Untrained.name and isinstance(source, Megatron):
+            raise ValueError("data.tokenizer=bpe: corpus megatron is tokenised already; must be ids or a file")
+        try:
+            if self.tokenizer == Bytes.name:
+                return Bytes()
+            if self.tokenizer == Untrained.name:
+                return Untrained(self.vocabulary or VOCABULARY)
+            return from_file(self.tokenizer, self.document)
+        except ValueError as error:
+            key = f"vocabulary={self.vocabulary}" if self.tokenizer == Untrained.name else f"tokenizer={self.tokenizer}"
+            raise ValueError(f"data.{key}: {error}") from None
+
+    def _folder(self, source: Any, tokenizer: Any) -> Path:
+        if self.store is not None:
+            return Path(self.store).expanduser()
+        made_of = json.dumps([source.identity(), tokenizer.identity, VERSION], sort_keys=True)
+        key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(cache) / "farspan" / f"{self.corpus}-{key}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
