@@ -33,7 +33,8 @@ class Records(Reader):
             raise ValueError(f"data.on_error={self.on_error}: must be one of {', '.join(ON_ERROR)}")
         if not self.path:
             raise ValueError(f"data.path=null: corpus {self.name} needs a file, a folder or a pattern")
-        if not self._files():
+        root = Path(self.path).expanduser()
+        if not (root.exists() or glob.has_magic(str(root))) or not self._files():
             raise self.nothing()
 
     def identity(self) -> dict[str, str | int]:

@@ -20,6 +20,7 @@ from data.store import build
 from data.tokenizer import Bytes, Given, Untrained, from_file
 
 VOCABULARY = 8192  # of a bpe, where none is asked for
+_OF_A_CORPUS = ("field", "subset", "split", "streaming", "on_error")  # keys that some corpora have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,10 @@ class Storing:
         if self.corpus not in CORPORA:
             nearest = get_close_matches(str(self.corpus), CORPORA, n=1, cutoff=0)[0]
             raise ValueError(f"data.corpus={self.corpus}: expected one of {', '.join(CORPORA)}; nearest {nearest}")
+        known = signature(CORPORA[self.corpus]).parameters
+        for key in _OF_A_CORPUS:
+            if key not in known and getattr(self, key) != getattr(Storing, key):
+                raise ValueError(f"data.{key}={getattr(self, key)}: corpus {self.corpus} takes none")
         if self.on_error not in ON_ERROR:
             raise ValueError(f"data.on_error={self.on_error}: must be one of {', '.join(ON_ERROR)}")
         for key in ("vocabulary", "workers"):
@@ -104,8 +109,7 @@ class Storing:
         """The corpus (`data.corpus.Corpus`), not yet checked."""
         found = CORPORA[self.corpus]
         known = signature(found).parameters
-        keys = ("path", "field", "subset", "split", "streaming", "on_error")
-        return found(**{key: getattr(self, key) for key in keys if key in known})
+        return found(**{key: getattr(self, key) for key in ("path", *_OF_A_CORPUS) if key in known})
 
     def vocabulary_size(self) -> int | None:
         """How many tokens there may be, where that is known before any are made."""

@@ -200,7 +200,7 @@ class Given:
 
     @property
     def identity(self) -> str:
-        return f"{self.name}-{self.asked[0]}-{self.asked[1]}"
+        return f"{self.name}-{'-'.join(str(part) for part in self.asked if part is not None)}"
 
     def fitted(self, largest: int) -> "Given":
         """With the size that the largest id asks for, and the token between documents."""

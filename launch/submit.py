@@ -23,7 +23,8 @@ from launch.user import UserError
 # `exec`: signals reach Python. The cluster's machines may have `python3` only.
 ENTRYPOINT = 'exec "$(command -v python || command -v python3)" -m launch.job'
 _POLL_S = 0.5
-_PATHS = ("data.path", "data.store", "run.dir", "resume", "init_from")  # made absolute: the job has another folder
+# Made absolute: the job has another folder.
+_PATHS = ("data.path", "data.store", "data.tokenizer", "run.dir", "resume", "init_from")
 
 
 def submit(overrides: list[str]) -> int:
@@ -140,10 +141,15 @@ def _configure(overrides: list[str]) -> tuple[dict[str, Any], list[str] | None]:
 
 
 def _make_absolute(config: dict[str, Any], path: list[str]) -> None:
+    """An address stays what it is, and so does what may be a name (a tokenizer's, a dataset's) and is no file here."""
     node = config
     for key in path[:-1]:
         node = node.get(key) or {}
-    if isinstance(value := node.get(path[-1]), str):
+    value = node.get(path[-1])
+    if not isinstance(value, str) or "://" in value:
+        return
+    named = path[-1] == "tokenizer" or path[-1] == "path" and node.get("corpus") == "hf"
+    if not named or Path(value).expanduser().exists():
         node[path[-1]] = str(Path(value).expanduser().absolute())
 
 

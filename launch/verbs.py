@@ -66,6 +66,19 @@ combination is a run with a folder of its own, inside the sweep's.
   farspan sweep resume=runs/20260101-120000            go on with what is not done
 """,
     ),
+    "prepare": Verb(
+        function="launch.prepare:prepare",
+        synopsis="[key=value ...]",
+        line="make a corpus into a token store, with its card",
+        overrides=True,
+        text="""\
+The same overrides as train, of which data decides. Runs that read the corpus later find it done; interrupted, the same
+command goes on. With cluster=ray cluster.address=auto, on one of its machines, all cores of a cluster take part.
+
+  farspan prepare data=jsonl data.path='"shards/*.jsonl"' data.store=corpus data.tokenizer=bpe data.vocabulary=8192
+  farspan train data=store data.store=corpus model.vocabulary=8192
+""",
+    ),
     "plan": Verb(
         function="launch.plan:plan",
         synopsis="[key=value ...]",

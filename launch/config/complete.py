@@ -16,7 +16,7 @@ from launch.user import UserError
 from launch.verbs import VERBS, Verb
 
 RUN_KEYS = ("resume", "init_from")
-PATH_KEYS = ("data.path", "data.store", "run.dir")
+PATH_KEYS = ("data.path", "data.store", "data.local", "data.tokenizer", "run.dir")
 
 SCRIPTS = {
     "bash": r"""

@@ -125,7 +125,8 @@ def test_accepted_values_are_read_from_the_source():
         "ulysses",
         "usp",
     ]  # a dict of dicts, by key
-    assert accepts("data.loader.Data", "corpus") == ["stdlib", "text"]  # a dict, in another method
+    assert accepts("data.loader.Data", "corpus")[:2] == ["stdlib", "text"]  # of the class that it is handed on to
+    assert accepts("data.loader.Data", "on_error") == ["stop", "skip"]
     assert "offline" in accepts("train.tracking.Tracking", "mode")  # a class that its package hands on
     assert accepts("train.settings.TrainSettings", "tokens") == accepts("torch.optim.AdamW", "lr") == []
     assert parameters("train.settings.TransportSettings") == {"recurrence": "str", "attention": "str", "blocks": "int"}
