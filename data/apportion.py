@@ -111,7 +111,8 @@ class Shares:
 
     def _due(self, k: int, item: int) -> Fraction | float:
         """When C_k reaches item + 1/2; infinity if it never does."""
-        if self.caps[k] is not None and item >= self.caps[k]:
+        cap = self.caps[k]
+        if cap is not None and item >= cap:
             return math.inf
         aim = item + HALF
         last = len(self._segments) - 1

@@ -31,10 +31,10 @@ def split(begins: Ints, lengths: Ints, low: int, high: int, overlong: str = "ran
     seeds = np.array([int.from_bytes(digest("overlong", int(b)), "little") for b in begins[long]], dtype=np.uint64)
     draw = 0
     while long.size:
-        k = _draw(seeds, draw, low, high) if overlong == "random" else np.full(long.size, high)
-        for each in np.unique(k).tolist():
-            yield each, begins[long[k == each]]
-        size = np.int64(1) << k
+        drawn = _draw(seeds, draw, low, high) if overlong == "random" else np.full(long.size, high)
+        for each in np.unique(drawn).tolist():
+            yield each, begins[long[drawn == each]]
+        size = np.int64(1) << drawn
         begins[long] += size
         left[long] -= size
         still = left[long] >= 2 << high

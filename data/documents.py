@@ -1,5 +1,6 @@
 """Which documents of a store, in which order: the side that is trained on and the one that is held out."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Documents:
         return int(self.edges[-1])
 
     def _write(self, writer: Writer) -> None:
-        count, least, below = len(self.store.hashes), *self.spec["lengths"]
+        count, (least, below) = len(self.store.hashes), self.spec["lengths"]
         limit, held = np.uint64(int(self.spec["heldout"] * 2**64)), self.spec["side"] == "heldout"
         order = Permutation(count, "documents") if not held and count else None
         total = 0
@@ -62,11 +63,11 @@ class Documents:
         high = begins + np.minimum(end, edges[1:]) - edges[:-1]
         return np.stack([low, high], axis=1)
 
-    def derived(self, spec: dict[str, Any], write: Any) -> Index:
+    def derived(self, spec: dict[str, Any], write: Callable[[Writer], None]) -> Index:
         """An index of the same documents, cut somehow."""
         return index(self.store, {**self.spec, **spec}, write)
 
-    def blocks(self) -> Any:
+    def blocks(self) -> Iterator[tuple[Ints, Ints]]:
         """(begins, lengths), int64 [n] each, of BLOCK documents at a time, in order."""
         for first in range(0, len(self.ids), BLOCK):
             ids = self.ids[first : first + BLOCK]

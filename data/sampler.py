@@ -75,7 +75,8 @@ class Lane(NamedTuple):
     shares: Shares
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """One sequence of a batch: sequence `index` of the endless row of a part's epochs."""
 
     part: Part
@@ -178,4 +179,5 @@ def _parts(source: Source, packing: str, cut: Cut, heldout: float, key: Key) -> 
 
 def _together(caps: Iterable[int | None]) -> int | None:
     found = list(caps)
-    return None if None in found else sum(found)
+    known = [cap for cap in found if cap is not None]
+    return sum(known) if len(known) == len(found) else None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.curriculum import Curriculum
 from data.pack import NO_TARGET, Packed
 from data.tokenizer import Symbols
 
@@ -122,8 +123,10 @@ class Task:
     def check(self) -> None:
         """There is nothing to read."""
 
-    def open(self, batch_tokens: int) -> Questions:
-        """The batches of `batch_tokens` tokens each."""
+    def open(self, batch_tokens: int, curriculum: Curriculum | None = None) -> Questions:
+        """The batches of `batch_tokens` tokens each. Raises ValueError for a curriculum: examples have one length."""
+        if curriculum is not None and (curriculum.odds != "uniform" or curriculum.context is not None):
+            raise ValueError(f"curriculum.odds={curriculum.odds}: must be uniform for a generated task")
         return Questions(self, batch_tokens)
 
     def example(self, draw: Draw) -> tuple[Ints, Ints]:

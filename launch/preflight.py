@@ -96,12 +96,7 @@ def clear(
         if not data_here:
             _objects(config, train, data, sequence)
             return Flight(config, train, cluster, device, data, sequence, shapes, None)
-        batches = _batches(config, train)
-        if shapes["embedding"][0] < batches.vocab_size:
-            raise ValueError(
-                f"model.vocabulary={shapes['embedding'][0]}: the tokenizer has {batches.vocab_size} tokens; "
-                f"must be at least that"
-            )
+        batches = _batches(config, train, shapes["embedding"][0])
         lengths = [len(s.tokens) for s in batches.batch(config["seed"], 0)]
         _objects(config, train, data, sequence, lengths)
         flight = Flight(config, train, cluster, device, data, sequence, shapes, batches)
@@ -243,12 +238,21 @@ def _device(cluster: ClusterSettings) -> str:
     return "cuda" if cluster.device == "cuda" or cluster.device == "auto" and count >= cluster.workers else "cpu"
 
 
-def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
+def _batches(config: dict[str, Any], train: TrainSettings, vocabulary: int) -> Any:
+    """Raises ValueError for a vocabulary that is too small, before a corpus is read where that can be known."""
     from train.construct import construct
+
+    def fits(tokens: int | None) -> None:
+        if tokens is not None and vocabulary < tokens:
+            raise ValueError(f"model.vocabulary={vocabulary}: the tokenizer has {tokens} tokens; must be at least that")
 
     data = construct(config["data"])
     data.check()
-    return data.open(train.batch_tokens)
+    if hasattr(data, "vocabulary_size"):
+        fits(data.vocabulary_size())
+    batches = data.open(train.batch_tokens, construct(config["curriculum"]))
+    fits(batches.vocab_size)
+    return batches
 
 
 def _objects(

@@ -131,7 +131,7 @@ def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:
 
 def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
     """The batches of the run's corpus. Raises ValueError where machines have another one under the same name."""
-    batches = construct(config["data"]).open(train.batch_tokens)
+    batches = construct(config["data"]).open(train.batch_tokens, construct(config["curriculum"]))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (batches.fingerprint, socket.gethostname()))
     if others := [host for fingerprint, host in found if fingerprint != found[0][0]]:

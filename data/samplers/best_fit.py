@@ -67,14 +67,14 @@ class Bins(Pool):
         writer.append("edges", [0])
         written = 0
         for block in documents.blocks():
-            begins, lengths = split(*block, length)
+            begins, lengths = split(block[0], block[1], length)
             order = np.argsort(bin_of := best_fit(lengths, length), kind="stable")
             writer.append("begins", begins[order])
             writer.append("ends", (begins + lengths)[order])
             writer.append("edges", written + np.cumsum(np.bincount(bin_of)))
             written += len(order)
 
-    def _sequence(self, key: Key, number: int) -> Ints:
+    def sequence(self, key: Key, number: int) -> Ints:
         first, last = self._edges[number : number + 2]
         return np.stack([self._begins[first:last], self._ends[first:last]], axis=1)
 

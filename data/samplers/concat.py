@@ -20,7 +20,7 @@ class Chunks(Pool):
     def __init__(self, documents: Documents, length: int) -> None:
         super().__init__(documents, length, count := len(documents) // length, count * length)
 
-    def _sequence(self, key: Key, number_: int) -> Ints:
+    def sequence(self, key: Key, number_: int) -> Ints:
         total = len(self.documents)
         begin = (number(total, *key, "begin") + number_ * self.length) % total
         end = begin + self.length

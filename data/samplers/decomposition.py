@@ -17,7 +17,7 @@ class Bucket(Pool):
         super().__init__(documents, length, len(begins), len(begins) * length)
         self._begins = begins
 
-    def _sequence(self, key: Key, number: int) -> Ints:
+    def sequence(self, key: Key, number: int) -> Ints:
         begin = int(self._begins[number])
         return np.array([[begin, begin + self.length]])
 

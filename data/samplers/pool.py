@@ -35,10 +35,10 @@ class Pool(ABC):
     def pieces(self, key: Key, index: int) -> Ints:
         """Sequence `index` of the endless row of epochs under a key: pieces [n, 2] of the store."""
         epoch, place = divmod(index, self.count)
-        return self._sequence((*key, epoch), int(_order(self.count, *key, epoch, "order")([place])[0]))
+        return self.sequence((*key, epoch), int(_order(self.count, *key, epoch, "order")([place])[0]))
 
     @abstractmethod
-    def _sequence(self, key: Key, number: int) -> Ints:
+    def sequence(self, key: Key, number: int) -> Ints:
         """Sequence `number` of an epoch, as pieces of the store."""
 
 

@@ -29,7 +29,7 @@ SECTIONS: dict[str, type] = {
     "precision": PrecisionSettings,
 }
 SCALARS: dict[str, Any] = {"seed": int, "init_from": str | None, "resume": str | None}
-OBJECTS = ("model", "data", "scheduler", "engine", "optimizer", "schedule", "tracking")
+OBJECTS = ("model", "data", "curriculum", "scheduler", "engine", "optimizer", "schedule", "tracking")
 FACTORIES = ("optimizer",)  # of the objects, those that the program calls to get what it needs: `_partial_` nodes
 
 _MISSING = "???"

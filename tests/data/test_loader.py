@@ -27,6 +27,13 @@ def opened(texts: str, batch_tokens: int = 256, **changes: Any) -> Batches:
     return Data(corpus="text", path=texts, **chosen).open(batch_tokens)
 
 
+def sides(batches: Batches) -> list[np.ndarray]:
+    """The documents that are trained on, and those that are held out."""
+    (source,) = batches.sources
+    ((train, _),) = source.documents("train", batches.sequencing.heldout)
+    return [np.array(train.ids), np.array(batches.heldout_documents[0].ids)]
+
+
 def rows(batch: list[Packed]) -> list[tuple[bytes, bytes, bytes]]:
     return [(packed.tokens.tobytes(), packed.targets.tobytes(), packed.starts.tobytes()) for packed in batch]
 
@@ -56,22 +63,20 @@ def test_skipped_batches_move_later_steps_on(texts: str) -> None:
 
 def test_no_document_is_on_both_sides(texts: str) -> None:
     batches = opened(texts)
-    sides = [
-        {batches.store.document(i).tobytes() for i in documents.tolist()}
-        for documents in (batches.train_documents, batches.heldout_documents)
-    ]
-    assert not sides[0] & sides[1]
-    assert len(sides[0] | sides[1]) == len(CONTENTS)
-    indices = np.concatenate([batches.train_documents, batches.heldout_documents])
-    assert sorted(indices) == list(range(len(batches.store)))
-    for side, documents in ((False, batches.train_documents), (True, batches.heldout_documents)):
-        assert all((int(batches.store.hashes[i]) / 2**64 < 0.2) == side for i in documents)
-    assert 0.1 < len(batches.heldout_documents) / len(batches.store) < 0.3
+    store, (train, heldout) = batches.sources[0].store, sides(batches)
+    texts_of = [{store.document(i).tobytes() for i in documents.tolist()} for documents in (train, heldout)]
+    assert not texts_of[0] & texts_of[1]
+    assert len(texts_of[0] | texts_of[1]) == len(CONTENTS)
+    assert sorted(np.concatenate([train, heldout])) == list(range(len(store)))
+    for side, documents in ((False, train), (True, heldout)):
+        assert all((int(store.hashes[i]) / 2**64 < 0.2) == side for i in documents)
+    assert 0.1 < len(heldout) / len(store) < 0.3
 
 
 def test_training_meets_only_training_documents(texts: str) -> None:
     batches = opened(texts)
-    meant = {batches.store.document(i).tobytes() for i in batches.train_documents.tolist()}
+    store = batches.sources[0].store
+    meant = {store.document(i).tobytes() for i in sides(batches)[0].tolist()}
     for step in range(20):
         for packed in batches.batch(0, step):
             opens = np.flatnonzero(packed.tokens == Bytes.DOCUMENT)
@@ -81,7 +86,8 @@ def test_training_meets_only_training_documents(texts: str) -> None:
 
 def test_heldout_windows_are_fixed_and_spread(texts: str) -> None:
     batches = opened(texts)
-    stream = [int(token) for i in batches.heldout_documents.tolist() for token in batches.store.document(i)]
+    store = batches.sources[0].store
+    stream = [int(token) for i in sides(batches)[1].tolist() for token in store.document(i)]
     batches.batch(0, 1)
     windows = batches.heldout()
     assert len(windows) == 512 // 64
@@ -107,7 +113,7 @@ def test_the_fingerprint_changes_with_the_batches(texts: str) -> None:
 def test_vocabulary(texts: str) -> None:
     batches = opened(texts)
     assert batches.vocab_size == 257
-    assert batches.tokenizer.decode(batches.store.document(0)) == CONTENTS[0]
+    assert batches.tokenizer.decode(batches.sources[0].store.document(0)) == CONTENTS[0]
 
 
 def test_the_default_store_is_in_the_cache_and_reused(
@@ -129,14 +135,14 @@ def test_the_standard_library_from_end_to_end(tmp_path: Path) -> None:
     batches = Data(corpus="stdlib", store=str(tmp_path / "store"), max_length=1024).open(4096)
     assert len(batches.batch(0, 0)) == 4
     assert len(batches.heldout()) == 64
-    assert 0.01 < len(batches.heldout_documents) / len(batches.store) < 0.06
+    assert 0.01 < len(sides(batches)[1]) / len(batches.sources[0].store) < 0.06
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"corpus": "stdlob"}, "data.corpus=stdlob: expected one of stdlib, text; nearest stdlib"),
-        ({"corpus": None}, "data.corpus=None: expected one of stdlib, text; nearest"),
+        ({"corpus": "stdlob"}, "data.corpus=stdlob: expected one of stdlib, text, jsonl, parquet, hf, megatron, store"),
+        ({"corpus": None}, "data.corpus=None: expected one of stdlib, text"),
         ({"corpus": "stdlib", "path": "x"}, "data.path=x: corpus stdlib takes no path"),
         ({"corpus": "text"}, "data.path=null: corpus text needs"),
         ({"corpus": "text", "path": "not/here"}, "data.path=not/here: no such file or folder"),
