@@ -155,9 +155,9 @@ class Batches:
         return held
 
     def _order(self, curriculum: Curriculum) -> dict[str, Any]:
-        found: dict[str, Any] = {"version": VERSION, "train.batch_tokens": self.batch_tokens, **self.sequencing.order()}
-        versions = [Permutation.version, decompose.VERSION, *(lane.parts[0].pool.version for lane in self._lanes())]
-        found["versions"] = sorted(set(versions))
+        versions = [VERSION, Permutation.version, self._lanes()[0].parts[0].pool.version]
+        found: dict[str, Any] = {"version": versions, "train.batch_tokens": self.batch_tokens}
+        found |= self.sequencing.order()
         for source in self.sources:
             at = f"data.sources.{source.name}" if source.name else "data"
             found[f"{at}.corpus"] = source.store.fingerprint
@@ -272,7 +272,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         a, b = before.get(key), after.get(key)
         if a != b:
             if key.endswith(".corpus"):
-                found.append(f"{key} has other documents")
+                found.append(f"{key}: other documents" if a and b else f"{key}: {'no' if a else 'a'} such source")
+            elif key == "version":
+                found.append("this version of farspan has another order")
             else:
                 found.append(f"{key} was {a}, is {b}")
     return found

@@ -13,8 +13,6 @@ from data.documents import Documents
 from data.index import Ints, Writer
 from data.samplers.pool import Cut, Key, Pool
 
-WINDOW_VERSION = 1
-
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
     """Which bin each piece of 1..capacity tokens goes into, int64 [n]; bins are numbered from 0 as they are opened.
@@ -56,8 +54,10 @@ def split(begins: Ints, lengths: Ints, capacity: int) -> tuple[Ints, Ints]:
 class Bins(Pool):
     """The sequences that best-fit packing makes of documents."""
 
+    version = 1
+
     def __init__(self, documents: Documents, length: int) -> None:
-        spec = {"best_fit": WINDOW_VERSION, "length": length}
+        spec = {"best_fit": self.version, "length": length}
         found = documents.derived(spec, partial(self._write, documents, length))
         self._begins, self._ends, self._edges = found["begins"], found["ends"], found["edges"]
         super().__init__(documents, length, len(self._edges) - 1, len(documents))

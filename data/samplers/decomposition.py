@@ -13,6 +13,8 @@ from data.samplers.pool import Cut, Key, Pool
 class Bucket(Pool):
     """Sequences of 2^k tokens, each out of one document."""
 
+    version = decompose.VERSION
+
     def __init__(self, documents: Documents, length: int, begins: Ints) -> None:
         super().__init__(documents, length, len(begins), len(begins) * length)
         self._begins = begins

@@ -1,0 +1,76 @@
+"""The proof that some steps of a run lose no token and see none twice: `farspan plan data.audit=N`.
+
+Every sequence of every step is looked up as pieces of the store, and read. Of each pool, in each epoch: no token is in
+two pieces; the sequences are those of the order one after another, none left out; an epoch that ended had every token
+that its pool keeps. What is read is what the store holds there, and all steps have the same number of tokens. Memory
+grows with the steps that are audited, by two numbers a piece.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.batches import Batches
+from data.index import Ints
+from data.sampler import Part, Slot
+
+Epoch = tuple[int, int]  # of a part, by its place in `found.parts`
+
+
+def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 0) -> list[str]:
+    """What was found, a line each. Raises AssertionError with what is wrong."""
+    parts: dict[int, tuple[int, Part]] = {}
+    pieces: dict[Epoch, list[Ints]] = defaultdict(list)
+    places: dict[Epoch, list[int]] = defaultdict(list)
+    before = batches.drawn(first, skips)
+    for step in range(first, first + steps):
+        slots = batches.slots(step, skips)
+        found = [slot.pieces(seed) for slot in slots]
+        _read(batches, slots, found, seed, step, skips)
+        for slot, held in zip(slots, found, strict=True):
+            number, _ = parts.setdefault(id(slot.part), (len(parts), slot.part))
+            epoch, place = divmod(slot.index, slot.part.pool.count)
+            pieces[number, epoch].append(held)
+            places[number, epoch].append(place)
+    by_number = dict(parts.values())
+    ended = sum(_epoch(by_number[key[0]], key, pieces[key], places[key]) for key in sorted(pieces))
+    after = batches.drawn(first + steps, skips)
+    drawn = {name: tokens - before.get(name, 0) for name, tokens in after.items()}
+    expected = steps * batches.batch_tokens
+    if sum(drawn.values()) != expected:
+        raise AssertionError(f"{sum(drawn.values()):,} tokens are said to be drawn, {expected:,} were")
+    read = sum(int((held[:, 1] - held[:, 0]).sum()) for epoch in pieces.values() for held in epoch)
+    padding = expected - read
+    shown = ", ".join(f"{name} {tokens:,}" for name, tokens in drawn.items() if tokens)
+    return [
+        f"{steps:,} steps of {batches.batch_tokens:,} tokens: no token lost, none seen twice in an epoch",
+        f"{read:,} tokens of documents, {padding:,} of padding; {ended} epochs of a pool ended, each with all of it",
+        f"drawn: {shown}",
+    ]
+
+
+def _read(batches: Batches, slots: Sequence[Slot], found: list[Ints], seed: int, step: int, skips: int) -> None:
+    """Holds what a step reads against the store, token by token."""
+    batch = batches.batch(seed, step, skips)
+    if sum(len(s.tokens) for s in batch) != batches.batch_tokens:
+        raise AssertionError(f"step {step} has {sum(len(s.tokens) for s in batch):,} tokens")
+    for slot, held, packed in zip(slots, found, batch, strict=True):
+        stored = np.concatenate([slot.part.source.store.tokens[a:b] for a, b in held.tolist()])
+        if not np.array_equal(packed.tokens[: len(stored)], stored):
+            raise AssertionError(f"step {step} does not read what the store holds")
+
+
+def _epoch(part: Part, key: Epoch, pieces: list[Ints], places: list[int]) -> bool:
+    """Checks one epoch of a pool; whether it was seen to its end from its start."""
+    if places != list(range(places[0], places[0] + len(places))):
+        raise AssertionError(f"{part.name}, epoch {key[1]}: sequences are left out or come twice")
+    rows = np.concatenate(pieces)
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    if (rows[1:, 0] < rows[:-1, 1]).any() or (rows[:, 1] <= rows[:, 0]).any():
+        raise AssertionError(f"{part.name}, epoch {key[1]}: a token is seen twice")
+    if len(places) < part.pool.count:
+        return False
+    if (seen := int((rows[:, 1] - rows[:, 0]).sum())) != part.pool.tokens:
+        raise AssertionError(f"{part.name}, epoch {key[1]}: {part.pool.tokens - seen:,} tokens are lost")
+    return True

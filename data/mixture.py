@@ -1,0 +1,151 @@
+"""Several corpora in one run: `Mixture`, what `conf/data/mixture.yaml` builds."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from data.batches import Batches, Sequencing, checked_audit
+from data.curriculum import Curriculum
+from data.loader import Data
+from data.sampler import Source
+from data.store import Store
+
+
+class Portion:
+    """A corpus of a mixture, and how much of the run it is.
+
+    data: the corpus, as in data=…; how it is cut, and what is held out, the mixture says for all. weight: beside the
+    weights of the others, in tokens; or [[token, weight], …], from which token of the run on. epochs: the most often
+    that any of it is seen, after which it leaves and the others go on by their weights; null for no limit. long:
+    [[tokens, factor], …]: documents of at least so many tokens come so many times as often. order: another number is
+    another order of the same documents, to replay a corpus in one that it was not trained on.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: Any,
+        weight: Any = 1.0,
+        epochs: float | None = None,
+        long: list[Any] | None = None,
+        order: int = 0,
+    ) -> None:
+        self.data, self.weight, self.epochs, self.long, self.order = data, weight, epochs, long, order
+
+    def source(self, name: str, store: Any = None) -> Source:
+        """What a sampler asks of it. Raises ValueError for a value out of range, with the full key."""
+        at = f"data.sources.{name}"
+        if not isinstance(self.data, Data):
+            raise ValueError(f"{at}.data: must be a data.loader.Data")
+        lines = self.weight if isinstance(self.weight, list | tuple) else [[0, self.weight]]
+        weight = _lines(f"{at}.weight", self.weight, lines)
+        if not weight or weight[0][0] != 0:
+            raise ValueError(f"{at}.weight={self.weight}: must begin with token 0")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"{at}.epochs={self.epochs}: must be above 0, or null")
+        long = _lines(f"{at}.long", self.long, self.long or [])
+        if long and long[0][0] < 1:
+            raise ValueError(f"{at}.long={self.long}: must begin with 1 token or more")
+        epochs = None if self.epochs is None else Fraction(str(self.epochs))
+        return Source(name, store, weight, epochs, long, self.order)
+
+
+def _lines(key: str, given: Any, lines: Sequence[Any]) -> tuple[tuple[int, Fraction], ...]:
+    """[[tokens, number], …] in whole tokens and exact numbers. Raises ValueError."""
+    found = []
+    for line in lines:
+        numbers = line if isinstance(line, list | tuple) else ()
+        if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+            raise ValueError(f"{key}={given}: must be lines of [tokens, number]")
+        tokens, number = Fraction(str(numbers[0])), Fraction(str(numbers[1]))
+        if tokens.denominator != 1 or tokens < 0 or number < 0:
+            raise ValueError(f"{key}={given}: must not be negative")
+        found.append((int(tokens), number))
+    if [tokens for tokens, _ in found] != sorted({tokens for tokens, _ in found}):
+        raise ValueError(f"{key}={given}: must have its tokens in order")
+    return tuple(found)
+
+
+class Mixture:
+    """Several corpora, drawn from by weight; the order of each is its own. What each gave is in every record (`drawn`).
+
+    sources: by name, `data.mixture.Portion`s. max_length, packing, min_length, overlong, document_mask, heldout, audit:
+    as of one corpus. heldout_tokens: how many held-out tokens an evaluation reads, the same of each. Raises ValueError,
+    one line that opens with the key, for a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: dict[str, Any],
+        max_length: int = 4096,
+        packing: str = "concat",
+        min_length: int = 256,
+        overlong: str = "random",
+        document_mask: bool = True,
+        heldout: float = 0.03,
+        heldout_tokens: int = 65536,
+        audit: int | None = None,
+    ) -> None:
+        for name, portion in sources.items():
+            if not isinstance(portion, Portion) or "/" in name:
+                raise ValueError(f"data.sources.{name}: must be a data.mixture.Portion, under a name without /")
+        found = [portion.source(name) for name, portion in sources.items()]
+        for token in sorted({token for source in found for token, _ in source.weight}) or [0]:
+            if not any(source.weight_at(token) for source in found):
+                raise ValueError(f"data.sources: some weight must be above 0 from token {token} on")
+        self.sources = dict(sources)
+        self.sequencing = Sequencing(
+            max_length=max_length,
+            packing=packing,
+            min_length=min_length,
+            overlong=overlong,
+            document_mask=document_mask,
+            heldout=heldout,
+            heldout_tokens=heldout_tokens,
+        )
+        self.audit = checked_audit(audit)
+
+    def check(self) -> None:
+        """Raises ValueError, one line, if a corpus cannot be read or its store not written. Cheap."""
+        for name, portion in self.sources.items():
+            with _named(name):
+                portion.data.check()
+
+    def prepare(self, *more: Any) -> list[Path]:
+        """Builds the token stores, or finds them built, and returns their folders."""
+        return [portion.data.prepare(*more) for portion in self.sources.values()]
+
+    def open(self, batch_tokens: int, curriculum: Curriculum | None = None) -> Batches:
+        """The batches of `batch_tokens` tokens each, over the stores (built if they are not there)."""
+        sources, tokenizers = [], {}
+        for name, portion in self.sources.items():
+            with _named(name):
+                store = Store(portion.data.prepare())
+            tokenizers[name] = store.tokenizer
+            sources.append(portion.source(name, store))
+        first, *others = tokenizers
+        for name in others:
+            if tokenizers[name].card() != tokenizers[first].card():
+                raise ValueError(f"data.sources.{name}.data.tokenizer: must be that of data.sources.{first}")
+        return Batches(
+            sources,
+            tokenizer=tokenizers[first],
+            batch_tokens=batch_tokens,
+            sequencing=self.sequencing,
+            curriculum=curriculum,
+        )
+
+
+class _named:  # noqa: N801
+    """Puts a source's name into what its corpus refuses: data.path becomes data.sources.NAME.data.path."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, ValueError) and str(error).startswith("data."):
+            raise ValueError(f"data.sources.{self.name}.{error}") from None
