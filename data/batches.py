@@ -265,16 +265,15 @@ def checked_audit(steps: int | None) -> int | None:
     return steps
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What is another in the second `order` than in the first, a line each."""
+def changed(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
+    """What is another in the second `order` than in the first, None of an order that was not kept."""
+    if before is None:
+        return "its corpus, data.max_length or train.batch_tokens, or it is of another version of farspan"
     found = []
     for key in sorted({*before, *after}):
         a, b = before.get(key), after.get(key)
-        if a != b:
-            if key.endswith(".corpus"):
-                found.append(f"{key}: other documents" if a and b else f"{key}: {'no' if a else 'a'} such source")
-            elif key == "version":
-                found.append("this version of farspan has another order")
-            else:
-                found.append(f"{key} was {a}, is {b}")
-    return found
+        if a != b and key.endswith(".corpus"):
+            found.append(f"{key}: other documents" if a and b else f"{key}: {'gone' if a else 'new'}")
+        elif a != b:
+            found.append("this version of farspan has another" if key == "version" else f"{key} was {a}, is {b}")
+    return "; ".join(found)

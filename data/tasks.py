@@ -70,6 +70,8 @@ class Questions:
         self.windows_per_batch = batch_tokens // length
         self.chance = 1 / task.symbols
         key = [task.name, task.version, task.settings(), batch_tokens]
+        self.order = {"task": task.name, "version": task.version, "train.batch_tokens": batch_tokens}
+        self.order |= {f"data.{name}": value for name, value in task.settings().items()}
         self.fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def card(self) -> dict[str, Any]:
@@ -85,6 +87,17 @@ class Questions:
         """The global batch of a step, `skips` batches having been skipped before it."""
         first = (step + skips) * self.windows_per_batch
         return [self._example(seed, TRAIN, first + i) for i in range(self.windows_per_batch)]
+
+    def drawn(self, step: int, skips: int = 0) -> dict[str, int]:
+        """The tokens before a step: all of one task."""
+        return {self.task.name: (step + skips) * self.windows_per_batch * self.task.max_length}
+
+    def rope_theta(self, step: int, skips: int = 0) -> None:
+        """The model's own."""
+
+    def shapes(self) -> list[list[int]]:
+        """The lengths of every kind of batch that there is."""
+        return [[self.task.max_length] * self.windows_per_batch]
 
     def heldout(self) -> list[Packed]:
         """`heldout_tokens // max_length` examples, at least one, always the same."""

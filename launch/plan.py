@@ -25,6 +25,8 @@ def plan(overrides: list[str]) -> int:
     flight = preflight.clear(config, print, device=device)
     with preflight.refusals(config):
         print("\n".join(lines(flight, planned.nodes_planned(flight.device) if planned else _nodes(flight))))
+        if steps := config["data"].get("audit"):
+            print("\n".join(_audit(flight, steps)))
     return 0
 
 
@@ -70,6 +72,7 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         for group in micro.groups
         for spans in group.spans
     )
+    spans = _spans(flight, first)
     return [
         f"mesh        {flight.cluster.workers} workers on {flight.device}: data {flight.data} x sequence "
         f"{flight.sequence}; parameters sharded over all of them",
@@ -77,11 +80,33 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         f"budget      {train.total_steps:,} steps of {train.batch_tokens:,} tokens = {train.total_tokens:,}",
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
         *_flops(costs, [n for s in batch for n in pieces(s.starts)], config["engine"].get("recompute", "none")),
-        *_memory(flight, costs, held),
+        *_order(flight),
+        *_memory(flight, costs, -(-held // spans), spans),
         f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
-        *_traffic(flight, model, first, batch),
+        *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
         *first.text().splitlines(),
     ]
+
+
+def _order(flight: Flight) -> list[str]:
+    """What a step may consist of, and the shares of all steps."""
+    shapes = " | ".join(f"{len(lengths):,} x {lengths[0]:,}" for lengths in flight.batches.shapes())
+    drawn = flight.batches.drawn(flight.train.total_steps)
+    shares = [f"{name} {tokens / flight.train.total_tokens:.1%}" for name, tokens in drawn.items() if tokens]
+    return [f"sequences   {shapes} a step", *([f"            {', '.join(shares)}"] if len(shares) > 1 else [])]
+
+
+def _audit(flight: Flight, steps: int) -> list[str]:
+    """Raises ValueError for what the audit finds wrong."""
+    from data.audit import audit
+    from train import checkpoint
+
+    facts = checkpoint.manifest(flight.resume) if flight.resume else {"step": 0, "skips": 0}
+    try:
+        found = audit(flight.batches, flight.config["seed"], steps, facts["step"], facts["skips"])
+    except AssertionError as error:
+        raise ValueError(f"data.audit={steps}: {error}") from None
+    return [f"{'' if i else 'audit':<12}{line}" for i, line in enumerate(found)]
 
 
 def _model(flight: Flight) -> LM:
@@ -119,8 +144,17 @@ def _flops(costs: Account, documents: list[int], recompute: str) -> list[str]:
     ]
 
 
-def _memory(flight: Flight, costs: Account, held: int) -> list[str]:
-    """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward."""
+def _spans(flight: Flight, first: Plan) -> int:
+    """How many spans in time the longest micro-step takes."""
+    from parallel.schedule.time import count
+
+    most = flight.train.span_tokens
+    return 1 if most is None else max(count(micro, first.lengths, most) for micro in first.micro_steps)
+
+
+def _memory(flight: Flight, costs: Account, held: int, spans: int) -> list[str]:
+    """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward. held: tokens
+    of a span in time."""
     from train.precision import dtypes
 
     compute, master = dtypes(flight.config["precision"]["compute"], flight.device)
@@ -142,10 +176,17 @@ def _memory(flight: Flight, costs: Account, held: int) -> list[str]:
         f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] * (compute.itemsize + 8)
         + held * model["dim"] * compute.itemsize,  # and its gradient of the head's input
     }
+    if spans > 1 and flight.train.span_gradient == "exact":
+        parts[f"between {spans:,} spans in time"] = (spans - 1) * costs.state(held * flight.sequence)
+    step = "micro-step" if spans == 1 else "span in time"
     return [
-        f"memory      {_size(sum(parts.values()))} a rank at {held:,} tokens a micro-step, besides the runtime",
+        f"memory      {_size(sum(parts.values()))} a rank at {held:,} tokens a {step}, besides the runtime",
         *(f"            {_size(value):>10}  {name}" for name, value in parts.items()),
     ]
+
+
+def _traffic_in_time(flight: Flight) -> list[str]:
+    return [] if flight.cluster.workers == 1 else ["traffic     of spans in time is not foretold: a run counts it"]
 
 
 def _traffic(flight: Flight, model: LM, first: Plan, batch: Any) -> list[str]:

@@ -97,11 +97,12 @@ def clear(
             _objects(config, train, data, sequence)
             return Flight(config, train, cluster, device, data, sequence, shapes, None)
         batches = _batches(config, train, shapes["embedding"][0])
-        lengths = [len(s.tokens) for s in batches.batch(config["seed"], 0)]
-        _objects(config, train, data, sequence, lengths)
+        batches.batch(config["seed"], train.total_steps - 1)  # there is enough for all steps
+        _objects(config, train, data, sequence, batches.shapes())
         flight = Flight(config, train, cluster, device, data, sequence, shapes, batches)
         if precision.compute == "bf16" and device == "cpu":
             _warn_without_bf16(say)
+        lengths = min(batches.shapes(), key=len)
         if len(lengths) < data:
             say(
                 f"train.batch_tokens={train.batch_tokens}: a step has {len(lengths)} sequences of {lengths[0]:,} "
@@ -256,9 +257,9 @@ def _batches(config: dict[str, Any], train: TrainSettings, vocabulary: int) -> A
 
 
 def _objects(
-    config: dict[str, Any], train: TrainSettings, data: int, sequence: int, lengths: list[int] | None = None
+    config: dict[str, Any], train: TrainSettings, data: int, sequence: int, batches: list[list[int]] | None = None
 ) -> None:
-    """Builds what is cheap to build, so that its own checks speak now, and asks for one plan and one rate."""
+    """Builds what is cheap to build, so that its own checks speak now, asks for a rate, and for plans of `batches`."""
     import torch
 
     from train.construct import construct
@@ -266,7 +267,7 @@ def _objects(
     for key in ("engine", "tracking"):
         construct(config[key])
     scheduler = construct(config["scheduler"])
-    if lengths is not None:
+    for lengths in batches or ():
         plan = scheduler.plan(0, lengths, data=data, sequence=sequence)
         plan.check(data * sequence)
         shared = [sum(lengths[s] for s in group.sequences) for micro in plan.micro_steps for group in micro.groups]
@@ -275,8 +276,9 @@ def _objects(
                 f"parallel.sequence={sequence}: must be at most {max(shared)}, the tokens that such a group of ranks "
                 "has to share"
             )
-    else:
+    if batches is None:
         construct(config["data"])
+        construct(config["curriculum"])
     construct(config["schedule"]).multiplier(train.batch_tokens, train.total_tokens)
     try:
         construct(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
@@ -306,6 +308,7 @@ def _warn_without_bf16(say: Callable[[str], None]) -> None:
 
 def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
     """Finds, verifies and compares the checkpoint that the run continues from or takes its weights from."""
+    from data.batches import changed
     from train import checkpoint
 
     for key in ("resume", "init_from"):
@@ -327,7 +330,8 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
         facts = checkpoint.manifest(path)
         if key == "resume":
             if facts["data"] != flight.batches.fingerprint:
-                raise ValueError(f"resume={value}: was trained on another corpus, length or batch size than this one")
+                why = changed(facts.get("order"), flight.batches.order)
+                raise ValueError(f"resume={value}: was trained in another order: {why}")
             if facts["seed"] != flight.config["seed"]:
                 raise ValueError(f"seed={flight.config['seed']}: the run was started with seed={facts['seed']}")
             if facts["step"] >= flight.train.total_steps:

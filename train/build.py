@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from data.prefetch import Prefetched
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
@@ -74,7 +75,7 @@ def build(order: dict[str, Any]) -> Trainer:
         train.z_weight,
         _spans(config, train),
     )
-    batches = _batches(config, train)
+    batches = Prefetched(_batches(config, train))
     return Trainer(
         settings=train,
         seed=config["seed"],

@@ -12,6 +12,7 @@ from models.lm import LM
 from models.sequence import Memory, Whole
 from train import checkpoint
 from train.construct import construct
+from train.context import rebase
 
 
 class Decoder:
@@ -31,6 +32,7 @@ class Decoder:
             warnings.simplefilter("ignore")  # it warns that no process group is there; none is needed
             checkpoint.read({"model": weights}, path, alone=True)
         built.load_state_dict(weights)
+        rebase(built, checkpoint.manifest(path).get("rope_theta"))
         return cls(built)
 
     @torch.no_grad()

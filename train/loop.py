@@ -21,6 +21,7 @@ from parallel.data import norm
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
 from train import checkpoint, communication
+from train.context import rebase
 from train.evaluate import Heldout, heldout
 from train.execute import Executor, Tally
 from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
@@ -29,6 +30,8 @@ from train.patience import Patience
 from train.settings import TrainSettings
 from train.state import State
 from train.tracking import Tracker
+
+NOTED = 32  # plans: lengths that come in turns, as those of a decomposition do, have one each
 
 
 @dataclass(kw_only=True)
@@ -56,7 +59,7 @@ class Trainer:
     utilisation: Utilisation | None = None
     companions: Sequence[Path] = ()
     kept: dict[str, Any] = field(default_factory=dict)  # what a resumed run finds as it was
-    noted: tuple[MicroStep, ...] = ()
+    noted: tuple[tuple[MicroStep, ...], ...] = ()
 
     def fit(self) -> None:
         """Trains to the end of the budget, or to the end of the step in which a stop is asked for."""
@@ -98,6 +101,7 @@ class Trainer:
         with self.phases("data"):
             batch = self.batches.batch(self.seed, state.step, state.skips)
         with self.phases("plan"):
+            rebase(self.model, self.batches.rope_theta(state.step, state.skips))
             tokens = sum(lengths := [len(s.tokens) for s in batch])
             plan = self.plan(lengths)
             self._note(plan)
@@ -126,6 +130,8 @@ class Trainer:
             "expert_load": {name: _shares(counts) for name, counts in shared["choices"].items()},
         }
         record |= shared["communication"]
+        if len(drawn := self.batches.drawn(state.step, state.skips)) > 1:
+            record["drawn"] = drawn
         if shared["dropped"]:
             record["expert_dropped"] = shared["dropped"]
         if self.utilisation is not None:
@@ -154,6 +160,8 @@ class Trainer:
         """Writes a checkpoint of this step and returns its folder. Collective."""
         with self.phases("checkpoint"), self.patience.during("writing a checkpoint"):
             facts = {**self.state.facts(), **self.kept, "seed": self.seed, "data": self.batches.fingerprint}
+            facts |= {"order": self.batches.order}
+            facts["rope_theta"] = self.batches.rope_theta(max(self.state.step - 1, 0), self.state.skips)
             path = checkpoint.save(
                 self.run_dir / "checkpoints",
                 self.model,
@@ -166,10 +174,10 @@ class Trainer:
         return path
 
     def _note(self, plan: Plan) -> None:
-        """Keeps every plan that differs from the one before it, as `plans/step-N.txt`."""
-        if self.tracker is None or plan.micro_steps == self.noted:
+        """Keeps every plan that no recent step had, as `plans/step-N.txt`."""
+        if self.tracker is None or plan.micro_steps in self.noted:
             return
-        self.noted = plan.micro_steps
+        self.noted = (*self.noted[-NOTED:], plan.micro_steps)
         folder = self.run_dir / "plans"
         folder.mkdir(exist_ok=True)
         (folder / f"step-{plan.step}.txt").write_text(plan.text() + "\n")

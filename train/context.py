@@ -1,0 +1,19 @@
+"""Rotary positions that turn more slowly as sequences grow: the base that a curriculum has at a step."""
+
+from copy import copy
+
+from torch import nn
+
+from models.rope import RoPE
+
+
+def rebase(model: nn.Module, base: float | None) -> None:
+    """Gives all rotary positions of a model this base; None leaves them as they are (ABF: 2309.16039)."""
+    if base is None:
+        return
+    for module in model.modules():
+        positions = getattr(module, "positions", None)
+        if isinstance(positions, RoPE) and positions.base != base:
+            moved = copy(positions)  # one of them may serve several models
+            moved.base = base
+            vars(module)["positions"] = moved
