@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,7 +137,8 @@ class Merge:
     def close(self) -> None:
         """Lets go of the files as they are: the journal says where to go on."""
         for stream in self._streams():
-            stream.close()
+            with suppress(OSError):  # a full disk's, which has been told already
+                stream.close()
 
     def _streams(self) -> list[IO[bytes]]:
         own = [column.stream for column in (self.offsets, self.hashes, self.sources)]
@@ -150,10 +152,9 @@ class Merge:
 
 
 def _reopened(path: Path, size: int) -> IO[bytes]:
-    """A file of which the first `size` bytes are kept. Raises ValueError where it has fewer, and is not new."""
-    new = not path.exists()
-    stream = open(path, "w+b" if new else "r+b")
-    if stream.seek(0, os.SEEK_END) < size and not (new and size == _HEADER):
+    """A file of which the first `size` bytes are kept. Raises ValueError where it has fewer, but for a header."""
+    stream = open(path, "r+b" if path.exists() else "w+b")
+    if stream.seek(0, os.SEEK_END) < size and size != _HEADER:
         stream.close()
         raise ValueError(f"{path} is shorter than the journal says")
     stream.truncate(size)

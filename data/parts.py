@@ -7,6 +7,7 @@ matter who makes it, nor when; nothing but the batch at work is ever in memory.
 
 import errno
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ class Job:
 
     def __call__(self, number: int, part: Part) -> int:
         """Makes a part, unless it is finished, and returns its number. Raises ValueError for a bad document."""
-        if finished(self.folder, number, self.dtype) is not None:
+        if self.finished(number) is not None:
             return number
         place = self.folder / f"{number:06}"
         skipped: Counter[str] = Counter()
@@ -71,12 +72,29 @@ class Job:
                 largest = max(largest, self._largest(together))
                 if self.tokens is None:
                     stream.write(together.astype(self.dtype, copy=False).data)
-        np.save(place.with_suffix(".npy"), np.array(documents, dtype=DOCUMENTS))
+        table = io.BytesIO()  # np.save to a file loses the reason why it could not be written
+        np.save(table, np.array(documents, dtype=DOCUMENTS))
+        place.with_suffix(".npy").write_bytes(table.getvalue())
         facts = {"bytes": size, "largest": largest, "skipped": dict(skipped), "names": names}
         aside = place.with_suffix(".partial")
         aside.write_text(json.dumps(facts))
         aside.replace(place.with_suffix(".json"))
         return number
+
+    def finished(self, number: int) -> dict[str, Any] | None:
+        """What is told of a finished part, its `documents` among that; None for one that is not whole.
+
+        A machine that lost its power may have kept the name of a file and not its content.
+        """
+        place = self.folder / f"{number:06}"
+        try:
+            facts = json.loads(place.with_suffix(".json").read_text())
+            documents = np.load(place.with_suffix(".npy"))
+            written = place.with_suffix(".bin").stat().st_size
+        except (OSError, ValueError, EOFError):
+            return None
+        tokens = int(documents["length"].sum()) if self.tokens is None else 0
+        return {**facts, "documents": documents} if written == tokens * self.dtype.itemsize else None
 
     @property
     def dtype(self) -> np.dtype:
@@ -93,22 +111,6 @@ class Job:
         if low < 0 or size and high >= size:
             raise ValueError(f"data.tokenizer: the corpus has token {low if low < 0 else high}, out of its {size:,}")
         return high
-
-
-def finished(folder: Path, number: int, dtype: np.dtype) -> dict[str, Any] | None:
-    """What is told of a finished part, its `documents` among that; None for one that is not whole.
-
-    A machine that lost its power may have kept the name of a file and not its content.
-    """
-    place = folder / f"{number:06}"
-    try:
-        facts = json.loads(place.with_suffix(".json").read_text())
-        facts["documents"] = np.load(place.with_suffix(".npy"))
-        written = place.with_suffix(".bin").stat().st_size
-    except (OSError, ValueError, EOFError):
-        return None
-    whole = facts["documents"].dtype == DOCUMENTS
-    return facts if whole and written in (0, int(facts["documents"]["length"].sum()) * dtype.itemsize) else None
 
 
 def _batched(documents: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
@@ -152,8 +154,10 @@ class Processes:
             raise ValueError("data.workers: one was killed, for its memory perhaps; fewer need less") from None
         finally:
             if not clean:  # else it would wait for what is under way
-                for process in set(multiprocessing.active_children()) - before:
+                for process in (ours := set(multiprocessing.active_children()) - before):
                     process.terminate()
+                for process in ours:
+                    process.join()
             pool.shutdown(wait=clean, cancel_futures=True)
 
 

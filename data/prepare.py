@@ -20,7 +20,7 @@ from data.corpus import Corpus
 from data.files import Part
 from data.megatron import Megatron
 from data.merge import JOURNAL, Merge
-from data.parts import Job, Processes, Runner, finished, here
+from data.parts import Job, Processes, Runner, here
 from data.tokenizer import Given, Untrained, from_card
 
 VERSION = 2
@@ -65,7 +65,7 @@ def fill(
     tokenizer = _tokenizer(folder, corpus, parts, tokenizer)
     tokens = corpus.index.dtype if isinstance(corpus, Megatron) else None
     job = Job(corpus, tokenizer, folder / "parts", tokens)
-    merge = Merge(folder, job.folder, job.dtype, corpus.bin if isinstance(corpus, Megatron) else None)
+    merge = _merge(folder, job, corpus.bin if isinstance(corpus, Megatron) else None)
     try:
         total = sum(part.size for part in parts)
         if runner is None:
@@ -73,7 +73,7 @@ def fill(
         first = merge.facts["parts"]
         done = sum(part.size for part in parts[:first])
         for number in runner(job, ((i, parts[i]) for i in range(first, len(parts)))):
-            part = finished(job.folder, number, job.dtype)
+            part = job.finished(number)
             if part is None:
                 raise ValueError(f"data.store: {job.folder} lost a part that was finished; is it on all machines?")
             merge.append(number, part)
@@ -95,6 +95,15 @@ def fill(
     (folder / JOURNAL).unlink()
     (folder / "plan.json").unlink()
     _card(folder, corpus, source, tokenizer.size, merge, fingerprint)
+
+
+def _merge(folder: Path, job: Job, tokens: Path | None) -> Merge:
+    """What has been put together so far; from the first part again where the disk has lost some of that."""
+    try:
+        return Merge(folder, job.folder, job.dtype, tokens)
+    except (ValueError, KeyError):
+        (folder / JOURNAL).unlink()
+        return Merge(folder, job.folder, job.dtype, tokens)
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ class Jsonl(Records):
                 return f"{name} line {_before(file, begin) + number + 1}"
 
             try:
-                record = json.loads(line.decode())
+                record = json.loads(line.decode().rstrip("\r\n"))
             except UnicodeDecodeError:
                 self._bad("not UTF-8", "is not UTF-8", where, skipped)
                 continue
