@@ -234,6 +234,9 @@ def _report(flight: Flight, folder: Path, again: str, say: Callable[[str], None]
 
 
 def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Callable[[str], None]) -> None:
+    from data.baseline import ngram_losses
+    from data.tokenizer import Bytes
+
     if summary["heldout_loss"] is None:
         return
     if flight.batches.chance is not None:
@@ -242,10 +245,11 @@ def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Cal
             f"{summary['heldout_loss']:.3f} nats each"
         )
         return
+    if flight.batches.vocab_size != Bytes.size:
+        say(f"held-out loss, nats per token: {summary['heldout_loss']:.3f}{_per_byte(flight, summary)}")
+        return
     if summary["tokens"] > COUNTED_TOKENS:
         return
-    from data.baseline import ngram_losses
-
     steps = range(summary["step"])
     seen = (s for step in steps for s in flight.batches.batch(flight.config["seed"], step))
     unigram, bigram, order4 = ngram_losses(seen, flight.batches.heldout()).values()
@@ -253,3 +257,15 @@ def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Cal
         f"held-out loss, nats per byte: {summary['heldout_loss']:.3f}  (byte models fitted on the same "
         f"{summary['tokens']:,} tokens: unigram {unigram:.3f}, bigram {bigram:.3f}, order-4 {order4:.3f})",
     )
+
+
+def _per_byte(flight: Flight, summary: dict[str, Any]) -> str:
+    """What that is per byte of the held-out text, which other tokenizers can be compared by; "" of unknown text."""
+    from data.tokenizer import Given
+
+    tokenizer = flight.batches.tokenizer
+    if isinstance(tokenizer, Given):
+        return ""
+    targets = [s.targets[(s.targets >= 0) & (s.targets != tokenizer.DOCUMENT)] for s in flight.batches.heldout()]
+    tokens, size = sum(map(len, targets)), sum(len(tokenizer.decode(ids)) for ids in targets)
+    return f", per byte: {summary['heldout_loss'] * tokens / size:.3f}" if size else ""

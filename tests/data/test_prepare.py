@@ -1,4 +1,4 @@
-"""A store is the same bytes whoever makes it and however often it is interrupted; half of one is never taken for one."""
+"""A store is the same bytes whoever makes it and however often it is interrupted; half of one is never taken for it."""
 
 import hashlib
 import json
