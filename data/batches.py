@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data import decompose
 from data.curriculum import Curriculum
+from data.decompose import OVERLONG
 from data.documents import Documents
 from data.pack import Packed, read
 from data.permute import Permutation
@@ -44,8 +44,8 @@ class Sequencing:
             )
         if self.packing not in PACKINGS:
             raise ValueError(f"data.packing={self.packing}: must be one of {', '.join(PACKINGS)}")
-        if self.overlong not in decompose.OVERLONG:
-            raise ValueError(f"data.overlong={self.overlong}: must be one of {', '.join(decompose.OVERLONG)}")
+        if self.overlong not in OVERLONG:
+            raise ValueError(f"data.overlong={self.overlong}: must be one of {', '.join(OVERLONG)}")
         if self.packing == "decomposition":
             for key in ("max_length", "min_length"):
                 if (tokens := getattr(self, key)) & (tokens - 1):

@@ -1,4 +1,4 @@
-"""`Data`, what `conf/data/*.yaml` builds: one corpus, and how it becomes batches."""
+"""One corpus, as a run reads it."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ class Data:
     parquet, hf (Hugging Face datasets), megatron (tokens in Megatron-core's format, used in place) or store (a store
     that is made already). path: the file of a corpus, or its folder; of records also a pattern (`shards/*.jsonl`); of
     hf a folder or a dataset's name; of megatron the path without .bin; null for stdlib and store. field: the field, or
-    column, that holds a record's text. subset, split, streaming: of hf, which part of the dataset, and whether it is
-    read from the network as it goes. on_error: at a record that is no text, stop or skip, which leaves it out and
+    column, that holds a record's text. subset: of hf, of a dataset that has several. split: of hf, train,
+    test and so on. streaming: of hf, whether it is read from the network as it goes, and kept only as tokens. on_error: at a record that is no text, stop or skip, which leaves it out and
     counts it in the card. tokenizer: bytes; bpe, trained on the corpus; a tokenizer.json, or a folder with one; of
     megatron also ids, tokens of which nothing is known. vocabulary: how many tokens a bpe may have (8192 if null), or
     ids have (as many as are found). document: the token of a tokenizer.json that stands between documents; null for
