@@ -18,22 +18,22 @@ class Data:
     parquet, hf (Hugging Face datasets), megatron (tokens in Megatron-core's format, used in place) or store (a store
     that is made already). path: the file of a corpus, or its folder; of records also a pattern (`shards/*.jsonl`); of
     hf a folder or a dataset's name; of megatron the path without .bin; null for stdlib and store. field: the field, or
-    column, that holds a record's text. subset: of hf, of a dataset that has several. split: of hf, train,
-    test and so on. streaming: of hf, whether it is read from the network as it goes, and kept only as tokens. on_error: at a record that is no text, stop or skip, which leaves it out and
-    counts it in the card. tokenizer: bytes; bpe, trained on the corpus; a tokenizer.json, or a folder with one; of
-    megatron also ids, tokens of which nothing is known. vocabulary: how many tokens a bpe may have (8192 if null), or
-    ids have (as many as are found). document: the token of a tokenizer.json that stands between documents; null for
-    the first known one that it has, else a new one. store: the folder of the token store; null for one in the user's
-    cache, named by the corpus and its identity; of corpus store, also an address that fsspec understands. local: a
-    folder on each machine's own disk that the store is copied to, once; null to read it where it is. workers: processes
-    that tokenise; null for one a core. max_length: tokens in a sequence, at
-    most. packing: concat lays documents end to end and cuts; best_fit keeps whole what fits, and pads; decomposition
-    splits documents into powers of two (2405.13226). min_length: tokens of the shortest bucket of a decomposition.
-    overlong: where a decomposition cuts a document above twice max_length, random or longest pieces first.
-    document_mask: whether nothing looks across a document's start. heldout: the fraction of documents, in (0, 1), that
-    is never trained on. heldout_tokens: how many of their tokens an evaluation reads. audit: of `farspan plan`, over
-    how many steps it proves that no token is lost or seen twice; null for none. Raises ValueError, one line that opens
-    with the key, for a value out of range.
+    column, that holds a record's text. subset: of hf, of a dataset that has several. split: of hf, train, test and so
+    on. streaming: of hf, whether it is read from the network as it goes, and kept only as tokens. on_error: at a record
+    that is no text, stop or skip, which leaves it out and counts it in the card. tokenizer: bytes; bpe, trained on the
+    corpus; a tokenizer.json, or a folder with one; of megatron also ids, tokens of which nothing is known. vocabulary:
+    how many tokens a bpe may have (8192 if null), or ids have (as many as are found). document: the token of a
+    tokenizer.json that stands between documents; null for the first known one that it has, else a new one. store: the
+    folder of the token store; null for one in the user's cache, named by the corpus and its identity; of corpus store,
+    also an address that fsspec understands. local: a folder on each machine's own disk that the store is copied to,
+    once; null to read it where it is. workers: processes that tokenise; null for one a core. max_length: tokens in a
+    sequence, at most. packing: concat lays documents end to end and cuts; best_fit keeps whole what fits, and pads;
+    decomposition splits documents into powers of two (2405.13226). min_length: tokens of the shortest bucket of a
+    decomposition. overlong: where a decomposition cuts a document above twice max_length, random or longest pieces
+    first. document_mask: whether nothing looks across a document's start. heldout: the fraction of documents, in (0,
+    1), that is never trained on. heldout_tokens: how many of their tokens an evaluation reads. audit: of `farspan
+    plan`, over how many steps it proves that no token is lost or seen twice; null for none. Raises ValueError, one line
+    that opens with the key, for a value out of range.
     """
 
     def __init__(
