@@ -78,7 +78,8 @@ def hand_over(
     name = name or time.strftime("%Y%m%d-%H%M%S")
     config["run"] = {"name": name, "dir": config["run"]["dir"] or str(preflight.RUNS / name)}
     config["cluster"]["address"] = address
-    for key in _PATHS:
+    sources = [f"data.sources.{name}.{key}" for name in config["data"].get("sources", ()) for key in _PATHS[:3]]
+    for key in (*_PATHS, *sources):
         _make_absolute(config, key.split("."))
     folder = Path(config["run"]["dir"])
     if config["resume"] is None and (folder / "config.yaml").exists():
