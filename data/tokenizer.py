@@ -248,7 +248,7 @@ TOKENIZERS: dict[str, type] = {Bytes.name: Bytes, Json.name: Json, Given.name: G
 
 
 def from_file(path: str | Path, document: str | None = None) -> Json:
-    """The tokenizer of a tokenizer.json, or of a folder that holds one. Raises ValueError, without a key."""
+    """The tokenizer of a tokenizer.json, or of a folder that holds one, as a store does. Raises ValueError."""
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
@@ -257,6 +257,12 @@ def from_file(path: str | Path, document: str | None = None) -> Json:
         raise ValueError("must be bytes, bpe, or a tokenizer.json: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot be read ({error})") from None
+    try:
+        card = json.loads(text)
+        if card["name"] == Json.name:
+            return Json(card["json"], document=document or card["document"])
+    except (ValueError, KeyError, TypeError):
+        pass  # no store's
     return Json(text, document=document)
 
 

@@ -41,15 +41,16 @@ def prepare(overrides: list[str]) -> int:
         data.check()
         try:
             with _runner(config) as runner, watching(console) as watch:
-                folder = data.prepare(runner=runner, watch=watch)
+                found = data.prepare(runner, watch)
         except KeyboardInterrupt:
             console.print("interrupted: the same command goes on from here", markup=False)
             return 1
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
-            raise ValueError(f"data.store={data.storing.store}: cannot be written to ({error})") from None
-    print("\n".join(lines(folder)))
+            raise ValueError(f"data.store: {error.filename} cannot be written to ({error.strerror})") from None
+    folders = found if isinstance(found, list) else [found]  # of a mixture, one for each source
+    print("\n\n".join("\n".join(lines(folder)) for folder in folders))
     return 0
 
 

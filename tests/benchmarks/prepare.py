@@ -3,8 +3,8 @@
     python -m tests.benchmarks.prepare [megabytes=64] [workers=1] [repeats=1] [folder=…]
 
 Both read JSON lines that hold documents of log-normal lengths. `datasets` has them converted to its own table before
-the clock starts; `prepare` parses them, hashes documents and writes a complete store with its card. Tokens per second of
-CPU time, of all processes of each together, which other processes on the machine disturb least; and the most memory
+the clock starts; `prepare` parses them, hashes documents and writes a complete store with its card. Tokens per second
+of CPU time, of all processes of each together, which other processes on the machine disturb least; and the most memory
 that they had together, sampled: anonymous (cannot be dropped) and proportional (with its share of mapped files).
 """
 

@@ -81,6 +81,14 @@ def test_no_special_token_is_added_and_nothing_cut_or_padded(tmp_path: Path) -> 
     assert (tokenizer.DOCUMENT, tokenizer.size) == (4, 5)
 
 
+def test_the_tokenizer_of_a_store_or_a_run_is_one(trained: Json, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(trained.card()))
+    assert from_file(tmp_path).card() == trained.card() and from_file(tmp_path).identity == trained.identity
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**trained.card(), "json": "{}"}))
+    with pytest.raises(ValueError):
+        from_file(tmp_path)
+
+
 def test_the_token_between_documents_is_found_named_or_new() -> None:
     assert Json(words()).DOCUMENT == 4 and Json(words()).size == 5  # behind its own four
     assert Json(words(CLOSING[3], CLOSING[0])).DOCUMENT == 5

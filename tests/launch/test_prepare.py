@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from data.store import Store
 from launch import prepare
 from launch.cli import main
 from tests.data.test_prepare import content
-from tests.launch.test_cli import FARSPAN
 
 pytestmark = pytest.mark.e2e
 SMALL = [
@@ -85,11 +85,22 @@ def test_a_vocabulary_is_refused_before_a_corpus_is_read(tmp_path, capfd, monkey
     assert not (tmp_path / "store").exists() and not (tmp_path / ".store.partial").exists()
 
 
+SMALL_PARTS = """
+import sys
+from data import merge, prepare, records
+from launch.cli import main
+if __name__ == "__main__":
+    records.PART_BYTES, prepare.SMALL_BYTES, merge.JOURNAL_S = 100_000, 0, 0.0
+    sys.exit(main())
+"""
+
+
 def test_interrupted_in_the_terminal_it_goes_on(tmp_path):
-    corpus(tmp_path / "x.jsonl", documents=4000, words=3000)
+    corpus(tmp_path / "x.jsonl", documents=4000)
+    farspan = [sys.executable, "-c", SMALL_PARTS]
     made = ["prepare", "data=jsonl", "data.path=x.jsonl", "data.field=body", "data.workers=2"]
     made += ["data.tokenizer=bpe", "data.vocabulary=300"]
-    first = subprocess.Popen([*FARSPAN, *made, "data.store=a"], cwd=tmp_path, text=True, stderr=subprocess.PIPE)
+    first = subprocess.Popen([*farspan, *made, "data.store=a"], cwd=tmp_path, text=True, stderr=subprocess.PIPE)
     assert first.stderr is not None
     line = first.stderr.readline()
     assert line.startswith("part "), line
@@ -97,11 +108,11 @@ def test_interrupted_in_the_terminal_it_goes_on(tmp_path):
     rest = first.communicate(timeout=30)[1]
     assert first.returncode == 1 and rest.splitlines()[-1] == "interrupted: the same command goes on from here"
     assert "Traceback" not in rest and not (tmp_path / "a").exists()
-    done = subprocess.run([*FARSPAN, *made, "data.store=a"], cwd=tmp_path, text=True, capture_output=True, timeout=200)
+    done = subprocess.run([*farspan, *made, "data.store=a"], cwd=tmp_path, text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert not done.stderr.startswith("part 1 ")
     made[4] = "data.workers=1"
-    subprocess.run([*FARSPAN, *made, "data.store=b"], cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    subprocess.run([*farspan, *made, "data.store=b"], cwd=tmp_path, check=True, capture_output=True, timeout=200)
     assert content(Store(tmp_path / "a")) == content(Store(tmp_path / "b"))
 
 
