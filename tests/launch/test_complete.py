@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.config import conf
 from launch.config.complete import SCRIPTS, candidates
 from launch.verbs import VERBS
 
@@ -165,7 +166,7 @@ def path(tmp_path_factory):
 # A line and what bash, which cuts words at = : and @, is to put behind the last cut.
 REPLIES = {
     "farspan tra": ["train"],
-    "farspan train data=": ["copy", "induction", "mqar", "needle", "stdlib", "text"],
+    "farspan train data=": conf.groups()["data"],
     "farspan train data=t": ["text"],
     "farspan train parallel.transport.rec": ["parallel.transport.recurrence="],
     "farspan train mixer@model.blocks.gla.mixer=ga": ["gated_deltanet"],
