@@ -27,7 +27,7 @@ SMALL = [
     "data.heldout=0.2",
     "data.heldout_tokens=128",
     "train.batch_tokens=128",
-    "train.tokens=512",
+    "train.tokens=256",
     "train.evaluate_every=null",
     "train.checkpoint_every=null",
 ]
@@ -162,6 +162,11 @@ def test_over_ray_the_bytes_are_the_same(tmp_path, monkeypatch):
             build(Jsonl(path=str(path), field="body"), Bytes(), tmp_path / "there", runner=runner)
         path.write_text(good)
         store = build(Jsonl(path=str(path), field="body"), Bytes(), tmp_path / "there", runner=runner)
+        made = ["prepare", "data=jsonl", f"data.path={path}", "data.field=body", f"data.store={tmp_path / 'joined'}"]
+        made += ["cluster=ray", f"cluster.address={ray.get_runtime_context().gcs_address}"]
+        done = subprocess.run([sys.executable, "-c", SMALL_PARTS, *made], text=True, capture_output=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert content(Store(tmp_path / "joined")) == content(store)
     finally:
         ray.shutdown()
     there, here = content(store), content(whole)
