@@ -89,17 +89,17 @@ class Batches:
         curriculum = curriculum or Curriculum()
         longest = sequencing.max_length
         stages = curriculum.context or ((0, longest, None),)
+        self.sources, self.sequencing, self.tokenizer = tuple(sources), sequencing, tokenizer
+        self.vocab_size = tokenizer.size
+        self.batch_tokens = batch_tokens
+        self.windows_per_batch = batch_tokens // longest
+        self._check_curriculum(curriculum)
         for length in (longest, *(stage[1] for stage in stages)):
             if batch_tokens < length or batch_tokens % length:
                 raise ValueError(
                     f"train.batch_tokens={batch_tokens}: expected a multiple of data.max_length={length}; "
                     f"nearest {max(round(batch_tokens / length), 1) * length}"
                 )
-        self.sources, self.sequencing, self.tokenizer = tuple(sources), sequencing, tokenizer
-        self.vocab_size = tokenizer.size
-        self.batch_tokens = batch_tokens
-        self.windows_per_batch = batch_tokens // longest
-        self._check_curriculum(curriculum)
         self.heldout_documents = [self._held_out(source) for source in self.sources]
         self.stages = [
             (

@@ -5,13 +5,14 @@ written. Its name is a hash of the store's content and of everything that decide
 it is written aside, synced and renamed, so it is complete or absent; and whoever builds it builds the same bytes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,8 +117,19 @@ def _places(folder: Path) -> Iterator[Path]:
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "farspan" / "index"
 
 
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One builder at a time, where the file system has locks."""
+    with open(lock, "w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _build(place: Path, name: str, write: Callable[[Writer], None]) -> Index:
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=place) as aside:
+    with _alone(place / f".{name}.lock"), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=place) as aside:
+        with suppress(OSError, ValueError, KeyError):
+            return Index(place / name)  # built by another process while this one waited
         new = Path(aside, "new")
         new.mkdir()
         writer = Writer(new)
@@ -125,7 +137,7 @@ def _build(place: Path, name: str, write: Callable[[Writer], None]) -> Index:
         writer.close()
         try:
             new.rename(place / name)
-        except OSError:  # a rival's, whose bytes are the same, or a damaged one
+        except OSError:  # a rival's where locks fail, whose bytes are the same, or a damaged one
             with suppress(OSError, ValueError, KeyError):
                 return Index(place / name)
             shutil.rmtree(place / name, ignore_errors=True)
