@@ -5,6 +5,7 @@ the same order on every rank, since all ranks run the same layers; the policy `s
 nothing twice.
 """
 
+import ctypes
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,9 @@ RECOMPUTE = ("none", "full", "selective")
 DEAR = {"mm", "addmm", "_grouped_mm"}
 ATTENTION = "_scaled_dot_product_"
 
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+LARGE = 4 << 20  # bytes
+
 
 def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> None:
     """Wraps every layer: "full" keeps its input alone, "selective" also what is dear; "none" wraps nothing.
@@ -35,6 +39,8 @@ def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> Non
     """
     if policy not in RECOMPUTE:
         raise ValueError(f"engine.recompute={policy}: must be one of {', '.join(RECOMPUTE)}")
+    if policy != "none" and device == "cpu":
+        give_back(layers)
     chosen: dict[str, Any] = {}
     if policy == "selective":
         asked = partial(create_selective_checkpoint_contexts, keep)
@@ -42,6 +48,26 @@ def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> Non
     for name, layer in layers.items():
         if policy != "none":
             layers[name] = checkpoint_wrapper(layer, **chosen)
+
+
+def give_back(layers: nn.ModuleDict) -> None:
+    """Has glibc return to the system what this process frees: large tensors at once, the rest after each layer.
+
+    Else the heap keeps the holes between what lives, and the process stays more than twice as large as what it holds.
+    Fresh pages cost some time. Nothing happens with another C library.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        limit, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        return
+    limit(M_MMAP_THRESHOLD, LARGE)
+    for layer in layers.values():
+        layer.register_forward_hook(partial(_after, trim))
+
+
+def _after(trim: Any, *_: Any) -> None:
+    trim(0)
 
 
 def taped() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
