@@ -294,6 +294,18 @@ def test_init_from_takes_weights_and_starts_at_step_one(place, uninterrupted):
     assert first["step"] == 1 and first["loss"] < records(uninterrupted[0])[0]["loss"] - 1
 
 
+def test_a_plan_of_spans_in_time_holds_one_span_and_what_lies_between(place, capsys):
+    told = {}
+    for name, spans in (("whole", []), ("spans", ["train.span_tokens=8"])):
+        assert main(["plan", *overrides(place), *spans]) == 0
+        told[name] = capsys.readouterr().out
+    assert "a span in time" in told["spans"] and "spans in time\n" in told["spans"]
+    activations = {name: next(x for x in out.splitlines() if "activations" in x).split() for name, out in told.items()}
+    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+    whole, spans = (float(number) * scale[unit] for number, unit, *_ in activations.values())
+    assert spans < whole / 2
+
+
 def test_plan_and_doctor_and_help(place, capsys):
     assert (
         main(["plan", *overrides(place), "scheduler.tokens_per_rank=50", "cluster.workers=4", "parallel.data=2"]) == 0
