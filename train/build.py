@@ -63,7 +63,7 @@ def build(order: dict[str, Any]) -> Trainer:
     model.loss_chunk = train.loss_chunk
     data, sequence = parallel.sizes(dist.get_world_size())
     recurrence, attention = parallel.transport.build()
-    kept = communication.settle(recurrence, asks, groups, sequence, device, facts, say)
+    kept = communication.settle(recurrence, asks, groups, sequence, _most_spans(config, train), device, facts, say)
     executor = Executor(
         model,
         groups,
@@ -128,6 +128,11 @@ def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:
         return asked(model, device=device)
     except NotImplementedError:
         return ()
+
+
+def _most_spans(config: dict[str, Any], train: TrainSettings) -> int:
+    """That a rank has of a sequence: two in zigzag."""
+    return 1 if train.span_tokens is not None or config["scheduler"].get("layout") == "contiguous" else 2
 
 
 def _batches(config: dict[str, Any], train: TrainSettings) -> Any:

@@ -48,13 +48,14 @@ def settle(
     asks: Sequence[Ask],
     groups: Groups,
     sequence: int,
+    spans: int,
     device: torch.device,
     saved: dict[str, Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Gives `auto` its wire: what the checkpoint `saved` keeps of as many ranks, or measured now. Collective.
 
-    Says what is chosen for each kind among `asks`. Returns what the next checkpoints keep.
+    Says what is chosen for each kind among `asks`, with so many spans a rank. Returns what the next checkpoints keep.
     """
     if not isinstance(recurrence, Auto) or sequence == 1:
         return {}
@@ -66,21 +67,22 @@ def settle(
         groups.open(everyone)
         own = groups.comm(everyone[groups.rank // sequence])
         recurrence.wire = measure(own, groups.world_comm, device)
-    say(_chosen(recurrence, asks, sequence) + (", as before" if again else ""))
+    say(_chosen(recurrence, asks, sequence, spans) + (", as before" if again else ""))
     return {"wire": {"ranks": sequence, **recurrence.wire._asdict()}}
 
 
-def _chosen(auto: Auto, asks: Sequence[Ask], sequence: int) -> str:
+def _chosen(auto: Auto, asks: Sequence[Ask], sequence: int, spans: int) -> str:
     """The line that says what is chosen, and from what."""
     kinds: dict[str, list[str]] = {}
     for ask in asks:
         if isinstance(ask, State):
-            name = auto.choice(sequence, ask.decay * ask.itemsize, ask.state * ask.itemsize, ask.extent)
+            decay, state = (size * ask.itemsize for size in (ask.decay, ask.state))
+            name = auto.choice(sequence, decay, state, ask.extent, spans)
             several = kinds.setdefault(ask.kind, [])
             several += [] if name in several else [name]
     latency, bandwidth = auto.wire
     chosen = ", ".join(f"{kind} by {' and '.join(names)}" for kind, names in kinds.items()) or "no recurrence"
     return (
-        f"parallel.transport.recurrence=auto: {chosen} ({sequence} ranks, {latency * 1e3:.3g} ms a message, "
-        f"{bandwidth / 1e6:.3g} MB/s)"
+        f"parallel.transport.recurrence=auto: {chosen} ({sequence} ranks, {spans} spans each, "
+        f"{latency * 1e3:.3g} ms a message, {bandwidth / 1e6:.3g} MB/s)"
     )

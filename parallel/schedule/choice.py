@@ -1,11 +1,12 @@
 """`parallel.transport.recurrence=auto`: which transport of effects is fastest, from what a message costs.
 
-The time that the last rank waits for its state, and the first for its gradient, with P ranks, L seconds a message, B
-bytes a second, A and S bytes of a span's decay and state:
+The time that the last span waits for its state, and the first for its gradient, with P ranks, L seconds a message, B
+bytes a second, A and S bytes of a span's decay and state, and n spans a rank, so that h = n·(P-1) of them are entered
+from another rank (two in zigzag, where the last rank's follow each other):
 
-    gather    L + (P-1)·(A + S) / B  forward,  L + (P-1)·S / B  backward
-    relay     (P-1)·(L + S/B)        each way
-    allscan   (P-1 + b-1)·(L + S/(b·B))  each way, in b blocks (2507.01004, section 4)
+    gather    L + h·(A + S) / B  forward,  L + h·S / B  backward
+    relay     h·(L + S/B)        each way
+    allscan   (h + b-1)·(L + S/(b·B))  each way, in b blocks (2507.01004, section 4)
 """
 
 from typing import NamedTuple
@@ -18,10 +19,10 @@ class Wire(NamedTuple):
     bandwidth: float
 
 
-def seconds(ranks: int, decay: int, state: int, wire: Wire, blocks: int) -> dict[str, float]:
+def seconds(ranks: int, decay: int, state: int, wire: Wire, blocks: int, spans: int = 1) -> dict[str, float]:
     """By transport, forward and backward together, of a layer whose effect has `decay` and `state` bytes."""
     latency, bandwidth = wire
-    hops = ranks - 1
+    hops = spans * (ranks - 1)
     return {
         "gather": 2 * latency + hops * (decay + 2 * state) / bandwidth,
         "relay": 2 * hops * (latency + state / bandwidth),
@@ -29,7 +30,7 @@ def seconds(ranks: int, decay: int, state: int, wire: Wire, blocks: int) -> dict
     }
 
 
-def choose(ranks: int, decay: int, state: int, wire: Wire, blocks: int) -> str:
+def choose(ranks: int, decay: int, state: int, wire: Wire, blocks: int, spans: int = 1) -> str:
     """The fastest, the simplest of equals."""
-    found = seconds(ranks, decay, state, wire, blocks)
+    found = seconds(ranks, decay, state, wire, blocks, spans)
     return min(found, key=found.__getitem__)

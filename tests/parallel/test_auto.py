@@ -45,13 +45,20 @@ def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
     (record, plan, starts, wire), again = results[0], results[1]
     assert again[3] == wire
     said = (tmp_path / "run" / "log.txt").read_text()
-    assert f"{AUTO}: Diagonal by " in said and "Dense by relay" in said and said.count("auto") == 1
+    assert (
+        f"{AUTO}: Diagonal by " in said and ", Dense by " in said and "2 spans each" in said and said.count("auto") == 1
+    )
 
     with torch.device("meta"):
         model = construct(job["config"]["model"])
     asks = asked(model)
     auto = Auto(wire=wire)
-    names = {auto.choice(2, a.decay * a.itemsize, a.state * a.itemsize, a.extent) for a in asks if isinstance(a, State)}
+    (spans,) = {len(held) for micro in plan.micro_steps for group in micro.groups for held in group.spans}
+    names = {
+        auto.choice(2, a.decay * a.itemsize, a.state * a.itemsize, a.extent, spans)
+        for a in asks
+        if isinstance(a, State)
+    }
     found = of_plan(plan, starts, asks, How(*names))
     for traffic in found.values():
         reshard = job["config"]["engine"]["reshard_after_forward"]

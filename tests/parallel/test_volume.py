@@ -230,6 +230,8 @@ def test_the_fastest_is_chosen_from_latency_bandwidth_ranks_and_kind():
     far, near = Wire(1e-3, 1e9), Wire(1e-6, 1e9)
     found = seconds(4, 100, 1000, Wire(0.5, 1000.0), 4)
     assert found == pytest.approx({"gather": 1 + 6.3, "relay": 9.0, "allscan": 9.0})
+    found = seconds(4, 100, 1000, Wire(0.5, 1000.0), 4, spans=2)
+    assert found == pytest.approx({"gather": 1 + 12.6, "relay": 18.0, "allscan": 13.5})
     assert choose(8, 1 << 10, 1 << 16, far, 4) == "gather"  # latencies cost most, and it has two
     assert choose(64, 1 << 10, 1 << 20, near, 8) == "allscan"  # bytes do, and the hops of its blocks overlap
     assert choose(3, 1 << 20, 1 << 16, far, 4) == "relay"  # a dense A stays where it is; blocks would cost latencies

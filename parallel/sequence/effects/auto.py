@@ -28,9 +28,9 @@ class Auto:
         self.blocks, self.wire = blocks, wire
         self._ways: dict[str, Transport] = {"gather": GatherEffects(), "relay": Relay(), "allscan": AllScan(blocks)}
 
-    def choice(self, ranks: int, decay: int, state: int, extent: int) -> str:
-        """For an effect of `decay` and `state` bytes a span, that can be cut into `extent` blocks."""
-        return choose(ranks, decay, state, self.wire, min(self.blocks, extent))
+    def choice(self, ranks: int, decay: int, state: int, extent: int, spans: int = 1) -> str:
+        """For effects of `decay` and `state` bytes, that can be cut into `extent` blocks, of so many spans a rank."""
+        return choose(ranks, decay, state, self.wire, min(self.blocks, extent), spans)
 
     def states(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
         return self._way(chain, recurrence, effect).states(chain, recurrence, effect)
@@ -42,7 +42,8 @@ class Auto:
 
     def _way(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> Transport:
         decay, state = effect.A[0].nbytes, effect.U[0].nbytes
-        return self._ways[self.choice(chain.comm.size, decay, state, effect.U.shape[recurrence.block_axis])]
+        extent = effect.U.shape[recurrence.block_axis]
+        return self._ways[self.choice(chain.comm.size, decay, state, extent, chain.rows)]
 
 
 def measure(comm: Comm, world: Comm, device: torch.device) -> Wire:
