@@ -45,8 +45,12 @@ def run_matrix(run, chosen: list[Cell], worlds: int = 1, timeout: float = 240) -
 
     by_ranks = [[cell for cell in chosen if cell.ranks == ranks] for ranks in reversed(RANKS)]
     parts = [cells[at : at + WORLD] for cells in by_ranks for at in range(0, len(cells), WORLD)]
+    results: list[list[Worst]] = []
     with ThreadPoolExecutor(worlds) as pool:
-        measured = dict(zip(chain(*parts), chain(*pool.map(found, parts)), strict=True))
+        for part, result in zip(parts, pool.map(found, parts), strict=True):
+            results.append(result)
+            print(f"{sum(map(len, results)):,} of {len(chosen):,} cells, the last on {part[0].ranks} ranks", flush=True)
+    measured = dict(zip(chain(*parts), chain(*results), strict=True))
     return {cell: measured[cell] for cell in chosen}
 
 
