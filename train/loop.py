@@ -96,7 +96,7 @@ class Trainer:
 
     def step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step. Returns its record, the same on every rank, and whether a stop was asked for."""
-        began, state = time.perf_counter(), self.state
+        began, cpu, state = time.perf_counter(), time.process_time(), self.state
         LEDGER.take()  # an evaluation before this step is not the step's
         with self.phases("data"):
             batch = self.batches.batch(self.seed, state.step, state.skips)
@@ -110,7 +110,7 @@ class Trainer:
             rate, gradient_norm = self._update(tokens)
         state.step += 1
         state.tokens += tokens
-        shared = self._share(tally)
+        shared = self._share(tally, time.process_time() - cpu)
         for name, counts in shared["choices"].items():
             mixtures(self.model)[name].router.settle(counts)
         seconds = time.perf_counter() - began
@@ -126,6 +126,7 @@ class Trainer:
             "lr": rate,
             "grad_norm": gradient_norm,
             "tokens_per_second": tokens / seconds,
+            "cpu_seconds": shared["cpu"],
             "memory_bytes": shared["memory"],
             "expert_load": {name: _shares(counts) for name, counts in shared["choices"].items()},
         }
@@ -187,14 +188,17 @@ class Trainer:
         before = self.state.tokens - self.settings.batch_tokens
         return every is not None and self.state.tokens // every > before // every
 
-    def _share(self, tally: Tally) -> dict[str, Any]:
-        """What the ranks tell each other at the end of a step, in one all-gather: sums, the stop flag, memory."""
+    def _share(self, tally: Tally, cpu: float) -> dict[str, Any]:
+        """What the ranks tell each other at the end of a step, in one all-gather: sums, the stop flag, memory.
+
+        cpu: seconds of processor time that this one took.
+        """
         layers, limited = sorted(tally.load), sorted(tally.dropped)
         loads = [tally.load[name].double() for name in layers]
         sums = [tally.cross_entropy, tally.balance, tally.z, *(tally.dropped[name] for name in limited)]
         stop = float((self.run_dir / "stop").exists()) if self.groups.rank == 0 else 0.0
         memory = float(peak_memory_bytes(str(self.executor.device)))
-        own = torch.tensor([stop, memory], dtype=torch.float64, device=self.executor.device)
+        own = torch.tensor([stop, memory, cpu], dtype=torch.float64, device=self.executor.device)
         received = torch.tensor(communication.taken(), dtype=torch.float64, device=self.executor.device)
         row = torch.cat([own, *(x.double().view(1) for x in sums), *loads, received])
         rows = self.groups.world_comm.all_gather(row, purpose="metrics")
@@ -202,13 +206,15 @@ class Trainer:
         first = len(own) + len(sums)
         *counts, received = total[first:].split([*(len(load) for load in loads), communication.COLUMNS])
         choices = dict(zip(layers, counts, strict=True))
-        dropped = dict(zip(limited, total[len(own) + 3 : first].tolist(), strict=True))
+        cross_entropy, balance, z, *left_out = total[len(own) : first].tolist()
+        dropped = dict(zip(limited, left_out, strict=True))
         return {
             "stop": bool(total[0] > 0),
             "memory": int(rows[:, 1].max()),
-            "cross_entropy": total[2].item(),
-            "balance": total[3].item(),
-            "z": total[4].item(),
+            "cpu": total[2].item(),
+            "cross_entropy": cross_entropy,
+            "balance": balance,
+            "z": z,
             "choices": choices,
             "communication": communication.record(received.tolist()),
             "dropped": {name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
