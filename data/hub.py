@@ -13,8 +13,8 @@ from data.records import ROWS, Records
 class HuggingFace(Records):
     """One document a row.
 
-    A dataset on disk is read in ranges of rows, a streamed one in the shards that it comes in. Nothing of it is
-    unpickled, and no code that a dataset brings is run: `datasets` from version 4 on has neither.
+    A dataset on disk is read in ranges of rows, a streamed one in the shards that it comes in. No code that a dataset
+    brings is run: `datasets` has not done that since version 4, and an earlier one is refused.
     """
 
     name = "hf"
@@ -104,6 +104,8 @@ class HuggingFace(Records):
             import datasets
         except ImportError:
             raise ValueError("data.corpus=hf: needs datasets, which is not installed: pip install datasets") from None
+        if int(datasets.__version__.split(".")[0]) < 4:
+            raise ValueError(f"data.corpus=hf: needs datasets 4 or later, not {datasets.__version__}")
         folder = Path(str(self.path)).expanduser()
         saved = [name for name in ("state.json", "dataset_dict.json") if (folder / name).exists()]
         try:

@@ -91,10 +91,10 @@ def fill(
     if isinstance(tokenizer, Given):
         tokenizer = tokenizer.fitted(merge.facts["largest"])
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer.card()) + "\n")
+    _card(folder, corpus, source, tokenizer.size, merge, fingerprint)
     shutil.rmtree(job.folder)
     (folder / JOURNAL).unlink()
-    (folder / "plan.json").unlink()
-    _card(folder, corpus, source, tokenizer.size, merge, fingerprint)
+    (folder / "plan.json").unlink()  # nothing is left to go on with
 
 
 def _merge(folder: Path, job: Job, tokens: Path | None) -> Merge:

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from inspect import signature
 from multiprocessing import current_process
 from pathlib import Path
@@ -66,7 +67,7 @@ class Storing:
 
     def check(self) -> None:
         """Raises ValueError, one line, if the corpus cannot be read or the store not written. Cheap."""
-        source = self.source()
+        source = self.source
         source.check()
         if isinstance(source, Prepared):
             if self.store is None:
@@ -95,7 +96,7 @@ class Storing:
         runner: who tokenises; null for processes of this machine. watch: is told how far it is.
         """
         self.check()
-        source = self.source()
+        source = self.source
         if isinstance(source, Prepared):
             store = str(self.store)
         else:
@@ -105,6 +106,7 @@ class Storing:
             store = str(build(source, tokenizer, folder, workers=workers, runner=runner, watch=watch).folder)
         return fetch(store, self.local) if self.local is not None else Path(store).expanduser()
 
+    @cached_property
     def source(self) -> Any:
         """The corpus (`data.corpus.Corpus`), not yet checked."""
         found = CORPORA[self.corpus]
@@ -113,7 +115,7 @@ class Storing:
 
     def vocabulary_size(self) -> int | None:
         """How many tokens there may be, where that is known before any are made."""
-        source = self.source()
+        source = self.source
         return None if isinstance(source, Prepared) else self._tokenizer(source).size or None
 
     def _tokenizer(self, source: Any) -> Any:

@@ -81,6 +81,8 @@ def clear(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the flight has no batches.
     """
+    from launch import prepare
+
     with refusals(config):
         if config["seed"] < 0:
             raise ValueError(f"seed={config['seed']}: must not be negative")
@@ -96,7 +98,7 @@ def clear(
         if not data_here:
             _objects(config, train, data, sequence)
             return Flight(config, train, cluster, device, data, sequence, shapes, None)
-        batches = _batches(config, train, shapes["embedding"][0])
+        batches = prepare.batches(config, train.batch_tokens, shapes["embedding"][0], say)
         batches.batch(config["seed"], train.total_steps - 1)  # there is enough for all steps
         _objects(config, train, data, sequence, batches.shapes())
         flight = Flight(config, train, cluster, device, data, sequence, shapes, batches)
@@ -237,23 +239,6 @@ def _device(cluster: ClusterSettings) -> str:
         has = f"{count} CUDA devices for {cluster.workers} workers" if count else "no CUDA device"
         raise ValueError(f"cluster.device=cuda: this machine has {has}; accepts auto or cpu")
     return "cuda" if cluster.device == "cuda" or cluster.device == "auto" and count >= cluster.workers else "cpu"
-
-
-def _batches(config: dict[str, Any], train: TrainSettings, vocabulary: int) -> Any:
-    """Raises ValueError for a vocabulary that is too small, before a corpus is read where that can be known."""
-    from train.construct import construct
-
-    def fits(tokens: int | None) -> None:
-        if tokens is not None and vocabulary < tokens:
-            raise ValueError(f"model.vocabulary={vocabulary}: the tokenizer has {tokens} tokens; must be at least that")
-
-    data = construct(config["data"])
-    data.check()
-    if hasattr(data, "vocabulary_size"):
-        fits(data.vocabulary_size())
-    batches = data.open(train.batch_tokens, construct(config["curriculum"]))
-    fits(batches.vocab_size)
-    return batches
 
 
 def _objects(

@@ -6,7 +6,8 @@ import errno
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from data.prepare import Progress, Watch
 
 _AHEAD = 2  # parts under way for each core of a cluster
+_TOLD_S = 10.0  # seconds between two lines about a corpus that a run waits for
 _SHOWN_PARTS = 100  # of a preparation whose progress goes to no terminal, a line about every so many-th
 
 
@@ -52,6 +54,40 @@ def prepare(overrides: list[str]) -> int:
     folders = found if isinstance(found, list) else [found]  # of a mixture, one for each source
     print("\n\n".join("\n".join(lines(folder)) for folder in folders))
     return 0
+
+
+def batches(config: dict[str, Any], batch_tokens: int, vocabulary: int, say: Callable[[str], None]) -> Any:
+    """The batches of a run, its corpus made into a store here where it is none yet.
+
+    Raises ValueError for a model's `vocabulary` that is too small, before a corpus is read where that can be known.
+    """
+    from train.construct import construct
+
+    def fits(tokens: int | None) -> None:
+        if tokens is not None and vocabulary < tokens:
+            raise ValueError(f"model.vocabulary={vocabulary}: the tokenizer has {tokens} tokens; must be at least that")
+
+    data = construct(config["data"])
+    data.check()
+    if hasattr(data, "vocabulary_size"):
+        fits(data.vocabulary_size())
+    if hasattr(data, "prepare"):
+        data.prepare(None, _now_and_then(say))
+    found = data.open(batch_tokens, construct(config["curriculum"]))
+    fits(found.vocab_size)
+    return found
+
+
+def _now_and_then(say: Callable[[str], None]) -> Watch:
+    told = time.monotonic()
+
+    def watch(progress: Progress) -> None:
+        nonlocal told
+        if time.monotonic() - told > _TOLD_S:
+            told = time.monotonic()
+            say(f"the corpus, part {progress.parts:,} of {progress.of:,}: {_told(progress)}")
+
+    return watch
 
 
 def lines(folder: Path) -> list[str]:
