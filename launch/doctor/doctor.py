@@ -65,14 +65,14 @@ PACKAGES = {
     "triton": Package("triton", "torch.compile on GPUs; planned: kernels"),
     "flash-attn": Package("flash_attn", "planned: fused softmax attention on GPUs"),
     "deepspeed": Package("deepspeed", "planned: engine=deepspeed, ZeRO and offloading"),
-    "megatron-core": Package("megatron", "planned: its indexed corpora, its distributed optimizer"),
+    "megatron-core": Package("megatron", "planned: its distributed optimizer (its corpora need nothing)"),
     "apex": Package("apex", "planned: a fused optimizer and norm on GPUs", "from source, github.com/NVIDIA/apex"),
     "torchao": Package("torchao", "planned: FP8 training, optimizers of few bits"),
     "scipy": Package("scipy", "planned: the adaptive scheduler's integer programs"),
     "transformers": Package("transformers", "planned: Hugging Face checkpoints; an oracle of the tests"),
-    "tokenizers": Package("tokenizers", "planned: tokens other than bytes"),
-    "datasets": Package("datasets", "planned: corpora of the Hugging Face hub"),
-    "pyarrow": Package("pyarrow", "planned: corpora in Parquet files"),
+    "tokenizers": Package("tokenizers", "tokens other than bytes: data.tokenizer"),
+    "datasets": Package("datasets", "data=hf"),
+    "pyarrow": Package("pyarrow", "data=parquet"),
     "safetensors": Package("safetensors", "planned: weights to and from Hugging Face"),
 }
 
