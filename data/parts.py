@@ -36,10 +36,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Job:
-    """What every part needs. tokens: the type of a corpus that is tokenised already; its tokens are not written.
-
-    size: ids must be below it; 0 where that is not known.
-    """
+    """What every part needs. tokens: the type of a corpus that is tokenised already; its tokens are not written."""
 
     corpus: Corpus
     tokenizer: Any
@@ -52,7 +49,7 @@ class Job:
             return number
         place = self.folder / f"{number:06}"
         skipped: Counter[str] = Counter()
-        documents: list[tuple[int, int, int]] = []
+        tables: list[NDArray[Any]] = []
         names: list[str] = []
         size = 0
         largest = -1
@@ -60,7 +57,7 @@ class Job:
         with open(place.with_suffix(".bin"), "wb") as stream:
             for batch in _batched(self.corpus.read(part, skipped)):
                 contents = [content for _, content in batch]
-                pieces = []
+                pieces, documents = [], []
                 for (name, content), ids in zip(batch, self._encoded(contents), strict=True):
                     if not names or names[-1] != name:
                         names.append(name)
@@ -68,12 +65,13 @@ class Job:
                     digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
                     documents.append((digest, len(ids) + len(opening), len(names) - 1))
                     size += len(content)
+                tables.append(np.array(documents, dtype=DOCUMENTS))
                 together = np.concatenate(pieces)
                 largest = max(largest, self._largest(together))
                 if self.tokens is None:
                     stream.write(together.astype(self.dtype, copy=False).data)
         table = io.BytesIO()  # np.save to a file loses the reason why it could not be written
-        np.save(table, np.array(documents, dtype=DOCUMENTS))
+        np.save(table, np.concatenate([*tables, np.zeros(0, DOCUMENTS)]))
         place.with_suffix(".npy").write_bytes(table.getvalue())
         facts = {"bytes": size, "largest": largest, "skipped": dict(skipped), "names": names}
         aside = place.with_suffix(".partial")

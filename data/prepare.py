@@ -1,8 +1,9 @@
 """From a corpus to the files of a store: tokens, index, sidecar and card, in a folder that can be gone on with.
 
 Memory: this process holds a part's documents at a time (20 bytes each); every process that makes parts holds a batch
-of `BATCH_BYTES` of text, its tokens, and the largest document. Neither grows with the corpus. What does grow, and is
-small: names of files (of a folder), and the different lengths that documents have.
+of `BATCH_BYTES` of text, its tokens, and the largest document. Neither grows with the corpus (a packed file of JSON
+lines is one part). What does grow, and is small: names of files (of a folder), and the different lengths that documents
+have.
 """
 
 import hashlib
