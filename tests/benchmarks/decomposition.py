@@ -118,7 +118,12 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def main(sweep: str, picture: str | None = None) -> None:
-    runs = [read(path.parent) for path in sorted(Path(sweep).glob("*/metrics.jsonl"))]
+    runs = []
+    for path in sorted(Path(sweep).glob("*/metrics.jsonl")):
+        try:
+            runs.append(read(path.parent))
+        except ValueError as error:
+            print(error, file=sys.stderr)
     print("\n".join(table(runs)))
     if picture is not None:
         draw(runs, Path(picture))
