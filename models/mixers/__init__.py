@@ -5,14 +5,18 @@ from torch import nn
 from models.mixers.attention import Attention
 from models.mixers.deltanet import DeltaNet
 from models.mixers.gated_deltanet import GatedDeltaNet
+from models.mixers.gateloop import GateLoop
 from models.mixers.gla import GatedLinearAttention
 from models.mixers.hgrn import HGRN
 from models.mixers.hgrn2 import HGRN2
 from models.mixers.kda import KimiDeltaAttention
+from models.mixers.lightning import Lightning
 from models.mixers.linear import LinearAttention
 from models.mixers.longhorn import Longhorn
 from models.mixers.lru import LRU
 from models.mixers.mamba2 import Mamba2
+from models.mixers.mingru import MinGRU
+from models.mixers.minlstm import MinLSTM
 from models.mixers.mlstm import MLSTM
 from models.mixers.retnet import RetNet
 from models.mixers.rglru import RGLRU
@@ -21,14 +25,18 @@ MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
+    "gateloop": GateLoop,
     "gla": GatedLinearAttention,
     "hgrn": HGRN,
     "hgrn2": HGRN2,
     "kda": KimiDeltaAttention,
+    "lightning": Lightning,
     "linear": LinearAttention,
     "longhorn": Longhorn,
     "lru": LRU,
     "mamba2": Mamba2,
+    "mingru": MinGRU,
+    "minlstm": MinLSTM,
     "mlstm": MLSTM,
     "retnet": RetNet,
     "rglru": RGLRU,

@@ -26,8 +26,10 @@ MORE = {
     "gated_deltanet": [{"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2}],
     "hgrn2": [{"expand_k": 0.5}],
     "kda": [{"negative_eigenvalues": True, "expand_k": 0.5}],
+    "lightning": [{"rates": "transnormer"}],
     "linear": [{"normalise": True}, {"feature": "relu"}],
     "mamba2": [{"groups": 2, "state": 4}],
+    "mingru": [{"expand": 1.5}],
     "retnet": [{"expand_k": 0.5, "expand_v": 1.0}],
 }
 CASES = [(name, {}) for name in sorted(MIXERS)] + [(name, options) for name in MORE for options in MORE[name]]
@@ -220,6 +222,7 @@ def test_what_does_not_fit_is_refused_by_name(name):
 def test_options_that_do_not_fit_are_refused_by_name():
     for name, wrong in {
         "linear": {"feature": "softmax"},
+        "lightning": {"rates": "alibi"},
         "mamba2": {"groups": 3},
         "gated_deltanet": {"value_heads": 3},
         "retnet": {"expand_k": 1 / 8},
