@@ -22,9 +22,10 @@ the affair of the rule, by name, of `models.kernels.registry`.
 | Elementwise | a log decay per number of the state | elementwise (RG-LRU, HGRN), longhorn |
 | Complex | a log decay and an angle, in turns, per complex number of the state | complex (LRU) |
 | Stabilised | a log decay per head, beside a state that carries its unit | mlstm |
+| Normalised | nothing [B, H, 0], beside a state that carries the log of its weights | lightnet |
 
 Legend: B spans, T tokens, H heads, K key width, V value width. States are [B, H, K, V], in at least fp32; those of the
-last three kinds are what their kernels say. A state of zeros is the state of a document that has not begun.
+last four kinds are what their kernels say. A state of zeros is the state of a document that has not begun.
 Algebra: Martin & Cundy 2018 (1709.04057) for the affine scan; the mixers cite their own papers.
 """
 
@@ -35,7 +36,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from models.kernels import stabilised
+from models.kernels import lightnet, stabilised
 from models.kernels.chunk import Begun, Effect
 from models.kernels.complex import rotor, wrap
 from models.kernels.registry import kernel
@@ -176,6 +177,23 @@ class Stabilised(Recurrence):
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return stabilised.add(a, b)
+
+
+class Normalised(Recurrence):
+    """S_t = Σ_s e^{k_s - z_t} v_sᵀ, z_t = log Σ_s e^{k_s} [B, H, K], see `models.kernels.lightnet` (LightNet,
+    2405.21022)."""
+
+    block_axis = 2
+    splits_decay = False
+
+    def multiply(self, then: Tensor, first: Tensor) -> Tensor:
+        return then
+
+    def apply(self, A: Tensor, state: Tensor) -> Tensor:
+        return state
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return lightnet.add(a, b)
 
 
 def _each(alive_B: Tensor, state: Tensor) -> Tensor:

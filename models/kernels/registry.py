@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import complex, delta, diagonal, elementwise, fla, longhorn, stabilised
+from models.kernels import complex, delta, diagonal, elementwise, fla, lightnet, longhorn, stabilised
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
@@ -25,6 +25,7 @@ REFERENCE: dict[str, Kernel] = {
     "longhorn": longhorn.Blocks,
     "complex": complex.Scanned,
     "mlstm": stabilised.Chunks,
+    "lightnet": lightnet.Normalised,
 }
 HALF = (torch.bfloat16, torch.float16)
 

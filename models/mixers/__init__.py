@@ -10,6 +10,7 @@ from models.mixers.gla import GatedLinearAttention
 from models.mixers.hgrn import HGRN
 from models.mixers.hgrn2 import HGRN2
 from models.mixers.kda import KimiDeltaAttention
+from models.mixers.lightnet import LightNet
 from models.mixers.lightning import Lightning
 from models.mixers.linear import LinearAttention
 from models.mixers.longhorn import Longhorn
@@ -30,6 +31,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "hgrn": HGRN,
     "hgrn2": HGRN2,
     "kda": KimiDeltaAttention,
+    "lightnet": LightNet,
     "lightning": Lightning,
     "linear": LinearAttention,
     "longhorn": Longhorn,

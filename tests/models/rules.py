@@ -11,7 +11,7 @@ An example is `example(T, dtype, decay, seed) -> xs`, with log decays down to -`
 import torch
 import torch.nn.functional as F
 
-from models.recurrence import Complex, Dense, Diagonal, Elementwise, Identity, Scalar, Stabilised
+from models.recurrence import Complex, Dense, Diagonal, Elementwise, Identity, Normalised, Scalar, Stabilised
 
 B, H, K, V = 2, 2, 8, 6
 
@@ -134,6 +134,22 @@ def mlstm_loop(q, k, v, i, f, *, starts, state=None, scale=None):
     return torch.stack(outs, 1), torch.cat((C.flatten(2), m[..., None], torch.ones_like(m)[..., None]), -1)
 
 
+def lightnet_loop(q, k, v, *, starts, state=None, scale=None):
+    """2405.21022: o_t = q_t · Σ_s softmax_s(k) v_s in every key channel, numerator and denominator summed as they are.
+
+    The state is [B, H, K, V+2]: the quotient, the denominator's log, then 1 where a token has been seen.
+    """
+    state = q.new_zeros(*q[:, 0].shape, v.shape[-1] + 2) if state is None else state
+    weight = torch.where(state[..., -1:] != 0, state[..., -2:-1].exp(), 0.0)
+    sums, outs = torch.cat((state[..., :-2] * weight, weight), -1), []
+    for t in range(q.shape[1]):
+        row = torch.cat((v[:, t], torch.ones_like(v[:, t, :, :1])), -1)
+        sums = torch.where(starts[:, t, None, None, None], 0.0, sums) + outer(k[:, t].exp(), row)
+        S = sums[..., :-1] / sums[..., -1:]
+        outs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * (q.shape[-1] ** -0.5 if scale is None else scale))
+    return torch.stack(outs, 1), torch.cat((S, sums[..., -1:].log(), torch.ones_like(S[..., :1])), -1)
+
+
 def draws(T, seed):
     """Normal and uniform numbers [B, T, H, ...] in fp64, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -205,6 +221,14 @@ def exponential(T, dtype=torch.float64, decay=1.0, seed=0):
     return [x.to(dtype) for x in (q, k, normal(V), i, -decay * uniform())]
 
 
+def weighing(T, dtype=torch.float64, decay=1.0, seed=0):
+    """LightNet's, with weights e^k of up to forty orders of magnitude, and for a quarter of the tokens of far fewer."""
+    normal, _ = draws(T, seed)
+    k = (1 + decay) * normal(K)
+    k[:, T // 4 : T // 2] -= 30
+    return [x.to(dtype) for x in (normal(K), k, normal(V))]
+
+
 ORACLES = {
     "linear": linear_loop,
     "simple_gla": simple_gla_loop,
@@ -216,6 +240,7 @@ ORACLES = {
     "longhorn": longhorn_loop,
     "complex": complex_loop,
     "mlstm": mlstm_loop,
+    "lightnet": lightnet_loop,
 }
 
 EXAMPLES = {
@@ -229,6 +254,7 @@ EXAMPLES = {
     "longhorn": forgetting,
     "complex": flat(2),
     "mlstm": exponential,
+    "lightnet": weighing,
 }
 
 KINDS = {
@@ -242,4 +268,5 @@ KINDS = {
     "longhorn": Elementwise("longhorn"),
     "complex": Complex("complex"),
     "mlstm": Stabilised("mlstm"),
+    "lightnet": Normalised("lightnet"),
 }

@@ -26,6 +26,7 @@ MORE = {
     "gated_deltanet": [{"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2}],
     "hgrn2": [{"expand_k": 0.5}],
     "kda": [{"negative_eigenvalues": True, "expand_k": 0.5}],
+    "lightnet": [{"expand_k": 0.5}],
     "lightning": [{"rates": "transnormer"}],
     "linear": [{"normalise": True}, {"feature": "relu"}],
     "mamba2": [{"groups": 2, "state": 4}],

@@ -66,11 +66,24 @@ def gateloop(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def lightnet(m, x):
+    """2405.21022: in every key channel a softmax over the past, over all of it again for each token."""
+    q, k, v = (part.view(len(x), 2, -1) for part in (x @ m.qkv.weight.T).split(m.widths, -1))
+    outs = []
+    for t in range(len(x)):
+        weights = k[: t + 1].softmax(0)
+        o = torch.einsum("hk,shk,shv->hv", F.silu(q[t]), weights, v[: t + 1]).flatten() / q.shape[-1] ** 0.5
+        o = o / (o.square().mean() + 1e-5).sqrt() * m.norm.weight
+        outs.append(o * F.silu(m.gate_out.weight @ m.gate_in.weight @ x[t]))
+    return torch.stack(outs) @ m.out.weight.T
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
     "minlstm": (minlstm, None),
     "gateloop": (gateloop, None),
+    "lightnet": (lightnet, 2),
 }
 
 
