@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv 1910.07467), and its gated form for mixer outputs."""
+"""Root-mean-square normalisation (arXiv 1910.07467), its gated form for mixer outputs, and the norms of heads."""
 
 from collections.abc import Callable
 
@@ -52,6 +52,21 @@ class GroupRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         parts = wide(x).unflatten(-1, (self.groups, -1))
         return (rms_norm(parts, None, self.eps).flatten(-2) * wide(self.weight)).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm of each head, a weight a channel, and with `bias` a bias: x [B, T, H, V] -> [B, T, H·V] in at least
+    fp32."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6, bias: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.weight = declare(dim, axes=("heads",), init=constant(1.0), decay=False)
+        self.bias = declare(dim, axes=("heads",), init=constant(0.0), decay=False) if bias else None
+
+    def forward(self, x_BTHV: Tensor) -> Tensor:
+        normed = F.layer_norm(wide(x_BTHV), x_BTHV.shape[-1:], eps=self.eps).flatten(-2) * wide(self.weight)
+        return normed if self.bias is None else normed + wide(self.bias)
 
 
 def l2_normalise(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from models.mixers.minlstm import MinLSTM
 from models.mixers.mlstm import MLSTM
 from models.mixers.retnet import RetNet
 from models.mixers.rglru import RGLRU
+from models.mixers.rwkv6 import RWKV6
 
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
@@ -42,4 +43,5 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mlstm": MLSTM,
     "retnet": RetNet,
     "rglru": RGLRU,
+    "rwkv6": RWKV6,
 }

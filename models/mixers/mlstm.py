@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.axes import constant, declare, positive
 from models.linear import Linear
 from models.mixers.heads import head_dim
+from models.norm import HeadNorm
 from models.precision import wide
 from models.recurrence import Stabilised
 from models.sequence import Sequence
@@ -22,18 +23,6 @@ CAP = 15.0
 def opening(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """The biases [H, 2] of (ĩ, f̃)."""
     return torch.stack((torch.full(shape[:1], -10.0), torch.linspace(3.0, 6.0, shape[0])), dim=-1)
-
-
-class HeadNorm(nn.Module):
-    """LayerNorm of each head, a weight a channel: x [B, T, H, V] -> [B, T, H·V] in at least fp32."""
-
-    def __init__(self, dim: int, *, eps: float = 1e-6):
-        super().__init__()
-        self.eps = eps
-        self.weight = declare(dim, axes=("heads",), init=constant(1.0), decay=False)
-
-    def forward(self, x_BTHV: Tensor) -> Tensor:
-        return F.layer_norm(wide(x_BTHV), x_BTHV.shape[-1:], eps=self.eps).flatten(-2) * wide(self.weight)
 
 
 class MLSTM(nn.Module):

@@ -31,6 +31,7 @@ MORE = {
     "linear": [{"normalise": True}, {"feature": "relu"}],
     "mamba2": [{"groups": 2, "state": 4}],
     "mingru": [{"expand": 1.5}],
+    "rwkv6": [{"mix_rank": 3, "decay_rank": 5}],
     "retnet": [{"expand_k": 0.5, "expand_v": 1.0}],
 }
 CASES = [(name, {}) for name in sorted(MIXERS)] + [(name, options) for name in MORE for options in MORE[name]]
@@ -174,7 +175,7 @@ def test_a_token_changes_nothing_before_it_and_no_other_document(case, t):
 
 @each_case
 def test_bf16_inputs_give_what_their_values_give_in_fp32(case):
-    mixer, x = build(case, torch.float32), inputs(torch.bfloat16)
+    mixer, x = shaken(build(case, torch.float32)), inputs(torch.bfloat16)
     given = {name: row.float() for name, row in rows(mixer).items()}
     got, want = (mixer(each, Whole.of(POSITIONS), slot="s", **given) for each in (x, x.float()))
     assert got.dtype == torch.bfloat16
@@ -190,6 +191,7 @@ def test_a_mixer_built_on_the_meta_device_is_the_same_mixer(case):
     with torch.no_grad():
         for key, p in filled.named_parameters():
             p.copy_(initial(0, key, declared[key], tuple(p.shape)))
+            assert torch.equal(p, plain.get_parameter(key)), key
     x, seq = inputs(torch.float32), Whole.of(POSITIONS)
     assert torch.equal(filled(x, seq, slot="s"), plain(x, seq, slot="s"))
 

@@ -78,19 +78,37 @@ def lightnet(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def rwkv6(m, x):
+    """2404.05892, Finch, and the authors' code of it: the state is read before the token's decay and write."""
+    S, past, outs = torch.zeros(2, 4, 4, dtype=x.dtype), torch.zeros_like(x[0]), []
+    for x_t in x:
+        delta, past = past - x_t, x_t
+        low = (m.mix_in.weight @ (x_t + delta * m.mix)).tanh().view(5, -1)
+        mixed = [x_t + delta * (m.mixes[n] + low[i] @ m.mix_out[i]) for i, n in enumerate("wkvrg")]
+        w = torch.exp(-torch.exp(m.decay + m.decay_out.weight @ (m.decay_in.weight @ mixed[0]).tanh())).view(2, 4, 1)
+        k, v, r = ((p.weight @ mixed[i]).view(2, 4) for i, p in enumerate((m.k, m.v, m.r), 1))
+        written = k[:, :, None] * v[:, None, :]
+        o = torch.einsum("hkv,hk->hv", S + m.bonus.view(2, 4, 1) * written, r)
+        S = w * S + written
+        o = (o - o.mean(-1, keepdim=True)) / (o.var(-1, unbiased=False, keepdim=True) + 64e-5).sqrt()
+        outs.append((o.flatten() * m.norm.weight + m.norm.bias) * F.silu(m.gate.weight @ mixed[4]))
+    return torch.stack(outs) @ m.out.weight.T
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
     "minlstm": (minlstm, None),
     "gateloop": (gateloop, None),
     "lightnet": (lightnet, 2),
+    "rwkv6": (rwkv6, 2),
 }
 
 
 def build(name, dim=DIM, **options):
     heads = LAYERS[name][1]
     given = {} if heads is None else {"heads": heads}
-    if name in ("lightning",):
+    if name in ("lightning", "rwkv6"):
         given["depth"] = DEPTH
     return initialise(MIXERS[name](dim=dim, **(given | options)), 0)
 
@@ -139,3 +157,14 @@ def test_gateloop_starts_with_slow_decays_and_small_angles():
     assert size.min() > 0.899 and size.max() < 0.991
     angles = layer.beta(x)
     assert 0.05 < angles.std() < 0.2 and angles.abs().max() < math.pi / 2
+
+
+def test_rwkv6_starts_with_the_authors_decays_and_adds_nothing():
+    """-6 + 5·(n / (D - 1))^0.7: from 0.9975 a token to 0.69, in the first layer."""
+    layer = build("rwkv6", 64, depth=Depth(0, 12))
+    kept = torch.exp(-torch.exp(layer.decay))
+    torch.testing.assert_close(kept[[0, -1]], torch.tensor([math.exp(-math.exp(-6)), math.exp(-math.exp(-1))]))
+    assert (kept[1:] < kept[:-1]).all()
+    assert layer.mixes["k"][0] == 1 and layer.mixes["r"][16] == 1 - 0.25**0.5
+    assert not layer(torch.randn(1, 5, 64), Whole.of(torch.arange(5)[None]), slot="s").any()
+    assert build("rwkv6", 16, depth=Depth(0, 1)).bonus.isfinite().all()
