@@ -176,7 +176,7 @@ def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Lay
     seq, remembering = Traced.of_length(TOKENS), Traced.of_length(TOKENS, memory := Memory())
     with by_shape(layer, device):
         with saved.hooks, FlopCounterMode(display=False) as forward:
-            y_BTD, _ = layer(x_BTD, seq, **rows)
+            y_BTD, *_ = layer(x_BTD, seq, **rows)
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y_BTD.sum(), [x_BTD, *parameters], allow_unused=True)
         with torch.no_grad():

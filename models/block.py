@@ -18,7 +18,8 @@ class Block(nn.Module):
     mixer: how a token sees those before it: a class of `models.mixers`. ffn: what is then done to each token by itself:
     `models.moe.MoE`, or the dense `models.ffn.SwiGLU`, which takes `hidden`, its width.
 
-    x [B, T, D] -> [B, T, D], and where a mixture of experts sent its tokens.
+    x [B, T, D] -> [B, T, D], where a mixture of experts sent its tokens, and what the layer hands to later ones that
+    couple with it (`models.depth`): None where it was `handed` that of an earlier one.
     """
 
     def __init__(self, *, dim: int, mixer: Factory, ffn: Factory, slot: str, depth: Depth = ALONE):
@@ -29,8 +30,17 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim)
         self.ffn = told(ffn, dim=dim, depth=depth)
         self.couplings = getattr(self.mixer, "couplings", ())
+        self.hands: str | None = getattr(self.mixer, "hands", None)
 
-    def forward(self, x_BTD: Tensor, seq: Sequence, **rows: Tensor | None) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), seq, slot=self.slot, **rows)
+    def forward(
+        self, x_BTD: Tensor, seq: Sequence, handed: Tensor | None = None, **rows: Tensor | None
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        normed_BTD, made_BTD = self.mixer_norm(x_BTD), None
+        if self.hands is None:
+            y_BTD = self.mixer(normed_BTD, seq, slot=self.slot, **rows)
+        else:
+            hand = self.mixer.handing
+            y_BTD, made_BTD = hand(normed_BTD, seq, handed, slot=self.slot, **rows)  # type: ignore[operator]
+        x_BTD = x_BTD + y_BTD
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), seq)
-        return x_BTD + y_BTD, routing
+        return x_BTD + y_BTD, routing, made_BTD

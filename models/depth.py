@@ -3,6 +3,9 @@
 A coupling is a parameter [layers, width] with a row for each layer that asks for it. It belongs to the model and not to
 a layer, since every row depends on all of them: sharding by layers then gathers it once, for the whole forward pass,
 and a row reaches its layer as an argument, so that running a layer again finds the same one.
+
+An activation can couple layers too: a mixer with an attribute `hands`, a name, is called by its method `handing`, which
+takes what the first layer of that name made and returns None beside its output; the first takes None, and returns it.
 """
 
 import inspect

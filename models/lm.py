@@ -70,15 +70,19 @@ class LM(nn.Module):
             }
         )
         self.coupled = Coupled(self.layers)
+        self.hands = {name: getattr(layer, "hands", None) for name, layer in self.layers.items()}
         self.norm = RMSNorm(dim)
         self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
 
     def forward(self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor | None = None) -> Output:
         x_BTD = F.embedding(tokens_BT, self.embedding).to(self.compute)
         routings: dict[str, Routing] = {}
-        rows = self.coupled()
+        rows, handed = self.coupled(), dict[str | None, Tensor]()
         for name, block in self.layers.items():
-            x_BTD, routing = block(x_BTD, seq, **rows.get(name, {}))
+            hands = self.hands[name]
+            x_BTD, routing, made = block(x_BTD, seq, handed.get(hands), **rows.get(name, {}))
+            if made is not None:
+                handed[hands] = made
             if routing is not None:
                 routings[f"layers.{name}"] = routing
         x_BTD = self.norm(x_BTD)

@@ -55,13 +55,13 @@ class GroupRMSNorm(RMSNorm):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm of each head, a weight a channel, and with `bias` a bias: x [B, T, H, V] -> [B, T, H·V] in at least
-    fp32."""
+    """LayerNorm of each head, a weight a channel that starts at `weight`, and with `bias` a bias: x [B, T, H, V] ->
+    [B, T, H·V] in at least fp32."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-6, bias: bool = False):
+    def __init__(self, dim: int, *, eps: float = 1e-6, weight: float = 1.0, bias: bool = False):
         super().__init__()
         self.eps = eps
-        self.weight = declare(dim, axes=("heads",), init=constant(1.0), decay=False)
+        self.weight = declare(dim, axes=("heads",), init=constant(weight), decay=False)
         self.bias = declare(dim, axes=("heads",), init=constant(0.0), decay=False) if bias else None
 
     def forward(self, x_BTHV: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import complex, delta, diagonal, elementwise, fla, lightnet, longhorn, stabilised
+from models.kernels import complex, delta, diagonal, dplr, elementwise, fla, lightnet, longhorn, stabilised
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
@@ -21,6 +21,7 @@ REFERENCE: dict[str, Kernel] = {
     "delta_rule": delta.Span,
     "gated_delta_rule": delta.Span,
     "kda": delta.Span,
+    "dplr": dplr.Span,
     "elementwise": elementwise.Scanned,
     "longhorn": longhorn.Blocks,
     "complex": complex.Scanned,

@@ -22,6 +22,7 @@ from models.mixers.mlstm import MLSTM
 from models.mixers.retnet import RetNet
 from models.mixers.rglru import RGLRU
 from models.mixers.rwkv6 import RWKV6
+from models.mixers.rwkv7 import RWKV7
 
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
@@ -44,4 +45,5 @@ MIXERS: dict[str, type[nn.Module]] = {
     "retnet": RetNet,
     "rglru": RGLRU,
     "rwkv6": RWKV6,
+    "rwkv7": RWKV7,
 }

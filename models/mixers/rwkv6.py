@@ -75,7 +75,7 @@ class RWKV6(nn.Module):
         self.k = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(0.1))
         self.v = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(1.0))
         self.gate = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(0.1))
-        self.norm = HeadNorm(dim, eps=64e-5, bias=True)
+        self.norm = HeadNorm(dim, eps=64e-5, weight=((depth.layer + 1) / depth.layers) ** 0.7, bias=True)
         self.out = Linear(dim, dim, axes=("embed", "heads"), init=constant(0.0))
         self.recurrence = Diagonal("gla", scale=1.0)
 

@@ -79,6 +79,16 @@ def kda_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
     return run(step, q, v, starts, state, scale)
 
 
+def dplr_loop(q, k, v, g, a, b, *, starts, state=None, scale=None):
+    """2503.14456: S_t = (diag(w_t) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ, in its transpose; a reads what has not decayed."""
+
+    def step(t, S):
+        read = torch.einsum("bhkv,bhk->bhv", S, a[:, t])
+        return g[:, t].exp()[..., None] * S + outer(b[:, t], read) + outer(k[:, t], v[:, t])
+
+    return run(step, q, v, starts, state, scale)
+
+
 def elementwise_loop(u, g, *, starts, state=None, scale=None):
     """2402.19427, equation 4, with u for its input: h_t = a_t ⊙ h_{t-1} + u_t, a = e^g. Nothing is read by a query."""
     h, outs = torch.zeros_like(u[:, 0]) if state is None else state, []
@@ -188,6 +198,15 @@ def erasing(*gate):
     return example
 
 
+def removing(T, dtype=torch.float64, decay=1.0, seed=0):
+    """RWKV-7's: what is read along a key of norm 1, a quarter of them one and the same, is taken away by shares."""
+    normal, uniform = draws(T, seed)
+    away, shares = F.normalize(normal(K), dim=-1), uniform(K)
+    away[:, T // 4 : T // 2] = away[:, T // 4 : T // 4 + 1]
+    shares[:, T // 3 : T // 2] = 1.0
+    return [x.to(dtype) for x in (normal(K), normal(K), normal(V), -decay * uniform(K), -away, away * shares)]
+
+
 def flat(*shape):
     """One row of a draw per span and token, without heads."""
 
@@ -236,6 +255,7 @@ ORACLES = {
     "delta_rule": delta_loop,
     "gated_delta_rule": gated_delta_loop,
     "kda": kda_loop,
+    "dplr": dplr_loop,
     "elementwise": elementwise_loop,
     "longhorn": longhorn_loop,
     "complex": complex_loop,
@@ -250,6 +270,7 @@ EXAMPLES = {
     "delta_rule": erasing(),
     "gated_delta_rule": erasing(()),
     "kda": erasing((K,)),
+    "dplr": removing,
     "elementwise": flat(),
     "longhorn": forgetting,
     "complex": flat(2),
@@ -264,6 +285,7 @@ KINDS = {
     "delta_rule": Dense("delta_rule"),
     "gated_delta_rule": Dense("gated_delta_rule"),
     "kda": Dense("kda"),
+    "dplr": Dense("dplr"),
     "elementwise": Elementwise("elementwise"),
     "longhorn": Elementwise("longhorn"),
     "complex": Complex("complex"),

@@ -33,7 +33,9 @@ SHAPES = {  # dim, layers, width of an expert; billions of parameters activated 
     "linear_moe_a300m_2b": (1024, 12, 896, 0.3, 2),
     "linear_moe_a1b_7b": (2048, 16, 1024, 1, 7),
 }
-OTHER = ("gated_deltanet", "longhorn", "lru", "mamba2", "retnet", "rglru")  # mixers of more or less than 4 dim² weights
+OTHER = (  # mixers of more or less than 4 dim² weights
+    "gated_deltanet", "gateloop", "lightning", "longhorn", "lru", "mamba2", "mingru", "retnet", "rglru", "rwkv6"
+)  # fmt: skip
 
 
 def model(name: str, *overrides: str) -> LM:
@@ -118,7 +120,7 @@ def test_a_tied_head_multiplies_by_the_embedding_scaled():
     output = lm(tokens, seq)
     x = F.embedding(tokens, lm.embedding)
     for layer in lm.layers.values():
-        x, _ = layer(x, seq)
+        x, *_ = layer(x, seq)
     torch.testing.assert_close(output.logits, torch.einsum("btd,vd->btv", lm.norm(x), lm.embedding) / math.sqrt(16))
     assert 0.5 < output.logits.std() < 2
     chunked = lm(tokens, seq, tokens.roll(-1, 1)).cross_entropy

@@ -32,6 +32,7 @@ MORE = {
     "mamba2": [{"groups": 2, "state": 4}],
     "mingru": [{"expand": 1.5}],
     "rwkv6": [{"mix_rank": 3, "decay_rank": 5}],
+    "rwkv7": [{"decay_rank": 3, "rate_rank": 5, "value_rank": 2, "gate_rank": 7}],
     "retnet": [{"expand_k": 0.5, "expand_v": 1.0}],
 }
 CASES = [(name, {}) for name in sorted(MIXERS)] + [(name, options) for name in MORE for options in MORE[name]]

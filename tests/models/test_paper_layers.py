@@ -2,13 +2,17 @@
 `test_recurrence.py`, and of the mixer over the rule, in `test_mixers.py`, take on trust."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.axes import initialise
+from models.block import Block
 from models.depth import Depth
+from models.ffn import SwiGLU
+from models.lm import LM
 from models.mixers import MIXERS
 from models.sequence import Whole
 
@@ -95,6 +99,35 @@ def rwkv6(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def rwkv7(m, x, first=None):
+    """2503.14456 and the authors' code of it, a state at a time; `first`: the values of the first layer, if another."""
+    S, past, outs = torch.zeros(2, 4, 4, dtype=x.dtype), torch.zeros_like(x[0]), []
+    for t, x_t in enumerate(x):
+        delta, past = past - x_t, x_t
+        r, w, k, v, a, g = (x_t + delta * m.mixes[name] for name in "rwkvag")
+        low = {n: getattr(m, n).into.weight for n in ("decay", "rate", "gate")}
+        up = {n: getattr(m, n).out.weight for n in low}
+        w = torch.exp(-math.exp(-0.5) * (m.decay.bias + up["decay"] @ (low["decay"] @ w).tanh()).sigmoid())
+        a = (m.rate.bias + up["rate"] @ low["rate"] @ a).sigmoid()
+        gate = up["gate"] @ (low["gate"] @ g).sigmoid()
+        value = m.v.weight @ v
+        if m.share is not None:
+            by = (m.share.bias + m.share.out.weight @ m.share.into.weight @ v).sigmoid()
+            value = value + (first[t] - value) * by
+        r, k = m.r.weight @ r, m.k.weight @ k
+        away = (k * m.removal).view(2, 4)
+        away = away / away.norm(dim=-1, keepdim=True)
+        k = (k * (1 + (a - 1) * m.replacement)).view(2, 4)
+        r, value, a, w = (y.view(2, 4) for y in (r, value, a, w))
+        A = torch.diag_embed(w) - (a * away)[:, :, None] * away[:, None, :]
+        S = A @ S + k[:, :, None] * value[:, None, :]
+        o = torch.einsum("hkv,hk->hv", S, r)
+        o = (o - o.mean(-1, keepdim=True)) / (o.var(-1, unbiased=False, keepdim=True) + 64e-5).sqrt()
+        bonus = (r * k * m.bonus.view(2, 4)).sum(-1, keepdim=True) * value
+        outs.append((o.flatten() * m.norm.weight + m.norm.bias + bonus.flatten()) * gate)
+    return torch.stack(outs) @ m.out.weight.T
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
@@ -102,6 +135,7 @@ LAYERS = {
     "gateloop": (gateloop, None),
     "lightnet": (lightnet, 2),
     "rwkv6": (rwkv6, 2),
+    "rwkv7": (rwkv7, 2),
 }
 
 
@@ -168,3 +202,53 @@ def test_rwkv6_starts_with_the_authors_decays_and_adds_nothing():
     assert layer.mixes["k"][0] == 1 and layer.mixes["r"][16] == 1 - 0.25**0.5
     assert not layer(torch.randn(1, 5, 64), Whole.of(torch.arange(5)[None]), slot="s").any()
     assert build("rwkv6", 16, depth=Depth(0, 1)).bonus.isfinite().all()
+
+
+def test_values_of_the_first_layer_of_rwkv7_reach_the_others():
+    """Three layers: the first has no share to mix by, the others mix with the first one's values, not each other's."""
+    layers = [shaken(build("rwkv7", depth=Depth(i, 3)).double()) for i in range(3)]
+    assert [layer.share is None for layer in layers] == [True, False, False]
+    x = torch.randn(1, 19, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    seq, first = Whole.of(torch.arange(19)[None]), None
+    for layer in layers:
+        out, handed = layer.handing(x, seq, first, slot="s")
+        assert (handed is None) == (first is not None)
+        first = handed if first is None else first
+        want = rwkv7(layer, x[0], first[0])
+        assert (out[0] - want).norm() <= 1e-11 * want.norm()
+
+
+def test_a_model_hands_the_first_layers_values_on():
+    """Among layers of another kind; a token's values in the first such layer move the last one's output at once."""
+    blocks = {
+        n: partial(Block, mixer=partial(MIXERS[n], heads=2), ffn=partial(SwiGLU, hidden=8)) for n in ("gla", "rwkv7")
+    }
+    pattern = ["gla", "rwkv7", "gla", "rwkv7"]
+    model = shaken(initialise(LM(vocabulary=8, dim=DIM, layers=4, pattern=pattern, blocks=blocks), 0))
+    seen = []
+    for layer in model.layers.values():
+        if layer.hands:
+            honest = layer.mixer.handing
+
+            def spy(x, seq, first, honest=honest, **rest):
+                out = honest(x, seq, first, **rest)
+                seen.append((first, out[1]))
+                return out
+
+            layer.mixer.handing = spy
+    model(torch.arange(5)[None] % 8, Whole.of(torch.arange(5)[None]))
+    (none, own), (given, on) = seen
+    assert none is None and own is not None and given is own and on is None
+
+
+def test_rwkv7_starts_as_the_authors_do():
+    """w0 = -6 + 6·(n / (D - 1))^(1 + (l / (L - 1))^0.3) + ½ + 2.5·zigzag; and its ranks at a width of 2048."""
+    layer = build("rwkv7", 128, heads=2, depth=Depth(0, 12))
+    n = torch.arange(128)
+    z = ((n % 64) - 31.5) / 31.5
+    torch.testing.assert_close(layer.decay.bias, -6 + 6 * (n / 127) ** 1.0 + 0.5 + 2.5 * z * z.abs())
+    torch.testing.assert_close(layer.rate.bias, -0.19 + 0.3 * z * z.abs() + 0.4 * (n / 127 - 0.5))
+    with torch.device("meta"):
+        large = MIXERS["rwkv7"](dim=2048, heads=32, depth=Depth(1, 2))
+    ranks = [low.into.weight.shape[0] for low in (large.decay, large.rate, large.share, large.gate)]
+    assert ranks == [128, 128, 64, 224]

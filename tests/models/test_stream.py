@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.axes import initialise
-from models.kernels import delta, diagonal, stream
+from models.kernels import delta, diagonal, dplr, stream
 from models.kernels.registry import REFERENCE
 from models.mixers import MIXERS
 from models.sequence import Whole
@@ -19,7 +19,7 @@ from tests.models.rules import EXAMPLES, KINDS, ORACLES
 from tests.models.test_mixers import NEEDED
 from tests.models.test_recurrence import STARTS, close, entering, starting
 
-STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in (diagonal.Span, delta.Span))
+STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in (diagonal.Span, delta.Span, dplr.Span))
 T = 150  # three tiles, the last of them with a chunk that is partly empty
 
 
