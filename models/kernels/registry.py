@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import complex, delta, diagonal, dplr, elementwise, fla, lightnet, longhorn, stabilised
+from models.kernels import complex, delta, diagonal, dplr, elementwise, fla, lightnet, longhorn, product, stabilised
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
@@ -22,6 +22,7 @@ REFERENCE: dict[str, Kernel] = {
     "gated_delta_rule": delta.Span,
     "kda": delta.Span,
     "dplr": dplr.Span,
+    "gated_delta_product": product.Product,
     "elementwise": elementwise.Scanned,
     "longhorn": longhorn.Blocks,
     "complex": complex.Scanned,

@@ -5,6 +5,7 @@ from torch import nn
 from models.mixers.attention import Attention
 from models.mixers.deltanet import DeltaNet
 from models.mixers.gated_deltanet import GatedDeltaNet
+from models.mixers.gated_deltaproduct import GatedDeltaProduct
 from models.mixers.gateloop import GateLoop
 from models.mixers.gla import GatedLinearAttention
 from models.mixers.hgrn import HGRN
@@ -28,6 +29,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
+    "gated_deltaproduct": GatedDeltaProduct,
     "gateloop": GateLoop,
     "gla": GatedLinearAttention,
     "hgrn": HGRN,

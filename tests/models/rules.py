@@ -69,6 +69,19 @@ def gated_delta_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
     return run(step, q, v, starts, state, scale)
 
 
+def gated_delta_product_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
+    """2502.10297: H_t = e^g Π_j (I - β_tj k_tj k_tjᵀ) H_{t-1}, with the write β_tj k_tj v_tjᵀ after each factor."""
+
+    def step(t, S):
+        S = g[:, t].exp()[..., None, None] * S
+        for j in range(k.shape[2]):
+            wrote = beta[:, t, j, :, None, None] * outer(k[:, t, j], v[:, t, j])
+            S = erase(k[:, t, j], beta[:, t, j], S) + wrote
+        return S
+
+    return run(step, q, v, starts, state, scale)
+
+
 def kda_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
     """2510.26692: S_t = (I - β_t k_t k_tᵀ) diag(α_t) S_{t-1} + β_t k_t v_tᵀ: decay first, then erase."""
 
@@ -198,6 +211,18 @@ def erasing(*gate):
     return example
 
 
+def stepping(T, dtype=torch.float64, decay=1.0, seed=0):
+    """Gated DeltaProduct's, two steps a token: the delta rule's hard inputs, a token's keys nearly alike; hard for as
+    many steps as there, which is half the tokens, since what β = 2 rounds is never forgotten."""
+    normal, uniform = draws(T, seed)
+    k = F.normalize(normal(1, K) + 0.3 * normal(2, K), dim=-1)
+    k[:, T // 4 : 3 * T // 8] = k[:, T // 4 : T // 4 + 1]
+    beta = 2 * uniform(2)
+    beta[:, T // 3 : 5 * T // 12] = 2.0
+    k, v, beta = (x.transpose(2, 3) for x in (k, normal(2, V), beta))
+    return [x.to(dtype) for x in (normal(K), k, v, -decay * uniform(), beta)]
+
+
 def removing(T, dtype=torch.float64, decay=1.0, seed=0):
     """RWKV-7's: what is read along a key of norm 1, a quarter of them one and the same, is taken away by shares."""
     normal, uniform = draws(T, seed)
@@ -254,6 +279,7 @@ ORACLES = {
     "gla": gla_loop,
     "delta_rule": delta_loop,
     "gated_delta_rule": gated_delta_loop,
+    "gated_delta_product": gated_delta_product_loop,
     "kda": kda_loop,
     "dplr": dplr_loop,
     "elementwise": elementwise_loop,
@@ -269,6 +295,7 @@ EXAMPLES = {
     "gla": additive((K,)),
     "delta_rule": erasing(),
     "gated_delta_rule": erasing(()),
+    "gated_delta_product": stepping,
     "kda": erasing((K,)),
     "dplr": removing,
     "elementwise": flat(),
@@ -284,6 +311,7 @@ KINDS = {
     "gla": Diagonal("gla"),
     "delta_rule": Dense("delta_rule"),
     "gated_delta_rule": Dense("gated_delta_rule"),
+    "gated_delta_product": Dense("gated_delta_product"),
     "kda": Dense("kda"),
     "dplr": Dense("dplr"),
     "elementwise": Elementwise("elementwise"),

@@ -24,6 +24,7 @@ MORE = {
     "attention": [{"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2, "qk_norm": True, "gate": True}],
     "deltanet": [{"negative_eigenvalues": True, "gate": True, "expand_v": 2.0}],
     "gated_deltanet": [{"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2}],
+    "gated_deltaproduct": [{"steps": 3, "negative_eigenvalues": False, "expand_k": 0.5}],
     "hgrn2": [{"expand_k": 0.5}],
     "kda": [{"negative_eigenvalues": True, "expand_k": 0.5}],
     "lightnet": [{"expand_k": 0.5}],
@@ -44,7 +45,7 @@ POSITIONS = torch.stack(
     [torch.cat([torch.arange(n) for n in DOCUMENTS]), torch.cat([torch.arange(n) for n in (63, 12)])]
 )
 # Sums of log decays over a chunk reach past a document's start: after a change before it they round differently.
-ROUNDED = {"gated_deltanet", "gla", "hgrn2", "kda", "mamba2", "mlstm"}
+ROUNDED = {"gated_deltanet", "gated_deltaproduct", "gla", "hgrn2", "kda", "mamba2", "mlstm"}
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 

@@ -128,6 +128,24 @@ def rwkv7(m, x, first=None):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def gated_deltaproduct(m, x):
+    """2502.10297 in Gated DeltaNet's block: e^g Π_j (I - β_j k_j k_jᵀ), the matrices themselves multiplied."""
+    u, S, outs, identity = x @ m.qkv.weight.T, torch.zeros(2, 4, 4, dtype=x.dtype), [], torch.eye(4, dtype=x.dtype)
+    for t in range(len(x)):
+        taps = sum(m.conv.weight[:, j] * u[t - j] for j in range(4) if t >= j)
+        q, k, v = F.silu(taps).split((DIM, 2 * DIM, 2 * DIM))
+        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q.view(2, 4), k.view(2, 2, 4)))
+        beta = 2 * (m.beta.weight @ x[t]).sigmoid().view(2, 2, 1, 1)
+        S = torch.exp(-m.A_log.exp() * F.softplus(m.dt.weight @ x[t] + m.dt_bias))[:, None, None] * S
+        for j in range(2):
+            S = (identity - beta[j] * k[j][:, :, None] * k[j][:, None, :]) @ S
+            S = S + beta[j] * k[j][:, :, None] * v.view(2, 2, 4)[j][:, None, :]
+        o = torch.einsum("hkv,hk->hv", S, q) / 2
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * m.norm.weight
+        outs.append(o.flatten() * F.silu(m.gate.weight @ x[t]))
+    return torch.stack(outs) @ m.out.weight.T
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
@@ -135,6 +153,7 @@ LAYERS = {
     "gateloop": (gateloop, None),
     "lightnet": (lightnet, 2),
     "rwkv6": (rwkv6, 2),
+    "gated_deltaproduct": (gated_deltaproduct, 2),
     "rwkv7": (rwkv7, 2),
 }
 

@@ -1,0 +1,73 @@
+"""Gated DeltaProduct (Siems et al. 2025, 2502.10297): Gated DeltaNet with several delta steps a token.
+
+A token decays the state once, then erases and writes with each of its keys in turn: its A is e^g times a product of
+generalised Householder matrices, which can turn the state where one of them can only mirror it. Gates, convolution and
+norm are Gated DeltaNet's; two steps and β in (0, 2) are the defaults of flash-linear-attention's layer.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
+from models.conv import ShortConv
+from models.linear import Linear
+from models.mixers.heads import head_dim
+from models.norm import GatedRMSNorm, l2_normalise
+from models.precision import wide
+from models.recurrence import Dense
+from models.sequence import Sequence
+
+
+class GatedDeltaProduct(nn.Module):
+    """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
+
+    heads: how many; must divide dim * expand_k and dim * expand_v. steps: how often a token erases and writes, each
+    time with a key, a value and a β of its own. expand_k: width of the keys of all heads together, and of the queries,
+    in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim. conv: tokens that the
+    short causal convolution on queries, keys and values sees, the present one included; it stays within the document.
+    negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a step may also turn the sign of what its key
+    remembers (2411.12537).
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        steps: int = 2,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv: int = 4,
+        negative_eigenvalues: bool = True,
+    ):
+        super().__init__()
+        positive(dim=dim, steps=steps, conv=conv)
+        keys, values = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
+        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        self.widths, self.steps = (keys, steps * keys, steps * values), steps
+        self.strongest = 2.0 if negative_eigenvalues else 1.0
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.conv = ShortConv(sum(self.widths), conv)
+        self.dt = Linear(dim, heads, axes=("heads", "embed"))
+        self.beta = Linear(dim, steps * heads, axes=("heads", "embed"))
+        self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
+        dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
+        self.dt_bias = declare(heads, axes=("heads",), init=dt, decay=False)
+        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.recurrence = Dense("gated_delta_product")
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
+        q_BTHK = l2_normalise(q.unflatten(-1, (-1, self.key_dim)))
+        k_BTnHK = l2_normalise(k.unflatten(-1, (self.steps, -1, self.key_dim)))
+        v_BTnHV = v.unflatten(-1, (self.steps, -1, self.value_dim))
+        g_BTH = -wide(self.A_log).exp() * F.softplus(wide(self.dt(x_BTD)) + wide(self.dt_bias))
+        beta_BTnH = self.strongest * wide(self.beta(x_BTD)).sigmoid().unflatten(-1, (self.steps, -1))
+        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTnHK, v_BTnHV, g_BTH, beta_BTnH, slot=slot)
+        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
+        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
