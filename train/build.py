@@ -15,6 +15,7 @@ from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
 from models.moe import mixtures
+from parallel.memory import give_back
 from parallel.mesh import Groups, everyone
 from parallel.schedule.volume import Ask
 from train import checkpoint, communication, optimizer
@@ -26,7 +27,7 @@ from train.observe import Phases, Utilisation, matmul_peak
 from train.patience import Patience
 from train.precision import dtypes
 from train.settings import ClusterSettings, ParallelSettings, TrainSettings, section
-from train.spans import Spans
+from train.spans import Spans, SpansTold
 from train.state import State
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
 
@@ -64,6 +65,9 @@ def build(order: dict[str, Any]) -> Trainer:
     data, sequence = parallel.sizes(dist.get_world_size())
     recurrence, attention = parallel.transport.build()
     kept = communication.settle(recurrence, asks, groups, sequence, _most_spans(config, train), device, facts, say)
+    spans = _spans(config, train)
+    if spans is not None and device.type == "cpu":
+        give_back(model.layers)
     executor = Executor(
         model,
         groups,
@@ -73,7 +77,8 @@ def build(order: dict[str, Any]) -> Trainer:
         train.balance_weight,
         phases,
         train.z_weight,
-        _spans(config, train),
+        spans,
+        SpansTold(say),
     )
     batches = Prefetched(_batches(config, train))
     return Trainer(

@@ -64,6 +64,7 @@ class Executor:
     phase: Phase = _no_clock
     z_weight: float = 0.0
     spans: Spans | None = None
+    passed: Callable[[int, int], None] = lambda done, of: None  # of spans in time, see `Passage`
 
     def train(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
@@ -102,7 +103,7 @@ class Executor:
         def begin_backward(ends: bool) -> None:
             communicate_gradients(self.model, last and ends)
 
-        yield from Passage(forward, tokens, objective, begin_backward, self.phase).run(self.spans)
+        yield from Passage(forward, tokens, objective, begin_backward, self.phase, self.passed).run(self.spans)
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, batch: Sequence[Packed]) -> Tally:

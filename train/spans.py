@@ -11,6 +11,7 @@ layers without a window leave more the longer the sequence is: every border keep
 and where activations are offloaded, in the host's memory.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +36,24 @@ class Spans:
     tokens: int
     gradient: str = "exact"
     on_host: bool = False
+
+
+class SpansTold:
+    """Says how far a step of many spans is, every half a minute."""
+
+    def __init__(self, say: Callable[[str], None], every: float = 30.0):
+        self.say, self.every = say, every
+        self._began = self._said = 0.0
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if done == 1:
+            self._began = self._said = now
+        elif now - self._said >= self.every:
+            self._said, past = now, now - self._began
+            self.say(
+                f"{done} of {of} spans of a step, {past:.0f} s; some {past / (done - 1) * (of - done):.0f} s to go"
+            )
 
 
 class Borders:
@@ -104,13 +123,15 @@ class Passage:
 
     forward: of the span with this index, with this memory. tokens: of each span, in the group; 0 where the group idles.
     objective: this rank's part of the loss. begin_backward: is told whether the backward pass to come is the
-    micro-step's last."""
+    micro-step's last. passed: is told after each span how many have been passed, and of how many: those that are passed
+    twice count twice."""
 
     forward: Callable[[int, Memory], Sums]
     tokens: list[int]
     objective: Callable[[Sums], Tensor]
     begin_backward: Callable[[bool], None]
     phase: Callable[[str], AbstractContextManager[None]]
+    passed: Callable[[int, int], None] = lambda done, of: None
 
     def run(self, spans: Spans) -> Iterator[Sums]:
         """Accumulates the gradients; the sums of each span as it is done."""
@@ -125,6 +146,7 @@ class Passage:
                 self.objective(part).backward()
             memory.advance()
             memory.entering = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, memory.entering)
+            self.passed(i + 1, len(self.tokens))
             yield part
 
     def _exact(self, on_host: bool) -> Iterator[Sums]:
@@ -138,6 +160,7 @@ class Passage:
                 asked = self._forward(i, memory)[1]
                 memory.advance()
                 borders.add(memory.entering, tokens)
+                self.passed(i + 1, 2 * last + 1)
         sums.known = True
         gradients: State = {}
         for i in range(last, -1, -1):
@@ -148,6 +171,7 @@ class Passage:
             with self.phase("backward"):
                 _backward(self.objective(part), memory.leaving, gradients)
             gradients = tree_map(_gradient, entering)
+            self.passed(2 * last + 1 - i, 2 * last + 1)
             yield part
 
     def _forward(self, i: int, memory: Memory) -> tuple[Sums, int]:

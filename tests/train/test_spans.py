@@ -20,7 +20,7 @@ from tests import parity
 from tests.parity import Sample, assert_close, mixer_model, spread, truth
 from train import spans as spans_of
 from train.execute import Executor
-from train.spans import Borders, Spans
+from train.spans import Borders, Spans, SpansTold
 
 pytestmark = pytest.mark.dist
 
@@ -167,3 +167,15 @@ def test_spans_cut_groups_into_as_many_parts_and_repeat_no_token():
 def test_a_sum_with_a_gradient_is_refused():
     with pytest.raises(NotImplementedError, match="per-document sum with a gradient"):
         DocumentSums()(lambda: torch.ones(2, requires_grad=True))
+
+
+def test_a_long_step_says_how_far_it_is(monkeypatch):
+    said, clock = [], iter([100.0, 110.0, 140.0, 150.0, 175.0])
+    monkeypatch.setattr("train.spans.time.monotonic", lambda: next(clock))
+    told = SpansTold(said.append)
+    for done in range(1, 6):
+        told(done, 9)
+    assert said == [
+        "3 of 9 spans of a step, 40 s; some 120 s to go",
+        "5 of 9 spans of a step, 75 s; some 75 s to go",
+    ]
