@@ -19,7 +19,7 @@ the affair of the rule, by name, of `models.kernels.registry`.
 | Scalar | a log decay per head [B, H] | simple_gla (RetNet, Mamba-2) |
 | Diagonal | a log decay per key channel [B, H, K] | gla (GLA, HGRN2) |
 | Dense | a matrix [B, H, K, K] | delta_rule, gated_delta_rule, gated_delta_product, kda, dplr (RWKV-7) |
-| Elementwise | a log decay per number of the state | elementwise (RG-LRU, HGRN), longhorn |
+| Elementwise | a log decay per number of the state | elementwise (RG-LRU, HGRN), longhorn, mamba |
 | Complex | a log decay and an angle, in turns, per complex number of the state | complex (LRU) |
 | Stabilised | a log decay per head, beside a state that carries its unit | mlstm |
 | Normalised | nothing [B, H, 0], beside a state that carries the log of its weights | lightnet |
@@ -48,11 +48,13 @@ class Recurrence(ABC):
     """One kind of A. `rule` names the kernel that reduces a span; `scale` multiplies q, K^-½ where it is None.
 
     A span of more than `tile` tokens (None: no limit) is reduced that many at a time: see `models.kernels.slices`.
+    `shared`: tensors that are the same for all tokens, which the kernel takes behind the others.
     """
 
     rule: str
     scale: float | None = None
     tile: int | None = None
+    shared: tuple[Tensor, ...] = ()
 
     splits_decay: ClassVar[bool] = True  # A has that axis too
     block_axis: ClassVar[int] = 1  # of a state [B, ...], along which A does not mix: by default heads or channels
@@ -61,7 +63,7 @@ class Recurrence(ABC):
         """Reduces a span. xs are [B, T, ...] as the rule's kernel wants them, starts [B, T] bool."""
         if self.tile is not None and starts.shape[1] > self.tile:
             return Slices(self, xs, starts, self.tile)
-        return kernel(self.rule, xs[0])(*xs, starts=starts, scale=self.scale)
+        return kernel(self.rule, xs[0])(*xs, *self.shared, starts=starts, scale=self.scale)
 
     @abstractmethod
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:

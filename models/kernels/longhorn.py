@@ -35,13 +35,13 @@ def read(S: Tensor, x: Tensor) -> Tensor:
 def walk(state: Tensor, k: Tensor, v: Tensor, delta: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """The decays and the states [B, C, D, N] of a block entered with `state` [B, D, N]."""
     a = torch.addcmul(k.new_ones(()), delta.unsqueeze(-1), k.square().unsqueeze(-2), value=-1)
-    a = a.mul_(_inside(starts, a))
+    a = a.mul_(inside(starts, a))
     S = outer(delta * v, k)
     steps(a.unbind(1), S.unbind(1), state, S.unbind(1))
     return a, S
 
 
-def _inside(starts: Tensor, like: Tensor) -> Tensor:
+def inside(starts: Tensor, like: Tensor) -> Tensor:
     """[B, C, 1, 1], 0 where a document starts and nothing of the past remains."""
     return (~starts[..., None, None]).to(like.dtype)
 
@@ -86,7 +86,7 @@ class Pass(torch.autograd.Function):
         grad_q = read(S.transpose(-1, -2), grad_y)
         later = a[:, 0] * grad_S[:, 0]
         grad_a = torch.cat((border.unsqueeze(1), S[:, :-1]), dim=1).mul_(grad_S)
-        grad_a = grad_a.mul_(_inside(starts, a))
+        grad_a = grad_a.mul_(inside(starts, a))
         along_k = read(grad_S, k)
         grad_delta = v * along_k - read(grad_a, k.square())
         grad_k = read(grad_S.transpose(-1, -2), delta * v) - 2 * k * read(grad_a.transpose(-1, -2), delta)

@@ -9,7 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels import complex, delta, diagonal, dplr, elementwise, fla, lightnet, longhorn, product, stabilised
+from models.kernels import (
+    complex,
+    delta,
+    diagonal,
+    dplr,
+    elementwise,
+    fla,
+    lightnet,
+    longhorn,
+    mamba,
+    product,
+    stabilised,
+)
 from models.kernels.chunk import Begun
 
 Kernel = Callable[..., Begun]
@@ -25,6 +37,7 @@ REFERENCE: dict[str, Kernel] = {
     "gated_delta_product": product.Product,
     "elementwise": elementwise.Scanned,
     "longhorn": longhorn.Blocks,
+    "mamba": mamba.Blocks,
     "complex": complex.Scanned,
     "mlstm": stabilised.Chunks,
     "lightnet": lightnet.Normalised,

@@ -16,6 +16,7 @@ from models.mixers.lightning import Lightning
 from models.mixers.linear import LinearAttention
 from models.mixers.longhorn import Longhorn
 from models.mixers.lru import LRU
+from models.mixers.mamba import Mamba
 from models.mixers.mamba2 import Mamba2
 from models.mixers.mingru import MinGRU
 from models.mixers.minlstm import MinLSTM
@@ -40,6 +41,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "linear": LinearAttention,
     "longhorn": Longhorn,
     "lru": LRU,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "mingru": MinGRU,
     "minlstm": MinLSTM,

@@ -121,6 +121,19 @@ def longhorn_loop(q, k, v, delta, *, starts, state=None, scale=None):
     return torch.stack(outs, 1), S
 
 
+RATES = -torch.linspace(0.2, 1, H * V, dtype=torch.float64)[:, None] * torch.linspace(0.3, 1, K, dtype=torch.float64)
+
+
+def mamba_loop(q, k, v, delta, A=RATES, *, starts, state=None, scale=None):
+    """2312.00752, algorithm 2, with the code's B̄ = Δ B: S_t = e^{Δ_t A} ⊙ S_{t-1} + (Δ_t ⊙ x_t) ⊗ B_t, y = S_t C_t."""
+    S, outs = torch.zeros_like(outer(v[:, 0], k[:, 0])) if state is None else state, []
+    for t in range(v.shape[1]):
+        S = torch.exp(delta[:, t, :, None] * A) * torch.where(starts[:, t, None, None], 0.0, S)
+        S = S + outer(delta[:, t] * v[:, t], k[:, t])
+        outs.append(torch.einsum("bdn,bn->bd", S, q[:, t]) * (q.shape[-1] ** -0.5 if scale is None else scale))
+    return torch.stack(outs, 1), S
+
+
 def complex_loop(u, g, turns, *, starts, state=None, scale=None):
     """2303.06349, section 3: x_t = e^{g + iθ} ⊙ x_{t-1} + u_t, in real and imaginary parts, the angle θ = 2π·turns."""
     re, im = (torch.zeros_like(u[:, 0]) if state is None else state).unbind(-1)
@@ -252,6 +265,13 @@ def forgetting(T, dtype=torch.float64, decay=1.0, seed=0):
     return [x.to(dtype) for x in (q, k, v, delta)]
 
 
+def selecting(T, dtype=torch.float64, decay=1.0, seed=0):
+    """Mamba's: step sizes up to `decay`, by which rates of up to 1 a token are multiplied."""
+    normal, uniform = draws(T, seed)
+    xs = normal(K)[:, :, 0], normal(K)[:, :, 0], normal(V).flatten(2), decay * uniform(V).flatten(2)
+    return [x.to(dtype) for x in xs]
+
+
 def exponential(T, dtype=torch.float64, decay=1.0, seed=0):
     """mLSTM's, with input gates e^ĩ over eight orders of magnitude and, for a quarter of the tokens, below e^-90.
 
@@ -284,6 +304,7 @@ ORACLES = {
     "dplr": dplr_loop,
     "elementwise": elementwise_loop,
     "longhorn": longhorn_loop,
+    "mamba": mamba_loop,
     "complex": complex_loop,
     "mlstm": mlstm_loop,
     "lightnet": lightnet_loop,
@@ -300,6 +321,7 @@ EXAMPLES = {
     "dplr": removing,
     "elementwise": flat(),
     "longhorn": forgetting,
+    "mamba": selecting,
     "complex": flat(2),
     "mlstm": exponential,
     "lightnet": weighing,
@@ -316,6 +338,7 @@ KINDS = {
     "dplr": Dense("dplr"),
     "elementwise": Elementwise("elementwise"),
     "longhorn": Elementwise("longhorn"),
+    "mamba": Elementwise("mamba", shared=(RATES,)),
     "complex": Complex("complex"),
     "mlstm": Stabilised("mlstm"),
     "lightnet": Normalised("lightnet"),

@@ -30,6 +30,7 @@ MORE = {
     "lightnet": [{"expand_k": 0.5}],
     "lightning": [{"rates": "transnormer"}],
     "linear": [{"normalise": True}, {"feature": "relu"}],
+    "mamba": [{"state": 3, "rank": 2, "expand": 1.5}],
     "mamba2": [{"groups": 2, "state": 4}],
     "mingru": [{"expand": 1.5}],
     "rwkv6": [{"mix_rank": 3, "decay_rank": 5}],
@@ -90,7 +91,7 @@ class TokenByToken(Whole):
     """The sequence as the papers see it: recurrences by their token loops, attention by one masked softmax."""
 
     def scan(self, recurrence, *xs, slot):
-        return ORACLES[recurrence.rule](*xs, starts=self.starts, scale=recurrence.scale)[0]
+        return ORACLES[recurrence.rule](*xs, *recurrence.shared, starts=self.starts, scale=recurrence.scale)[0]
 
     def attend(self, q, k, v, *, slot, window=None, sinks=0):
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))

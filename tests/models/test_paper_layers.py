@@ -146,12 +146,25 @@ def gated_deltaproduct(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def mamba(m, x):
+    """2312.00752, algorithm 2 and figure 3, with the authors' code's Euler step of B."""
+    u, S, outs = x @ m.x.weight.T, 0.0, []
+    for t in range(len(x)):
+        v = F.silu(sum(m.conv.weight[:, j] * u[t - j] for j in range(4) if t >= j) + m.conv.bias)
+        dt, b, c = (m.dbc.weight @ v).split(m.widths)
+        delta = F.softplus(m.dt.weight @ dt + m.dt_bias)[:, None]
+        S = torch.exp(-delta * m.A_log.exp()) * S + delta * v[:, None] * b
+        outs.append((S @ c + m.D * v) * F.silu(m.z.weight @ x[t]))
+    return torch.stack(outs) @ m.out.weight.T
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
     "minlstm": (minlstm, None),
     "gateloop": (gateloop, None),
     "lightnet": (lightnet, 2),
+    "mamba": (mamba, None),
     "rwkv6": (rwkv6, 2),
     "gated_deltaproduct": (gated_deltaproduct, 2),
     "rwkv7": (rwkv7, 2),

@@ -145,7 +145,7 @@ def test_broken_streaming_is_caught(mutation, monkeypatch):
             check(rule, ways=(state_first,), packings=("many",))
 
 
-GATED = {name: ("A_log", "dt_bias") for name in ("gated_deltanet", "gated_deltaproduct", "kda", "mamba2")}
+GATED = {name: ("A_log", "dt_bias") for name in ("gated_deltanet", "gated_deltaproduct", "kda", "mamba", "mamba2")}
 
 
 @pytest.mark.parametrize("name", GATED)

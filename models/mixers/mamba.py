@@ -1,0 +1,77 @@
+"""Mamba (Gu & Dao 2023, 2312.00752): a state-space model whose step size, input and output maps depend on the token.
+
+Δ = softplus(W_dt dt + b), S_t = e^{Δ A}·S_{t-1} + Δ x Bᵀ, y = S C + D·x, A = -e^{A_log}, where dt, B and C come from
+the convolved x; the block is W_out (y · silu(z)). Follows the authors' code, whose Δ·B is not the paper's zero-order
+hold: (e^{ΔA} - 1)/A·B differs from it by a tenth at Δ = 0.1 and A = -2. A starts at -1 … -N (S4D-real).
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import constant, declare, positive, softplus_inverse_of_log_uniform
+from models.conv import ShortConv
+from models.linear import Linear
+from models.precision import wide
+from models.recurrence import Elementwise
+from models.sequence import Sequence
+
+
+def harmonics(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """log(1 … N) in each of D rows."""
+    return torch.arange(1, shape[1] + 1).log().expand(shape)
+
+
+class Mamba(nn.Module):
+    """The state is dim * expand by `state` numbers, `dim` the model's.
+
+    heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
+    can take another's place. expand: inner width in multiples of dim. state: numbers that each inner channel keeps,
+    the width of B and of C. rank: width through which the step sizes of all channels are computed; null for dim / 16,
+    rounded up. conv: tokens that the short causal convolution before the recurrence sees, the present one included; it
+    stays within the document.
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int | None = None,
+        expand: float = 2.0,
+        state: int = 16,
+        rank: int | None = None,
+        conv: int = 4,
+    ):
+        super().__init__()
+        inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
+        positive(dim=dim, **{"dim * expand": inner}, state=state, rank=rank, conv=conv)
+        self.widths = (rank, state, state)
+        self.x = Linear(dim, inner, axes=("heads", "embed"))
+        self.z = Linear(dim, inner, axes=("heads", "embed"))
+        self.conv = ShortConv(inner, conv, bias=True)
+        self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"))
+
+        def even(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+            return torch.empty(shape).uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
+
+        self.dt = Linear(rank, inner, axes=("heads", None), init=even)
+        dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
+        self.dt_bias = declare(inner, axes=("heads",), init=dt, decay=False)
+        self.A_log = declare(inner, state, axes=("heads", None), init=harmonics, decay=False)
+        self.D = declare(inner, axes=("heads",), init=constant(1.0), decay=False)
+        self.out = Linear(inner, dim, axes=("embed", "heads"))
+        self.recurrence = Elementwise("mamba", scale=1.0)
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        v_BTV = self.conv(self.x(x_BTD), seq, slot=slot)
+        dt, b_BTN, c_BTN = self.dbc(v_BTV).split(self.widths, dim=-1)
+        delta_BTV = F.softplus(wide(self.dt(dt)) + wide(self.dt_bias))
+        recurrence = replace(self.recurrence, shared=(-wide(self.A_log).exp(),))
+        y_BTV = seq.scan(recurrence, c_BTN, b_BTN, wide(v_BTV), delta_BTV, slot=slot)
+        y_BTV = (y_BTV + wide(self.D) * v_BTV) * F.silu(wide(self.z(x_BTD)))
+        return self.out(y_BTV.to(x_BTD.dtype))
