@@ -133,7 +133,9 @@ def table(measured: dict[Cell, Worst], seconds: float) -> str:
             "",
             "Written by `make matrix`. Each cell runs a packed sequence through a small model on some ranks, and holds",
             "to one process: the loss, the output and the gradient at each layer's input for every rank's tokens, and",
-            "every parameter's gradient on every rank. A difference is ‖a - b‖ / ‖b‖.",
+            "every parameter's gradient on every rank. A difference is ‖a - b‖ / ‖b‖. Weights are such that one",
+            "process in fp32 is within 7e-6 of itself in fp64: some gradients are what a cancellation leaves, and say",
+            "nothing otherwise.",
             "",
             f"{len(measured):,} cells ({by_ranks} ranks) in {seconds:,.0f} seconds. Worst difference: {held}. Over the "
             f"limit: {failed}.",
