@@ -84,6 +84,11 @@ def normal(std: float) -> Init:
     return lambda shape, generator: torch.randn(shape, generator=generator) * std
 
 
+def uniform(bound: float) -> Init:
+    """U(-bound, bound)."""
+    return lambda shape, generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 def fan_in(dim: int, gain: float = 1.0) -> Init:
     """Normal with variance gain² / dim: unit-variance inputs give outputs of variance gain²."""
     return normal(gain * dim**-0.5)

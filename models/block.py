@@ -16,7 +16,7 @@ class Block(nn.Module):
     """Any mixer goes with any feed-forward.
 
     mixer: how a token sees those before it: a class of `models.mixers`. ffn: what is then done to each token by itself:
-    `models.moe.MoE`, or the dense `models.ffn.SwiGLU`, which takes `hidden`, its width.
+    `models.moe.MoE`, or the dense `models.ffn.SwiGLU` or `models.ffn.ChannelMix`, which take `hidden`, their width.
 
     x [B, T, D] -> [B, T, D], where a mixture of experts sent its tokens, and what the layer hands to later ones that
     couple with it (`models.depth`): None where it was `handed` that of an earlier one.
@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(dim)
         self.mixer = told(mixer, dim=dim, depth=depth)
         self.ffn_norm = RMSNorm(dim)
-        self.ffn = told(ffn, dim=dim, depth=depth)
+        self.ffn = told(ffn, dim=dim, depth=depth, slot=f"{slot}/ffn")
         self.couplings = getattr(self.mixer, "couplings", ())
         self.hands: str | None = getattr(self.mixer, "hands", None)
 

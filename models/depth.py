@@ -28,10 +28,10 @@ class Depth(NamedTuple):
 ALONE = Depth(0, 1)
 
 
-def told(build: Callable[..., nn.Module], *, depth: Depth, **facts: Any) -> nn.Module:
-    """build(**facts), with `depth` too where its signature asks for it: most layers need not know."""
-    asks = "depth" in inspect.signature(build).parameters
-    return build(**facts, depth=depth) if asks else build(**facts)
+def told(build: Callable[..., nn.Module], *, dim: int, **facts: Any) -> nn.Module:
+    """build(dim=dim), with those of the facts too that its signature asks for: most layers need not know."""
+    asked = inspect.signature(build).parameters
+    return build(dim=dim, **{name: fact for name, fact in facts.items() if name in asked})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The dense feed-forward layer: SwiGLU (arXiv 2002.05202), all tokens at once or a tile of them at a time."""
+"""The dense feed-forward layers, all tokens at once or a tile of them at a time: SwiGLU (arXiv 2002.05202), and RWKV's,
+which sees the token before as well."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.axes import positive
+from models.axes import constant, declare, positive, uniform
+from models.depth import ALONE, Depth
 from models.kept import unkept
 from models.linear import Linear
 from models.sequence import Sequence
+from models.shift import orthogonal, previous, ramp
 
 
 def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
@@ -50,3 +53,37 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, None]:
         return self.transform(x_BTD), None
+
+
+class ChannelMix(nn.Module):
+    """relu(x_k W1)² W2, x_k the token mixed with the one before it: RWKV's feed-forward (RWKV-7, 2503.14456).
+
+    hidden: columns of W1; RWKV-7 has 4 dim of them, RWKV-6 3.5 dim. receptance: whether the output is multiplied by
+    σ(x_r W), x_r another such mix, as in RWKV-6 (2404.05892) and before. Both start as in the authors' code, W2 at 0.
+
+    x [B, T, D] -> [B, T, D]; the matmuls take the attribute `tile` tokens at a time, unless it is None. slot, depth:
+    the layer's name to `seq`, and its place in the stack; the model gives them.
+    """
+
+    def __init__(self, *, dim: int, hidden: int, receptance: bool = False, slot: str = "ffn", depth: Depth = ALONE):
+        super().__init__()
+        positive(dim=dim, hidden=hidden)
+        self.slot = slot
+        self.tile: int | None = None
+        down = 1 - depth.layer / depth.layers
+        wide_first = orthogonal(1.0) if receptance else uniform(0.5 * dim**-0.5)
+        self.mix = declare(dim, axes=("embed",), init=ramp(down if receptance else down**4), decay=False)
+        self.key = Linear(dim, hidden, axes=("ffn", "embed"), init=wide_first)
+        self.value = Linear(hidden, dim, axes=("embed", "ffn"), init=constant(0.0))
+        self.gate = Linear(dim, dim, axes=(None, "embed"), init=constant(0.0)) if receptance else None
+        self.gate_mix = declare(dim, axes=("embed",), init=ramp(down), decay=False) if receptance else None
+
+    def _squared(self, x: Tensor) -> Tensor:
+        return self.value(self.key(x).relu().square())
+
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, None]:
+        delta_BTD = previous(x_BTD, seq, slot=self.slot) - x_BTD
+        y_BTD = tiled(self._squared, x_BTD + delta_BTD * self.mix.to(x_BTD.dtype), self.tile)
+        if self.gate is not None and self.gate_mix is not None:
+            y_BTD = y_BTD * self.gate(x_BTD + delta_BTD * self.gate_mix.to(x_BTD.dtype)).sigmoid()
+        return y_BTD, None

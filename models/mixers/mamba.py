@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import constant, declare, positive, softplus_inverse_of_log_uniform
+from models.axes import constant, declare, positive, softplus_inverse_of_log_uniform, uniform
 from models.conv import ShortConv
 from models.linear import Linear
 from models.precision import wide
@@ -55,11 +55,7 @@ class Mamba(nn.Module):
         self.z = Linear(dim, inner, axes=("heads", "embed"))
         self.conv = ShortConv(inner, conv, bias=True)
         self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"))
-
-        def even(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-            return torch.empty(shape).uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
-
-        self.dt = Linear(rank, inner, axes=("heads", None), init=even)
+        self.dt = Linear(rank, inner, axes=("heads", None), init=uniform(rank**-0.5))
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(inner, axes=("heads",), init=dt, decay=False)
         self.A_log = declare(inner, state, axes=("heads", None), init=harmonics, decay=False)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import Init, constant, declare, positive
+from models.axes import Init, constant, declare, positive, uniform
 from models.depth import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
@@ -24,10 +24,6 @@ from models.sequence import Sequence
 from models.shift import orthogonal, previous, ramp
 
 STRONGEST = 10.0  # of w: e^{-e^10} is 0, and e^w overflows not far above
-
-
-def small(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.empty(shape).uniform_(-0.01, 0.01, generator=generator)
 
 
 def decays(share: float) -> Init:
@@ -66,10 +62,10 @@ class RWKV6(nn.Module):
             {name: declare(dim, axes=("embed",), init=init, decay=False) for name, init in starts.items()}
         )
         self.mix_in = Linear(dim, 5 * mix_rank, axes=(None, "embed"), init=constant(0.0))
-        self.mix_out = declare(5, mix_rank, dim, axes=(None, None, "embed"), init=small)
+        self.mix_out = declare(5, mix_rank, dim, axes=(None, None, "embed"), init=uniform(0.01))
         self.decay = declare(dim, axes=("heads",), init=decays(up), decay=False)
         self.decay_in = Linear(dim, decay_rank, axes=(None, "embed"), init=constant(0.0))
-        self.decay_out = Linear(decay_rank, dim, axes=("heads", None), init=small)
+        self.decay_out = Linear(decay_rank, dim, axes=("heads", None), init=uniform(0.01))
         self.bonus = declare(dim, axes=("heads",), init=bonus(up), decay=False)
         self.r = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(1.0))
         self.k = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(0.1))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import Init, constant, declare, positive
+from models.axes import Init, constant, declare, positive, uniform
 from models.depth import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
@@ -27,10 +27,6 @@ from models.shift import orthogonal, previous, ramp
 
 MIXED = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # what is mixed, and the exponent of its ramp
 FASTEST = math.exp(-0.5)  # the largest -log w
-
-
-def uniform(bound: float) -> Init:
-    return lambda shape, generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def line(start: float, slope: float, zigzag: float = 0.0, *, head: int = 1) -> Init:

@@ -26,6 +26,7 @@ LAYOUTS = {  # the mixer of every layer, and the layers that have experts
     "samba_tiny": (["mamba2", "attention"] * 3, []),
     "jamba_tiny": ([*["mamba2"] * 4, "attention", *["mamba2"] * 3], [1, 3, 5, 7]),
     "qwen3_next_tiny": ([*["gated_deltanet"] * 3, "attention"], [0, 1, 2, 3]),
+    "rwkv7_tiny": (["rwkv7"] * 6, []),
     "kimi_linear_tiny": ([*["kda"] * 3, "attention"], [1, 2, 3]),
 }
 SMALL = ["model.dim=32", "model.vocabulary=40"]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from models.axes import initialise
 from models.block import Block
 from models.depth import Depth
-from models.ffn import SwiGLU
+from models.ffn import ChannelMix, SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
-from models.sequence import Whole
+from models.sequence import Memory, Whole
 
 DIM, DOCUMENTS = 8, (19, 1, 50)
 POSITIONS = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
@@ -284,3 +284,46 @@ def test_rwkv7_starts_as_the_authors_do():
         large = MIXERS["rwkv7"](dim=2048, heads=32, depth=Depth(1, 2))
     ranks = [low.into.weight.shape[0] for low in (large.decay, large.rate, large.share, large.gate)]
     assert ranks == [128, 128, 64, 224]
+
+
+def channel_mix(m, x):
+    """RWKV-6's feed-forward, and RWKV-7's where there is no gate: the authors' code, token by token."""
+    past, outs = torch.zeros_like(x[0]), []
+    for x_t in x:
+        delta, past = past - x_t, x_t
+        y = m.value.weight @ F.relu(m.key.weight @ (x_t + delta * m.mix)) ** 2
+        outs.append(y if m.gate is None else y * (m.gate.weight @ (x_t + delta * m.gate_mix)).sigmoid())
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("receptance", [False, True])
+@pytest.mark.parametrize("tile", [None, 7])
+def test_channel_mix_sees_the_token_before_of_its_document(receptance, tile):
+    """Over a packing, over spans in time, and a tile at a time."""
+    ffn = shaken(initialise(ChannelMix(dim=DIM, hidden=12, receptance=receptance, depth=DEPTH), 0).double())
+    ffn.tile = tile
+    x = torch.randn(1, sum(DOCUMENTS), DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    want = torch.cat([channel_mix(ffn, document) for document in x[0].split(DOCUMENTS)])
+    got, _ = ffn(x, Whole.of(POSITIONS))
+    assert (got[0] - want).norm() <= 1e-12 * want.norm()
+    memory, parts = Memory(), []
+    for span, where in zip(x.split([5, 1, 30, 34], 1), POSITIONS.split([5, 1, 30, 34], 1), strict=True):
+        parts.append(ffn(span, Whole.of(where, memory=memory))[0])
+        memory.advance()
+    assert (torch.cat(parts, 1)[0] - want).norm() <= 1e-12 * want.norm()
+
+
+def test_layers_of_channel_mix_do_not_read_each_others_tokens():
+    """Two layers in spans: each remembers the last token of its own input."""
+    block = partial(Block, mixer=partial(MIXERS["linear"], heads=2), ffn=partial(ChannelMix, hidden=12))
+    model = LM(vocabulary=8, dim=DIM, layers=2, pattern=["a"], blocks={"a": block})
+    model = shaken(initialise(model, 0)).double()
+    model.compute = torch.float64
+    tokens = torch.randint(0, 8, (1, 12), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens, Whole.of(torch.arange(12)[None])).logits
+    memory, parts = Memory(), []
+    for begin, end in ((0, 5), (5, 12)):
+        parts.append(model(tokens[:, begin:end], Whole.of(torch.arange(begin, end)[None], memory=memory)).logits)
+        memory.advance()
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+    assert model.layers["1"].ffn.slot == "layers.1/ffn"

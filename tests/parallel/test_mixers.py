@@ -5,10 +5,13 @@ from functools import partial
 
 import pytest
 
+from models.block import Block
+from models.ffn import ChannelMix
+from models.lm import LM
 from models.mixers import MIXERS
 from tests.models.test_mixers import NEEDED
 from tests.parallel.test_parity import BATCH, static, unequal
-from tests.parity import assert_close, mixer_model, spread, truth
+from tests.parity import VOCABULARY, assert_close, mixer_model, spread, truth
 
 pytestmark = pytest.mark.dist
 
@@ -16,6 +19,15 @@ BUILDS = {
     name: partial(mixer_model, name, **{k: v for k, v in NEEDED.items() if k in inspect.signature(mixer).parameters})
     for name, mixer in sorted(MIXERS.items())
 }
+
+
+def goose() -> LM:
+    """RWKV-7 whole: its channel mix as well sees a token of the span before."""
+    block = partial(Block, mixer=partial(MIXERS["rwkv7"], heads=2), ffn=partial(ChannelMix, hidden=24, receptance=True))
+    return LM(vocabulary=VOCABULARY, dim=16, layers=2, pattern=["layer"], blocks={"layer": block})
+
+
+BUILDS["rwkv7, channel mix"] = goose
 LAYOUTS = {
     "2 ranks": (2, static(1, 2), "none"),
     "4 ranks, unequal spans, recomputed": (4, unequal(), "full"),
