@@ -88,7 +88,12 @@ def test_groups_of_unequal_work_wait_for_each_other(run):
         assert_close(got, want, "fp64")
 
 
-MIXERS_TRIED = {"mlstm": {"heads": 2}, "lru": {}, "rglru": {"heads": 2}, "mamba2": {"heads": 2}, "kda": {"heads": 2}}
+MIXERS_TRIED = {
+    **dict.fromkeys(("gated_deltaproduct", "kda", "lightnet", "mamba2", "mlstm"), {"heads": 2}),
+    **dict.fromkeys(("rglru", "rwkv6", "rwkv7"), {"heads": 2}),
+    "lru": {},
+    "mamba": {},
+}
 
 
 def one_mixer(mixer, sequence):
