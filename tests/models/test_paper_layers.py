@@ -15,6 +15,7 @@ from models.ffn import ChannelMix, SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
 from models.sequence import Memory, Whole
+from tests.models import test_recurrence
 
 DIM, DOCUMENTS = 8, (19, 1, 50)
 POSITIONS = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
@@ -327,3 +328,19 @@ def test_layers_of_channel_mix_do_not_read_each_others_tokens():
         memory.advance()
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
     assert model.layers["1"].ffn.slot == "layers.1/ffn"
+
+
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
+def test_a_shift_across_document_starts_is_caught(name, monkeypatch):
+    def blind(x, seq, *, slot):
+        return torch.cat((seq.before(x, 1, slot=slot), x[:, :-1]), 1)
+
+    monkeypatch.setattr(f"models.mixers.{name}.previous", blind)
+    with pytest.raises(AssertionError):
+        test_a_layer_is_its_paper_written_token_by_token(name)
+
+
+def test_sums_of_states_in_different_units_are_caught(monkeypatch):
+    monkeypatch.setattr("models.kernels.lightnet.add", torch.add)
+    with pytest.raises(AssertionError):
+        test_recurrence.test_effects_of_three_spans_compose_to_the_effect_of_the_whole("lightnet")
