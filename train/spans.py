@@ -51,9 +51,8 @@ class SpansTold:
             self._began = self._said = now
         elif now - self._said >= self.every:
             self._said, past = now, now - self._began
-            self.say(
-                f"{done} of {of} spans of a step, {past:.0f} s; some {past / (done - 1) * (of - done):.0f} s to go"
-            )
+            left = past / (done - 1) * (of - done)
+            self.say(f"{done / of:.0%} of a step of many spans, {past:.0f} s; some {left:.0f} s to go")
 
 
 class Borders:
@@ -123,8 +122,8 @@ class Passage:
 
     forward: of the span with this index, with this memory. tokens: of each span, in the group; 0 where the group idles.
     objective: this rank's part of the loss. begin_backward: is told whether the backward pass to come is the
-    micro-step's last. passed: is told after each span how many have been passed, and of how many: those that are passed
-    twice count twice."""
+    micro-step's last. passed: is told after each span how much work is done, and of how much, in forward passes of a
+    span; a backward pass counts as two."""
 
     forward: Callable[[int, Memory], Sums]
     tokens: list[int]
@@ -160,7 +159,7 @@ class Passage:
                 asked = self._forward(i, memory)[1]
                 memory.advance()
                 borders.add(memory.entering, tokens)
-                self.passed(i + 1, 2 * last + 1)
+                self.passed(i + 1, last + 3 * len(self.tokens))
         sums.known = True
         gradients: State = {}
         for i in range(last, -1, -1):
@@ -171,7 +170,7 @@ class Passage:
             with self.phase("backward"):
                 _backward(self.objective(part), memory.leaving, gradients)
             gradients = tree_map(_gradient, entering)
-            self.passed(2 * last + 1 - i, 2 * last + 1)
+            self.passed(last + 3 * (len(self.tokens) - i), last + 3 * len(self.tokens))
             yield part
 
     def _forward(self, i: int, memory: Memory) -> tuple[Sums, int]:

@@ -181,6 +181,6 @@ def test_a_long_step_says_how_far_it_is(monkeypatch):
     for done in range(1, 6):
         told(done, 9)
     assert said == [
-        "3 of 9 spans of a step, 40 s; some 120 s to go",
-        "5 of 9 spans of a step, 75 s; some 75 s to go",
+        "33% of a step of many spans, 40 s; some 120 s to go",
+        "56% of a step of many spans, 75 s; some 75 s to go",
     ]
