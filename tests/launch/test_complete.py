@@ -169,7 +169,7 @@ REPLIES = {
     "farspan train data=": conf.groups()["data"],
     "farspan train data=t": ["text"],
     "farspan train parallel.transport.rec": ["parallel.transport.recurrence="],
-    "farspan train mixer@model.blocks.gla.mixer=ga": ["gated_deltanet"],
+    "farspan train mixer@model.blocks.gla.mixer=gated_deltan": ["gated_deltanet"],
     "farspan train mixer@model.blocks.gd": ["model.blocks.gdn.mixer="],
     "farspan train  data=text   data.path=my": ["my_texts/"],
     "farspan train data.path=a\\ ": ["a\\ b.txt"],
@@ -205,7 +205,7 @@ TYPED = {
     "farspan train experiment=smo\t": "farspan train experiment=smoke ",
     "farspan train cluster.work\t": "farspan train cluster.workers=",  # no blank: the value follows
     "farspan train optimi\t.l\t1": "farspan train optimizer.lr=1",
-    "farspan train mixer@model.blocks.gla.mixer=gat\t": "farspan train mixer@model.blocks.gla.mixer=gated_deltanet ",
+    "farspan train mixer@model.blocks.gla.mixer=gated_deltan\t": "farspan train mixer@model.blocks.gla.mixer=gated_deltanet ",
     "farspan train engine.resh\ttr\t": "farspan train engine.reshard_after_forward=true ",
     "farspan generate runs/f\t": "farspan generate runs/first ",
     "farspan train data.path=my\t": "farspan train data.path=my_texts/",
