@@ -37,6 +37,7 @@ NOT_RUN = {
     "kubectl": "needs Kubernetes",
     "ray up": "needs hosts to log into",
     "ray stop": "would stop every Ray on this machine; the test ends its own",
+    "farspan train experiment=million": "takes seven minutes on two free cores, and 12 GB",
     "wandb login": "needs an account",
     "wandb sync": "needs a server; tests/train/tracking runs it against one of its own",
 }
