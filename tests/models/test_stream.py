@@ -82,7 +82,7 @@ def check(rule, ways=(effect_first, state_first), packings=tuple(STARTS)):
 
 
 def test_the_rules_of_matrices_are_streamed():
-    assert STREAMED == ["delta_rule", "gated_delta_rule", "gla", "kda", "linear", "simple_gla"]
+    assert STREAMED == ["delta_rule", "dplr", "gated_delta_rule", "gla", "kda", "linear", "simple_gla"]
 
 
 @pytest.mark.parametrize("rule", STREAMED)
