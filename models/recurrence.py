@@ -40,7 +40,7 @@ from models.kernels import lightnet, stabilised
 from models.kernels.chunk import Begun, Effect
 from models.kernels.complex import rotor, wrap
 from models.kernels.registry import kernel
-from models.kernels.slices import Slices
+from models.kernels.slices import Slices, Stretches
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,15 @@ class Recurrence(ABC):
     shared: tuple[Tensor, ...] = ()
 
     splits_decay: ClassVar[bool] = True  # A has that axis too
+    stretch: ClassVar[int | None] = None  # tokens that its kernel is given at a time, where it works on all at once
     block_axis: ClassVar[int] = 1  # of a state [B, ...], along which A does not mix: by default heads or channels
 
     def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
         """Reduces a span. xs are [B, T, ...] as the rule's kernel wants them, starts [B, T] bool."""
         if self.tile is not None and starts.shape[1] > self.tile:
             return Slices(self, xs, starts, self.tile)
+        if self.stretch is not None and starts.shape[1] > self.stretch:
+            return Stretches(self, xs, starts, self.stretch)
         return kernel(self.rule, xs[0])(*xs, *self.shared, starts=starts, scale=self.scale)
 
     @abstractmethod
@@ -170,6 +173,8 @@ class Complex(Recurrence):
 
 class Stabilised(Recurrence):
     """S_t = e^{f_t}·S_{t-1} + e^{i_t} k_t v_tᵀ over e^{m_t}, see `models.kernels.stabilised` (mLSTM, 2405.04517)."""
+
+    stretch = 4096
 
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         return then + first

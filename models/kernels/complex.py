@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.chunk import Begun, Effect
-from models.kernels.elementwise import Scan, chunked
+from models.kernels.elementwise import chunked, run, tiles, total
 from models.precision import wide
 
 
@@ -29,15 +29,11 @@ def rotor(g: Tensor, turns: Tensor) -> Tensor:
     return torch.polar(g.exp(), 2 * math.pi * turns)
 
 
-class Scanned(Begun):
-    """A span. u [B, T, ..., 2] pairs, g and turns [B, T, ...], starts [B, T]; see `recurrence.Complex`.
+class Tile:
+    """Some tokens of a span: u [B, T, ..., 2], g and turns [B, T, ...], starts [B, T]."""
 
-    The outputs are the states, [B, T, ..., 2] in u's dtype; who reads them with a query does so outside. `scale`
-    multiplies nothing.
-    """
-
-    def __init__(self, u: Tensor, g: Tensor, turns: Tensor, *, starts: Tensor, scale: float | None = None, size=64):
-        self.T, self.dtype = u.shape[1], u.dtype
+    def __init__(self, size: int, u: Tensor, g: Tensor, turns: Tensor, starts: Tensor):
+        self.T = u.shape[1]
         self.u = torch.view_as_complex(chunked(wide(u), size).contiguous())
         g, turns = chunked(wide(g), size), chunked(wide(turns), size)
         starts = chunked(starts, size).view(*self.u.shape[:3], *(1,) * (g.dim() - 3))
@@ -46,21 +42,32 @@ class Scanned(Begun):
         self.a = rotor(g.masked_fill(starts, -torch.inf), wrap(turns))
         whole = rotor(self.total.detach(), self.turned.detach().to(g.dtype))
         self.whole = whole.masked_fill(starts.any(2), 0.0)
-        self.alive = (~starts.flatten(1).any(1)).to(g.dtype)
 
-    def _run(self, state: Tensor) -> Tensor:
-        return Scan.apply(self.a, self.whole, self.u, state)
+
+class Scanned(Begun):
+    """A span. u [B, T, ..., 2] pairs, g and turns [B, T, ...], starts [B, T]; see `recurrence.Complex`.
+
+    The outputs are the states, [B, T, ..., 2] in u's dtype; who reads them with a query does so outside. `scale`
+    multiplies nothing.
+    """
+
+    def __init__(self, u: Tensor, g: Tensor, turns: Tensor, *, starts: Tensor, scale: float | None = None, size=64):
+        self.dtype = u.dtype
+        self.tiles = [Tile(size, *parts) for parts in tiles(u, g, turns, starts, size=size)]
+        self.alive = (~starts.any(1)).to(wide(g).dtype)
 
     @cached_property
-    def _from_zero(self) -> Tensor:
-        return self._run(torch.zeros_like(self.u[:, 0, 0]))
+    def _from_zero(self) -> tuple[Tensor, Tensor]:
+        return run(self.tiles, torch.zeros_like(self.tiles[0].u[:, 0, 0]))
 
     @cached_property
     def effect(self) -> Effect:
-        turned = wrap(self.turned.sum(1)).to(self.total.dtype)
-        A = torch.stack((self.total.sum(1), turned), dim=-1)
-        return Effect(A, torch.view_as_real(self._from_zero[:, -1, -1]), self.alive)
+        decay = total(self.tiles)
+        turned = wrap(torch.stack([tile.turned.sum(1) for tile in self.tiles]).sum(0))
+        return Effect(
+            torch.stack((decay, turned.to(decay.dtype)), -1), torch.view_as_real(self._from_zero[1]), self.alive
+        )
 
     def finish(self, state: Tensor | None) -> Tensor:
-        h = self._from_zero if state is None else self._run(torch.view_as_complex(state.contiguous()))
-        return torch.view_as_real(h).flatten(1, 2)[:, : self.T].to(self.dtype)
+        h, _ = self._from_zero if state is None else run(self.tiles, torch.view_as_complex(state.contiguous()))
+        return torch.view_as_real(h).to(self.dtype)

@@ -35,6 +35,30 @@ class Slices(Begun):
         return torch.cat([*outputs, _again(_finish, self.recurrence, state, *self.slices[-1])], dim=1)
 
 
+class Stretches(Begun):
+    """The same with everything kept: a kernel's tensors stay small enough to be allocated without fresh pages."""
+
+    def __init__(self, recurrence: Any, xs: tuple[Tensor, ...], starts: Tensor, tokens: int):
+        self.recurrence = recurrence
+        slices = zip(*(x.split(tokens, dim=1) for x in (starts, *xs)), strict=True)
+        self.begun = [recurrence.begin(*parts, starts=own) for own, *parts in slices]
+
+    @cached_property
+    def effect(self) -> Effect:
+        return reduce(self.recurrence.compose, (begun.effect for begun in self.begun))
+
+    def ahead(self) -> None:
+        for begun in self.begun:
+            begun.ahead()
+
+    def finish(self, state: Tensor | None) -> Tensor:
+        outputs = []
+        for begun in self.begun:
+            outputs.append(begun.finish(state))
+            state = self.recurrence.act(begun.effect, state)
+        return torch.cat(outputs, dim=1)
+
+
 # What runs again holds on to what it is called with, so these are no methods: `self` would keep all slices alive.
 
 

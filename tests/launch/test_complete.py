@@ -205,7 +205,7 @@ TYPED = {
     "farspan train experiment=smo\t": "farspan train experiment=smoke ",
     "farspan train cluster.work\t": "farspan train cluster.workers=",  # no blank: the value follows
     "farspan train optimi\t.l\t1": "farspan train optimizer.lr=1",
-    "farspan train mixer@model.blocks.gla.mixer=gated_deltan\t": "farspan train mixer@model.blocks.gla.mixer=gated_deltanet ",
+    "farspan train mixer@model.blocks.gla.mixer=lin\t": "farspan train mixer@model.blocks.gla.mixer=linear ",
     "farspan train engine.resh\ttr\t": "farspan train engine.reshard_after_forward=true ",
     "farspan generate runs/f\t": "farspan generate runs/first ",
     "farspan train data.path=my\t": "farspan train data.path=my_texts/",

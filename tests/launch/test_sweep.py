@@ -112,7 +112,7 @@ BAD = {
     "optimizer.lr=range(0,1,0.0)": "optimizer.lr=range(0,1,0.0): cannot be listed: Invalid range values",
     "seed=range(0,1000000000)": "more than 1,000 values",
     "seed=range(0,1000) train.clip=1,2": "2,000 members (1,000 of seed x 2 of train.clip): a sweep has 1,000 at most",
-    "optimizer.lr=glob(*)": "optimizer.lr is no group, glob takes the options of one; accepts cluster, curriculum, data",
+    "optimizer.lr=glob(*)": "optimizer.lr is no group, glob takes the options of one; accepts cluster, curriculum",
     "schedule=glob(x*)": "schedule=glob(x*): no value at all; schedule has cosine, wsd",
     "optimizer.lr=3e-3": "nothing to sweep: give a key several values, for example optimizer.lr=1e-3,3e-3",
     "model.pattern=[gla,attn]": "nothing to sweep",

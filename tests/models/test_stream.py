@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.axes import initialise
-from models.kernels import delta, diagonal, dplr, stream
+from models.kernels import complex, delta, diagonal, dplr, elementwise, stream
 from models.kernels.registry import REFERENCE
 from models.mixers import MIXERS
 from models.sequence import Whole
@@ -197,3 +197,33 @@ def test_an_effect_by_decays_waits_for_no_output(rule, monkeypatch):
     tiles = len(steps)
     begun.finish(torch.ones_like(effect.U))
     assert len(steps) == tiles > 0
+
+
+@pytest.mark.parametrize("where", STARTS)
+def test_stretches_of_mlstm_equal_the_whole(where, monkeypatch):
+    want = outputs_state_and_gradients("mlstm", loop("mlstm"), where)
+    monkeypatch.setattr(type(KINDS["mlstm"]), "stretch", 64)
+    close(outputs_state_and_gradients("mlstm", effect_first("mlstm"), where), want, 1e-10)
+    close(outputs_state_and_gradients("mlstm", state_first("mlstm"), where), want, 1e-10)
+
+
+@pytest.mark.parametrize("rule", ["elementwise", "complex"])
+@pytest.mark.parametrize("where", STARTS)
+def test_tiles_of_a_scan_equal_the_whole(rule, where, monkeypatch):
+    """Of 64 tokens here; the gradient of what one leaves to the next goes through their last states."""
+    T, state = 200, entering(rule)
+
+    def found():
+        xs = [x.requires_grad_() for x in EXAMPLES[rule](T, decay=0.1)]
+        begun = KINDS[rule].begin(*xs, starts=starting(T, where))
+        out, last = begun.finish(state), KINDS[rule].act(begun.effect, state)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        return [out, last, *torch.autograd.grad((out * weights).sum() + last.sum(), xs)]
+
+    want = found()
+    counted, honest = [], elementwise.tiles
+    monkeypatch.setattr(elementwise, "NUMBERS", 1)
+    for module in (elementwise, complex):
+        monkeypatch.setattr(module, "tiles", lambda *xs, size: counted.append(1) or honest(*xs, size=size))
+    close(found(), want, 1e-12)
+    assert counted
