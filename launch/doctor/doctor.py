@@ -91,7 +91,7 @@ def doctor(arguments: list[str]) -> int:
         answers = answers and (fact.sign == "ok" or fact.name != "cluster.address")
         code = {"ok": 32, "missing": 33, "broken": 31}[fact.sign]
         sign = f"\033[{code}m{fact.sign:<9}\033[0m" if colours else f"{fact.sign:<9}"
-        print(f"{sign}{fact.name:<16}{fact.value}", flush=True)
+        print(f"{sign}{fact.name:<19}{fact.value}", flush=True)
     print(f"\nThe default job can{'' if healthy else 'not'} run here{'' if answers else f'; none can at {address}'}.")
     return 0 if healthy and answers else 1
 

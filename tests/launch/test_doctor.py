@@ -313,10 +313,10 @@ def test_as_a_user_would(tmp_path, ray):
     )
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if re.match(r"ok |missing |broken ", line)]
-    names = [line[9:25].split()[0] for line in lines]
+    names = [line[9:28].split()[0] for line in lines]
     expected = "python cores memory torch matmul devices gloo hydra-core wandb triton apex gla runs cluster.address"
     assert set(expected.split()) <= set(names)
-    assert all(line[8] == " " and line[9] != " " and line[24] == " " and line[25] != " " for line in lines), lines
+    assert all(line[8] == " " and line[9] != " " and line[27] == " " and line[28] != " " for line in lines), lines
     for name in ("python", "cores", "torch", "gloo", "ray", "wandb", "runs", "cluster.address"):
         assert lines[names.index(name)].startswith("ok"), lines[names.index(name)]
     assert f"{tmp_path}:" in done.stdout and "can run here" in done.stdout
