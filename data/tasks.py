@@ -138,8 +138,11 @@ class Task:
 
     def open(self, batch_tokens: int, curriculum: Curriculum | None = None) -> Questions:
         """The batches of `batch_tokens` tokens each. Raises ValueError for a curriculum: examples have one length."""
-        if curriculum is not None and (curriculum.odds != "uniform" or curriculum.context is not None):
+        if curriculum is not None and curriculum.odds != "uniform":
             raise ValueError(f"curriculum.odds={curriculum.odds}: must be uniform for a generated task")
+        if curriculum is not None and curriculum.context is not None:
+            stages = [list(stage) for stage in curriculum.context]
+            raise ValueError(f"curriculum.context={stages}: must be null for a generated task")
         return Questions(self, batch_tokens)
 
     def example(self, draw: Draw) -> tuple[Ints, Ints]:
