@@ -1,6 +1,7 @@
 """Several corpora in one run: `Mixture`, what `conf/data/mixture.yaml` builds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -138,14 +139,12 @@ class Mixture:
         )
 
 
-class _named:  # noqa: N801
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     """Puts a source's name into what its corpus refuses: data.path becomes data.sources.NAME.data.path."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ValueError) and str(error).startswith("data."):
-            raise ValueError(f"data.sources.{self.name}.{error}") from None
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("data."):
+            raise
+        raise ValueError(f"data.sources.{name}.{error}") from None
