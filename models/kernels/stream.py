@@ -7,6 +7,7 @@ caches: tensors as long as a sequence of 64k tokens spend more time on fresh pag
 Legend: B spans, T tokens, H heads, K key width, V value width, W columns of the state.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -82,9 +83,9 @@ class Streamed(Begun):
         v = self.xs[2]
         return wide(v.new_zeros(v.shape[0], v.shape[2], self.K, self.V))
 
+    @abstractmethod
     def _past(self, state: Tensor) -> Tensor:
         """What `state` adds to the outputs from zero, [B, T, H, V]."""
-        raise NotImplementedError
 
     def finish(self, state: Tensor | None) -> Tensor:
         if self._open is None:
