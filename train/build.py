@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,15 @@ def build(order: dict[str, Any]) -> Trainer:
     model.loss_chunk = train.loss_chunk
     data, sequence = parallel.sizes(dist.get_world_size())
     recurrence, attention = parallel.transport.build()
-    kept = communication.settle(recurrence, asks, groups, sequence, _most_spans(config, train), device, facts, say)
-    spans = _spans(config, train)
-    if spans is not None and device.type == "cpu":
-        give_back(model.layers)
+    batches, scheduler, spans = (
+        Prefetched(_batches(config, train)),
+        construct(config["scheduler"]),
+        _spans(config, train),
+    )
+    each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
+    kept = communication.settle(recurrence, asks, groups, sequence, each, device, facts, say)
+    if spans is not None and device.type == "cpu" and config["engine"].get("recompute", "none") == "none":
+        give_back(model.layers)  # as what is computed again does by itself
     executor = Executor(
         model,
         groups,
@@ -80,7 +85,6 @@ def build(order: dict[str, Any]) -> Trainer:
         spans,
         SpansTold(say),
     )
-    batches = Prefetched(_batches(config, train))
     return Trainer(
         settings=train,
         seed=config["seed"],
@@ -90,7 +94,7 @@ def build(order: dict[str, Any]) -> Trainer:
         optimizer=adamw,
         schedule=construct(config["schedule"]),
         batches=batches,
-        scheduler=construct(config["scheduler"]),
+        scheduler=scheduler,
         data=data,
         sequence=sequence,
         executor=executor,
@@ -135,9 +139,10 @@ def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:
         return ()
 
 
-def _most_spans(config: dict[str, Any], train: TrainSettings) -> int:
-    """That a rank has of a sequence: two in zigzag."""
-    return 1 if train.span_tokens is not None or config["scheduler"].get("layout") == "contiguous" else 2
+def _most_spans(scheduler: Any, shapes: Sequence[Sequence[int]], data: int, sequence: int) -> int:
+    """That a rank has of a packed sequence in any plan."""
+    plans = [scheduler.plan(0, lengths, data=data, sequence=sequence) for lengths in shapes]
+    return max(len(held) for plan in plans for micro in plan.micro_steps for g in micro.groups for held in g.spans)
 
 
 def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
