@@ -93,8 +93,10 @@ def clear(
         if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
         data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
-        shapes = model_shapes(config["model"])
+        model = model_of(config["model"])
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         _heads(config, sequence)
+        _bases(config, model)
         if not data_here:
             _objects(config, train, data, sequence)
             return Flight(config, train, cluster, device, data, sequence, shapes, None)
@@ -138,18 +140,28 @@ def refusals(config: dict[str, Any]):
         raise UserError(f"{found}={rest}" if found else line) from None
 
 
-def model_shapes(node: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape, from the model on the meta device. Raises ValueError for a model that does not build."""
+def model_of(node: dict[str, Any]) -> Any:
+    """The model on the meta device. Raises ValueError for one that does not build."""
     import torch
 
     from train.construct import construct
 
     with torch.device("meta"):
         try:
-            model = construct(node)
+            return construct(node)
         except (ArithmeticError, RuntimeError, TypeError) as error:
             raise ValueError(f"model: cannot be built: {error}") from None
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _bases(config: dict[str, Any], model: Any) -> None:
+    """A rotary base that nothing turns by would be ignored without a word."""
+    from train.construct import construct
+    from train.context import rotary
+
+    context = construct(config["curriculum"]).context or ()
+    if any(base is not None for _, _, base in context) and not rotary(model):
+        stages = [list(stage) for stage in context]
+        raise ValueError(f"curriculum.context={stages}: names a rotary base, and no layer has rotary positions")
 
 
 def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> Path:

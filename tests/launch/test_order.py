@@ -32,6 +32,14 @@ def test_plan_audits_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         (["data.packing=best"], "data.packing=best: must be one of concat, best_fit, decomposition; nearest: best_fit"),
         (["curriculum.odds=grow"], "curriculum.odds=grow: must be one of uniform, grow_linear,"),
         (["data=copy", "curriculum=grow_p2", "~data.path"], "curriculum.odds=grow_p2: must be uniform for a generated"),
+        (
+            ["data=copy", "curriculum=progressive", "curriculum.context=[[0,64,null]]", "~data.path"],
+            "must be null for a gen",
+        ),
+        (
+            ["curriculum=progressive", "curriculum.context=[[0,64,1e6]]", "model.pattern=[gla]"],
+            "names a rotary base, and no layer has rotary positions",
+        ),
     ],
 )
 def test_a_wrong_order_is_refused_in_one_line(
