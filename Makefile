@@ -28,7 +28,7 @@ mutations: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "slow or not slow" tests/parallel/test_mutations.py tests/models/test_stream.py
 
 matrix: $(READY)
-	$(VENV)/bin/python -m pytest -qs tests/parallel/test_matrix.py -m "slow or not slow"
+	$(VENV)/bin/python -m pytest -qs tests/parallel/test_matrix.py -m "slow or not slow" $(ARGS)
 
 stops: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/launch/test_stop.py -m "slow or not slow"

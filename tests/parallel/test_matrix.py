@@ -1,26 +1,22 @@
 """The matrix T1 to T10 of parity: a covering part of it in every run of the tests, all of it by `make matrix`.
 
-`make matrix` writes what it measured to docs/parity.md.
+`make matrix` writes what it measured to docs/parity.md, a row at a time; `make matrix ARGS="-k '[gla]'"` one row.
 """
 
-import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.mixers import MIXERS
 from parallel.sequence import TRANSPORTS
-from tests.parallel import matrix
-from tests.parallel.matrix import EFFECTS, KEYS, LAYOUTS, LENGTH, RANKS, Cell
+from tests.parallel import matrix, parity_table
+from tests.parallel.matrix import EFFECTS, KEYS, LENGTH, RANKS, Cell
 from tests.parity import TOLERANCE
 
 pytestmark = pytest.mark.dist
 
-TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
 WORLD = 400  # cells that a world runs
 Worst = tuple[float, str]
 
@@ -109,58 +105,10 @@ def test_fp32_can_solve_what_it_is_given(mixer):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * 3600)
-def test_the_whole_matrix_equals_one_process(run):
-    began = time.time()
-    measured = run_matrix(run, list(matrix.cells()), worlds=3, timeout=1800)
-    TABLE.write_text(table(measured, time.time() - began))
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mixer", matrix.rows())
+def test_every_cell_of_a_row_equals_one_process(mixer, run):
+    measured = run_matrix(run, [cell for cell in matrix.cells() if cell.mixer == mixer], worlds=3, timeout=1800)
+    parity_table.keep(mixer, measured)
     failed = red(measured)
     assert not failed, f"{len(failed)} of {len(measured)} cells\n" + "\n".join(failed[:50])
-
-
-def table(measured: dict[Cell, Worst], seconds: float) -> str:
-    """docs/parity.md."""
-    failed = len(red(measured))
-    largest = {
-        precision: max(error for cell, (error, _) in measured.items() if cell.precision == precision)
-        for precision in TOLERANCE
-    }
-    held = ", ".join(f"{largest[p]:.1e} in {p} (limit {TOLERANCE[p]:.0e})" for p in TOLERANCE)
-    by_ranks = ", ".join(f"{sum(c.ranks == ranks for c in measured):,} on {ranks}" for ranks in RANKS)
-    return "\n".join(
-        [
-            "# Sequence parallelism against one process",
-            "",
-            "Written by `make matrix`. Each cell runs a packed sequence through a small model on some ranks, and holds",
-            "to one process: the loss, the output and the gradient at each layer's input for every rank's tokens, and",
-            "every parameter's gradient on every rank. A difference is ‖a - b‖ / ‖b‖. Weights are such that one",
-            "process in fp32 is within 7e-6 of itself in fp64: some gradients are what a cancellation leaves, and say",
-            "nothing otherwise.",
-            "",
-            f"{len(measured):,} cells ({by_ranks} ranks) in {seconds:,.0f} seconds. Worst difference: {held}. Over the "
-            f"limit: {failed}.",
-            "",
-            f"Packings: {', '.join(matrix.packings())}.",
-            "",
-            "Below, the worst over packings and ranks: fp64 / fp32. Ulysses runs where heads can be split among the",
-            "ranks; an idle rank and unequal spans need two.",
-            "",
-            *_grid("States of recurrences", EFFECTS, measured, True),
-            *_grid("Keys and values of softmax attention", KEYS, measured, False),
-        ]
-    )
-
-
-def _grid(title: str, transports: dict, measured: dict[Cell, Worst], recurrent: bool) -> list[str]:
-    columns = [(transport, layout) for transport in transports for layout in LAYOUTS]
-    largest: dict[tuple, float] = defaultdict(float)
-    for cell, (error, _) in measured.items():
-        key = cell.mixer, cell.transport, cell.layout, cell.precision
-        largest[key] = max(largest[key], np.inf if np.isnan(error) else error)
-    lines = [f"## {title}", "", "| mixer | " + " | ".join(f"{t}, {layout}" for t, layout in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for mixer in matrix.rows():
-        if matrix.recurrent(mixer) == recurrent:
-            cells = (" / ".join(f"{largest[mixer, t, layout, p]:.0e}" for p in TOLERANCE) for t, layout in columns)
-            lines.append(f"| {mixer} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
