@@ -1,7 +1,7 @@
 """What the arms of a sweep of `experiment=decomposition` reached, for the processor time and the attention they took.
 
     farspan sweep experiment=decomposition,decomposition_grow_p2,decomposition_best_fit,decomposition_concat seed=0,1,2
-    python -m tests.benchmarks.decomposition SWEEP [docs/images/decomposition.png]
+    python -m tests.benchmarks.decomposition SWEEP [SWEEP ...] [docs/images/decomposition.png]
 
 Prints a table: held-out loss at the end, processor seconds of all training steps, and FLOPs of softmax attention, each
 with the spread over seeds (largest less smallest); and how much of each an arm needed for the loss that the worst arm
@@ -117,15 +117,16 @@ def draw(runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(sweep: str, picture: str | None = None) -> None:
+def main(*arguments: str) -> None:
+    sweeps = [a for a in arguments if not a.endswith(".png")]
     runs = []
-    for path in sorted(Path(sweep).glob("*/metrics.jsonl")):
+    for path in sorted(path for sweep in sweeps for path in Path(sweep).glob("*/metrics.jsonl")):
         try:
             runs.append(read(path.parent))
         except ValueError as error:
             print(error, file=sys.stderr)
     print("\n".join(table(runs)))
-    if picture is not None:
+    for picture in set(arguments) - set(sweeps):
         draw(runs, Path(picture))
 
 
