@@ -21,6 +21,7 @@ from models.kernels import (
     mamba,
     product,
     stabilised,
+    titans,
 )
 from models.kernels.chunk import Begun
 
@@ -34,6 +35,7 @@ REFERENCE: dict[str, Kernel] = {
     "gated_delta_rule": delta.Span,
     "kda": delta.Span,
     "dplr": dplr.Span,
+    "titans": titans.Span,
     "gated_delta_product": product.Product,
     "elementwise": elementwise.Scanned,
     "longhorn": longhorn.Blocks,

@@ -102,6 +102,21 @@ def dplr_loop(q, k, v, g, a, b, *, starts, state=None, scale=None):
     return run(step, q, v, starts, state, scale)
 
 
+def titans_loop(q, k, v, g, mu, beta, *, starts, state=None, scale=None):
+    """2501.00663, equations 10, 12 and 13: S_t = η_t S_{t-1} - θ_t ∇ℓ(M_{t-1}; x_t), ℓ = ‖M k - v‖², M_t = (1 - α_t)
+    M_{t-1} + S_t, with β = 2θ, e^g = 1 - α and e^mu = η; o_t = M_tᵀ q_t. The state is M above S."""
+    state = q.new_zeros(*q.shape[:1], q.shape[2], 2 * k.shape[-1], v.shape[-1]) if state is None else state
+    outs = []
+    for t in range(q.shape[1]):
+        M, S = torch.where(starts[:, t, None, None, None], 0.0, state).chunk(2, -2)
+        error = torch.einsum("bhkv,bhk->bhv", M, k[:, t]) - v[:, t]
+        S = mu[:, t].exp()[..., None, None] * S - beta[:, t, :, None, None] * outer(k[:, t], error)
+        M = g[:, t].exp()[..., None, None] * M + S
+        state = torch.cat((M, S), -2)
+        outs.append(torch.einsum("bhkv,bhk->bhv", M, q[:, t]))
+    return torch.stack(outs, 1) * (q.shape[-1] ** -0.5 if scale is None else scale), state
+
+
 def elementwise_loop(u, g, *, starts, state=None, scale=None):
     """2402.19427, equation 4, with u for its input: h_t = a_t ⊙ h_{t-1} + u_t, a = e^g. Nothing is read by a query."""
     h, outs = torch.zeros_like(u[:, 0]) if state is None else state, []
@@ -236,6 +251,17 @@ def stepping(T, dtype=torch.float64, decay=1.0, seed=0):
     return [x.to(dtype) for x in (normal(K), k, v, -decay * uniform(), beta)]
 
 
+def descending(T, dtype=torch.float64, decay=1.0, seed=0):
+    """Titans': keys of norm 1, a quarter of them one and the same, steps β = 2θ up to 1, once exactly. Momentum is
+    halved by each token at least: undamped, random steps make it grow without end in exact arithmetic too."""
+    normal, uniform = draws(T, seed)
+    k, beta = F.normalize(normal(K), dim=-1), uniform()
+    k[:, T // 4 : T // 2] = k[:, T // 4 : T // 4 + 1]
+    beta[:, T // 3 : T // 2] = 1.0
+    xs = normal(K), k, normal(V), -decay * uniform(), -0.7 - decay * uniform(), beta
+    return [x.to(dtype) for x in xs]
+
+
 def removing(T, dtype=torch.float64, decay=1.0, seed=0):
     """RWKV-7's: what is read along a key of norm 1, a quarter of them one and the same, is taken away by shares."""
     normal, uniform = draws(T, seed)
@@ -302,6 +328,7 @@ ORACLES = {
     "gated_delta_product": gated_delta_product_loop,
     "kda": kda_loop,
     "dplr": dplr_loop,
+    "titans": titans_loop,
     "elementwise": elementwise_loop,
     "longhorn": longhorn_loop,
     "mamba": mamba_loop,
@@ -319,6 +346,7 @@ EXAMPLES = {
     "gated_delta_product": stepping,
     "kda": erasing((K,)),
     "dplr": removing,
+    "titans": descending,
     "elementwise": flat(),
     "longhorn": forgetting,
     "mamba": selecting,
@@ -336,6 +364,7 @@ KINDS = {
     "gated_delta_product": Dense("gated_delta_product"),
     "kda": Dense("kda"),
     "dplr": Dense("dplr"),
+    "titans": Dense("titans"),
     "elementwise": Elementwise("elementwise"),
     "longhorn": Elementwise("longhorn"),
     "mamba": Elementwise("mamba", shared=(RATES,)),

@@ -36,6 +36,7 @@ MORE = {
     "rwkv6": [{"mix_rank": 3, "decay_rank": 5}],
     "rwkv7": [{"decay_rank": 3, "rate_rank": 5, "value_rank": 2, "gate_rank": 7}],
     "retnet": [{"expand_k": 0.5, "expand_v": 1.0}],
+    "titans": [{"expand_k": 0.5, "expand_v": 2.0, "conv": 2}],
 }
 CASES = [(name, {}) for name in sorted(MIXERS)] + [(name, options) for name in MORE for options in MORE[name]]
 
@@ -46,7 +47,7 @@ POSITIONS = torch.stack(
     [torch.cat([torch.arange(n) for n in DOCUMENTS]), torch.cat([torch.arange(n) for n in (63, 12)])]
 )
 # Sums of log decays over a chunk reach past a document's start: after a change before it they round differently.
-ROUNDED = {"gated_deltanet", "gated_deltaproduct", "gla", "hgrn2", "kda", "mamba2", "mlstm"}
+ROUNDED = {"gated_deltanet", "gated_deltaproduct", "gla", "hgrn2", "kda", "mamba2", "mlstm", "titans"}
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 

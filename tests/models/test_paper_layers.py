@@ -159,6 +159,23 @@ def mamba(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def titans(m, x):
+    """2501.00663, equations 10, 12 and 13 with gradients by autograd; 1/√K on queries, as in flash-linear-attention."""
+    u, M, S, outs = x @ m.qkv.weight.T, torch.zeros(2, 4, 4, dtype=x.dtype), 0.0, []
+    for t in range(len(x)):
+        q, k, v = F.silu(sum(m.conv.weight[:, j] * u[t - j] for j in range(4) if t >= j)).view(3, 2, 4)
+        q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
+        alpha, eta, theta = ((m.rates.weight @ x[t]).view(2, 3) + m.rates_bias).sigmoid()[..., None, None].unbind(1)
+        memory = M.detach().requires_grad_()
+        loss = (torch.einsum("hkv,hk->hv", memory, k.detach()) - v.detach()).square().sum()
+        S = eta * S - theta / 2 * torch.autograd.grad(loss, memory)[0]
+        M = (1 - alpha) * M + S
+        o = torch.einsum("hkv,hk->hv", M, q) / 2
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * m.norm.weight
+        outs.append(o.flatten() * F.silu(m.gate.weight @ x[t]))
+    return torch.stack(outs) @ m.out.weight.T
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
@@ -169,6 +186,7 @@ LAYERS = {
     "rwkv6": (rwkv6, 2),
     "gated_deltaproduct": (gated_deltaproduct, 2),
     "rwkv7": (rwkv7, 2),
+    "titans": (titans, 2),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.axes import initialise
-from models.kernels import complex, delta, diagonal, dplr, elementwise, stream
+from models.kernels import complex, delta, diagonal, dplr, elementwise, stream, titans
 from models.kernels.registry import REFERENCE
 from models.mixers import MIXERS
 from models.sequence import Whole
@@ -19,7 +19,8 @@ from tests.models.rules import EXAMPLES, KINDS, ORACLES
 from tests.models.test_mixers import NEEDED
 from tests.models.test_recurrence import STARTS, close, entering, starting
 
-STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in (diagonal.Span, delta.Span, dplr.Span))
+SPANS = (diagonal.Span, delta.Span, dplr.Span, titans.Span)
+STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in SPANS)
 T = 150  # three tiles, the last of them with a chunk that is partly empty
 
 
@@ -82,7 +83,7 @@ def check(rule, ways=(effect_first, state_first), packings=tuple(STARTS)):
 
 
 def test_the_rules_of_matrices_are_streamed():
-    assert STREAMED == ["delta_rule", "dplr", "gated_delta_rule", "gla", "kda", "linear", "simple_gla"]
+    assert STREAMED == ["delta_rule", "dplr", "gated_delta_rule", "gla", "kda", "linear", "simple_gla", "titans"]
 
 
 @pytest.mark.parametrize("rule", STREAMED)

@@ -1,0 +1,66 @@
+"""Titans' neural memory (Behrouz, Zhong & Mirrokni 2024, 2501.00663) as a matrix: learnt while reading, by gradient
+descent with momentum and weight decay.
+
+M_t = (1 - α_t)·M_{t-1} + S_t, S_t = η_t·S_{t-1} - θ_t·∇‖M_{t-1}ᵀ k_t - v_t‖², o_t = M_tᵀ q_t (equations 10, 12 and 13
+of the paper). The gradient is taken at the token before, a chunk of one token in the paper's terms: so the step is
+affine in M and S together, and exact at any split of the sequence. θ lies in (0, ½) and keys have norm 1, which keeps
+every step's eigenvalues in the unit disc. Convolution, norm and gate are Gated DeltaNet's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import declare, positive
+from models.conv import ShortConv
+from models.linear import Linear
+from models.mixers.heads import head_dim
+from models.norm import GatedRMSNorm, l2_normalise
+from models.precision import wide
+from models.recurrence import Dense
+from models.sequence import Sequence
+
+
+def slow(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """The biases [H, 3] of (α, η, 2θ): about a hundredth is forgotten a token, half of the momentum stays."""
+    return torch.tensor([-4.5, 0.0, 0.0]).expand(shape).clone()
+
+
+class Titans(nn.Module):
+    """A head's state is two matrices of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's:
+    its memory, and the momentum of that.
+
+    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
+    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
+    conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
+    within the document.
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4):
+        super().__init__()
+        positive(dim=dim, conv=conv)
+        keys, values = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
+        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        self.widths = (keys, keys, values)
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.conv = ShortConv(sum(self.widths), conv)
+        self.rates = Linear(dim, 3 * heads, axes=("heads", "embed"))
+        self.rates_bias = declare(heads, 3, axes=("heads", None), init=slow, decay=False)
+        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.recurrence = Dense("titans")
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
+        q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
+        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        rates_BTH3 = wide(self.rates(x_BTD)).unflatten(-1, (-1, 3)) + wide(self.rates_bias)
+        alpha_BTH, eta_BTH, theta_BTH = rates_BTH3.unbind(-1)
+        g_BTH, mu_BTH, beta_BTH = F.logsigmoid(-alpha_BTH), F.logsigmoid(eta_BTH), theta_BTH.sigmoid()
+        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, mu_BTH, beta_BTH, slot=slot)
+        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
+        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
