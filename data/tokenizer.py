@@ -133,6 +133,16 @@ class Json:
         for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False):
             yield np.array(encoding.ids, dtype=self.dtype)
 
+    def unknown(self, text: str) -> str | None:
+        """The first character of a text that no token spells: `encode` drops it, or makes the unknown token of it."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        mark = getattr(self._backend.model, "unk_token", None)
+        unknown = None if mark is None else self._backend.token_to_id(mark)
+        spelled = np.zeros(len(text) + 1, dtype=bool)
+        for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            spelled[begin:end] |= token != unknown
+        return next((c for c, known in zip(text, spelled, strict=False) if not known and not c.isspace()), None)
+
     def decode(self, ids: ArrayLike) -> bytes:
         """The bytes of integer token ids [T], each token's own, so that half a character is half of its bytes."""
         kept = [int(i) for i in np.asarray(ids).reshape(-1) if int(i) not in self._special]
@@ -264,6 +274,18 @@ def from_file(path: str | Path, document: str | None = None) -> Json:
     except (ValueError, KeyError, TypeError):
         pass  # no store's
     return Json(text, document=document)
+
+
+def encoded(tokenizer: Any, content: bytes) -> Ids:
+    """`encode` of what has to be there whole, a prompt. Raises ValueError for what the tokenizer does not spell."""
+    if isinstance(tokenizer, Json):
+        try:
+            missing = tokenizer.unknown(content.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is no UTF-8 text (byte {error.start})") from None
+        if missing is not None:
+            raise ValueError(f"the tokenizer has no token for {missing}")
+    return tokenizer.encode(content)
 
 
 def from_card(card: dict[str, Any]) -> Any:

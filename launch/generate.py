@@ -1,56 +1,197 @@
-"""`farspan generate RUN`: continue a prompt from a checkpoint."""
+"""`farspan generate RUN`: continue prompts from a checkpoint."""
 
 import json
+import os
 import sys
-from codecs import getincrementaldecoder
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from launch.preflight import run_folder, saved_config
+from launch.preflight import cores, run_folder, saved_config
+from launch.stopping import stop_file
 from launch.user import UserError
+
+ENTRY = "launch.generate:work"
+_LISTS = ("prompt", "prompt_file", "stop")  # may be given several times
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """prompt: text to continue. tokens: how many to add. temperature: 0 takes the likeliest. seed: of the draws."""
+    """prompt: texts to continue. prompt_file: files that hold one prompt each. tokens: how many to add. temperature: 0
+    takes the likeliest. top_p: of the likeliest tokens, how much probability is drawn from. stop: texts that end it.
+    seed: of the draws. workers: processes that read a prompt together, a part of it each."""
 
-    prompt: str = "import "
+    prompt: list[str] = field(default_factory=list)
+    prompt_file: list[str] = field(default_factory=list)
     tokens: int = 300
     temperature: float = 0.8
+    top_p: float = 1.0
+    stop: list[str] = field(default_factory=list)
     seed: int = 0
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: must not be negative")
+        if self.workers < 1:
+            raise ValueError(f"cluster.workers={self.workers}: must be at least 1")
+        if "" in self.stop:
+            raise ValueError("stop=: must not be empty")
+        self.sampling()
+
+    def sampling(self) -> Any:
+        """How tokens are drawn. Raises ValueError."""
+        from train.generate import Sampling
+
+        return Sampling(self.temperature, self.top_p, self.seed)
+
+    def prompts(self) -> list[bytes]:
+        """Raises UserError for a file that cannot be read."""
+        found = [os.fsencode(prompt) for prompt in self.prompt]  # what a shell gives may be no UTF-8
+        for name in self.prompt_file:
+            try:
+                found.append(Path(name).read_bytes())
+            except OSError as error:
+                raise UserError(f"prompt_file={name}: cannot be read ({error.strerror})") from None
+        return found or [b"import "]
 
 
 def generate(arguments: list[str]) -> int:
-    """Streams the continuation to standard output. Raises UserError."""
+    """Streams the continuations to standard output. Raises UserError."""
     run, request = _parse(arguments)
-    from data.tokenizer import from_card
-    from train.generate import Decoder
+    found = checkpoint_of(run)
+    config = saved_config(found)
+    tokenizer = tokenizer_of(found, f"RUN={run}")
+    prompts = request.prompts()
+    tokens = [[tokenizer.DOCUMENT, *_encoded(tokenizer, prompt)] for prompt in prompts]
+    if request.workers == 1:
+        write(found, config["model"], request, prompts, tokens, tokenizer)
+        return 0
+    from launch import local
 
-    found = _checkpoint(run)
-    try:
-        tokenizer = from_card(json.loads((found / "tokenizer.json").read_text()))
-    except ValueError as error:
-        raise UserError(f"RUN={run}: {error}") from None
-    decoder = Decoder.load(saved_config(found)["model"], found)
-    prompt = [tokenizer.DOCUMENT, *tokenizer.encode(request.prompt.encode()).tolist()]
-    text = getincrementaldecoder("utf-8")("replace")  # a character may take several bytes, and bytes may be wrong
-    sys.stdout.write(request.prompt)
-    for token in decoder.continue_from(prompt, request.tokens, temperature=request.temperature, seed=request.seed):
-        if token == tokenizer.DOCUMENT:
-            break
-        sys.stdout.write(text.decode(tokenizer.decode([token])))
-        sys.stdout.flush()
-    sys.stdout.write(text.decode(b"", True) + "\n")
-    return 0
+    with tempfile.TemporaryDirectory(prefix="farspan-generate-") as place:
+        outcome = local.spawn(
+            ENTRY,
+            {"checkpoint": str(found.resolve()), "model": config["model"], "request": asdict(request)}
+            | {"prompts": prompts, "tokens": tokens, "place": place},
+            workers=request.workers,
+            run_dir=Path(place),
+            device="cpu",
+            threads=max(1, cores() // request.workers),
+            tick=lambda: None,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+        if not outcome.ok and outcome.exit_code != 2:
+            print(f"failed: {outcome.reason}", file=sys.stderr)
+    if outcome.exit_code == 2:
+        raise UserError(str(outcome.reason))
+    return outcome.exit_code
 
 
-def _checkpoint(value: str) -> Path:
+def work(order: dict[str, Any]) -> None:
+    """A rank of several: it reads its part of each prompt, and the last one, which has their ends, goes on alone."""
+    found = Path(order["checkpoint"])
+    write(
+        found,
+        order["model"],
+        Request(**order["request"]),
+        order["prompts"],
+        order["tokens"],
+        tokenizer_of(found, "RUN"),
+        stop=stop_file(Path(order["place"])),
+    )
+
+
+def write(
+    found: Path,
+    model: dict[str, Any],
+    request: Request,
+    prompts: list[bytes],
+    tokens: list[list[int]],
+    tokenizer: Any,
+    stop: Path | None = None,
+) -> None:
+    """Reads the prompts and writes them with what follows. stop: of one rank of several, which read them together: the
+    file that asks to end."""
+    from train.generate import ALONE, Decoder
+
+    decoder, comm = Decoder.load(model, found), ALONE
+    if stop is not None:
+        from parallel.mesh import Groups
+
+        groups = Groups()
+        ranks = tuple(range(groups.world))
+        groups.open([ranks])
+        comm = groups.comm(ranks)
+    read = [decoder.read(text, comm) for text in tokens]
+    if comm.rank != comm.size - 1:
+        return
+    shown = Shown(prompts, tokenizer, request.stop)
+
+    def take(text: int, token: int) -> bool:
+        return shown.take(text, token) and not (stop is not None and stop.exists())
+
+    decoder.extend(read, request.tokens, request.sampling(), take)
+    shown.close()
+
+
+class Shown:
+    """Continuations as they appear on standard output: of several one after another, each as far as it is at its turn.
+
+    A text ends at a stop, at the token that ends documents, or where it is told to.
+    """
+
+    def __init__(self, prompts: list[bytes], tokenizer: Any, stop: Sequence[str]):
+        from train.text import Text
+
+        self.tokenizer = tokenizer
+        self.texts = [Text(stop) for _ in prompts]
+        self.waiting = [prompt.decode("utf-8", "replace") for prompt in prompts]  # to be written at a text's turn
+        self.done = [False] * len(prompts)
+        self.turn = -1
+        self._next()
+
+    def take(self, text: int, token: int) -> bool:
+        """The next token of a text; whether the text goes on."""
+        if token == self.tokenizer.DOCUMENT:
+            self._end(text)
+            return False
+        self._write(text, self.texts[text].add(self.tokenizer.decode([token])))
+        if self.texts[text].ended:
+            self._end(text)
+        return not self.texts[text].ended
+
+    def close(self) -> None:
+        """All texts end here."""
+        for text, done in enumerate(self.done):
+            if not done:
+                self._end(text)
+
+    def _end(self, text: int) -> None:
+        self._write(text, self.texts[text].close())
+        self.done[text] = True
+        while self.turn < len(self.done) and self.done[self.turn]:
+            sys.stdout.write("\n")
+            self._next()
+
+    def _next(self) -> None:
+        self.turn += 1
+        if self.turn < len(self.done):
+            if len(self.done) > 1:
+                sys.stdout.write(f"--- {self.turn + 1} of {len(self.done)}\n")
+            self._write(self.turn, "")
+
+    def _write(self, text: int, more: str) -> None:
+        self.waiting[text] += more
+        if text == self.turn:
+            sys.stdout.write(self.waiting[text])
+            sys.stdout.flush()
+            self.waiting[text] = ""
+
+
+def checkpoint_of(value: str) -> Path:
     """The newest complete checkpoint of a run, or the one named itself, wherever it lies. Raises UserError."""
     from train import checkpoint
 
@@ -67,21 +208,58 @@ def _checkpoint(value: str) -> Path:
     return found
 
 
+def tokenizer_of(found: Path, key: str) -> Any:
+    """The tokenizer of a checkpoint. Raises UserError for one that spells no text."""
+    from data.tokenizer import from_card
+
+    try:
+        return from_card(json.loads((found / "tokenizer.json").read_text()))
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _encoded(tokenizer: Any, prompt: bytes) -> list[int]:
+    """Raises UserError for a prompt that the tokenizer cannot encode."""
+    from data.tokenizer import encoded
+
+    try:
+        return encoded(tokenizer, prompt).tolist()
+    except ValueError as error:
+        shown = prompt[:40].decode("utf-8", "replace") + ("…" if len(prompt) > 40 else "")
+        raise UserError(f"prompt={shown}: {error}") from None
+
+
 def _parse(arguments: list[str]) -> tuple[str, Request]:
     from launch.config.compose import fields
 
     if not arguments or "=" in arguments[0] and not Path(arguments[0]).exists():
         raise UserError("RUN: missing; expected a run folder (farspan generate RUN prompt=TEXT)")
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for argument in arguments[1:]:
         key, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"{argument}: expected key=value")
-        values[key] = value if key == "prompt" else _number(value)
+        if key == "stop":
+            values.setdefault(key, []).extend(_stops(value))
+        elif key in _LISTS:
+            values.setdefault(key, []).append(value)
+        else:
+            values["workers" if key == "cluster.workers" else key] = _number(value)
     try:
         return arguments[0], Request(**fields("generate", values, Request))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _stops(value: str) -> list[str]:
+    r"""A text, or a list of them in brackets and double quotes; \n is a new line in both. Raises UserError."""
+    try:
+        found = json.loads(value if value.startswith("[") else f'["{value}"]', strict=False)
+    except ValueError:
+        found = None if value.startswith("[") else [value]
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise UserError(f'stop={value}: must be a text, or a list such as \'["\\n\\n", "def "]\'')
+    return found
 
 
 def _number(text: str) -> object:

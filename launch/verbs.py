@@ -158,12 +158,17 @@ The same overrides as train, with a cluster that has a template. Prints a file t
     ),
     "generate": Verb(
         function="launch.generate:generate",
-        synopsis="RUN [prompt=TEXT] [tokens=300] [temperature=0.8] [seed=0]",
-        line="continue a prompt from a run's newest checkpoint",
+        synopsis="RUN [prompt=TEXT] [tokens=300] [temperature=0.8] [top_p=1] [stop=TEXT] [seed=0] [prompt_file=FILE] "
+        "[cluster.workers=1]",
+        line="continue prompts from a run's newest checkpoint",
         text="""\
-One byte at a time, with constant memory per token in the recurrent layers.
+A token at a time, as it comes, with constant memory per token in the recurrent layers. prompt=, prompt_file= (a file
+that is one prompt) and stop= may be given several times; several prompts are continued together. A text ends before the
+first of the stops. cluster.workers: processes that read a long prompt together, a part of it each.
 
-  farspan generate runs/first prompt="def main(" tokens=500 temperature=0.5
+  farspan generate runs/first prompt="def main(" tokens=500 temperature=0.5 top_p=0.9
+  farspan generate runs/first prompt="class " prompt="import " stop='["\\n\\n", "\\ndef "]'
+  farspan generate runs/first prompt_file=book.txt cluster.workers=2
 """,
     ),
     "doctor": Verb(

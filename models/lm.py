@@ -25,7 +25,10 @@ class Output(NamedTuple):
     z: Tensor  # scalar: the routers' z-loss summed over counted tokens; 0 without experts
     dropped: dict[str, Tensor]  # by layer whose experts have a capacity, how many choices found no place
     cross_entropy: Tensor | None = None  # scalar: nats summed over the targets, where they were given
-    correct: Tensor | None = None  # scalar int64: targets that are the likeliest token, where no gradient is taken
+    # Where targets were given and no gradient is taken:
+    correct: Tensor | None = None  # scalar int64: targets that are the likeliest token
+    nats: Tensor | None = None  # [B, T], each target's, 0 where there is none
+    right: Tensor | None = None  # [B, T] bool, whether it is the likeliest token
 
 
 class LM(nn.Module):
@@ -39,9 +42,10 @@ class LM(nn.Module):
     DeepSeekMoE (2401.06066). dense: that feed-forward. tied: whether the head multiplies by the embedding instead of
     weights of its own. Its input is then scaled by dim^-½ (T5, 1910.10683): the embedding's entries have variance 1.
 
-    tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set. With
-    targets [B, T] int64, -100 for none, the Output has their cross-entropy in place of the logits, of which no more are
-    held at a time than those of `loss_chunk` tokens. That happens in here because a sharded head is whole only in here.
+    tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
+    `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
+    their cross-entropy in place of the logits, of which no more are held at a time than those of `loss_chunk` tokens.
+    That happens in here because a sharded head is whole only in here.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class LM(nn.Module):
         self.norm = RMSNorm(dim)
         self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
 
-    def forward(self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor | None = None) -> Output:
+    def forward(
+        self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor | None = None, *, last: int | None = None
+    ) -> Output:
         x_BTD = F.embedding(tokens_BT, self.embedding).to(self.compute)
         routings: dict[str, Routing] = {}
         rows, handed = self.coupled(), dict[str | None, Tensor]()
@@ -88,7 +94,7 @@ class LM(nn.Module):
         x_BTD = self.norm(x_BTD)
         counts = balance(routings, seq)
         if targets_BT is None:
-            return Output(self.unembed(x_BTD), *counts)
+            return Output(self.unembed(x_BTD if last is None else x_BTD[:, -last:]), *counts)
         return Output(x_BTD.new_empty(0), *counts, *self.score(x_BTD, targets_BT))
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
@@ -97,11 +103,11 @@ class LM(nn.Module):
             return self.head(x_BTD)
         return F.linear(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding.to(x_BTD.dtype))
 
-    def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same logits' cross-entropy in nats, summed over the targets; without gradients, how many are right."""
+    def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, ...]:
+        """The same logits' cross-entropy in nats, summed over the targets; without gradients, all of `Scored`."""
         weight_VD = self.embedding if self.head is None else self.head.weight
         if self.head is None:
             x_BTD = x_BTD * x_BTD.shape[-1] ** -0.5
         if torch.is_grad_enabled():
-            return cross_entropy(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk), None
+            return (cross_entropy(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk),)
         return score(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk)

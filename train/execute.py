@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.lm import Output
 from models.sequence import Memory
 from parallel.data import communicate_gradients
 from parallel.mesh import Groups
@@ -109,15 +110,37 @@ class Executor:
     def evaluate(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Forward only."""
         tally = self._empty()
+        for _, output in self._outputs(plan, batch):
+            tally.add(sums(output))
+        return tally
+
+    @torch.no_grad()
+    def score(self, plan: Plan, batch: Sequence[Packed]) -> tuple[Tensor, Tensor]:
+        """Of every token of the batch, end to end: the nats of its target, fp64, and whether that is the likeliest
+        token; 0 and False without a target. The same on every rank."""
+        begins = np.cumsum([0, *plan.lengths])
+        found = torch.zeros(2, int(begins[-1]), dtype=torch.float64, device=self.device)
+        for group, output in self._outputs(plan, batch):
+            held = group.spans[group.ranks.index(self.groups.rank)]
+            if not held:
+                continue
+            places = np.concatenate([np.arange(begins[s], begins[s + 1]) for s in group.sequences])
+            mine = torch.from_numpy(np.concatenate([places[begin:end] for begin, end in held])).to(self.device)
+            assert output.nats is not None and output.right is not None
+            found[:, mine] = torch.stack((output.nats.flatten().double(), output.right.flatten().double()))
+        nats, right = self.groups.world_comm.all_reduce(found, purpose="evaluation")
+        return nats, right > 0
+
+    def _outputs(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[Group, Output]]:
+        """What the model says of each micro-step, whole or span after span in time."""
         for _, micro in self._micro_steps(plan):
             groups = self._in_time(plan, micro)
             memory = Memory() if len(groups) > 1 else None
             for group in groups:
                 placed = self._place(group, batch, memory=memory if any(group.spans) else None)
-                tally.add(sums(self.model(placed.tokens, placed.seq, placed.targets)))
+                yield group, self.model(placed.tokens, placed.seq, placed.targets)
                 if memory is not None:
                     memory.advance()
-        return tally
 
     def _in_time(self, plan: Plan, micro: MicroStep) -> list[Group]:
         """This rank's group, whole or as spans in time: as many on every rank."""

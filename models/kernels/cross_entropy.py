@@ -8,7 +8,7 @@ N·D + V·D, and C·V for a moment. (Cut cross-entropy, 2411.09009, avoids even 
 Legend: N tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,15 +65,27 @@ def cross_entropy(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int |
     return _CrossEntropy.apply(x_ND, weight_VD, targets.flatten(), chunk or max(len(x_ND), 1))
 
 
+class Scored(NamedTuple):
+    """Of some targets: their nats, summed; how many are the likeliest token, int64; and both of each, of the targets'
+    shape, 0 and False where there is none."""
+
+    total: Tensor
+    correct: Tensor
+    nats: Tensor
+    right: Tensor
+
+
 @torch.no_grad()
-def score(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int | None) -> tuple[Tensor, Tensor]:
-    """The same cross-entropy, bitwise, and how many targets are the likeliest token (int64 scalar); no gradients."""
+def score(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int | None) -> Scored:
+    """The same cross-entropy, bitwise, and how many targets are the likeliest token; no gradients."""
     x_ND, targets_N = x.flatten(0, -2), targets.flatten()
     cast_VD, size = weight_VD.to(x.dtype), chunk or max(len(x_ND), 1)
-    total, right = wide(x.new_zeros(())), targets.new_zeros(())
+    total, nats, right = wide(x.new_zeros(())), [], []
     for x_CD, targets_C in zip(x_ND.split(size), targets_N.split(size), strict=True):
         z_CV = x_CD @ cast_VD.T
         missing_C, index_C1 = _missing(targets_C)
-        right += (z_CV.argmax(-1) == targets_C).sum()
-        total -= wide(z_CV).log_softmax(-1).gather(-1, index_C1).squeeze(-1).masked_fill_(missing_C, 0.0).sum()
-    return total, right
+        right.append(z_CV.argmax(-1) == targets_C)
+        nats.append(-wide(z_CV).log_softmax(-1).gather(-1, index_C1).squeeze(-1).masked_fill_(missing_C, 0.0))
+        total += nats[-1].sum()
+    each = torch.cat(right).view(targets.shape)
+    return Scored(total, each.sum(), torch.cat(nats).view(targets.shape), each)

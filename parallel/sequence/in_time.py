@@ -29,15 +29,20 @@ if TYPE_CHECKING:
 def with_past(seq: "Spread", halos: Tensor, *, slot: str) -> Tensor:
     """The inputs [B, width, ...] before this rank's spans, from those of the chain alone: `halos` [B + 1, width, ...],
     zeros before its begin, and last those before its end."""
+    halos = _behind(seq, halos, seq.recall(slot))
+    seq.leave(slot, lambda: halos[-1:])
+    return halos[:-1]
+
+
+def _behind(seq: "Spread", halos: Tensor, past: Tensor | None) -> Tensor:
+    """`halos` with `past` [1, width, ...], the inputs before the chain, where they reach there."""
     chain, width = seq.chain, halos.shape[1]
-    past: Tensor | None = seq.recall(slot)
     if past is not None:
         begins = [*(chain.links[n].begin for n in chain.mine), chain.links[-1].end]
         missing = [max(0, width - (begin - chain.links[0].begin)) for begin in begins]
         rest = [F.pad(past[0, width - m :], [0, 0] * (past.dim() - 2) + [0, width - m]) for m in missing]
         halos = halos + torch.stack(rest)
-    seq.leave(slot, lambda: halos[-1:])
-    return halos[:-1]
+    return halos
 
 
 def entering(seq: "Spread", recurrence: Recurrence, effect: Effect, *, slot: str) -> Tensor:
@@ -72,7 +77,7 @@ def attend(
     kv_BTGW = torch.cat((k, v), dim=-1)
     widths = (k.shape[-1], v.shape[-1])
     if window is not None and not sinks:
-        past_BTGW = seq.before(kv_BTGW, window - 1, slot=slot)
+        past_BTGW = _window(seq, kv_BTGW, widths, window - 1, slot)
         keys, values = torch.cat((past_BTGW, kv_BTGW), dim=1).split(widths, dim=-1)
         return attend_pieces(q, keys, values, seq.pieces, [window - 1] * len(q), window=window)
     chain = seq.chain.of(slot)
@@ -93,6 +98,18 @@ def attend(
     if firsts is not None and before <= at:  # the document began in this chain
         firsts = [offset - before]
     return attend_pieces(q, held.k, held.v, seq.pieces, [offset], window=window, sinks=sinks, firsts=firsts)
+
+
+def _window(seq: "Spread", kv_BTGW: Tensor, widths: tuple[int, int], width: int, slot: str) -> Tensor:
+    """The keys and values [B, width, G, W] before this rank's spans; leaves those before the end, as `Whole` does."""
+    held: Past | None = seq.recall(slot)
+    past = None
+    if held is not None:
+        past = F.pad(torch.cat((held.k, held.v), dim=-1), [0, 0, 0, 0, width - held.k.shape[1], 0])
+    halos = _behind(seq, seq.halos(kv_BTGW, width, slot=slot), past)
+    there = width - min(width, seq.chain.links[-1].end)  # places before the sequence's own begin
+    seq.leave(slot, lambda: Past(*halos[-1:, there:].split(widths, dim=-1)))
+    return halos[:-1]
 
 
 def _pieces(chain: Chain) -> list[Piece]:

@@ -29,6 +29,12 @@ class Spread(Tokens):
 
     def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
         """The halo, from as many spans back as `width` needs: spans may be shorter than a convolution."""
+        halos = self.halos(x, width, slot=slot)
+        return halos if self.memory is None else in_time.with_past(self, halos, slot=f"{slot}/before")
+
+    def halos(self, x: Tensor, width: int, *, slot: str) -> Tensor:
+        """The last `width` inputs before each span of this rank [B, width, ...] from the chain alone, zeros before it;
+        with a memory, those before the chain's end behind them [B + 1, width, ...]."""
         chain = self.chain.of(slot)
         B, T = x.shape[:2]
         padding = [max(0, width - T), 0, 0, chain.rows - B]
@@ -44,8 +50,7 @@ class Spread(Tokens):
             return torch.stack(found)
 
         ends = chain.mine if self.memory is None else [*chain.mine, len(chain.links)]
-        halo = gather(chain.comm, tails, halos, purpose="halo", linear=True)
-        return halo if self.memory is None else in_time.with_past(self, halo, slot=f"{slot}/before")
+        return gather(chain.comm, tails, halos, purpose="halo", linear=True)
 
     def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
         begun = recurrence.begin(*xs, starts=self.starts)

@@ -89,9 +89,12 @@ def test_without_gradients_the_loss_is_the_same_and_right_answers_are_counted(ch
     likeliest = [max(range(V), key=[(row @ x_D).item() for row in weight].__getitem__) for x_D in x]
     targets[10:20] = torch.tensor(likeliest[10:20])
     expected = sum(a == b for a, b in zip(likeliest, targets.tolist(), strict=True))
-    loss, right = score(x, weight, targets, chunk=chunk)
+    loss, right, nats, each = score(x, weight, targets, chunk=chunk)
     assert not loss.requires_grad and loss == cross_entropy(x, weight, targets, chunk=chunk)
     assert 10 <= right.item() == expected < (targets != -100).sum()
+    assert each.tolist() == [a == b for a, b in zip(likeliest, targets.tolist(), strict=True)]
+    own = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(nats, own, rtol=1e-10, atol=1e-12)
     assert score(x, weight, torch.full((N,), -100), chunk=chunk)[1] == 0
     with torch.no_grad():
         assert cross_entropy(x, weight, targets, chunk=chunk) == loss
