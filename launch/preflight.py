@@ -95,6 +95,7 @@ def clear(
         data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
         model = model_of(config["model"])
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        _optimizer(config, precision, device)
         _heads(config, sequence)
         _bases(config, model)
         if not data_here:
@@ -257,8 +258,6 @@ def _objects(
     config: dict[str, Any], train: TrainSettings, data: int, sequence: int, batches: list[list[int]] | None = None
 ) -> None:
     """Builds what is cheap to build, so that its own checks speak now, asks for a rate, and for plans of `batches`."""
-    import torch
-
     from train.construct import construct
 
     for key in ("engine", "tracking"):
@@ -277,10 +276,17 @@ def _objects(
         construct(config["data"])
         construct(config["curriculum"])
     construct(config["schedule"]).multiplier(train.batch_tokens, train.total_tokens)
-    try:
-        construct(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"optimizer: {error}") from None
+
+
+def _optimizer(config: dict[str, Any], precision: PrecisionSettings, device: str) -> None:
+    """Builds it for one weight as the run has them. Raises ValueError."""
+    import torch
+
+    from train.optimizer import tried
+
+    on_host = config["engine"].get("offload_optimizer", False)
+    dtype = torch.float64 if precision.compute == "fp64" else torch.float32
+    tried(config["optimizer"], device="cpu" if on_host else device, dtype=dtype)
 
 
 def _heads(config: dict[str, Any], sequence: int) -> None:

@@ -20,21 +20,39 @@ Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Declared:
-    """What a parameter declares: one axis name (or None) a dimension, its initial value, and weight decay."""
+    """What a parameter declares: one axis name (or None) a dimension, its initial value, and weight decay.
+
+    matrix: whether its last two dimensions are a matrix that multiplies vectors: filters are none. parts: sizes of the
+    matrices that lie side by side in it, as q, k and v do, along the dimension `along`, again and again where they take
+    turns, as the keys and values of heads do; () for one matrix.
+    """
 
     axes: tuple[str | None, ...]
     init: Init
     decay: bool
+    matrix: bool = True
+    parts: tuple[int, ...] = ()
+    along: int = 0
 
 
-def declare(*shape: int, axes: tuple[str | None, ...], init: Init, decay: bool = True) -> nn.Parameter:
+def declare(
+    *shape: int,
+    axes: tuple[str | None, ...],
+    init: Init,
+    decay: bool = True,
+    matrix: bool = True,
+    parts: tuple[int, ...] = (),
+    along: int = 0,
+) -> nn.Parameter:
     """An uninitialised parameter that carries its declaration as `.declared`."""
     if len(axes) != len(shape) or any(a is not None and a not in AXES for a in axes):
         raise ValueError(
             f"axes {axes} do not name the {len(shape)} dimensions of a parameter; known: {', '.join(AXES)}"
         )
+    if parts and shape[along] % sum(parts):
+        raise ValueError(f"parts {parts} do not fill the {shape[along]} of dimension {along}")
     parameter = nn.Parameter(torch.empty(*shape))
-    parameter.declared = Declared(axes, init, decay)  # type: ignore[attr-defined]
+    parameter.declared = Declared(axes, init, decay, matrix, parts, along)  # type: ignore[attr-defined]
     return parameter
 
 

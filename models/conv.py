@@ -20,7 +20,7 @@ class ShortConv(nn.Module):
         self, dim: int, width: int = 4, *, bias: bool = False, activation: bool = True, axis: str | None = "heads"
     ):
         super().__init__()
-        self.weight = declare(dim, width, axes=(axis, None), init=fan_in(width))
+        self.weight = declare(dim, width, axes=(axis, None), init=fan_in(width), matrix=False)
         self.bias = declare(dim, axes=(axis,), init=constant(0.0), decay=False) if bias else None
         self.activation = activation
 

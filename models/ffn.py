@@ -41,7 +41,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         positive(dim=dim, hidden=hidden)
         self.tile: int | None = None
-        self.gate_up = Linear(dim, 2 * hidden, axes=("ffn", "embed"))
+        self.gate_up = Linear(dim, 2 * hidden, axes=("ffn", "embed"), parts=(hidden, hidden))
         self.down = Linear(hidden, dim, axes=("embed", "ffn"))
 
     def transform(self, x: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ from models.kept import keeping, kept
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ (+ b). x [..., inputs] -> [..., outputs] in x's dtype; the weight is cast to it at use."""
+    """y = x Wᵀ (+ b). x [..., inputs] -> [..., outputs] in x's dtype; the weight is cast to it at use.
+
+    parts: of the outputs, where several matrices are in one, as q, k and v are (`models.axes.Declared`).
+    """
 
     def __init__(
         self,
@@ -22,9 +25,10 @@ class Linear(nn.Module):
         axes: tuple[str | None, str | None],
         bias: bool = False,
         init: Init | None = None,
+        parts: tuple[int, ...] = (),
     ):
         super().__init__()
-        self.weight = declare(outputs, inputs, axes=axes, init=init or fan_in(inputs))
+        self.weight = declare(outputs, inputs, axes=axes, init=init or fan_in(inputs), parts=parts)
         self.bias = declare(outputs, axes=axes[:1], init=constant(0.0), decay=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,10 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, dim: int, hidden: int):
         super().__init__()
         self.num_experts = num_experts
-        self.gate_up = declare(num_experts, dim, 2 * hidden, axes=("expert", "embed", "ffn"), init=fan_in(dim))
+        axes = ("expert", "embed", "ffn")
+        self.gate_up = declare(
+            num_experts, dim, 2 * hidden, axes=axes, init=fan_in(dim), parts=(hidden, hidden), along=2
+        )
         self.down = declare(num_experts, hidden, dim, axes=("expert", "ffn", "embed"), init=fan_in(hidden))
 
     def forward(self, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Dispatch) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from parallel.collectives import LEDGER, Entry
 from parallel.mesh import Groups
+from parallel.owners import PURPOSE
 from parallel.schedule.choice import Wire
 from parallel.schedule.volume import GRADIENT, Ask, State
 from parallel.sequence.effects import Auto
@@ -21,6 +22,7 @@ ENTRIES = (
     ),
     Entry("world", "weights"),
     Entry("world", "weights" + GRADIENT),
+    Entry("world", PURPOSE),
     OTHER,
 )
 COLUMNS = 2 * len(ENTRIES)
@@ -75,7 +77,7 @@ def _chosen(auto: Auto, asks: Sequence[Ask], sequence: int, spans: int) -> str:
     """The line that says what is chosen, and from what."""
     kinds: dict[str, list[str]] = {}
     for ask in asks:
-        if isinstance(ask, State):
+        if isinstance(ask, State) and not ask.serial:
             decay, state = (size * ask.itemsize for size in (ask.decay, ask.state))
             name = auto.choice(sequence, decay, state, ask.extent, spans)
             several = kinds.setdefault(ask.kind, [])

@@ -1,22 +1,84 @@
-"""Parameter groups: weight decay where a parameter's declaration wants it, and nowhere else."""
+"""Parameter groups: weight decay where a parameter's declaration wants it, and nowhere else; other rates by axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from models.axes import Declared
+from models.axes import AXES, Declared
 from parallel.apply import parameter_name
+from train.construct import construct
+
+Make = Callable[..., Optimizer]
 
 
-def build(make: Callable[..., Optimizer], model: nn.Module, declared: dict[str, Declared]) -> Optimizer:
-    """`make` on two groups of the model's parameters; only the declared ones decay."""
+def build(make: Make, model: nn.Module, declared: dict[str, Declared]) -> Optimizer:
+    """`make` on two groups of the model's parameters; only the declared ones decay.
+
+    Each parameter carries its declaration as `.declared` from here on: sharding has made new ones.
+    """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
+        parameter.declared = declared[parameter_name(name)]  # type: ignore[attr-defined]
         groups[declared[parameter_name(name)].decay].append(parameter)
     return make([{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}])
 
 
+def axes(parameter: torch.Tensor) -> set[str]:
+    """The names of its axes, none of a parameter that declares nothing."""
+    declared: Declared | None = getattr(parameter, "declared", None)
+    return {axis for axis in declared.axes if axis is not None} if declared else set()
+
+
+def refined(
+    params: Iterable[Any], *, no_decay: Sequence[str] = (), rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups, or plain parameters, as groups with one weight decay and one factor of the rate each.
+
+    no_decay: axes whose parameters do not decay. rates: by axis, what the rate of its parameters is multiplied by; a
+    parameter with several of them has the product. Groups that need no dividing stay as they are. Raises ValueError
+    for what is no axis, or a factor below 0.
+    """
+    rates = dict(rates or {})
+    for key, names in (("no_decay", list(no_decay)), ("rates", list(rates))):
+        if unknown := [name for name in names if name not in AXES]:
+            raise ValueError(f"optimizer.{key}={unknown[0]}: must be one of {', '.join(AXES)}")
+    for axis, rate in rates.items():
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"optimizer.rates.{axis}={rate}: must not be negative")
+    given = list(params)
+    groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        within: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            named = axes(parameter)
+            factor: float = group.get("factor", 1.0)
+            for axis in sorted(named & rates.keys()):
+                factor *= rates[axis]
+            within.setdefault((bool(named & set(no_decay)), factor), []).append(parameter)
+        for (stays, factor), several in within.items() or [((False, 1.0), [])]:
+            more = {"weight_decay": 0.0} if stays else {}
+            found.append({**group, "params": several, "factor": factor} | more)
+    return found
+
+
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
+
+
+def tried(node: dict[str, Any], *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Builds the optimizer of a configuration for one parameter. Raises ValueError, the message with its key.
+
+    device, dtype: of the master weights of the run that it is for.
+    """
+    try:
+        optimizer = construct(node)([nn.Parameter(torch.zeros(1, dtype=dtype))])
+        if hasattr(optimizer, "check"):
+            optimizer.check(device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        line = str(error)
+        raise ValueError(line if line.startswith("optimizer.") else f"optimizer: {line}") from None

@@ -73,15 +73,14 @@ def build(config: dict[str, Any]) -> Any:
     """The model of a checked configuration, on the meta device, and its optimizer tried. Raises ValueError."""
     import torch
 
+    from train.optimizer import tried
+
     with torch.device("meta"):
         try:
             model = construct(config["model"])
         except (ArithmeticError, RuntimeError, TypeError) as error:
             raise ValueError(f"model: cannot be built: {error}") from None
-    try:
-        construct(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"optimizer: {error}") from None
+    tried(config["optimizer"])
     return model
 
 

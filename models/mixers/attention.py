@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.window, self.sinks, self.positions = window, sinks, positions
         width = heads * self.head_dim
         self.q = Linear(dim, width, axes=("heads", "embed"))
-        self.kv = Linear(dim, 2 * kv_heads * self.head_dim, axes=("kv_heads", "embed"))
+        self.kv = Linear(dim, 2 * kv_heads * self.head_dim, axes=("kv_heads", "embed"), parts=2 * (self.head_dim,))
         self.q_norm = RMSNorm(self.head_dim, eps=1e-6, axis=None) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=1e-6, axis=None) if qk_norm else nn.Identity()
         self.gate = Linear(dim, width, axes=("heads", "embed")) if gate else None

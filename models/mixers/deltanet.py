@@ -44,7 +44,7 @@ class DeltaNet(nn.Module):
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
         self.widths = (keys, keys, values)
         self.strongest = 2.0 if negative_eigenvalues else 1.0
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.conv = ShortConv(sum(self.widths), conv)
         self.beta = Linear(dim, heads, axes=("heads", "embed"))
         self.gate = Linear(dim, values, axes=("heads", "embed")) if gate else None

@@ -59,9 +59,9 @@ class GatedDeltaNet(nn.Module):
         self.value_dim, self.each = values // value_heads, value_heads // heads
         self.widths = (keys, keys, values)
         self.strongest = 2.0 if negative_eigenvalues else 1.0
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.conv = ShortConv(sum(self.widths), conv)
-        self.rates = Linear(dim, 2 * value_heads, axes=("heads", "embed"))
+        self.rates = Linear(dim, 2 * value_heads, axes=("heads", "embed"), parts=(1, 1))
         self.A_log = declare(value_heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(value_heads, axes=("heads",), init=dt, decay=False)

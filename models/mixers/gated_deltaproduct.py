@@ -49,10 +49,11 @@ class GatedDeltaProduct(nn.Module):
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
         self.widths, self.steps = (keys, steps * keys, steps * values), steps
         self.strongest = 2.0 if negative_eigenvalues else 1.0
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        parts = (keys, *steps * (keys,), *steps * (values,))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=parts)
         self.conv = ShortConv(sum(self.widths), conv)
         self.dt = Linear(dim, heads, axes=("heads", "embed"))
-        self.beta = Linear(dim, steps * heads, axes=("heads", "embed"))
+        self.beta = Linear(dim, steps * heads, axes=("heads", "embed"), parts=steps * (heads,))
         self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(heads, axes=("heads",), init=dt, decay=False)

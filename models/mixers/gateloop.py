@@ -39,7 +39,7 @@ class GateLoop(nn.Module):
         super().__init__()
         inner = int(dim * expand)
         positive(dim=dim, **{"dim * expand": inner})
-        self.qkv = Linear(dim, 3 * inner, axes=("heads", "embed"))
+        self.qkv = Linear(dim, 3 * inner, axes=("heads", "embed"), parts=(1, 1, 1))
         self.alpha = Linear(dim, inner, axes=("heads", "embed"))
         self.alpha_bias = declare(inner, axes=("heads",), init=slow, decay=False)
         self.beta = Linear(dim, inner, axes=("heads", "embed"), bias=True, init=fan_in(dim, gain=0.1))

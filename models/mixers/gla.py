@@ -37,7 +37,7 @@ class GatedLinearAttention(nn.Module):
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
         self.widths = (keys, keys, values)
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.conv = ShortConv(sum(self.widths), conv)
         self.decay_in = Linear(dim, GATE_RANK, axes=(None, "embed"))
         self.decay_out = Linear(GATE_RANK, keys, axes=("heads", None), bias=True)

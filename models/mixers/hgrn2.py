@@ -33,7 +33,7 @@ class HGRN2(nn.Module):
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(dim, heads)
         self.widths = (keys, keys, dim)
-        self.qfv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qfv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.norm = RMSNorm(dim, axis="heads")
         self.out = Linear(dim, dim, axes=("embed", "heads"))
         self.recurrence = Diagonal("gla")

@@ -50,7 +50,7 @@ class KimiDeltaAttention(nn.Module):
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
         self.widths = (keys, keys, values)
         self.strongest = 2.0 if negative_eigenvalues else 1.0
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.conv = ShortConv(sum(self.widths), conv)
         self.decay_in = Linear(dim, self.value_dim, axes=(None, "embed"))
         self.decay_out = Linear(self.value_dim, keys, axes=("heads", None))

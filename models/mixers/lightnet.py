@@ -35,7 +35,7 @@ class LightNet(nn.Module):
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(dim, heads)
         self.widths = (keys, keys, dim)
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.gate_in = Linear(dim, self.value_dim, axes=(None, "embed"))
         self.gate_out = Linear(self.value_dim, dim, axes=("heads", None))
         self.norm = GatedRMSNorm(dim, axis="heads")

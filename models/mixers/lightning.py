@@ -50,7 +50,7 @@ class Lightning(nn.Module):
             raise ValueError(f"rates={rates}: must be one of {', '.join(RATES)}")
         self.head_dim = head_dim(dim, heads)
         self.rates, self.depth = RATES[rates], depth
-        self.qkv = Linear(dim, 3 * dim, axes=("heads", "embed"))
+        self.qkv = Linear(dim, 3 * dim, axes=("heads", "embed"), parts=3 * (self.head_dim,))
         self.gate = Linear(dim, dim, axes=("heads", "embed"))
         self.norm = RMSNorm(dim, axis="heads")
         self.out = Linear(dim, dim, axes=("embed", "heads"))

@@ -49,7 +49,7 @@ class LinearAttention(nn.Module):
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
         self.widths = (keys, keys, values)
         self.feature, self.normalise = FEATURES[feature], normalise
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.norm = RMSNorm(self.value_dim, axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Identity("linear")

@@ -45,7 +45,7 @@ class Longhorn(nn.Module):
         self.x = Linear(dim, inner, axes=("heads", "embed"))
         self.z = Linear(dim, inner, axes=("heads", "embed"))
         self.conv = ShortConv(inner, conv, bias=True)
-        self.dkq = Linear(inner, sum(self.widths), axes=(None, "heads"))
+        self.dkq = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
         self.dt = Linear(rank, inner, axes=("heads", None), bias=True)
         self.D = declare(inner, axes=("heads",), init=constant(1.0), decay=False)
         self.out = Linear(inner, dim, axes=("embed", "heads"))

@@ -73,7 +73,7 @@ class LRU(nn.Module):
         self.gamma_log = declare(inner, axes=("heads",), init=gains(r_min, r_max), decay=False)
         self.C = Linear(2 * inner, dim, axes=("embed", "heads"), init=normal(inner**-0.5))
         self.D = declare(dim, axes=("embed",), init=normal(1.0), decay=False)
-        self.glu = Linear(dim, 2 * dim, axes=(None, "embed"))
+        self.glu = Linear(dim, 2 * dim, axes=(None, "embed"), parts=(dim, dim))
         self.recurrence = Complex("complex")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:

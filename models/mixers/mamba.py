@@ -54,7 +54,7 @@ class Mamba(nn.Module):
         self.x = Linear(dim, inner, axes=("heads", "embed"))
         self.z = Linear(dim, inner, axes=("heads", "embed"))
         self.conv = ShortConv(inner, conv, bias=True)
-        self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"))
+        self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
         self.dt = Linear(rank, inner, axes=("heads", None), init=uniform(rank**-0.5))
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(inner, axes=("heads",), init=dt, decay=False)

@@ -37,7 +37,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"groups={groups}: must divide heads={heads}")
         self.x = Linear(dim, inner, axes=("heads", "embed"))
         self.z = Linear(dim, inner, axes=("heads", "embed"))
-        self.bc = Linear(dim, 2 * groups * state, axes=("groups", "embed"))
+        self.bc = Linear(dim, 2 * groups * state, axes=("groups", "embed"), parts=(state, state))
         self.dt = Linear(dim, heads, axes=("heads", "embed"))
         self.conv = ShortConv(inner, conv, bias=True)
         self.bc_conv = ShortConv(2 * groups * state, conv, bias=True, axis="groups")

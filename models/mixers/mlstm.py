@@ -44,7 +44,7 @@ class MLSTM(nn.Module):
         self.q = Linear(dim, keys, axes=("heads", "embed"))
         self.k = Linear(dim, keys, axes=("heads", "embed"))
         self.v = Linear(dim, values, axes=("heads", "embed"))
-        self.rates = Linear(dim, 2 * heads, axes=("heads", "embed"), init=constant(0.0))
+        self.rates = Linear(dim, 2 * heads, axes=("heads", "embed"), init=constant(0.0), parts=(1, 1))
         self.rates_bias = declare(heads, 2, axes=("heads", None), init=opening, decay=False)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
         self.norm = HeadNorm(values)

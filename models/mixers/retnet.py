@@ -42,7 +42,7 @@ class RetNet(nn.Module):
             raise ValueError(f"rope_base={rope_base}: must be above 0")
         self.rope_base = rope_base
         self.widths = (keys, keys, values)
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))

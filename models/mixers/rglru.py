@@ -63,7 +63,9 @@ class RGLRU(nn.Module):
         self.x = Linear(dim, inner, axes=("heads", "embed"))
         self.y = Linear(dim, inner, axes=("heads", "embed"))
         self.conv = ShortConv(inner, conv, bias=True, activation=False)
-        self.gates = declare(heads, block, 2 * block, axes=("heads", None, None), init=fan_in(block))
+        self.gates = declare(
+            heads, block, 2 * block, axes=("heads", None, None), init=fan_in(block), parts=(block, block), along=2
+        )
         self.gates_bias = declare(heads, 2 * block, axes=("heads", None), init=constant(0.0), decay=False)
         self.Lambda = declare(inner, axes=("heads",), init=slow_decay(), decay=False)
         self.out = Linear(inner, dim, axes=("embed", "heads"))

@@ -61,7 +61,7 @@ class RWKV6(nn.Module):
         self.mixes = nn.ParameterDict(
             {name: declare(dim, axes=("embed",), init=init, decay=False) for name, init in starts.items()}
         )
-        self.mix_in = Linear(dim, 5 * mix_rank, axes=(None, "embed"), init=constant(0.0))
+        self.mix_in = Linear(dim, 5 * mix_rank, axes=(None, "embed"), init=constant(0.0), parts=5 * (mix_rank,))
         self.mix_out = declare(5, mix_rank, dim, axes=(None, None, "embed"), init=uniform(0.01))
         self.decay = declare(dim, axes=("heads",), init=decays(up), decay=False)
         self.decay_in = Linear(dim, decay_rank, axes=(None, "embed"), init=constant(0.0))

@@ -142,7 +142,7 @@ REFUSED = {
     f"~{GLA}.mixer.heads": f"{GLA}.mixer.heads: missing; give it as",
     f"~{GLA}.mixer": f"{GLA}.mixer: missing",
     f"~{GLA}": "model.blocks.gdn.ffn=${..gla.ffn}: there is no gla.ffn",
-    "~optimizer.lr": "optimizer.lr: missing; the schedule multiplies it",
+    "~optimizer.lr": "optimizer.lr: missing; give it as optimizer.lr=VALUE",
     "~seed=3": "~seed=3: its value is 0",
     "~run.name": "~run.name: is null already",
     # interpolations
@@ -206,7 +206,10 @@ ACCEPTED = [
     (["~parallel.transport"], "parallel.transport", {"recurrence": "gather", "attention": "gather", "blocks": 4}),
     (["~engine.reshard_after_forward"], "engine.reshard_after_forward", True),
     (["tracking.tags=[a,b]"], "tracking.tags", ["a", "b"]),
-    (["optimizer.amsgrad=true"], "optimizer.amsgrad", True),  # not in the file, but torch knows it
+    (["optimizer.amsgrad=true"], "optimizer.amsgrad", True),  # not in the file, but its class knows it
+    (["optimizer._target_=torch.optim.AdamW", "optimizer.maximize=true"], "optimizer.maximize", True),
+    (["optimizer.rates={vocab: 0.5}"], "optimizer.rates", {"vocab": 0.5}),
+    (["optimizer=muon", "optimizer.adamw=[vocab,expert]"], "optimizer.adamw", ["vocab", "expert"]),
     (["cluster.address=http://HEAD:8265"], "cluster.address", "http://HEAD:8265"),
     (["run.name=ü"], "run.name", "ü"),
     (["run.name=a b"], "run.name", "a b"),
@@ -255,7 +258,9 @@ def test_a_configuration_is_complete():
     config = composed([])
     assert config["cluster"]["address"] is None and "template" in config["cluster"]
     assert composed(["~scheduler.layout"])["scheduler"] == config["scheduler"]
-    assert "amsgrad" not in config["optimizer"]  # torch's own change from release to release
+    assert config["optimizer"]["no_decay"] is None and config["optimizer"]["fused"] == "auto"
+    torchs = composed(["optimizer._target_=torch.optim.AdamW"])
+    assert "amsgrad" not in torchs["optimizer"]  # torch's own change from release to release
 
 
 def test_a_class_that_takes_any_key_is_its_own_judge():

@@ -1,0 +1,193 @@
+"""Muon against a plain loop over whole matrices, on one process and on several; what it takes, what it leaves."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.axes import Declared, declarations, initialise
+from models.block import Block
+from models.ffn import SwiGLU
+from models.kernels.newton_schulz import newton_schulz
+from models.lm import LM
+from models.mixers import MIXERS
+from models.moe import MoE
+from parallel.apply import parallelise, parameter_name
+from parallel.mesh import everyone
+from train import optimizer
+from train.muon import Muon
+
+STEPS, LR, DECAY, MOMENTUM = 5, 0.02, 0.1, 0.9
+SETTINGS: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "momentum": MOMENTUM}
+KEYS, HIDDEN = 6, 7
+
+
+def model() -> LM:
+    """Fused projections of uneven widths, keys and values that take turns, experts, filters, and a dimension of 14,
+    which no three ranks share evenly."""
+    blocks = {
+        "gdn": partial(
+            Block,
+            mixer=partial(MIXERS["gated_deltanet"], heads=2, expand_v=2.0),
+            ffn=partial(SwiGLU, hidden=HIDDEN),
+        ),
+        "attn": partial(
+            Block,
+            mixer=partial(MIXERS["attention"], heads=2, kv_heads=2, head_dim=KEYS),
+            ffn=partial(MoE, num_experts=4, top_k=2, hidden=6, shared_hidden=5, shared_gate=True),
+        ),
+        "rglru": partial(Block, mixer=partial(MIXERS["rglru"], heads=2), ffn=partial(SwiGLU, hidden=3)),
+    }
+    return LM(vocabulary=16, dim=14, layers=3, pattern=["gdn", "attn", "rglru"], blocks=blocks)
+
+
+def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def five_steps(built: nn.Module, declared: dict[str, Declared]) -> dict[str, np.ndarray]:
+    """The parameters after steps along gradients that depend on step and name alone."""
+    steps = optimizer.build(partial(Muon, **SETTINGS), built, declared)
+    for step in range(STEPS):
+        for name, p in built.named_parameters():
+            whole = gradient(parameter_name(name), tuple(p.shape), step).to(p.dtype)
+            if hasattr(p, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
+
+                whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            p.grad = whole
+        steps.step()
+    found = {parameter_name(n): p.detach() for n, p in built.named_parameters()}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).numpy() for n, p in found.items()}
+
+
+def alone() -> dict[str, np.ndarray]:
+    built = initialise(model().double(), seed=1)
+    return five_steps(built, declarations(built))
+
+
+def together() -> dict[str, np.ndarray]:
+    with torch.device("meta"):
+        built = model()
+    declared = declarations(built)
+    mesh = everyone(torch.device("cpu"))
+    parallelise(built, mesh, seed=1, dtype=torch.float64, remat="none", reshard_after_forward=True)
+    return five_steps(built, declared)
+
+
+# The oracle: which matrices a tensor holds is written out by hand, and every step is a loop over them.
+
+
+def matrices(name: str, x: Tensor) -> list[Tensor]:
+    """The matrices of a parameter of `model`, views; [] of one that is AdamW's."""
+    if name.endswith("qkv.weight"):  # q, k and v one below the other
+        return list(x.split([14, 14, 28]))
+    if name.endswith("rates.weight"):  # of each head: decay, strength
+        return [x[0::2], x[1::2]]
+    if name.endswith("kv.weight"):  # of each head: keys, values
+        return list(x.unflatten(0, (-1, 2, KEYS)).unbind(1))
+    if name.endswith("experts.gate_up"):
+        return [half for expert in x for half in (expert[:, :6], expert[:, 6:])]
+    if name.endswith("experts.down"):
+        return list(x)
+    if name.endswith("mixer.gates"):
+        return [half for head in x for half in (head[:, :7], head[:, 7:])]
+    if name.endswith("gate_up.weight"):
+        return list(x.split(x.shape[0] // 2))
+    left = ("embedding", "head.weight", "conv.weight", "shared_gate.weight")
+    return [] if x.ndim < 2 or name.endswith(left) or ("bias" in name) else [x]
+
+
+def five_newton_schulz_steps(g: Tensor) -> Tensor:
+    x = g / (g.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    return x
+
+
+def by_hand(built: nn.Module) -> dict[str, np.ndarray]:
+    """The matrices of Muon after the same steps."""
+    found = {}
+    for name, parameter in built.named_parameters():
+        w = parameter.detach().clone()
+        m = torch.zeros_like(w)
+        for step in range(STEPS):
+            g = gradient(name, tuple(w.shape), step)
+            m = MOMENTUM * m + (1 - MOMENTUM) * g
+            u = MOMENTUM * m + (1 - MOMENTUM) * g
+            w = w * (1 - LR * DECAY)
+            for each, direction in zip(matrices(name, w), matrices(name, u), strict=True):
+                flat = direction.reshape(-1, direction.shape[-1])
+                size = 0.2 * max(flat.shape) ** 0.5
+                each -= LR * size * five_newton_schulz_steps(flat).view_as(each)
+        if matrices(name, w):
+            found[name] = w.numpy()
+    return found
+
+
+def test_every_matrix_steps_as_a_plain_loop_does():
+    want, got = by_hand(initialise(model().double(), seed=1)), alone()
+    assert len(want) > 15
+    for name, b in want.items():
+        assert np.linalg.norm(got[name] - b) <= 1e-12 * np.linalg.norm(b), name
+
+
+def test_the_rest_steps_as_adamw_does():
+    built = initialise(model().double(), seed=1)
+    muon = optimizer.build(partial(Muon, **SETTINGS), built, declarations(built))
+    taken = {id(p) for group in muon.param_groups if group["muon"] for p in group["params"]}
+    names = {name for name, p in built.named_parameters() if id(p) in taken}
+    assert names == {name for name, p in built.named_parameters() if matrices(name, p.detach())}
+    other = initialise(model().double(), seed=1)
+    adamw = torch.optim.AdamW(other.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    decays = {name for name, each in declarations(other).items() if each.decay}
+    for step in range(STEPS):
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                p.grad = gradient(name, tuple(p.shape), step)
+                p.mul_(1 - LR * DECAY * (name in decays))
+        adamw.step()
+    got = alone()
+    for name, p in other.named_parameters():
+        if name not in names:
+            assert np.allclose(got[name], p.detach().numpy(), rtol=1e-11, atol=1e-13), name
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_spread_over_ranks_every_parameter_is_that_of_one_process(run, world):
+    want = alone()
+    for got in run(world, together):
+        assert got.keys() == want.keys()
+        for name, b in want.items():
+            assert np.linalg.norm(got[name] - b) <= 1e-10 * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 7), (5, 40)])
+def test_newton_schulz_keeps_singular_vectors_and_brings_values_near_one(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    turned = u.mT @ newton_schulz(x) @ vt.mT
+    values = turned.diagonal(dim1=-2, dim2=-1)
+    assert (turned - torch.diag_embed(values)).abs().max() < 1e-10
+    assert 0.3 < values.min() and values.max() < 1.25 and 0.7 < values.median()
+    assert torch.equal(newton_schulz(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_torchs_own_muon_in_bf16_goes_the_same_way():
+    w = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    ours, theirs = nn.Parameter(w.clone()), nn.Parameter(w.clone())
+    ours.declared = Declared(("ffn", "embed"), torch.zeros, True)  # type: ignore[attr-defined, arg-type]
+    settings = {"lr": LR, "weight_decay": DECAY, "momentum": MOMENTUM}
+    pair = [Muon([ours], **settings), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)]
+    for step in range(STEPS):
+        for p, each in zip((ours, theirs), pair, strict=True):
+            p.grad = gradient("w", (24, 16), step).float()
+            each.step()
+    change = (ours - theirs).norm() / (theirs - w).norm()
+    assert change < 0.02

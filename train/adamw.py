@@ -1,0 +1,72 @@
+"""AdamW (1711.05101), its update of a weight in one pass where there is a kernel for that."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from train.fused import Apex, fused_adam
+from train.optimizer import refined
+
+FUSED = ("auto", "torch", "apex", "none")
+HAVE_FUSED = ("cpu", "cuda")  # devices of torch's fused kernel
+
+
+class AdamW(torch.optim.AdamW):
+    """lr: the largest learning rate, which the schedule multiplies. betas: what a step keeps of the running means of
+    the gradient and of its square. eps: added to the root of the mean square, which divides the mean. weight_decay: a
+    step takes this times its rate off a weight; never off norms, biases and other vectors (A_log, dt_bias).
+    no_decay: names of axes (embed, heads, kv_heads, groups, ffn, vocab, expert) whose weights do not decay either.
+    rates: by name of an axis, what multiplies the learning rate of the weights that have it. amsgrad: whether the
+    largest mean square so far divides, instead of the last (1904.09237); apex's kernel has no such thing. fused: which kernel
+    updates all of a weight in one pass; torch: torch's, on CPUs and NVIDIA's GPUs; apex: FusedAdam of NVIDIA's apex,
+    on a GPU where it is installed, in fp32; none: an operator at a time; auto: torch where there is a kernel, else
+    none, so that what is installed changes no run. true and false are torch and none.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        no_decay: list[str] | None = None,
+        rates: dict[str, float] | None = None,
+        amsgrad: bool = False,
+        fused: str | bool = "auto",
+    ):
+        if isinstance(fused, bool):
+            fused = "torch" if fused else "none"
+        if fused not in FUSED:
+            raise ValueError(f"optimizer.fused={fused}: must be one of {', '.join(FUSED)}")
+        if fused == "apex" and amsgrad:
+            raise ValueError("optimizer.amsgrad=true: must be false with optimizer.fused=apex")
+        groups = refined(params, no_decay=no_decay or (), rates=rates)
+        every = [p for group in groups for p in group["params"]]
+        kernel = fused == "torch" or fused == "auto" and all(p.device.type in HAVE_FUSED for p in every)
+        settings: dict[str, Any] = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, **settings, amsgrad=amsgrad, fused=True if kernel else None)
+        self.apex = Apex(self.param_groups, self._apex(every)) if fused == "apex" else None
+
+    @staticmethod
+    def _apex(parameters: list[torch.Tensor]) -> Any:
+        """The kernel's class. Raises ValueError where it cannot be had for these."""
+        if any(p.dtype == torch.float64 for p in parameters):
+            raise ValueError("optimizer.fused=apex: must be torch or none with precision=fp64, which FusedAdam has not")
+        found = fused_adam()
+        if found is None:
+            raise ValueError("optimizer.fused=apex: NVIDIA's apex is not installed here (from source, not from PyPI)")
+        return found
+
+    def check(self, device: str) -> None:
+        """Raises ValueError where the kernel asked for does not run on `device`."""
+        if self.apex is not None and device != "cuda":
+            raise ValueError(f"optimizer.fused=apex: must be auto, torch or none where weights are on the {device}")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        if self.apex is None:
+            return super().step(closure)
+        self.apex.step(self)
+        return None

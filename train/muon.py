@@ -1,0 +1,133 @@
+"""Muon: momentum whose matrices are made orthogonal before they are applied, for hidden layers; AdamW for the rest.
+
+Keller Jordan and others, "Muon: an optimizer for hidden layers in neural networks" (2024), with the size of the update
+and the weight decay of "Muon is scalable for LLM training" (2502.16982): an orthogonal M x N matrix has entries of mean
+square 1 / max(M, N), so 0.2 sqrt(max(M, N)) of it is as large as what AdamW changes, and both take the same rate.
+
+What is one matrix is what multiplies a vector: each expert's, and q, k and v, or the two halves of a SwiGLU, each by
+itself although they lie in one tensor (`models.axes.Declared.parts`). A matrix is spread over all ranks by rows, and
+whole on one of them while it is made orthogonal (`parallel.owners`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models.axes import AXES
+from models.kernels.newton_schulz import newton_schulz
+from parallel.owners import Owners, cuts, local
+from train.adamw import AdamW
+from train.optimizer import axes, refined
+
+RMS = 0.2  # of the entries of AdamW's updates, as 2502.16982 has measured them (section 2.2)
+
+
+class Muon(Optimizer):
+    """lr: the largest learning rate, which the schedule multiplies, of matrices and of the rest. momentum: what a step
+    keeps of the running mean of the gradient. nesterov: whether the gradient is mixed with that mean once more before
+    it is applied. steps: of the Newton-Schulz iteration that makes a matrix orthogonal, in bf16 on a GPU and in the
+    weights' dtype on a CPU. adamw: names of axes whose matrices are left to AdamW, as all vectors are; null for
+    vocab alone, that of embedding and head. betas, eps: AdamW's, for the rest.
+    weight_decay: a step takes this times its rate off a weight; never off norms, biases and other vectors.
+    no_decay: names of axes whose weights do not decay either. rates: by name of an axis, what multiplies the learning
+    rate of the weights that have it. fused: AdamW's kernel for the rest, as `optimizer=adamw` has it.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        steps: int = 5,
+        adamw: list[str] | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        no_decay: list[str] | None = None,
+        rates: dict[str, float] | None = None,
+        fused: str | bool = "auto",
+    ):
+        if not 0 <= momentum < 1:
+            raise ValueError(f"optimizer.momentum={momentum}: must be at least 0 and below 1")
+        if steps < 1:
+            raise ValueError(f"optimizer.steps={steps}: must be at least 1")
+        adamw = ["vocab"] if adamw is None else adamw
+        if unknown := [axis for axis in adamw if axis not in AXES]:
+            raise ValueError(f"optimizer.adamw={unknown[0]}: must be one of {', '.join(AXES)}")
+        self.momentum, self.nesterov, self.steps = momentum, nesterov, steps
+        groups = []
+        for group in refined(params, no_decay=no_decay or (), rates=rates):
+            several: dict[bool, list[Tensor]] = {True: [], False: []}
+            for parameter in group["params"]:
+                several[is_matrix(parameter, adamw)].append(parameter)
+            groups += [{**group, "params": ps, "muon": muon} for muon, ps in several.items() if ps]
+        rest = [group for group in groups if not group["muon"]]
+        self.adamw = AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused) if rest else None
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self.owners: dict[tuple[int, ...], Owners] = {}
+
+    def check(self, device: str) -> None:
+        """Raises ValueError where the kernel asked for does not run on `device`."""
+        if self.adamw is not None:
+            self.adamw.check(device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Collective: whoever shares the weights steps with the others."""
+        if self.adamw is not None:  # its groups and its state are those here, which loading a checkpoint replaces
+            for own, group in zip(self.adamw.param_groups, self._groups(muon=False), strict=True):
+                own |= {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            self.adamw.state = self.state
+            self.adamw.step()
+        parameters = [p for group in self._groups(muon=True) for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        directions = self._directions(parameters)
+        rates = {p: (group["lr"], group["weight_decay"]) for group in self._groups(muon=True) for p in group["params"]}
+        for parameter, direction in zip(parameters, self._orthogonal(parameters, directions), strict=True):
+            lr, decay = rates[parameter]
+            local(parameter).mul_(1 - lr * decay).add_(direction, alpha=-lr)
+
+    def _groups(self, *, muon: bool) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["muon"] == muon]
+
+    def _directions(self, parameters: list[Tensor]) -> list[Tensor]:
+        """This rank's rows of what is to be made orthogonal, the running means having taken the gradients in."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        means = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        return list(torch._foreach_lerp(gradients, means, self.momentum)) if self.nesterov else means
+
+    def _orthogonal(self, parameters: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+        """This rank's rows of the update."""
+        key = tuple(map(id, parameters))
+        if key not in self.owners:
+            declared = [p.declared for p in parameters]  # type: ignore[attr-defined]
+            matrices = [cuts(p.shape, d.parts, d.along) for p, d in zip(parameters, declared, strict=True)]
+            self.owners[key] = Owners(parameters, matrices)
+        first = directions[0]
+        dtype = torch.bfloat16 if first.is_cuda and first.dtype == torch.float32 else first.dtype
+
+        def update(x_SMN: Tensor) -> Tensor:
+            return RMS * max(x_SMN.shape[1:]) ** 0.5 * newton_schulz(x_SMN, self.steps)
+
+        return self.owners[key].apply(directions, update, dtype)
+
+
+def is_matrix(parameter: Tensor, adamw: list[str]) -> bool:
+    """Whether Muon takes it: a weight that decays, of two dimensions or of three with several matrices in the first,
+    none of which is a vector, with none of these axes."""
+    declared = getattr(parameter, "declared", None)
+    if declared is None or not (declared.decay and declared.matrix and parameter.ndim in (2, 3)):
+        return False
+    if axes(parameter) & set(adamw):
+        return False
+    return all(min(cut.shape) > 1 for cut in cuts(parameter.shape, declared.parts, declared.along))
