@@ -3,9 +3,9 @@
 No module states its cost, so none can state it wrong: the layers run, forward and backward, on the meta device, where
 nothing is computed and every matmul is seen with its shapes. A multiply-add counts as two FLOPs, and what is not a
 matmul counts nothing. Two answers depend on data and are given by shape instead: softmax attention notes what it was
-asked, since its work grows with the documents (`Attention`); and tokens are dealt evenly to experts, since without a
-capacity each goes to `top_k` of them whatever the router says (`Evenly`). A recurrence counts as what its reference
-kernel multiplies, chunk by chunk; a fused kernel may do less or more and is credited the same.
+asked, since its work grows with the documents (`Attention`); and tokens are dealt evenly to experts and memories, since
+without a capacity each goes to `top_k` of them whatever the router says (`Evenly`). A recurrence counts as what its
+reference kernel multiplies, chunk by chunk; a fused kernel may do less or more and is credited the same.
 
 FLOPs are those of the model, as in PaLM's utilisation (2204.02311, appendix B): what a backward pass computes again is
 apart, and so is what parallel ranks add. A causal query meets only the keys that it may see; the backward of attention
@@ -31,6 +31,7 @@ from models.dispatch import Sent
 from models.kept import Tape, kept
 from models.kernels.experts import mixture
 from models.lm import LM
+from models.mixers.mom import MixtureOfMemories
 from models.moe import Experts, MoE
 from models.sequence import Memory, Whole
 
@@ -149,12 +150,11 @@ def account(model: LM, *, device: str = "cpu") -> Account:
 
 
 def idle(model: nn.Module) -> int:
-    """Parameters of the experts that a token does not go to."""
-    moes = [m for m in model.modules() if isinstance(m, MoE)]
-    return sum(
-        sum(p.numel() for p in moe.experts.parameters()) // moe.num_experts * (moe.num_experts - moe.top_k)
-        for moe in moes
-    )
+    """Parameters of the experts, and of the memories, that a token does not go to."""
+    several: list[tuple[nn.Module, int, int]]
+    several = [(m.experts, m.num_experts, m.top_k) for m in model.modules() if isinstance(m, MoE)]
+    several += [(m.memories, len(m.memories), m.top_k) for m in model.modules() if isinstance(m, MixtureOfMemories)]
+    return sum(sum(p.numel() for p in each.parameters()) // count * (count - k) for each, count, k in several)
 
 
 class _Layer(NamedTuple):

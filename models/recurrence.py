@@ -80,6 +80,10 @@ class Recurrence(ABC):
         """The sum of two states."""
         return a + b
 
+    def unchanged(self, A: Tensor) -> Tensor:
+        """The A of a span that leaves every state as it is, in the shape of another: 0 as log decays and angles are."""
+        return torch.zeros_like(A) + 0 * A
+
     def blocks(self, effect: Effect, count: int) -> list[Effect]:
         """The effect as effects on at most `count` parts of the state, which do not see each other."""
         U = effect.U.tensor_split(min(count, effect.U.shape[self.block_axis]), dim=self.block_axis)
@@ -147,6 +151,9 @@ class Dense(Recurrence):
 
     def apply(self, A: Tensor, state: Tensor) -> Tensor:
         return A @ state
+
+    def unchanged(self, A: Tensor) -> Tensor:
+        return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) + 0 * A
 
 
 class Elementwise(Recurrence):

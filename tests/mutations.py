@@ -7,6 +7,7 @@ import torch
 
 import models.conv
 import models.recurrence
+import models.taken
 import parallel.apply
 import parallel.collectives
 import parallel.data
@@ -199,6 +200,14 @@ def fetch_no_sinks() -> None:
     parallel.sequence.keys.fetch.needed = lambda chain, link, window, sinks: honest(chain, link, window, 0)
 
 
+def lose_the_state_of_an_idle_memory() -> None:
+    models.recurrence.Dense.unchanged = lambda self, A: 0 * A
+
+
+def forget_the_tail_of_a_memory() -> None:
+    models.taken.Moved.finish = lambda self, state: 0 * (self.effect.U if state is None else state)[:, 0].to(self.dtype)
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -257,6 +266,8 @@ CARRIED: dict[str, Broken] = {
         Broken(hand_states_to_the_span_before, ("linear", "gla", "gated_deltanet")),
         Broken(carry_gradients_back_without_the_transpose, ("deltanet", "gated_deltanet")),
         Broken(carry_states_in_bf16, ("gla", "gated_deltanet"), precision="fp32"),
+        Broken(lose_the_state_of_an_idle_memory, ("mom",), layout="unequal"),
+        Broken(forget_the_tail_of_a_memory, ("mom",)),
         Broken(lose_a_hop_of_the_keys_gradient, (MHA, GROUPED, WINDOW)),
         Broken(fetch_one_token_less_than_the_window, (WINDOW,)),
         Broken(fetch_no_sinks, (WINDOW,)),

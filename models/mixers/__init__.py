@@ -21,6 +21,7 @@ from models.mixers.mamba2 import Mamba2
 from models.mixers.mingru import MinGRU
 from models.mixers.minlstm import MinLSTM
 from models.mixers.mlstm import MLSTM
+from models.mixers.mom import MixtureOfMemories
 from models.mixers.retnet import RetNet
 from models.mixers.rglru import RGLRU
 from models.mixers.rwkv6 import RWKV6
@@ -47,6 +48,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mingru": MinGRU,
     "minlstm": MinLSTM,
     "mlstm": MLSTM,
+    "mom": MixtureOfMemories,
     "retnet": RetNet,
     "rglru": RGLRU,
     "rwkv6": RWKV6,

@@ -5,6 +5,7 @@ A mixer that needs more than a model width to be built says what in NEEDED; opti
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from models.depth import Coupled
 from models.mixers import MIXERS
 from models.mixers.lower_bounds import bounds, log_forget
 from models.sequence import Memory, Whole
+from models.taken import Picked, Tail
 from tests.models.rules import ORACLES
 
 DIM = 16
@@ -33,6 +35,10 @@ MORE = {
     "mamba": [{"state": 3, "rank": 2, "expand": 1.5}],
     "mamba2": [{"groups": 2, "state": 4}],
     "mingru": [{"expand": 1.5}],
+    "mom": [
+        {"memories": 3, "top_k": 1, "shared": False, "inner": partial(MIXERS["mlstm"], heads=2)},
+        {"memories": 2, "top_k": 1, "inner": partial(MIXERS["rglru"], heads=2, conv=3)},
+    ],
     "rwkv6": [{"mix_rank": 3, "decay_rank": 5}],
     "rwkv7": [{"decay_rank": 3, "rate_rank": 5, "value_rank": 2, "gate_rank": 7}],
     "retnet": [{"expand_k": 0.5, "expand_v": 1.0}],
@@ -47,7 +53,7 @@ POSITIONS = torch.stack(
     [torch.cat([torch.arange(n) for n in DOCUMENTS]), torch.cat([torch.arange(n) for n in (63, 12)])]
 )
 # Sums of log decays over a chunk reach past a document's start: after a change before it they round differently.
-ROUNDED = {"gated_deltanet", "gated_deltaproduct", "gla", "hgrn2", "kda", "mamba2", "mlstm", "titans"}
+ROUNDED = {"gated_deltanet", "gated_deltaproduct", "gla", "hgrn2", "kda", "mamba2", "mlstm", "mom", "titans"}
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 
@@ -92,7 +98,26 @@ class TokenByToken(Whole):
     """The sequence as the papers see it: recurrences by their token loops, attention by one masked softmax."""
 
     def scan(self, recurrence, *xs, slot):
+        if isinstance(recurrence, Tail):  # what moves on is nothing where all tokens are here
+            return super().scan(recurrence, *xs, slot=slot)
+        if isinstance(recurrence, Picked):
+            return self.by_document(recurrence, xs)
         return ORACLES[recurrence.rule](*xs, *recurrence.shared, starts=self.starts, scale=recurrence.scale)[0]
+
+    def by_document(self, recurrence, xs):
+        """Each document's tokens among those picked, in a loop of their own."""
+        rows = []
+        for b, n in enumerate(recurrence.choice.counts):
+            document = self.documents[b, recurrence.choice.indices[b, :n]]
+            own = [[x[b : b + 1, :n][:, document == d] for x in xs] for d in document.unique_consecutive()]
+            starts = [torch.arange(each[0].shape[1])[None] == 0 for each in own]
+            loop, scale = ORACLES[recurrence.rule], recurrence.scale
+            outs = [
+                loop(*each, *recurrence.shared, starts=s, scale=scale)[0] for each, s in zip(own, starts, strict=True)
+            ]
+            out = torch.cat(outs, 1)
+            rows.append(F.pad(out, [0, 0] * (out.dim() - 2) + [0, xs[0].shape[1] - n]))
+        return torch.cat(rows)
 
     def attend(self, q, k, v, *, slot, window=None, sinks=0):
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))

@@ -176,6 +176,23 @@ def titans(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def mom(m, x):
+    """2502.13685, section 3.2: softmax, two of four, their weights renormalised; each memory reads its tokens alone."""
+
+    def alone(memory, tokens):
+        return memory(tokens[None], Whole.of(torch.arange(len(tokens))[None]), slot="s")[0]
+
+    scores = (x @ m.router.weight.T).softmax(-1)
+    best = scores.topk(2, dim=-1).indices
+    y = alone(m.shared, x)
+    for e, memory in enumerate(m.memories):
+        at = (best == e).any(-1).nonzero().flatten()
+        if len(at):
+            share = scores[at, e] / scores[at[:, None], best[at]].sum(-1)
+            y = y.index_add(0, at, share[:, None] * alone(memory, x[at]))
+    return y
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
@@ -187,6 +204,7 @@ LAYERS = {
     "gated_deltaproduct": (gated_deltaproduct, 2),
     "rwkv7": (rwkv7, 2),
     "titans": (titans, 2),
+    "mom": (mom, 2),
 }
 
 

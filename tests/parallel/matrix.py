@@ -42,6 +42,8 @@ ATTENTION = {  # Ulysses splits a head a rank, or copies one; USP has rows and c
     "attention, window": {"heads": 12, "kv_heads": 1, "head_dim": 4, "window": 9, "sinks": 3, "qk_norm": True},
 }
 LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
+# Titans: a dense A, a convolution, and weights of seed 0 that fp32 can solve; of five Gated DeltaNets none in 100 are.
+OPTIONS = {"mom": {"memories": 3, "inner": partial(MIXERS["titans"], heads=2)}}
 # Of the weights, for mixers whose weights of seed 0 make a problem that fp32 solves to no better than 1e-5 in any order
 # of summation: see `conditioned`.
 SEEDS = {
@@ -149,7 +151,7 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
         if name == "attention":
             found |= {variant: (name, options) for variant, options in ATTENTION.items()}
         else:
-            found[name] = (name, {key: value for key, value in NEEDED.items() if key in asked})
+            found[name] = (name, {key: value for key, value in NEEDED.items() if key in asked} | OPTIONS.get(name, {}))
     return found
 
 

@@ -90,7 +90,7 @@ def test_groups_of_unequal_work_wait_for_each_other(run):
 
 MIXERS_TRIED = {
     **dict.fromkeys(("gated_deltaproduct", "kda", "lightnet", "mamba2", "mlstm"), {"heads": 2}),
-    **dict.fromkeys(("rglru", "rwkv6", "rwkv7", "titans"), {"heads": 2}),
+    **dict.fromkeys(("mom", "rglru", "rwkv6", "rwkv7", "titans"), {"heads": 2}),
     "lru": {},
     "mamba": {},
 }

@@ -1,0 +1,81 @@
+"""MoM, mixture of memories (Du et al. 2025, 2502.13685): each token writes to and reads from a few of several states.
+
+A router sends a token to its `top_k` of `memories`, with weights that sum to 1 (section 3.2 of the paper); a memory is
+a linear mixer that sees only the tokens sent to it, convolution included, so that what one memory holds does not
+interfere with what another does. A shared memory sees every token. The output is the weighted sum of the memories' and
+of the shared one's. Here a memory is a whole mixer: it has its own queries and output too, which the authors' layer
+shares between memories, so that any linear mixer can be one.
+
+Over ranks an idle memory sends the identity of its recurrence, so what travels depends on the number of memories E and
+never on where tokens went (`models.taken`): with a convolution 2E crossings a layer, one by one, beside the shared
+memory's and that of the counts of tokens.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.axes import positive
+from models.mixers.gated_deltanet import GatedDeltaNet
+from models.precision import wide
+from models.recurrence import Recurrence
+from models.router import Router
+from models.sequence import Sequence
+from models.taken import places, take
+
+
+class MixtureOfMemories(nn.Module):
+    """The state is that of `inner`, for every memory and for the shared one.
+
+    heads: how many, of each memory; must fit `inner`. memories: how many there are to choose from, the shared one not
+    counted. top_k: how many of them a token goes to, from 1 to memories. shared: whether one more memory sees every
+    token. inner: what a memory is, any linear mixer; in Python null for Gated DeltaNet.
+
+    x [B, T, D] -> [B, T, D].
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        memories: int = 4,
+        top_k: int = 2,
+        shared: bool = True,
+        inner: Callable[..., nn.Module] | None = None,
+    ):
+        super().__init__()
+        positive(dim=dim, memories=memories)
+        if not 1 <= top_k <= memories:
+            raise ValueError(f"top_k={top_k}: must lie between 1 and memories={memories}")
+        build = partial(GatedDeltaNet, heads=heads) if inner is None else inner
+        self.memories = nn.ModuleList(build(dim=dim) for _ in range(memories))
+        self.shared = build(dim=dim) if shared else None
+        kind = type(self.memories[0]).__name__
+        if not isinstance(getattr(self.memories[0], "recurrence", None), Recurrence):
+            raise ValueError(f"inner={kind}: must be a linear mixer, whose state a token can leave as it is")
+        self.top_k = top_k
+        self.router = Router(
+            dim=dim,
+            num_experts=memories,
+            top_k=top_k,
+            router="softmax",
+            renormalise=top_k > 1,  # a single weight of 1 would teach nothing
+            scale=1.0,
+            balance="none",
+            bias_rate=0.0,
+        )
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        weights_BTX, routing = self.router(x_BTD)
+        weights_BTE = torch.zeros_like(routing.probabilities).scatter(-1, routing.choices, weights_BTX)
+        mask_BTE = torch.zeros_like(weights_BTE, dtype=torch.bool).scatter(-1, routing.choices, True)
+        share = self.top_k / len(self.memories)
+        chosen = take(seq, mask_BTE, places(seq, mask_BTE, slot=slot), share)
+        y_BTD = wide(torch.zeros_like(x_BTD) if self.shared is None else self.shared(x_BTD, seq, slot=f"{slot}/shared"))
+        for m, (memory, taken) in enumerate(zip(self.memories, chosen, strict=True)):
+            o_BRD = memory(taken.choice.rows(x_BTD), taken, slot=f"{slot}/memory.{m}")
+            y_BTD = taken.choice.add(y_BTD, wide(o_BRD) * taken.choice.rows(weights_BTE[..., m : m + 1]))
+        return y_BTD.to(x_BTD.dtype)
