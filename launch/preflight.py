@@ -62,15 +62,22 @@ def configure(overrides: list[str]) -> dict[str, Any]:
         return asked
     folder = run_folder("resume", asked["resume"], asked["cluster"])
     config = saved_config(folder)
+    overlay(config, asked, overrides)
+    config["resume"], config["init_from"] = str(folder), None
+    config["run"]["dir"] = str(folder)
+    return checked(config)
+
+
+def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) -> None:
+    """Puts what `overrides` choose, and `asked` has, into a saved configuration; and sections that came since, as they
+    are. Raises UserError."""
     for override in overrides:
         key, _, package = override.lstrip("+").split("=")[0].partition("@")
         path = (package or key).split(".")
         if path[0] == "experiment" or override.startswith("~"):
-            raise UserError(f"{override}: cannot be changed by a resumed run; give the keys that should differ")
-        _copy(asked, config, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
-    config["resume"], config["init_from"] = str(folder), None
-    config["run"]["dir"] = str(folder)
-    return checked(config)
+            raise UserError(f"{override}: cannot be changed of a run; give the keys that should differ")
+        _copy(asked, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
+    saved.setdefault("evaluate", asked["evaluate"])
 
 
 def clear(
@@ -89,7 +96,7 @@ def clear(
         train = section(TrainSettings, config["train"])
         cluster = section(ClusterSettings, config["cluster"])
         precision = section(PrecisionSettings, config["precision"])
-        device = device or _device(cluster)
+        device = device or device_of(cluster)
         if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
         data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
@@ -240,7 +247,7 @@ def locked(folder: Path) -> bool:
     return False
 
 
-def _device(cluster: ClusterSettings) -> str:
+def device_of(cluster: ClusterSettings) -> str:
     if cluster.kind == "ray":
         from launch import nodes
 

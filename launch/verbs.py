@@ -171,6 +171,21 @@ first of the stops. cluster.workers: processes that read a long prompt together,
   farspan generate runs/first prompt_file=book.txt cluster.workers=2
 """,
     ),
+    "evaluate": Verb(
+        function="launch.evaluate:evaluate",
+        synopsis="RUN [evaluate.parts=[loss,needle]] [cluster.workers=2] [key=value ...]",
+        line="held-out loss by source, length, position; needles, recall, long range",
+        text="""\
+Of the newest checkpoint: what held-out documents cost by source, by length and by position, whether a needle is found
+by depth and length, what can be recalled and copied, and what far context is worth. A table, and results.json with
+pictures in RUN/evaluation/. Every sequence is spread over the workers: it can be longer than one of them holds. The
+configuration is the run's; cluster, parallel and evaluate are what is given here. evaluate.tasks: those of lm-eval.
+
+  farspan evaluate runs/first
+  farspan evaluate runs/first evaluate.parts=[needle,long_range] evaluate.length=65536 cluster.workers=4
+  farspan evaluate runs/first data=text data.path=other_texts evaluate.parts=[loss,positions]
+""",
+    ),
     "doctor": Verb(
         function="launch.doctor.doctor:doctor",
         synopsis="[run.dir=FOLDER] [cluster.address=ADDRESS]",

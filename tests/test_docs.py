@@ -24,9 +24,14 @@ from tests.launch.processes import ROOT, mentioning, wait_for
 
 PAGES = [
     "README.md",
-    *(f"docs/{page}.md" for page in ("install", "first-run", "models", "parallel", "data", "cluster")),
+    *(
+        f"docs/{page}.md"
+        for page in ("install", "first-run", "models", "parallel", "data", "cluster", "evaluate", "decoding")
+    ),
 ]
-TAKE_MINUTES = ["docs/first-run.md", "docs/models.md", "docs/parallel.md", "docs/cluster.md"]  # run by `make docs`
+TAKE_MINUTES = [  # run by `make docs`
+    f"docs/{page}.md" for page in ("first-run", "models", "parallel", "cluster", "evaluate", "decoding")
+]
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",
     ".venv/bin/python -m pip": "installs: `make` does the same",
@@ -38,6 +43,7 @@ NOT_RUN = {
     "ray up": "needs hosts to log into",
     "ray stop": "would stop every Ray on this machine; the test ends its own",
     "farspan train experiment=million": "takes seven minutes on two free cores, and 12 GB",
+    "farspan evaluate first 'evaluate.parts=[]'": "needs lm-eval and a network; tests/train/evaluation has a stand-in",
     "wandb login": "needs an account",
     "wandb sync": "needs a server; tests/train/tracking runs it against one of its own",
 }

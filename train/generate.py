@@ -87,13 +87,16 @@ class Decoder:
         self.device = next(model.parameters()).device
 
     @classmethod
-    def load(cls, model: dict[str, Any], path: Path) -> "Decoder":
-        """The model of a configuration with a checkpoint's weights, on the CPU in fp32."""
+    def load(cls, model: dict[str, Any], path: Path, *, average: bool = False) -> "Decoder":
+        """The model of a configuration with a checkpoint's weights, or their average, on the CPU in fp32."""
         built: LM = construct(model)
         weights = built.state_dict()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns that no process group is there; none is needed
             checkpoint.read({"model": weights}, path, alone=True)
+            if average:
+                parameters = {name: weights[name] for name, _ in built.named_parameters()}
+                checkpoint.read({"average": {"mean": parameters}}, path, alone=True)
         built.load_state_dict(weights)
         rebase(built, checkpoint.manifest(path).get("rope_theta"))
         return cls(built)
@@ -161,7 +164,7 @@ def _joined(values: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {key: _joined([each[key] for each in values]) for key in first}
     if isinstance(first, tuple | list):
-        return type(first)(_joined(each) for each in zip(*values, strict=True))
+        return tuple(_joined(each) for each in zip(*values, strict=True))
     return torch.cat(list(values)) if isinstance(first, Tensor) else first
 
 
@@ -180,5 +183,5 @@ def _chosen(value: Any, rows: Tensor) -> Any:
     if isinstance(value, Past):
         return Past(value.k[rows], value.v[rows], value.sinks)
     if isinstance(value, tuple | list):
-        return type(value)(_chosen(each, rows) for each in value)
+        return tuple(_chosen(each, rows) for each in value)
     return value[rows] if isinstance(value, Tensor) else value

@@ -19,7 +19,15 @@ from launch.config import conf
 from launch.config.accepts import GIVEN
 from launch.user import UserError
 from train.construct import ROOMS, allowed, construct
-from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, RunSettings, TrainSettings, section
+from train.settings import (
+    ClusterSettings,
+    EvaluateSettings,
+    ParallelSettings,
+    PrecisionSettings,
+    RunSettings,
+    TrainSettings,
+    section,
+)
 
 SECTIONS: dict[str, type] = {
     "run": RunSettings,
@@ -27,6 +35,7 @@ SECTIONS: dict[str, type] = {
     "parallel": ParallelSettings,
     "cluster": ClusterSettings,
     "precision": PrecisionSettings,
+    "evaluate": EvaluateSettings,
 }
 SCALARS: dict[str, Any] = {"seed": int, "init_from": str | None, "resume": str | None}
 OBJECTS = ("model", "data", "curriculum", "scheduler", "engine", "optimizer", "schedule", "tracking")

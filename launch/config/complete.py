@@ -16,7 +16,7 @@ from launch.user import UserError
 from launch.verbs import VERBS, Verb
 
 RUN_KEYS = ("resume", "init_from")
-PATH_KEYS = ("data.path", "data.store", "data.local", "data.tokenizer", "run.dir")
+PATH_KEYS = ("data.path", "data.store", "data.local", "data.tokenizer", "run.dir", "prompt_file")
 
 SCRIPTS = {
     "bash": r"""
@@ -91,7 +91,7 @@ def candidates(words: list[str]) -> list[str]:
     verb, arguments = VERBS[before[0]], before[1:]
     if word.startswith("-"):
         return _starting(word, [*re.findall(r"--\w+", verb.synopsis), *["--cfg"] * verb.overrides, "--help"])
-    if verb.overrides:
+    if verb.overrides or arguments and "[key=value" in verb.synopsis:  # behind a RUN
         return _override(word, verb, arguments)
     if verb.synopsis == "SHELL":
         return _starting(word, SCRIPTS)

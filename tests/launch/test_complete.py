@@ -50,6 +50,8 @@ OFFERED = {
     ("train", "-"): ({"--cfg", "--help"}, "--follow"),
     ("logs", "job", "--f"): ({"--follow"}, "--cfg"),
     ("generate", "runs/x", ""): ({"prompt=", "tokens="}, "cluster.address="),
+    ("evaluate", "runs/x", "evaluate.p"): ({"evaluate.parts=", "evaluate.pairs="}, "evaluate.tokens="),
+    ("evaluate", "runs/x", "cluster="): ({"cluster=none"}, None),
     ("status", "x", "cl"): ({"cluster.address="}, None),
     ("completion", ""): ({"bash", "zsh", "fish"}, None),
     ("train", "model.dim="): (set(), "model.dim=256"),  # open: nothing is put into the line

@@ -1,0 +1,194 @@
+"""What an evaluation found, for a person: a table on the terminal, and pictures beside the numbers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BLUE, INK, FAINT = "#0072B2", "#222222", "#9a9a9a"
+_LOOK: Any = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#ececec",
+    "axes.axisbelow": True,
+}
+
+
+def table(results: dict[str, Any], parts: Sequence[str]) -> list[str]:
+    """The numbers of these parts, in lines."""
+    lines: list[str] = []
+    for part in parts:
+        if part in results:
+            lines += ["", *_PARTS[part](results[part])]
+    return lines[1:]
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> list[str]:
+    """The first column to the left, numbers to the right."""
+    cells = [[name, *head], *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+
+
+def _loss(found: dict[str, Any]) -> list[str]:
+    def row(name: str, facts: dict[str, Any]) -> list[str]:
+        counts = [f"{facts['documents']:,}", f"{facts['targets']:,}"]
+        return [name, *counts, f"{facts['loss']:.4f}", f"{facts['accuracy']:.1%}"]
+
+    rows = [row("all", found)]
+    if len(found["sources"]) > 1:
+        rows += [row(f"  {name}", facts) for name, facts in found["sources"].items()]
+    rows += [row(f"  {_from(facts)} tokens", facts) for facts in found["lengths"]]
+    said = [f"per byte: {found['loss_per_byte']:.4f}"] if "loss_per_byte" in found else []
+    return _columns(["documents", "targets", "nats", "right"], rows, "held-out loss") + said
+
+
+def _positions(found: list[dict[str, Any]]) -> list[str]:
+    rows = [[_from(r), f"{r['targets']:,}", f"{r['loss']:.4f}", f"{r['accuracy']:.1%}"] for r in found]
+    return _columns(["targets", "nats", "right"], rows, "tokens before")
+
+
+def _needle(found: dict[str, Any]) -> list[str]:
+    head = [f"{length:,}" for length in found["lengths"]]
+    if not head:
+        return ["needle: no length has room for one"]
+    rows = [
+        [f"{depth:.0%} deep", *(f"{e[d]:.0%} ({p[d]:.1f})" for e, p in zip(*_grids(found), strict=True))]
+        for d, depth in enumerate(found["depths"])
+    ]
+    return _columns(head, rows, "needle: exact (nats)")
+
+
+def _grids(found: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]:
+    return found["exact"], found["logprob"]
+
+
+def _asked(name: str) -> Any:
+    def lines(found: dict[str, Any]) -> list[str]:
+        rows = [[f"{r['length']:,}", f"{r['accuracy']:.1%}", f"{r['loss']:.3f}"] for r in found["lengths"]]
+        return _columns(["right", "nats"], rows, f"{name} (guess: {found['chance']:.1%})")
+
+    return lines
+
+
+def _long_range(found: dict[str, Any]) -> list[str]:
+    if not found["lengths"]:
+        return [f"long range: no held-out document has the {2 * found['context']:,} tokens that it takes"]
+    rows = [
+        [f"{r['length']:,}", str(r["documents"]), f"{r['full']:.4f}", f"{r['near']:.4f}", _gain(r)]
+        for r in found["lengths"]
+    ]
+    head = ["documents", "all before", f"last {found['context']:,}", "gain"]
+    return _columns(head, rows, "long range, tokens")
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{row['gain']:+.4f}" + (f" ± {row['error']:.4f}" if row["error"] is not None else "")
+
+
+def _tasks(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [task, metric.partition(",")[0], f"{value:.4f}"]
+        for task, numbers in found.items()
+        for metric, value in numbers.items()
+        if isinstance(value, float)
+    ]
+    return _columns(["metric", "value"], rows, "lm-eval")
+
+
+def _from(facts: dict[str, Any]) -> str:
+    return f"{facts['from']:,} to {2 * facts['from'] - 1:,}" if facts["from"] > 1 else "1"
+
+
+_PARTS: dict[str, Any] = {
+    "loss": _loss,
+    "positions": _positions,
+    "needle": _needle,
+    "recall": _asked("recall"),
+    "copy": _asked("copy"),
+    "long_range": _long_range,
+    "tasks": _tasks,
+}
+
+
+def draw(folder: Path, results: dict[str, Any]) -> list[str]:
+    """Writes a PNG of each part that has a picture; their names."""
+    import matplotlib
+
+    pictures = {"loss": _draw_lengths, "positions": _draw_positions, "needle": _draw_needle}
+    names = []
+    with matplotlib.rc_context(_LOOK):
+        for part, picture in pictures.items():
+            if results.get(part) and not (part == "needle" and not results[part]["lengths"]):
+                picture(folder / f"{part}.png", results)
+                names.append(f"{part}.png")
+    return names
+
+
+def _figure(width: float, height: float, panels: int = 1) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    aside = path.with_suffix(".partial")
+    figure.savefig(aside, dpi=144, format="png")
+    aside.rename(path)
+
+
+def _draw_lengths(path: Path, results: dict[str, Any]) -> None:
+    rows = results["loss"]["lengths"]
+    figure, (axes,) = _figure(6.4, 3.6)
+    axes.bar(range(len(rows)), [row["loss"] for row in rows], color=BLUE, width=0.7)
+    for x, row in enumerate(rows):
+        axes.annotate(f"{row['documents']:,}", (x, row["loss"]), ha="center", va="bottom", fontsize=8, color=INK)
+    axes.set_xticks(range(len(rows)), [f"{row['from']:,}" for row in rows], rotation=30)
+    axes.set(xlabel="tokens of the document, from", ylabel="nats a token", title="Held-out loss by length")
+    _save(figure, path)
+
+
+def _draw_positions(path: Path, results: dict[str, Any]) -> None:
+    rows = results["positions"]
+    figure, (axes,) = _figure(6.4, 3.6)
+    axes.plot([row["from"] for row in rows], [row["loss"] for row in rows], color=BLUE, marker="o", markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens of the document before it, from", ylabel="nats a token", title="Held-out loss by position")
+    _save(figure, path)
+
+
+def _draw_needle(path: Path, results: dict[str, Any]) -> None:
+    found = results["needle"]
+    figure, panels = _figure(9.6, 0.5 * len(found["depths"]) + 1.8, 2)
+    exact, logprob = _grids(found)
+    scales = (
+        (exact, "answers that are exact", "viridis", (0, 1), "{:.0%}"),
+        (logprob, "nats", "cividis", None, "{:.1f}"),
+    )
+    for axes, (grid, title, colours, limits, text) in zip(panels, scales, strict=True):
+        columns = list(zip(*grid, strict=True))  # depth by length
+        low, high = limits or (min(map(min, grid)), max(max(map(max, grid)), min(map(min, grid)) + 1e-9))
+        axes.imshow(columns, cmap=colours, vmin=low, vmax=high, aspect="auto")
+        for y, row in enumerate(columns):
+            for x, value in enumerate(row):
+                dark = (value - low) / (high - low) < 0.6
+                axes.text(x, y, text.format(value), ha="center", va="center", color="white" if dark else INK)
+        axes.set_xticks(range(len(found["lengths"])), [f"{n:,}" for n in found["lengths"]])
+        axes.set_yticks(range(len(found["depths"])), [f"{d:.0%}" for d in found["depths"]])
+        axes.grid(False)
+        axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"Needle: {title}")
+    _save(figure, path)

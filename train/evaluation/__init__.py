@@ -1,0 +1,1 @@
+"""`farspan evaluate`: what a trained model knows, and how far back it can reach."""

@@ -1,0 +1,98 @@
+"""What held-out documents tell: the loss by source, by length, by position, and what far context is worth."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data.batches import Batches
+from data.pack import NO_TARGET
+from train.evaluation.score import Score, Scorer, Told
+from train.evaluation.texts import Text, documents, packed
+
+
+class Mean:
+    """Means over targets."""
+
+    def __init__(self) -> None:
+        self.documents = self.targets = 0
+        self.nats = self.right = 0.0
+
+    def add(self, nats: Any, right: Any) -> None:
+        """Those of one document, [n] each."""
+        self.documents += 1
+        self.targets += len(nats)
+        self.nats += float(nats.sum())
+        self.right += float(right.sum())
+
+    def facts(self) -> dict[str, Any]:
+        """loss: nats per target. accuracy: the share of targets that are the likeliest token."""
+        count = max(self.targets, 1)
+        found = {"documents": self.documents, "targets": self.targets}
+        return found | {"loss": self.nats / count, "accuracy": self.right / count}
+
+
+def loss(found: Sequence[tuple[Text, Score]], tokenizer: Any) -> dict[str, Any]:
+    """Of all, of each source, and of documents by length, from powers of two."""
+    everything, sources, buckets = Mean(), dict[str, Mean](), dict[int, Mean]()
+    size = 0
+    for text, score in found:
+        asked = text.packed.targets != NO_TARGET
+        if hasattr(tokenizer, "decode") and tokenizer.name != "ids":
+            size += len(tokenizer.decode(text.packed.targets[asked]))
+        means = [everything, sources.setdefault(text.source, Mean())]
+        for mean in [*means, buckets.setdefault(text.length.bit_length() - 1, Mean())]:
+            mean.add(score.nats[asked], score.right[asked])
+    facts = everything.facts()
+    if size:
+        facts["loss_per_byte"] = everything.nats / size
+    return facts | {
+        "sources": {name: mean.facts() for name, mean in sources.items()},
+        "lengths": [{"from": 1 << power, **buckets[power].facts()} for power in sorted(buckets)],
+    }
+
+
+def positions(found: Sequence[tuple[Text, Score]]) -> list[dict[str, Any]]:
+    """By how many tokens of its document a target has before it, from powers of two."""
+    sums = np.zeros((3, 64))
+    for text, score in found:
+        asked = np.flatnonzero(text.packed.targets != NO_TARGET)
+        power = np.frexp(asked + 1)[1] - 1  # the binary logarithm, rounded down: exact
+        for row, weights in zip(sums, (np.ones(len(asked)), score.nats[asked], score.right[asked]), strict=True):
+            row += np.bincount(power, weights=weights, minlength=64)
+    return [
+        {"from": 1 << p, "targets": int(count), "loss": nats / count, "accuracy": right / count}
+        for p, (count, nats, right) in enumerate(sums.T.tolist())
+        if count
+    ]
+
+
+def long_range(scorer: Scorer, batches: Any, *, length: int, context: int, most: int, told: Told) -> dict[str, Any]:
+    """What the context before the last `context` tokens is worth, in documents of twice as many and more.
+
+    Scored are the targets among the last context / 4 tokens of what is read of a document, once with all of it before
+    them and once with the last `context` tokens of it alone, of which a target has from 3/4 to all before it.
+    gain: nats by which the loss is lower with all.
+    """
+    tail, rows, pairs = context // 4, [], []
+    if isinstance(batches, Batches):
+        read = 2 * context
+        while read <= length:
+            for held in batches.heldout_documents:
+                for _, document in zip(range(most), documents(held, read + 1), strict=False):
+                    whole = document[: read + 1]
+                    pairs.append((read, packed(whole, slice(read - tail, read))))
+                    pairs.append((read, packed(whole[-context - 1 :], slice(context - tail, context))))
+            read *= 2
+    scores = scorer([sequence for _, sequence in pairs], told)
+    losses: dict[int, list[tuple[float, float]]] = {}
+    for i in range(0, len(pairs), 2):
+        full, near = (float(s.nats.sum()) / tail for s in scores[i : i + 2])
+        losses.setdefault(pairs[i][0], []).append((full, near))
+    for read, each in losses.items():
+        full, near = np.mean(each, axis=0).tolist()
+        spread = float(np.std([b - a for a, b in each], ddof=1) / len(each) ** 0.5) if len(each) > 1 else None
+        rows.append(
+            {"length": read, "documents": len(each), "full": full, "near": near, "gain": near - full, "error": spread}
+        )
+    return {"context": context, "scored": tail, "lengths": rows}

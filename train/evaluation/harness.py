@@ -1,0 +1,147 @@
+"""`lm-eval`, where it is installed: its tasks ask a model of ours.
+
+The first rank runs the harness and tells the others what each call asks, so that they take part in it: sequences are
+spread over all ranks as everywhere here. Texts are decoded by every rank alike.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from data.tokenizer import encoded
+from models.lm import LM
+from train.evaluation.score import Scorer
+from train.evaluation.texts import packed
+from train.generate import Decoder, Sampling
+from train.settings import EvaluateSettings
+from train.text import Text
+
+MISSING = "needs the lm-eval package, which is not installed (pip install lm-eval)"
+GENERATED = 256  # tokens of an answer, where a task does not say
+
+
+class Answers:
+    """What the harness asks for, of texts. length: the most tokens of a text and its continuation; older ones go."""
+
+    def __init__(self, model: LM, scorer: Scorer, tokenizer: Any, length: int):
+        self.decoder, self.scorer, self.tokenizer, self.length = Decoder(model), scorer, tokenizer, length
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): the log-probability of the latter, and whether it is the likeliest text.
+
+        As the harness has it, a blank between the two belongs to the continuation, and that is what the tokens of both
+        together have more than those of the context.
+        """
+        examples, counts = [], []
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            whole = self._tokens(context + continuation)
+            after = whole[len(self._tokens(kept)) :][1 - self.length :]
+            tokens = [self.tokenizer.DOCUMENT, *whole][-self.length :]
+            scored = slice(len(tokens) - len(after) - 1, len(tokens) - 1)
+            examples.append(packed(tokens, scored))
+            counts.append(len(after))
+        found = []
+        for example, count, score in zip(examples, counts, self.scorer(examples), strict=True):
+            at = slice(len(example.tokens) - count - 1, len(example.tokens) - 1)
+            found.append((-float(score.nats[at].sum()), bool(score.right[at].all())))
+        return found
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """The log-probability of each text, in stretches of at most `length` tokens, each entered with nothing."""
+        examples, owners = [], []
+        for number, text in enumerate(texts):
+            tokens = self._tokens(text)
+            for begin in range(0, len(tokens), self.length - 1):
+                examples.append(packed([self.tokenizer.DOCUMENT, *tokens[begin : begin + self.length - 1]]))
+                owners.append(number)
+        found = [0.0] * len(texts)
+        for owner, score in zip(owners, self.scorer(examples), strict=True):
+            found[owner] -= float(score.nats.sum())
+        return found
+
+    def continuations(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        """Of each (context, options) the text that follows, up to the first of the stops in `until`."""
+        found = []
+        for context, options in asked:
+            until = options.get("until") or []
+            text = Text([until] if isinstance(until, str) else [stop for stop in until if stop])
+            count = int(options.get("max_gen_toks", GENERATED))
+            sampled = bool(options.get("do_sample", False))
+            sampling = Sampling(options.get("temperature") or 0.8 if sampled else 0, options.get("top_p") or 1.0)
+            tokens = [self.tokenizer.DOCUMENT, *self._tokens(context)][-max(self.length - count, 1) :]
+            parts: list[str] = []
+
+            def take(row: int, token: int, text: Text = text, parts: list[str] = parts) -> bool:
+                if token == self.tokenizer.DOCUMENT:
+                    return False
+                parts.append(text.add(self.tokenizer.decode([token])))
+                return not text.ended
+
+            self.decoder.extend([self.decoder.read(tokens)], count, sampling, take)
+            found.append("".join(parts) + text.close())
+        return found
+
+    def _tokens(self, text: str) -> list[int]:
+        return encoded(self.tokenizer, text.encode()).tolist() if text else []
+
+
+def harness(
+    model: LM,
+    scorer: Scorer,
+    tokenizer: Any,
+    settings: EvaluateSettings,
+    length: int,
+    tell: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """The results of the tasks by name, {} on ranks but the first. Collective."""
+    answers = Answers(model, scorer, tokenizer, length)
+    if dist.get_rank() != 0:
+        while (call := _told(None)) is not None:
+            getattr(answers, call[0])(call[1])
+        return {}
+
+    def ask(name: str, requests: list[Any]) -> Any:
+        tell("tasks", 0, 1)
+        _told((name, requests))
+        found = getattr(answers, name)(requests)
+        tell("tasks", 1, 1)
+        return found
+
+    try:
+        import lm_eval
+
+        found = lm_eval.simple_evaluate(model=_adapter(ask), tasks=list(settings.tasks), limit=settings.limit)
+    finally:
+        _told(None)
+    return {task: _plain(numbers) for task, numbers in found["results"].items()}
+
+
+def _told(call: Any) -> Any:
+    """What the first rank tells."""
+    box = [call]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _adapter(ask: Callable[[str, list[Any]], Any]) -> Any:
+    """An `lm_eval.api.model.LM` that hands on what it is asked."""
+    import lm_eval.api.model
+
+    class Farspan(lm_eval.api.model.LM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return ask("likelihoods", [tuple(request.args[:2]) for request in requests])
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            return ask("rolling", [request.args[0] for request in requests])
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return ask("continuations", [tuple(request.args[:2]) for request in requests])
+
+    return Farspan()
+
+
+def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold."""
+    return {key: value for key, value in numbers.items() if isinstance(value, bool | int | float | str)}

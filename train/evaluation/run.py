@@ -1,0 +1,155 @@
+"""The worker of `farspan evaluate`: the model of a checkpoint over all ranks, the parts one after another."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data.batches import Batches
+from models.lm import LM
+from parallel.mesh import Groups, everyone
+from train import checkpoint
+from train.construct import construct
+from train.context import rebase, rotary
+from train.evaluation import documents, examples
+from train.evaluation.score import Scorer, Told
+from train.evaluation.texts import texts
+from train.execute import Executor
+from train.precision import dtypes
+from train.settings import EvaluateSettings, ParallelSettings, TrainSettings, section
+from train.spans import Spans
+
+SHORTEST = 128  # of the lengths that are taken where none are given: a needle and its question in bytes
+
+
+def run(order: dict[str, Any]) -> None:
+    """The entry that a launcher calls on every rank, torch.distributed being initialised.
+
+    order: `config` (resolved), `checkpoint`, `results` (a JSON file: parts that are measured replace those that it
+    has), `progress` (a file that gets a JSON object a line), `device`.
+    """
+    config, path = order["config"], Path(order["checkpoint"])
+    settings = section(EvaluateSettings, config["evaluate"])
+    first = dist.get_rank() == 0
+    device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
+    tell = _teller(Path(order["progress"])) if first else lambda part, done, of: None
+    model, executor, scorer = assemble(config, path, device, settings.span_tokens)
+    batches = open_batches(config)
+    length = reach(settings, batches)
+    found = measure(scorer, batches, settings, tell)
+    if settings.tasks:
+        from train.evaluation.harness import harness
+
+        found["tasks"] = harness(model, scorer, batches.tokenizer, settings, length, tell)
+    if first:
+        write(Path(order["results"]), {"checkpoint": path.name, "length": length}, found)
+
+
+def assemble(
+    config: dict[str, Any], path: Path, device: torch.device, span_tokens: int | None
+) -> tuple[LM, Executor, Scorer]:
+    """The model with a checkpoint's weights, sharded as in training, and what scores with it. Collective."""
+    compute, master = dtypes(config["precision"]["compute"], device.type)
+    with torch.device("meta"):
+        model: LM = construct(config["model"])
+    model.compute = compute
+    model.loss_chunk = section(TrainSettings, config["train"]).loss_chunk
+    construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
+    facts = checkpoint.load(path, model, None)
+    rebase(model, facts.get("rope_theta"))
+    model.eval()
+    parallel = section(ParallelSettings, config["parallel"])
+    data, sequence = parallel.sizes(dist.get_world_size())
+    spans = None if span_tokens is None else Spans(span_tokens)
+    executor = Executor(model, Groups(), device, *parallel.transport.build(), 0.0, spans=spans)
+    return model, executor, Scorer(executor, data, sequence)
+
+
+def open_batches(config: dict[str, Any]) -> Any:
+    """The run's corpus, for what it holds out."""
+    return construct(config["data"]).open(config["train"]["batch_tokens"], construct(config["curriculum"]))
+
+
+def reach(settings: EvaluateSettings, batches: Any) -> int:
+    """Tokens of a document that are read, at most."""
+    if settings.length is not None:
+        return settings.length
+    return batches.sequencing.max_length if isinstance(batches, Batches) else batches.task.max_length
+
+
+def lengths(settings: EvaluateSettings, length: int) -> list[int]:
+    """Of generated examples."""
+    return settings.lengths or [n for n in (length >> 3, length >> 2, length >> 1) if n >= SHORTEST] + [length]
+
+
+def check(settings: EvaluateSettings, batches: Any, model: LM) -> None:
+    """Raises ValueError for a length that the positions or a needle do not allow."""
+    length = reach(settings, batches)
+    asked = max([length, *(settings.lengths or [])])
+    for module in rotary(model):
+        most = getattr(module.positions, "longest", None)
+        if most is not None and asked > most:
+            key = "length" if asked == length else "lengths"
+            raise ValueError(f"evaluate.{key}={asked}: must be at most {most}, the positions that the model knows")
+    if "needle" in settings.parts and settings.lengths is not None:
+        needles = examples.Needles(batches, max(settings.lengths))
+        for each in settings.lengths:
+            needles.example(examples.Draw(0, 0), each, 0.0)
+
+
+def measure(
+    scorer: Scorer, batches: Any, settings: EvaluateSettings, tell: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """The parts, by name. Collective; the same on every rank."""
+    length = reach(settings, batches)
+    made = lengths(settings, length)
+
+    def told(part: str) -> Told:
+        tell(part, 0, 1)
+        return lambda done, of: tell(part, done, of)
+
+    found: dict[str, Any] = {}
+    parts = settings.parts
+    if {"loss", "positions"} & set(parts):
+        held = texts(batches, settings.tokens, length)
+        name = "loss" if "loss" in parts else "positions"
+        scored = list(zip(held, scorer([text.packed for text in held], told(name)), strict=True))
+        if "loss" in parts:
+            found["loss"] = documents.loss(scored, batches.tokenizer)
+        if "positions" in parts:
+            found["positions"] = documents.positions(scored)
+    drawn: dict[str, Any] = {"lengths": made, "samples": settings.samples}
+    if "needle" in parts:
+        grid = {**drawn, "depths": settings.depths, "all_fit": settings.lengths is not None}
+        found["needle"] = examples.needle(scorer, batches, **grid, told=told("needle"))
+    drawn["symbols"] = settings.symbols
+    if "recall" in parts:
+        found["recall"] = examples.recall(scorer, batches, **drawn, pairs=settings.pairs, told=told("recall"))
+    if "copy" in parts:
+        found["copy"] = examples.copy(scorer, batches, **drawn, told=told("copy"))
+    if "long_range" in parts:
+        far = {"length": length, "context": settings.context, "most": settings.documents}
+        found["long_range"] = documents.long_range(scorer, batches, **far, told=told("long_range"))
+    return found
+
+
+def write(path: Path, facts: dict[str, Any], found: dict[str, Any]) -> None:
+    """The results, beside those of parts that were measured before, complete or not at all."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = {}
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps({**before, **facts, **found}, indent=1) + "\n")
+    aside.rename(path)
+
+
+def _teller(path: Path) -> Callable[[str, int, int], None]:
+    def tell(part: str, done: int, of: int) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"part": part, "done": done, "of": of}) + "\n")
+
+    return tell

@@ -1,0 +1,83 @@
+"""The held-out documents of a run, whole or as far as they are read, source by source."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.batches import Batches
+from data.documents import Documents
+from data.index import Ints
+from data.pack import NO_TARGET, Packed
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document. length: its tokens, of which `packed` may have fewer, from its begin."""
+
+    source: str
+    length: int
+    packed: Packed
+
+
+def packed(tokens: Any, scored: slice = slice(None)) -> Packed:
+    """One document, whose tokens at `scored` have the one after them as a target; its last has none."""
+    tokens = np.asarray(tokens, dtype=np.int64)
+    every = np.append(tokens[1:], NO_TARGET)
+    targets = np.full(len(tokens), NO_TARGET)
+    targets[scored] = every[scored]
+    starts = np.zeros(len(tokens), dtype=bool)
+    starts[0] = True
+    return Packed(tokens=tokens, targets=targets, starts=starts)
+
+
+def texts(batches: Any, tokens: int, length: int) -> list[Text]:
+    """Documents of each source, at most `length` tokens of each, until there are `tokens` of the source; of a generated
+    task as many of its held-out examples."""
+    if not isinstance(batches, Batches):
+        examples = [example for example in batches.heldout() if len(example.tokens) <= length]
+        return [Text(batches.task.name, len(e.tokens), e) for e in examples[: -(-tokens // batches.task.max_length)]]
+    found = []
+    for source, held in zip(batches.sources, batches.heldout_documents, strict=True):
+        read = 0
+        for document in documents(held):
+            if read >= tokens:
+                break
+            if len(document) > 1:
+                found.append(Text(source.name or "corpus", len(document), packed(document[:length])))
+                read += min(len(document), length)
+    return found
+
+
+def documents(held: Documents, least: int = 0) -> Iterator[Any]:
+    """The tokens of documents of at least so many, in the order of their hashes: any number of them is a sample."""
+    ids: Ints = np.asarray(held.ids)
+    lengths = held.store.offsets[ids + 1] - held.store.offsets[ids]
+    ids = ids[lengths >= least]
+    for i in ids[np.argsort(held.store.hashes[ids], kind="stable")].tolist():
+        yield held.store.tokens[held.store.offsets[i] : held.store.offsets[i + 1]]
+
+
+def hay(batches: Any, tokens: int) -> Ints:
+    """So many tokens of held-out text, without marks between documents, from its begin again where it ends before."""
+    if not isinstance(batches, Batches):
+        return 1 + np.arange(tokens) % batches.task.symbols
+    mark, parts, count = batches.tokenizer.DOCUMENT, [], 0
+    for held in batches.heldout_documents:
+        for document in documents(held):
+            parts.append(np.asarray(document)[np.asarray(document) != mark].astype(np.int64))
+            count += len(parts[-1])
+            if count >= tokens:
+                return np.concatenate(parts)[:tokens]
+    return np.resize(np.concatenate(parts), tokens)
+
+
+def alphabet(batches: Any, symbols: int) -> Ints:
+    """At most so many tokens, an even number of them, that held-out text has most often; of a task its symbols."""
+    if not isinstance(batches, Batches):
+        found = np.arange(1, 1 + min(symbols, batches.task.symbols))
+    else:
+        counts = np.bincount(hay(batches, 1 << 18), minlength=batches.vocab_size)
+        found = np.argsort(-counts, kind="stable")[: min(symbols, int(np.count_nonzero(counts)))]
+    return found[: len(found) // 2 * 2]
