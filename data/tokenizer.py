@@ -150,8 +150,8 @@ class Json:
 
     def _spell(self, token: int) -> bytes:
         text = self._backend.id_to_token(token) or ""
-        if self._by_letters and set(text) <= _LETTERS.keys():
-            return bytes(_LETTERS[letter] for letter in text)
+        if self._by_letters and set(text) <= LETTERS.keys():
+            return bytes(LETTERS[letter] for letter in text)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):
             return bytes([int(byte[1], 16)])
         return text.replace("\u2581", " ").encode()  # the blank of SentencePiece
@@ -320,4 +320,4 @@ def _letters() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_LETTERS = _letters()
+LETTERS = _letters()

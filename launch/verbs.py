@@ -186,6 +186,31 @@ configuration is the run's; cluster, parallel and evaluate are what is given her
   farspan evaluate runs/first data=text data.path=other_texts evaluate.parts=[loss,positions]
 """,
     ),
+    "import": Verb(
+        function="launch.hub:import_",
+        synopsis="SOURCE [DEST] [extend_vocab=true] [vocabulary=N] [document=TOKEN]",
+        line="a model from Hugging Face's format, to go on from with init_from",
+        text="""\
+SOURCE is a folder with config.json and *.safetensors: Llama, Qwen3-MoE, Qwen3-Next or Mamba-2. It becomes DEST, a run
+of no steps (default: runs/ and the name of SOURCE), one stretch of a tensor after another. The model and its tokenizer
+come with it. Rows for more tokens than the folder has, on request: each is the mean of those that there are.
+
+  farspan import models/Qwen3-30B-A3B-Base runs/qwen
+  farspan train init_from=runs/qwen data.tokenizer=runs/qwen data=text data.path=my_texts data.max_length=65536
+""",
+    ),
+    "export": Verb(
+        function="launch.hub:export",
+        synopsis="RUN DEST [max_shard=5GB] [dtype=fp32|bf16|fp16]",
+        line="a checkpoint in Hugging Face's format, for transformers and whatever reads it",
+        text="""\
+RUN is a run, whose newest checkpoint is taken, or a checkpoint. DEST gets safetensors, config.json with the length that
+the run trained at, and the tokenizer. A model that none of the architectures can express is refused, with the reason.
+
+  farspan export runs/first hub/first
+  python -c 'from transformers import AutoModelForCausalLM as M; print(M.from_pretrained("hub/first"))'
+""",
+    ),
     "doctor": Verb(
         function="launch.doctor.doctor:doctor",
         synopsis="[run.dir=FOLDER] [cluster.address=ADDRESS]",

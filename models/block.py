@@ -16,19 +16,30 @@ class Block(nn.Module):
     """Any mixer goes with any feed-forward.
 
     mixer: how a token sees those before it: a class of `models.mixers`. ffn: what is then done to each token by itself:
-    `models.moe.MoE`, or the dense `models.ffn.SwiGLU` or `models.ffn.ChannelMix`, which take `hidden`, their width.
+    `models.moe.MoE`, or the dense `models.ffn.SwiGLU` or `models.ffn.ChannelMix`, which take `hidden`, their width;
+    null for none, and no norm before it: a layer that is its mixer alone, as Mamba's are (2312.00752).
+    norm_eps: what the norms before the two add to the mean square.
 
     x [B, T, D] -> [B, T, D], where a mixture of experts sent its tokens, and what the layer hands to later ones that
     couple with it (`models.depth`): None where it was `handed` that of an earlier one.
     """
 
-    def __init__(self, *, dim: int, mixer: Factory, ffn: Factory, slot: str, depth: Depth = ALONE):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        mixer: Factory,
+        ffn: Factory | None,
+        slot: str,
+        depth: Depth = ALONE,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         self.slot = slot
-        self.mixer_norm = RMSNorm(dim)
+        self.mixer_norm = RMSNorm(dim, eps=norm_eps)
         self.mixer = told(mixer, dim=dim, depth=depth)
-        self.ffn_norm = RMSNorm(dim)
-        self.ffn = told(ffn, dim=dim, depth=depth, slot=f"{slot}/ffn")
+        self.ffn_norm = None if ffn is None else RMSNorm(dim, eps=norm_eps)
+        self.ffn = None if ffn is None else told(ffn, dim=dim, depth=depth, slot=f"{slot}/ffn")
         self.couplings = getattr(self.mixer, "couplings", ())
         self.hands: str | None = getattr(self.mixer, "hands", None)
 
@@ -42,5 +53,7 @@ class Block(nn.Module):
             hand = self.mixer.handing
             y_BTD, made_BTD = hand(normed_BTD, seq, handed, slot=self.slot, **rows)  # type: ignore[operator]
         x_BTD = x_BTD + y_BTD
+        if self.ffn is None or self.ffn_norm is None:
+            return x_BTD, None, made_BTD
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), seq)
         return x_BTD + y_BTD, routing, made_BTD

@@ -40,7 +40,9 @@ class LM(nn.Module):
     to the last. blocks: the kinds of layer that `pattern` may name, each a mixer and a feed-forward.
     first_k_dense: how many layers, from the first, have `dense` in place of their block's feed-forward, as in
     DeepSeekMoE (2401.06066). dense: that feed-forward. tied: whether the head multiplies by the embedding instead of
-    weights of its own. Its input is then scaled by dim^-½ (T5, 1910.10683): the embedding's entries have variance 1.
+    weights of its own. tied_scale: what the input of a tied head is multiplied by; null for dim^-½ (T5, 1910.10683),
+    which suits an embedding whose entries have variance 1, as they start here. Released models have 1. norm_eps: what
+    the last norm adds to the mean square.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
@@ -59,9 +61,16 @@ class LM(nn.Module):
         first_k_dense: int = 0,
         dense: Factory | None = None,
         tied: bool = False,
+        tied_scale: float | None = None,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         positive(vocabulary=vocabulary, dim=dim)
+        if norm_eps <= 0:
+            raise ValueError(f"norm_eps={norm_eps}: must be above 0")
+        if tied_scale is not None and (tied_scale <= 0 or not tied):
+            raise ValueError(f"tied_scale={tied_scale}: must be null without a tied head, else above 0")
+        self.tied_scale = dim**-0.5 if tied_scale is None else tied_scale
         self.kinds = unroll(pattern, layers, list(blocks))
         front = dense_front(first_k_dense, dense, layers)
         self.compute = torch.float32
@@ -75,7 +84,7 @@ class LM(nn.Module):
         )
         self.coupled = Coupled(self.layers)
         self.hands = {name: getattr(layer, "hands", None) for name, layer in self.layers.items()}
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, eps=norm_eps)
         self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
 
     def forward(
@@ -101,13 +110,13 @@ class LM(nn.Module):
         """Logits [B, T, vocabulary] of the normalised residual stream."""
         if self.head is not None:
             return self.head(x_BTD)
-        return F.linear(x_BTD * x_BTD.shape[-1] ** -0.5, self.embedding.to(x_BTD.dtype))
+        return F.linear(x_BTD * self.tied_scale, self.embedding.to(x_BTD.dtype))
 
     def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, ...]:
         """The same logits' cross-entropy in nats, summed over the targets; without gradients, all of `Scored`."""
         weight_VD = self.embedding if self.head is None else self.head.weight
         if self.head is None:
-            x_BTD = x_BTD * x_BTD.shape[-1] ** -0.5
+            x_BTD = x_BTD * self.tied_scale
         if torch.is_grad_enabled():
             return (cross_entropy(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk),)
         return score(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk)

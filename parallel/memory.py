@@ -56,14 +56,21 @@ def give_back(layers: nn.ModuleDict) -> None:
     Else the heap keeps the holes between what lives, and the process stays more than twice as large as what it holds.
     Fresh pages cost some time. Nothing happens with another C library.
     """
+    if (trim := give_back_large()) is None:
+        return
+    for layer in layers.values():
+        layer.register_forward_hook(partial(_after, trim))
+
+
+def give_back_large() -> Any:
+    """The first half of `give_back`: large tensors. Returns what does the rest when it is called, None without glibc."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         limit, trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):
-        return
+        return None
     limit(M_MMAP_THRESHOLD, LARGE)
-    for layer in layers.values():
-        layer.register_forward_hook(partial(_after, trim))
+    return trim
 
 
 def _after(trim: Any, *_: Any) -> None:

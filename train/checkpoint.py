@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from parallel.apply import parameter_name
+from train.published import Published, PublishedReader, is_folder
 
 MANIFEST, FORMAT = "manifest.json", 1
 
@@ -78,6 +79,12 @@ def save(
     return final
 
 
+def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest of a checkpoint whose files are all there, written by one process."""
+    files = {p.name: _checksum(p, sync=True) for p in sorted(checkpoint.iterdir())}
+    _write(checkpoint / MANIFEST, json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
+
+
 def prune(folder: Path, step: int, *, keep: int) -> None:
     """Keeps the newest `keep` checkpoints up to `step`, which has just been written.
 
@@ -95,7 +102,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
     A new run may remember more than the one it starts from, the bias of a router: such buffers keep their first value.
     """
     if optimizer is None:
-        saved = _Reader(str(checkpoint)).read_metadata().state_dict_metadata
+        saved = _reader(checkpoint).read_metadata().state_dict_metadata
         buffers = (parameter_name(name) for name, _ in model.named_buffers())
         new = {name for name in buffers if f"model.{name}" not in saved}
         weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
@@ -110,7 +117,12 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
 
 def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> None:
     """Fills a state dict in place from a checkpoint's files; `alone`: without a process group."""
-    dcp.load(state, storage_reader=_Reader(str(checkpoint)), no_dist=alone)
+    dcp.load(state, storage_reader=_reader(checkpoint), no_dist=alone)
+
+
+def _reader(checkpoint: Path) -> dcp.StorageReader:
+    """Of a checkpoint of ours, or of a folder of Hugging Face's."""
+    return PublishedReader(checkpoint) if is_folder(checkpoint) else _Reader(str(checkpoint))
 
 
 class _Reader(dcp.FileSystemReader):
@@ -169,7 +181,9 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises DamagedError."""
+    """The manifest of a checkpoint. Raises DamagedError; ValueError for a bad folder of Hugging Face's."""
+    if is_folder(checkpoint):
+        return Published(checkpoint).manifest()
     try:
         found = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:

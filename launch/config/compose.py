@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -25,6 +26,9 @@ from launch.user import UserError
 __all__ = ["CONF", "checked", "composed", "fields", "groups"]
 
 
+_OTHER = "of_init_from"  # the option that a model from elsewhere becomes
+
+
 class Read(NamedTuple):
     """An override that has been understood: its text without `+`, its parts, and whether it had a `+`."""
 
@@ -38,9 +42,13 @@ class Read(NamedTuple):
         return self.parts.key_or_group + (f"@{self.parts.package}" if self.parts.package is not None else "")
 
 
-def composed(overrides: list[str]) -> dict[str, Any]:
-    """The resolved, complete and checked configuration of the default job under `overrides`. Raises UserError."""
-    config = _compose(_last_choices([_read(override) for override in overrides]))
+def composed(overrides: list[str], model: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The resolved, complete and checked configuration of the default job under `overrides`. Raises UserError.
+
+    model: a complete `model` section that stands in place of the default job's, below the overrides.
+    """
+    read = _last_choices([_read(override) for override in overrides])
+    config = _compose(read, [] if model is None else _placed(model))
     try:
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -55,14 +63,29 @@ def _last_choices(read: list[Read]) -> list[Read]:
     return [each for i, each in enumerate(read) if i > none.get(each.name, -1)]
 
 
-def _compose(read: list[Read]) -> DictConfig:
+def _placed(model: dict[str, Any]) -> list[str]:
+    """Makes a model one of Hydra's options, its positions one of theirs each, and chooses it: so that overrides of its
+    keys, and other positions for its layers, find what they change. Returns the overrides that choose."""
+    store, entries, blocks = ConfigStore.instance(), [], dict(model["blocks"])
+    for name, block in blocks.items():
+        mixer = block["mixer"]
+        if isinstance(mixer.get("positions"), dict):
+            store.store(group="positions", name=f"{_OTHER}_{name}", node=mixer["positions"])
+            entries.append({f"/positions@blocks.{name}.mixer.positions": f"{_OTHER}_{name}"})
+            rest = {key: value for key, value in mixer.items() if key != "positions"}
+            blocks[name] = {**block, "mixer": rest}
+    store.store(group="model", name=_OTHER, node={"defaults": [*entries, "_self_"], **model, "blocks": blocks})
+    return [f"model={_OTHER}"]
+
+
+def _compose(read: list[Read], base: list[str]) -> DictConfig:
     """Hydra's composition. A key that is not in the files is added where the constructor of its parent knows it."""
     texts = [each.text for each in read]
     while True:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                return compose("train", texts)
+                return compose("train", [*base, *texts])
         except (HydraException, OmegaConfBaseException) as error:
             refused = re.match(r"Could not override '([^']+)'", str(error))
             name = refused[1] if refused else None

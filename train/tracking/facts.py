@@ -69,7 +69,8 @@ def _lineage(run_dir: Path, order: dict[str, Any]) -> dict[str, Any]:
 def _parent(checkpoint: Path) -> dict[str, Any]:
     """The run that a checkpoint belongs to, as far as its folder tells: a checkpoint may have been moved."""
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    file = checkpoint / "manifest.json"
+    manifest = json.loads(file.read_text()) if file.exists() else {}  # a folder of Hugging Face's has none
     config = _yaml(folder / "config.yaml") or _yaml(checkpoint / "config.yaml")
     tracking = config.get("tracking") or {}
     name = (config.get("run") or {}).get("name") or folder.name

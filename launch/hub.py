@@ -1,0 +1,211 @@
+"""`farspan import` and `farspan export`: Hugging Face's folders in, and out."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from launch import preflight
+from launch.generate import checkpoint_of
+from launch.user import UserError
+
+if TYPE_CHECKING:
+    from train.exchange import Saved
+    from train.published import Published
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """vocabulary: rows of the embedding wanted; null for those that there are, or the tokens of the folder's tokenizer
+    where those are more. extend_vocab: whether there may be rows more than there are. document: the token between
+    documents, of the folder's tokenizer; null for the one that it ends texts with."""
+
+    vocabulary: int | None = None
+    extend_vocab: bool = False
+    document: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """max_shard: the most bytes of a file of weights, as 5GB. dtype: fp32, bf16 or fp16; null for the checkpoint's."""
+
+    max_shard: str | int = "5GB"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard < 1:
+            raise ValueError(f"max_shard={self.max_shard}: must be a size, as 5GB, 500MB or a number of bytes")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(_DTYPES)}")
+
+    @property
+    def shard(self) -> int:
+        """Bytes; 0 for what is no size."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B|)", str(self.max_shard).upper())
+        return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def import_(arguments: list[str]) -> int:
+    """Writes a Hugging Face folder's model as a run of no steps. Raises UserError before anything is written."""
+    from train.exchange import take
+    from train.published import CONFIG
+
+    (source, *rest), request = _parse("import", arguments, Import, ("SOURCE", "DEST"), least=1)
+    folder = Path(source).expanduser()
+    run = Path(rest[0]).expanduser() if rest else preflight.RUNS / folder.resolve().name
+    if not folder.is_dir():
+        raise UserError(f"SOURCE={source}: no such folder; expected one with {CONFIG} and *.safetensors")
+    _free(run, "DEST")
+    with _refusals(f"SOURCE={source}"):
+        card, found = _read(folder, request)
+    config = {"model": found.model, "data": {"max_length": found.max_length}, "code": preflight.code_version()}
+    companions = {"config.yaml": yaml.safe_dump(config, sort_keys=False)}
+    if card is not None:
+        companions["tokenizer.json"] = json.dumps(card, indent=2) + "\n"
+    with _told("reading") as watch, _disk(run, "DEST"), _refusals(f"SOURCE={source}"):
+        take(found, run, companions, watch)
+    _say(f"{found.name}, {_size(found.shapes)} parameters: {run}")
+    if found.left_out:
+        _say(f"left out: {_some(found.left_out)}, which no model here reads")
+    if card is None:
+        _say(f"{source} has no tokenizer.json: the tokens have no text")
+    tokenizer = f" data.tokenizer={run}" if card is not None else ""
+    _say(f"  farspan train init_from={run}{tokenizer} …   trains it further")
+    return 0
+
+
+def _read(folder: Path, request: Import) -> tuple[dict[str, Any] | None, Published]:
+    """The folder's tokenizer and model, with rows for all of its tokens. Raises ValueError."""
+    from data.tokenizer_files import card_of
+    from train.published import Published
+
+    card = card_of(folder, request.document)
+    found = Published(folder, vocabulary=request.vocabulary, extend=request.extend_vocab)
+    tokens, rows = (0 if card is None else card["size"]), found.model["vocabulary"]
+    if tokens <= rows:
+        return card, found
+    if request.vocabulary is not None:
+        raise ValueError(f"vocabulary={request.vocabulary}: must be at least {tokens}, the tokens of its tokenizer")
+    if not request.extend_vocab:
+        raise ValueError(
+            f"tokenizer.json has {tokens} tokens, the model {rows}: extend_vocab=true adds rows, each the mean of those"
+        )
+    return card, Published(folder, vocabulary=tokens, extend=True)
+
+
+def export(arguments: list[str]) -> int:
+    """Writes a checkpoint as a folder that transformers loads. Raises UserError before anything is written."""
+    import torch
+
+    from train.exchange import Saved, give
+
+    (run, to), request = _parse("export", arguments, Export, ("RUN", "DEST"), least=2)
+    dest = Path(to).expanduser()
+    _free(dest, "DEST")
+    found = checkpoint_of(run)
+    with _refusals(f"RUN={run}"):
+        saved = Saved(found, preflight.saved_config(found))
+        files, told = _files(found, saved)
+    dtype = None if request.dtype is None else getattr(torch, _DTYPES[request.dtype])
+    with _told("writing") as watch, _disk(dest, "DEST"):
+        give(saved, dest, files, config=told, longest=request.shard, dtype=dtype, watch=watch)
+    _say(f"{saved.name}, {_size(saved.shapes)} parameters, from {found}: {dest}")
+    if "tokenizer.json" not in files:
+        _say("without a tokenizer: what the tokens spell is not known")
+    return 0
+
+
+def _files(found: Path, saved: Saved) -> tuple[dict[str, str], dict[str, Any]]:
+    """The text of what lies beside the weights, and what config.json says besides the model. Raises ValueError."""
+    from data.tokenizer_files import files
+
+    path = found / "tokenizer.json"
+    card = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    document = card.get("special", {}).get("document")
+    ids = {"bos_token_id": document, "eos_token_id": document}
+    told: dict[str, Any] = {"pad_token_id": None, **ids, "use_cache": True}
+    if saved.max_length is not None and "rope_parameters" in saved.config:
+        told["max_position_embeddings"] = saved.max_length
+    return files(card, saved.max_length) | {"generation_config.json": json.dumps(ids, indent=2)}, told
+
+
+def _parse(verb: str, arguments: list[str], kind: Any, names: tuple[str, ...], *, least: int) -> tuple[list[str], Any]:
+    """The positional arguments, at least so many, and the others as a `kind`. Raises UserError."""
+    from launch.config.compose import fields
+
+    positional = [word for word in arguments if not re.match(r"[a-z_.]+=", word)]
+    values = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if word in positional:
+            continue
+        if key == "run.dir" and verb == "import":
+            positional.append(value)
+        else:
+            values[key] = value if key == "document" else yaml.safe_load(value)
+    if not least <= len(positional) <= len(names):
+        missing = names[len(positional)] if len(positional) < least else positional[len(names)]
+        what = "missing" if len(positional) < least else "one too many"
+        raise UserError(f"{missing}: {what}; expected farspan {verb} {' '.join(names)} [key=value ...]")
+    try:
+        return positional, kind(**fields(verb, values, kind))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _free(path: Path, key: str) -> None:
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{key}={path}: is there already; expected a folder to be made")
+
+
+@contextmanager
+def _refusals(prefix: str) -> Iterator[None]:
+    """Turns a ValueError into one line about what was given."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{prefix}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _disk(path: Path, key: str) -> Iterator[None]:
+    """A disk that cannot be written to is the user's to know of, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}={path}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def _told(what: str) -> Iterator[Any]:
+    """Shows in a terminal which tensor has its turn."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status(what) as status:
+        yield lambda name: status.update(f"{what} {name}")
+
+
+def _size(shapes: dict[str, tuple[int, ...]]) -> str:
+    from math import prod
+
+    return f"{sum(prod(shape) for shape in shapes.values()):,}"
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} others"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,42 @@
+"""Hugging Face's folders: which published tensor holds which rows of ours, and which configuration says what.
+
+An `Architecture` is data that is read in both directions: an import takes a folder's config.json to a `model` section
+and its tensors' rows to our parameters, an export the same two tables the other way. Nothing here opens weights that
+are pickled, and nothing needs `transformers`.
+"""
+
+from models.hub.architecture import Architecture
+from models.hub.llama import LLAMA
+from models.hub.mamba2 import MAMBA2
+from models.hub.qwen3_moe import QWEN3_MOE
+from models.hub.qwen3_next import QWEN3_NEXT
+
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (LLAMA, QWEN3_MOE, QWEN3_NEXT, MAMBA2)}
+
+
+def of_config(config: dict) -> Architecture:
+    """The architecture that a config.json names. Raises ValueError for another, which names those that are known."""
+    named = config.get("architectures") or [None]
+    for name in named:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    raise ValueError(f"config.json: architectures={named[0]}: must be one of {', '.join(ARCHITECTURES)}")
+
+
+def of_model(model: dict) -> tuple[Architecture, dict]:
+    """The architecture that can say what a `model` section says, and its config.json.
+
+    Raises ValueError for a model that none can express: the key that stands in the way of the nearest one, which is
+    told by the mixers.
+    """
+    mixers = {block["mixer"]["_target_"] for name, block in model["blocks"].items() if name in model["pattern"]}
+    for architecture in ARCHITECTURES.values():
+        if architecture.suits(model, mixers):
+            return architecture, architecture.write(model)
+    known, pattern = ", ".join(ARCHITECTURES), f"model.pattern=[{','.join(model['pattern'])}]"
+    placed = {mixer for architecture in ARCHITECTURES.values() for mixer in architecture.mixers}
+    strange = [name for name in model["pattern"] if model["blocks"][name]["mixer"]["_target_"] not in placed]
+    if strange:
+        mixer = model["blocks"][strange[0]]["mixer"]["_target_"].rpartition(".")[2]
+        raise ValueError(f"{pattern}: none of {known} has layers of {mixer}")
+    raise ValueError(f"{pattern}: none of {known} has these mixers together")

@@ -1,0 +1,88 @@
+"""Qwen3-MoE (2505.09388): attention with normalised queries and keys, then experts, or SwiGLU in some layers."""
+
+from models.ffn import SwiGLU
+from models.hub import layers as parts
+from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, node
+from models.hub.rows import PLAIN, Entries
+
+NAME = "Qwen3MoeForCausalLM"
+QK_EPS = 1e-6  # of our norm of queries and keys, and of every released model
+
+
+def _body(config: Config) -> Node:
+    eps = qk_eps(config)
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    mixer = parts.attention(config, qk_norm=True, window=window)
+    blocks = {
+        "moe": parts.block(mixer, parts.mixture(config), eps),
+        "dense": parts.block(mixer, node(SwiGLU, hidden=config["intermediate_size"]), eps),
+    }
+    return parts.stack(config, ["moe" if each else "dense" for each in parts.sparse(config)], blocks, eps)
+
+
+def qk_eps(config: Config) -> float:
+    """The one eps of all norms. Raises ValueError for another than that of our norm of queries and keys."""
+    if config["rms_norm_eps"] != QK_EPS:
+        raise ValueError(f"config.json: rms_norm_eps={config['rms_norm_eps']}: must be {QK_EPS}")
+    return QK_EPS
+
+
+def same_eps(model: Node, who: str) -> dict[str, float]:
+    """Raises ValueError where a norm adds another eps than that of queries and keys."""
+    if (eps := parts.eps_of(model, who)) != QK_EPS:
+        raise ValueError(f"model.norm_eps={eps}: must be {QK_EPS}, that of queries and keys: {who} has one for all")
+    return {"rms_norm_eps": QK_EPS}
+
+
+def _express(model: Node) -> Config:
+    keys = parts.attention_keys(model, NAME, qk_norm=True, gate=False)
+    experts = parts.ffn_keys(model, NAME, shared_hidden=0)
+    del experts["shared_expert_intermediate_size"]
+    whole = parts.shapes(model, NAME) | same_eps(model, NAME)
+    return whole | keys | experts | {"use_sliding_window": keys["sliding_window"] is not None}
+
+
+def _entries(config: Config) -> Entries:
+    rows, D = parts.ends(config), config["hidden_size"]
+    for i, sparse in enumerate(parts.sparse(config)):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        rows |= parts.norms(i, D)
+        rows |= parts.attention_rows(f"{ours}.mixer", f"{theirs}.self_attn", config, norm=PLAIN)
+        if sparse:
+            rows |= parts.mixture_rows(f"{ours}.ffn", f"{theirs}.mlp", config)
+        else:
+            rows |= parts.dense_rows(f"{ours}.ffn", f"{theirs}.mlp", config["intermediate_size"], D)
+    return rows
+
+
+def _suits(model: Node, mixers: set[str]) -> bool:
+    """What is attention alone and no Llama, without a gate, which would be Qwen3-Next's."""
+    return mixers == {parts.ATTENTION} and not any(block["mixer"].get("gate") for _, block in layers(model))
+
+
+QWEN3_MOE = Architecture(
+    name=NAME,
+    kind="qwen3_moe",
+    mixers=frozenset({parts.ATTENTION}),
+    defaults={
+        **dict.fromkeys(("vocab_size", "hidden_size", "moe_intermediate_size", "num_experts"), REQUIRED),
+        **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_experts_per_tok"), REQUIRED),
+        "intermediate_size": 6144,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": False,
+    },
+    fixed={"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0},
+    body=_body,
+    express=_express,
+    entries=_entries,
+    suits=_suits,
+    aliases={"num_local_experts": "num_experts"},
+)

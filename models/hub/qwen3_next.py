@@ -1,0 +1,167 @@
+"""Qwen3-Next: Gated DeltaNet (2412.06464) in most layers, gated attention (2505.06708) in the others, experts beside a
+shared one behind a gate. Its norms keep their weights about zero; that of Gated DeltaNet's output does not.
+
+Legend: H heads of keys, N heads of values, K and V their widths, D model width.
+"""
+
+from models.ffn import SwiGLU
+from models.hub import layers as parts
+from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, target, told
+from models.hub.qwen3_moe import QK_EPS, qk_eps, same_eps
+from models.hub.rows import ABOUT_ZERO, TAPS, Entries, Entry, Rows, whole
+from models.mixers.gated_deltanet import GatedDeltaNet
+
+NAME = "Qwen3NextForCausalLM"
+FRACTION = 0.25  # of a head that is rotated, where the configuration does not say it
+DELTA = target(GatedDeltaNet)
+KINDS = {parts.ATTENTION: "full_attention", DELTA: "linear_attention"}
+
+
+def _types(config: Config) -> list[str]:
+    count, every = config["num_hidden_layers"], config["full_attention_interval"]
+    usual = [f"{'linear' if (i + 1) % every else 'full'}_attention" for i in range(count)]
+    found = config["layer_types"] or usual
+    if len(found) != count or set(found) - set(KINDS.values()):
+        raise ValueError(f"config.json: layer_types={found}: must be {count} of {', '.join(KINDS.values())}")
+    return found
+
+
+def _delta(config: Config) -> Node:
+    dim, heads, values = config["hidden_size"], config["linear_num_key_heads"], config["linear_num_value_heads"]
+    return node(
+        GatedDeltaNet,
+        heads=heads,
+        value_heads=values,
+        expand_k=ratio(heads * config["linear_key_head_dim"], dim),
+        expand_v=ratio(values * config["linear_value_head_dim"], dim),
+        conv=config["linear_conv_kernel_dim"],
+        norm_eps=QK_EPS,
+    )
+
+
+def _body(config: Config) -> Node:
+    eps = qk_eps(config)
+    mixers = {
+        "full_attention": ("attn", parts.attention(config, fraction=FRACTION, qk_norm=True, gate=True)),
+        "linear_attention": ("gdn", _delta(config)),
+    }
+    shared = config["shared_expert_intermediate_size"]
+    ffns = {
+        True: ("", parts.mixture(config, shared_hidden=shared, shared_gate=True)),
+        False: ("_dense", node(SwiGLU, hidden=config["intermediate_size"])),
+    }
+    blocks, kinds = {}, []
+    for kind, sparse in zip(_types(config), parts.sparse(config), strict=True):
+        (mixer, section), (suffix, ffn) = mixers[kind], ffns[sparse]
+        blocks[mixer + suffix] = parts.block(section, ffn, eps)
+        kinds.append(mixer + suffix)
+    return parts.stack(config, kinds, blocks, eps)
+
+
+def _delta_keys(model: Node) -> Config:
+    found, dim = [], model["dim"]
+    for name, section in layers(model):
+        if section["mixer"]["_target_"] == DELTA:
+            path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], GatedDeltaNet)
+            must(path, mixer, {"negative_eigenvalues": False, "norm_eps": QK_EPS}, NAME)
+            heads, values = mixer["heads"], mixer["value_heads"] or mixer["heads"]
+            keys = {
+                "linear_num_key_heads": heads,
+                "linear_num_value_heads": values,
+                "linear_key_head_dim": int(dim * mixer["expand_k"]) // heads,
+                "linear_value_head_dim": int(dim * mixer["expand_v"]) // values,
+                "linear_conv_kernel_dim": mixer["conv"],
+            }
+            found.append((path, keys))
+    return one(found, NAME) or {}
+
+
+def _express(model: Node) -> Config:
+    attention = parts.attention_keys(model, NAME, window=None, qk_norm=True, gate=True)
+    if not attention:
+        raise ValueError(f"model.pattern=[{','.join(model['pattern'])}]: must have a layer of attention for {NAME}")
+    del attention["sliding_window"]
+    attention["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # else it means a quarter
+    experts = parts.ffn_keys(model, NAME, shared_gate=True)
+    types = {"layer_types": [KINDS[block["mixer"]["_target_"]] for _, block in layers(model)]}
+    return parts.shapes(model, NAME) | same_eps(model, NAME) | attention | _delta_keys(model) | experts | types
+
+
+def _delta_rows(ours: str, theirs: str, config: Config) -> Entries:
+    """Head of keys by head of keys, theirs has q, k, and of each of its heads of values v, z; and b, a."""
+    H, N = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    K, V, D = config["linear_key_head_dim"], config["linear_value_head_dim"], config["hidden_size"]
+    each = N // H
+    wide, qkvz, ba = 2 * K + 2 * each * V, f"{theirs}.in_proj_qkvz.weight", f"{theirs}.in_proj_ba.weight"
+
+    def rows(start: int, count: int) -> tuple[Rows, ...]:
+        return tuple(Rows(qkvz, h * wide + start, count) for h in range(H))
+
+    rates = [Rows(ba, h * 2 * each + part * each + i, 1) for h in range(H) for i in range(each) for part in (1, 0)]
+    return {
+        f"{ours}.qkv.weight": Entry(rows(0, K) + rows(K, K) + rows(2 * K, each * V)),
+        f"{ours}.gate.weight": Entry(rows(2 * K + each * V, each * V)),
+        f"{ours}.rates.weight": Entry(tuple(rates)),
+        f"{ours}.conv.weight": whole(f"{theirs}.conv1d.weight", 2 * H * K + N * V, TAPS),
+        f"{ours}.A_log": whole(f"{theirs}.A_log", N),
+        f"{ours}.dt_bias": whole(f"{theirs}.dt_bias", N),
+        f"{ours}.norm.weight": whole(f"{theirs}.norm.weight", V),
+        f"{ours}.out.weight": whole(f"{theirs}.out_proj.weight", D),
+    }
+
+
+def _entries(config: Config) -> Entries:
+    rows, D = parts.ends(config, norm=ABOUT_ZERO), config["hidden_size"]
+    for i, (kind, sparse) in enumerate(zip(_types(config), parts.sparse(config), strict=True)):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        rows |= parts.norms(i, D, ABOUT_ZERO)
+        if kind == "full_attention":
+            names = f"{ours}.mixer", f"{theirs}.self_attn"
+            rows |= parts.attention_rows(*names, config, gate=True, norm=ABOUT_ZERO)
+        else:
+            rows |= _delta_rows(f"{ours}.mixer", f"{theirs}.linear_attn", config)
+        if sparse:
+            rows |= parts.mixture_rows(f"{ours}.ffn", f"{theirs}.mlp", config)
+            rows |= parts.shared_rows(f"{ours}.ffn", f"{theirs}.mlp", config)
+        else:
+            rows |= parts.dense_rows(f"{ours}.ffn", f"{theirs}.mlp", config["intermediate_size"], D)
+    return rows
+
+
+def _suits(model: Node, mixers: set[str]) -> bool:
+    """Gated DeltaNet, attention, or both: what Llama and Qwen3-MoE have been asked for before."""
+    return mixers <= KINDS.keys()
+
+
+QWEN3_NEXT = Architecture(
+    name=NAME,
+    kind="qwen3_next",
+    mixers=frozenset(KINDS),
+    defaults={
+        **dict.fromkeys(("vocab_size", "hidden_size", "moe_intermediate_size", "num_experts"), REQUIRED),
+        **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_experts_per_tok"), REQUIRED),
+        "intermediate_size": 5632,
+        "shared_expert_intermediate_size": 512,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": False,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "layer_types": None,
+        "full_attention_interval": 4,
+    },
+    fixed={"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0},
+    body=_body,
+    express=_express,
+    entries=_entries,
+    suits=_suits,
+    left_out=("mtp.",),  # of the prediction of several tokens, which transformers leaves out as well
+)

@@ -1,0 +1,131 @@
+"""A parameter of ours as rows of published tensors, one after another.
+
+Whatever order a published tensor has its rows in (queries beside their gates, keys and values head by head), a
+parameter of ours is a concatenation of ranges of such rows: `Entry.pieces`. The same table read backwards says where a
+published tensor's rows lie in our parameters. What else differs is the shape of a row: `Form`.
+
+Legend: E experts, D model width, K columns, C channels, W taps.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a parameter's rows are published.
+
+    unit: of our shape, how many published rows make up one index of the first dimension. columns: of our shape, the
+    shape of a published row. here: published rows [n·unit, *columns] to our [n, …]; there: and back.
+    """
+
+    unit: Callable[[Shape], int]
+    columns: Callable[[Shape], Shape]
+    here: Callable[[Tensor], Tensor]
+    there: Callable[[Tensor], Tensor]
+
+
+class _Same:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+PLAIN = Form(lambda shape: 1, lambda shape: shape[1:], _Same(), _Same())
+ABOUT_ZERO = Form(lambda shape: 1, lambda shape: shape[1:], lambda x: x.float() + 1, lambda x: x - 1)  # a norm's weight
+TAPS = Form(  # ours [C, W], the present token's first; published [C, 1, W], it last
+    lambda shape: 1,
+    lambda shape: (1, *shape[1:]),
+    lambda x: x.squeeze(1).flip(-1),
+    lambda x: x.flip(-1).unsqueeze(1),
+)
+
+
+def experts(columns: int) -> Form:
+    """Ours [E, D, K]; published [K, D] for each, rows of all of them counted on. columns: K."""
+    return Form(
+        lambda shape: shape[2],
+        lambda shape: shape[1:2],
+        lambda x: x.unflatten(0, (-1, columns)).transpose(1, 2),
+        lambda x: x.transpose(1, 2).flatten(0, 1),
+    )
+
+
+class Rows(NamedTuple):
+    """`number` rows of the published tensor `source`, from `start` on."""
+
+    source: str
+    start: int
+    number: int
+
+
+class Entry(NamedTuple):
+    """A parameter of ours: the published rows that make it up, in order, and their form."""
+
+    pieces: tuple[Rows, ...]
+    form: Form = PLAIN
+
+
+Entries = dict[str, Entry]  # by our parameter's name
+
+
+def whole(source: str, rows: int, form: Form = PLAIN) -> Entry:
+    """All rows of one published tensor."""
+    return Entry((Rows(source, 0, rows),), form)
+
+
+def joined(*sources: tuple[str, int], form: Form = PLAIN) -> Entry:
+    """Several published tensors end to end: (name, rows) of each."""
+    return Entry(tuple(Rows(source, 0, rows) for source, rows in sources), form)
+
+
+def parts(pieces: tuple[Rows, ...], begin: int, end: int) -> list[Rows]:
+    """The pieces of the rows [begin, end) of what they make up together."""
+    found, at = [], 0
+    for source, start, number in pieces:
+        low, high = max(begin - at, 0), min(end - at, number)
+        if low < high:
+            found.append(Rows(source, start + low, high - low))
+        at += number
+    return found
+
+
+class Place(NamedTuple):
+    """Where `number` rows of a published tensor lie: in our parameter `name` from its published row `start` on."""
+
+    name: str
+    start: int
+    number: int
+
+
+def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, tuple[Place, ...]]]:
+    """By published tensor its shape, and its rows in our parameters, in order. shapes: of our parameters.
+
+    Raises ValueError where the tables do not fit the shapes, or name a row twice or never: a mistake in them.
+    """
+    found: dict[str, list[tuple[int, Place]]] = {}
+    columns: dict[str, Shape] = {}
+    for name, entry in entries.items():
+        at, shape = 0, shapes[name]
+        for source, start, number in entry.pieces:
+            found.setdefault(source, []).append((start, Place(name, at, number)))
+            columns[source] = entry.form.columns(shape)
+            at += number
+        if at != shape[0] * entry.form.unit(shape):
+            raise ValueError(f"{name}: has {shape[0] * entry.form.unit(shape)} rows, its table {at}")
+    if missing := [name for name in shapes if name not in entries]:
+        raise ValueError(f"{missing[0]}: has no table")
+    result = {}
+    for source, places in found.items():
+        places.sort(key=lambda each: each[0])
+        at = 0
+        for start, place in places:
+            if start != at:
+                raise ValueError(f"{source}: row {min(start, at)} is named twice or never")
+            at += place.number
+        result[source] = ((at, *columns[source]), tuple(place for _, place in places))
+    return result

@@ -1,0 +1,154 @@
+"""Files of tensors in the safetensors format, read and written a few rows at a time.
+
+Eight bytes, the length of a JSON header; the header, {name: {dtype, shape, data_offsets}}; then the tensors' bytes, row
+by row. That is all of it, and nothing in it can be run. It is read here with plain reads, not through a map of the
+file: what has been read from a map stays in the process's resident memory until the file is closed, all of a shard.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies. begin: its first byte in the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+
+def header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file, which must hold every byte of them. Raises ValueError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise ValueError(f"{path.name}: is cut short, or no safetensors file")
+            told = json.loads(file.read(length))
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"{path.name}: is no safetensors file: its header is not JSON") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{path.name}: is no safetensors file: its header is not JSON")
+    found, ends = {}, [0]
+    for name, entry in told.items():
+        if name == "__metadata__":
+            continue
+        found[name], end = _stored(path, name, entry, 8 + length)
+        ends.append(end)
+    if size < 8 + length + max(ends):
+        raise ValueError(f"{path.name}: is cut short: it has {size:,} of {8 + length + max(ends):,} bytes")
+    return found
+
+
+def _stored(path: Path, name: str, entry: Any, data: int) -> tuple[Stored, int]:
+    """A header's entry, and where its bytes end behind the header. Raises ValueError."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path.name}: {name}: its entry in the header is not whole") from None
+    if dtype not in DTYPES:
+        raise ValueError(f"{path.name}: {name}: dtype {dtype} must be one of {', '.join(DTYPES)}")
+    if not sound or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{path.name}: {name}: its shape and its bytes do not fit")
+    return Stored(path, DTYPES[dtype], shape, data + begin), end
+
+
+def folder(path: Path) -> dict[str, Stored]:
+    """All tensors of a folder: of the files that its index names, or of its one file. Raises ValueError."""
+    if (path / INDEX).exists():
+        files = _indexed(path)
+    elif (path / SINGLE).exists():
+        files = {SINGLE: None}
+    else:
+        pickled = sorted(file.name for kind in PICKLED for file in path.glob(kind))
+        if pickled:
+            raise ValueError(f"{pickled[0]}: is pickled, and may run code when it is opened; expected {SINGLE}")
+        raise ValueError(f"{SINGLE}: missing, and no {INDEX}")
+    found: dict[str, Stored] = {}
+    for file, names in files.items():
+        if not (path / file).is_file():
+            raise ValueError(f"{file}: missing")
+        tensors = header(path / file)
+        if names is not None and (lost := names - tensors.keys()):
+            raise ValueError(f"{file}: {min(lost)}: missing")
+        found |= tensors
+    return found
+
+
+def _indexed(path: Path) -> dict[str, set[str] | None]:
+    """By file, the tensors that an index says it has. Raises ValueError."""
+    try:
+        told = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        files: dict[str, set[str] | None] = {}
+        for name, file in told.items():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{INDEX}: {name}: {file}: must be a safetensors file of the folder")
+            files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{INDEX}: cannot be read ({type(error).__name__})") from None
+    return files
+
+
+def rows(stored: Stored, start: int, number: int) -> Tensor:
+    """`number` rows of a tensor from `start` on, [number, ...]; no other bytes are read. Raises ValueError."""
+    each = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    raw = torch.empty(number * each, dtype=torch.uint8)
+    with stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.begin + start * each)
+        at, view = 0, memoryview(raw.numpy())  # type: ignore[arg-type]
+        while at < len(view):
+            got = file.readinto(view[at:])
+            if not got:
+                raise ValueError(f"{stored.file.name}: is cut short")
+            at += got
+    return raw.view(stored.dtype).view(number, *stored.shape[1:])
+
+
+def write(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], values: Iterator[Tensor]) -> None:
+    """One file, on the disk when this returns: of each tensor its shape and dtype, then the tensors in that order."""
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, dtype) in tensors.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        head[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, (shape, dtype)), value in zip(tensors.items(), values, strict=True):
+            assert tuple(value.shape) == shape, name
+            file.write(value.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def shards(sizes: Mapping[str, int], longest: int) -> list[list[str]]:
+    """The tensors in their order, as many to a file as `longest` bytes hold, at least one."""
+    found: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not found or size > room:
+            found.append([])
+            room = longest
+        found[-1].append(name)
+        room -= size
+    return found

@@ -1,0 +1,238 @@
+"""`farspan import` and `farspan export` as a user meets them: what they write, and what they refuse in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from launch.cli import main
+from launch.preflight import configure
+from launch.user import UserError
+from models.hub import tensors
+from tests import published_folder
+from tests.published_folder import LLAMA
+from train import checkpoint
+from train.construct import construct
+from train.published import Published
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A place of its own, with a folder `source` in two files."""
+    monkeypatch.chdir(tmp_path)
+    published_folder.write(tmp_path / "source", LLAMA, longest=80_000)
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) == 2
+    return tmp_path
+
+
+def refused(capsys, *arguments):
+    """The one line that a command is refused with."""
+    assert main([*map(str, arguments)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_an_import_is_a_run_to_go_on_from(here, capsys):
+    assert main(["import", "source"]) == 0
+    said = capsys.readouterr().err
+    assert "LlamaForCausalLM, 32,416 parameters: runs/source" in said and "init_from=runs/source" in said
+    run = here / "runs" / "source"
+    checkpoint.verify(run / "checkpoints" / "step-0")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["data"] == {"max_length": 512} and saved["model"] == Published(here / "source").model
+    for given in ("source", "runs/source", "runs/source/checkpoints/step-0"):
+        assert configure([f"init_from={given}"])["model"] == saved["model"]
+    asked = configure(["init_from=source", "model.blocks.attn.mixer.window=64", "model.layers=2"])
+    assert asked["model"]["blocks"]["attn"]["mixer"]["window"] == 64
+    assert configure(["init_from=source", "model=mixer_study"])["model"]["dim"] == 64
+    with pytest.raises(UserError, match="resume=runs/source: is an import and has trained nothing"):
+        configure(["resume=runs/source"])
+
+
+def test_other_positions_for_an_imported_model(here):
+    """A longer context: another rule in place of the folder's, by its group."""
+    place = "model.blocks.attn.mixer.positions"
+    found = configure(
+        ["init_from=source", f"positions@{place}=yarn", f"{place}.factor=8", f"{place}.trained_length=512"]
+    )
+    assert found["model"]["blocks"]["attn"]["mixer"]["positions"]["_target_"] == "models.rope.YaRN"
+    assert configure(["init_from=source", f"{place}.base=1e6"])["model"]["blocks"]["attn"]["mixer"]["positions"] == {
+        "_target_": "models.rope.RoPE",
+        "base": 1e6,
+        "fraction": 1.0,
+    }
+
+
+def _config(**change):
+    def damage(folder):
+        (folder / "config.json").write_text(json.dumps(LLAMA | change))
+
+    return damage
+
+
+def _wanted(change):
+    """The folder again, its tensors' shapes changed."""
+
+    def damage(folder):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+        wanted = published_folder.shapes(LLAMA)
+        change(wanted)
+        published_folder.write(folder, LLAMA, wanted=wanted)
+
+    return damage
+
+
+def _pickled(folder):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
+
+
+def _cut(folder):
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+K = "model.layers.1.self_attn.k_proj.weight"
+DAMAGES = {
+    "architecture": (
+        _config(architectures=["GPT2LMHeadModel"]),
+        "config.json: architectures=GPT2LMHeadModel: must be one of LlamaForCausalLM, Qwen3MoeForCausalLM, "
+        "Qwen3NextForCausalLM, Mamba2ForCausalLM",
+    ),
+    "bias": (_config(attention_bias=True), "config.json: attention_bias=true: must be false"),
+    "missing": (_wanted(lambda w: w.pop(K)), f"{K} [16, 32]: missing from source"),
+    "extra": (
+        _wanted(lambda w: w.update({"model.extra": (3,)})),
+        "model-00001-of-00001.safetensors: model.extra: no tensor of LlamaForCausalLM of this shape",
+    ),
+    "shape": (
+        _wanted(lambda w: w.update({K: (16, 33)})),
+        f"model-00001-of-00001.safetensors: {K} is [16, 33], must be [16, 32]",
+    ),
+    "cut": (_cut, "model-00002-of-00002.safetensors: is cut short: it has "),
+    "lost": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors: missing"),
+    "pickled": (_pickled, "pytorch_model.bin: is pickled, and may run code when it is opened; expected model.safe"),
+    "json": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
+    "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_that_is_not_whole_is_refused_and_nothing_written(damage, here, capsys):
+    break_it, line = DAMAGES[damage]
+    break_it(here / "source")
+    assert refused(capsys, "import", "source", "dest").startswith(f"farspan import: SOURCE=source: {line}")
+    if damage != "tokenizer":
+        quiet = ["cluster=none", "cluster.workers=1", "tracking=none", "run.dir=new"]
+        assert refused(capsys, "train", "init_from=source", *quiet).startswith(
+            f"farspan train: init_from=source: {line}"
+        )
+    assert [p.name for p in here.iterdir()] == ["source"]
+
+
+def test_what_is_there_already_is_left_alone(here, capsys):
+    (here / "dest").mkdir()
+    assert refused(capsys, "import", "source", "dest").startswith("farspan import: DEST=dest: is there already")
+    assert refused(capsys, "import", "source", "run.dir=dest").startswith("farspan import: DEST=dest: is there already")
+    assert main(["import", "source", "run"]) == 0
+    capsys.readouterr()
+    assert refused(capsys, "export", "run", "dest").startswith("farspan export: DEST=dest: is there already")
+    assert not list((here / "dest").iterdir())
+
+
+def test_arguments_are_checked(here, capsys):
+    assert refused(capsys, "import") == (
+        "farspan import: SOURCE: missing; expected farspan import SOURCE DEST [key=value ...]"
+    )
+    assert refused(capsys, "export", "run").startswith("farspan export: DEST: missing")
+    assert refused(capsys, "import", "a", "b", "c").startswith("farspan import: c: one too many")
+    assert refused(capsys, "import", "meta/none").startswith("farspan import: SOURCE=meta/none: no such folder")
+    assert "max_shard=3XB: must be a size" in refused(capsys, "export", "run", "out", "max_shard=3XB")
+    assert "dtype=int8: must be one of fp32, bf16, fp16" in refused(capsys, "export", "run", "out", "dtype=int8")
+    assert "nearest: import.extend_vocab" in refused(capsys, "import", "source", "extendvocab=true")
+    assert "vocabulary=300: source has 264; extend_vocab=true" in refused(capsys, "import", "source", "vocabulary=300")
+
+
+def _with_tokenizer(folder, size):
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {f"t{i}": i for i in range(size - 1)} | {"<|endoftext|>": size - 1}
+    (folder / "tokenizer.json").write_text(Tokenizer(models.WordLevel(vocabulary, unk_token="t0")).to_str())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_or_gets_its_rows(here, capsys):
+    _with_tokenizer(here / "source", 270)
+    line = refused(capsys, "import", "source", "dest")
+    assert "tokenizer.json has 270 tokens, the model 264: extend_vocab=true adds rows" in line
+    assert main(["import", "source", "dest", "extend_vocab=true"]) == 0
+    assert yaml.safe_load((here / "dest/config.yaml").read_text())["model"]["vocabulary"] == 270
+    card = json.loads((here / "dest/checkpoints/step-0/tokenizer.json").read_text())
+    assert card["special"] == {"document": 269}
+    assert main(["export", "dest", "out", "dtype=bf16"]) == 0
+    config = json.loads((here / "out/config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"], config["dtype"]) == (270, 269, "bfloat16")
+    assert config["max_position_embeddings"] == 512
+    assert json.loads((here / "out/tokenizer_config.json").read_text())["model_max_length"] == 512
+    assert tensors.folder(here / "out")["model.embed_tokens.weight"].shape == (270, 32)
+
+
+def test_a_model_that_no_architecture_expresses_is_refused(here, capsys):
+    """The default one: its first layer is gated linear attention."""
+    config = configure(["model.dim=32", "model.layers=1"])
+    model, run = construct(config["model"]), here / "run"
+    step = run / "checkpoints" / "step-1"
+    step.mkdir(parents=True)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=str(step), no_dist=True)
+    shapes = {n: [list(p.shape), "float32"] for n, p in model.named_parameters()}
+    for place in (run, step):
+        (place / "config.yaml").write_text(yaml.safe_dump(config))
+    checkpoint.seal(step, {"step": 1, "tokens": 1, "model": shapes})
+    line = refused(capsys, "export", "run", "out")
+    assert line.startswith("farspan export: RUN=run: model.pattern=[gla,gdn,gla,attn]: none of LlamaForCausalLM, ")
+    assert line.endswith("has layers of GatedLinearAttention") and not Path("out").exists()
+
+
+def test_what_is_half_written_is_not_taken_for_whole(here, monkeypatch, capsys):
+    """A write that fails in its midst leaves nothing under the name that was asked for."""
+    assert main(["import", "source", "run"]) == 0
+    honest, calls = tensors.rows, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        return honest(*arguments)
+
+    monkeypatch.setattr(tensors, "rows", failing)
+    capsys.readouterr()
+    line = refused(capsys, "import", "source", "again")
+    assert line == "farspan import: DEST=again: cannot be written (No space left on device)"
+    monkeypatch.setattr(tensors, "write", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "DEST=out: cannot be written" in refused(capsys, "export", "run", "out")
+    assert sorted(p.name for p in here.iterdir()) == ["run", "source"]
+
+
+def test_an_index_may_not_lead_out_of_its_folder(here):
+    index = here / "source" / tensors.INDEX
+    told = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": told | {K: "/etc/passwd"}}))
+    with pytest.raises(ValueError, match="/etc/passwd: must be a safetensors file of the folder"):
+        Published(here / "source")
+
+
+def test_what_is_imported_and_exported_is_what_it_was(here):
+    """Bit for bit, whatever the files."""
+    assert main(["import", "source", "run"]) == 0
+    assert main(["export", "run", "out", "max_shard=30KB"]) == 0
+    before, after = tensors.folder(here / "source"), tensors.folder(here / "out")
+    assert before.keys() == after.keys()
+    for name, stored in before.items():
+        rows = stored.shape[0]
+        assert torch.equal(tensors.rows(stored, 0, rows), tensors.rows(after[name], 0, rows)), name
