@@ -20,6 +20,7 @@ from torch import Tensor
 from models.kernels.softmax import Piece, attend_pieces, pieces_of
 from models.past import Past
 from models.recurrence import Recurrence
+from models.serial import Serial
 
 
 class Identity(NamedTuple):
@@ -57,7 +58,7 @@ class Sequence(Protocol):
         """
         ...
 
-    def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
+    def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
         """Runs `recurrence` over the whole sequence; every x is [B, T, ...], so is the result."""
         ...
 
@@ -187,8 +188,12 @@ class Whole(Tokens):
         self.leave(f"{slot}/before", lambda: torch.cat((tail, x[:, max(0, x.shape[1] - width) :]), dim=1)[:, -width:])
         return tail
 
-    def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
+    def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
         state = self.recall(slot)
+        if isinstance(recurrence, Serial):
+            out, left = recurrence.begin(*xs, positions=self.positions, state=state)
+            self.leave(slot, lambda: left)
+            return out
         begun = recurrence.begin(*xs, starts=self.starts)
         self.leave(slot, lambda: recurrence.act(begun.effect, state))
         return begun.finish(state)

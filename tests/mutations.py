@@ -19,6 +19,7 @@ import parallel.sequence.keys.gather
 import parallel.sequence.keys.mesh
 import parallel.sequence.keys.visible
 import parallel.sequence.place
+import parallel.sequence.serial
 import parallel.sequence.spread
 import train.execute
 import train.loss
@@ -208,6 +209,16 @@ def forget_the_tail_of_a_memory() -> None:
     models.taken.Moved.finish = lambda self, state: 0 * (self.effect.U if state is None else state)[:, 0].to(self.dtype)
 
 
+def run_spans_from_nothing() -> None:
+    """What is no affine map, as if no state had come from the rank before."""
+
+    class Lost(Post):
+        def receive(self, n, like):
+            return 0 * super().receive(n, like)
+
+    parallel.sequence.serial.Post = Lost
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -268,6 +279,7 @@ CARRIED: dict[str, Broken] = {
         Broken(carry_states_in_bf16, ("gla", "gated_deltanet"), precision="fp32"),
         Broken(lose_the_state_of_an_idle_memory, ("mom",), layout="unequal"),
         Broken(forget_the_tail_of_a_memory, ("mom",)),
+        Broken(run_spans_from_nothing, ("slstm",)),
         Broken(lose_a_hop_of_the_keys_gradient, (MHA, GROUPED, WINDOW)),
         Broken(fetch_one_token_less_than_the_window, (WINDOW,)),
         Broken(fetch_no_sinks, (WINDOW,)),

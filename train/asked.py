@@ -12,6 +12,7 @@ from torch import Tensor
 from models.accounting import Traced, by_shape
 from models.lm import LM
 from models.recurrence import Recurrence
+from models.serial import Serial
 from parallel.schedule.volume import Ask, Attention, DocumentSums, Halo, State, Unit
 
 TOKENS = 64
@@ -69,7 +70,11 @@ class _Noting(Traced):
         self.asks.append(Halo(width, x[0, 0].numel(), x.itemsize))
         return super().before(x, width, slot=slot)
 
-    def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
+    def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
+        if isinstance(recurrence, Serial):
+            out, left = recurrence.begin(*xs, positions=self.positions, state=None)
+            self.asks.append(State(recurrence.rule, 0, left[0].numel(), 1, left.itemsize, serial=True))
+            return out
         begun = recurrence.begin(*xs, starts=self.starts)
         A, U, _ = begun.effect
         extent = U.shape[recurrence.block_axis]

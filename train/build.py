@@ -16,6 +16,7 @@ from models.axes import declarations
 from models.lm import LM
 from models.moe import mixtures
 from parallel.memory import give_back
+from models.serial import Serial
 from parallel.mesh import Groups, everyone
 from parallel.schedule.volume import Ask
 from train import checkpoint, communication, optimizer
@@ -111,13 +112,16 @@ def build(order: dict[str, Any]) -> Trainer:
 
 
 def _announce(model: LM, say: Callable[[str], None]) -> None:
-    """Says what of the model keeps a run from having the same loss on every layout."""
+    """Says what of the model keeps a run from having the same loss on every layout, or from its transport."""
     limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
     for limit in sorted(limits):
         say(f"capacity_factor={limit:g}: choices are dropped by span of tokens, so the loss depends on the layout")
 
 
 def _start(order: dict[str, Any], model: LM, adamw: Optimizer) -> tuple[State, dict[str, Any]]:
+    declared = (getattr(module, "recurrence", None) for module in model.modules())
+    for rule in sorted({each.rule for each in declared if isinstance(each, Serial)}):
+        say(f"parallel.transport.recurrence: the state of {rule} is relayed, whatever is chosen: no span has an effect")
     """Where the run stands, its weights filled; and what the checkpoint that it goes on from says, {} without one."""
     state, facts = State(attempt=0), dict[str, Any]()
     if order.get("resume"):

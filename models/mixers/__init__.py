@@ -26,6 +26,7 @@ from models.mixers.retnet import RetNet
 from models.mixers.rglru import RGLRU
 from models.mixers.rwkv6 import RWKV6
 from models.mixers.rwkv7 import RWKV7
+from models.mixers.slstm import SLSTM
 from models.mixers.titans import Titans
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -53,5 +54,6 @@ MIXERS: dict[str, type[nn.Module]] = {
     "rglru": RGLRU,
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,
+    "slstm": SLSTM,
     "titans": Titans,
 }

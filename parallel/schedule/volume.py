@@ -128,7 +128,8 @@ class Halo:
 
 @dataclass(frozen=True)
 class State:
-    """`Sequence.scan`: a span's effect, of `decay` and `state` numbers. extent: into how many blocks it can be cut."""
+    """`Sequence.scan`: a span's effect, of `decay` and `state` numbers. extent: into how many blocks it can be cut.
+    serial: a state that is handed from span to span whatever the transport."""
 
     in_layer: ClassVar[bool] = True
     kind: str
@@ -136,10 +137,11 @@ class State:
     state: int
     extent: int
     itemsize: int
+    serial: bool = False
 
     def received(self, layout: Layout, rank: int, how: How) -> Both:
         both = Both(Traffic(), Traffic())
-        if how.recurrence == "gather":
+        if how.recurrence == "gather" and not self.serial:
             rows = (layout.ranks - 1) * layout.rows
             both.forward.add("state", rows * (self.decay + self.state + 1) * self.itemsize)
             both.backward.add("state" + GRADIENT, rows * self.state * self.itemsize)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from models.recurrence import Recurrence
 from models.sequence import Tokens
+from models.serial import Serial
 from parallel.collectives import gather, sum_over
-from parallel.sequence import in_time
+from parallel.sequence import in_time, serial
 from parallel.sequence.chain import Chain
 from parallel.sequence.effects import Transport, cross
 from parallel.sequence.keys import Keys
@@ -52,7 +53,9 @@ class Spread(Tokens):
         ends = chain.mine if self.memory is None else [*chain.mine, len(chain.links)]
         return gather(chain.comm, tails, halos, purpose="halo", linear=True)
 
-    def scan(self, recurrence: Recurrence, *xs: Tensor, slot: str) -> Tensor:
+    def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
+        if isinstance(recurrence, Serial):
+            return serial.passed(self, recurrence, *xs, slot=slot)
         begun = recurrence.begin(*xs, starts=self.starts)
         if self.memory is not None:
             return begun.finish(in_time.entering(self, recurrence, begun.effect, slot=slot))

@@ -201,6 +201,20 @@ def lightnet_loop(q, k, v, *, starts, state=None, scale=None):
     return torch.stack(outs, 1), torch.cat((S, sums[..., -1:].log(), torch.ones_like(S[..., :1])), -1)
 
 
+def slstm_loop(x, R, *, positions):
+    """2405.04517, equations 8 to 14, with no stabiliser: x [B, T, H, 4K] is W x + b of the gates i, f, z, o of a head,
+    R [H, K, 4K] multiplies the head's last output."""
+    c = n = h = x.new_zeros(*x[:, 0].shape[:-1], R.shape[1])
+    outs = []
+    for t in range(x.shape[1]):
+        c, n, h = (torch.where(positions[:, t, None, None] == 0, 0.0, state) for state in (c, n, h))
+        i, f, z, o = (x[:, t] + torch.einsum("bhk,hkj->bhj", h, R)).chunk(4, -1)
+        c, n = f.sigmoid() * c + i.exp() * z.tanh(), f.sigmoid() * n + i.exp()
+        h = o.sigmoid() * c / n
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
 def draws(T, seed):
     """Normal and uniform numbers [B, T, H, ...] in fp64, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -372,3 +386,5 @@ KINDS = {
     "mlstm": Stabilised("mlstm"),
     "lightnet": Normalised("lightnet"),
 }
+
+SERIAL = {"slstm": slstm_loop}  # rules that are run: `loop(*xs, *shared, positions=) -> outputs`

@@ -36,7 +36,7 @@ SHAPES = {  # dim, layers, width of an expert; billions of parameters activated 
 }
 OTHER = (  # mixers of more or less than 4 dim² weights
     "gated_deltanet", "gated_deltaproduct", "gateloop", "lightning", "longhorn", "lru", "mamba", "mamba2", "mingru",
-    "retnet", "rglru", "rwkv6", "titans",
+    "retnet", "rglru", "rwkv6", "slstm", "titans",
 )  # fmt: skip
 
 

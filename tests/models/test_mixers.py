@@ -17,8 +17,9 @@ from models.depth import Coupled
 from models.mixers import MIXERS
 from models.mixers.lower_bounds import bounds, log_forget
 from models.sequence import Memory, Whole
+from models.serial import Serial
 from models.taken import Picked, Tail
-from tests.models.rules import ORACLES
+from tests.models.rules import ORACLES, SERIAL
 
 DIM = 16
 NEEDED = {"heads": 2, "kv_heads": 1}
@@ -42,6 +43,7 @@ MORE = {
     "rwkv6": [{"mix_rank": 3, "decay_rank": 5}],
     "rwkv7": [{"decay_rank": 3, "rate_rank": 5, "value_rank": 2, "gate_rank": 7}],
     "retnet": [{"expand_k": 0.5, "expand_v": 1.0}],
+    "slstm": [{"conv": 1}],
     "titans": [{"expand_k": 0.5, "expand_v": 2.0, "conv": 2}],
 }
 CASES = [(name, {}) for name in sorted(MIXERS)] + [(name, options) for name in MORE for options in MORE[name]]
@@ -98,6 +100,8 @@ class TokenByToken(Whole):
     """The sequence as the papers see it: recurrences by their token loops, attention by one masked softmax."""
 
     def scan(self, recurrence, *xs, slot):
+        if isinstance(recurrence, Serial):
+            return SERIAL[recurrence.rule](*xs, *recurrence.shared, positions=self.positions)
         if isinstance(recurrence, Tail):  # what moves on is nothing where all tokens are here
             return super().scan(recurrence, *xs, slot=slot)
         if isinstance(recurrence, Picked):

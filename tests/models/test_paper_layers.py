@@ -193,6 +193,21 @@ def mom(m, x):
     return y
 
 
+def slstm(m, x):
+    """2405.04517, equations 8 to 14; as in the authors' code, i and f see the convolution, z and o do not."""
+    c = n = h = torch.zeros(2, 4, dtype=x.dtype)
+    outs = []
+    for t in range(len(x)):
+        u = F.silu(sum(m.conv.weight[:, j] * x[t - j] for j in range(4) if t >= j))
+        gates = (m.gates.weight @ u).view(2, 2, 4), (m.values.weight @ x[t]).view(2, 2, 4)
+        recurrent = torch.einsum("hk,hkj->hj", h, m.R).view(2, 4, 4)
+        i, f, z, o = (torch.cat(gates, 1) + recurrent + m.bias).unbind(1)
+        c, n = f.sigmoid() * c + i.exp() * z.tanh(), f.sigmoid() * n + i.exp()
+        h = o.sigmoid() * c / n
+        outs.append(F.layer_norm(h, (4,), eps=1e-6).flatten() * m.norm.weight)
+    return torch.stack(outs) @ m.out.weight.T
+
+
 LAYERS = {
     "lightning": (lightning, 2),
     "mingru": (mingru, None),
@@ -205,6 +220,7 @@ LAYERS = {
     "rwkv7": (rwkv7, 2),
     "titans": (titans, 2),
     "mom": (mom, 2),
+    "slstm": (slstm, 2),
 }
 
 

@@ -21,6 +21,7 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.recurrence import Recurrence
 from models.sequence import Whole
+from models.serial import Serial
 from parallel.mesh import Groups
 from parallel.schedule.plan import Group, MicroStep, Plan, Span
 from parallel.sequence.effects import AllScan, GatherEffects, Relay
@@ -41,9 +42,9 @@ ATTENTION = {  # Ulysses splits a head a rank, or copies one; USP has rows and c
     "attention, one key head": {"heads": 12, "kv_heads": 1, "head_dim": 4},
     "attention, window": {"heads": 12, "kv_heads": 1, "head_dim": 4, "window": 9, "sinks": 3, "qk_norm": True},
 }
-LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
 # Titans: a dense A, a convolution, and weights of seed 0 that fp32 can solve; of five Gated DeltaNets none in 100 are.
 OPTIONS = {"mom": {"memories": 3, "inner": partial(MIXERS["titans"], heads=2)}}
+LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
 # Of the weights, for mixers whose weights of seed 0 make a problem that fp32 solves to no better than 1e-5 in any order
 # of summation: see `conditioned`.
 SEEDS = {
@@ -156,14 +157,24 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 @cache
-def recurrent(mixer: str) -> bool:
-    """Whether effects travel for this row, or keys."""
+def kinds(mixer: str) -> set[type]:
+    """What this row's recurrences are: affine ones, ones that are run; nothing for attention."""
     with torch.device("meta"):
         model = mixer_model(rows()[mixer][0], **rows()[mixer][1])
-    return any(isinstance(getattr(m, "recurrence", None), Recurrence) for m in model.modules())
+    declared = [getattr(m, "recurrence", None) for m in model.modules()]
+    return {kind for kind in (Recurrence, Serial) if any(isinstance(each, kind) for each in declared)}
+
+
+def recurrent(mixer: str) -> bool:
+    """Whether states travel for this row, or keys."""
+    return bool(kinds(mixer))
 
 
 def transports(mixer: str) -> dict[str, Any]:
+    """Where no span has an effect, states go from rank to rank whatever the transport of effects: `relay` stands for
+    all."""
+    if Serial in kinds(mixer):
+        return {"relay": EFFECTS["relay"]}
     return EFFECTS if recurrent(mixer) else KEYS
 
 
