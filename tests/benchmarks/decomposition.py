@@ -111,7 +111,7 @@ def draw(runs: list[Run], path: Path) -> None:
         for axis, cost in zip(axes, (run.cpu, run.attention), strict=True):
             axis.plot(cost, run.loss, "o-", color=colours[run.arm], markersize=3, linewidth=1, label=label)
     axes[0].set(xlabel="processor seconds of training", ylabel="held-out loss, nats a byte")
-    axes[1].set(xlabel="FLOPs of softmax attention", xscale="log")
+    axes[1].set(xlabel="FLOPs of softmax attention")
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
