@@ -37,14 +37,16 @@ def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 
     ended = sum(_epoch(by_number[key[0]], key, pieces[key], places[key]) for key in sorted(pieces))
     after = batches.drawn(first + steps, skips)
     drawn = {name: tokens - before.get(name, 0) for name, tokens in after.items()}
-    expected = steps * batches.batch_tokens
+    sizes = [batches.tokens(step, skips) for step in range(first, first + steps)]
+    expected = sum(sizes)
     if sum(drawn.values()) != expected:
         raise AssertionError(f"{sum(drawn.values()):,} tokens are said to be drawn, {expected:,} were")
     read = sum(int((held[:, 1] - held[:, 0]).sum()) for epoch in pieces.values() for held in epoch)
     padding = expected - read
     shown = ", ".join(f"{name} {tokens:,}" for name, tokens in drawn.items() if tokens)
+    step_tokens = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
     return [
-        f"{steps:,} steps of {batches.batch_tokens:,} tokens: no token lost, none seen twice in an epoch",
+        f"{steps:,} steps of {step_tokens} tokens: no token lost, none seen twice in an epoch",
         f"{read:,} tokens of documents, {padding:,} of padding; {ended} epochs of a pool ended, each with all of it",
         f"drawn: {shown}",
     ]
@@ -53,7 +55,7 @@ def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 
 def _read(batches: Batches, slots: Sequence[Slot], found: list[Ints], seed: int, step: int, skips: int) -> None:
     """Holds what a step reads against the store, token by token."""
     batch = batches.batch(seed, step, skips)
-    if sum(len(s.tokens) for s in batch) != batches.batch_tokens:
+    if sum(len(s.tokens) for s in batch) != batches.tokens(step, skips):
         raise AssertionError(f"step {step} has {sum(len(s.tokens) for s in batch):,} tokens")
     for slot, held, packed in zip(slots, found, batch, strict=True):
         stored = np.concatenate([slot.part.source.store.tokens[a:b] for a, b in held.tolist()])

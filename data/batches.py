@@ -204,6 +204,10 @@ class Batches:
         begin, sampler, _ = self._stage(step + skips)
         return sampler.slots(step + skips - begin)
 
+    def tokens(self, step: int, skips: int = 0) -> int:
+        """Tokens of a step: of every one as many."""
+        return self.batch_tokens
+
     def batch(self, seed: int, step: int, skips: int = 0) -> list[Packed]:
         """The global batch of a step, `skips` batches having been skipped before it."""
         masked = self.sequencing.document_mask or self.sequencing.packing == "decomposition"

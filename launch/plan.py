@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import preflight
+from launch import curve, preflight
 from launch.placement import Node, place
 from launch.preflight import Flight
 from launch.templates import Machines
@@ -25,6 +26,9 @@ def plan(overrides: list[str]) -> int:
     flight = preflight.clear(config, print, device=device)
     with preflight.refusals(config):
         print("\n".join(lines(flight, planned.nodes_planned(flight.device) if planned else _nodes(flight))))
+        if picture := config["run"]["plot"]:
+            curve.draw(flight, Path(picture))
+            print(f"picture     {picture}")
         if steps := config["data"].get("audit"):
             print("\n".join(_audit(flight, steps)))
     return 0
@@ -73,11 +77,13 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         for spans in group.spans
     )
     spans = _spans(flight, first)
+    sizes = " to ".join(f"{size:,}" for size in sorted({train.ramp.sizes[0], train.ramp.sizes[-1]}))
     return [
         f"mesh        {flight.cluster.workers} workers on {flight.device}: data {flight.data} x sequence "
         f"{flight.sequence}; parameters sharded over all of them",
         *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
-        f"budget      {train.total_steps:,} steps of {train.batch_tokens:,} tokens = {train.total_tokens:,}",
+        f"budget      {train.total_steps:,} steps of {sizes} tokens = {train.total_tokens:,}",
+        *curve.lines(flight),
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
         *_flops(costs, [n for s in batch for n in pieces(s.starts)], config["engine"].get("recompute", "none")),
         *_order(flight),

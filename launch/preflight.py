@@ -110,7 +110,7 @@ def clear(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the flight has no batches.
     """
-    from launch import prepare
+    from launch import continued, prepare
 
     with refusals(config):
         if config["seed"] < 0:
@@ -139,10 +139,11 @@ def clear(
         lengths = min(batches.shapes(), key=len)
         if len(lengths) < data:
             say(
-                f"train.batch_tokens={train.batch_tokens}: a step has {len(lengths)} sequences of {lengths[0]:,} "
+                f"train.batch_tokens={sum(lengths)}: a step has {len(lengths)} sequences of {lengths[0]:,} "
                 f"tokens for parallel.data={data} groups: the others will idle"
             )
         _checkpoints(flight, say)
+        continued.settle(flight, say)
     return flight
 
 
@@ -304,7 +305,7 @@ def _objects(
     if batches is None:
         construct(config["data"])
         construct(config["curriculum"])
-    construct(config["schedule"]).multiplier(train.batch_tokens, train.total_tokens)
+    construct(config["schedule"]).check(train.total_tokens, max(train.ramp.sizes))
 
 
 def _optimizer(config: dict[str, Any], precision: PrecisionSettings, device: str) -> None:

@@ -56,11 +56,12 @@ def prepare(overrides: list[str]) -> int:
     return 0
 
 
-def batches(config: dict[str, Any], batch_tokens: int, vocabulary: int, say: Callable[[str], None]) -> Any:
+def batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say: Callable[[str], None]) -> Any:
     """The batches of a run, its corpus made into a store here where it is none yet.
 
     Raises ValueError for a model's `vocabulary` that is too small, before a corpus is read where that can be known.
     """
+    from data.ramp import opened
     from train.construct import construct
 
     def fits(tokens: int | None) -> None:
@@ -73,7 +74,7 @@ def batches(config: dict[str, Any], batch_tokens: int, vocabulary: int, say: Cal
         fits(data.vocabulary_size())
     if hasattr(data, "prepare"):
         data.prepare(None, _now_and_then(say))
-    found = data.open(batch_tokens, construct(config["curriculum"]))
+    found = opened(data, batch_tokens, construct(config["curriculum"]))
     fits(found.vocab_size)
     return found
 

@@ -26,11 +26,21 @@ PAGES = [
     "README.md",
     *(
         f"docs/{page}.md"
-        for page in ("install", "first-run", "models", "parallel", "data", "cluster", "evaluate", "decoding")
+        for page in (
+            "install",
+            "first-run",
+            "models",
+            "parallel",
+            "data",
+            "schedules",
+            "cluster",
+            "evaluate",
+            "decoding",
+        )
     ),
 ]
 TAKE_MINUTES = [  # run by `make docs`
-    f"docs/{page}.md" for page in ("first-run", "models", "parallel", "cluster", "evaluate", "decoding")
+    f"docs/{page}.md" for page in ("first-run", "models", "parallel", "schedules", "cluster", "evaluate", "decoding")
 ]
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",
@@ -74,7 +84,7 @@ def shortened(command: str) -> str:
         return command
     kept = [word for word in words if not word.startswith("train.tokens=")]
     asked = dict(word.split("=", 1) for word in words[2:] if "=" in word)
-    length = int(asked.get("train.batch_tokens", 4096))
+    length = int(re.findall(r"\d+", asked.get("train.batch_tokens", "4096").replace("_", ""))[-1])  # a ramp's last
     if "resume" in asked and words[1] == "sweep":
         return command
     more = [*SMALL, f"train.tokens={8 * length if 'resume' in asked else 2 * length}"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from data.prefetch import Prefetched
+from data.ramp import opened
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
@@ -19,7 +20,7 @@ from parallel.memory import give_back
 from models.serial import Serial
 from parallel.mesh import Groups, everyone
 from parallel.schedule.volume import Ask
-from train import checkpoint, communication, optimizer
+from train import checkpoint, communication, moments, optimizer
 from train.asked import asked
 from train.construct import construct
 from train.execute import Executor
@@ -58,10 +59,10 @@ def build(order: dict[str, Any]) -> Trainer:
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
     adamw = optimizer.build(construct(config["optimizer"]), model, declared)
 
-    state, facts = _start(order, model, adamw)
+    train = section(TrainSettings, config["train"])
+    state, facts = _start(order, model, adamw, train.init_optimizer)
 
     parallel = section(ParallelSettings, config["parallel"])
-    train = section(TrainSettings, config["train"])
     model.loss_chunk = train.loss_chunk
     data, sequence = parallel.sizes(dist.get_world_size())
     recurrence, attention = parallel.transport.build()
@@ -116,19 +117,24 @@ def _announce(model: LM, say: Callable[[str], None]) -> None:
     limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
     for limit in sorted(limits):
         say(f"capacity_factor={limit:g}: choices are dropped by span of tokens, so the loss depends on the layout")
-
-
-def _start(order: dict[str, Any], model: LM, adamw: Optimizer) -> tuple[State, dict[str, Any]]:
     declared = (getattr(module, "recurrence", None) for module in model.modules())
     for rule in sorted({each.rule for each in declared if isinstance(each, Serial)}):
         say(f"parallel.transport.recurrence: the state of {rule} is relayed, whatever is chosen: no span has an effect")
-    """Where the run stands, its weights filled; and what the checkpoint that it goes on from says, {} without one."""
+
+
+def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tuple[State, dict[str, Any]]:
+    """Where the run stands, its weights filled; and what the checkpoint that it goes on from says, {} without one.
+
+    keep: what becomes of the optimizer's state with `init_from`.
+    """
     state, facts = State(attempt=0), dict[str, Any]()
     if order.get("resume"):
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
         state = State(facts["step"], facts["tokens"], facts["skips"], facts["attempt"])
     elif order.get("init_from"):
         checkpoint.load(Path(order["init_from"]), model, None)
+        if keep != "reset":
+            moments.load(Path(order["init_from"]), model, adamw, keep)
     state.attempt = _attempt(order, state.attempt)
     return state, facts
 
@@ -151,7 +157,7 @@ def _most_spans(scheduler: Any, shapes: Sequence[Sequence[int]], data: int, sequ
 
 def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
     """The batches of the run's corpus. Raises ValueError where machines have another one under the same name."""
-    batches = construct(config["data"]).open(train.batch_tokens, construct(config["curriculum"]))
+    batches = opened(construct(config["data"]), train.batch_tokens, construct(config["curriculum"]))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (batches.fingerprint, socket.gethostname()))
     if others := [host for fingerprint, host in found if fingerprint != found[0][0]]:

@@ -78,15 +78,17 @@ class Trainer:
         stopping = False
         record: dict[str, Any] = {}
         while self.state.step < self.settings.total_steps and not stopping:
+            before = self.state.tokens
             record, stopping = self.step()
             ended = stopping or self.state.step == self.settings.total_steps
-            if ended and not stopping or self._due(self.settings.evaluate_every):
+            tokens = self.state.tokens - before
+            if ended and not stopping or self._due(self.settings.evaluate_every, tokens):
                 with self.phases("evaluate"):
                     scores = heldout(self.executor, self.batches, self.plan)
                     record |= {"heldout_loss": scores.loss, "heldout_accuracy": scores.accuracy}
                     batch = self.batches.batch(self.seed, self.state.step - 1, self.state.skips)
                     record["documents"] = document_lengths([s.starts for s in batch])
-            if ended or self._due(self.settings.checkpoint_every):
+            if ended or self._due(self.settings.checkpoint_every, tokens):
                 path, saved = self.save(), self.state.step
                 if self.tracker is not None:
                     self.tracker.checkpoint(path, {key: record[key] for key in ("step", "tokens", "loss")})
@@ -183,9 +185,9 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         (folder / f"step-{plan.step}.txt").write_text(plan.text() + "\n")
 
-    def _due(self, every: int | None) -> bool:
-        """Whether this step crossed a multiple of `every` tokens."""
-        before = self.state.tokens - self.settings.batch_tokens
+    def _due(self, every: int | None, tokens: int) -> bool:
+        """Whether a step of so many tokens crossed a multiple of `every`."""
+        before = self.state.tokens - tokens
         return every is not None and self.state.tokens // every > before // every
 
     def _share(self, tally: Tally, cpu: float) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Constructors check values; the configuration's keys and types are checked agains
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data.ramp import Ramp
+
 if TYPE_CHECKING:
     from parallel.sequence.effects import Transport
     from parallel.sequence.keys import Keys
@@ -19,14 +21,17 @@ class RunSettings:
     """What a run is called, and where it is kept.
 
     name: the run's name here and in the tracker; null for the last part of `dir` or, without one, for date and time.
-    dir: the run's folder, new unless the run is resumed; null for runs/NAME.
+    dir: the run's folder, new unless the run is resumed; null for runs/NAME. plot: of `farspan plan`, the file (PNG)
+    that shows learning rate and batch size over the run's tokens; null for none.
     """
 
     name: str | None = None
     dir: str | None = None
+    plot: str | None = None
 
 
 SPAN_GRADIENTS = ("exact", "truncated")
+INIT_OPTIMIZER = ("reset", "keep", "reset_mean", "reset_moments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,11 @@ class TrainSettings:
     """How long and how often, in tokens.
 
     tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget in
-    steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of data.max_length.
+    steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of data.max_length; or,
+    for a batch that grows, lines of [token, number]: steps from that token of the order on have so many.
+    init_optimizer: with init_from, what becomes of the optimizer's state there: reset begins it anew, its count of
+    steps too, keep goes on with all of it, reset_mean sets the running means of gradients to 0, and reset_moments
+    those of their squares as well, so that only the count goes on, and the first updates are small.
     loss_chunk: tokens whose logits are held at a time for the cross-entropy and its gradient; null for all of them.
     span_tokens: the most tokens of a sequence that a rank takes at a time: a longer one is trained on span after span,
     through the same states; null for no limit. span_gradient: exact runs forward through all spans and then back, each
@@ -49,7 +58,8 @@ class TrainSettings:
 
     tokens: int = 1_000_000
     steps: int | None = None
-    batch_tokens: int = 4096
+    batch_tokens: int | list[Any] = 4096
+    init_optimizer: str = "reset"
     loss_chunk: int | None = 2048
     span_tokens: int | None = None
     span_gradient: str = "exact"
@@ -61,9 +71,10 @@ class TrainSettings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "clip", "keep"):
+        for name in ("tokens", "clip", "keep"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be above 0")
+        Ramp.of(self.batch_tokens)
         for name in ("steps", "loss_chunk", "span_tokens", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -73,14 +84,21 @@ class TrainSettings:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must not be negative")
         if self.span_gradient not in SPAN_GRADIENTS:
             raise ValueError(f"train.span_gradient={self.span_gradient}: must be one of {', '.join(SPAN_GRADIENTS)}")
+        if self.init_optimizer not in INIT_OPTIMIZER:
+            raise ValueError(f"train.init_optimizer={self.init_optimizer}: must be one of {', '.join(INIT_OPTIMIZER)}")
+
+    @property
+    def ramp(self) -> Ramp:
+        """Which step has how many tokens; of a single number, all have as many."""
+        return Ramp.of(self.batch_tokens)
 
     @property
     def total_steps(self) -> int:
-        return self.steps if self.steps is not None else -(-self.tokens // self.batch_tokens)
+        return self.steps if self.steps is not None else self.ramp.steps(self.tokens)
 
     @property
     def total_tokens(self) -> int:
-        return self.total_steps * self.batch_tokens
+        return self.ramp.before(self.total_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ _POINTS = 50_000  # up to which matplotlib looks for the emptiest corner, which 
 _ROWS = 40  # members of a dot plot
 _DECADE = 10.0
 
-_LOOK: Any = {
+LOOK: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -58,7 +58,7 @@ def draw(path: Path, title: str, swept: list[Swept], results: list[Result]) -> N
 
     number = next((key for key in swept if key.numbers and len(set(key.numbers)) > 1), None)
     height = 4.4 if number else max(4.4, 0.24 * min(len(results), _ROWS) + 1.6)
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(11, height), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])

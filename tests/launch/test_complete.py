@@ -46,7 +46,7 @@ OFFERED = {
         "model.blocks.gla.mixer.expand_k=",
     ),
     ("train", "model.blocks.gla.mixer.d"): (set(), "model.blocks.gla.mixer.dim="),  # the program gives it
-    ("sweep", "schedule=wsd,c"): ({"schedule=wsd,cosine"}, None),
+    ("sweep", "schedule=wsd,c"): ({"schedule=wsd,constant", "schedule=wsd,cosine"}, None),
     ("train", "-"): ({"--cfg", "--help"}, "--follow"),
     ("logs", "job", "--f"): ({"--follow"}, "--cfg"),
     ("generate", "runs/x", ""): ({"prompt=", "tokens="}, "cluster.address="),

@@ -1,0 +1,46 @@
+"""The optimizer's state, into a run that takes its weights from another (`init_from`).
+
+What is best when a rate is warmed up again is not settled: ProLong keeps all of it (2410.02660), others begin anew.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import Optimizer
+
+from train import checkpoint
+
+MEANS = ("exp_avg", "momentum_buffer")  # of gradients, as torch.optim names them
+
+
+def there(path: Path) -> bool:
+    """Whether a checkpoint holds an optimizer's state. Raises DamagedError."""
+    if not (path / ".metadata").exists():
+        return False
+    saved = checkpoint._Reader(str(path)).read_metadata().state_dict_metadata
+    return any(name.startswith("optimizer.state.") for name in saved)
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer, what: str) -> None:
+    """Fills the optimizer's state, then resets `what` of it; its settings stay those of this run. Collective.
+
+    what: keep, reset_mean or reset_moments, as `train.settings.INIT_OPTIMIZER` has them.
+    """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    state = get_optimizer_state_dict(model, optimizer)
+    checkpoint.read({"optimizer": state}, path)
+    set_optimizer_state_dict(model, optimizer, state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    reset(optimizer, what)
+
+
+def reset(optimizer: Optimizer, what: str) -> None:
+    """Sets running means to 0 in place: those of gradients, or all of a weight's shape. Counts of steps stay."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape and name != "step"
+            if moment and (what == "reset_moments" or what == "reset_mean" and name in MEANS):
+                value.zero_()
