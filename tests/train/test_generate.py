@@ -14,6 +14,7 @@ from models.moe import MoE
 from models.sequence import Memory, Whole
 from tests.models.test_mixers import MORE, NEEDED
 from tests.parity import VOCABULARY, mixer_model, small_model
+from train import generate
 from train.generate import ALONE, Decoder, Sampling
 
 CASES = [(name, {}) for name in sorted(MIXERS)] + [("attention", MORE["attention"][0]), ("attention", {"window": 5})]
@@ -83,21 +84,37 @@ def test_texts_decoded_together_equal_each_alone_and_the_forward_of_all_that_was
         assert found == want.argmax(-1).tolist()
 
 
-def test_logits_of_rows_equal_those_of_each_text_alone():
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"window": 6, "sinks": 2}], ids=str)
+def test_logits_of_rows_equal_those_of_each_text_alone(options):
     """Not only the likeliest token: with attention, its windows and sinks, a convolution, experts."""
-    for options in ({}, {"window": 6}, {"window": 6, "sinks": 2}):
-        decoder = Decoder(ready(small_model(options)), span=5)
-        texts = [text(n, seed=n) for n in (2, 17, 9)]
-        seen: list[torch.Tensor] = []
-        heard = decoder.model.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.logits[:, -1]))
-        read = [decoder.read(tokens) for tokens in texts]
-        seen.clear()
-        tokens: list[list[int]] = [[] for _ in texts]
-        decoder.extend(read, 8, LIKELIEST, lambda row, token, tokens=tokens: not tokens[row].append(token))
-        heard.remove()
-        for row, start in enumerate(texts):
-            want = parallel(decoder.model, start + tokens[row][:-1])[len(start) :]
-            assert_equal(torch.stack([logits[row] for logits in seen]), want)
+    decoder = Decoder(ready(small_model(options)), span=5)
+    texts = [text(n, seed=n) for n in (2, 17, 9)]
+    seen: list[torch.Tensor] = []
+    read = [decoder.read(tokens) for tokens in texts]
+    heard = decoder.model.register_forward_hook(lambda m, a, out: seen.append(out.logits[:, -1]))
+    tokens: list[list[int]] = [[] for _ in texts]
+    decoder.extend(read, 8, LIKELIEST, lambda row, token: not tokens[row].append(token))
+    heard.remove()
+    for row, start in enumerate(texts):
+        want = parallel(decoder.model, start + tokens[row][:-1])[len(start) :]
+        assert_equal(torch.stack([logits[row] for logits in seen]), want)
+
+
+@pytest.mark.parametrize("broken", ["aligned at begins", "one place for all", "nothing remembered"])
+def test_what_breaks_decoding_together_is_caught(broken, monkeypatch):
+    """Each on purpose: the comparison above has to see it."""
+    if broken == "aligned at begins":
+        honest_wide = generate._wide
+        swapped = lambda x, sinks, length: honest_wide(x, sinks, length).roll(x.shape[1] - length, dims=1)  # noqa: E731
+        monkeypatch.setattr(generate, "_wide", swapped)
+    elif broken == "one place for all":
+        honest_of = Whole.of
+        first = staticmethod(lambda positions, memory: honest_of(positions[:1].expand_as(positions), memory=memory))
+        monkeypatch.setattr(generate, "Whole", type("First", (), {"of": first}))
+    else:
+        monkeypatch.setattr(generate, "_joined", lambda values: {})
+    with pytest.raises(AssertionError):
+        test_logits_of_rows_equal_those_of_each_text_alone({})
 
 
 def test_the_memory_of_a_recurrent_model_does_not_grow():
