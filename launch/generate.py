@@ -12,6 +12,7 @@ from typing import Any
 from launch.preflight import cores, run_folder, saved_config
 from launch.stopping import stop_file
 from launch.user import UserError
+from train.settings import INIT_WEIGHTS
 
 ENTRY = "launch.generate:work"
 _LISTS = ("prompt", "prompt_file", "stop")  # may be given several times
@@ -21,7 +22,8 @@ _LISTS = ("prompt", "prompt_file", "stop")  # may be given several times
 class Request:
     """prompt: texts to continue. prompt_file: files that hold one prompt each. tokens: how many to add. temperature: 0
     takes the likeliest. top_p: of the likeliest tokens, how much probability is drawn from. stop: texts that end it.
-    seed: of the draws. workers: processes that read a prompt together, a part of it each."""
+    seed: of the draws. weights: raw, those that were trained, or average, what train.average keeps of them. workers:
+    processes that read a prompt together, a part of it each."""
 
     prompt: list[str] = field(default_factory=list)
     prompt_file: list[str] = field(default_factory=list)
@@ -30,6 +32,7 @@ class Request:
     top_p: float = 1.0
     stop: list[str] = field(default_factory=list)
     seed: int = 0
+    weights: str = "raw"
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -37,6 +40,8 @@ class Request:
             raise ValueError(f"tokens={self.tokens}: must be at least 1")
         if self.workers < 1:
             raise ValueError(f"cluster.workers={self.workers}: must be at least 1")
+        if self.weights not in INIT_WEIGHTS:
+            raise ValueError(f"weights={self.weights}: must be one of {', '.join(INIT_WEIGHTS)}")
         if "" in self.stop:
             raise ValueError("stop=: must not be empty")
         self.sampling()
@@ -63,6 +68,8 @@ def generate(arguments: list[str]) -> int:
     run, request = _parse(arguments)
     found = checkpoint_of(run)
     config = saved_config(found)
+    if request.weights == "average" and not has_average(found):
+        raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
     tokenizer = tokenizer_of(found, f"RUN={run}")
     prompts = request.prompts()
     tokens = [[tokenizer.DOCUMENT, *_encoded(tokenizer, prompt)] for prompt in prompts]
@@ -117,7 +124,7 @@ def write(
     file that asks to end."""
     from train.generate import ALONE, Decoder
 
-    decoder, comm = Decoder.load(model, found), ALONE
+    decoder, comm = Decoder.load(model, found, average=request.weights == "average"), ALONE
     if stop is not None:
         from parallel.mesh import Groups
 
@@ -206,6 +213,13 @@ def checkpoint_of(value: str) -> Path:
     if found is None:
         raise UserError(f"RUN={value}: has no complete checkpoint")
     return found
+
+
+def has_average(found: Path) -> bool:
+    """Whether a checkpoint holds an average of the weights beside them."""
+    from train import checkpoint
+
+    return bool(checkpoint.manifest(found).get("average"))
 
 
 def tokenizer_of(found: Path, key: str) -> Any:

@@ -45,10 +45,12 @@ def save(
     *,
     keep: int,
     companions: Sequence[Path] = (),
+    average: dict[str, Any] | None = None,
 ) -> Path:
     """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective.
 
     companions: files that travel with it, so that it is of use without its run: configuration, tokenizer, corpus card.
+    average: what `train.average` has to go on from.
     """
     final = folder / f"step-{facts['step']}"
     aside = final.with_suffix(".partial")
@@ -60,7 +62,8 @@ def save(
             shutil.copyfile(companion, aside / companion.name)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(aside))
+    averaged = {} if average is None else {"average": average}
+    dcp.save({"model": weights, "optimizer": moments, **averaged}, checkpoint_id=str(aside))
     names = {".metadata", *(companion.name for companion in companions)} if first else set()
     mine = [p for p in aside.iterdir() if p.name.startswith(f"__{dist.get_rank()}_") or p.name in names]
     sums: list[Any] = [None] * dist.get_world_size()
@@ -110,9 +113,16 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
         set_model_state_dict(model, weights, options=StateDictOptions(strict=not new))
     else:
         weights, moments = get_state_dict(model, optimizer)
-        read({"model": weights, "optimizer": moments}, checkpoint)
+        state = {"state": moments["state"]}  # and not its settings: a resumed run may have been given others
+        read({"model": weights, "optimizer": state}, checkpoint)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return manifest(checkpoint)
+
+
+def load_average(checkpoint: Path, model: nn.Module) -> None:
+    """Fills the model's parameters from the averaged weights; what it remembers besides stays. Collective."""
+    averaged = {parameter_name(name): p.detach() for name, p in model.named_parameters()}
+    read({"average": {"mean": averaged}}, checkpoint)
 
 
 def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> None:

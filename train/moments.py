@@ -30,7 +30,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, what: str) -> None:
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     state = get_optimizer_state_dict(model, optimizer)
-    checkpoint.read({"optimizer": state}, path)
+    checkpoint.read({"optimizer": {"state": state["state"]}}, path)
     set_optimizer_state_dict(model, optimizer, state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)

@@ -32,8 +32,9 @@ class Muon(Optimizer):
     weights' dtype on a CPU. adamw: names of axes whose matrices are left to AdamW, as all vectors are; null for
     vocab alone, that of embedding and head. betas, eps: AdamW's, for the rest.
     weight_decay: a step takes this times its rate off a weight; never off norms, biases and other vectors.
-    no_decay: names of axes whose weights do not decay either. rates: by name of an axis, what multiplies the learning
-    rate of the weights that have it. fused: AdamW's kernel for the rest, as `optimizer=adamw` has it.
+    no_decay: names of axes whose weights do not decay either; null for none. rates: by name of an axis, what multiplies
+    the learning rate of the weights that have it; null for none. fused: AdamW's kernel for the rest, as
+    `optimizer=adamw` has it.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from models.axes import AXES, Declared
+from models.axes import AXES, Declared, declarations
 from parallel.apply import parameter_name
 from train.construct import construct
 
@@ -68,6 +68,15 @@ def refined(
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
+
+
+def moments(make: Make, model: nn.Module) -> int:
+    """Numbers that the optimizer keeps beside the weights: AdamW's two for each, or one for each of a matrix of Muon's.
+
+    model: before it is sharded.
+    """
+    groups = build(make, model, declarations(model)).param_groups
+    return sum((1 if group.get("muon") else 2) * p.numel() for group in groups for p in group["params"])
 
 
 def tried(node: dict[str, Any], *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:

@@ -15,9 +15,10 @@ from models.kernels.newton_schulz import newton_schulz
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
+from parallel import owners
 from parallel.apply import parallelise, parameter_name
 from parallel.mesh import everyone
-from train import optimizer
+from train import muon, optimizer
 from train.muon import Muon
 
 STEPS, LR, DECAY, MOMENTUM = 5, 0.02, 0.1, 0.9
@@ -139,8 +140,8 @@ def test_every_matrix_steps_as_a_plain_loop_does():
 
 def test_the_rest_steps_as_adamw_does():
     built = initialise(model().double(), seed=1)
-    muon = optimizer.build(partial(Muon, **SETTINGS), built, declarations(built))
-    taken = {id(p) for group in muon.param_groups if group["muon"] for p in group["params"]}
+    steps = optimizer.build(partial(Muon, **SETTINGS), built, declarations(built))
+    taken = {id(p) for group in steps.param_groups if group["muon"] for p in group["params"]}
     names = {name for name, p in built.named_parameters() if id(p) in taken}
     assert names == {name for name, p in built.named_parameters() if matrices(name, p.detach())}
     other = initialise(model().double(), seed=1)
@@ -191,3 +192,48 @@ def test_torchs_own_muon_in_bf16_goes_the_same_way():
             each.step()
     change = (ours - theirs).norm() / (theirs - w).norm()
     assert change < 0.02
+
+
+def rows_of_the_first_rank() -> None:
+    owners._rows = lambda each, whole, rank: whole[: each.rows[rank]]
+
+
+def each_ranks_rows_by_themselves() -> None:
+    def apply(self, pieces, function, dtype):
+        return [function(x.view(-1, *x.shape[-2:]).to(dtype)).view_as(x) if x.numel() else x for x in pieces]
+
+    owners.Owners.apply = apply  # type: ignore[method-assign]
+
+
+def parts_as_one_matrix() -> None:
+    muon.cuts = lambda shape, parts, along: owners.cuts(shape)  # type: ignore[assignment]
+
+
+def no_second_mixing_of_the_gradient() -> None:
+    honest = Muon.__init__
+    Muon.__init__ = lambda self, *args, **more: honest(self, *args, **more, nesterov=False)  # type: ignore[method-assign]
+
+
+MUTATIONS = {
+    f.__name__: f
+    for f in (
+        rows_of_the_first_rank,
+        each_ranks_rows_by_themselves,
+        parts_as_one_matrix,
+        no_second_mixing_of_the_gradient,
+    )
+}
+
+
+def broken(mutation: str) -> dict[str, np.ndarray]:
+    MUTATIONS[mutation]()
+    return together()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_mechanism_is_caught(run, mutation):
+    want = alone()
+    for got in run(2, broken, mutation):
+        assert any(np.linalg.norm(got[name] - b) > 1e-6 * np.linalg.norm(b) for name, b in want.items())

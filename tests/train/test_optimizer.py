@@ -220,3 +220,15 @@ def test_muon_takes_the_axes_that_adamw_is_not_given():
     for options in ({"momentum": 1.0}, {"steps": 0}, {"adamw": ["vocb"]}):
         with pytest.raises(ValueError, match="^optimizer.(momentum|steps|adamw)="):
             taken(**options)
+
+
+def test_moments_are_counted_as_they_are_kept():
+    for make in (partial(AdamW, **SETTINGS), partial(Muon, **SETTINGS)):
+        built = small_model()
+        counted = optimizer.moments(make, built)
+        steps = optimizer.build(make, built, declarations(built))
+        for p in built.parameters():
+            p.grad = torch.zeros_like(p)
+        steps.step()
+        kept = [x for state in steps.state.values() for key, x in state.items() if key != "step"]
+        assert counted == sum(x.numel() for x in kept)

@@ -1,0 +1,86 @@
+"""Clipping against a plain loop over whole gradients."""
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import distribute_tensor
+
+from parallel.apply import parallelise, parameter_name
+from parallel.mesh import Groups, everyone
+from tests.parity import small_model
+from train.clip import clip
+from train.settings import TrainSettings
+
+LIMITS = [
+    {"largest": 0.7, "each": None, "value": None},
+    {"largest": 1e9, "each": 1.5, "value": None},
+    {"largest": 1e9, "each": None, "value": 0.5},
+    {"largest": 3.0, "each": 1.5, "value": 0.5},
+]
+
+
+def gradients() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    named = small_model().named_parameters()
+    return {
+        name: 0.3 * (1 + i % 3) * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for i, (name, p) in enumerate(named)
+    }
+
+
+def clipped() -> list[tuple[float, dict[str, np.ndarray]]]:
+    """For each of the limits, the norm before and the gradients after, of a sharded model."""
+    with torch.device("meta"):
+        model = small_model()
+    mesh = everyone(torch.device("cpu"))
+    parallelise(model, mesh, seed=0, dtype=torch.float64, remat="none", reshard_after_forward=True)
+    whole, found = gradients(), []
+    for limits in LIMITS:
+        named = {parameter_name(name): p for name, p in model.named_parameters()}
+        for name, p in named.items():
+            p.grad = distribute_tensor(whole[name].clone(), mesh, p.placements, src_data_rank=None)
+        norm = clip(model, Groups().world_comm, **limits)
+        found.append((norm.item(), {name: p.grad.full_tensor().numpy() for name, p in named.items()}))
+    return found
+
+
+def by_hand(*, largest: float, each: float | None, value: float | None) -> tuple[float, dict[str, np.ndarray]]:
+    found = {name: g.numpy() for name, g in gradients().items()}
+    before = np.sqrt(sum((g**2).sum() for g in found.values()))
+    if value is not None:
+        found = {name: np.clip(g, -value, value) for name, g in found.items()}
+    if each is not None:
+        found = {name: g * min(1, each / (np.linalg.norm(g) + 1e-6)) for name, g in found.items()}
+    norm = np.sqrt(sum((g**2).sum() for g in found.values()))
+    return before, {name: g * min(1, largest / (norm + 1e-6)) for name, g in found.items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 3])
+def test_gradients_are_clipped_as_whole_ones(run, world):
+    for found in run(world, clipped):
+        for limits, (norm, got) in zip(LIMITS, found, strict=True):
+            before, want = by_hand(**limits)
+            assert norm == pytest.approx(before, rel=1e-12)
+            for name, b in want.items():
+                assert np.linalg.norm(got[name] - b) <= 1e-12 * np.linalg.norm(b), (limits, name)
+
+
+def test_limits_bite():
+    plain = gradients()
+    for limits in LIMITS:
+        _, found = by_hand(**limits)
+        assert any(not np.allclose(found[name], g.numpy()) for name, g in plain.items())
+
+
+@pytest.mark.parametrize("key", ["clip_each", "clip_value", "average_tokens", "average_count"])
+def test_a_limit_is_above_nothing(key):
+    with pytest.raises(ValueError, match=f"train.{key}=0: must be above 0"):
+        TrainSettings(**{key: 0})
+
+
+def test_kinds_are_named():
+    with pytest.raises(ValueError, match="train.average=mean: must be one of none, ema, last"):
+        TrainSettings(average="mean")
+    with pytest.raises(ValueError, match="train.init_weights=ema: must be one of raw, average"):
+        TrainSettings(init_weights="ema")

@@ -1,0 +1,63 @@
+"""Muon's state goes through checkpoints: the same bits on the same ranks, the same losses on others."""
+
+import numpy as np
+import pytest
+
+from tests.jobs import order
+from train.build import build
+
+BEFORE, AFTER = 3, 4
+LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 3: ["cluster.workers=3", "parallel.data=3"]}
+MORE = ["optimizer=muon", "precision=fp64", "train.steps=20"]
+
+
+def state(trainer) -> dict[str, list[np.ndarray]]:
+    """Every weight and what the optimizer knows of it, whole."""
+    found = {}
+    for name, p in trainer.model.named_parameters():
+        parts = trainer.optimizer.state[p]
+        kept = [parts[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if key in parts]
+        found[name] = [x.detach().full_tensor().numpy().copy() for x in (p, *kept)]
+    return found
+
+
+def save_then_go_on(job):
+    trainer = build(job)
+    for _ in range(BEFORE):
+        trainer.step()
+    trainer.save()
+    return state(trainer), [trainer.step()[0]["loss"] for _ in range(AFTER)], state(trainer)
+
+
+def load_then_go_on(job):
+    trainer = build(job)
+    settings = [(g["weight_decay"], g["muon"]) for g in trainer.optimizer.param_groups]
+    return state(trainer), [trainer.step()[0]["loss"] for _ in range(AFTER)], state(trainer), settings
+
+
+def same(a: dict[str, list[np.ndarray]], b: dict[str, list[np.ndarray]]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(x, y) for n in a for x, y in zip(a[n], b[n], strict=True))
+
+
+@pytest.mark.dist
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(run, tmp_path):
+    saved, losses, end = run(2, save_then_go_on, order(tmp_path, tmp_path / "run", *LAYOUTS[2], *MORE))[0]
+    assert {len(parts) for parts in saved.values()} == {2, 3}, "momentum of matrices, two moments of the rest"
+    path = str(tmp_path / "run/checkpoints" / f"step-{BEFORE}")
+    for world, layout in LAYOUTS.items():
+        job = order(tmp_path, tmp_path / f"world-{world}", *layout, *MORE, resume=path)
+        loaded, again, after, _ = run(world, load_then_go_on, job)[0]
+        assert same(loaded, saved), world
+        np.testing.assert_allclose(again, losses, rtol=1e-9)
+        assert world != 2 or again == losses and same(after, end)
+
+
+@pytest.mark.dist
+def test_a_resumed_run_has_the_settings_that_it_is_given(run, tmp_path):
+    """Those of the checkpoint, where groups are other ones, neither come back nor stand in the way."""
+    run(2, save_then_go_on, order(tmp_path, tmp_path / "run", *LAYOUTS[2], *MORE))
+    path = str(tmp_path / "run/checkpoints" / f"step-{BEFORE}")
+    more = [*MORE, "optimizer.weight_decay=0.3", "optimizer.no_decay=[expert]"]
+    job = order(tmp_path, tmp_path / "further", *LAYOUTS[2], *more, resume=path)
+    settings = run(2, load_then_go_on, job)[0][3]
+    assert set(settings) == {(0.3, True), (0.0, True), (0.3, False), (0.0, False)}

@@ -1,0 +1,115 @@
+"""Averages of the weights beside those that are trained: less noisy than the last ones, at the same learning rate.
+
+ema: an exponential mean (Polyak averaging). A step of n tokens moves it towards the weights by 1 - exp(-n / tokens),
+and by n over the tokens seen while that is more: until `tokens` of them have passed it is the plain mean.
+last: the mean of the last `count` of the weights at every `tokens` tokens (LAWA, 2209.14981).
+
+Everything is elementwise, on shards as they lie: no rank needs another's.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from parallel.apply import parameter_name
+from parallel.owners import local
+
+MEAN = "mean"  # under this name a checkpoint has the averaged weights
+Weights = dict[str, Tensor]
+
+
+class Average:
+    """The average of a model's parameters. kind: ema or last. tokens, count: see above."""
+
+    def __init__(self, model: nn.Module, kind: str, tokens: int, count: int):
+        self.model, self.kind, self.tokens, self.count = model, kind, tokens, count
+        self.mean = _copied(self.weights) if kind == "ema" else {}
+        self.snapshots: list[Weights] = []
+        self.seen = self.taken = 0
+
+    @property
+    def weights(self) -> Weights:
+        """As they are: FSDP may move its shards to other memory at the first forward pass."""
+        return {parameter_name(name): p.detach() for name, p in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def step(self, tokens: int) -> None:
+        """Takes in the weights after a step of so many tokens."""
+        before, self.seen = self.seen, self.seen + tokens
+        if self.kind == "ema":
+            part = max(-math.expm1(-tokens / self.tokens), tokens / self.seen)
+            torch._foreach_lerp_(_locals(self.mean), _locals(self.weights), part)
+        elif self.seen // self.tokens > before // self.tokens:
+            if len(self.snapshots) < self.count:
+                self.snapshots.append(_copied(self.weights))
+            else:
+                _fill(self.snapshots[self.taken % self.count], self.weights)
+            self.taken += 1
+
+    @torch.no_grad()
+    def averaged(self) -> Weights:
+        """By name, sharded as the weights are. Before the first of `last` it is the weights themselves."""
+        if self.kind == "ema":
+            return self.mean
+        if not self.snapshots:
+            return self.weights
+        found = _copied(self.snapshots[0])
+        for other in self.snapshots[1:]:
+            torch._foreach_add_(_locals(found), _locals(other))
+        torch._foreach_div_(_locals(found), float(len(self.snapshots)))
+        return found
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model has the averaged weights meanwhile, and afterwards its own again, bit for bit."""
+        own = _copied(self.weights)
+        self._put(self.averaged())
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def _put(self, weights: Weights) -> None:
+        """Whole weights that FSDP still holds from a forward pass are of other shards: they go first."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        _fill(self.weights, weights)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the averaged weights, and what they are made of."""
+        return {MEAN: self.averaged(), "snapshots": {str(i): each for i, each in enumerate(self.snapshots)}}
+
+    def facts(self) -> dict[str, Any]:
+        """What its manifest says."""
+        return {"kind": self.kind, "seen": self.seen, "taken": self.taken, "snapshots": len(self.snapshots)}
+
+    def prepare(self, facts: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The state to be filled from a checkpoint whose manifest says `facts`; None where it has none of this kind.
+
+        Snapshots that are more than are now asked for, or fewer, begin anew.
+        """
+        if not facts or facts["kind"] != self.kind or facts["snapshots"] != min(facts["taken"], self.count):
+            return None
+        self.seen, self.taken = facts["seen"], facts["taken"]
+        self.snapshots = [_copied(self.weights) for _ in range(facts["snapshots"])]
+        parts = {"snapshots": {str(i): each for i, each in enumerate(self.snapshots)}}
+        return parts if self.kind == "last" else {MEAN: self.mean}
+
+
+def _locals(weights: Weights) -> list[Tensor]:
+    return [local(x) for x in weights.values()]
+
+
+def _copied(weights: Weights) -> Weights:
+    return {name: x.clone() for name, x in weights.items()}
+
+
+@torch.no_grad()
+def _fill(into: Weights, weights: Weights) -> None:
+    torch._foreach_copy_(_locals(into), _locals(weights))

@@ -1,0 +1,40 @@
+"""Gradients, made smaller before they are applied: element by element, weight by weight, and all together."""
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import Comm
+from parallel.data import norm
+from parallel.owners import local
+
+PURPOSE = "gradient norms"
+
+
+def clip(model: nn.Module, comm: Comm, *, largest: float, each: float | None, value: float | None) -> Tensor:
+    """Clips in place, in this order, and returns the 2-norm of all gradients together as it was. Collective.
+
+    value: largest magnitude of an element, None for any. each: largest 2-norm of one weight's gradient, None for any;
+    component-wise clipping (2210.10325). largest: of all of them together. comm: the ranks that share
+    the weights.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    before = after = norm(gradients)
+    if value is not None:
+        for gradient in gradients:
+            local(gradient).clamp_(-value, value)
+    if each is not None:
+        for gradient, size in zip(gradients, norms(gradients, comm).unbind(), strict=True):
+            local(gradient).mul_((each / (size + EPSILON)).clamp(max=1.0).to(gradient.dtype))
+    if value is not None or each is not None:
+        after = norm(gradients)
+    nn.utils.clip_grads_with_norm_(model.parameters(), largest, after)
+    return before
+
+
+EPSILON = 1e-6  # beside a norm, as torch.nn.utils has it
+
+
+def norms(tensors: list[Tensor], comm: Comm) -> Tensor:
+    """The 2-norm of each of some (sharded) tensors, float64 [N], the same on every rank. Collective."""
+    own = torch.stack([torch.linalg.vector_norm(local(x), dtype=torch.float64) for x in tensors])
+    return comm.all_reduce(own.square(), purpose=PURPOSE).sqrt()
