@@ -1,0 +1,100 @@
+"""What is read of held-out documents, and how their scores are added up, source by source."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data.pack import NO_TARGET
+from data.sampler import Source
+from tests.data import fake
+from train.evaluation import documents
+from train.evaluation.score import Score
+from train.evaluation.texts import Text, alphabet, hay, packed, texts
+
+
+@pytest.fixture
+def batches(tmp_path):
+    """Two sources; all documents but the first of each are held out, in the order of their hashes: 1, 3, 2 of `a`."""
+    found = []
+    for name, lengths in (("a", [300, 90, 40, 1, 200]), ("b", [400, 130])):
+        store = fake.Store(tmp_path / name, lengths)
+        store.hashes = np.array([1 << 63, 5, 9, 7, 8][: len(lengths)], dtype=np.uint64)
+        found.append(Source(name, store))
+    sizes = {"packing": "concat", "max_length": 64, "min_length": 8, "overlong": "random", "document_mask": True}
+    return fake.of(found, 64, {**sizes, "heldout": 0.01, "heldout_tokens": 64})
+
+
+def test_documents_are_read_in_the_order_of_their_hashes_until_there_are_enough(batches):
+    every = texts(batches, 10_000, 100)
+    assert [(text.source, text.length, len(text.packed.tokens)) for text in every] == [
+        ("a", 90, 90),
+        ("a", 200, 100),
+        ("a", 40, 40),
+        ("b", 130, 100),
+    ]
+    assert [(t.source, t.length) for t in texts(batches, 100, 100)] == [("a", 90), ("a", 200), ("b", 130)]
+    first = every[0].packed
+    assert first.tokens.tolist() == list(range(301, 391))  # ids tell tokens apart
+    assert first.targets.tolist() == [*range(302, 391), NO_TARGET]
+    assert first.starts.tolist() == [True] + [False] * 89
+
+
+def test_hay_begins_again_where_it_ends(batches):
+    held = 90 + 1 + 200 + 40 + 130
+    found = hay(batches, held + 2)
+    assert found[:90].tolist() == list(range(301, 391)) and found[held:].tolist() == [301, 302]
+    assert len(hay(batches, 95)) == 95
+    often = SimpleNamespace(task=SimpleNamespace(symbols=7))
+    assert alphabet(often, 32).tolist() == [1, 2, 3, 4, 5, 6] and alphabet(often, 4).tolist() == [1, 2, 3, 4]
+
+
+def scored(source, length, nats):
+    """A document whose targets cost these nats; those below 1 are right."""
+    nats = np.array([*nats, 0.0])
+    text = Text(source, length, packed(np.arange(len(nats))))
+    return text, Score(nats, (nats < 1) & (text.packed.targets != NO_TARGET))
+
+
+def test_losses_are_means_over_targets_by_source_and_by_length():
+    found = documents.loss(
+        [scored("a", 4, [0.5, 1.0, 3.0]), scored("b", 7, [2.0]), scored("b", 8, [0.0, 0.0])], SimpleNamespace()
+    )
+    assert (found["documents"], found["targets"]) == (3, 6) and "loss_per_byte" not in found
+    assert found["loss"] == pytest.approx(6.5 / 6) and found["accuracy"] == pytest.approx(3 / 6)
+    assert found["sources"]["a"]["loss"] == pytest.approx(1.5)
+    assert found["sources"]["b"] == {"documents": 2, "targets": 3, "loss": 2 / 3, "accuracy": 2 / 3}
+    lengths = [(row["from"], row["documents"], row["loss"]) for row in found["lengths"]]
+    assert lengths == [(4, 2, pytest.approx(6.5 / 4)), (8, 1, 0.0)]
+
+
+def test_positions_are_bins_of_what_a_target_has_before_it():
+    rows = documents.positions([scored("a", 9, range(8)), scored("a", 3, [10.0, 20.0])])
+    assert [(row["from"], row["targets"]) for row in rows] == [(1, 2), (2, 3), (4, 4), (8, 1)]
+    assert [row["loss"] for row in rows] == [5.0, pytest.approx(23 / 3), 4.5, 7.0]
+    assert rows[0]["accuracy"] == 0.5
+
+
+def test_far_context_is_the_same_targets_with_all_and_with_the_last_tokens_before_them(batches):
+    """A scorer whose every target costs a nat for each power of two that it has before it."""
+    seen = []
+
+    def scorer(sequences, told):
+        seen.extend(sequences)
+        costs = [np.where(s.targets != NO_TARGET, np.log2(1 + np.arange(len(s.tokens))), 0.0) for s in sequences]
+        return [Score(cost, cost > 0) for cost in costs]
+
+    given = {"length": 150, "context": 16, "most": 2, "told": lambda done, of: None}
+    found = documents.long_range(scorer, batches, **given)  # type: ignore[arg-type]
+    assert found["scored"] == 4
+    assert [(row["length"], row["documents"]) for row in found["lengths"]] == [(32, 3), (64, 3), (128, 2)]
+    for whole, near in zip(seen[::2], seen[1::2], strict=True):
+        targets = whole.targets[whole.targets != NO_TARGET]
+        assert len(targets) == 4 and np.array_equal(targets, near.targets[near.targets != NO_TARGET])
+        assert len(near.tokens) == 17 and np.array_equal(whole.tokens[-17:], near.tokens)
+        assert whole.targets[-2] != NO_TARGET and whole.starts.sum() == near.starts.sum() == 1
+    for row in found["lengths"]:
+        full, near = (np.log2(n + np.arange(-3, 1)).mean() for n in (row["length"], 16))
+        assert (row["full"], row["near"]) == (pytest.approx(full), pytest.approx(near))
+        assert row["gain"] == pytest.approx(near - full) and row["error"] == pytest.approx(0)
+    assert documents.long_range(scorer, batches, **{**given, "context": 128})["lengths"] == []  # type: ignore[arg-type]
