@@ -87,7 +87,7 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
         *_flops(costs, [n for s in batch for n in pieces(s.starts)], config["engine"].get("recompute", "none")),
         *_order(flight),
-        *_memory(flight, costs, -(-held // spans), spans),
+        *_memory(flight, model, costs, -(-held // spans), spans),
         f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
         *first.text().splitlines(),
@@ -158,14 +158,18 @@ def _spans(flight: Flight, first: Plan) -> int:
     return 1 if most is None else max(count(micro, first.lengths, most) for micro in first.micro_steps)
 
 
-def _memory(flight: Flight, costs: Account, held: int, spans: int) -> list[str]:
+def _memory(flight: Flight, built: LM, costs: Account, held: int, spans: int) -> list[str]:
     """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward. held: tokens
     of a span in time."""
+    from train.construct import construct
+    from train.optimizer import moments
     from train.precision import dtypes
 
     compute, master = dtypes(flight.config["precision"]["compute"], flight.device)
     engine, model = flight.config["engine"], flight.config["model"]
-    states = costs.parameters * 4 * master.itemsize / flight.cluster.workers
+    share = master.itemsize / flight.cluster.workers
+    states = (2 * costs.parameters + moments(construct(flight.config["optimizer"]), built)) * share
+    averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
     gathered = costs.parameters * master.itemsize
     if engine["reshard_after_forward"]:
         gathered = gathered * 2 // model["layers"]
@@ -177,6 +181,7 @@ def _memory(flight: Flight, costs: Account, held: int, spans: int) -> list[str]:
     chunk = min(held, flight.config["train"].get("loss_chunk") or held)
     parts = {
         "weights, gradients, moments": states,
+        **({"averages of weights": averages * costs.parameters * share} if averages else {}),
         "gathered weights": gathered,
         "activations": kept * held,
         f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] * (compute.itemsize + 8)

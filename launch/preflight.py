@@ -361,6 +361,8 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
         if difference is not None:
             raise ValueError(f"{key}={value}: holds another model: {difference}")
         facts = checkpoint.manifest(path)
+        if key == "init_from" and flight.train.init_weights == "average" and not facts.get("average"):
+            raise ValueError(f"train.init_weights=average: must be raw, {path} holds no averaged weights")
         if key == "resume":
             if facts["data"] != flight.batches.fingerprint:
                 why = changed(facts.get("order"), flight.batches.order)

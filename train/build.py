@@ -22,6 +22,7 @@ from parallel.mesh import Groups, everyone
 from parallel.schedule.volume import Ask
 from train import checkpoint, communication, moments, optimizer
 from train.asked import asked
+from train.average import Average
 from train.construct import construct
 from train.execute import Executor
 from train.loop import Trainer
@@ -107,6 +108,7 @@ def build(order: dict[str, Any]) -> Trainer:
         say=say,
         tracker=_tracker(order, say) if first else None,
         utilisation=utilisation,
+        average=_average(order, model, train, facts, say),
         companions=_companions(run_dir, batches) if first else (),
         kept=kept,
     )
@@ -133,10 +135,29 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
         state = State(facts["step"], facts["tokens"], facts["skips"], facts["attempt"])
     elif order.get("init_from"):
         checkpoint.load(Path(order["init_from"]), model, None)
+        if order["config"]["train"].get("init_weights") == "average":
+            checkpoint.load_average(Path(order["init_from"]), model)
         if keep != "reset":
             moments.load(Path(order["init_from"]), model, adamw, keep)
     state.attempt = _attempt(order, state.attempt)
     return state, facts
+
+
+def _average(
+    order: dict[str, Any], model: LM, train: TrainSettings, facts: dict[str, Any], say: Callable[[str], None]
+) -> Average | None:
+    """As the checkpoint that a run goes on from has it, else from the weights as they are. Collective."""
+    if train.average == "none":
+        return None
+    tokens = train.average_tokens or max(1, train.total_tokens // 20)
+    average = Average(model, train.average, tokens, train.average_count)
+    if facts:
+        state = average.prepare(facts.get("average"))
+        if state is None:
+            say(f"train.average={train.average}: begins at step {facts['step']:,}: the checkpoint has no such average")
+        else:
+            checkpoint.read({"average": state}, Path(order["resume"]))
+    return average
 
 
 def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:

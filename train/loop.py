@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from models.moe import mixtures
 from parallel.collectives import LEDGER
-from parallel.data import norm
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
 from train import checkpoint, communication
+from train.average import Average
+from train.clip import clip
 from train.context import rebase
 from train.evaluate import Heldout, heldout
 from train.execute import Executor, Tally
@@ -57,6 +58,7 @@ class Trainer:
     say: Callable[[str], None]
     tracker: Tracker | None
     utilisation: Utilisation | None = None
+    average: Average | None = None
     companions: Sequence[Path] = ()
     kept: dict[str, Any] = field(default_factory=dict)  # what a resumed run finds as it was
     noted: tuple[tuple[MicroStep, ...], ...] = ()
@@ -86,6 +88,7 @@ class Trainer:
                 with self.phases("evaluate"):
                     scores = heldout(self.executor, self.batches, self.plan)
                     record |= {"heldout_loss": scores.loss, "heldout_accuracy": scores.accuracy}
+                    record |= self._averaged()
                     batch = self.batches.batch(self.seed, self.state.step - 1, self.state.skips)
                     record["documents"] = document_lengths([s.starts for s in batch])
             if ended or self._due(self.settings.checkpoint_every, tokens):
@@ -146,13 +149,15 @@ class Trainer:
 
     def _update(self, tokens: int) -> tuple[float, float]:
         """Clips and applies the step's gradients. Returns the learning rate and the gradient norm before clipping."""
-        gradient_norm = norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip, gradient_norm)
+        own, comm = self.settings, self.groups.world_comm
+        gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
         middle = self.state.tokens + tokens / 2
         rate = self.rate * self.schedule.multiplier(middle, self.settings.total_tokens)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.step(tokens)
         return rate, gradient_norm.item()
 
     def plan(self, lengths: list[int]) -> Plan:
@@ -164,6 +169,7 @@ class Trainer:
         with self.phases("checkpoint"), self.patience.during("writing a checkpoint"):
             facts = {**self.state.facts(), **self.kept, "seed": self.seed, "data": self.batches.fingerprint}
             facts |= {"order": self.batches.order}
+            facts |= {} if self.average is None else {"average": self.average.facts()}
             facts["rope_theta"] = self.batches.rope_theta(max(self.state.step - 1, 0), self.state.skips)
             path = checkpoint.save(
                 self.run_dir / "checkpoints",
@@ -172,9 +178,18 @@ class Trainer:
                 facts,
                 keep=self.settings.keep,
                 companions=self.companions,
+                average=None if self.average is None else self.average.state(),
             )
         self.say(f"checkpoint {path.relative_to(self.run_dir)}")
         return path
+
+    def _averaged(self) -> dict[str, float]:
+        """Held-out loss and accuracy of the averaged weights, {} where there are none. Collective."""
+        if self.average is None:
+            return {}
+        with self.average.swapped():
+            scores = heldout(self.executor, self.batches, self.plan)
+        return {"heldout_loss_average": scores.loss, "heldout_accuracy_average": scores.accuracy}
 
     def _note(self, plan: Plan) -> None:
         """Keeps every plan that no recent step had, as `plans/step-N.txt`."""
@@ -234,6 +249,7 @@ class Trainer:
             summary = {"step": self.state.step, "tokens": self.state.tokens, "loss": record.get("loss")}
             loss, accuracy = scores or (None, None)
             summary |= {"heldout_loss": loss, "heldout_accuracy": accuracy}
+            summary |= {key: value for key, value in record.items() if key.startswith("heldout") and key not in summary}
             summary |= {"seconds": time.time() - started, "stopped": stopped}
             (self.run_dir / "summary.json").write_text(json.dumps(summary))
             self.tracker.finish(summary)

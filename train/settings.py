@@ -31,6 +31,8 @@ class RunSettings:
 
 
 SPAN_GRADIENTS = ("exact", "truncated")
+AVERAGES = ("none", "ema", "last")
+INIT_WEIGHTS = ("raw", "average")
 INIT_OPTIMIZER = ("reset", "keep", "reset_mean", "reset_moments")
 
 
@@ -51,7 +53,13 @@ class TrainSettings:
     borders of spans, and sums over documents at what has been read.
     balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none.
     z_weight: weight of the routers' z-loss, which keeps their logits small (2202.08906, equation 5); 0 for none.
-    clip: largest 2-norm of all gradients together; larger ones are scaled down to it. evaluate_every: tokens between
+    clip: largest 2-norm of all gradients together; larger ones are scaled down to it. clip_each: largest 2-norm of one
+    weight's gradient, before that; null for any. clip_value: largest magnitude of an element of a gradient, before
+    both; null for any. average: an average of the weights that is kept beside them, evaluated and saved with them. ema:
+    an exponential mean; last: the mean of some of the last (LAWA, 2209.14981); none. average_tokens: over how many
+    tokens ema forgets, or from one of those of `last` to the next; null for a twentieth of the budget. average_count:
+    of how many weights `last` is the mean. init_weights: what init_from takes of a checkpoint; raw: the weights that
+    were trained; average: their average. evaluate_every: tokens between
     two evaluations of the held-out loss; null for one, at the end. checkpoint_every: tokens between two checkpoints;
     null for one, at the end, which a stopped run writes too. keep: how many of the newest checkpoints are kept.
     """
@@ -66,6 +74,12 @@ class TrainSettings:
     balance_weight: float = 0.01
     z_weight: float = 0.0
     clip: float = 1.0
+    clip_each: float | None = None
+    clip_value: float | None = None
+    average: str = "none"
+    average_tokens: int | None = None
+    average_count: int = 5
+    init_weights: str = "raw"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
@@ -79,6 +93,14 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name}={value}: must be at least 1, or null")
+        for name in ("clip_each", "clip_value", "average_tokens", "average_count"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"train.{name}={value}: must be above 0")
+        if self.average not in AVERAGES:
+            raise ValueError(f"train.average={self.average}: must be one of {', '.join(AVERAGES)}")
+        if self.init_weights not in INIT_WEIGHTS:
+            raise ValueError(f"train.init_weights={self.init_weights}: must be one of {', '.join(INIT_WEIGHTS)}")
         for name in ("balance_weight", "z_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must not be negative")
