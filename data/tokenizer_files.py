@@ -10,6 +10,7 @@ from typing import Any
 
 from data.tokenizer import CLOSING, LETTERS, Bytes, Json, from_card
 
+PROBE = "The mixer reads what a span leaves behind: größer, 长 3.14\n\tdef f(x):  return x\n".encode()
 NEW_NAME = "<|document|>"  # of a token between documents that a tokenizer.json did not have
 
 
@@ -46,9 +47,30 @@ def card_of(folder: Path, document: str | None = None) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return Json(path.read_text("utf-8"), document=document or _end_of_text(folder)).card()
+        text = path.read_text("utf-8")
+        found = Json(text, document=document or _end_of_text(folder))
+        if json.loads(text) == json.loads(_bytes()[0].to_str()):  # ours, come back
+            return Bytes().card()
+        return found.card()
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"tokenizer.json: {error}") from None
+
+
+def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the tokenizers of two cards make other tokens of a text, or open a document with another one."""
+    if one == other:
+        return False
+    try:
+        a, b = from_card(one), from_card(other)
+        return a.DOCUMENT != b.DOCUMENT or any(
+            x.tolist() != y.tolist() for x, y in zip(_probed(a), _probed(b), strict=True)
+        )
+    except ValueError:  # one of them spells no text
+        return True
+
+
+def _probed(tokenizer: Any) -> Any:
+    return tokenizer.encode_batch([PROBE])
 
 
 def _end_of_text(folder: Path) -> str | None:

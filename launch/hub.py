@@ -80,7 +80,7 @@ def import_(arguments: list[str]) -> int:
         _say(f"left out: {_some(found.left_out)}, which no model here reads")
     if card is None:
         _say(f"{source} has no tokenizer.json: the tokens have no text")
-    tokenizer = f" data.tokenizer={run}" if card is not None else ""
+    tokenizer = f" data.tokenizer={run}" if card is not None and card["name"] == "json" else ""
     _say(f"  farspan train init_from={run}{tokenizer} …   trains it further")
     return 0
 

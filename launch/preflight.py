@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from launch.config import conf
 from launch.config.compose import checked, composed, groups
 from launch.user import UserError
 from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
@@ -58,7 +57,9 @@ def cores() -> int:
 
 def configure(overrides: list[str]) -> dict[str, Any]:
     """The configuration of a new run, or of a resumed one: what it was, with the overrides on top. Raises UserError."""
-    asked = composed(overrides, _model_of(overrides))
+    from launch import origin
+
+    asked = composed(overrides, origin.model_of(overrides))
     if asked["resume"] is None:
         return asked
     folder = run_folder("resume", asked["resume"], asked["cluster"])
@@ -81,25 +82,6 @@ def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) 
             raise UserError(f"{override}: cannot be changed of a run; give the keys that should differ")
         _copy(asked, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
     saved.setdefault("evaluate", asked["evaluate"])
-
-
-def _model_of(overrides: list[str]) -> dict[str, Any] | None:
-    """The model of what a run starts from, where the overrides choose none and it is here. Raises UserError."""
-    chosen = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
-    init_from = chosen.get("init_from", "null").strip("'\"")
-    if init_from == "null" or "model" in chosen or conf.written(chosen)[1]["model"] != conf.defaults()["model"]:
-        return None
-    from train import published
-
-    for folder in (Path(init_from), RUNS / init_from):
-        if (folder / "config.yaml").exists():
-            return saved_config(folder).get("model")
-    if not published.is_folder(Path(init_from)):
-        return None
-    try:
-        return published.Published(Path(init_from)).model
-    except ValueError as error:
-        raise UserError(f"init_from={init_from}: {error}") from None
 
 
 def clear(
@@ -342,6 +324,7 @@ def _warn_without_bf16(say: Callable[[str], None]) -> None:
 def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
     """Finds, verifies and compares the checkpoint that the run continues from or takes its weights from."""
     from data.batches import changed
+    from launch import origin
     from train import checkpoint, published
 
     for key in ("resume", "init_from"):
@@ -373,6 +356,8 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
                 raise ValueError(
                     f"resume={value}: is complete at step {facts['step']:,}; give a larger train.tokens to go on"
                 )
+        if key == "init_from":
+            origin.same_tokens(path, flight.batches, say)
         setattr(flight, key, path)
 
 

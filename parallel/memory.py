@@ -63,7 +63,7 @@ def give_back(layers: nn.ModuleDict) -> None:
 
 
 def give_back_large() -> Any:
-    """The first half of `give_back`: large tensors. Returns what does the rest when it is called, None without glibc."""
+    """The first half of `give_back`: large tensors. Returns what does the rest, to be called; None without glibc."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         limit, trim = libc.mallopt, libc.malloc_trim

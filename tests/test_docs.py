@@ -33,14 +33,17 @@ PAGES = [
             "parallel",
             "data",
             "schedules",
+            "optimizers",
             "cluster",
             "evaluate",
             "decoding",
+            "hub",
         )
     ),
 ]
-TAKE_MINUTES = [  # run by `make docs`
-    f"docs/{page}.md" for page in ("first-run", "models", "parallel", "schedules", "cluster", "evaluate", "decoding")
+TAKE_MINUTES = [
+    f"docs/{page}.md"
+    for page in ("first-run", "models", "parallel", "schedules", "optimizers", "cluster", "evaluate", "decoding", "hub")
 ]
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from data.tokenizer import Bytes, Json, from_card
+from data.tokenizer_files import card_of, differ, files
 from launch.cli import main
+from launch.origin import same_tokens
 from launch.preflight import configure
 from launch.user import UserError
 from models.hub import tensors
@@ -181,6 +185,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_or_gets_its_rows
     assert config["max_position_embeddings"] == 512
     assert json.loads((here / "out/tokenizer_config.json").read_text())["model_max_length"] == 512
     assert tensors.folder(here / "out")["model.embed_tokens.weight"].shape == (270, 32)
+
+
+def test_another_tokenizer_than_that_of_the_weights_is_told(here, capsys):
+    """The folder's has words, the run reads bytes."""
+    _with_tokenizer(here / "source", 264)
+    said: list[str] = []
+    card = card_of(here / "source")
+    for same in (from_card(card), Bytes()):
+        same_tokens(here / "source", SimpleNamespace(tokenizer=same), said.append)
+    assert said == [
+        f"init_from={here / 'source'}: was trained on tokens of another tokenizer; "
+        f"data.tokenizer={here / 'source'} takes that one"
+    ]
+    bytes_again = Json(files(Bytes().card(), None)["tokenizer.json"]).card()
+    assert bytes_again != Bytes().card() and not differ(bytes_again, Bytes().card())  # another card, the same tokens
 
 
 def test_a_model_that_no_architecture_expresses_is_refused(here, capsys):

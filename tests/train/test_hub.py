@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
-from data.tokenizer import Bytes, Untrained, from_card
+from data.tokenizer import Bytes, Json, Untrained, from_card
 from data.tokenizer_files import card_of, files
 from models.axes import initialise
 from models.hub import of_config, tensors
@@ -219,7 +219,8 @@ def test_the_byte_tokenizer_is_told_in_files(tmp_path):
         assert tokenizer.decode(ids) == text
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id, len(tokenizer)) == (256, 256, 257)
     assert tokenizer.model_max_length == 512
-    again = from_card(card_of(tmp_path / "t"))
+    assert card_of(tmp_path / "t") == Bytes().card()  # it comes back as what it was
+    again = from_card(Json((tmp_path / "t" / "tokenizer.json").read_text()).card())
     assert (again.DOCUMENT, again.size) == (256, 257)
     assert all(again.encode(text.encode()).tolist() == list(text.encode()) for text in TEXTS)
 
