@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch import local, preflight
 from launch.evaluated import draw, table
-from launch.generate import checkpoint_of
+from launch.generate import checkpoint_of, has_average
 from launch.user import UserError
 
 ENTRY = "train.evaluation.run:run"
@@ -27,7 +27,7 @@ def evaluate(arguments: list[str]) -> int:
     found = checkpoint_of(run)
     config = configured(found, overrides)
     device = clear(config, found, run, lambda line: console.print(line, markup=False))
-    folder = folder_of(found)
+    folder = folder_of(found, config["evaluate"]["weights"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,6 +99,10 @@ def clear(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
         settings = section(EvaluateSettings, config["evaluate"])
         if settings.tasks and importlib.util.find_spec("lm_eval") is None:
             raise ValueError(f"evaluate.tasks=[{','.join(settings.tasks)}]: {MISSING}")
+        if settings.weights == "average" and not has_average(found):
+            raise ValueError(
+                f"evaluate.weights=average: must be raw, {found} holds no averaged weights (train.average)"
+            )
         transport = config["parallel"]["transport"]
         if transport["recurrence"] == "auto":  # measured for steps of training
             transport["recurrence"] = "gather"
@@ -118,12 +122,13 @@ def clear(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
         return preflight.device_of(cluster)
 
 
-def folder_of(found: Path) -> Path:
-    """Where results go: RUN/evaluation/step-N, or beside the weights of a checkpoint that has no run."""
-    run = found.parent.parent
+def folder_of(found: Path, weights: str = "raw") -> Path:
+    """Where results go: RUN/evaluation/step-N, or beside the weights of a checkpoint that has no run; those of averaged
+    weights into a folder of their own."""
+    run, suffix = found.parent.parent, "" if weights == "raw" else f"-{weights}"
     if found.parent.name == "checkpoints" and (run / "config.yaml").exists():
-        return run / "evaluation" / found.name
-    return found / "evaluation"
+        return run / "evaluation" / f"{found.name}{suffix}"
+    return found / f"evaluation{suffix}"
 
 
 class Shown:

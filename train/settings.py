@@ -235,6 +235,63 @@ class ClusterSettings:
             raise ValueError(f"cluster.timeout={self.timeout:g}: must be above 0 seconds, or null")
 
 
+PARTS = ("loss", "positions", "needle", "recall", "copy", "long_range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What `farspan evaluate` measures on held-out documents and on generated examples; training reads none of it.
+
+    parts: which of loss (of each source, and by the length of documents), positions (the loss by what a token has
+    before it), needle (a pass key in a text, by depth and length, 2305.16300), recall (pairs of keys and values,
+    2312.04927), copy (a sequence said again, 2402.01032) and long_range (what the text before the last `context` tokens
+    is worth). length: tokens of a document that are read, at most, and of the longest needle; null for data.max_length.
+    tokens: of held-out documents that are scored of each source, about. lengths: of needles and of what is recalled and
+    copied, in tokens; null for four, each twice the one before, up to `length`. depths: how many places of a needle,
+    evenly spread from the first to the last. samples: examples of each length, and of each depth of a needle. symbols:
+    how many tokens recall and copy draw from. pairs: how many keys and values a recall binds. context: tokens that
+    long_range leaves of the context. documents: how many long_range reads of each length, at most. span_tokens: the
+    most tokens of a text that a rank takes at a time, as train.span_tokens; null for no limit. weights: raw, those that
+    were trained, or average, what train.average keeps of them. tasks: those of lm-eval, where that is installed. limit:
+    examples of each of these tasks; null for all.
+    """
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
+    length: int | None = None
+    tokens: int = 262_144
+    lengths: list[int] | None = None
+    depths: int = 5
+    samples: int = 8
+    symbols: int = 32
+    pairs: int = 8
+    context: int = 1024
+    documents: int = 16
+    span_tokens: int | None = None
+    weights: str = "raw"
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise ValueError(f"evaluate.parts={part}: must be one of {', '.join(PARTS)}")
+        if self.weights not in INIT_WEIGHTS:
+            raise ValueError(f"evaluate.weights={self.weights}: must be one of {', '.join(INIT_WEIGHTS)}")
+        if not self.parts and not self.tasks:
+            raise ValueError("evaluate.parts=[]: must name a part, or evaluate.tasks a task")
+        for name, least in {"tokens": 1, "depths": 1, "samples": 1, "symbols": 4, "pairs": 1, "documents": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
+        if self.context < 8:
+            raise ValueError(f"evaluate.context={self.context}: must be at least 8")
+        for name in ("length", "span_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluate.{name}={value}: must be at least 1, or null")
+        if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
+            raise ValueError(f"evaluate.lengths={self.lengths}: must be lengths from 1, or null")
+
+
 COMPUTE = ("auto", "bf16", "fp32", "fp64")
 
 
@@ -259,56 +316,3 @@ def section(kind: type[Settings], values: dict[str, Any]) -> Settings:
     if kind is ParallelSettings and "transport" in values:
         values["transport"] = TransportSettings(**values["transport"])
     return kind(**values)
-
-
-PARTS = ("loss", "positions", "needle", "recall", "copy", "long_range")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateSettings:
-    """What `farspan evaluate` measures on held-out documents and on generated examples; training reads none of it.
-
-    parts: which of loss (of each source, and by the length of documents), positions (the loss by what a token has
-    before it), needle (a pass key in a text, by depth and length, 2305.16300), recall (pairs of keys and values,
-    2312.04927), copy (a sequence said again, 2402.01032) and long_range (what the text before the last `context` tokens
-    is worth). length: tokens of a document that are read, at most, and of the longest needle; null for data.max_length.
-    tokens: of held-out documents that are scored of each source, about. lengths: of needles and of what is recalled and
-    copied, in tokens; null for four, each twice the one before, up to `length`. depths: how many places of a needle,
-    evenly spread from the first to the last. samples: examples of each length, and of each depth of a needle. symbols:
-    how many tokens recall and copy draw from. pairs: how many keys and values a recall binds. context: tokens that
-    long_range leaves of the context. documents: how many long_range reads of each length, at most. span_tokens: the
-    most tokens of a text that a rank takes at a time, as train.span_tokens; null for no limit. tasks: those of lm-eval,
-    where that is installed. limit: examples of each of these tasks; null for all.
-    """
-
-    parts: list[str] = field(default_factory=lambda: list(PARTS))
-    length: int | None = None
-    tokens: int = 262_144
-    lengths: list[int] | None = None
-    depths: int = 5
-    samples: int = 8
-    symbols: int = 32
-    pairs: int = 8
-    context: int = 1024
-    documents: int = 16
-    span_tokens: int | None = None
-    tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        for part in self.parts:
-            if part not in PARTS:
-                raise ValueError(f"evaluate.parts={part}: must be one of {', '.join(PARTS)}")
-        if not self.parts and not self.tasks:
-            raise ValueError("evaluate.parts=[]: must name a part, or evaluate.tasks a task")
-        for name, least in {"tokens": 1, "depths": 1, "samples": 1, "symbols": 4, "pairs": 1, "documents": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
-        if self.context < 8:
-            raise ValueError(f"evaluate.context={self.context}: must be at least 8")
-        for name in ("length", "span_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"evaluate.{name}={value}: must be at least 1, or null")
-        if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
-            raise ValueError(f"evaluate.lengths={self.lengths}: must be lengths from 1, or null")

@@ -54,6 +54,7 @@ def test_the_configuration_is_the_runs_and_where_it_runs_is_the_command_lines(ru
     assert config["model"]["dim"] == 32 and config["data"]["heldout"] == 0.5 and config["evaluate"]["parts"] == ["copy"]
     assert config["cluster"]["kind"] == "local" and config["cluster"]["workers"] == 2
     assert folder_of(found) == run / "evaluation" / "step-2"
+    assert folder_of(found, "average") == run / "evaluation" / "step-2-average"
     assert folder_of(run.parent / "copied") == run.parent / "copied" / "evaluation"
 
 
@@ -77,6 +78,8 @@ def test_what_is_wrong_costs_one_line_before_a_process_starts(run, capsys, tmp_p
          "+model.blocks.attn.mixer.positions.longest=200",
          "evaluate.length=256"): "evaluate.length=256: must be at most 200, the positions that the model knows",
         ("data.tokenizer=bpe", f"data.store={tmp_path / 'bpe'}", "data.vocabulary=257"): "data.tokenizer=json: must",
+        ("evaluate.weights=mean",): "evaluate.weights=mean: must be one of raw, average",
+        ("evaluate.weights=average",): "evaluate.weights=average: must be raw, ",
         ("resume=first",): "resume=first: not of an evaluation",
     }.items():  # fmt: skip
         assert refused(capsys, run, *arguments).startswith(said), arguments

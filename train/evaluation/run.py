@@ -36,7 +36,7 @@ def run(order: dict[str, Any]) -> None:
     first = dist.get_rank() == 0
     device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
     tell = _teller(Path(order["progress"])) if first else lambda part, done, of: None
-    model, executor, scorer = assemble(config, path, device, settings.span_tokens)
+    model, scorer = assemble(config, path, device, settings)
     batches = open_batches(config)
     length = reach(settings, batches)
     found = measure(scorer, batches, settings, tell)
@@ -48,9 +48,7 @@ def run(order: dict[str, Any]) -> None:
         write(Path(order["results"]), {"checkpoint": path.name, "length": length}, found)
 
 
-def assemble(
-    config: dict[str, Any], path: Path, device: torch.device, span_tokens: int | None
-) -> tuple[LM, Executor, Scorer]:
+def assemble(config: dict[str, Any], path: Path, device: torch.device, settings: EvaluateSettings) -> tuple[LM, Scorer]:
     """The model with a checkpoint's weights, sharded as in training, and what scores with it. Collective."""
     compute, master = dtypes(config["precision"]["compute"], device.type)
     with torch.device("meta"):
@@ -59,13 +57,15 @@ def assemble(
     model.loss_chunk = section(TrainSettings, config["train"]).loss_chunk
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
     facts = checkpoint.load(path, model, None)
+    if settings.weights == "average":
+        checkpoint.load_average(path, model)
     rebase(model, facts.get("rope_theta"))
     model.eval()
     parallel = section(ParallelSettings, config["parallel"])
     data, sequence = parallel.sizes(dist.get_world_size())
-    spans = None if span_tokens is None else Spans(span_tokens)
+    spans = None if settings.span_tokens is None else Spans(settings.span_tokens)
     executor = Executor(model, Groups(), device, *parallel.transport.build(), 0.0, spans=spans)
-    return model, executor, Scorer(executor, data, sequence)
+    return model, Scorer(executor, data, sequence)
 
 
 def open_batches(config: dict[str, Any]) -> Any:
