@@ -6,7 +6,8 @@ w = exp(-e^{-½}·σ(w0 + B tanh(A x))), so that no channel forgets more than 0.
 
 Values are mixed with those of the first such layer, v + (v_first - v) ⊙ σ(v0 + B A x): the value residual, which is
 handed from layer to layer (`models.depth`). What enters each projection is the token mixed with the one before it.
-Projections, shares, decays and ranks start as in the authors' code; flash-linear-attention's ranks grow with the width of a head, too.
+Projections, shares, decays and ranks start as in the authors' code; flash-linear-attention's ranks grow with the width
+of a head, too.
 """
 
 import math
