@@ -34,7 +34,11 @@ class Average:
 
     @property
     def weights(self) -> Weights:
-        """As they are: FSDP may move its shards to other memory at the first forward pass."""
+        """This moment's: FSDP may move its shards to other memory at the first forward pass, and after one without a
+        backward pass some weights are whole, to be cut again before they are anything else."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return {parameter_name(name): p.detach() for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
@@ -68,18 +72,11 @@ class Average:
     def swapped(self) -> Iterator[None]:
         """The model has the averaged weights meanwhile, and afterwards its own again, bit for bit."""
         own = _copied(self.weights)
-        self._put(self.averaged())
+        _fill(self.weights, self.averaged())
         try:
             yield
         finally:
-            self._put(own)
-
-    def _put(self, weights: Weights) -> None:
-        """Whole weights that FSDP still holds from a forward pass are of other shards: they go first."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        _fill(self.weights, weights)
+            _fill(self.weights, own)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: the averaged weights, and what they are made of."""
