@@ -53,6 +53,35 @@ class Past(NamedTuple):
         return Past(k, v, sinks)
 
 
+class Growing(Past):
+    """Keys and values of a text that is written token by token: room for more of them is made in steps, so that a token
+    does not cost a copy of all before it. Only one continuation may be written: a second would be into the same room.
+    """
+
+    room: tuple[Tensor, Tensor] | None = None
+
+    def joined(self, k_BTGK: Tensor, v_BTGV: Tensor) -> "Past":
+        length, more = self.k.shape[1], k_BTGK.shape[1]
+        room = self.room
+        if room is None or room[0].shape[1] < length + more:
+            spare = more + max(64, length // 4)
+            room = F.pad(self.k, [0, 0, 0, 0, 0, spare]), F.pad(self.v, [0, 0, 0, 0, 0, spare])
+        for held, new in zip(room, (k_BTGK, v_BTGV), strict=True):
+            held[:, length : length + more] = new
+        found = Growing(room[0][:, : length + more], room[1][:, : length + more], self.sinks)
+        found.room = room
+        return found
+
+    def kept(self, pieces: list[list[Piece]], firsts: list[int] | None, window: int | None, sinks: int) -> "Past":
+        found = super().kept(pieces, firsts, window, sinks)
+        if found.sinks or self.room is None:
+            return found
+        cut = self.k.shape[1] - found.k.shape[1]
+        growing = Growing(*found)
+        growing.room = self.room[0][:, cut:], self.room[1][:, cut:]
+        return growing
+
+
 def _rows(x_BLG: Tensor, begins: list[int], count: int) -> Tensor:
     """x[b, begins[b] : begins[b] + count] of each row, zeros where it ends before."""
     rows = [x[begin : begin + count] for x, begin in zip(x_BLG, begins, strict=True)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.pack import NO_TARGET, Packed
 from models.lm import LM
-from models.past import Past
+from models.past import Growing, Past
 from models.sequence import Memory, Whole
 from parallel.collectives import Comm
 from parallel.schedule import time
@@ -160,7 +160,7 @@ def _joined(values: Sequence[Any]) -> Any:
     if isinstance(first, Past):
         length = max(each.k.shape[1] for each in values)
         k, v = (torch.cat([_wide(each[i], first.sinks, length) for each in values]) for i in (0, 1))
-        return Past(k, v, first.sinks)
+        return Growing(k, v, first.sinks)
     if isinstance(first, dict):
         return {key: _joined([each[key] for each in values]) for key in first}
     if isinstance(first, tuple | list):
@@ -181,7 +181,7 @@ def _chosen(value: Any, rows: Tensor) -> Any:
     if isinstance(value, dict):
         return {key: _chosen(each, rows) for key, each in value.items()}
     if isinstance(value, Past):
-        return Past(value.k[rows], value.v[rows], value.sinks)
+        return Growing(value.k[rows], value.v[rows], value.sinks)
     if isinstance(value, tuple | list):
         return tuple(_chosen(each, rows) for each in value)
     return value[rows] if isinstance(value, Tensor) else value
