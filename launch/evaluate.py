@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from launch import local, preflight
 from launch.evaluated import draw, table
 from launch.generate import checkpoint_of, has_average
+from launch.stopping import stop_file
 from launch.user import UserError
 
 ENTRY = "train.evaluation.run:run"
@@ -50,7 +51,7 @@ def evaluate(arguments: list[str]) -> int:
             device=device,
             threads=config["cluster"]["threads"] or max(1, preflight.cores() // workers),
             tick=shown.tick,
-            say=lambda line: console.print("interrupted: once more ends it at once", markup=False),
+            say=lambda line: None,
         )
         trace = Path(place, "error.txt")
         if trace.exists() and outcome.exit_code == 1:
@@ -86,6 +87,7 @@ def configured(found: Path, overrides: list[str]) -> dict[str, Any]:
 
 def clear(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
     """Checks everything that can be checked before a process starts, and returns the device. Raises UserError."""
+    from data.tokenizer import Bytes, Json
     from launch import prepare
     from train import checkpoint
     from train.evaluation.harness import MISSING
@@ -118,6 +120,10 @@ def clear(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
                 f"data.tokenizer={given['name']}: must be the one that the run was trained with, "
                 f"{saved['name']}: {found / 'tokenizer.json'}"
             )
+        if settings.tasks and not isinstance(batches.tokenizer, Bytes | Json):
+            raise ValueError(
+                f"evaluate.tasks=[{','.join(settings.tasks)}]: must be []: this run's tokens spell no text"
+            )
         check(settings, batches, model)
         return preflight.device_of(cluster)
 
@@ -135,7 +141,7 @@ class Shown:
     """How far an evaluation is, part by part: a bar in a terminal, else a line as each part begins."""
 
     def __init__(self, place: Path, console: Console):
-        self.path, self.console = place / "progress.jsonl", console
+        self.path, self.stop, self.console = place / "progress.jsonl", stop_file(place), console
         self._read, self._part = 0, ""
         columns = BarColumn(40), TextColumn("{task.description}", markup=False), TimeRemainingColumn()
         self._bar = Progress(*columns, console=console, transient=True) if console.is_interactive else None
@@ -151,6 +157,9 @@ class Shown:
             self._bar.stop()
 
     def tick(self) -> None:
+        """Shows what is new. Raises KeyboardInterrupt where a stop is asked for: there is nothing to save."""
+        if self.stop.exists():
+            raise KeyboardInterrupt
         if not self.path.exists():
             return
         with self.path.open() as file:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.tokenizer import encoded
 from models.lm import LM
 from train.evaluation.score import Scorer
 from train.evaluation.texts import packed
@@ -84,7 +83,7 @@ class Answers:
         return found
 
     def _tokens(self, text: str) -> list[int]:
-        return encoded(self.tokenizer, text.encode()).tolist() if text else []
+        return self.tokenizer.encode(text.encode()).tolist() if text else []
 
 
 def harness(
