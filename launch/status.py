@@ -11,6 +11,7 @@ from typing import Any
 from launch import preflight
 from launch.progress import TAIL_BYTES, duration
 from launch.stopping import stop_file
+from launch.user import UserError
 from train.settings import TrainSettings, section
 
 _RATE_STEPS = 32  # the rate is that over this many steps
@@ -58,7 +59,10 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
     """The status of the run in `folder`. running: what its cluster says; by default, whether a process here has it."""
     from train import checkpoint
 
-    train = section(TrainSettings, preflight.saved_config(folder)["train"])
+    config = preflight.saved_config(folder)
+    if "train" not in config:
+        raise UserError(f"{folder}: is an import and has trained nothing")
+    train = section(TrainSettings, config["train"])
     records = _tail(folder / "metrics.jsonl")
     last: dict[str, Any] = records[-1] if records else {}
     heldout = next(((r["heldout_loss"], r["step"]) for r in reversed(records) if r.get("heldout_loss")), None)

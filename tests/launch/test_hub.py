@@ -53,6 +53,7 @@ def test_an_import_is_a_run_to_go_on_from(here, capsys):
     asked = configure(["init_from=source", "model.blocks.attn.mixer.window=64", "model.layers=2"])
     assert asked["model"]["blocks"]["attn"]["mixer"]["window"] == 64
     assert configure(["init_from=source", "model=mixer_study"])["model"]["dim"] == 64
+    assert refused(capsys, "status", "source") == "farspan status: runs/source: is an import and has trained nothing"
     with pytest.raises(UserError, match="resume=runs/source: is an import and has trained nothing"):
         configure(["resume=runs/source"])
 
