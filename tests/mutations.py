@@ -279,7 +279,7 @@ CARRIED: dict[str, Broken] = {
         Broken(carry_states_in_bf16, ("gla", "gated_deltanet"), precision="fp32"),
         Broken(lose_the_state_of_an_idle_memory, ("mom",), layout="unequal"),
         Broken(forget_the_tail_of_a_memory, ("mom",)),
-        Broken(run_spans_from_nothing, ("slstm",)),
+        Broken(run_spans_from_nothing, ("lact", "slstm")),
         Broken(lose_a_hop_of_the_keys_gradient, (MHA, GROUPED, WINDOW)),
         Broken(fetch_one_token_less_than_the_window, (WINDOW,)),
         Broken(fetch_no_sinks, (WINDOW,)),

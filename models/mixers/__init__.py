@@ -11,6 +11,7 @@ from models.mixers.gla import GatedLinearAttention
 from models.mixers.hgrn import HGRN
 from models.mixers.hgrn2 import HGRN2
 from models.mixers.kda import KimiDeltaAttention
+from models.mixers.lact import LaCT
 from models.mixers.lightnet import LightNet
 from models.mixers.lightning import Lightning
 from models.mixers.linear import LinearAttention
@@ -39,6 +40,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "hgrn": HGRN,
     "hgrn2": HGRN2,
     "kda": KimiDeltaAttention,
+    "lact": LaCT,
     "lightnet": LightNet,
     "lightning": Lightning,
     "linear": LinearAttention,

@@ -8,6 +8,8 @@ them, starts [B, T] bool, state as the rule's kind keeps it (None: zero), scale 
 An example is `example(T, dtype, decay, seed) -> xs`, with log decays down to -`decay` a token.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -215,6 +217,44 @@ def slstm_loop(x, R, *, positions):
     return torch.stack(outs, 1)
 
 
+MUON = (4.0848, -6.8946, 2.9270, 3.9505, -6.3029, 2.6377, 3.7418, -5.5913, 2.3037, 2.8769, -3.1427, 1.2046, 2.8366,
+        -3.0525, 1.2012)  # fmt: skip
+
+
+def lact_loop(q, k, v, rates, mu, *first, positions, chunk):
+    """2505.23884, section 3: SwiGLU weights [H, ...], read by a chunk's tokens and then updated by Muon with
+    the gradient of Σ -v·f(k), token by token, and their rows' norms restored. rates [B, T, H, 3], mu [B, T, H]."""
+
+    def apply(W, x):
+        return W[1] @ (F.silu(W[0] @ x) * (W[2] @ x))
+
+    def orthogonal(x):
+        y = (x if len(x) <= len(x.T) else x.T) / (x.square().sum().sqrt() + 1e-7)
+        for a, b, c in zip(MUON[::3], MUON[1::3], MUON[2::3], strict=True):
+            y = a * y + b * y @ y.T @ y + c * y @ y.T @ y @ y.T @ y
+        return y if len(x) <= len(x.T) else y.T
+
+    outs = torch.zeros_like(v)
+    for b, h in itertools.product(range(len(q)), range(q.shape[2])):
+        for t in range(q.shape[1]):
+            place = int(positions[b, t])
+            if place == 0:
+                W, M = [w[h] for w in first], [torch.zeros_like(w[h]) for w in first]
+            if place % chunk == 0:
+                G, momentum = [torch.zeros_like(w[h]) for w in first], 0.0
+            at = b, t, h
+            outs[at] = apply(W, q[at])
+            _, pull = torch.func.vjp(lambda *W: apply(W, k[at]), *W)  # noqa: B023
+            G = [g + rate * d for g, rate, d in zip(G, rates[at], pull(v[at]), strict=True)]
+            momentum = momentum + mu[at]
+            if place % chunk == chunk - 1:
+                M = [momentum / chunk * m + g for m, g in zip(M, G, strict=True)]
+                W = [w + orthogonal(m) for w, m in zip(W, M, strict=True)]
+                sizes = [w[h].norm(dim=1, keepdim=True) for w in first]
+                W = [w / (w.norm(dim=1, keepdim=True) + 1e-5) * size for w, size in zip(W, sizes, strict=True)]
+    return outs
+
+
 def draws(T, seed):
     """Normal and uniform numbers [B, T, H, ...] in fp64, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -387,4 +427,5 @@ KINDS = {
     "lightnet": Normalised("lightnet"),
 }
 
-SERIAL = {"slstm": slstm_loop}  # rules that are run: `loop(*xs, *shared, positions=) -> outputs`
+# Rules that are run: `loop(*xs, *shared, positions=, ...) -> outputs`, with what else the rule's kind has.
+SERIAL = {"lact": lact_loop, "slstm": slstm_loop}

@@ -35,8 +35,8 @@ SHAPES = {  # dim, layers, width of an expert; billions of parameters activated 
     "linear_moe_a1b_7b": (2048, 16, 1024, 1, 7),
 }
 OTHER = (  # mixers of more or less than 4 dim² weights
-    "gated_deltanet", "gated_deltaproduct", "gateloop", "lightning", "longhorn", "lru", "mamba", "mamba2", "mingru",
-    "retnet", "rglru", "rwkv6", "slstm", "titans",
+    "gated_deltanet", "gated_deltaproduct", "gateloop", "lact", "lightning", "longhorn", "lru", "mamba", "mamba2",
+    "mingru", "retnet", "rglru", "rwkv6", "slstm", "titans",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ A mixer that needs more than a model width to be built says what in NEEDED; opti
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import pytest
@@ -22,7 +22,7 @@ from models.taken import Picked, Tail
 from tests.models.rules import ORACLES, SERIAL
 
 DIM = 16
-NEEDED = {"heads": 2, "kv_heads": 1}
+NEEDED = {"heads": 2, "kv_heads": 1, "chunk": 16}
 MORE = {
     "attention": [{"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2, "qk_norm": True, "gate": True}],
     "deltanet": [{"negative_eigenvalues": True, "gate": True, "expand_v": 2.0}],
@@ -30,6 +30,7 @@ MORE = {
     "gated_deltaproduct": [{"steps": 3, "negative_eigenvalues": False, "expand_k": 0.5}],
     "hgrn2": [{"expand_k": 0.5}],
     "kda": [{"negative_eigenvalues": True, "expand_k": 0.5}],
+    "lact": [{"chunk": 20, "expand": 1.5}],
     "lightnet": [{"expand_k": 0.5}],
     "lightning": [{"rates": "transnormer"}],
     "linear": [{"normalise": True}, {"feature": "relu"}],
@@ -101,7 +102,8 @@ class TokenByToken(Whole):
 
     def scan(self, recurrence, *xs, slot):
         if isinstance(recurrence, Serial):
-            return SERIAL[recurrence.rule](*xs, *recurrence.shared, positions=self.positions)
+            sizes = {each.name: getattr(recurrence, each.name) for each in fields(recurrence)}
+            return SERIAL[recurrence.rule](*xs, *sizes.pop("shared"), positions=self.positions, **sizes)
         if isinstance(recurrence, Tail):  # what moves on is nothing where all tokens are here
             return super().scan(recurrence, *xs, slot=slot)
         if isinstance(recurrence, Picked):

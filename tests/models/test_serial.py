@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from models.kernels import slstm
+from models.axes import initialise
+from models.kernels import fast_weights, slstm
+from models.kernels.newton_schulz import FIVE, newton_schulz
+from models.mixers import MIXERS
+from models.sequence import Whole
 from tests.models.rules import slstm_loop
 
 B, H, K = 2, 2, 3
@@ -55,3 +59,31 @@ def test_gates_of_any_size_stay_finite_in_fp32(size):
     out, state = slstm.run(x, R, positions(500), nothing(x))
     found = [out, state, *torch.autograd.grad(out.sum(), (x, R))]
     assert all(y.isfinite().all() for y in found) and out.abs().max() <= 1 + 1e-5
+
+
+def test_fast_weights_learn_on_the_grid_of_their_document():
+    """Two chunks of 8 and a rest: only what a chunk before it held may move a token's output."""
+    layer = initialise(MIXERS["lact"](dim=8, heads=2, chunk=8), 0).double()
+    x = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seq = Whole.of(torch.arange(20)[None])
+    before = layer(x, seq, slot="s")[0]
+    for t, moved in ((3, [3, *range(8, 20)]), (13, [13, 16, 17, 18, 19]), (18, [18])):
+        changed = x.clone()
+        changed[0, t] += 1
+        differs = (layer(changed, seq, slot="s")[0] - before).abs().amax(-1) > 1e-12
+        assert differs.nonzero().flatten().tolist() == moved
+
+
+def test_rows_of_fast_weights_keep_their_norms_and_a_step_is_orthogonal():
+    generator = torch.Generator().manual_seed(0)
+    first = tuple(torch.randn(2, 6, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    sums = tuple(torch.randn(2, 6, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    nothing, mu = tuple(torch.zeros_like(w) for w in first), torch.ones(2, dtype=torch.float64)
+    after = fast_weights.step(fast_weights.Learning(first, nothing, sums, mu), first, 8)
+    for w, f in zip(after.weights, first, strict=True):
+        torch.testing.assert_close(w.norm(dim=-1), f.norm(dim=-1), rtol=1e-4, atol=0)
+    assert all(torch.equal(m, s) for m, s in zip(after.momenta, sums, strict=True)) and not any(
+        map(torch.any, after.sums)
+    )
+    values = torch.linalg.svdvals(newton_schulz(sums[0], each=FIVE))
+    assert values.min() > 0.85 and values.max() < 1.15

@@ -78,6 +78,8 @@ def _grid(title: str, transports: dict, rows: dict[str, Any]) -> list[str]:
     lines = [f"## {title}", "", f"| mixer | {' | '.join(columns)} | commit |", "|---" * (len(columns) + 2) + "|"]
     for mixer, row in rows.items():
         pairs = (row["worst"].get(column) for column in columns)
-        cells = ("–" if pair is None else " / ".join(f"{error:.0e}" for error in pair) for pair in pairs)
+        cells = (
+            "–" if pair is None else " / ".join(f"{error:.0e}" if error else "–" for error in pair) for pair in pairs
+        )
         lines.append(f"| {mixer} | {' | '.join(cells)} | {row['commit']} |")
     return [*lines, ""]
