@@ -327,6 +327,8 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
     from launch import origin
     from train import checkpoint, published
 
+    if flight.train.init_weights == "average" and not (flight.config["init_from"] or flight.config["resume"]):
+        raise ValueError("train.init_weights=average: must be raw without init_from")
     for key in ("resume", "init_from"):
         value = flight.config[key]
         if value is None:
