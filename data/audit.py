@@ -52,6 +52,29 @@ def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 
     ]
 
 
+def passed_over(skipped: list[list[int]], step: int, skips: int, trained: dict[int, int]) -> str:
+    """What a run has passed over, in words.
+
+    skipped: [begin, end) of batches, by their place in the order, as a checkpoint at `step` lists them. trained: of
+    each step the place of its batch, by the run's own record. Raises AssertionError where a batch up to here was
+    neither trained on nor passed over, or both.
+    """
+    over = [place for begin, end in skipped for place in range(begin, end)]
+    if len(over) != skips or len(set(over)) != skips:
+        raise AssertionError(f"{len(set(over)):,} batches are listed as passed over, {skips:,} are counted")
+    if lost := sorted(set(range(1, step + 1)) - trained.keys()):
+        raise AssertionError(f"no record of step {lost[0]}")
+    seen = [trained[n] for n in range(1, step + 1)]
+    if both := set(seen) & set(over):
+        raise AssertionError(f"batch {min(both)} is listed as passed over, and was trained on")
+    if missing := sorted(set(range(step + skips)) - set(seen) - set(over)):
+        raise AssertionError(f"batch {missing[0]} was neither trained on nor passed over")
+    if not skips:
+        return f"{step:,} steps before, no batch passed over"
+    rows = ", ".join(str(begin) if end == begin + 1 else f"{begin} to {end - 1}" for begin, end in skipped)
+    return f"{step:,} steps before, {skips:,} batches passed over: {rows}; every other one trained on once"
+
+
 def _read(batches: Batches, slots: Sequence[Slot], found: list[Ints], seed: int, step: int, skips: int) -> None:
     """Holds what a step reads against the store, token by token."""
     batch = batches.batch(seed, step, skips)

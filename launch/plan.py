@@ -104,15 +104,27 @@ def _order(flight: Flight) -> list[str]:
 
 def _audit(flight: Flight, steps: int) -> list[str]:
     """Raises ValueError for what the audit finds wrong."""
-    from data.audit import audit
+    from data.audit import audit, passed_over
     from train import checkpoint
 
-    facts = checkpoint.manifest(flight.resume) if flight.resume else {"step": 0, "skips": 0}
+    facts: dict[str, Any] = checkpoint.manifest(flight.resume) if flight.resume else {"step": 0, "skips": 0}
     try:
         found = audit(flight.batches, flight.config["seed"], steps, facts["step"], facts["skips"])
+        if flight.resume is not None:
+            trained = {
+                record["step"]: record["step"] - 1 + record.get("skips", 0) for record in _trained(flight.resume)
+            }
+            found.append(passed_over(facts.get("skipped", []), facts["step"], facts["skips"], trained))
     except AssertionError as error:
         raise ValueError(f"data.audit={steps}: {error}") from None
     return [f"{'' if i else 'audit':<12}{line}" for i, line in enumerate(found)]
+
+
+def _trained(checkpoint: Path) -> list[dict[str, Any]]:
+    """The records of the steps that a run has made, of which the newest attempt's count."""
+    from train.tracking import records
+
+    return [r for r in records(checkpoint.parent.parent / "metrics.jsonl") if "skipped" not in r]
 
 
 def _model(flight: Flight) -> LM:

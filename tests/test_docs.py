@@ -34,6 +34,7 @@ PAGES = [
             "data",
             "schedules",
             "optimizers",
+            "guards",
             "cluster",
             "evaluate",
             "decoding",
@@ -43,7 +44,18 @@ PAGES = [
 ]
 TAKE_MINUTES = [
     f"docs/{page}.md"
-    for page in ("first-run", "models", "parallel", "schedules", "optimizers", "cluster", "evaluate", "decoding", "hub")
+    for page in (
+        "first-run",
+        "models",
+        "parallel",
+        "schedules",
+        "guards",
+        "optimizers",
+        "cluster",
+        "evaluate",
+        "decoding",
+        "hub",
+    )
 ]
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",

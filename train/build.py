@@ -16,8 +16,8 @@ from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
 from models.moe import mixtures
-from parallel.memory import give_back
 from models.serial import Serial
+from parallel.memory import give_back
 from parallel.mesh import Groups, everyone
 from parallel.schedule.volume import Ask
 from train import checkpoint, communication, moments, optimizer
@@ -25,6 +25,7 @@ from train.asked import asked
 from train.average import Average
 from train.construct import construct
 from train.execute import Executor
+from train.guard import Guard
 from train.loop import Trainer
 from train.observe import Phases, Utilisation, matmul_peak
 from train.patience import Patience
@@ -111,6 +112,7 @@ def build(order: dict[str, Any]) -> Trainer:
         average=_average(order, model, train, facts, say),
         companions=_companions(run_dir, batches) if first else (),
         kept=kept,
+        guard=_guard(train, groups, device, facts if order.get("resume") else {}),
     )
 
 
@@ -132,7 +134,7 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
     state, facts = State(attempt=0), dict[str, Any]()
     if order.get("resume"):
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
-        state = State(facts["step"], facts["tokens"], facts["skips"], facts["attempt"])
+        state = State.of(facts)
     elif order.get("init_from"):
         checkpoint.load(Path(order["init_from"]), model, None)
         if order["config"]["train"].get("init_weights") == "average":
@@ -158,6 +160,12 @@ def _average(
         else:
             checkpoint.read({"average": state}, Path(order["resume"]))
     return average
+
+
+def _guard(train: TrainSettings, groups: Groups, device: torch.device, facts: dict[str, Any]) -> Guard:
+    guard = Guard(train.guard, groups.world_comm, device)
+    guard.restore(facts.get("guard") or {})
+    return guard
 
 
 def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:

@@ -27,7 +27,8 @@ def clip(model: nn.Module, comm: Comm, *, largest: float, each: float | None, va
             local(gradient).mul_((each / (size + EPSILON)).clamp(max=1.0).to(gradient.dtype))
     if value is not None or each is not None:
         after = norm(gradients)
-    nn.utils.clip_grads_with_norm_(model.parameters(), largest, after)
+    # One that is not finite scales nothing: it would spread to all gradients, and hide where it is from.
+    nn.utils.clip_grads_with_norm_(model.parameters(), largest, after.nan_to_num(0.0, 0.0, 0.0))
     return before
 
 

@@ -19,12 +19,13 @@ from models.moe import mixtures
 from parallel.collectives import LEDGER
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
-from train import checkpoint, communication
+from train import checkpoint, communication, rescue
 from train.average import Average
 from train.clip import clip
 from train.context import rebase
 from train.evaluate import Heldout, heldout
 from train.execute import Executor, Tally
+from train.guard import Guard, apply
 from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
 from train.optimizer import set_rate
 from train.patience import Patience
@@ -57,11 +58,13 @@ class Trainer:
     state: State
     say: Callable[[str], None]
     tracker: Tracker | None
+    guard: Guard
     utilisation: Utilisation | None = None
     average: Average | None = None
     companions: Sequence[Path] = ()
     kept: dict[str, Any] = field(default_factory=dict)  # what a resumed run finds as it was
     noted: tuple[tuple[MicroStep, ...], ...] = ()
+    scored: tuple[Tensor, int] | None = None  # this step's cross-entropy on this rank, and the targets of all ranks
 
     def fit(self) -> None:
         """Trains to the end of the budget, or to the end of the step in which a stop is asked for."""
@@ -82,6 +85,11 @@ class Trainer:
         while self.state.step < self.settings.total_steps and not stopping:
             before = self.state.tokens
             record, stopping = self.step()
+            if "skipped" in record and not stopping:
+                self._log(record)
+                if rescue.due(self):
+                    rescue.go_back(self)
+                continue
             ended = stopping or self.state.step == self.settings.total_steps
             tokens = self.state.tokens - before
             if ended and not stopping or self._due(self.settings.evaluate_every, tokens):
@@ -111,11 +119,19 @@ class Trainer:
             plan = self.plan(lengths)
             self._note(plan)
         tally = self.executor.train(plan, batch)
+        targets = sum(s.num_targets for s in batch)
         with self.phases("optimizer"):
+            self.scored = tally.cross_entropy, targets
             rate, gradient_norm = self._update(tokens)
+        shared = self._share(tally, time.process_time() - cpu)
+        if shared["held"]:
+            loss = shared["cross_entropy"] / max(targets, 1)
+            return rescue.skip(self, plan, batch, loss, gradient_norm, rate), shared["stop"]
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.step(tokens)
         state.step += 1
         state.tokens += tokens
-        shared = self._share(tally, time.process_time() - cpu)
         for name, counts in shared["choices"].items():
             mixtures(self.model)[name].router.settle(counts)
         seconds = time.perf_counter() - began
@@ -125,7 +141,7 @@ class Trainer:
             "tokens": state.tokens,
             "time": time.time(),
             "attempt": state.attempt,
-            "loss": shared["cross_entropy"] / max(sum(s.num_targets for s in batch), 1),
+            "loss": shared["cross_entropy"] / max(targets, 1),
             "balance_loss": shared["balance"] / tokens,
             "z_loss": shared["z"] / tokens,
             "lr": rate,
@@ -136,6 +152,8 @@ class Trainer:
             "expert_load": {name: _shares(counts) for name, counts in shared["choices"].items()},
         }
         record |= shared["communication"]
+        if state.skips:
+            record["skips"] = state.skips
         if len(drawn := self.batches.drawn(state.step, state.skips)) > 1:
             record["drawn"] = drawn
         if shared["dropped"]:
@@ -148,16 +166,16 @@ class Trainer:
         return record, shared["stop"]
 
     def _update(self, tokens: int) -> tuple[float, float]:
-        """Clips and applies the step's gradients. Returns the learning rate and the gradient norm before clipping."""
+        """Clips and applies the step's gradients, unless the guard holds them back. Returns the learning rate and the
+        gradient norm before clipping."""
         own, comm = self.settings, self.groups.world_comm
         gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
+        assert self.scored is not None
+        held = self.guard.decide(*self.scored, gradient_norm)
         middle = self.state.tokens + tokens / 2
-        rate = self.rate * self.schedule.multiplier(middle, self.settings.total_tokens)
+        rate = self.rate * self.state.scale * self.schedule.multiplier(middle, self.settings.total_tokens)
         set_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.step(tokens)
+        apply(self.optimizer, held)
         return rate, gradient_norm.item()
 
     def plan(self, lengths: list[int]) -> Plan:
@@ -168,7 +186,7 @@ class Trainer:
         """Writes a checkpoint of this step and returns its folder. Collective."""
         with self.phases("checkpoint"), self.patience.during("writing a checkpoint"):
             facts = {**self.state.facts(), **self.kept, "seed": self.seed, "data": self.batches.fingerprint}
-            facts |= {"order": self.batches.order}
+            facts |= {"order": self.batches.order, "guard": self.guard.facts()}
             facts |= {} if self.average is None else {"average": self.average.facts()}
             facts["rope_theta"] = self.batches.rope_theta(max(self.state.step - 1, 0), self.state.skips)
             path = checkpoint.save(
@@ -215,7 +233,8 @@ class Trainer:
         sums = [tally.cross_entropy, tally.balance, tally.z, *(tally.dropped[name] for name in limited)]
         stop = float((self.run_dir / "stop").exists()) if self.groups.rank == 0 else 0.0
         memory = float(peak_memory_bytes(str(self.executor.device)))
-        own = torch.tensor([stop, memory, cpu], dtype=torch.float64, device=self.executor.device)
+        own = torch.tensor([stop, memory, cpu, 0.0], dtype=torch.float64, device=self.executor.device)
+        own[3] = self.guard.held  # without a word from the device to the host
         received = torch.tensor(communication.taken(), dtype=torch.float64, device=self.executor.device)
         row = torch.cat([own, *(x.double().view(1) for x in sums), *loads, received])
         rows = self.groups.world_comm.all_gather(row, purpose="metrics")
@@ -227,6 +246,7 @@ class Trainer:
         dropped = dict(zip(limited, left_out, strict=True))
         return {
             "stop": bool(total[0] > 0),
+            "held": bool(total[3] > 0),
             "memory": int(rows[:, 1].max()),
             "cpu": total[2].item(),
             "cross_entropy": cross_entropy,

@@ -37,6 +37,33 @@ INIT_OPTIMIZER = ("reset", "keep", "reset_mean", "reset_moments")
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What keeps a step that would do harm from the weights, and when a run goes back.
+
+    A step whose gradient is not finite never reaches the weights. sigma: how many standard deviations above the mean of
+    a window loss and gradient norm may be; a step beyond is passed over; null for no such limit. window: of how many
+    steps; the limit holds once it is half full. skips: how many batches of the last `window` may be passed over; at so
+    many the run goes back to a checkpoint from before them, and passes over all data up to there. rollbacks: how often
+    it may, before it ends. backoff: what the learning rate is multiplied by each time, above 0 and at most 1.
+    """
+
+    sigma: float | None = None
+    window: int = 128
+    skips: int = 8
+    rollbacks: int = 3
+    backoff: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and not self.sigma > 0:
+            raise ValueError(f"train.guard.sigma={self.sigma}: must be above 0, or null")
+        for name, least in (("window", 2), ("skips", 1), ("rollbacks", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"train.guard.{name}={getattr(self, name)}: must be at least {least}")
+        if not 0 < self.backoff <= 1:
+            raise ValueError(f"train.guard.backoff={self.backoff}: must be above 0, and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How long and how often, in tokens.
 
@@ -68,6 +95,7 @@ class TrainSettings:
     steps: int | None = None
     batch_tokens: int | list[Any] = 4096
     init_optimizer: str = "reset"
+    guard: GuardSettings = GuardSettings()
     loss_chunk: int | None = 2048
     span_tokens: int | None = None
     span_gradient: str = "exact"
@@ -315,4 +343,6 @@ def section(kind: type[Settings], values: dict[str, Any]) -> Settings:
     values = dict(values)
     if kind is ParallelSettings and "transport" in values:
         values["transport"] = TransportSettings(**values["transport"])
+    if kind is TrainSettings and isinstance(values.get("guard"), dict):
+        values["guard"] = GuardSettings(**values["guard"])
     return kind(**values)

@@ -1,0 +1,295 @@
+"""Runs in which something goes wrong: what is poisoned is passed over, and nothing else; weights never see a NaN."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.audit import passed_over
+from launch import plan, preflight
+from parallel.owners import local
+from tests.jobs import order, overrides
+from train.build import build
+from train.guard import Guard
+from train.settings import GuardSettings
+from train.state import State
+from train.tracking import records
+
+SHORT = [
+    "train.batch_tokens=192",
+    "tracking=none",
+    "model.layers=2",
+    "train.keep=9",
+    "schedule=constant",
+    "optimizer.lr=1e-2",
+]
+LIMITED = ["train.guard.sigma=6", "train.guard.window=8"]
+
+
+class Alone:
+    """Of one rank."""
+
+    def all_reduce(self, x: torch.Tensor, *, purpose: str) -> torch.Tensor:
+        return x.clone()
+
+
+def guard(**settings: Any) -> Guard:
+    return Guard(GuardSettings(**settings), Alone(), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def decide(one: Guard, loss: float, norm: float) -> bool:
+    return bool(one.decide(torch.tensor(10 * loss), 10, torch.tensor(norm)))
+
+
+def test_a_limit_is_so_many_deviations_of_a_window_that_is_half_full():
+    one, values = guard(sigma=3.0, window=8), [2.0, 2.2, 1.9, 2.1]
+    assert not any(decide(one, v, 100 * v) for v in values), "nothing is known yet"
+    limit = np.mean(values) + 3 * np.std(values)
+    kept = one.facts()
+    for factor, held in ((0.999, False), (1.001, True)):
+        one.restore(kept)
+        assert decide(one, limit * factor, 200.0) is held
+        one.restore(kept)
+        assert decide(one, 2.0, 100 * limit * factor) is held
+    one.restore(json.loads(json.dumps(kept)))
+    assert [decide(one, 50.0, 200.0) for _ in range(3)] == [True] * 3, "one far off does not hide the next"
+    assert np.nanmax(one.seen[0]) < 4
+    assert not decide(one, 2.0, 200.0)
+
+
+def test_a_lasting_change_is_accepted_in_time():
+    one = guard(sigma=6.0, window=16)
+    rng = np.random.default_rng(0)
+    assert not any(decide(one, 2 + 0.05 * rng.standard_normal(), 1.0) for _ in range(16))
+    held = [decide(one, 2.6 + 0.05 * rng.standard_normal(), 1.0) for _ in range(40)]
+    assert held[0] and not any(held[16:])
+
+
+def test_what_is_not_finite_is_held_back_without_any_limit():
+    one = guard()
+    assert [decide(one, 2.0, norm) for norm in (1.0, math.nan, math.inf, 1e30)] == [False, True, True, False]
+    limited = guard(sigma=3.0, window=4)
+    assert [decide(limited, v, 1.0) for v in (2.0, math.nan, 2.1, math.inf, 2.0)] == [False, True, False, True, False]
+
+
+def test_rows_of_batches_that_were_passed_over_add_up():
+    state = State(step=5)
+    state.skip(6)
+    state.skip(7)
+    state.step += 3
+    state.skip(12)
+    assert (state.skipped, state.skips, state.place) == ([[5, 7], [10, 12]], 4, 12)
+    assert State.of(json.loads(json.dumps(state.facts()))) == state
+    trained = {n: place for n, place in enumerate([0, 1, 2, 3, 4, 7, 8, 9], 1)}
+    assert "4 batches passed over: 5 to 6, 10 to 11" in passed_over(state.skipped, 8, 4, trained)
+    for wrong, words in (
+        ({**trained, 6: 5}, "batch 5 is listed as passed over, and was trained on"),
+        ({**trained, 8: 8}, "batch 9 was neither"),
+        ({n: p for n, p in trained.items() if n != 3}, "no record of step 3"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            passed_over(state.skipped, 8, 4, wrong)
+    with pytest.raises(AssertionError, match="3 batches are listed as passed over, 4 are counted"):
+        passed_over([[5, 7], [10, 11]], 8, 4, trained)
+
+
+# Each goes wrong at one place in the order, on every attempt to read it.
+def poison(trainer: Any, place: int) -> None:
+    """The first layer gives a NaN for this batch, as often as it is run: what a broken document may do to a model."""
+    train, layer = trainer.executor.train, next(iter(trainer.model.layers.values()))
+
+    def step(plan: Any, batch: Any) -> Any:
+        bad = trainer.state.place == place
+        hook = layer.register_forward_hook(lambda module, args, out: _times_nan(out)) if bad else None
+        trainer.hooked = hook
+        try:
+            return train(plan, batch)
+        finally:
+            if hook is not None and not bad:
+                hook.remove()
+
+    object.__setattr__(trainer.executor, "train", step)
+
+
+def _times_nan(out: Any) -> Any:
+    return tuple(x * math.nan if i == 0 else x for i, x in enumerate(out)) if isinstance(out, tuple) else out * math.nan
+
+
+def one_ranks_gradient(trainer: Any, place: int) -> None:
+    """A NaN in one element of one weight's gradient, on the last rank only."""
+    train = trainer.executor.train
+
+    def step(plan: Any, batch: Any) -> Any:
+        tally = train(plan, batch)
+        if trainer.state.place == place and trainer.groups.rank == trainer.groups.world - 1:
+            weight = dict(trainer.model.named_parameters())["embedding"]
+            local(weight.grad).view(-1)[-1] = math.nan
+        return tally
+
+    object.__setattr__(trainer.executor, "train", step)
+
+
+def spike(trainer: Any, place: int) -> None:
+    """Tokens that no text has in such an order: the targets of the batch are shuffled among 256 bytes."""
+    batch = trainer.batches.batch
+
+    def read(seed: int, step: int, skips: int = 0) -> Any:
+        found = batch(seed, step, skips)
+        if step + skips != place:
+            return found
+        rng = np.random.default_rng(0)
+        return [type(s)(s.tokens, rng.integers(0, 256, s.targets.shape), s.starts) for s in found]
+
+    trainer.batches.batch = read
+
+
+def fit(job: dict[str, Any], harm: Any = None, place: int = 0) -> dict[str, Any]:
+    """A run to its end, with its weights looked at after each update."""
+    trainer = build(job)
+    if harm is not None:
+        harm(trainer, place)
+    update, clean = trainer._update, []
+
+    def looked_at(tokens: int) -> Any:
+        found = update(tokens)
+        clean.append(all(bool(torch.isfinite(local(p)).all()) for p in trainer.model.parameters()))
+        return found
+
+    trainer._update = looked_at
+    step = trainer.step
+
+    def stepped() -> Any:
+        found = step()  # the hook of a poisoned batch stays until its layers have been named
+        if hook := getattr(trainer, "hooked", None):
+            hook.remove()
+            trainer.hooked = None
+        return found
+
+    trainer.step = stepped
+    trainer.fit()
+    weights = {n: p.detach().full_tensor().numpy().copy() for n, p in trainer.model.named_parameters()}
+    return {"clean": all(clean), "weights": weights, "state": trainer.state.facts()}
+
+
+CASES = {  # ranks, the harm, steps, words of the log
+    "a poisoned batch": (1, poison, 10, "not finite first in layers.0"),
+    "a NaN on one rank": (2, one_ranks_gradient, 10, "not finite first in the gradient of embedding"),
+    "a loss spike": (1, spike, 22, "passed over, loss"),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES)
+def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: str) -> None:
+    world, harm, steps, words = CASES[case]
+    poisoned = steps - 2
+    folder = tmp_path / "run"
+    more = [*SHORT, *LIMITED, f"cluster.workers={world}", f"train.steps={steps}"]
+    found = run(world, fit, order(tmp_path, folder, *more), harm, poisoned)
+    for rank in found:
+        assert rank["clean"] and rank["state"] == found[0]["state"]
+        assert rank["state"]["skipped"] == [[poisoned, poisoned + 1]] and rank["state"]["step"] == steps
+    log = (folder / "log.txt").read_text()
+    assert words in log and f"step {poisoned + 1}: batch {poisoned} passed over" in log
+    every = [r for r in records(folder / "metrics.jsonl", every_attempt=True) if "skipped" in r]
+    assert len(every) == 1 and every[0]["skipped"]["batch"] == poisoned
+    assert records(folder / "metrics.jsonl")[-1]["skips"] == 1
+    kept = np.load(folder / "skipped" / f"batch-{poisoned}.npz", allow_pickle=False)
+    assert kept["tokens"].shape == (192,) and kept["lengths"].tolist() == [96, 96]
+
+    path = folder / "checkpoints" / f"step-{steps}"
+    config = preflight.configure([*overrides(tmp_path), *more])
+    batches = preflight_batches(config)
+    flight = preflight.Flight(config, None, None, "cpu", 1, world, {}, batches, resume=path)  # type: ignore[arg-type]
+    said = "\n".join(plan._audit(flight, 5))
+    assert f"{steps} steps before, 1 batches passed over: {poisoned}; every other one trained on once" in said
+
+
+def preflight_batches(config: dict[str, Any]) -> Any:
+    from data.ramp import opened
+    from train.construct import construct
+
+    return opened(construct(config["data"]), config["train"]["batch_tokens"], construct(config["curriculum"]))
+
+
+@pytest.mark.dist
+def test_a_run_without_anything_unusual_is_what_it_was(run, tmp_path: Path) -> None:
+    jobs = [order(tmp_path, tmp_path / n, *SHORT, "cluster.workers=1", "train.steps=6", *more) for n, more in
+            (("plain", []), ("guarded", ["train.guard.sigma=6", "train.guard.window=4"]))]  # fmt: skip
+    plain, guarded = (run(1, fit, job)[0] for job in jobs)
+    assert guarded["state"]["skipped"] == [] and plain["state"] == guarded["state"]
+    for name, weight in plain["weights"].items():
+        assert np.array_equal(weight, guarded["weights"][name])
+
+
+@pytest.mark.dist
+def test_a_rate_far_too_high_goes_back_and_ends_healthy(run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    curve = "[[0.1,0.003,linear],[0.4,0.003,constant],[0.05,1.0,linear],[0.45,1.0,constant]]"
+    more = [
+        *SHORT,
+        "cluster.workers=1",
+        "train.steps=24",
+        "schedule=phases",
+        f"schedule.phases={curve}",
+        "train.clip=1e9",
+    ]
+    more += ["optimizer.lr=3", "train.guard.sigma=4", "train.guard.window=8", "train.guard.skips=2"]
+    more += ["train.guard.rollbacks=9", "train.guard.backoff=0.01", "train.checkpoint_every=384"]
+    (found,) = run(1, fit, order(tmp_path, folder, *more))
+    state, log = found["state"], (folder / "log.txt").read_text()
+    assert state["rollbacks"] >= 1 and state["scale"] == pytest.approx(0.01 ** state["rollbacks"])
+    assert found["clean"] and state["step"] == 24 and "back to step-" in log
+    written = records(folder / "metrics.jsonl")
+    trained = {r["step"]: r["step"] - 1 + r.get("skips", 0) for r in written if "skipped" not in r}
+    assert "every other one trained on once" in passed_over(state["skipped"], 24, state["skips"], trained)
+    assert written[-1]["loss"] < written[0]["loss"], "it ends better than it began"
+
+
+def nowhere_to_go(job: dict[str, Any]) -> str:
+    trainer = build(job)
+
+    def always(tally: Any, targets: int, norm: Any) -> Any:
+        trainer.guard.held = torch.ones((), dtype=torch.bool)
+        return trainer.guard.held
+
+    trainer.guard.decide = always
+    try:
+        trainer.fit()
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+def test_a_run_with_nowhere_to_go_back_to_ends_in_one_line(run, tmp_path: Path) -> None:
+    more = [*SHORT, "cluster.workers=1", "train.steps=9", "train.guard.skips=2"]
+    (line,) = run(1, nowhere_to_go, order(tmp_path, tmp_path / "run", *more))
+    assert (
+        line
+        == "2 of the last 128 batches were passed over, and there is no checkpoint from before batch 0 to go back to"
+    )
+
+
+def masked(trainer: Any, place: int) -> None:
+    """No token of the second rank's sequence counts."""
+    batch = trainer.batches.batch
+
+    def read(*asked: int) -> Any:
+        first, second = batch(*asked)
+        return [first, type(second)(second.tokens, np.full_like(second.targets, -100), second.starts)]
+
+    trainer.batches.batch = read
+
+
+@pytest.mark.dist
+def test_a_rank_whose_tokens_are_all_masked_trains_on(run, tmp_path: Path) -> None:
+    more = [*SHORT, "cluster.workers=2", "parallel.data=2", "train.steps=3", *LIMITED]
+    for rank in run(2, fit, order(tmp_path, tmp_path / "run", *more), masked):
+        assert rank["state"]["skipped"] == [] and rank["state"]["step"] == 3 and rank["clean"]
+    losses = [r["loss"] for r in records(tmp_path / "run" / "metrics.jsonl")]
+    assert losses[2] < losses[1] < losses[0]
