@@ -52,7 +52,7 @@ def times(overrides: list[str], rounds: int) -> dict[str, list[float]]:
     model, declared = sharded(overrides)
     kinds = {name: optimizer.build(make, model, declared) for name, make in KINDS.items()}
     for p in model.parameters():
-        p.grad = torch.randn_like(p)
+        p.grad = p.detach().clone()
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds + 1):
         for name, each in kinds.items():
