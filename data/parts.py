@@ -55,7 +55,7 @@ class Job:
         largest = -1
         opening = [] if self.tokens is not None else [np.array([self.tokenizer.DOCUMENT], dtype=self.dtype)]
         with open(place.with_suffix(".bin"), "wb") as stream:
-            for batch in _batched(self.corpus.read(part, skipped)):
+            for batch in _batched(self._documents(part, skipped)):
                 contents = [content for _, content in batch]
                 pieces, documents = [], []
                 for (name, content), ids in zip(batch, self._encoded(contents), strict=True):
@@ -98,6 +98,14 @@ class Job:
     def dtype(self) -> np.dtype:
         """Of the tokens."""
         return smallest(self.tokenizer.size) if self.tokens is None else self.tokens
+
+    def _documents(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+        """What the corpus reads of a part, save what is no text where the tokenizer spells nothing else."""
+        for name, content in self.corpus.read(part, skipped):
+            if self.tokens is None and not self.tokenizer.spells(content):
+                skipped["not text"] += 1
+            else:
+                yield name, content
 
     def _encoded(self, contents: list[bytes]) -> Iterable[NDArray[np.integer]]:
         if self.tokens is None:

@@ -34,6 +34,9 @@ class Tokenizer(Protocol):
     def card(self) -> dict[str, Any]:
         """What a checkpoint keeps of its tokenizer: all that `from_card` needs, and what the special ids mean."""
 
+    def spells(self, content: bytes) -> bool:
+        """Whether these bytes are what `encode` takes: UTF-8, for most."""
+
     def encode(self, content: bytes) -> Ids:
         """Token ids of UTF-8 text [T]; no `DOCUMENT` is added."""
 
@@ -58,6 +61,9 @@ class Bytes:
     def card(self) -> dict[str, Any]:
         """What a checkpoint keeps of its tokenizer: all that `from_card` needs, and what the special ids mean."""
         return {"name": self.name, "size": self.size, "special": {"document": self.DOCUMENT}}
+
+    def spells(self, content: bytes) -> bool:
+        return True
 
     def encode(self, content: bytes) -> NDArray[np.uint16]:
         """Token ids, uint16 [len(content)]; no `DOCUMENT` is added."""
@@ -122,6 +128,13 @@ class Json:
         """What a checkpoint keeps of its tokenizer: all of it."""
         special = {"document": self.DOCUMENT}
         return {"name": self.name, "size": self.size, "special": special, "document": self.document, "json": self.text}
+
+    def spells(self, content: bytes) -> bool:
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            return False
+        return True
 
     def encode(self, content: bytes) -> Ids:
         """Token ids, uint16 or int32 [T]; no special token is added."""
@@ -223,6 +236,9 @@ class Given:
     def card(self) -> dict[str, Any]:
         """What a checkpoint keeps of them."""
         return {"name": self.name, "size": self.size, "special": {"document": self.DOCUMENT}}
+
+    def spells(self, content: bytes) -> bool:
+        return True
 
     def encode(self, content: bytes) -> Ids:
         """Raises ValueError: there is no text to make tokens of."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data import files, merge, prepare, records
-from data.corpus import Text
+from data.corpus import Stdlib, Text
 from data.files import Part
 from data.indexed import smallest
 from data.parts import Processes
@@ -295,6 +295,19 @@ def test_nothing_that_grows_with_the_corpus_is_kept(tmp_path: Path, monkeypatch:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0], peaks
+
+
+def test_a_source_in_another_encoding_is_left_out_where_tokens_are_text(tmp_path: Path) -> None:
+    root = tmp_path / "lib"
+    root.mkdir()
+    (root / "ours.py").write_bytes(b"x = 1\n" * 40)
+    (root / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nx = '\xe9'\n")
+    corpus = Stdlib()
+    corpus.root = root
+    as_bytes = build(corpus, Bytes(), tmp_path / "bytes")
+    assert as_bytes.card["documents"] == 2 and as_bytes.card["skipped"] == {}
+    as_text = build(corpus, Untrained(260), tmp_path / "bpe")
+    assert as_text.card["documents"] == 1 and as_text.card["skipped"] == {"not text": 1}
 
 
 def test_ids_are_no_tokenizer_of_text(corpus: Jsonl, tmp_path: Path) -> None:
