@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.batches import Batches
-from data.index import Ints
-from data.sampler import Part, Slot
+from data.samplers.index import Ints
+from data.samplers.sampler import Part, Slot
 
 Epoch = tuple[int, int]  # of a part, by its place in `found.parts`
 

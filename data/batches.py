@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.curriculum import Curriculum
-from data.decompose import OVERLONG
-from data.documents import Documents
 from data.pack import Packed, read
-from data.permute import Permutation
-from data.sampler import Sampler, Slot, Source
 from data.samplers import PACKINGS
+from data.samplers.decompose import OVERLONG
+from data.samplers.documents import Documents
+from data.samplers.permute import Permutation
 from data.samplers.pool import Cut
+from data.samplers.sampler import Sampler, Slot, Source
 
 VERSION = 2  # of the order: any change of what a step holds
 

@@ -3,7 +3,8 @@
 A step's sequences all have one length. Buckets give steps by their tokens; a curriculum multiplies that by odds, so
 that a bucket with high ones comes early and has given its part of the cycle before the others: it leaves, and they
 share the rest. At the end of a cycle every bucket has given what its tokens are worth, whatever the odds. The published
-code draws buckets at random with these weights (2405.13226, section 3.3); here they are shared out (`data.apportion`).
+code draws buckets at random with these weights (2405.13226, section 3.3); here they are shared out
+(`data.samplers.apportion`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from data.apportion import Shares
+from data.samplers.apportion import Shares
 
 ODDS = ("uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100")
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from data.batches import Batches, Sequencing, checked_audit
 from data.curriculum import Curriculum
-from data.parts import Runner
-from data.prepare import Watch
-from data.sampler import Source
-from data.store import Store
-from data.storing import Storing
+from data.samplers.sampler import Source
+from data.stores.parts import Runner
+from data.stores.prepare import Watch
+from data.stores.store import Store
+from data.stores.storing import Storing
 
 
 class Data:

@@ -9,8 +9,8 @@ from typing import Any
 from data.batches import Batches, Sequencing, checked_audit
 from data.curriculum import Curriculum
 from data.loader import Data
-from data.sampler import Source
-from data.store import Store
+from data.samplers.sampler import Source
+from data.stores.store import Store
 
 
 class Portion:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.index import Ints, Stored
+from data.samplers.index import Ints, Stored
 
 NO_TARGET = -100
 

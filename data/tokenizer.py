@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data.indexed import smallest
+from data.stores.indexed import smallest
 
 Ids = NDArray[np.integer]
 

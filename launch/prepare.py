@@ -21,9 +21,9 @@ from launch import nodes, package, preflight
 from launch.user import UserError
 
 if TYPE_CHECKING:
-    from data.files import Part
-    from data.parts import Job, Runner
-    from data.prepare import Progress, Watch
+    from data.corpora.files import Part
+    from data.stores.parts import Job, Runner
+    from data.stores.prepare import Progress, Watch
 
 _AHEAD = 2  # parts under way for each core of a cluster
 _TOLD_S = 10.0  # seconds between two lines about a corpus that a run waits for
@@ -176,7 +176,7 @@ class RayTasks:
         import ray
         from ray.exceptions import RayTaskError
 
-        from data.parts import in_order
+        from data.stores.parts import in_order
 
         shared = ray.put(job)
         make = ray.remote(num_cpus=1)(_make)

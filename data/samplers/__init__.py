@@ -6,10 +6,10 @@ in an order of their own in every epoch.
 
 from collections.abc import Callable
 
-from data.documents import Documents
 from data.samplers.best_fit import bins
 from data.samplers.concat import chunks
 from data.samplers.decomposition import buckets
+from data.samplers.documents import Documents
 from data.samplers.pool import Cut, Pool
 
 PACKINGS: dict[str, Callable[[Documents, Cut], list[Pool]]] = {

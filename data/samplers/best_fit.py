@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from data.documents import Documents
-from data.index import Ints, Writer
+from data.samplers.documents import Documents
+from data.samplers.index import Ints, Writer
 from data.samplers.pool import Cut, Key, Pool
 
 

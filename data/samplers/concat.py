@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from data.documents import Documents
-from data.index import Ints
-from data.permute import number
+from data.samplers.documents import Documents
+from data.samplers.index import Ints
+from data.samplers.permute import number
 from data.samplers.pool import Cut, Key, Pool
 
 

@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 
-from data import decompose
-from data.documents import Documents
-from data.index import Ints, Writer
+from data.samplers import decompose
+from data.samplers.documents import Documents
+from data.samplers.index import Ints, Writer
 from data.samplers.pool import Cut, Key, Pool
 
 

@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data.documents import Documents
-from data.index import Ints
-from data.permute import Permutation
+from data.samplers.documents import Documents
+from data.samplers.index import Ints
+from data.samplers.permute import Permutation
 
 Key = tuple[int | str, ...]
 

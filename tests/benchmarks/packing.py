@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from data.documents import Documents
 from data.samplers import PACKINGS
+from data.samplers.documents import Documents
 from data.samplers.pool import Cut, Pool
 
 

@@ -27,8 +27,8 @@ _SAMPLE_S = 0.05
 
 OURS = """
 import sys
-from data.records import Jsonl
-from data.store import build
+from data.corpora.records import Jsonl
+from data.stores.store import build
 from data.tokenizer import from_file
 source, tokenizer, folder, workers = sys.argv[1:]
 print(build(Jsonl(path=source), from_file(tokenizer), folder + "/store", workers=int(workers)).card["tokens"])

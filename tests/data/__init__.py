@@ -3,8 +3,8 @@
 import random
 from pathlib import Path
 
-from data.corpus import Text
-from data.store import Store, build
+from data.corpora.corpus import Text
+from data.stores.store import Store, build
 from data.tokenizer import Bytes
 
 

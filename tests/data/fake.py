@@ -6,7 +6,7 @@ import numpy as np
 
 from data.batches import Batches, Sequencing
 from data.curriculum import Curriculum
-from data.sampler import Source
+from data.samplers.sampler import Source
 
 DOCUMENT = 0
 

@@ -11,7 +11,7 @@ from data.batches import Batches
 from data.curriculum import Curriculum
 from data.loader import Data
 from data.mixture import Mixture, Portion
-from data.sampler import Source
+from data.samplers.sampler import Source
 from tests.data import prose, write
 from tests.data.fake import Store, of
 

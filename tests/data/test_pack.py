@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data.pack import NO_TARGET, Packed, read
-from data.store import Store
+from data.stores.store import Store
 from data.tokenizer import Bytes
 from tests.data import store_of
 from tests.data.fake import batches

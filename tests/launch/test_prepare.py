@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.store import Store
+from data.stores.store import Store
 from launch import prepare
 from launch.cli import main
 from tests.data.test_prepare import content
@@ -87,7 +87,8 @@ def test_a_vocabulary_is_refused_before_a_corpus_is_read(tmp_path, capfd, monkey
 
 SMALL_PARTS = """
 import sys
-from data import merge, prepare, records
+from data.corpora import records
+from data.stores import merge, prepare
 from launch.cli import main
 if __name__ == "__main__":
     records.PART_BYTES, prepare.SMALL_BYTES, merge.JOURNAL_S = 100_000, 0, 0.0
@@ -145,9 +146,9 @@ def test_what_cannot_be_prepared_is_one_line(asked, line, tmp_path, capfd, monke
 def test_over_ray_the_bytes_are_the_same(tmp_path, monkeypatch):
     """Two cores of a Ray that is started for this: interrupted by a bad line, then gone on with."""
     ray = pytest.importorskip("ray")
-    from data import records
-    from data.records import Jsonl
-    from data.store import build
+    from data.corpora import records
+    from data.corpora.records import Jsonl
+    from data.stores.store import build
     from data.tokenizer import Bytes
 
     monkeypatch.setattr(records, "PART_BYTES", 4000)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from data.index import Ints
 from data.pack import NO_TARGET, Packed
+from data.samplers.index import Ints
 from data.tasks import MARK, MQAR, Copy, Draw
 from data.tokenizer import Bytes, Json
 from train.evaluation.score import Score, Scorer, Told

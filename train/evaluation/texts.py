@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from data.batches import Batches
-from data.documents import Documents
-from data.index import Ints
 from data.pack import NO_TARGET, Packed
+from data.samplers.documents import Documents
+from data.samplers.index import Ints
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.pack import NO_TARGET
-from data.sampler import Source
+from data.samplers.sampler import Source
 from tests.data import fake
 from train.evaluation import documents
 from train.evaluation.score import Score

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data.parts import NO_ROOM
-from data.prepare import PICTURE
-from data.store import Store, alone, sync
+from data.stores.parts import NO_ROOM
+from data.stores.prepare import PICTURE
+from data.stores.store import Store, alone, sync
 
 SHARD_BYTES = 64 << 20
 

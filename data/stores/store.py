@@ -1,7 +1,7 @@
 """The token store: a tokenised corpus on disk, complete or absent.
 
     tokens.bin       [tokens]         every document as DOCUMENT and its tokens, end to end, and
-    tokens.idx                        its index: together an IndexedDataset of Megatron-core (`data.indexed`)
+    tokens.idx                        its index: together an IndexedDataset of Megatron-core (`data.stores.indexed`)
     offsets.npy      int64 [N + 1]    document i is tokens[offsets[i]:offsets[i + 1]]
     hashes.npy       uint64 [N]       first 8 bytes of the sha256 of each document's content
     sources.npy      uint32 [N]       the line of sources.txt, from 0, that names where it comes from
@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data import prepare
-from data.corpus import Corpus
-from data.indexed import Index
-from data.parts import NO_ROOM, Runner
-from data.prepare import FILES, PICTURE, VERSION, Watch
+from data.corpora.corpus import Corpus
+from data.stores import prepare
+from data.stores.indexed import Index
+from data.stores.parts import NO_ROOM, Runner
+from data.stores.prepare import FILES, PICTURE, VERSION, Watch
 from data.tokenizer import from_card
 
 OURS = frozenset({*FILES, PICTURE, "card.json"})

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.files import PART_BYTES, Part
-from data.records import ROWS, Records
+from data.corpora.files import PART_BYTES, Part
+from data.corpora.records import ROWS, Records
 
 
 class HuggingFace(Records):

@@ -4,7 +4,7 @@ from typing import IO, Any
 
 import pytest
 
-from data.corpus import CORPORA, HEAD, Corpus, Stdlib, Text
+from data.corpora.corpus import CORPORA, HEAD, Corpus, Stdlib, Text
 
 
 @pytest.fixture

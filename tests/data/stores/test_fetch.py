@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data import fetch as room
-from data.fetch import fetch
 from data.loader import Data
-from data.store import Store
+from data.stores import fetch as room
+from data.stores.fetch import fetch
+from data.stores.store import Store
 from tests.data import prose, store_of
 
 

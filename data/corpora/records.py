@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.files import ON_ERROR, PART_BYTES, Part, Reader, files, listing, named
+from data.corpora.files import ON_ERROR, PART_BYTES, Part, Reader, files, listing, named
 
 UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ROWS = 256  # read at a time

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import megatron, prepare
-from data.indexed import write_index
+from data.corpora import megatron
 from data.loader import Data
-from data.store import Store
+from data.stores import prepare
+from data.stores.indexed import write_index
+from data.stores.store import Store
 
 EOD = 7
 DOCUMENTS = [[*range(10, 10 + n), EOD] for n in (3, 1, 500, 40, 2, 77, 3000, 5)]

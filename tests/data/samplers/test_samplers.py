@@ -7,15 +7,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.curriculum import ODDS, Curriculum
-from data.documents import Documents
-from data.index import Index
 from data.pack import NO_TARGET
 from data.samplers import PACKINGS
 from data.samplers.best_fit import Bins, best_fit, split
+from data.samplers.documents import Documents
+from data.samplers.index import Index
 from data.samplers.pool import Cut
 from tests.data.fake import Store, batches
 
-FLEXSP = Path(__file__).parents[3] / "shared" / "data" / "wikipedia_document_lengths.npy"
+FLEXSP = Path(__file__).parents[4] / "shared" / "data" / "wikipedia_document_lengths.npy"
 LENGTHS = st.lists(st.integers(1, 400), min_size=5, max_size=40).filter(lambda lengths: sum(lengths) > 300)
 on_disk = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -158,7 +158,7 @@ def test_the_packing_table() -> None:
 
 
 def test_bins_of_windows_hold_whole_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.documents.BLOCK", 16)
+    monkeypatch.setattr("data.samplers.documents.BLOCK", 16)
     lengths = [1 + 37 * i % 101 for i in range(100)]
     row = documents(tmp_path, lengths)
     (pool,) = PACKINGS["best_fit"](row, Cut(128))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from data import hub, records
-from data.hub import HuggingFace
-from data.records import Jsonl, Parquet, Records
+from data.corpora import hub, records
+from data.corpora.hub import HuggingFace
+from data.corpora.records import Jsonl, Parquet, Records
 
 TEXTS = [f"document {i} ü" * (i % 7 + 1) for i in range(300)]
 

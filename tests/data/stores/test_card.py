@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import card
+from data.stores import card
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000, 5000])

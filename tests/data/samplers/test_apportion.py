@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from data.apportion import Shares
+from data.samplers.apportion import Shares
 
 
 @st.composite

@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.indexed import BLOCK, write_index
+from data.stores.indexed import BLOCK, write_index
 
 JOURNAL = "journal.json"
 JOURNAL_S = 5.0  # between two entries: each waits for the disk

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.permute import Permutation, number
+from data.samplers.permute import Permutation, number
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**63), st.text(max_size=3))

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from data.index import BLOCK, Index, Ints, Stored, Writer, index
-from data.permute import Permutation
+from data.samplers.index import BLOCK, Index, Ints, Stored, Writer, index
+from data.samplers.permute import Permutation
 
 VERSION = 1
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data import card
-from data.corpus import Corpus
-from data.files import Part
-from data.megatron import Megatron
-from data.merge import JOURNAL, Merge
-from data.parts import Job, Processes, Runner, here
+from data.corpora.corpus import Corpus
+from data.corpora.files import Part
+from data.corpora.megatron import Megatron
+from data.stores import card
+from data.stores.merge import JOURNAL, Merge
+from data.stores.parts import Job, Processes, Runner, here
 from data.tokenizer import Given, Untrained, from_card
 
 VERSION = 2

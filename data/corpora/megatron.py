@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import PART_BYTES, Part, Reader
-from data.indexed import Index
+from data.corpora.files import PART_BYTES, Part, Reader
+from data.stores.indexed import Index
 
 SAMPLE = 1000  # documents looked at for the token that closes them
 

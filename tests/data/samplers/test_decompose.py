@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.decompose import OVERLONG, Table, split
+from data.samplers.decompose import OVERLONG, Table, split
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
 WIKIPEDIA = Table(LENGTHS, [2_265_088, 1_595_392, 850_944, 353_280, 121_600, 37_248])
 DCLM = Table(LENGTHS, [14_581_760, 12_279_808, 7_587_840, 3_230_208, 1_320_192, 577_664])
-FLEXSP = Path(__file__).parents[3] / "shared" / "data" / "wikipedia_document_lengths.npy"
+FLEXSP = Path(__file__).parents[4] / "shared" / "data" / "wikipedia_document_lengths.npy"
 
 
 def test_the_published_tables() -> None:

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import files, merge, prepare, records
-from data.corpus import Stdlib, Text
-from data.files import Part
-from data.indexed import smallest
-from data.parts import Processes
-from data.prepare import Progress
-from data.records import Jsonl
-from data.store import Store, build
+from data.corpora import files, records
+from data.corpora.corpus import Stdlib, Text
+from data.corpora.files import Part
+from data.corpora.records import Jsonl
+from data.stores import merge, prepare
+from data.stores.indexed import smallest
+from data.stores.parts import Processes
+from data.stores.prepare import Progress
+from data.stores.store import Store, build
 from data.tokenizer import Bytes, Given, Untrained
 from tests.data import prose, write
 

@@ -11,13 +11,13 @@ from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
-from data.corpus import CORPORA, Prepared
-from data.fetch import Place, fetch, is_address
-from data.files import ON_ERROR
-from data.megatron import Megatron
-from data.parts import Runner
-from data.prepare import VERSION, Watch
-from data.store import build
+from data.corpora.corpus import CORPORA, Prepared
+from data.corpora.files import ON_ERROR
+from data.corpora.megatron import Megatron
+from data.stores.fetch import Place, fetch, is_address
+from data.stores.parts import Runner
+from data.stores.prepare import VERSION, Watch
+from data.stores.store import build
 from data.tokenizer import Bytes, Given, Untrained, from_file
 
 VOCABULARY = 8192  # of a bpe, where none is asked for
@@ -108,7 +108,7 @@ class Storing:
 
     @cached_property
     def source(self) -> Any:
-        """The corpus (`data.corpus.Corpus`), not yet checked."""
+        """The corpus (`data.corpora.corpus.Corpus`), not yet checked."""
         found = CORPORA[self.corpus]
         known = signature(found).parameters
         return found(**{key: getattr(self, key) for key in ("path", *_OF_A_CORPUS) if key in known})

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpus import Text
-from data.files import Part
-from data.prepare import FILES
-from data.store import Store, build
+from data.corpora.corpus import Text
+from data.corpora.files import Part
+from data.stores.prepare import FILES
+from data.stores.store import Store, build
 from data.tokenizer import Bytes
 from tests.data import prose, store_of, write
 

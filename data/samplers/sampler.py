@@ -2,7 +2,8 @@
 
 A part is the pool of one length of one source (of its documents of some lengths). A lane is the parts of one length. A
 step takes one lane (`data.curriculum.Buckets`), and its sequences are shared out among the lane's parts by weight
-(`data.apportion`). Both are closed forms, and a pool's order is computed, so every step costs the same to reach.
+(`data.samplers.apportion`). Both are closed forms, and a pool's order is computed, so every step costs the same to
+reach.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from data.apportion import Shares
 from data.curriculum import Buckets, Curriculum
-from data.documents import Documents
-from data.index import Ints, Stored
 from data.samplers import PACKINGS
+from data.samplers.apportion import Shares
+from data.samplers.documents import Documents
+from data.samplers.index import Ints, Stored
 from data.samplers.pool import Cut, Key, Pool
 
 

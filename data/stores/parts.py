@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.corpus import Corpus
-from data.files import Part
-from data.indexed import smallest
+from data.corpora.corpus import Corpus
+from data.corpora.files import Part
+from data.stores.indexed import smallest
 
 DOCUMENTS = np.dtype([("hash", "<u8"), ("length", "<i8"), ("source", "<u4")])
 BATCH_BYTES = 1 << 18  # of text, tokenised at a time

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from data.files import HEAD, Part, Reader, files, grouped, is_text, listing, named, opens_as_text
-from data.hub import HuggingFace
-from data.megatron import Megatron
-from data.records import Jsonl, Parquet
+from data.corpora.files import HEAD, Part, Reader, files, grouped, is_text, listing, named, opens_as_text
+from data.corpora.hub import HuggingFace
+from data.corpora.megatron import Megatron
+from data.corpora.records import Jsonl, Parquet
 
 __all__ = ["CORPORA", "HEAD", "Corpus", "Stdlib", "Text"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.indexed import BLOCK
+from data.stores.indexed import BLOCK
 
 PERCENTILES = (1, 10, 50, 90, 99, 100)
 HASHES = 1 << 22  # looked at for equals at a time: 32 MiB, and as much to sort them

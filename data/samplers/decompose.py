@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.index import Ints
-from data.permute import digest
+from data.samplers.index import Ints
+from data.samplers.permute import digest
 
 VERSION = 1
 OVERLONG = ("random", "longest")

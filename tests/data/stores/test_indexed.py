@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpus import Text
-from data.indexed import Index, smallest, write_index
-from data.store import build
+from data.corpora.corpus import Text
+from data.stores.indexed import Index, smallest, write_index
+from data.stores.store import build
 from data.tokenizer import Bytes
 from tests.data import prose, store_of, write
 
