@@ -13,7 +13,7 @@ import pytest
 from data.stores.store import Store
 from launch import prepare
 from launch.cli import main
-from tests.data.test_prepare import content
+from tests.data.stores.test_prepare import content
 
 pytestmark = pytest.mark.e2e
 SMALL = [
