@@ -163,7 +163,7 @@ REFUSED = {
     "model._target_=models.nope.LM": "there is no module models.nope",
     "model._target_=models.lm": "model._target_=models.lm: no such class",
     "model._target_=data.loader.os.system": "there is no module data.loader.os",
-    "data._target_=data.store.build": "data._target_=data.store.build: no such class",
+    "data._target_=data.stores.store.build": "data._target_=data.stores.store.build: no such class",
     "model._target_=models.lm.nn.Linear": "there is no module models.lm.nn",
     "model._target_=3": "model._target_=3: must be a class",
     "+cluster.template={_target_: os.system}": "cluster.template._target_=os.system: must be a class of",
