@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.preflight import cores, run_folder, saved_config
+from launch.preflight import cores
+from launch.rundir import run_folder, saved_config
 from launch.stopping import stop_file
 from launch.user import UserError
 from train.settings import INIT_WEIGHTS

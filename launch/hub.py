@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launch import preflight
+from launch import rundir
 from launch.generate import checkpoint_of
 from launch.user import UserError
 
@@ -63,13 +63,13 @@ def import_(arguments: list[str]) -> int:
 
     (source, *rest), request = _parse("import", arguments, Import, ("SOURCE", "DEST"), least=1)
     folder = Path(source).expanduser()
-    run = Path(rest[0]).expanduser() if rest else preflight.RUNS / folder.resolve().name
+    run = Path(rest[0]).expanduser() if rest else rundir.RUNS / folder.resolve().name
     if not folder.is_dir():
         raise UserError(f"SOURCE={source}: no such folder; expected one with {CONFIG} and *.safetensors")
     _free(run, "DEST")
     with _refusals(f"SOURCE={source}"):
         card, found = _read(folder, request)
-    config = {"model": found.model, "data": {"max_length": found.max_length}, "code": preflight.code_version()}
+    config = {"model": found.model, "data": {"max_length": found.max_length}, "code": rundir.code_version()}
     companions = {"config.yaml": yaml.safe_dump(config, sort_keys=False)}
     if card is not None:
         companions["tokenizer.json"] = json.dumps(card, indent=2) + "\n"
@@ -115,7 +115,7 @@ def export(arguments: list[str]) -> int:
     _free(dest, "DEST")
     found = checkpoint_of(run)
     with _refusals(f"RUN={run}"):
-        saved = Saved(found, preflight.saved_config(found))
+        saved = Saved(found, rundir.saved_config(found))
         files, told = _files(found, saved)
     dtype = None if request.dtype is None else getattr(torch, _DTYPES[request.dtype])
     with _told("writing") as watch, _disk(dest, "DEST"):

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch import nodes, package, preflight
+from launch import nodes, package, rundir
 from launch.status import ago, read
 from launch.stopping import ask_to_stop
 from launch.user import UserError
@@ -171,8 +171,8 @@ def logs(arguments: list[str]) -> int:
     word, address, follow = _parse("logs", arguments, flags=("--follow", "-f"))
     folder = _here(word)
     if folder is not None and address is None:
-        address = preflight.last_job(folder)[1]
-        word = preflight.last_job(folder)[0] or word
+        address = rundir.last_job(folder)[1]
+        word = rundir.last_job(folder)[0] or word
         if address is None:
             print((folder / "log.txt").read_text() if (folder / "log.txt").exists() else "", end="")
             return 0
@@ -195,7 +195,7 @@ def stop(arguments: list[str]) -> int:
     word, address, _ = _parse("stop", arguments)
     folder = _here(word)
     if folder is not None and address is None:
-        job, address = preflight.last_job(folder)
+        job, address = rundir.last_job(folder)
         if address is None or not job:
             return _stop_here(folder)
         word = job
@@ -214,10 +214,10 @@ def stop(arguments: list[str]) -> int:
 
 
 def _stop_here(folder: Path) -> int:
-    if not preflight.locked(folder):
+    if not rundir.locked(folder):
         raise UserError(f"{folder}: is not running")
     ask_to_stop(folder, lambda line: print("stopping after this step", flush=True))
-    while preflight.locked(folder):
+    while rundir.locked(folder):
         time.sleep(_POLL_S)
     print(f"ended; farspan train resume={folder} goes on")
     return 0
@@ -262,7 +262,7 @@ def _parse(
 def _here(word: str) -> Path | None:
     """The folder of the run that a word names on this machine, or None."""
     try:
-        return preflight.run_folder("JOB", word)
+        return rundir.run_folder("JOB", word)
     except UserError:
         return None
 

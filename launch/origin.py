@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import conf
-from launch.preflight import RUNS, saved_config
+from launch.rundir import RUNS, saved_config
 from launch.user import UserError
 
 

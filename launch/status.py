@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import preflight
+from launch import rundir
 from launch.progress import TAIL_BYTES, duration
 from launch.stopping import stop_file
 from launch.user import UserError
@@ -59,7 +59,7 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
     """The status of the run in `folder`. running: what its cluster says; by default, whether a process here has it."""
     from train import checkpoint
 
-    config = preflight.saved_config(folder)
+    config = rundir.saved_config(folder)
     if "train" not in config:
         raise UserError(f"{folder}: is an import and has trained nothing")
     train = section(TrainSettings, config["train"])
@@ -77,7 +77,7 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
         saved = f"{found[-1].name}, {ago(time.time() - written)}"
     return Status(
         folder=folder,
-        state=_state(folder, last, train, preflight.locked(folder) if running is None else running),
+        state=_state(folder, last, train, rundir.locked(folder) if running is None else running),
         step=last.get("step", 0),
         total_steps=train.total_steps,
         tokens=last.get("tokens", 0),

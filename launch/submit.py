@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import jobs, nodes, package, preflight
+from launch import jobs, nodes, package, preflight, rundir
 from launch.inspection import PASSED
 from launch.job import REFUSED
 from launch.jobs import Jobs
@@ -76,7 +76,7 @@ def hand_over(
     flight = check(config, say)
     name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
     name = name or time.strftime("%Y%m%d-%H%M%S")
-    config["run"] = {"name": name, "dir": config["run"]["dir"] or str(preflight.RUNS / name)}
+    config["run"] = {"name": name, "dir": config["run"]["dir"] or str(rundir.RUNS / name)}
     config["cluster"]["address"] = address
     sources = [f"data.sources.{name}.{key}" for name in config["data"].get("sources", ()) for key in _PATHS[:3]]
     for key in (*_PATHS, *sources):
@@ -84,10 +84,10 @@ def hand_over(
     folder = Path(config["run"]["dir"])
     if config["resume"] is None and (folder / "config.yaml").exists():
         raise UserError(f"run.dir={folder}: already holds a run; continue it with resume={folder}")
-    if preflight.locked(folder):
+    if rundir.locked(folder):
         raise UserError(f"run.dir={folder}: in use by another run")
     job = cluster.free_id(re.sub(r"[^A-Za-z0-9_.-]+", "-", name))
-    order = {"job": job, "address": address, "device": flight.device, "code": preflight.code_version()}
+    order = {"job": job, "address": address, "device": flight.device, "code": rundir.code_version()}
     order |= {"overrides": elsewhere} if elsewhere else {"config": config}
     with tempfile.TemporaryDirectory(prefix="farspan-job-") as place_for_code:
         code = package.stage(Path(place_for_code), order)

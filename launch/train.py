@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import cluster, local, nodes, preflight
+from launch import cluster, local, nodes, preflight, rundir
 from launch.outcome import Outcome
 from launch.preflight import Flight
 from launch.progress import Progress
@@ -83,11 +83,11 @@ def here(config: dict[str, Any], console: Console, hosted: Hosted | None = None,
 
     try:
         flight = preflight.clear(config, say, device=hosted.device if hosted else None)
-        code = hosted.code if hosted else preflight.code_version()
-        folder, lock = preflight.claim(config, resumed=config["resume"] is not None)
+        code = hosted.code if hosted else rundir.code_version()
+        folder, lock = rundir.claim(config, resumed=config["resume"] is not None)
         again = hosted.again if hosted else f"farspan train resume={folder}"
         with lock:
-            preflight.write_config(folder, config, code)
+            rundir.write_config(folder, config, code)
             if hosted:
                 _note_job(folder, hosted)
             if flight.cluster.kind == "none":
@@ -100,7 +100,7 @@ def here(config: dict[str, Any], console: Console, hosted: Hosted | None = None,
                 return Ended(0, folder, _report(flight, folder, again, say, began, brief=brief))
             say(f"failed: {outcome.reason}")
             if outcome.exit_code == 2:
-                preflight.withdraw(folder)
+                rundir.withdraw(folder)
             else:
                 _say_where_to_continue(folder, again, say)
             return Ended(outcome.exit_code, folder, False, outcome.reason)
@@ -182,7 +182,7 @@ def _launch(
 def _note_job(folder: Path, hosted: Hosted) -> None:
     """The run remembers the jobs that it was, so that each of their ids finds it."""
     line = json.dumps({"job": hosted.job, "address": hosted.address, "time": time.time()})
-    with (folder / preflight.JOBS).open("a", encoding="utf-8") as file:
+    with (folder / rundir.JOBS).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -210,7 +210,7 @@ def _report(flight: Flight, folder: Path, again: str, say: Callable[[str], None]
     Returns whether the run was stopped before its end.
     """
     try:
-        summary = preflight.read_summary(folder)
+        summary = rundir.read_summary(folder)
     except FileNotFoundError:
         say(f"stopped before the first step; {again} starts it")
         return True

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 
-from launch import nodes, preflight, status, submit
+from launch import nodes, preflight, rundir, status, submit
 from launch.config import compose
 from launch.progress import duration
 from launch.sweep import members as sweep_members
@@ -114,7 +114,7 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
     sweep_members.name(swept, members, first)
     asked = first["run"]
     name = asked["name"] or (Path(asked["dir"]).name if asked["dir"] else time.strftime("%Y%m%d-%H%M%S"))
-    folder = Path(asked["dir"]) if asked["dir"] else preflight.RUNS / name
+    folder = Path(asked["dir"]) if asked["dir"] else rundir.RUNS / name
     if (folder / FILE).exists():
         raise UserError(f"run.dir={folder}: already holds a sweep; continue it with resume={folder}")
     found = Sweep(folder, name, overrides, swept, members)
@@ -127,7 +127,7 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
         config = first if member is members[0] else _composed(member, member.overrides)
         ready.append(_checked(found, member, config))
     _one_place(ready)
-    folder, lock = preflight.claim({"run": {"name": name, "dir": str(folder)}}, resumed=False)
+    folder, lock = rundir.claim({"run": {"name": name, "dir": str(folder)}}, resumed=False)
     found.save()
     found.tabulate()
     return found, lock, ready
@@ -140,12 +140,12 @@ def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, 
         if override.lstrip("+~").partition("=")[0].split(".")[0] != "cluster":
             raise UserError(f"{override}: a resumed sweep takes resume=RUN and cluster keys only: its members are set")
     value = compose.composed([override for override in overrides if _is_resume(override)])["resume"]
-    folder = next((f for f in (Path(value or ""), preflight.RUNS / (value or "")) if (f / FILE).exists()), None)
+    folder = next((f for f in (Path(value or ""), rundir.RUNS / (value or "")) if (f / FILE).exists()), None)
     if folder is None:
-        known = sorted(path.parent.name for path in preflight.RUNS.glob(f"*/{FILE}"))
-        has = f"; {preflight.RUNS}/ has {', '.join(known[-5:])}" if known else ""
+        known = sorted(path.parent.name for path in rundir.RUNS.glob(f"*/{FILE}"))
+        has = f"; {rundir.RUNS}/ has {', '.join(known[-5:])}" if known else ""
         raise UserError(f"resume={value}: no such sweep; expected the folder of one{has}")
-    _, lock = preflight.claim({"run": {"name": None, "dir": str(folder)}}, resumed=True)
+    _, lock = rundir.claim({"run": {"name": None, "dir": str(folder)}}, resumed=True)
     try:
         found = Sweep.load(folder)
         ready = []

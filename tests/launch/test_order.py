@@ -64,6 +64,7 @@ def test_resuming_in_another_order_says_what_changed(tmp_path: Path, monkeypatch
     flight = SimpleNamespace(
         config={"resume": str(tmp_path), "init_from": None, "cluster": {}},
         shapes={},
+        train=SimpleNamespace(init_weights="raw", init_optimizer="reset"),
         batches=SimpleNamespace(fingerprint="b", order=order),
     )
     with pytest.raises(ValueError) as error:

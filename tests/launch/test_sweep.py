@@ -17,7 +17,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch import preflight
+from launch import rundir
 from launch.cli import main
 from launch.config.compose import composed
 from launch.stopping import Stopping
@@ -297,7 +297,7 @@ def played(place: Path, monkeypatch, endings: dict[int, object], *given: str) ->
         if isinstance(ending, BaseException):
             raise ending
         folder.mkdir(parents=True, exist_ok=True)
-        preflight.write_config(folder, config, {})
+        rundir.write_config(folder, config, {})
         if ending in ("signal", "late signal"):
             with Stopping(folder, lambda line: None):
                 signal.raise_signal(signal.SIGTERM)
@@ -324,7 +324,7 @@ def test_what_one_member_raises_is_noted_and_the_others_run(place, monkeypatch, 
     said = capsys.readouterr()
     assert "[4/4] seed=4" in said.err and "1 done, 3 failed" in said.err
     assert "farspan sweep resume=runs/raised goes on" in said.err and "2: failed: RuntimeError: boom" in said.out
-    assert not preflight.locked(place / "runs/raised")
+    assert not rundir.locked(place / "runs/raised")
 
 
 def test_a_signal_ends_the_sweep_even_where_a_members_last_step_has_swallowed_it(place, monkeypatch, capsys):
@@ -351,11 +351,11 @@ def test_a_signal_between_two_members_stops_the_sweep(place, monkeypatch):
 
 def test_members_share_a_group_and_are_named_after_the_sweep(place, monkeypatch):
     assert played(place, monkeypatch, {}, "seed=1,2", "run.name=grouped") == 0
-    config = preflight.saved_config(place / "runs/grouped/2-seed=2")
+    config = rundir.saved_config(place / "runs/grouped/2-seed=2")
     assert config["run"] == {"name": "grouped/2-seed=2", "dir": "runs/grouped/2-seed=2"}
     assert config["tracking"]["group"] == "grouped" and config["seed"] == 2
     assert played(place, monkeypatch, {}, "seed=1,2", "run.name=own", "tracking.group=mine") == 0
-    assert preflight.saved_config(place / "runs/own/1-seed=1")["tracking"]["group"] == "mine"
+    assert rundir.saved_config(place / "runs/own/1-seed=1")["tracking"]["group"] == "mine"
 
 
 # On a cluster

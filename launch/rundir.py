@@ -1,0 +1,144 @@
+"""A run's folder: found by its name, claimed by one process at a time, and what is written into it and read from it."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from launch.user import UserError
+
+RUNS = Path("runs")
+JOBS = "jobs.jsonl"  # in a run folder: the jobs that it was, one object a line
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run."""
+    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(saved, dict)
+    return {str(key): value for key, value in saved.items() if key != "code"}
+
+
+def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> Path:
+    """The folder of a run given as a path, a name under runs/, or the id of a job. Raises UserError.
+
+    An id is looked for in the runs here, then, where `cluster` says which, among the cluster's jobs.
+    """
+    for folder in (Path(value), RUNS / value):
+        if (folder / "config.yaml").exists():
+            return folder
+    for told in (*RUNS.glob(f"*/{JOBS}"), *RUNS.glob(f"*/*/{JOBS}")):  # a sweep's members lie one deeper
+        if any(json.loads(line)["job"] == value for line in told.read_text().splitlines()):
+            return told.parent
+    if cluster is not None and cluster["kind"] == "ray" and "/" not in value:
+        from launch import jobs
+
+        return jobs.folder_of(value, cluster["address"], key)
+    raise UserError(f"{key}={value}: no such run; expected a run folder, or the name of one in {RUNS}/")
+
+
+def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
+    """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
+    run = config["run"]
+    name = run["name"] or (Path(run["dir"]).name if run["dir"] else time.strftime("%Y%m%d-%H%M%S"))
+    folder = Path(run["dir"]) if run["dir"] else RUNS / name
+    if not resumed and ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
+        if not locked(folder):
+            raise UserError(f"run.dir={folder}: already holds a run; continue it with resume={folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run.dir={folder}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise UserError(f"run.dir={folder}: in use by another run (process {lock.read().strip()})") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    config["run"] = {"name": name, "dir": str(folder)}
+    return folder, lock
+
+
+def last_job(folder: Path) -> tuple[str | None, str | None]:
+    """(id, cluster address) of the job that a run was last, or (None, None): it was trained without one."""
+    try:
+        told = json.loads((folder / JOBS).read_text().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return None, None
+    return told["job"], told["address"]
+
+
+def withdraw(folder: Path) -> None:
+    """Takes back what `claim` and `write_config` left of a run that was refused before its first step."""
+    if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+        return
+    for name in ("config.yaml", ".lock", JOBS, "stop", "error.txt", "log.txt", "tokenizer.json", "corpus.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ".ray", ignore_errors=True)
+    with suppress(OSError):  # what else lies there is not ours
+        folder.rmdir()
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process has the run: it trains, or is about to."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def write_config(folder: Path, config: dict[str, Any], code: dict[str, Any]) -> None:
+    """`config.yaml`, fully resolved, with the code's version."""
+    text = OmegaConf.to_yaml(OmegaConf.create({**config, "code": code}))
+    aside = folder / "config.yaml.partial"
+    aside.write_text(text)
+    aside.replace(folder / "config.yaml")
+
+
+def code_version() -> dict[str, Any]:
+    """farspan's version and, in a checkout, its commit and whether files differ from it."""
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        found: dict[str, Any] = {"farspan": version("farspan")}
+    except PackageNotFoundError:
+        found = {}
+    try:
+        commit = git("rev-parse", "HEAD")
+    except (OSError, subprocess.TimeoutExpired):
+        return found
+    if not commit:
+        return found
+    found |= {"commit": commit, "modified": bool(git("status", "--porcelain"))}
+    found |= {"branch": git("rev-parse", "--abbrev-ref", "HEAD"), "remote": _public(git("remote", "get-url", "origin"))}
+    return {key: value for key, value in found.items() if value != ""}
+
+
+def _public(remote: str) -> str:
+    """A repository's address without the name and the token that it may hold."""
+    return re.sub(r"://[^/@]*@", "://", remote)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What the last attempt wrote at its end."""
+    return json.loads((folder / "summary.json").read_text())
