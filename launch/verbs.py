@@ -158,7 +158,8 @@ The same overrides as train, with a cluster that has a template. Prints a file t
     ),
     "generate": Verb(
         function="launch.generate:generate",
-        synopsis="RUN [prompt=TEXT] [tokens=300] [temperature=0.8] [top_p=1] [stop=TEXT] [seed=0] [key=value ...]",
+        synopsis="RUN [prompt=TEXT] [prompt_file=FILE] [tokens=300] [temperature=0.8] [top_p=1] [stop=TEXT] [seed=0] "
+        "[weights=average] [cluster.workers=1]",
         line="continue prompts from a run's newest checkpoint",
         text="""\
 A token at a time, as it comes, with constant memory per token in the recurrent layers. prompt=, prompt_file= (a file
@@ -258,6 +259,7 @@ def help_of(name: str, overrides: list[str]) -> str:
     """A verb's help; of one that describes a run, also the groups, their options, and each section's keys."""
     verb = VERBS[name]
     synopsis = f"farspan {name} {verb.synopsis}" + (" [--cfg]" if verb.overrides else "")
+    synopsis = textwrap.fill(synopsis, 110, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
     return f"{synopsis}\n\n{verb.text}" + (_choices(overrides) if verb.overrides else "")
 
 
