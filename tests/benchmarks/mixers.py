@@ -3,9 +3,9 @@
     python -m tests.benchmarks.mixers [longest [seconds]]
 
 Each mixer of the registry is built at width 256 with 4 heads and its own defaults, as in
-conf/model/linear_moe_tiny.yaml, and run once over two documents. Then what it asked of the sequence, its scan, and all
-its `Linear` layers are run again alone, with the inputs they had: forward and backward on one thread of a CPU, in turn,
-in processor time, medians; only ratios mean anything on another machine. Writes its section of docs/speed.md and
+conf/model/linear_moe_tiny.yaml, and run once over two documents. Then all that it asked of the sequence, its scan, and
+all its `Linear` layers are run again alone, with the inputs they had: forward and backward on one thread of a CPU, in
+turn, in processor time, medians; only ratios mean anything on another machine. Writes its section of docs/speed.md and
 docs/images/mixer_cost.png.
 """
 
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -48,23 +48,28 @@ class Cost(NamedTuple):
 class Recording(Whole):
     """Keeps what a mixer asks of its sequence, and with what."""
 
-    asked: tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None = None
+    asked: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = field(default_factory=list)
 
     def scan(self, recurrence, *xs, slot):
-        self.asked = (lambda *ys: recurrence.begin(*ys, starts=self.starts).finish(None)), xs
+        self.asked.append((lambda *ys: Whole.scan(self, recurrence, *ys, slot=slot), xs))
         return super().scan(recurrence, *xs, slot=slot)
 
     def attend(self, q, k, v, **options):
-        self.asked = (lambda *ys: Whole.attend(self, *ys, **options)), (q, k, v)
+        self.asked.append((lambda *ys: Whole.attend(self, *ys, **options), (q, k, v)))
         return super().attend(q, k, v, **options)
 
 
 def again(f: Callable[..., Tensor], xs: tuple[Tensor, ...], parameters: tuple[Tensor, ...] = ()) -> Run:
-    """One forward and backward of f(*xs), by xs and the parameters."""
+    """One forward and backward of f(*xs), by xs and the parameters: those that it depends on."""
     leaves = [x.detach().requires_grad_() for x in xs]
     with torch.no_grad():
         gradient = torch.randn_like(f(*leaves))
-    return lambda: torch.autograd.grad(f(*leaves), [*leaves, *parameters], gradient)
+
+    def run() -> object:
+        y, by = f(*leaves), [*leaves, *parameters]
+        return torch.autograd.grad(y, by, gradient, allow_unused=True) if y.requires_grad else y
+
+    return run
 
 
 def build(name: str) -> nn.Module:
@@ -79,7 +84,7 @@ def parts(mixer: nn.Module, T: int) -> tuple[Run, Run]:
     hooks = [
         m.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0])))
         for m in mixer.modules()
-        if isinstance(m, Linear)
+        if type(m) is Linear  # a router of memories is one, too
     ]
     positions = torch.cat((torch.arange(T // 3), torch.arange(T - T // 3)))[None]
     seq = Recording.of(positions)
@@ -88,8 +93,9 @@ def parts(mixer: nn.Module, T: int) -> tuple[Run, Run]:
     for hook in hooks:
         hook.remove()
     layers = [again(m, (x,), tuple(m.parameters())) for m, x in inputs]
-    assert seq.asked is not None and layers
-    return again(*seq.asked), lambda: [layer() for layer in layers]
+    scans = [again(*asked) for asked in seq.asked]
+    assert scans and layers
+    return lambda: [scan() for scan in scans], lambda: [layer() for layer in layers]
 
 
 def softmax(T: int) -> Run:
@@ -138,7 +144,8 @@ def table(costs: dict[str, list[Cost]], mixers: dict[str, nn.Module], lengths: l
     lines.append("|---" * (len(columns) + 5) + "|")
     for name, mixer in mixers.items():
         recurrence, found = getattr(mixer, "recurrence", None), costs[name]
-        rule, aim = getattr(recurrence, "rule", "softmax"), AIMS.get(type(recurrence))
+        other = "softmax" if name == "attention" else "several"
+        rule, aim = getattr(recurrence, "rule", other), AIMS.get(type(recurrence))
         ratios = [f"{c.scan / c.projections:.2f}" for c in found] + ["–"] * (len(columns) - len(found))
         growth = f"{found[-1].scan / found[1].scan:.2f}" if len(found) > 2 else "–"
         growth += f" (to {columns[len(found) - 1]})" if 2 < len(found) < len(columns) else ""
