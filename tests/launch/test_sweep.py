@@ -527,7 +527,8 @@ def test_a_failed_member_does_not_end_the_others_and_is_resumed(place):
         out, err = finish(start(place, *given), 1)
     found = Sweep.load(folder)
     assert [member.state for member in found.members] == ["failed", "done", "failed"]
-    assert "at step 2" in (found.members[0].reason or "") and "in use by another run" in (found.members[2].reason or "")
+    assert "batches were passed over" in (found.members[0].reason or "")
+    assert "in use by another run" in (found.members[2].reason or "")
     assert "1 done, 2 failed" in err and "1: failed: rank 0" in out and "3: failed: run.dir=" in out
     before = (folder / "2-lr=0.01/metrics.jsonl").stat().st_mtime_ns
     out, err = finish(start(place, "resume=broken"), 1)
