@@ -95,9 +95,10 @@ def run(
 def _span(row: list[Tensor], first: Three, at: list[int], now: Learning, chunk: int) -> tuple[Tensor, Learning]:
     """One span, from piece to piece of a chunk of a document; `at` are its positions."""
     cuts = [0, *(t for t in range(1, len(at)) if at[t] % chunk == 0), len(at)]
-    outs = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
-        q, k, v, rates, mu = (x[:, begin:end] for x in row)
+    sizes = [end - begin for begin, end in zip(cuts, cuts[1:], strict=False)]
+    # Split at once: the gradient of each slice of a loop would be as long as the span.
+    pieces, outs = zip(*(x.split(sizes, dim=1) for x in row), strict=True), []
+    for begin, end, (q, k, v, rates, mu) in zip(cuts, cuts[1:], pieces, strict=False):
         if at[begin] == 0:
             now = Learning(first, _nothing(first), _nothing(first), torch.zeros_like(now.mu))
         outs.append(read(now.weights, q))
