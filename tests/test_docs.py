@@ -89,7 +89,7 @@ def commands(page: str) -> list[str]:
     for match in re.finditer(r"^```console\n(.*?)^```$|`(farspan [a-z]+ [^`\n]*)`", text, re.MULTILINE | re.DOTALL):
         lines = match[1].splitlines() if match[1] is not None else [match[2]]
         found += [re.sub(r"\s+#.*", "", line) for line in lines if line.strip()]
-    return [line for line in found if "…" not in line and not re.search(r"\b(RUN|JOB)\b", line)]
+    return [line for line in found if "…" not in line and not re.search(r"\b(RUN|JOB|FOLDER)\b", line)]
 
 
 def shortened(command: str) -> str:
