@@ -38,8 +38,13 @@ def keep(mixer: str, measured: dict[Cell, tuple[float, str]]) -> None:
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=DOCS, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    """What is measured: a commit, marked where files other than this page differ from it."""
+
+    def told(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=DOCS.parent, capture_output=True, text=True).stdout.strip()
+
+    changed = told("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    return (told("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def page(rows: dict[str, Any]) -> str:
