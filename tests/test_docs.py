@@ -48,6 +48,7 @@ TAKE_MINUTES = [
         "first-run",
         "models",
         "parallel",
+        "data",
         "schedules",
         "guards",
         "optimizers",
