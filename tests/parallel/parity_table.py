@@ -69,7 +69,7 @@ def page(rows: dict[str, Any]) -> str:
             "",
             "Below, the worst over packings and ranks: fp64 / fp32. Ulysses runs where heads can be split among the",
             "ranks; an idle rank and unequal spans need two. What is no affine map (`slstm`, `lact`) is relayed,",
-            "whatever the transport; `lact` is held in fp64 alone: in fp32 one process is further than 1e-5 from itself",
+            "whatever the transport; `lact` is held in fp64 alone: in fp32 one process is over 1e-5 from itself",
             "in fp64.",
             "",
             *_grid("States of recurrences", EFFECTS, {n: row for n, row in rows.items() if matrix.recurrent(n)}),
