@@ -80,12 +80,12 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 def _moments(flight: Flight) -> None:
-    from train import moments
+    from train import checkpoint
 
     asked, path = flight.train.init_optimizer, flight.init_from
     if asked == "reset" or path is None:
         return
-    if not moments.there(path):
+    if not checkpoint.has_moments(path):
         raise ValueError(f"train.init_optimizer={asked}: must be reset, {path} holds no optimizer state")
     config, own = _config(path), _name(flight.config["optimizer"])
     if config is not None and (was := _name(config["optimizer"])) != own:

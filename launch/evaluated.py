@@ -4,20 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BLUE, INK, FAINT = "#0072B2", "#222222", "#9a9a9a"
-_LOOK: Any = {
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#ececec",
-    "axes.axisbelow": True,
-}
+from launch.sweep.plot import INK, LOOK, NAMES
+
+BLUE = NAMES[0]
 
 
 def table(results: dict[str, Any], parts: Sequence[str]) -> list[str]:
@@ -128,7 +117,7 @@ def draw(folder: Path, results: dict[str, Any]) -> list[str]:
 
     pictures = {"loss": _draw_lengths, "positions": _draw_positions, "needle": _draw_needle}
     names = []
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         for part, picture in pictures.items():
             if results.get(part) and not (part == "needle" and not results[part]["lengths"]):
                 picture(folder / f"{part}.png", results)

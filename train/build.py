@@ -68,11 +68,8 @@ def build(order: dict[str, Any]) -> Trainer:
     model.loss_chunk = train.loss_chunk
     data, sequence = parallel.sizes(dist.get_world_size())
     recurrence, attention = parallel.transport.build()
-    batches, scheduler, spans = (
-        Prefetched(_batches(config, train)),
-        construct(config["scheduler"]),
-        _spans(config, train),
-    )
+    batches = Prefetched(_batches(config, train))
+    scheduler, spans = construct(config["scheduler"]), _spans(config, train)
     each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
     kept = communication.settle(recurrence, asks, groups, sequence, each, device, facts, say)
     if spans is not None and device.type == "cpu" and config["engine"].get("recompute", "none") == "none":
@@ -112,7 +109,7 @@ def build(order: dict[str, Any]) -> Trainer:
         average=_average(order, model, train, facts, say),
         companions=_companions(run_dir, batches) if first else (),
         kept=kept,
-        guard=_guard(train, groups, device, facts if order.get("resume") else {}),
+        guard=_guard(train, groups, device, facts),
     )
 
 

@@ -21,8 +21,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.optim import Optimizer
@@ -117,6 +119,21 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
         read({"model": weights, "optimizer": state}, checkpoint)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return manifest(checkpoint)
+
+
+def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Fills the optimizer's state, and not its settings: this run has its own. Collective."""
+    moments = get_optimizer_state_dict(model, optimizer)
+    read({"optimizer": {"state": moments["state"]}}, checkpoint)
+    set_optimizer_state_dict(model, optimizer, moments)
+
+
+def has_moments(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds an optimizer's state; a folder of Hugging Face's has none. Raises DamagedError."""
+    if not (checkpoint / ".metadata").exists():
+        return False
+    saved = _Reader(str(checkpoint)).read_metadata().state_dict_metadata
+    return any(name.startswith("optimizer.state.") for name in saved)
 
 
 def load_average(checkpoint: Path, model: nn.Module) -> None:

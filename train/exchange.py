@@ -183,7 +183,7 @@ def give(
     files: what lies beside the weights, by name its text. config: what config.json says besides. longest: bytes of a
     file of weights. dtype: of the weights; None for that of the checkpoint.
     """
-    aside = dest.with_name(dest.name + PARTIAL)
+    aside, files = dest.with_name(dest.name + PARTIAL), dict(files)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     give_back_large()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
 from train import checkpoint
@@ -15,25 +14,12 @@ from train import checkpoint
 MEANS = ("exp_avg", "momentum_buffer")  # of gradients, as torch.optim names them
 
 
-def there(path: Path) -> bool:
-    """Whether a checkpoint holds an optimizer's state. Raises DamagedError."""
-    if not (path / ".metadata").exists():
-        return False
-    saved = checkpoint._Reader(str(path)).read_metadata().state_dict_metadata
-    return any(name.startswith("optimizer.state.") for name in saved)
-
-
 def load(path: Path, model: nn.Module, optimizer: Optimizer, what: str) -> None:
     """Fills the optimizer's state, then resets `what` of it; its settings stay those of this run. Collective.
 
     what: keep, reset_mean or reset_moments, as `train.settings.INIT_OPTIMIZER` has them.
     """
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    state = get_optimizer_state_dict(model, optimizer)
-    checkpoint.read({"optimizer": {"state": state["state"]}}, path)
-    set_optimizer_state_dict(model, optimizer, state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    checkpoint.load_moments(path, model, optimizer)
     reset(optimizer, what)
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from models.precision import wide
+
 Shape = tuple[int, ...]
 
 
@@ -36,7 +38,7 @@ class _Same:
 
 
 PLAIN = Form(lambda shape: 1, lambda shape: shape[1:], _Same(), _Same())
-ABOUT_ZERO = Form(lambda shape: 1, lambda shape: shape[1:], lambda x: x.float() + 1, lambda x: x - 1)  # a norm's weight
+ABOUT_ZERO = Form(lambda shape: 1, lambda shape: shape[1:], lambda x: wide(x) + 1, lambda x: x - 1)  # a norm's weight
 TAPS = Form(  # ours [C, W], the present token's first; published [C, 1, W], it last
     lambda shape: 1,
     lambda shape: (1, *shape[1:]),

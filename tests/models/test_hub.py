@@ -8,7 +8,7 @@ import torch
 
 from models.hub import of_config, of_model, positions, tensors
 from models.hub.architecture import fold, node, ratio
-from models.hub.rows import Entry, Rows, experts, joined, parts, published, whole
+from models.hub.rows import ABOUT_ZERO, Entry, Rows, experts, joined, parts, published, whole
 from models.mixers.attention import Attention
 from models.rope import Interpolated, Llama3, RoPE, Truncated, YaRN
 
@@ -226,3 +226,9 @@ def test_a_file_that_is_not_whole_is_refused(damage, line, tmp_path):
 
 def test_shards_hold_what_fits():
     assert tensors.shards({"a": 4, "b": 4, "c": 9, "d": 1}, 8) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_a_norm_about_zero_stays_in_fp64() -> None:
+    found = ABOUT_ZERO.here(torch.tensor([1e-12], dtype=torch.float64))
+    assert found.dtype == torch.float64 and found.item() - 1 == pytest.approx(1e-12, rel=1e-3)
+    assert ABOUT_ZERO.here(torch.tensor([0.5], dtype=torch.bfloat16)).dtype == torch.float32

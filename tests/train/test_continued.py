@@ -92,12 +92,12 @@ def taken_over(folder: Path) -> tuple[bool, list, dict[str, list]]:
         moments.load(path, other, child, kind)
         assert [group["weight_decay"] for group in child.param_groups] == [0.3, 0.0], "the new run's settings hold"
         found[kind] = state(other, child)
-    return moments.there(path), state(model, parent), found
+    return checkpoint.has_moments(path), state(model, parent), found
 
 
 def test_the_optimizers_state_is_kept_or_reset_as_asked(run, tmp_path: Path) -> None:
     ((there, parent, found),) = run(1, taken_over, tmp_path)
-    assert there and not moments.there(tmp_path)
+    assert there and not checkpoint.has_moments(tmp_path)
     for kind, states in found.items():
         assert len(states) == len(parent) == 4
         for (mean, square, count), was in zip(states, parent, strict=True):

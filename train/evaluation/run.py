@@ -137,10 +137,12 @@ def measure(
 
 
 def write(path: Path, facts: dict[str, Any], found: dict[str, Any]) -> None:
-    """The results, beside those of parts that were measured before, complete or not at all."""
+    """The results, beside those of parts that were measured before at the same length; complete or not at all."""
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
+        before = {}
+    if any(before.get(key) != value for key, value in facts.items()):
         before = {}
     aside = path.with_suffix(".partial")
     aside.write_text(json.dumps({**before, **facts, **found}, indent=1) + "\n")
