@@ -237,6 +237,12 @@ class Batches:
         """The base of rotary positions that the curriculum has at a step; None: the model's own."""
         return self._stage(step + skips)[2]
 
+    @property
+    def sides(self) -> dict[str, bool]:
+        """Of each source of a run that replays one, whether it is old; {} where none is."""
+        sides = {source.name: source.old for source in self.sources}
+        return sides if any(sides.values()) else {}
+
     def shapes(self) -> list[list[int]]:
         """The lengths of every kind of batch that there is."""
         found = {lane.length: [lane.length] * lane.per_step for lane in self._lanes()}
@@ -247,16 +253,20 @@ class Batches:
 
         `heldout_tokens` over all sources, evenly spread; of each source at least one window, at most all.
         """
-        longest, windows = self.sequencing.max_length, []
+        return [window for windows in self.heldout_by_source().values() for window in windows]
+
+    def heldout_by_source(self) -> dict[str, list[Packed]]:
+        """The same, by the name of the source; that of a single corpus is ""."""
+        longest, found = self.sequencing.max_length, {}
         wanted = max(self.sequencing.heldout_tokens // len(self.sources) // longest, 1)
-        for held in self.heldout_documents:
+        for source, held in zip(self.sources, self.heldout_documents, strict=True):
             there = (len(held) - 1) // longest
             count = min(wanted, there)
-            for i in range(count):
-                begin = i * there // count * longest
-                pieces = held.pieces(begin, begin + longest)
-                windows.append(read(held.store, pieces, longest, document=self.tokenizer.DOCUMENT))
-        return windows
+            begins = [i * there // count * longest for i in range(count)]
+            found[source.name] = [
+                read(held.store, held.pieces(n, n + longest), longest, document=self.tokenizer.DOCUMENT) for n in begins
+            ]
+        return found
 
     def _stage(self, step: int) -> tuple[int, Sampler, float | None]:
         return next(stage for stage in reversed(self.stages) if stage[0] <= step)

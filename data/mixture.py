@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data.batches import Batches, Sequencing, checked_audit
 from data.curriculum import Curriculum
@@ -12,15 +15,19 @@ from data.loader import Data
 from data.samplers.sampler import Source
 from data.stores.store import Store
 
+Weight = tuple[tuple[int, Fraction], ...]  # (token, weight), from which token of the run on
+
 
 class Portion:
     """A corpus of a mixture, and how much of the run it is.
 
-    data: the corpus, as in data=…; how it is cut, and what is held out, the mixture says for all. weight: beside the
-    weights of the others, in tokens; or [[token, weight], …], from which token of the run on. epochs: the most often
-    that any of it is seen, after which it leaves and the others go on by their weights; null for no limit. long:
-    [[tokens, factor], …]: documents of at least so many tokens come so many times as often. order: another number is
-    another order of the same documents, to replay a corpus in one that it was not trained on.
+    data: the corpus, as in data=…; how it is cut, and what is held out, the mixture says for all. Null, of an old one,
+    for that of the run that init_from names. weight: beside the weights of the others, in tokens; or [[token, weight],
+    …], from which token of the run on. epochs: the most often that any of it is seen, after which it leaves and the
+    others go on by their weights; null for no limit. long: [[tokens, factor], …]: documents of at least so many tokens
+    come so many times as often. order: another number is another order of the same documents, to replay a corpus in one
+    that it was not trained on. old: whether the weights that the run starts from were trained on it: it is replayed, at
+    data.replay of the run, and every evaluation says how much of it is forgotten.
     """
 
     def __init__(
@@ -31,13 +38,14 @@ class Portion:
         epochs: float | None = None,
         long: list[Any] | None = None,
         order: int = 0,
+        old: bool = False,
     ) -> None:
-        self.data, self.weight, self.epochs, self.long, self.order = data, weight, epochs, long, order
+        self.data, self.weight, self.epochs, self.long, self.order, self.old = data, weight, epochs, long, order, old
 
     def source(self, name: str, store: Any = None) -> Source:
         """What a sampler asks of it. Raises ValueError for a value out of range, with the full key."""
         at = f"data.sources.{name}"
-        if not isinstance(self.data, Data):
+        if not isinstance(self.data, Data) and not (self.data is None and self.old):  # null: `launch.origin` knows it
             raise ValueError(f"{at}.data: must be a data.loader.Data")
         lines = self.weight if isinstance(self.weight, list | tuple) else [[0, self.weight]]
         weight = _lines(f"{at}.weight", self.weight, lines)
@@ -71,7 +79,9 @@ def _lines(key: str, given: Any, lines: Sequence[Any]) -> tuple[tuple[int, Fract
 class Mixture:
     """Several corpora, drawn from by weight; the order of each is its own. What each gave is in every record (`drawn`).
 
-    sources: by name, `data.mixture.Portion`s. max_length, packing, min_length, overlong, document_mask, heldout, audit:
+    sources: by name, `data.mixture.Portion`s. replay: the share of the run's tokens that the old ones have together,
+    from 0 to 1, the others having the rest (2403.08763), and weights dividing each of the two; null for weights alone.
+    max_length, packing, min_length, overlong, document_mask, heldout, audit:
     as of one corpus. heldout_tokens: how many held-out tokens an evaluation reads, the same of each. Raises ValueError,
     one line that opens with the key, for a value out of range.
     """
@@ -80,6 +90,7 @@ class Mixture:
         self,
         *,
         sources: dict[str, Any],
+        replay: float | None = None,
         max_length: int = 4096,
         packing: str = "concat",
         min_length: int = 256,
@@ -96,7 +107,10 @@ class Mixture:
         for token in sorted({token for source in found for token, _ in source.weight}) or [0]:
             if not any(source.weight_at(token) for source in found):
                 raise ValueError(f"data.sources: some weight must be above 0 from token {token} on")
-        self.sources = dict(sources)
+        self.sources, self.replay = dict(sources), replay
+        self.weights = {source.name: source.weight for source in found}
+        if replay is not None:
+            self.weights = _shared(found, {name for name, portion in sources.items() if portion.old}, replay)
         self.sequencing = Sequencing(
             max_length=max_length,
             packing=packing,
@@ -111,25 +125,32 @@ class Mixture:
     def check(self) -> None:
         """Raises ValueError, one line, if a corpus cannot be read or its store not written. Cheap."""
         for name, portion in self.sources.items():
+            if portion.data is None:
+                raise ValueError(
+                    f"data.sources.{name}.data=null: must be a corpus, or come with init_from=RUN, for that of the run"
+                )
             with _named(name):
                 portion.data.check()
 
     def prepare(self, *more: Any) -> list[Path]:
         """Builds the token stores, or finds them built, and returns their folders."""
+        self.check()
         return [portion.data.prepare(*more) for portion in self.sources.values()]
 
     def open(self, batch_tokens: int, curriculum: Curriculum | None = None) -> Batches:
         """The batches of `batch_tokens` tokens each, over the stores (built if they are not there)."""
+        self.check()
         sources, tokenizers = [], {}
         for name, portion in self.sources.items():
             with _named(name):
                 store = Store(portion.data.prepare())
             tokenizers[name] = store.tokenizer
-            sources.append(portion.source(name, store))
+            sources.append(replace(portion.source(name, store), weight=self.weights[name], old=portion.old))
         first, *others = tokenizers
         for name in others:
             if tokenizers[name].card() != tokenizers[first].card():
                 raise ValueError(f"data.sources.{name}.data.tokenizer: must be that of data.sources.{first}")
+        _other_than_old(sources)
         return Batches(
             sources,
             tokenizer=tokenizers[first],
@@ -137,6 +158,37 @@ class Mixture:
             sequencing=self.sequencing,
             curriculum=curriculum,
         )
+
+
+def _shared(found: list[Source], old: set[str], replay: float) -> dict[str, Weight]:
+    """Weights such that the old sources have `replay` of all together at every token. Raises ValueError."""
+    if isinstance(replay, bool) or not isinstance(replay, int | float) or not 0 <= replay <= 1:
+        raise ValueError(f"data.replay={replay}: must be a share from 0 to 1, or null")
+    share, tokens = Fraction(str(replay)), sorted({token for source in found for token, _ in source.weight})
+    weights: dict[str, list[tuple[int, Fraction]]] = {source.name: [] for source in found}
+    for of, names in ((share, old), (1 - share, set(weights) - old)):
+        members = [source for source in found if source.name in names]
+        for token in tokens:
+            total = sum(source.weight_at(token) for source in members)
+            if of and not total:
+                which = "old: true" if names is old else "old: false"
+                raise ValueError(
+                    f"data.replay={replay}: some source with {which} must have a weight from token {token} on"
+                )
+            for source in members:
+                weights[source.name].append((token, of * source.weight_at(token) / total if total else Fraction(0)))
+    return {name: tuple(lines) for name, lines in weights.items()}
+
+
+def _other_than_old(sources: Sequence[Source]) -> None:
+    """Raises ValueError for a new corpus all of whose documents are an old one's: it would be replayed, not learnt."""
+    for old in (source for source in sources if source.old):
+        for new in (source for source in sources if not source.old):
+            if np.isin(new.store.hashes, old.store.hashes).all():
+                raise ValueError(
+                    f"data.sources.{new.name}.data: must be another corpus than data.sources.{old.name}, "
+                    "which has all of its documents"
+                )
 
 
 @contextmanager

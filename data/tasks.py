@@ -69,6 +69,7 @@ class Questions:
         self.vocab_size = self.tokenizer.size
         self.windows_per_batch = batch_tokens // length
         self.chance = 1 / task.symbols
+        self.sides: dict[str, bool] = {}
         key = [task.name, task.version, task.settings(), batch_tokens]
         self.order = {"task": task.name, "version": task.version, "train.batch_tokens": batch_tokens}
         self.order |= {f"data.{name}": value for name, value in task.settings().items()}
@@ -103,6 +104,10 @@ class Questions:
         """`heldout_tokens // max_length` examples, at least one, always the same."""
         count = max(self.task.heldout_tokens // self.task.max_length, 1)
         return [self._example(HELDOUT_SEED, HELDOUT, n) for n in range(count)]
+
+    def heldout_by_source(self) -> dict[str, list[Packed]]:
+        """The same: a task is a source without a name."""
+        return {"": self.heldout()}
 
     def _example(self, seed: int, side: int, n: int) -> Packed:
         tokens, targets = self.task.example(Draw(seed, side, n))

@@ -1,4 +1,5 @@
-"""What a run starts from with `init_from`: the model that it then has, and the tokens that its weights know."""
+"""What a run starts from with `init_from`: the model that it then has, the corpora that its weights were trained on and
+what was held out of them, and the tokens that they know."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import conf
-from launch.rundir import RUNS, saved_config
+from launch.rundir import RUNS, run_folder, saved_config
 from launch.user import UserError
 
 
@@ -27,6 +28,68 @@ def model_of(overrides: list[str]) -> dict[str, Any] | None:
         return published.Published(Path(init_from)).model
     except ValueError as error:
         raise UserError(f"init_from={init_from}: {error}") from None
+
+
+def replayed(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the corpora of the run that it starts from, where an old source of its mixture names none.
+
+    Several take the source's place, each under a name of its own beside it. Raises UserError where that run, and so its
+    corpora, are not here.
+    """
+    sources = config["data"].get("sources")
+    unnamed = [name for name, portion in (sources or {}).items() if portion["old"] and portion["data"] is None]
+    if not unnamed or config["init_from"] is None:
+        return config
+    value, (name, *more) = config["init_from"], unnamed
+    if more:
+        raise UserError(
+            f"data.sources.{more[0]}.data=null: must be a corpus: data.sources.{name} takes that of init_from"
+        )
+    found = next((f for f in _folders(value) if (f / "config.yaml").exists()), None)
+    if found is None and not Path(value).is_dir():
+        run_folder("init_from", value, config["cluster"])  # which says what there is
+    theirs = saved_config(found).get("data", {}) if found else {}
+    portion = sources[name]
+    if theirs.get("_target_") == "data.loader.Data":
+        own = {name: {**portion, "data": theirs}}
+    elif theirs.get("sources"):
+        own = {f"{name}-{other}": _part(portion, each) for other, each in theirs["sources"].items()}
+    else:
+        raise UserError(
+            f"data.sources.{name}.data=null: must be a corpus: init_from={value} tells of none that is here"
+        )
+    kept = {each: value for each, value in sources.items() if each != name}
+    if both := sorted(kept.keys() & own.keys()):
+        raise UserError(f"data.sources.{both[0]}: must be named otherwise: {name} of init_from={value} has that name")
+    return {**config, "data": {**config["data"], "sources": kept | own}}
+
+
+def _part(portion: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """A source of the other run's mixture as part of an old one: at its last weight there, in another order."""
+    weight = theirs["weight"][-1][1] if isinstance(theirs["weight"], list) else theirs["weight"]
+    return {**portion, "data": theirs["data"], "weight": weight, "order": theirs["order"] + portion["order"]}
+
+
+def _folders(init_from: str) -> tuple[Path, ...]:
+    """Where a run or a checkpoint of that name may be; of a checkpoint, also its run."""
+    path = Path(init_from)
+    return path, RUNS / init_from, path.parent.parent
+
+
+def still_held_out(path: Path, batches: Any, say: Callable[[str], None]) -> None:
+    """Raises ValueError where documents would count as held out that the weights were trained on; says which old
+    sources are none of the corpora that they were trained on."""
+    from train import checkpoint
+
+    order = checkpoint.manifest(path).get("order") or {}
+    known, was = {value for key, value in order.items() if key.endswith(".corpus")}, order.get("data.heldout")
+    for source in getattr(batches, "sources", ()):
+        at = f"data.sources.{source.name}" if source.name else "data"
+        now = batches.sequencing.heldout
+        if source.store.fingerprint in known and was is not None and now > was:
+            raise ValueError(f"data.heldout={now}: must be at most {was}: {path} was trained on the rest of {at}")
+        if source.old and known and source.store.fingerprint not in known:
+            say(f"{at}: is called old, and is no corpus that {path} was trained on")
 
 
 def same_tokens(path: Path, batches: Any, say: Callable[[str], None]) -> None:

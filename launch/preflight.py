@@ -52,13 +52,17 @@ def configure(overrides: list[str]) -> dict[str, Any]:
 
     asked = composed(overrides, origin.model_of(overrides))
     if asked["resume"] is None:
-        return asked
+        return origin.replayed(asked)
+    if asked["init_from"] is not None:
+        raise UserError(
+            f"init_from={asked['init_from']}: must be null with resume={asked['resume']}, a run that has begun"
+        )
     folder = run_folder("resume", asked["resume"], asked["cluster"])
     config = saved_config(folder)
     if "train" not in config:
         raise UserError(f"resume={asked['resume']}: is an import and has trained nothing; expected init_from=")
     overlay(config, asked, overrides)
-    config["resume"], config["init_from"] = str(folder), None
+    config["resume"] = str(folder)
     config["run"]["dir"] = str(folder)
     return checked(config)
 
@@ -240,7 +244,7 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
         raise ValueError("train.init_weights=average: must be raw without init_from")
     for key in ("resume", "init_from"):
         value = flight.config[key]
-        if value is None:
+        if value is None or key == "init_from" and flight.resume is not None:
             continue
         path = Path(value)
         if not (path / checkpoint.MANIFEST).exists() and not published.is_folder(path):
@@ -269,6 +273,7 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
                 )
         if key == "init_from":
             origin.same_tokens(path, flight.batches, say)
+            origin.still_held_out(path, flight.batches, say)
         setattr(flight, key, path)
 
 

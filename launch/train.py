@@ -239,6 +239,11 @@ def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Cal
 
     if summary["heldout_loss"] is None:
         return
+    for what, verb in (("forgetting", "rose"), ("adaptation", "fell")):
+        for name, nats in summary.get(what, {}).items():
+            now = summary["heldout"][name]["loss"]
+            before = now - nats if what == "forgetting" else now + nats
+            say(f"{what}: the held-out loss on {name} {verb} by {nats:.3f}, from {before:.3f} to {now:.3f}")
     if flight.batches.chance is not None:
         say(
             f"held-out answers: {summary['heldout_accuracy']:.1%} right (guessing: {flight.batches.chance:.1%}), "

@@ -109,6 +109,8 @@ def build(order: dict[str, Any]) -> Trainer:
         average=_average(order, model, train, facts, say),
         companions=_companions(run_dir, batches) if first else (),
         kept=kept,
+        replays=bool(order.get("init_from") and batches.sides or facts.get("before")),
+        before=facts.get("before"),
         guard=_guard(train, groups, device, facts),
     )
 

@@ -23,7 +23,7 @@ from train import checkpoint, communication, rescue
 from train.average import Average
 from train.clip import clip
 from train.context import rebase
-from train.evaluate import Heldout, heldout
+from train.evaluate import Heldout, drift, heldout
 from train.execute import Executor, Tally
 from train.guard import Guard, apply
 from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
@@ -63,6 +63,8 @@ class Trainer:
     average: Average | None = None
     companions: Sequence[Path] = ()
     kept: dict[str, Any] = field(default_factory=dict)  # what a resumed run finds as it was
+    replays: bool = False  # whether the run starts from weights that may forget an old source
+    before: dict[str, float] | None = None  # the loss on each source before the first step of a run that replays
     noted: tuple[tuple[MicroStep, ...], ...] = ()
     scored: tuple[Tensor, int] | None = None  # this step's cross-entropy on this rank, and the targets of all ranks
 
@@ -82,6 +84,8 @@ class Trainer:
         scores: Heldout | None = None
         stopping = False
         record: dict[str, Any] = {}
+        if self.replays and self.before is None:
+            self._look_back()
         while self.state.step < self.settings.total_steps and not stopping:
             before = self.state.tokens
             record, stopping = self.step()
@@ -95,8 +99,8 @@ class Trainer:
             if ended and not stopping or self._due(self.settings.evaluate_every, tokens):
                 with self.phases("evaluate"):
                     scores = heldout(self.executor, self.batches, self.plan)
-                    record |= {"heldout_loss": scores.loss, "heldout_accuracy": scores.accuracy}
-                    record |= self._averaged()
+                    record |= scores.record() | self._averaged()
+                    record |= {} if self.before is None else drift(self.before, scores, self.batches.sides)
                     batch = self.batches.batch(self.seed, self.state.step - 1, self.state.skips)
                     record["documents"] = document_lengths([s.starts for s in batch])
             if ended or self._due(self.settings.checkpoint_every, tokens):
@@ -188,6 +192,7 @@ class Trainer:
             facts = {**self.state.facts(), **self.kept, "seed": self.seed, "data": self.batches.fingerprint}
             facts |= {"order": self.batches.order, "guard": self.guard.facts()}
             facts |= {} if self.average is None else {"average": self.average.facts()}
+            facts |= {} if self.before is None else {"before": self.before}
             facts["rope_theta"] = self.batches.rope_theta(max(self.state.step - 1, 0), self.state.skips)
             path = checkpoint.save(
                 self.run_dir / "checkpoints",
@@ -207,7 +212,18 @@ class Trainer:
             return {}
         with self.average.swapped():
             scores = heldout(self.executor, self.batches, self.plan)
-        return {"heldout_loss_average": scores.loss, "heldout_accuracy_average": scores.accuracy}
+        return {
+            "heldout_loss_average": scores.overall.loss,
+            "heldout_accuracy_average": scores.overall.accuracy,
+        }
+
+    def _look_back(self) -> None:
+        """What the weights know of each source before they are trained on: the record of step 0. Collective."""
+        with self.phases("evaluate"):
+            scores = heldout(self.executor, self.batches, self.plan)
+        self.before = {name: means.loss for name, means in scores.sources.items()}
+        at = {"step": self.state.step, "tokens": self.state.tokens, "time": time.time(), "attempt": self.state.attempt}
+        self._log({**at, **scores.record(), **drift(self.before, scores, self.batches.sides)})
 
     def _note(self, plan: Plan) -> None:
         """Keeps every plan that no recent step had, as `plans/step-N.txt`."""
@@ -267,9 +283,9 @@ class Trainer:
             self.say(f"stopped after step {self.state.step}, saved as checkpoints/step-{saved}")
         if self.tracker is not None:
             summary = {"step": self.state.step, "tokens": self.state.tokens, "loss": record.get("loss")}
-            loss, accuracy = scores or (None, None)
-            summary |= {"heldout_loss": loss, "heldout_accuracy": accuracy}
-            summary |= {key: value for key, value in record.items() if key.startswith("heldout") and key not in summary}
+            summary |= {"heldout_loss": None, "heldout_accuracy": None} | (scores.record() if scores else {})
+            kept = ("heldout", "forgetting", "adaptation")
+            summary |= {key: value for key, value in record.items() if key.startswith(kept) and key not in summary}
             summary |= {"seconds": time.time() - started, "stopped": stopped}
             (self.run_dir / "summary.json").write_text(json.dumps(summary))
             self.tracker.finish(summary)

@@ -25,7 +25,8 @@ class Source:
 
     weight: (token, weight) from that token of the run on; beside the other sources' weights. epochs: the most often
     that a sequence is seen, None for no limit. long: (tokens, factor): documents of at least so many tokens are drawn
-    so many times as often as their tokens say. order: another number is another order of the same documents.
+    so many times as often as their tokens say. order: another number is another order of the same documents. old:
+    whether the weights that a run starts from were trained on it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Source:
     epochs: Fraction | None = None
     long: tuple[tuple[int, Fraction], ...] = ()
     order: int = 0
+    old: bool = False
 
     def classes(self) -> list[tuple[int, int | None, Fraction]]:
         """(least tokens, below, factor) of documents, None for no limit."""

@@ -159,6 +159,74 @@ def test_bad_portions_are_refused_in_one_line(changes: dict[str, Any], line: str
     assert str(error.value).startswith(line)
 
 
+def folders(tmp_path: Path, **about: dict[str, Any]) -> dict[str, Portion]:
+    """Sources by name: each a folder of texts of its own, or that of `of`."""
+    found = {}
+    for seed, (name, more) in enumerate(about.items()):
+        texts = str(write(tmp_path / more.pop("of", name), prose(60, 300, seed=seed)))
+        found[name] = Portion(data=Data(corpus="text", path=texts, store=f"{tmp_path / name}-store"), **more)
+    return found
+
+
+SMALL: dict[str, Any] = {"max_length": 64, "heldout": 0.2, "heldout_tokens": 512}
+
+
+def shares(one: Batches, steps: int, after: int = 0) -> dict[str, float]:
+    """Of the tokens of some steps, what each source gave."""
+    before, drawn = one.drawn(after), one.drawn(after + steps)
+    found = {name.split("/")[0]: drawn[name] - before.get(name, 0) for name in drawn}
+    return {name: tokens / (256 * steps) for name, tokens in found.items()}
+
+
+def test_replay_is_the_share_of_the_old_ones_whatever_the_weights(tmp_path: Path) -> None:
+    portions = folders(
+        tmp_path,
+        new={"weight": 3},
+        other={"weight": [[0, 1], [256_000, 9]]},
+        old={"weight": 5, "old": True},
+        older={"weight": [[0, 0], [128_000, 15]], "old": True},
+    )
+    one = Mixture(sources=portions, replay=0.2, **SMALL).open(256)
+    assert one.sides == {"new": False, "other": False, "old": True, "older": True}
+    assert shares(one, 500) == pytest.approx({"new": 0.6, "other": 0.2, "old": 0.2, "older": 0}, abs=4e-3)
+    assert shares(one, 500, 500) == pytest.approx({"new": 0.6, "other": 0.2, "old": 0.05, "older": 0.15}, abs=4e-3)
+    assert shares(one, 500, 1000) == pytest.approx({"new": 0.2, "other": 0.6, "old": 0.05, "older": 0.15}, abs=4e-3)
+    alone = Mixture(sources=portions, replay=0.0, **SMALL).open(256)
+    assert shares(alone, 40) == pytest.approx({"new": 0.75, "other": 0.25}, abs=0.01)
+    assert set(alone.heldout_by_source()) == set(portions), "what is not replayed may be forgotten"
+    assert [len(windows) for windows in alone.heldout_by_source().values()] == [2, 2, 2, 2]
+    assert alone.fingerprint != one.fingerprint
+    for changed in portions.values():
+        changed.old = False
+    assert Mixture(sources=portions, **SMALL).open(256).sides == {}
+
+
+@pytest.mark.parametrize(
+    ("replay", "weights", "line"),
+    [
+        (1.5, (1, 1), "data.replay=1.5: must be a share from 0 to 1, or null"),
+        (True, (1, 1), "data.replay=True: must be a share from 0 to 1, or null"),
+        (0.1, (1, [[0, 1], [9, 0]]), "data.replay=0.1: some source with old: true must have a weight from token 9 on"),
+        (0.1, (0, 1), "data.replay=0.1: some source with old: false must have a weight from token 0 on"),
+    ],
+)
+def test_bad_replays_are_refused_in_one_line(replay: Any, weights: tuple[Any, Any], line: str) -> None:
+    new, old = (Portion(data=Data(corpus="stdlib"), weight=w, old=i == 1) for i, w in enumerate(weights))
+    with pytest.raises(ValueError) as error:
+        Mixture(sources={"new": new, "old": old}, replay=replay)
+    assert str(error.value) == line
+
+
+def test_a_corpus_that_is_an_old_one_is_refused(tmp_path: Path) -> None:
+    same = folders(tmp_path, new={}, old={"old": True, "of": "new"})
+    with pytest.raises(
+        ValueError, match=r"^data\.sources\.new\.data: must be another corpus than data\.sources\.old, "
+    ):
+        Mixture(sources=same, replay=0.1, **SMALL).open(256)
+    write(tmp_path / "new", prose(80, 300, seed=7))  # documents that the old one has not
+    assert Mixture(sources={**folders(tmp_path / "x", old={"old": True}), "new": same["new"]}, **SMALL).open(256)
+
+
 def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     data = Data(corpus="text", path=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"^data\.sources\.a\.data\.path=.*: no such file or folder"):

@@ -73,9 +73,9 @@ def saved(job, count: int, evaluate: bool) -> tuple[Weights, Weights, Weights, d
     before = raw(trainer)
     scores = {}
     if evaluate:  # as the loop does: FSDP holds whole weights after the first
-        scores["raw"] = heldout(trainer.executor, trainer.batches, trainer.plan).loss
+        scores["raw"] = heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss
         scores |= trainer._averaged()
-        assert heldout(trainer.executor, trainer.batches, trainer.plan).loss == scores["raw"]
+        assert heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss == scores["raw"]
     trainer.save()
     return before, raw(trainer), whole(trainer.average.averaged()), scores
 
@@ -90,7 +90,7 @@ def continued(job, count: int) -> tuple[Weights, Weights]:
 def initial(job) -> tuple[Weights, float]:
     """The first weights of a run, and their held-out loss."""
     trainer = build(job)
-    return raw(trainer), heldout(trainer.executor, trainer.batches, trainer.plan).loss
+    return raw(trainer), heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss
 
 
 @pytest.mark.dist
