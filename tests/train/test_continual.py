@@ -1,4 +1,4 @@
-"""Runs that replay: what they say of each corpus is what a plain loop finds, on any layout, and after any resumption."""
+"""Runs that replay: what they say of each corpus is what a plain loop finds, on any layout, resumed or not."""
 
 import json
 from dataclasses import replace
