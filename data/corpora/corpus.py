@@ -1,18 +1,18 @@
 """Corpora: where documents come from. `CORPORA` names them for `data=<name>`."""
 
-import platform
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from data.corpora.files import HEAD, Part, Reader, files, grouped, is_text, listing, named, opens_as_text
+from data.corpora.generated import Copies, Needles
 from data.corpora.hub import HuggingFace
+from data.corpora.installed import Headers, Stdlib
 from data.corpora.megatron import Megatron
 from data.corpora.records import Jsonl, Parquet
 
-__all__ = ["CORPORA", "HEAD", "Corpus", "Stdlib", "Text"]
+__all__ = ["CORPORA", "HEAD", "Copies", "Corpus", "Headers", "Needles", "Stdlib", "Text"]
 
 
 class Corpus(Protocol):
@@ -37,48 +37,6 @@ class Corpus(Protocol):
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         """(name of its source, content) of every document."""
-
-
-class Stdlib(Reader):
-    """The source of Python's own standard library: one document per `*.py`, in the order of their relative paths."""
-
-    name = "stdlib"
-    outside = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
-
-    def __init__(self, *, path: str | None = None) -> None:
-        self.path = path
-        self.root = Path(sysconfig.get_path("stdlib"))
-
-    def check(self) -> None:
-        """Raises ValueError if a path is given, or if this Python has no source on disk."""
-        if self.path is not None:
-            raise ValueError(f"data.path={self.path}: corpus stdlib takes no path; data=text does")
-        if next(self._walk(), None) is None:
-            raise ValueError("data.corpus=stdlib: this Python comes without its source; use data=text with data.path")
-
-    def identity(self) -> dict[str, str | int]:
-        """Python's version, and the number, total size and newest mtime (ns) of the files."""
-        stats = [file.stat() for file in self._walk()]
-        return {
-            "corpus": self.name,
-            "python": platform.python_version(),
-            "files": len(stats),
-            "bytes": sum(stat.st_size for stat in stats),
-            "newest": max((stat.st_mtime_ns for stat in stats), default=0),
-        }
-
-    def parts(self) -> Iterator[Part]:
-        """Whole files, some to a part."""
-        return grouped(named(self.root, self._walk()))
-
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
-        """(path relative to the library, source) of every file that is not empty."""
-        for name, file in part.what:
-            if content := Path(file).read_bytes():
-                yield name, content
-
-    def _walk(self) -> Iterator[Path]:
-        return (file for file in files(self.root, self.outside) if file.suffix == ".py")
 
 
 class Text(Reader):
@@ -154,4 +112,7 @@ CORPORA = {
     "hf": HuggingFace,
     "megatron": Megatron,
     "store": Prepared,
+    "headers": Headers,
+    "needles": Needles,
+    "copies": Copies,
 }

@@ -89,6 +89,11 @@ def grouped(found: Sequence[tuple[str, Path]]) -> Iterator[Part]:
         yield Part(group, size)
 
 
+def hashed(content: bytes) -> int:
+    """The 64 bits that a document is known by: as a fraction of 2^64 they say whether it is held out."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
 def opens_as_text(file: Path) -> bool:
     with file.open("rb") as stream:
         head = stream.read(HEAD)

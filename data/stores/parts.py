@@ -6,7 +6,6 @@ matter who makes it, nor when; nothing but the batch at work is ever in memory.
 """
 
 import errno
-import hashlib
 import io
 import json
 import multiprocessing
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpora.corpus import Corpus
-from data.corpora.files import Part
+from data.corpora.files import Part, hashed
 from data.stores.indexed import smallest
 
 DOCUMENTS = np.dtype([("hash", "<u8"), ("length", "<i8"), ("source", "<u4")])
@@ -62,8 +61,7 @@ class Job:
                     if not names or names[-1] != name:
                         names.append(name)
                     pieces += [*opening, ids]
-                    digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
-                    documents.append((digest, len(ids) + len(opening), len(names) - 1))
+                    documents.append((hashed(content), len(ids) + len(opening), len(names) - 1))
                     size += len(content)
                 tables.append(np.array(documents, dtype=DOCUMENTS))
                 together = np.concatenate(pieces)

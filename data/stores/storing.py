@@ -13,6 +13,7 @@ from typing import Any
 
 from data.corpora.corpus import CORPORA, Prepared
 from data.corpora.files import ON_ERROR
+from data.corpora.generated import SAFE, Generated
 from data.corpora.megatron import Megatron
 from data.stores.fetch import Place, fetch, is_address
 from data.stores.parts import Runner
@@ -21,7 +22,10 @@ from data.stores.store import build
 from data.tokenizer import Bytes, Given, Untrained, from_file
 
 VOCABULARY = 8192  # of a bpe, where none is asked for
-_OF_A_CORPUS = ("field", "subset", "split", "streaming", "on_error")  # keys that some corpora have
+_OF_A_CORPUS = (  # keys that some corpora have
+    *("field", "subset", "split", "streaming", "on_error"),
+    *("documents", "lengths", "seed"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class Storing:
     split: str = "train"
     streaming: bool = False
     on_error: str = "stop"
+    documents: int | None = None
+    lengths: list[int] | None = None
+    seed: int = 0
     tokenizer: str = "bytes"
     vocabulary: int | None = None
     document: str | None = None
@@ -89,6 +96,13 @@ class Storing:
             raise ValueError(f"data.store={self.store}: {ground} is a file; expected a folder")
         if ground != place and not os.access(ground, os.W_OK):
             raise ValueError(f"data.store={self.store}: {ground} cannot be written to")
+
+    def check_heldout(self, heldout: float) -> None:
+        """Raises ValueError, one line, for a split that may hold out text that generated documents are made of."""
+        if issubclass(CORPORA[self.corpus], Generated) and heldout > SAFE:
+            raise ValueError(
+                f"data.heldout={heldout}: must be at most {SAFE} for corpus {self.corpus}: the rest is its hay"
+            )
 
     def prepare(self, runner: Runner | None = None, watch: Watch | None = None) -> Path:
         """Builds the token store, or finds it built, and returns its folder, or that of this machine's copy.

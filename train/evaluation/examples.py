@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data.corpora.generated import KEY, QUESTION
 from data.pack import NO_TARGET, Packed
 from data.samplers.index import Ints
 from data.tasks import MARK, MQAR, Copy, Draw
@@ -17,8 +18,6 @@ from data.tokenizer import Bytes, Json
 from train.evaluation.score import Score, Scorer, Told
 from train.evaluation.texts import alphabet, hay, packed
 
-KEY = "\nThe pass key is {0}. Remember it: {0} is the pass key.\n"
-QUESTION = "\nWhat is the pass key? The pass key is"
 SEED, NEEDLE, RECALL, COPY = 0, 0, 1, 2  # what the draws are keyed by
 
 
