@@ -83,8 +83,10 @@ def _moments(flight: Flight) -> None:
     from train import checkpoint
 
     asked, path = flight.train.init_optimizer, flight.init_from
-    if asked == "reset" or path is None:
+    if asked == "reset" or flight.resume is not None:
         return
+    if path is None:
+        raise ValueError(f"train.init_optimizer={asked}: must be reset without init_from")
     if not checkpoint.has_moments(path):
         raise ValueError(f"train.init_optimizer={asked}: must be reset, {path} holds no optimizer state")
     config, own = _config(path), _name(flight.config["optimizer"])

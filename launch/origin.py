@@ -2,6 +2,7 @@
 what was held out of them, and the tokens that they know."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from launch.user import UserError
 def model_of(overrides: list[str]) -> dict[str, Any] | None:
     """The model of what a run starts from, where the overrides choose none and it is here. Raises UserError."""
     chosen = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
-    init_from = chosen.get("init_from", "null").strip("'\"")
+    init_from = _filled(chosen.get("init_from", "null").strip("'\""), chosen)
     if init_from == "null" or "model" in chosen or conf.written(chosen)[1]["model"] != conf.defaults()["model"]:
         return None
     from train import published
@@ -28,6 +29,11 @@ def model_of(overrides: list[str]) -> dict[str, Any] | None:
         return published.Published(Path(init_from)).model
     except ValueError as error:
         raise UserError(f"init_from={init_from}: {error}") from None
+
+
+def _filled(text: str, chosen: dict[str, str]) -> str:
+    """With the values of overrides in the place of `${key}`: of a sweep, `init_from='base-${seed}'` is one a member."""
+    return re.sub(r"\$\{([\w.]+)\}", lambda found: chosen.get(found[1], found[0]), text)
 
 
 def replayed(config: dict[str, Any]) -> dict[str, Any]:

@@ -200,6 +200,7 @@ BAD = {
     "optimizer=muon optimizer.momentum=1": "optimizer.momentum=1.0: must be at least 0 and below 1",
     "train.average=mean": "train.average=mean: must be one of none, ema, last; nearest: ema",
     "train.init_weights=average": "train.init_weights=average: must be raw without init_from",
+    "train.init_optimizer=keep": "train.init_optimizer=keep: must be reset without init_from",
     "model.blocks.gla.mixer.heads=5": "model.blocks.gla.mixer.heads=5: must divide dim * expand_k=16",
     "model.blocks.attn.mixer.heads=5": "model.blocks.attn.mixer.heads=5: must divide dim=32",
     "model.blocks.gla.ffn.hidden=0": "hidden=0: must be at least 1",

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch import preflight
 from launch.cli import main
 from tests.jobs import SMALL, corpus
 from train.tracking.record import records
@@ -97,3 +98,11 @@ def test_bad_requests_cost_one_line(inside: Path, capsys, overrides: list[str], 
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and said[0].startswith(f"farspan train: {line}")
     assert sorted(path.name for path in Path("runs").iterdir()) == before
+
+
+@pytest.mark.composes
+def test_a_member_of_a_sweep_starts_from_the_run_that_its_values_name(inside: Path) -> None:
+    saved = preflight.configure(["init_from=base"])["model"]
+    named = preflight.configure(["init_from='${run.name}se'", "run.name=ba"])
+    assert named["init_from"] == "base" and named["model"] == saved
+    assert saved != preflight.configure([])["model"]
