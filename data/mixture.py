@@ -131,6 +131,7 @@ class Mixture:
                 )
             with _named(name):
                 portion.data.check()
+            portion.data.check_heldout(self.sequencing.heldout)
 
     def prepare(self, *more: Any) -> list[Path]:
         """Builds the token stores, or finds them built, and returns their folders."""

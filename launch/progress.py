@@ -19,7 +19,7 @@ from rich.console import Console
 
 TAIL_BYTES = 1 << 20  # enough for the last record: some kilobytes, more with many experts
 SHOWN = {"step", "tokens", "time", "loss"}
-HELD_OUT = ("heldout_loss", "heldout_accuracy", "heldout_loss_average")
+HELD_OUT = ("heldout_loss", "heldout_accuracy", "heldout", "heldout_loss_average")
 SPEED_STEPS = 32  # the speed shown is that over this many steps
 
 
@@ -134,6 +134,8 @@ class Progress:
             accuracy = record.get("heldout_accuracy")
             right = "" if accuracy is None else f" ({100 * accuracy:.1f}% right)"
             parts.append(f"held-out {_loss(record['heldout_loss'])}{right}")
+            if by_source := record.get("heldout"):
+                parts.append(", ".join(f"{name} {_loss(means['loss'])}" for name, means in by_source.items()))
         if "heldout_loss_average" in record:
             parts.append(f"of the average {_loss(record['heldout_loss_average'])}")
         if speed := self._speed(record):

@@ -227,6 +227,12 @@ def test_a_corpus_that_is_an_old_one_is_refused(tmp_path: Path) -> None:
     assert Mixture(sources={**folders(tmp_path / "x", old={"old": True}), "new": same["new"]}, **SMALL).open(256)
 
 
+def test_more_held_out_than_generated_hay_leaves_is_refused() -> None:
+    sources = {"needles": Portion(data=Data(corpus="needles"))}
+    with pytest.raises(ValueError, match=r"^data\.heldout=0\.3: must be at most 0\.25 for corpus needles"):
+        Mixture(sources=sources, heldout=0.3).check()
+
+
 def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     data = Data(corpus="text", path=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"^data\.sources\.a\.data\.path=.*: no such file or folder"):

@@ -75,6 +75,13 @@ def test_a_plain_line_says_it_all(tmp_path: Path) -> None:
     ]
 
 
+def test_a_mixture_says_the_loss_on_each_source(tmp_path: Path) -> None:
+    run = Watched(tmp_path)
+    by_source = {"old": {"loss": 2.4, "accuracy": 0.3}, "new": {"loss": None, "accuracy": None}}
+    run.write(line(12, heldout_loss=2.9, heldout=by_source))
+    assert "  held-out 2.900  old 2.400, new not finite  " in run.tick()
+
+
 def test_plain_lines_come_at_most_once_per_interval(tmp_path: Path) -> None:
     run = Watched(tmp_path)
     assert run.tick() == ""  # no file yet

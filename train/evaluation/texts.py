@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from data.batches import Batches
+from data.corpora.generated import Copies, Needles
 from data.pack import NO_TARGET, Packed
 from data.samplers.documents import Documents
 from data.samplers.index import Ints
+from data.samplers.sampler import Source
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,22 @@ def hay(batches: Any, tokens: int) -> Ints:
     if not isinstance(batches, Batches):
         return 1 + np.arange(tokens) % batches.task.symbols
     mark, parts, count = batches.tokenizer.DOCUMENT, [], 0
-    for held in batches.heldout_documents:
+    written = [
+        held for source, held in zip(batches.sources, batches.heldout_documents, strict=True) if not _made(source)
+    ]
+    for held in written or batches.heldout_documents:
         for document in documents(held):
             parts.append(np.asarray(document)[np.asarray(document) != mark].astype(np.int64))
             count += len(parts[-1])
             if count >= tokens:
                 return np.concatenate(parts)[:tokens]
     return np.resize(np.concatenate(parts), tokens)
+
+
+def _made(source: Source) -> bool:
+    """Whether its documents are generated: there are other needles in those."""
+    identity = getattr(source.store, "card", {}).get("identity", {})
+    return identity.get("corpus") in (Needles.name, Copies.name)
 
 
 def alphabet(batches: Any, symbols: int) -> Ints:

@@ -49,6 +49,15 @@ def test_hay_begins_again_where_it_ends(batches):
     assert alphabet(often, 32).tolist() == [1, 2, 3, 4, 5, 6] and alphabet(often, 4).tolist() == [1, 2, 3, 4]
 
 
+def test_hay_is_of_no_generated_document(batches):
+    ours = hay(batches, 50)
+    batches.sources[0].store.card = {"identity": {"corpus": "needles"}}
+    other = hay(batches, 50)
+    assert ours[0] == 301 and other[0] == 401 and len(hay(batches, 200)) == 200
+    batches.sources[1].store.card = {"identity": {"corpus": "copies"}}
+    assert hay(batches, 50).tolist() == ours.tolist(), "where there is nothing else"
+
+
 def scored(source, length, nats):
     """A document whose targets cost these nats; those below 1 are right."""
     nats = np.array([*nats, 0.0])
