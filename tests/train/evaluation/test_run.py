@@ -52,7 +52,9 @@ def numbers(node, path=""):
     return {path: node}
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp64", 1e-9), pytest.param("fp32", 1e-5, marks=pytest.mark.slow)]
+)
 def test_one_rank_and_four_give_the_same_numbers(run, tmp_path, precision, tolerance):
     more = [f"precision={precision}", "model.blocks.gla.ffn.top_k=4", *SIZES]
     config = composed([*overrides(tmp_path, *more), "train.steps=2", "cluster.workers=1"])
