@@ -35,6 +35,20 @@ def evaluate(arguments: list[str]) -> int:
         raise UserError(f"RUN={run}: results cannot be written to {folder} ({error.strerror})") from None
     workers = config["cluster"]["workers"]
     console.print(f"evaluating {found} on {workers} {'worker' if workers == 1 else 'workers'} ({device})", markup=False)
+    if code := measured(config, found, folder, device, console):
+        return code
+    results = json.loads((folder / "results.json").read_text())
+    asked = [*config["evaluate"]["parts"], *(["tasks"] if config["evaluate"]["tasks"] else [])]
+    print("\n".join(table(results, asked)))
+    pictures = draw(folder, results)
+    console.print(f"in {folder}: results.json, {', '.join(pictures)}" if pictures else f"in {folder}: results.json")
+    return 0
+
+
+def measured(config: dict[str, Any], found: Path, folder: Path, device: str, console: Console) -> int:
+    """Writes what `evaluate.parts` ask of a checkpoint to results.json in a folder. Returns the exit code; raises
+    UserError where the workers refuse it, KeyboardInterrupt where it is stopped."""
+    workers = config["cluster"]["workers"]
     with tempfile.TemporaryDirectory(prefix="farspan-evaluate-") as place, Shown(Path(place), console) as shown:
         order = {
             "config": config,
@@ -42,6 +56,7 @@ def evaluate(arguments: list[str]) -> int:
             "results": str((folder / "results.json").resolve()),
             "progress": str(shown.path),
             "device": device,
+            "trained": trained_on(found),
         }
         outcome = local.spawn(
             ENTRY,
@@ -56,17 +71,24 @@ def evaluate(arguments: list[str]) -> int:
         trace = Path(place, "error.txt")
         if trace.exists() and outcome.exit_code == 1:
             (folder / "error.txt").write_text(trace.read_text())
-    if not outcome.ok:
-        if outcome.exit_code == 2:
-            raise UserError(str(outcome.reason))
-        console.print(f"failed: {str(outcome.reason).replace(place, str(folder))}", markup=False)
-        return outcome.exit_code
-    results = json.loads((folder / "results.json").read_text())
-    asked = [*config["evaluate"]["parts"], *(["tasks"] if config["evaluate"]["tasks"] else [])]
-    print("\n".join(table(results, asked)))
-    pictures = draw(folder, results)
-    console.print(f"in {folder}: results.json, {', '.join(pictures)}" if pictures else f"in {folder}: results.json")
-    return 0
+    if outcome.ok:
+        return 0
+    if outcome.exit_code == 2:
+        raise UserError(str(outcome.reason))
+    console.print(f"failed: {str(outcome.reason).replace(place, str(folder))}", markup=False)
+    return outcome.exit_code
+
+
+def trained_on(found: Path) -> int | None:
+    """Tokens of the longest sequences that a checkpoint, or a folder of Hugging Face's, was trained on; None where it
+    does not say."""
+    from train import checkpoint, published
+    from train.exchange import trained_length
+
+    if published.is_folder(found):
+        return published.Published(found).max_length
+    home = found if (found / "config.yaml").exists() else found.parent.parent
+    return trained_length(rundir.saved_config(home), checkpoint.manifest(found)["tokens"])
 
 
 def configured(found: Path, overrides: list[str]) -> dict[str, Any]:
@@ -114,8 +136,8 @@ def clear(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
         if (difference := checkpoint.first_difference(found, shapes)) is not None:
             raise ValueError(f"RUN={run}: holds another model: {difference}")
         batches = prepare.batches(config, config["train"]["batch_tokens"], shapes["embedding"][0], say)
-        saved = json.loads((found / "tokenizer.json").read_text())
-        if (given := batches.tokenizer.card()) != saved:
+        saved = _tokenizer(found)
+        if saved is not None and (given := batches.tokenizer.card()) != saved:
             raise ValueError(
                 f"data.tokenizer={given['name']}: must be the one that the run was trained with, "
                 f"{saved['name']}: {found / 'tokenizer.json'}"
@@ -126,6 +148,17 @@ def clear(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
             )
         check(settings, batches, model)
         return preflight.device_of(cluster)
+
+
+def _tokenizer(found: Path) -> dict[str, Any] | None:
+    """The card of the tokenizer that a model was trained with; None where there is none beside it."""
+    from data.tokenizer_files import card_of
+    from train import published
+
+    if published.is_folder(found):
+        return card_of(found)
+    file = found / "tokenizer.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def folder_of(found: Path, weights: str = "raw") -> Path:

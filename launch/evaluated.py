@@ -18,7 +18,7 @@ def table(results: dict[str, Any], parts: Sequence[str]) -> list[str]:
     return lines[1:]
 
 
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> list[str]:
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> list[str]:
     """The first column to the left, numbers to the right."""
     cells = [[name, *head], *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
@@ -40,12 +40,25 @@ def _loss(found: dict[str, Any]) -> list[str]:
         rows += [row(f"  {name}", facts) for name, facts in found["sources"].items()]
     rows += [row(f"  {_from(facts)} tokens", facts) for facts in found["lengths"]]
     said = [f"per byte: {found['loss_per_byte']:.4f}"] if "loss_per_byte" in found else []
-    return _columns(["documents", "targets", "nats", "right"], rows, "held-out loss") + said
+    return columns(["documents", "targets", "nats", "right"], rows, "held-out loss") + said
 
 
 def _positions(found: list[dict[str, Any]]) -> list[str]:
     rows = [[_from(r), f"{r['targets']:,}", f"{r['loss']:.4f}", f"{r['accuracy']:.1%}"] for r in found]
-    return _columns(["targets", "nats", "right"], rows, "tokens before")
+    return columns(["targets", "nats", "right"], rows, "tokens before")
+
+
+def _extrapolation(found: dict[str, Any]) -> list[str]:
+    if not found["octaves"]:
+        return [f"extrapolation: held-out text has no {2 * found['trained']:,} tokens on end"]
+    rows = []
+    for i, row in enumerate(found["octaves"]):
+        spread = "" if row["error"] is None else f" ± {row['error']:.4f}"
+        rise = [f"{row['rise']:+.4f}{spread}", f"{row['ratio']:.3f}"] if i else ["", ""]
+        rows.append([f"{row['from']:,} to {row['to'] - 1:,}", f"{row['loss']:.4f}", *rise])
+    text = "documents" if found["whole"] else "stretches of documents end to end"
+    said = f"{found['sequences']} {text}, trained on {found['trained']:,} tokens: {found['verdict']}"
+    return [*columns(["nats", "rise", "ratio"], rows, "extrapolation, tokens before"), said]
 
 
 def _needle(found: dict[str, Any]) -> list[str]:
@@ -56,7 +69,7 @@ def _needle(found: dict[str, Any]) -> list[str]:
         [f"{depth:.0%} deep", *(f"{e[d]:.0%} ({p[d]:.1f})" for e, p in zip(*_grids(found), strict=True))]
         for d, depth in enumerate(found["depths"])
     ]
-    return _columns(head, rows, "needle: exact (nats)")
+    return columns(head, rows, "needle: exact (nats)")
 
 
 def _grids(found: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]:
@@ -66,7 +79,7 @@ def _grids(found: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]
 def _asked(name: str) -> Any:
     def lines(found: dict[str, Any]) -> list[str]:
         rows = [[f"{r['length']:,}", f"{r['accuracy']:.1%}", f"{r['loss']:.3f}"] for r in found["lengths"]]
-        return _columns(["right", "nats"], rows, f"{name} (guess: {found['chance']:.1%})")
+        return columns(["right", "nats"], rows, f"{name} (guess: {found['chance']:.1%})")
 
     return lines
 
@@ -79,7 +92,7 @@ def _long_range(found: dict[str, Any]) -> list[str]:
         for r in found["lengths"]
     ]
     head = ["documents", "all before", f"last {found['context']:,}", "gain"]
-    return _columns(head, rows, "long range, tokens")
+    return columns(head, rows, "long range, tokens")
 
 
 def _gain(row: dict[str, Any]) -> str:
@@ -93,7 +106,7 @@ def _tasks(found: dict[str, Any]) -> list[str]:
         for metric, value in numbers.items()
         if isinstance(value, float)
     ]
-    return _columns(["metric", "value"], rows, "lm-eval")
+    return columns(["metric", "value"], rows, "lm-eval")
 
 
 def _from(facts: dict[str, Any]) -> str:
@@ -107,6 +120,7 @@ _PARTS: dict[str, Any] = {
     "recall": _asked("recall"),
     "copy": _asked("copy"),
     "long_range": _long_range,
+    "extrapolation": _extrapolation,
     "tasks": _tasks,
 }
 
@@ -125,7 +139,7 @@ def draw(folder: Path, results: dict[str, Any]) -> list[str]:
     return names
 
 
-def _figure(width: float, height: float, panels: int = 1) -> Any:
+def figure_of(width: float, height: float, panels: int = 1) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,7 +148,7 @@ def _figure(width: float, height: float, panels: int = 1) -> Any:
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     aside = path.with_suffix(".partial")
     figure.savefig(aside, dpi=144, format="png")
     aside.rename(path)
@@ -142,27 +156,27 @@ def _save(figure: Any, path: Path) -> None:
 
 def _draw_lengths(path: Path, results: dict[str, Any]) -> None:
     rows = results["loss"]["lengths"]
-    figure, (axes,) = _figure(6.4, 3.6)
+    figure, (axes,) = figure_of(6.4, 3.6)
     axes.bar(range(len(rows)), [row["loss"] for row in rows], color=BLUE, width=0.7)
     for x, row in enumerate(rows):
         axes.annotate(f"{row['documents']:,}", (x, row["loss"]), ha="center", va="bottom", fontsize=8, color=INK)
     axes.set_xticks(range(len(rows)), [f"{row['from']:,}" for row in rows], rotation=30)
     axes.set(xlabel="tokens of the document, from", ylabel="nats a token", title="Held-out loss by length")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_positions(path: Path, results: dict[str, Any]) -> None:
     rows = results["positions"]
-    figure, (axes,) = _figure(6.4, 3.6)
+    figure, (axes,) = figure_of(6.4, 3.6)
     axes.plot([row["from"] for row in rows], [row["loss"] for row in rows], color=BLUE, marker="o", markersize=4)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens of the document before it, from", ylabel="nats a token", title="Held-out loss by position")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_needle(path: Path, results: dict[str, Any]) -> None:
     found = results["needle"]
-    figure, panels = _figure(9.6, 0.5 * len(found["depths"]) + 1.8, 2)
+    figure, panels = figure_of(9.6, 0.5 * len(found["depths"]) + 1.8, 2)
     exact, logprob = _grids(found)
     scales = (
         (exact, "answers that are exact", "viridis", (0, 1), "{:.0%}"),
@@ -180,4 +194,4 @@ def _draw_needle(path: Path, results: dict[str, Any]) -> None:
         axes.set_yticks(range(len(found["depths"])), [f"{d:.0%}" for d in found["depths"]])
         axes.grid(False)
         axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"Needle: {title}")
-    _save(figure, path)
+    save(figure, path)

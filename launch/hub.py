@@ -106,24 +106,37 @@ def _read(folder: Path, request: Import) -> tuple[dict[str, Any] | None, Publish
 
 def export(arguments: list[str]) -> int:
     """Writes a checkpoint as a folder that transformers loads. Raises UserError before anything is written."""
+    (run, to), request = _parse("export", arguments, Export, ("RUN", "DEST"), least=2)
+    dest = Path(to).expanduser()
+    _free(dest, "DEST")
+    with _refusals(f"RUN={run}"):
+        found = checkpoint_of(run)
+        lines = written(found, dest, request)
+    for line in lines:
+        _say(line)
+    return 0
+
+
+def written(found: Path, dest: Path, request: Export | None = None) -> list[str]:
+    """Writes a checkpoint of ours as a folder that transformers loads. Returns what there is to say.
+
+    Raises ValueError, before anything is written, for a model that no architecture expresses, and UserError for a disk
+    that cannot be written to.
+    """
     import torch
 
     from train.exchange import Saved, give
 
-    (run, to), request = _parse("export", arguments, Export, ("RUN", "DEST"), least=2)
-    dest = Path(to).expanduser()
-    _free(dest, "DEST")
-    found = checkpoint_of(run)
-    with _refusals(f"RUN={run}"):
-        saved = Saved(found, rundir.saved_config(found))
-        files, told = _files(found, saved)
+    request = request or Export()
+    saved = Saved(found, rundir.saved_config(found))
+    files, told = _files(found, saved)
     dtype = None if request.dtype is None else getattr(torch, _DTYPES[request.dtype])
     with _told("writing") as watch, _disk(dest, "DEST"):
         give(saved, dest, files, config=told, longest=request.shard, dtype=dtype, watch=watch)
-    _say(f"{saved.name}, {_size(saved.shapes)} parameters, from {found}: {dest}")
+    lines = [f"{saved.name}, {_size(saved.shapes)} parameters, from {found}: {dest}"]
     if "tokenizer.json" not in files:
-        _say("without a tokenizer: what the tokens spell is not known")
-    return 0
+        lines.append("without a tokenizer: what the tokens spell is not known")
+    return lines
 
 
 def _files(found: Path, saved: Saved) -> tuple[dict[str, str], dict[str, Any]]:

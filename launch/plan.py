@@ -20,6 +20,11 @@ if TYPE_CHECKING:  # torch is loaded once the configuration has been read
 def plan(overrides: list[str]) -> int:
     """Prints the plan of a run. Raises UserError."""
     config = preflight.configure(overrides)
+    if config["stages"]:
+        from launch.extend import check
+
+        print("\n".join(check.table(*check.legs(config, overrides))))
+        return 0
     planned = _planned(config)
     with preflight.refusals(config):
         device = planned.device(config["cluster"]["device"]) if planned else None

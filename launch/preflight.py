@@ -76,7 +76,8 @@ def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) 
         if path[0] == "experiment" or override.startswith("~"):
             raise UserError(f"{override}: cannot be changed of a run; give the keys that should differ")
         _copy(asked, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
-    saved.setdefault("evaluate", asked["evaluate"])
+    for key in ("evaluate", "stages"):
+        saved.setdefault(key, asked[key])
 
 
 def clear(
@@ -90,6 +91,8 @@ def clear(
     from launch import continued, prepare
 
     with refusals(config):
+        if config["stages"]:
+            raise ValueError("stages: must be [] but for `farspan train` and `farspan plan`, on this machine")
         if config["seed"] < 0:
             raise ValueError(f"seed={config['seed']}: must not be negative")
         train = section(TrainSettings, config["train"])

@@ -50,6 +50,10 @@ def train(overrides: list[str]) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         config = preflight.configure(overrides)
+        from launch.extend import chain
+
+        if chain.is_chain(config):
+            return chain.extend(config, overrides, console).code
     except KeyboardInterrupt:
         console.print(_NOTHING, markup=False)
         return 0
@@ -59,24 +63,30 @@ def train(overrides: list[str]) -> int:
 _NOTHING = "stopped before the run started: nothing was written"
 
 
-def run(config: dict[str, Any], console: Console, *, brief: bool = False) -> Ended:
+def run(config: dict[str, Any], console: Console, *, brief: bool = False, again: str | None = None) -> Ended:
     """Runs a composed configuration to its end, here or as a job that is followed. Raises UserError as `train` does.
 
-    brief: one of several: nothing is said about what to do with it.
+    brief: one of several: nothing is said about what to do with it. again: the command that goes on with it here.
     """
     settings = config["cluster"]
     if settings["kind"] == "ray" and nodes.is_remote(nodes.address_of(settings["address"])):
         from launch import submit
 
         return submit.attached(config, console)
-    return here(config, console, brief=brief)
+    return here(config, console, brief=brief, again=again)
 
 
-def here(config: dict[str, Any], console: Console, hosted: Hosted | None = None, *, brief: bool = False) -> Ended:
+def here(
+    config: dict[str, Any],
+    console: Console,
+    hosted: Hosted | None = None,
+    *,
+    brief: bool = False,
+    again: str | None = None,
+) -> Ended:
     """Runs a composed configuration from this machine; SIGINT and SIGTERM save, and end it with exit code 0."""
     began = time.monotonic()
     folder: Path | None = None
-    again = ""
 
     def say(line: str) -> None:
         console.print(line, markup=False)
@@ -85,7 +95,7 @@ def here(config: dict[str, Any], console: Console, hosted: Hosted | None = None,
         flight = preflight.clear(config, say, device=hosted.device if hosted else None)
         code = hosted.code if hosted else rundir.code_version()
         folder, lock = rundir.claim(config, resumed=config["resume"] is not None)
-        again = hosted.again if hosted else f"farspan train resume={folder}"
+        again = hosted.again if hosted else again or f"farspan train resume={folder}"
         with lock:
             rundir.write_config(folder, config, code)
             if hosted:
@@ -109,7 +119,7 @@ def here(config: dict[str, Any], console: Console, hosted: Hosted | None = None,
             say(_NOTHING)
         else:
             say("stopped while no worker was running")
-            _say_where_to_continue(folder, again, say)
+            _say_where_to_continue(folder, again or "", say)
         return Ended(0, folder, True)
 
 

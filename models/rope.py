@@ -31,6 +31,11 @@ class Positions(ABC):
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         """Radians a token, fp64 [R/2] on the CPU, and the factor on rotated queries and on keys."""
 
+    def reaches(self, trained: float) -> float:
+        """The longest document, in tokens, that the rule is made for where plain positions were trained on `trained`;
+        infinite where it names none."""
+        return math.inf
+
     def places(self, seq: Sequence) -> Tensor:
         """The positions [B, T] that tokens are rotated by."""
         return seq.positions
@@ -87,6 +92,9 @@ class Interpolated(RoPE):
         super().__init__(base=base, fraction=fraction)
         self.factor = _factor(factor)
 
+    def reaches(self, trained: float) -> float:
+        return self.factor * trained
+
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         return _frequencies(self.base, self.rotated(head_dim)) / self.factor, 1.0
 
@@ -102,6 +110,9 @@ class NTKAware(RoPE):
     def __init__(self, *, factor: float, base: float = 10_000.0, fraction: float = 1.0):
         super().__init__(base=base, fraction=fraction)
         self.factor = _factor(factor)
+
+    def reaches(self, trained: float) -> float:
+        return self.factor * trained
 
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         channels = self.rotated(head_dim)
@@ -142,6 +153,9 @@ class YaRN(RoPE):
         self.beta_fast, self.beta_slow = beta_fast, beta_slow
         self.attention_factor = 0.1 * math.log(factor) + 1.0 if attention_factor is None else attention_factor
 
+    def reaches(self, trained: float) -> float:
+        return self.factor * self.trained_length
+
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         channels = self.rotated(head_dim)
 
@@ -180,6 +194,9 @@ class Llama3(RoPE):
             raise ValueError(f"high={high}: must be above low={low}, and that above 0")
         self.low, self.high = low, high
 
+    def reaches(self, trained: float) -> float:
+        return self.factor * self.trained_length
+
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         trained = _frequencies(self.base, self.rotated(head_dim))
         turns = self.trained_length * trained / (2 * math.pi)
@@ -209,13 +226,16 @@ class LongRoPE(RoPE):
         fraction: float = 1.0,
     ):
         super().__init__(base=base, fraction=fraction)
-        self.trained_length = _trained(trained_length)
+        self.length, self.trained_length = length, _trained(trained_length)
         for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
             if not factors or min(factors) <= 0:
                 raise ValueError(f"{name}={list(factors)}: must be numbers above 0, one a pair of channels")
         self.divisors = list(long_factor if length > self.trained_length else short_factor)
         longer = max(length / self.trained_length, 1.0)
         self.scale = math.sqrt(1 + math.log(longer) / math.log(self.trained_length))
+
+    def reaches(self, trained: float) -> float:
+        return max(self.length, self.trained_length)
 
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         trained = _frequencies(self.base, self.rotated(head_dim))
@@ -260,6 +280,9 @@ class Randomized(RoPE):
         if longest < 1:
             raise ValueError(f"longest={longest}: must be at least 1")
         self.longest, self.seed = longest, seed
+
+    def reaches(self, trained: float) -> float:
+        return self.longest
 
     def places(self, seq: Sequence) -> Tensor:
         if seq.identities is None:

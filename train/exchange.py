@@ -127,7 +127,7 @@ class Saved:
             built = construct(model)
         if base := facts.get("rope_theta"):  # what the curriculum has made of it
             rebase(built, base)
-            model = _rebased(model, base) if rotary(built) else model
+            model = rebased(model, base) if rotary(built) else model
         architecture, self.config = of_model(model)
         self.name = architecture.name
         self.shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
@@ -136,7 +136,7 @@ class Saved:
         self._scales = {"norm.weight": built.tied_scale} if built.head is None else {}
         self._dtypes = {name: dtype for name, (_, dtype) in facts["model"].items()}
         self._own = lru_cache(maxsize=2)(self._read)
-        self.max_length = _trained_length(config, facts["tokens"])
+        self.max_length = trained_length(config, facts["tokens"])
 
     def order(self) -> list[str]:
         """The published tensors, layer by layer as the model has them."""
@@ -222,7 +222,7 @@ def _told(saved: Saved, part: list[str], watch: Callable[[str], None]) -> Iterat
         yield saved.tensor(source)
 
 
-def _rebased(model: dict[str, Any], base: float) -> dict[str, Any]:
+def rebased(model: dict[str, Any], base: float) -> dict[str, Any]:
     """The section with this base in every rotary rule."""
     blocks = dict(model["blocks"])
     for name, block in layers(model):
@@ -232,7 +232,7 @@ def _rebased(model: dict[str, Any], base: float) -> dict[str, Any]:
     return {**model, "blocks": blocks}
 
 
-def _trained_length(config: dict[str, Any], tokens: int) -> int | None:
+def trained_length(config: dict[str, Any], tokens: int) -> int | None:
     """The longest sequences that a run has had after so many tokens; None where its configuration does not say."""
     stages = (config.get("curriculum") or {}).get("context")
     if stages:

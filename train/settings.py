@@ -263,7 +263,7 @@ class ClusterSettings:
             raise ValueError(f"cluster.timeout={self.timeout:g}: must be above 0 seconds, or null")
 
 
-PARTS = ("loss", "positions", "needle", "recall", "copy", "long_range")
+PARTS = ("loss", "positions", "needle", "recall", "copy", "long_range", "extrapolation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,13 +272,15 @@ class EvaluateSettings:
 
     parts: which of loss (of each source, and by the length of documents), positions (the loss by what a token has
     before it), needle (a pass key in a text, by depth and length, 2305.16300), recall (pairs of keys and values,
-    2312.04927), copy (a sequence said again, 2402.01032) and long_range (what the text before the last `context` tokens
-    is worth). length: tokens of a document that are read, at most, and of the longest needle; null for data.max_length.
+    2312.04927), copy (a sequence said again, 2402.01032), long_range (what the text before the last `context` tokens is
+    worth) and extrapolation (the loss beyond the trained length, where a recurrent state may collapse, 2410.07145).
+    length: tokens of a document that are read, at most, and of the longest needle; null for data.max_length.
     tokens: of held-out documents that are scored of each source, about. lengths: of needles and of what is recalled and
     copied, in tokens; null for four, each twice the one before, up to `length`. depths: how many places of a needle,
     evenly spread from the first to the last. samples: examples of each length, and of each depth of a needle. symbols:
     how many tokens recall and copy draw from. pairs: how many keys and values a recall binds. context: tokens that
-    long_range leaves of the context. documents: how many long_range reads of each length, at most. span_tokens: the
+    long_range leaves of the context. documents: how many long_range reads of each length, and extrapolation, at most.
+    beyond: how many times the trained length extrapolation reads, at least 2. span_tokens: the
     most tokens of a text that a rank takes at a time, as train.span_tokens; null for no limit. weights: raw, those that
     were trained, or average, what train.average keeps of them. tasks: those of lm-eval, where that is installed. limit:
     examples of each of these tasks; null for all.
@@ -294,6 +296,7 @@ class EvaluateSettings:
     pairs: int = 8
     context: int = 1024
     documents: int = 16
+    beyond: int = 4
     span_tokens: int | None = None
     weights: str = "raw"
     tasks: list[str] = field(default_factory=list)
@@ -310,6 +313,8 @@ class EvaluateSettings:
         for name, least in {"tokens": 1, "depths": 1, "samples": 1, "symbols": 4, "pairs": 1, "documents": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
+        if self.beyond < 2:
+            raise ValueError(f"evaluate.beyond={self.beyond}: must be at least 2")
         if self.context < 8:
             raise ValueError(f"evaluate.context={self.context}: must be at least 8")
         for name in ("length", "span_tokens", "limit"):

@@ -17,6 +17,7 @@ from typing import Any
 
 from launch.config import conf
 from launch.config.accepts import GIVEN
+from launch.extend.stage import Stage
 from launch.user import UserError
 from train.construct import ROOMS, allowed, construct
 from train.settings import (
@@ -38,6 +39,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateSettings,
 }
 SCALARS: dict[str, Any] = {"seed": int, "init_from": str | None, "resume": str | None}
+LISTS: dict[str, Any] = {"stages": list[Stage]}  # of sections
 OBJECTS = ("model", "data", "curriculum", "scheduler", "engine", "optimizer", "schedule", "tracking")
 FACTORIES = ("optimizer",)  # of the objects, those that the program calls to get what it needs: `_partial_` nodes
 
@@ -48,7 +50,7 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 def checked(config: dict[str, Any]) -> dict[str, Any]:
     """The same configuration, complete, every key known and every value accepted. Raises UserError."""
-    known = [*SECTIONS, *SCALARS, *OBJECTS]
+    known = [*SECTIONS, *SCALARS, *LISTS, *OBJECTS]
     for key in config:
         if key not in known:
             raise UserError(f"{key}: no such key{nearest(key, known)}")
@@ -61,6 +63,9 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError("optimizer.lr: missing; the schedule multiplies it")
     for key, kind in SECTIONS.items():
         _try(key, section, kind, result[key])
+    for key, kind in LISTS.items():
+        for i, values in enumerate(result[key]):
+            _try(f"{key}[{i}]", section, typing.get_args(kind)[0], values)
     for key in OBJECTS:
         if key != "model":  # the largest is built once, where its size is needed
             _try(key, construct, result[key])
@@ -70,8 +75,8 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
 def _top(key: str, value: Any) -> Any:
     if key in SECTIONS:
         return fields(key, value, SECTIONS[key])
-    if key in SCALARS:
-        return _typed(key, value, SCALARS[key])
+    if key in SCALARS or key in LISTS:
+        return _typed(key, value, SCALARS.get(key, LISTS.get(key)))
     if isinstance(value, dict) and value.get("_partial_", False) in (True, False):
         if bool(value.get("_partial_")) != (key in FACTORIES):
             raise UserError(f"{key}._partial_: must be {str(key in FACTORIES).lower()}")

@@ -19,7 +19,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import conf
-from launch.config.check import OBJECTS, SCALARS, SECTIONS, checked, class_of, fields, hints_of, nearest, parameters_of
+from launch.config.check import (
+    LISTS,
+    OBJECTS,
+    SCALARS,
+    SECTIONS,
+    checked,
+    class_of,
+    fields,
+    hints_of,
+    nearest,
+    parameters_of,
+)
 from launch.config.conf import CONF, groups
 from launch.user import UserError
 
@@ -239,7 +250,7 @@ def _nearest_path(key: str, read: list[Read] | None = None) -> str:
 
 
 def _tops() -> list[str]:
-    return sorted({*groups(), *SECTIONS, *SCALARS, *OBJECTS})
+    return sorted({*groups(), *SECTIONS, *SCALARS, *LISTS, *OBJECTS})
 
 
 def _written(read: list[Read] | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ of a forward pass.
 
 import inspect
 import re
+import typing
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from launch.config import conf
 from launch.config.accepts import GIVEN, accepts
-from launch.config.check import SCALARS, SECTIONS, class_of, hints_of, parameters_of, words
+from launch.config.check import LISTS, SCALARS, SECTIONS, class_of, hints_of, parameters_of, words
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -55,7 +56,7 @@ def page() -> str:
     tree, placed = conf.written()
     tops = [name for name in placed if "@" not in name]
     inner = sorted({name.partition("@")[0] for name in placed if "@" in name})
-    scalars = [key for key in tree if key in SCALARS]
+    scalars = [key for key in tree if key in SCALARS or key in LISTS]
     sections = [key for key in tree if key in SECTIONS and key not in tops]
     parts = {}
     for group in tops:
@@ -68,6 +69,9 @@ def page() -> str:
         said = conf.comments(conf.CONF / "train.yaml")
         said = {k.removeprefix(f"{key}."): text for k, text in said.items() if k.startswith(f"{key}.")}
         parts[key] = _described(SECTIONS[key], {"": tree[key]}, f"{key}.", said)
+    for key, hint in LISTS.items():
+        (kind,) = typing.get_args(hint)
+        parts[key] = _described(kind, {"": {}}, f"{key}[i].", {})
     contents = " · ".join(f"[{name}](#{name.replace(', ', '-')})" for name in parts)
     body = "\n\n".join(f"## {name}\n\n{text.strip()}" for name, text in parts.items())
     body = _PAPER.sub(r"[\1](https://arxiv.org/abs/\1)", body)
@@ -241,7 +245,10 @@ def _experiments() -> str:
 
 def _scalars(keys: list[str]) -> str:
     tree, comments = conf.written()[0], conf.comments(conf.CONF / "train.yaml")
-    return _table([(key, _kind(SCALARS[key]), f"`{tree[key]}`", comments.get(key, "")) for key in keys]) + "\n"
+    return (
+        _table([(key, _kind({**SCALARS, **LISTS}[key]), f"`{tree[key]}`", comments.get(key, "")) for key in keys])
+        + "\n"
+    )
 
 
 def _described(target: Any, nodes: dict[str, dict[str, Any]], prefix: str, comments: dict[str, str]) -> str:
@@ -316,7 +323,8 @@ def _type(constructor: type, key: str, hint: Any) -> str:
 def _kind(hint: Any) -> str:
     said = words(hint) if hint is not Any else "anything"
     said = said.replace("an object, a section with _target_", "an object").replace("a section with keys", "a section")
-    return re.sub(r"\b(a|an) ", "", said).replace("list of object", "list of objects")
+    said = re.sub(r"\b(a|an) ", "", said)
+    return said.replace("list of object", "list of objects").replace("list of section", "list of sections")
 
 
 def _guess(value: Any) -> str:

@@ -1,14 +1,17 @@
 """What held-out documents tell: the loss by source, by length, by position, and what far context is worth."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from data.batches import Batches
-from data.pack import NO_TARGET
+from data.pack import NO_TARGET, Packed
 from train.evaluation.score import Score, Scorer, Told
-from train.evaluation.texts import Text, documents, packed
+from train.evaluation.texts import Text, documents, hay, packed
+
+RISES = 1.1  # times the loss within the trained length: from there on a loss beyond it counts as risen
 
 
 class Mean:
@@ -96,3 +99,64 @@ def long_range(scorer: Scorer, batches: Any, *, length: int, context: int, most:
             {"length": read, "documents": len(each), "full": full, "near": near, "gain": near - full, "error": spread}
         )
     return {"context": context, "scored": tail, "lengths": rows}
+
+
+def extrapolation(
+    scorer: Scorer, batches: Any, *, trained: int, beyond: int, most: int, tokens: int, told: Told
+) -> dict[str, Any]:
+    """The loss beyond the trained length, octave by octave, beside that of the last one within: of the same documents.
+
+    A recurrent state that was never trained to forget collapses there (2410.07145), and rotary angles are new. Read are
+    documents of `beyond` times the trained length and more, or, where there are fewer than two, stretches of that many
+    tokens of documents end to end, without the marks between them. rise: nats by which the loss is higher than within,
+    its standard error over sequences behind it; ratio: of the two.
+    """
+    read, scored = trained * beyond, []
+    whole = [packed(text[: read + 1]) for text in _long(batches, read + 1, most)]
+    texts = whole if len(whole) > 1 else _stretches(batches, read + 1, most)
+    texts = texts[: max(2, tokens // read)]
+    for score in scorer(texts, told):
+        scored.append([float(score.nats[begin:end].mean()) for begin, end in _octaves(trained, read)])
+    rows: list[dict[str, Any]] = []
+    for i, (begin, end) in enumerate(_octaves(trained, read) if scored else ()):
+        rises = [each[i] - each[0] for each in scored]
+        error = float(np.std(rises, ddof=1) / len(rises) ** 0.5) if len(rises) > 1 else None
+        mean, within = (float(np.mean([each[k] for each in scored])) for k in (i, 0))
+        found = {"from": begin, "to": end, "loss": mean, "rise": mean - within, "error": error}
+        rows.append(found | {"ratio": mean / max(within, 1e-12)})
+    facts = {"trained": trained, "sequences": len(scored), "whole": len(whole) > 1, "octaves": rows}
+    return facts | {"verdict": _verdict(rows)}
+
+
+def _verdict(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "not measured"
+    for row in rows[1:]:
+        if row["ratio"] > RISES and row["rise"] > 2 * (row["error"] or 0.0):
+            return f"the loss RISES from {row['from']:,} tokens on: the model does not hold beyond its trained length"
+    return f"the loss holds to {rows[-1]['to']:,} tokens"
+
+
+def _octaves(trained: int, read: int) -> list[tuple[int, int]]:
+    """The last one within the trained length, then those beyond: how many tokens come before."""
+    found = [(trained // 2, trained)]
+    while found[-1][1] < read:
+        found.append((found[-1][1], min(2 * found[-1][1], read)))
+    return found
+
+
+def _long(batches: Any, least: int, most: int) -> list[Any]:
+    """Held-out documents of so many tokens, at most so many of each source."""
+    if not isinstance(batches, Batches):
+        return []
+    return [text for held in batches.heldout_documents for text in islice(documents(held, least), most)]
+
+
+def _stretches(batches: Any, length: int, most: int) -> list[Packed]:
+    """So many tokens each of held-out documents end to end, no token twice."""
+    if not isinstance(batches, Batches):
+        return []
+    mark = batches.tokenizer.DOCUMENT
+    there = sum(len(held) - len(held.ids) for held in batches.heldout_documents) // (length - 1)
+    text = hay(batches, min(there, most) * (length - 1)).reshape(-1, length - 1)
+    return [packed(np.concatenate([[mark], each])) for each in text]

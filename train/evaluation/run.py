@@ -29,7 +29,8 @@ def run(order: dict[str, Any]) -> None:
     """The entry that a launcher calls on every rank, torch.distributed being initialised.
 
     order: `config` (resolved), `checkpoint`, `results` (a JSON file: parts that are measured replace those that it
-    has), `progress` (a file that gets a JSON object a line), `device`.
+    has), `progress` (a file that gets a JSON object a line), `device`, `trained` (tokens of the longest sequences that
+    the weights were trained on, None where that is not known).
     """
     config, path = order["config"], Path(order["checkpoint"])
     settings = section(EvaluateSettings, config["evaluate"])
@@ -39,7 +40,7 @@ def run(order: dict[str, Any]) -> None:
     model, scorer = assemble(config, path, device, settings)
     batches = open_batches(config)
     length = reach(settings, batches)
-    found = measure(scorer, batches, settings, tell)
+    found = measure(scorer, batches, settings, tell, _beyond(settings, model, order["trained"]))
     if settings.tasks:
         from train.evaluation.harness import harness
 
@@ -100,10 +101,24 @@ def check(settings: EvaluateSettings, batches: Any, model: LM) -> None:
             needles.example(examples.Draw(0, 0), each, 0.0)
 
 
+def _beyond(settings: EvaluateSettings, model: LM, trained: int | None) -> tuple[int, int] | None:
+    """(trained length, how many times it extrapolation reads): no farther than the positions that the model knows."""
+    known = [longest for module in rotary(model) if (longest := getattr(module.positions, "longest", None))]
+    if trained is None:
+        return None
+    beyond = min([settings.beyond, *(longest // trained for longest in known)])
+    return (trained, beyond) if beyond > 1 else None
+
+
 def measure(
-    scorer: Scorer, batches: Any, settings: EvaluateSettings, tell: Callable[[str, int, int], None]
+    scorer: Scorer,
+    batches: Any,
+    settings: EvaluateSettings,
+    tell: Callable[[str, int, int], None],
+    beyond: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """The parts, by name. Collective; the same on every rank."""
+    """The parts, by name. beyond: the trained length, and how many times it extrapolation reads; without it that part
+    is left out. Collective; the same on every rank."""
     length = reach(settings, batches)
     made = lengths(settings, length)
 
@@ -133,6 +148,9 @@ def measure(
     if "long_range" in parts:
         far = {"length": length, "context": settings.context, "most": settings.documents}
         found["long_range"] = documents.long_range(scorer, batches, **far, told=told("long_range"))
+    if "extrapolation" in parts and beyond is not None:
+        far = {"trained": beyond[0], "beyond": beyond[1], "most": settings.documents, "tokens": settings.tokens}
+        found["extrapolation"] = documents.extrapolation(scorer, batches, **far, told=told("extrapolation"))
     return found
 
 

@@ -1,0 +1,232 @@
+"""`farspan train` with stages: a run for each, one after another, measured before the first and after each of them.
+
+The chain is a folder: its configuration, a run folder a stage, `extension.json` and `extension.png`, and in the end
+`export`, a folder that `transformers` loads. A stage that is done is not run again.
+"""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch import rundir, status
+from launch.config.compose import checked
+from launch.evaluate import clear, folder_of, measured
+from launch.extend import check
+from launch.extend.check import Leg, Parent
+from launch.extend.record import Record
+from launch.preflight import configure
+from launch.sweep.sweep import Heard
+from launch.train import Ended, run
+from launch.user import UserError
+
+SHORTEST = 128  # tokens of a needle's text, in bytes, for it and its question to have room
+
+
+def is_chain(config: dict[str, Any]) -> bool:
+    """Whether a configuration is that of a chain, or goes on with one. Raises UserError for stages of a single run."""
+    resumed = config["resume"] is not None and bool(rundir.saved_config(Path(config["resume"])).get("stages"))
+    if config["resume"] is not None and bool(config["stages"]) != resumed:
+        what = f"the stages of {config['resume']}" if resumed else "[], it is a single run; init_from= extends one"
+        raise UserError(f"stages: must be {what} with resume={config['resume']}")
+    return bool(config["stages"])
+
+
+def extend(config: dict[str, Any], overrides: list[str], console: Console) -> Ended:
+    """Runs a chain, or goes on with it. Raises UserError before anything is written."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    folder: Path | None = None
+    with Heard() as heard:
+        try:
+            resumed = None if config["resume"] is None else Path(config["resume"])
+            if resumed is not None:
+                before = rundir.saved_config(resumed)
+                config["init_from"] = before["init_from"]
+                _same_stages(config["stages"], before["stages"], resumed)
+                overrides = [override for override in overrides if not _is_own(override)]
+            parent, legs = check.legs(config, overrides)
+            _in_reach(config, legs)
+            code = rundir.code_version()
+            folder, lock = rundir.claim(config, resumed=resumed is not None)
+            with lock:
+                rundir.write_config(folder, config, code)
+                say(f"chain {folder}: {len(legs)} stages, all checked before the first starts")
+                for line in check.table(parent, legs):
+                    say(line)
+                ended = Chain(config, overrides, folder, parent, legs, console, heard).run()
+        except KeyboardInterrupt:
+            if folder is None:
+                say("stopped before the chain started: nothing was written")
+            ended = Ended(0, folder, True)
+    if folder is not None and (ended.code or ended.stopped):
+        say(f"farspan train resume={folder} goes on with the stage that was reached")
+    return ended
+
+
+class Chain:
+    """A chain that has been checked, in its folder."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        overrides: list[str],
+        folder: Path,
+        parent: Parent,
+        legs: list[Leg],
+        console: Console,
+        heard: Heard,
+    ):
+        self.config, self.overrides, self.folder, self.parent, self.legs = config, overrides, folder, parent, legs
+        self.console, self.heard = console, heard
+        self.record = Record(folder, parent.trained, [leg.stage.length for leg in legs])
+
+    def run(self) -> Ended:
+        """The stages that are not done, and everything that is measured of them."""
+        if code := self._measure("before", self.parent.path, self.parent.model, None):
+            return Ended(code, self.folder)
+        source: Path = self.parent.path
+        for leg in self.legs:
+            place, began = self.folder / leg.name, time.monotonic()
+            if not _is_done(place):
+                self.console.print(f"stage {leg.name}", style="bold", markup=False)
+                ended = run(self._configured(leg, source), self.console, brief=True, again=self._again)
+                if ended.code or ended.stopped:
+                    return ended
+                self.record.took(leg.name, time.monotonic() - began)
+            source = _checkpoint(place)
+            if self.heard():
+                return Ended(0, self.folder, True)
+            if code := self._measure(leg.name, source, leg.config["model"], leg):
+                return Ended(code, self.folder)
+        self._end(source)
+        return Ended(0, self.folder)
+
+    @property
+    def _again(self) -> str:
+        return f"farspan train resume={self.folder}"
+
+    def _configured(self, leg: Leg, source: Path) -> dict[str, Any]:
+        """The configuration of a stage's run: from its folder, where it has begun."""
+        place = self.folder / leg.name
+        if (place / "config.yaml").exists():
+            quoted = str(place).replace("'", r"\'")
+            return configure([*self.overrides, f"resume='{quoted}'"])
+        config = deepcopy(leg.config)
+        config |= {"init_from": str(source), "resume": None}
+        config["run"] = {"name": f"{self.config['run']['name']}/{leg.name}", "dir": str(place), "plot": None}
+        if config["tracking"].get("group", "") is None:
+            config["tracking"]["group"] = self.config["run"]["name"]
+        return checked(config)
+
+    def _measure(self, name: str, found: Path, model: dict[str, Any], leg: Leg | None) -> int:
+        """Evaluates a checkpoint at the chain's lengths, unless that is done. Returns the exit code."""
+        if name in self.record:
+            return 0
+        config = asked(self.config, self.legs, self.parent, model)
+        device = clear(config, found, str(found), lambda line: None)
+        folder = self.folder / "evaluation" / name if leg is None else folder_of(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.console.print(f"measuring {'what is extended' if leg is None else f'stage {leg.name}'}", markup=False)
+        if code := measured(config, found, folder, device, self.console):
+            return code
+        self.record.add(name, folder / "results.json", leg)
+        return 0
+
+    def _end(self, source: Path) -> None:
+        """The table, the picture and the export."""
+        from launch.extend.picture import draw, table
+
+        print("\n".join(table(self.record.facts)))
+        files = ["extension.json"]
+        try:
+            draw(self.folder / "extension.png", self.record.facts)
+            files.append("extension.png")
+        except Exception as error:  # a picture is not worth the exit code of a week
+            self.console.print(f"no picture: {type(error).__name__}: {error}", markup=False)
+        if self._export(source):
+            files.append("export")
+        last = source.parent.parent
+        self.console.print(f"in {self.folder}: {', '.join(files)}; the last stage is {last}", markup=False)
+
+    def _export(self, source: Path) -> bool:
+        """Writes the last stage for `transformers`; whether there is something."""
+        from launch.hub import written
+
+        dest = self.folder / "export"
+        if dest.exists():
+            return True
+        try:
+            for line in written(source, dest):
+                self.console.print(line, markup=False)
+        except (UserError, ValueError) as error:
+            self.console.print(f"not exported: {error}", markup=False)
+            return False
+        return True
+
+
+def asked(config: dict[str, Any], legs: list[Leg], parent: Parent, model: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation is asked for: as the last stage reads documents, needles as long as each stage's sequences."""
+    found = deepcopy(legs[-1].config)
+    found["model"] = model
+    settings, last = found["evaluate"], legs[-1].stage.length
+    most = min([last, *_known(model)])
+    if settings["length"] is None:
+        settings["length"] = most
+    if settings["lengths"] is None:
+        lengths = {parent.trained or last, *(leg.stage.length for leg in legs)}
+        settings["lengths"] = sorted(n for n in lengths if SHORTEST <= n <= most) or None
+    return found
+
+
+def _known(model: dict[str, Any]) -> list[int]:
+    """The positions that layers know, of rules that draw them at random."""
+    from launch.preflight import model_of
+    from train.context import rotary
+
+    found = (getattr(module.positions, "longest", None) for module in rotary(model_of(model)))
+    return [longest for longest in found if longest is not None]
+
+
+def _in_reach(config: dict[str, Any], legs: list[Leg]) -> None:
+    """Raises UserError for a folder of a stage that another run has."""
+    name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
+    folder = Path(config["run"]["dir"]) if config["run"]["dir"] else rundir.RUNS / name if name else None
+    if folder is None or config["resume"] is not None:
+        return
+    for leg in legs:
+        if (folder / leg.name / "config.yaml").exists():
+            raise UserError(f"run.dir={folder}: already holds a run, {leg.name}")
+
+
+def _same_stages(now: list[Any], before: list[Any], folder: Path) -> None:
+    """Raises UserError where a stage that has begun would be another one."""
+    for i, values in enumerate(before):
+        name = f"{i + 1}-{values['length']}"
+        if (folder / name / "config.yaml").exists() and now[i : i + 1] != [values]:
+            raise UserError(f"stages[{i}]: must be as it was: {folder / name} has begun")
+
+
+def _is_own(override: str) -> bool:
+    """Whether an override is of the chain as a whole, and not of each of its runs."""
+    key = override.lstrip("+~").partition("=")[0]
+    return key in ("resume", "stages", "init_from") or key.startswith("run.")
+
+
+def _is_done(place: Path) -> bool:
+    return (place / "config.yaml").exists() and status.read(place, running=False).state == "complete"
+
+
+def _checkpoint(place: Path) -> Path:
+    from train import checkpoint
+
+    found = checkpoint.newest(place / "checkpoints", lambda line: None)
+    if found is None:
+        raise UserError(f"{place}: is done, and has no complete checkpoint")
+    return found

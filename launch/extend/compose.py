@@ -1,0 +1,73 @@
+"""The run that comes of a stage: a chain's configuration, with what the stage says."""
+
+from copy import deepcopy
+from typing import Any
+
+from launch.config.accepts import parameters
+from launch.config.check import nearest
+from launch.extend.stage import Stage
+from models.hub.architecture import Node, layers, node, target
+from models.rope import NoPE, RoPE
+
+
+def configured(config: dict[str, Any], stage: Stage, number: int, model: Node) -> dict[str, Any]:
+    """A run's configuration, not checked: the chain's, with what the stage says. number: of the stage, from 1.
+
+    model: the `model` section before it. Raises ValueError, a line that begins with a key of the stage, for a stage
+    that does not fit the chain.
+    """
+    found = deepcopy(config)
+    found["stages"] = []
+    found["seed"] = config["seed"] + number  # else a stage would read again what the one before has read
+    found["model"] = positioned(model, stage.positions)
+    found["data"]["max_length"] = stage.length
+    batch = config["train"]["batch_tokens"]
+    if stage.batch_tokens is None and not isinstance(batch, int):
+        raise ValueError("batch_tokens: missing; train.batch_tokens grows, and a stage has a number")
+    found["train"] |= {"tokens": stage.tokens, "steps": None}
+    found["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)
+    if stage.lr is not None:
+        found["optimizer"]["lr"] = stage.lr
+    if stage.weights is not None:
+        _weigh(found["data"], stage.weights)
+    return found
+
+
+def _weigh(data: Node, weights: dict[str, float]) -> None:
+    sources = data.get("sources")
+    if not isinstance(sources, dict):
+        raise ValueError("weights: must be null, data has no sources; data=mixture has some")
+    for name, weight in weights.items():
+        if name not in sources:
+            raise ValueError(f"weights.{name}: no such source{nearest(name, sources)}")
+        sources[name]["weight"] = weight
+
+
+def positioned(model: Node, positions: Any) -> Node:
+    """A `model` section with this rule in all layers that have rotary positions; keys alone change the rule there is.
+
+    Raises ValueError where no layer has any.
+    """
+    if positions is None:
+        return model
+    rules = rules_of(model)
+    if not rules:
+        raise ValueError("positions: must be null, no layer of the model has rotary positions")
+    blocks = dict(model["blocks"])
+    for name, rule in rules.items():
+        new = {"base": rule["base"], "fraction": rule["fraction"]} if "_target_" in positions else rule
+        mixer = {**blocks[name]["mixer"], "positions": new | positions}
+        blocks[name] = {**blocks[name], "mixer": mixer}
+    return {**model, "blocks": blocks}
+
+
+def rules_of(model: Node) -> dict[str, Node]:
+    """The rotary rule of each kind of block that has one, and that a layer is of; complete."""
+    found = {}
+    for name, block in layers(model):
+        mixer = block["mixer"]
+        if "positions" in parameters(mixer["_target_"]):
+            rule = node(RoPE, partial=False) | mixer.get("positions", {})
+            if rule["_target_"] != target(NoPE):
+                found[name] = rule
+    return found

@@ -1,0 +1,45 @@
+"""extension.json: what was measured before a chain's first stage and after each, as it comes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.extend.check import Leg
+
+FILE = "extension.json"
+
+
+class Record:
+    """The file in a chain's folder, complete or as it was.
+
+    trained: tokens that the parent was trained on. lengths: of the stages. `facts`: what the file holds.
+    """
+
+    def __init__(self, folder: Path, trained: int | None, lengths: list[int]):
+        self.path = folder / FILE
+        self.facts: dict[str, Any] = {"trained": trained, "lengths": lengths, "stages": []}
+        if self.path.exists():
+            self.facts = json.loads(self.path.read_text())
+            self.facts["lengths"] = lengths
+        self._took = dict[str, float]()
+
+    def __contains__(self, name: str) -> bool:
+        return any(stage["name"] == name for stage in self.facts["stages"])
+
+    def took(self, name: str, seconds: float) -> None:
+        """How long a stage's run was, here and now."""
+        self._took[name] = seconds
+
+    def add(self, name: str, results: Path, leg: Leg | None) -> None:
+        """What an evaluation has found after a stage; of the parent, without one."""
+        found = json.loads(results.read_text())
+        stage: dict[str, Any] = {"name": name, "length": self.facts["trained"] if leg is None else leg.stage.length}
+        if leg is not None:
+            stage |= {"tokens": leg.flight.train.total_tokens, "lr": leg.config["optimizer"]["lr"]}
+            stage |= {"positions": leg.positions, "seconds": self._took.get(name)}
+        stage |= {"checkpoint": found["checkpoint"], "read": found["length"]}
+        stage |= {part: found[part] for part in found if part not in ("checkpoint", "length")}
+        self.facts["stages"].append(stage)
+        aside = self.path.with_suffix(".partial")
+        aside.write_text(json.dumps(self.facts, indent=1) + "\n")
+        aside.rename(self.path)
