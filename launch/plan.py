@@ -221,8 +221,11 @@ def _traffic(flight: Flight, model: LM, first: Plan, batch: Any) -> list[str]:
     """What ranks receive from others in the first step, by purpose, as the run's records will count it."""
     from collections import Counter
 
-    from parallel.schedule.volume import How, of_plan, of_weights
+    from models.axes import declarations
+    from parallel.schedule.volume import How, Traffic, of_plan, of_weights
+    from train import optimizer
     from train.asked import asked, weight_units
+    from train.construct import construct
     from train.precision import dtypes
 
     transport, engine, workers = flight.config["parallel"]["transport"], flight.config["engine"], flight.cluster.workers
@@ -237,6 +240,10 @@ def _traffic(flight: Flight, model: LM, first: Plan, batch: Any) -> list[str]:
     units = weight_units(model, itemsize=master.itemsize, reshard=engine.get("reshard_after_forward", True))
     weights = of_weights(units, workers, len(first.micro_steps))
     total, most = Counter[str](), Counter[str]()
+    stepping: Any = optimizer.build(construct(flight.config["optimizer"]), model, declarations(model))
+    if hasattr(stepping, "received"):
+        for rank, traffic in enumerate(stepping.received(workers, master, flight.device)):
+            found.setdefault(rank, Traffic()).include(traffic)
     for traffic in found.values():
         traffic.include(weights)
         total.update(traffic.bytes)

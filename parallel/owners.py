@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.collectives import LEDGER
+from parallel.schedule.volume import Traffic
 from parallel.whereabouts import HERE, Wait
 
 TOGETHER = 1 << 25  # elements of whole matrices that a rank holds at a time, unless one matrix alone has more
@@ -79,6 +80,41 @@ class Placed(NamedTuple):
     rows: tuple[int, ...]
 
 
+def assigned(begins: Sequence[Sequence[int]], matrices: Sequence[Sequence[Cut]], world: int) -> list[list[Placed]]:
+    """The matrices of each exchange. begins: of each parameter the first row of every rank, and how many it has."""
+    found = [(i, cut) for i, several in enumerate(matrices) for cut in several]
+    found.sort(key=lambda each: -_cost(each[1]))
+    busy, buckets = [0.0] * world, list[list[Placed]]()
+    size = TOGETHER * world + 1
+    for i, cut in found:
+        owner = min(range(world), key=busy.__getitem__)
+        busy[owner] += _cost(cut)
+        elements = cut.shape[0] * cut.shape[1]
+        if size + elements > TOGETHER * world:
+            buckets.append([])
+            size = 0
+        size += elements
+        buckets[-1].append(Placed(i, cut, owner, tuple(_held(begins[i], cut, r) for r in range(world))))
+    return buckets
+
+
+def received(lengths: Sequence[int], matrices: Sequence[Sequence[Cut]], world: int, itemsize: int) -> list[Traffic]:
+    """What each rank receives where `Owners.apply` is called, of parameters of so many rows that FSDP has sharded."""
+    found = [Traffic() for _ in range(world)]
+    for bucket in assigned([shares(length, world) for length in lengths], matrices, world):
+        for rank, traffic in enumerate(found):
+            there = sum((sum(m.rows) - m.rows[rank]) * m.cut.shape[1] for m in bucket if m.owner == rank)
+            back = sum(m.rows[rank] * m.cut.shape[1] for m in bucket if m.owner != rank)
+            traffic.add(PURPOSE, (there + back) * itemsize, 2 * (world > 1))
+    return found
+
+
+def shares(length: int, world: int) -> list[int]:
+    """The first row of each rank, and their number: FSDP cuts as torch.chunk does, and later ranks may get none."""
+    step = -(-length // world)
+    return [min(rank * step, length) for rank in range(world + 1)]
+
+
 def local(x: Tensor) -> Tensor:
     """This rank's part of it."""
     return x.to_local() if isinstance(x, DTensor) else x
@@ -93,20 +129,7 @@ class Owners:
     def __init__(self, parameters: Sequence[Tensor], matrices: Sequence[Sequence[Cut]]):
         self.group, self.rank, self.world = _group(parameters)
         self.begins = [_begins(p, self.world) for p in parameters]
-        found = [(i, cut) for i, several in enumerate(matrices) for cut in several]
-        found.sort(key=lambda each: -_cost(each[1]))
-        busy = [0.0] * self.world
-        self.buckets: list[list[Placed]] = []
-        size = TOGETHER * self.world + 1
-        for i, cut in found:
-            owner = min(range(self.world), key=busy.__getitem__)
-            busy[owner] += _cost(cut)
-            elements = cut.shape[0] * cut.shape[1]
-            if size + elements > TOGETHER * self.world:
-                self.buckets.append([])
-                size = 0
-            size += elements
-            self.buckets[-1].append(Placed(i, cut, owner, tuple(self._held(i, cut, r) for r in self._ranks())))
+        self.buckets = assigned(self.begins, matrices, self.world)
 
     def apply(self, pieces: Sequence[Tensor], function: Function, dtype: torch.dtype) -> list[Tensor]:
         """`function` of every matrix in `dtype`, from this rank's rows of the parameters to its rows of the results.
@@ -130,13 +153,6 @@ class Owners:
 
     def _ranks(self) -> range:
         return range(self.world)
-
-    def _held(self, parameter: int, cut: Cut, rank: int) -> int:
-        """How many of a matrix's rows a rank holds."""
-        begin, end = self.begins[parameter][rank : rank + 2]
-        if cut.lead is not None:
-            return cut.shape[0] if begin <= cut.lead < end else 0
-        return cut.rows.before(end) - cut.rows.before(begin)
 
     def _place(self, pieces: Sequence[Tensor], each: Placed) -> tuple[Tensor, Places, Places]:
         """Where this rank's rows of a matrix lie: in which tensor, in which of its rows and columns."""
@@ -164,6 +180,14 @@ class Owners:
         with HERE.waiting(Wait("", PURPOSE, "all-to-all")):
             dist.all_to_all_single(received, parts, here, there, group=self.group)
         return received
+
+
+def _held(begins: Sequence[int], cut: Cut, rank: int) -> int:
+    """How many of a matrix's rows a rank holds."""
+    begin, end = begins[rank : rank + 2]
+    if cut.lead is not None:
+        return cut.shape[0] if begin <= cut.lead < end else 0
+    return cut.rows.before(end) - cut.rows.before(begin)
 
 
 def _read(piece: Tensor, rows: Places, columns: Places) -> Tensor:
@@ -210,14 +234,13 @@ def _group(parameters: Sequence[Tensor]) -> tuple[dist.ProcessGroup | None, int,
 
 
 def _begins(parameter: Tensor, world: int) -> list[int]:
-    """The first row of each rank, and their number: FSDP cuts as torch.chunk does, and later ranks may get none."""
+    """As `shares` of a parameter that lies as FSDP lays it."""
     length = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return [0, length]
     if parameter.placements != (Shard(0),):
         raise NotImplementedError(f"whole matrices of a parameter that lies as {parameter.placements}")
-    step = -(-length // world)
-    begins = [min(rank * step, length) for rank in range(world + 1)]
+    begins = shares(length, world)
     rank = parameter.device_mesh.get_local_rank()
     assert begins[rank + 1] - begins[rank] == parameter.to_local().shape[0]
     return begins

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
-from parallel.owners import Owners, cuts, local
+from parallel.owners import Cut, Owners, cuts, local, received
+from parallel.schedule.volume import Traffic
 from train.adamw import AdamW
 from train.optimizer import axes, refined
 
@@ -111,16 +112,30 @@ class Muon(Optimizer):
         """This rank's rows of the update."""
         key = tuple(map(id, parameters))
         if key not in self.owners:
-            declared = [p.declared for p in parameters]  # type: ignore[attr-defined]
-            matrices = [cuts(p.shape, d.parts, d.along) for p, d in zip(parameters, declared, strict=True)]
-            self.owners[key] = Owners(parameters, matrices)
-        first = directions[0]
-        dtype = torch.bfloat16 if first.is_cuda and first.dtype == torch.float32 else first.dtype
+            self.owners[key] = Owners(parameters, [_cuts(p) for p in parameters])
+        dtype = _travels(directions[0].dtype, directions[0].device.type)
 
         def update(x_SMN: Tensor) -> Tensor:
             return RMS * max(x_SMN.shape[1:]) ** 0.5 * newton_schulz(x_SMN, self.steps)
 
         return self.owners[key].apply(directions, update, dtype)
+
+    def received(self, world: int, dtype: torch.dtype, device: str) -> list[Traffic]:
+        """What each rank receives in a step, weights being spread over `world` of them. dtype: of master weights."""
+        parameters = [p for group in self._groups(muon=True) for p in group["params"]]
+        matrices = [_cuts(p) for p in parameters]
+        return received([p.shape[0] for p in parameters], matrices, world, _travels(dtype, device).itemsize)
+
+
+def _cuts(parameter: Tensor) -> list[Cut]:
+    """The matrices that lie in it."""
+    declared = parameter.declared  # type: ignore[attr-defined]
+    return cuts(parameter.shape, declared.parts, declared.along)
+
+
+def _travels(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What matrices of weights of this dtype are sent, and made orthogonal, in."""
+    return torch.bfloat16 if device == "cuda" and dtype == torch.float32 else dtype
 
 
 def is_matrix(parameter: Tensor, adamw: list[str]) -> bool:

@@ -17,7 +17,9 @@ from models.mixers import MIXERS
 from models.moe import MoE
 from parallel import owners
 from parallel.apply import parallelise, parameter_name
+from parallel.collectives import LEDGER, Entry
 from parallel.mesh import everyone
+from parallel.owners import PURPOSE
 from train import muon, optimizer
 from train.muon import Muon
 
@@ -78,6 +80,15 @@ def together() -> dict[str, np.ndarray]:
     mesh = everyone(torch.device("cpu"))
     parallelise(built, mesh, seed=1, dtype=torch.float64, remat="none", reshard_after_forward=True)
     return five_steps(built, declared)
+
+
+def counted() -> tuple[int, int]:
+    """(bytes, calls) that this rank has counted of its matrices over five steps."""
+    LEDGER.take()
+    together()
+    received, calls = LEDGER.take()
+    entry = Entry("world", PURPOSE)
+    return received[entry], calls[entry]
 
 
 # The oracle: which matrices a tensor holds is written out by hand, and every step is a loop over them.
@@ -157,6 +168,18 @@ def test_the_rest_steps_as_adamw_does():
     for name, p in other.named_parameters():
         if name not in names:
             assert np.allclose(got[name], p.detach().numpy(), rtol=1e-11, atol=1e-13), name
+
+
+@pytest.mark.dist
+def test_what_is_received_is_foretold_byte_for_byte_on_every_rank(run):
+    foretold = optimizer.build(partial(Muon, **SETTINGS), built := model(), declarations(built))
+    told = foretold.received(3, torch.float64, "cpu")
+    found = run(3, counted)
+    assert found == [(STEPS * each.bytes[PURPOSE], STEPS * each.calls[PURPOSE]) for each in told]
+    assert len({received for received, _ in found}) > 1 and all(received for received, _ in found)
+    assert not any(each.calls for each in foretold.received(1, torch.float64, "cpu"))
+    (half,), (whole,) = (foretold.received(2, torch.float32, device)[:1] for device in ("cuda", "cpu"))
+    assert 2 * half.bytes[PURPOSE] == whole.bytes[PURPOSE]
 
 
 @pytest.mark.dist
