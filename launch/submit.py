@@ -142,13 +142,16 @@ def _configure(overrides: list[str]) -> tuple[dict[str, Any], list[str] | None]:
 
 
 def _make_absolute(config: dict[str, Any], path: list[str]) -> None:
-    """An address stays what it is, and so does what may be a name (a tokenizer's, a dataset's) and is no file here."""
+    """An address stays what it is, and so does what may be a name (a tokenizer's, a dataset's) and is no file here; the
+    name of a run becomes its folder."""
     node = config
     for key in path[:-1]:
         node = node.get(key) or {}
     value = node.get(path[-1])
     if not isinstance(value, str) or "://" in value:
         return
+    if path == ["init_from"] and not Path(value).expanduser().exists() and (rundir.RUNS / value).exists():
+        value = str(rundir.RUNS / value)
     named = path[-1] == "tokenizer" or path[-1] == "path" and node.get("corpus") == "hf"
     if not named or Path(value).expanduser().exists():
         node[path[-1]] = str(Path(value).expanduser().absolute())

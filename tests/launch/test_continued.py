@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from launch import continued, curve, preflight
+from launch import continued, curve, preflight, submit
 from launch.cli import main
 from tests.jobs import overrides
 from train import checkpoint
@@ -127,3 +127,13 @@ def test_a_mistake_costs_one_line(place, capsys, override):
     assert main(["plan", *overrides(place), *SHORT, override]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"farspan plan: {REFUSED[override]}") and err.count("\n") == 1
+
+
+def test_a_job_is_told_where_a_run_lies_that_it_starts_from(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, lies in (("base", "runs/base"), ("here", "here"), ("gone", "gone")):
+        config = {"init_from": given}
+        submit._make_absolute(config, ["init_from"])
+        assert config == {"init_from": str(tmp_path / lies)}
