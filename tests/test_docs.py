@@ -37,6 +37,7 @@ PAGES = [
             "guards",
             "cluster",
             "evaluate",
+            "extension",
             "decoding",
             "hub",
         )
@@ -54,6 +55,7 @@ TAKE_MINUTES = [
         "optimizers",
         "cluster",
         "evaluate",
+        "extension",
         "decoding",
         "hub",
     )
@@ -103,6 +105,10 @@ def shortened(command: str) -> str:
     length = int(re.findall(r"\d+", asked.get("train.batch_tokens", "4096").replace("_", ""))[-1])  # a ramp's last
     if "resume" in asked and words[1] == "sweep":
         return command
+    if asked.get("experiment") == "extend_context" or asked.get("resume") == "long":  # its stages have budgets
+        stages = "stages=[{length: 8192, tokens: 8192, positions: {base: 40_000}}]"
+        few = ["evaluate.samples=1", "evaluate.tokens=8192", "evaluate.depths=2", "evaluate.documents=2"]
+        return shlex.join([*words, *([] if "resume" in asked else [*SMALL, stages, *few])])
     more = [*SMALL, f"train.tokens={8 * length if 'resume' in asked else 2 * length}"]
     if words[1] != "submit" and "cluster" not in asked and asked.get("run.name") != "watched":
         more.append("cluster=none")

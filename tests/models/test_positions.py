@@ -186,6 +186,23 @@ def test_nothing_is_random_outside_training_and_a_document_that_is_too_long_is_r
         Randomized(longest=39).places(whole(0))
 
 
+@pytest.mark.parametrize(
+    "rule, reaches",
+    [
+        (RoPE(), math.inf),
+        (Interpolated(factor=4), 400),
+        (NTKAware(factor=2), 200),
+        (YaRN(factor=4, trained_length=64), 256),
+        (Llama3(factor=8, trained_length=64), 512),
+        (LongRoPE(length=640, trained_length=64, short_factor=[1], long_factor=[2]), 640),
+        (Truncated(high=0.1, low=0.01, middle=0.02), math.inf),
+        (Randomized(longest=300), 300),
+    ],
+)
+def test_how_far_a_rule_reaches_where_100_tokens_were_trained(rule, reaches):
+    assert rule.reaches(100) == reaches
+
+
 def test_no_positions_leave_heads_as_they_are():
     x = torch.randn(1, 5, 2, 8)
     assert torch.equal(turn(x, *NoPE().rotation(Whole.of(torch.arange(5)[None]), 8)), x)

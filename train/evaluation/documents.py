@@ -9,7 +9,7 @@ import numpy as np
 from data.batches import Batches
 from data.pack import NO_TARGET, Packed
 from train.evaluation.score import Score, Scorer, Told
-from train.evaluation.texts import Text, documents, hay, packed
+from train.evaluation.texts import Text, documents, hay, natural, packed
 
 RISES = 1.1  # times the loss within the trained length: from there on a loss beyond it counts as risen
 
@@ -108,7 +108,8 @@ def extrapolation(
 
     A recurrent state that was never trained to forget collapses there (2410.07145), and rotary angles are new. Read are
     documents of `beyond` times the trained length and more, or, where there are fewer than two, stretches of that many
-    tokens of documents end to end, without the marks between them. rise: nats by which the loss is higher than within,
+    tokens of documents end to end, without the marks between them; neither of generated documents, whose ends differ
+    from their begins. rise: nats by which the loss is higher than within,
     its standard error over sequences behind it; ratio: of the two.
     """
     read, scored = trained * beyond, []
@@ -149,7 +150,7 @@ def _long(batches: Any, least: int, most: int) -> list[Any]:
     """Held-out documents of so many tokens, at most so many of each source."""
     if not isinstance(batches, Batches):
         return []
-    return [text for held in batches.heldout_documents for text in islice(documents(held, least), most)]
+    return [text for held in natural(batches) for text in islice(documents(held, least), most)]
 
 
 def _stretches(batches: Any, length: int, most: int) -> list[Packed]:
@@ -157,6 +158,6 @@ def _stretches(batches: Any, length: int, most: int) -> list[Packed]:
     if not isinstance(batches, Batches):
         return []
     mark = batches.tokenizer.DOCUMENT
-    there = sum(len(held) - len(held.ids) for held in batches.heldout_documents) // (length - 1)
+    there = sum(len(held) - len(held.ids) for held in natural(batches)) // (length - 1)
     text = hay(batches, min(there, most) * (length - 1)).reshape(-1, length - 1)
     return [packed(np.concatenate([[mark], each])) for each in text]

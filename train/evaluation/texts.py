@@ -66,16 +66,19 @@ def hay(batches: Any, tokens: int) -> Ints:
     if not isinstance(batches, Batches):
         return 1 + np.arange(tokens) % batches.task.symbols
     mark, parts, count = batches.tokenizer.DOCUMENT, [], 0
-    written = [
-        held for source, held in zip(batches.sources, batches.heldout_documents, strict=True) if not _made(source)
-    ]
-    for held in written or batches.heldout_documents:
+    for held in natural(batches):
         for document in documents(held):
             parts.append(np.asarray(document)[np.asarray(document) != mark].astype(np.int64))
             count += len(parts[-1])
             if count >= tokens:
                 return np.concatenate(parts)[:tokens]
     return np.resize(np.concatenate(parts), tokens)
+
+
+def natural(batches: Any) -> list[Documents]:
+    """What is held out of each source whose documents nobody generated; of all, where there is none."""
+    both = zip(batches.sources, batches.heldout_documents, strict=True)
+    return [held for source, held in both if not _made(source)] or list(batches.heldout_documents)
 
 
 def _made(source: Source) -> bool:

@@ -84,6 +84,40 @@ def test_positions_are_bins_of_what_a_target_has_before_it():
     assert rows[0]["accuracy"] == 0.5
 
 
+def test_the_loss_beyond_the_trained_length_is_held_against_that_within_of_the_same_documents(batches):
+    """A scorer whose targets cost 2 nats, or 3 from the 64th on; the second sequence a nat more everywhere."""
+    seen = []
+
+    def scorer(sequences, told):
+        seen.extend(sequences)
+        costs = [2.0 + (np.arange(len(s.tokens)) >= 64) + (i == 1) for i, s in enumerate(sequences)]
+        return [Score(cost, cost > 0) for cost in costs]
+
+    given = {"trained": 32, "beyond": 4, "most": 2, "tokens": 1000, "told": lambda done, of: None}
+    found = documents.extrapolation(scorer, batches, **given)  # type: ignore[arg-type]
+    assert found["whole"] and found["sequences"] == 2 and [len(s.tokens) for s in seen] == [129, 129]
+    assert [(row["from"], row["to"]) for row in found["octaves"]] == [(16, 32), (32, 64), (64, 128)]
+    assert [row["loss"] for row in found["octaves"]] == [2.5, 2.5, 3.5]
+    assert [row["rise"] for row in found["octaves"]] == [0, 0, 1] and found["octaves"][2]["error"] == 0
+    assert found["octaves"][2]["ratio"] == pytest.approx(1.4) and "RISES from 64 tokens on" in found["verdict"]
+    seen.clear()
+    found = documents.extrapolation(scorer, batches, **{**given, "trained": 48})  # type: ignore[arg-type]
+    read = np.concatenate([s.tokens[1:] for s in seen])
+    assert (
+        not found["whole"] and read.tolist() == hay(batches, 2 * 192).tolist()
+    )  # one has 200: end to end, no token twice
+    assert "holds to" not in found["verdict"]
+    found = documents.extrapolation(scorer, batches, **{**given, "trained": 256})  # type: ignore[arg-type]
+    assert found["octaves"] == [] and found["sequences"] == 0 and found["verdict"] == "not measured"
+
+
+def test_a_rise_that_is_noise_is_not_called_one():
+    rows = [{"from": 16, "to": 32, "ratio": 1.0, "rise": 0.0, "error": 0.0}]
+    rows.append({"from": 32, "to": 64, "ratio": 1.5, "rise": 1.0, "error": 0.6})
+    assert documents._verdict(rows) == "the loss holds to 64 tokens"
+    assert "RISES from 32" in documents._verdict([rows[0], rows[1] | {"error": 0.4}])
+
+
 def test_far_context_is_the_same_targets_with_all_and_with_the_last_tokens_before_them(batches):
     """A scorer whose every target costs a nat for each power of two that it has before it."""
     seen = []
