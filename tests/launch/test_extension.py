@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from launch.cli import main
 from tests.jobs import overrides
 from tests.launch.test_cli import finish, numbers, records, start, wait_for_step
+from tests.published_folder import LLAMA, write
 from train import checkpoint
 
 pytestmark = pytest.mark.e2e
@@ -154,6 +155,56 @@ def test_carried_states_of_a_stage_whose_gradients_end_at_spans(extended, place)
     assert ours[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
     assert ours[0]["grad_norm"] != pytest.approx(whole[0]["grad_norm"], rel=1e-5)
     assert ours[-1]["tokens"] == whole[-1]["tokens"]
+
+
+def test_a_stop_while_a_stage_is_measured_and_a_stage_that_fails_say_how_to_go_on(place, capsys, monkeypatch):
+    from launch.extend import chain as chains
+
+    run, measured, trained = place / "measured", chains.measured, chains.run
+    calls = []
+
+    def stopped(config, found, *more):
+        calls.append(found)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(config, found, *more)
+
+    one = "stages=[{length: 192, tokens: 800}, {length: 192, tokens: 800}]"
+    monkeypatch.setattr(chains, "measured", stopped)
+    assert main(["train", *chain(place, one, "evaluate.parts=[positions]", f"run.dir={run}")]) == 0
+    on = f"farspan train resume={run} goes on with the stage that was reached"
+    assert on in capsys.readouterr().err and len(calls) == 2 and not (run / "2-192").exists()
+    monkeypatch.setattr(chains, "run", lambda *given, **more: chains.Ended(1, run / "2-192", False, "broke"))
+    assert main(["train", f"resume={run}"]) == 1
+    assert on in capsys.readouterr().err and calls[2] == calls[1]  # what was stopped, and no stage again
+    monkeypatch.setattr(chains, "run", trained)
+    before = (run / "1-192" / "metrics.jsonl").read_text()
+    assert main(["train", f"resume={run}"]) == 0
+    assert (run / "1-192" / "metrics.jsonl").read_text() == before and len(calls) == 4
+    assert (run / "2-192" / "summary.json").exists() and (run / "export").exists()
+
+
+def test_a_folder_of_hugging_faces_is_extended_and_written_back_longer(place, tmp_path, capsys):
+    write(tmp_path / "llama", LLAMA)
+    yarn = "{_target_: models.rope.YaRN, factor: 2, trained_length: 512}"
+    asked = [
+        *given(place),
+        "experiment=extend_context",
+        f"init_from={tmp_path / 'llama'}",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    asked += [
+        f"stages=[{{length: 1024, tokens: 2000, positions: {yarn}}}]",
+        "evaluate.samples=1",
+        "evaluate.tokens=2000",
+    ]
+    assert "train.init_optimizer=keep: must be reset, " in refused(capsys, "train", *asked)
+    assert main(["train", *asked, "train.init_optimizer=reset"]) == 0
+    found = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert found["max_position_embeddings"] == 1024 and found["rope_parameters"]["rope_type"] == "yarn"
+    assert found["rope_parameters"]["original_max_position_embeddings"] == 512
+    measured = json.loads((tmp_path / "run" / "extension.json").read_text())
+    assert [stage["needle"]["lengths"] for stage in measured["stages"]] == [[512, 1024], [512, 1024]]
 
 
 def refused(capsys, verb, *arguments):
