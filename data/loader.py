@@ -43,7 +43,7 @@ class Data:
     def __init__(
         self,
         *,
-        corpus: str,
+        corpus: str | None,
         path: str | None = None,
         field: str = "text",
         subset: str | None = None,

@@ -21,13 +21,13 @@ Weight = tuple[tuple[int, Fraction], ...]  # (token, weight), from which token o
 class Portion:
     """A corpus of a mixture, and how much of the run it is.
 
-    data: the corpus, as in data=…; how it is cut, and what is held out, the mixture says for all. Null, of an old one,
-    for that of the run that init_from names. weight: beside the weights of the others, in tokens; or [[token, weight],
-    …], from which token of the run on. epochs: the most often that any of it is seen, after which it leaves and the
-    others go on by their weights; null for no limit. long: [[tokens, factor], …]: documents of at least so many tokens
-    come so many times as often. order: another number is another order of the same documents, to replay a corpus in one
-    that it was not trained on. old: whether the weights that the run starts from were trained on it: it is replayed, at
-    data.replay of the run, and every evaluation says how much of it is forgotten.
+    data: the corpus, as in data=…; how it is cut, and what is held out, the mixture says for all. weight: beside the
+    weights of the others, in tokens; or [[token, weight], …], from which token of the run on. epochs: the most often
+    that any of it is seen, after which it leaves and the others go on by their weights; null for no limit. long:
+    [[tokens, factor], …]: documents of at least so many tokens come so many times as often. order: another number is
+    another order of the same documents, to replay a corpus in one that it was not trained on. old: whether the weights
+    that the run starts from were trained on it: it is replayed, at data.replay of the run, and every evaluation says
+    how much of it is forgotten.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Portion:
     def source(self, name: str, store: Any = None) -> Source:
         """What a sampler asks of it. Raises ValueError for a value out of range, with the full key."""
         at = f"data.sources.{name}"
-        if not isinstance(self.data, Data) and not (self.data is None and self.old):  # null: `launch.origin` knows it
+        if not isinstance(self.data, Data):
             raise ValueError(f"{at}.data: must be a data.loader.Data")
         lines = self.weight if isinstance(self.weight, list | tuple) else [[0, self.weight]]
         weight = _lines(f"{at}.weight", self.weight, lines)
@@ -125,10 +125,6 @@ class Mixture:
     def check(self) -> None:
         """Raises ValueError, one line, if a corpus cannot be read or its store not written. Cheap."""
         for name, portion in self.sources.items():
-            if portion.data is None:
-                raise ValueError(
-                    f"data.sources.{name}.data=null: must be a corpus, or come with init_from=RUN, for that of the run"
-                )
             with _named(name):
                 portion.data.check()
             portion.data.check_heldout(self.sequencing.heldout)

@@ -43,13 +43,13 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
     corpora, are not here.
     """
     sources = config["data"].get("sources")
-    unnamed = [name for name, portion in (sources or {}).items() if portion["old"] and portion["data"] is None]
+    unnamed = [name for name, portion in (sources or {}).items() if portion["old"] and _unknown(portion["data"])]
     if not unnamed or config["init_from"] is None:
         return config
     value, (name, *more) = config["init_from"], unnamed
     if more:
         raise UserError(
-            f"data.sources.{more[0]}.data=null: must be a corpus: data.sources.{name} takes that of init_from"
+            f"data.sources.{more[0]}.data.corpus=null: must be a corpus: data.sources.{name} takes that of init_from"
         )
     found = next((f for f in _folders(value) if (f / "config.yaml").exists()), None)
     if found is None and not Path(value).is_dir():
@@ -62,12 +62,16 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
         own = {f"{name}-{other}": _part(portion, each) for other, each in theirs["sources"].items()}
     else:
         raise UserError(
-            f"data.sources.{name}.data=null: must be a corpus: init_from={value} tells of none that is here"
+            f"data.sources.{name}.data.corpus=null: must be a corpus: init_from={value} tells of none that is here"
         )
     kept = {each: value for each, value in sources.items() if each != name}
     if both := sorted(kept.keys() & own.keys()):
         raise UserError(f"data.sources.{both[0]}: must be named otherwise: {name} of init_from={value} has that name")
     return {**config, "data": {**config["data"], "sources": kept | own}}
+
+
+def _unknown(data: dict[str, Any]) -> bool:
+    return data.get("corpus", "") is None
 
 
 def _part(portion: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

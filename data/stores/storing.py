@@ -35,7 +35,7 @@ class Storing:
     Raises ValueError, one line that opens with the key, for a value out of range.
     """
 
-    corpus: str
+    corpus: str | None
     path: str | None = None
     field: str = "text"
     subset: str | None = None
@@ -53,6 +53,8 @@ class Storing:
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.corpus is None:  # not known yet: `launch.origin` fills it in
+            return
         if self.corpus not in CORPORA:
             nearest = get_close_matches(str(self.corpus), CORPORA, n=1, cutoff=0)[0]
             raise ValueError(f"data.corpus={self.corpus}: expected one of {', '.join(CORPORA)}; nearest {nearest}")
@@ -74,6 +76,10 @@ class Storing:
 
     def check(self) -> None:
         """Raises ValueError, one line, if the corpus cannot be read or the store not written. Cheap."""
+        if self.corpus is None:
+            raise ValueError(
+                f"data.corpus=null: must be one of {', '.join(CORPORA)}; null is of an old source, with init_from=RUN"
+            )
         source = self.source
         source.check()
         if isinstance(source, Prepared):
@@ -99,7 +105,7 @@ class Storing:
 
     def check_heldout(self, heldout: float) -> None:
         """Raises ValueError, one line, for a split that may hold out text that generated documents are made of."""
-        if issubclass(CORPORA[self.corpus], Generated) and heldout > SAFE:
+        if self.corpus and issubclass(CORPORA[self.corpus], Generated) and heldout > SAFE:
             raise ValueError(
                 f"data.heldout={heldout}: must be at most {SAFE} for corpus {self.corpus}: the rest is its hay"
             )
@@ -123,7 +129,7 @@ class Storing:
     @cached_property
     def source(self) -> Any:
         """The corpus (`data.corpora.corpus.Corpus`), not yet checked."""
-        found = CORPORA[self.corpus]
+        found = CORPORA[str(self.corpus)]
         known = signature(found).parameters
         return found(**{key: getattr(self, key) for key in ("path", *_OF_A_CORPUS) if key in known})
 

@@ -142,7 +142,7 @@ def test_the_standard_library_from_end_to_end(tmp_path: Path) -> None:
     ("settings", "line"),
     [
         ({"corpus": "stdlob"}, "data.corpus=stdlob: expected one of stdlib, text, jsonl, parquet, hf, megatron, store"),
-        ({"corpus": None}, "data.corpus=None: expected one of stdlib, text"),
+        ({"corpus": None}, "data.corpus=null: must be one of stdlib, text"),
         ({"corpus": "stdlib", "path": "x"}, "data.path=x: corpus stdlib takes no path"),
         ({"corpus": "text"}, "data.path=null: corpus text needs"),
         ({"corpus": "text", "path": "not/here"}, "data.path=not/here: no such file or folder"),

@@ -86,8 +86,11 @@ def test_a_run_that_ends_before_its_first_checkpoint_still_starts_from_its_paren
         (["init_from=base", "data.replay=1.5"], "data.replay=1.5: must be a share from 0 to 1, or null"),
         (["init_from=base", "data.heldout=0.3"], "data.heldout=0.3: must be at most 0.2: "),
         (["init_from=nowhere"], "init_from=nowhere: no such run"),
-        (["init_from=new"], "data.sources.old.data=null: must be a corpus: init_from=new tells of none that is here"),
-        ([], "data.sources.old.data=null: must be a corpus, or come with init_from=RUN, for that of the run"),
+        (
+            ["init_from=new"],
+            "data.sources.old.data.corpus=null: must be a corpus: init_from=new tells of none that is here",
+        ),
+        ([], "data.sources.old.data.corpus=null: must be one of stdlib, text, "),
         (["resume=base", "init_from=base"], "init_from=base: must be null with resume=base, a run that has begun"),
     ],
 )

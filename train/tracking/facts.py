@@ -70,7 +70,10 @@ def _parent(checkpoint: Path) -> dict[str, Any]:
     """The run that a checkpoint belongs to, as far as its folder tells: a checkpoint may have been moved."""
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     file = checkpoint / "manifest.json"
-    manifest = json.loads(file.read_text()) if file.exists() else {}  # a folder of Hugging Face's has none
+    if not file.exists():  # a folder in Hugging Face's format, which knows of no run
+        unknown = ("checkpoint", "step", "tokens", "wandb_id", "project", "entity", "artifact")
+        return {"run": checkpoint.name, "folder": str(checkpoint), **dict.fromkeys(unknown)}
+    manifest = json.loads(file.read_text())
     config = _yaml(folder / "config.yaml") or _yaml(checkpoint / "config.yaml")
     tracking = config.get("tracking") or {}
     name = (config.get("run") or {}).get("name") or folder.name

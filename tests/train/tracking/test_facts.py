@@ -80,6 +80,12 @@ def test_a_checkpoint_on_its_own_is_a_parent_too(tmp_path: Path) -> None:
     assert (found["checkpoint"], found["step"], found["wandb_id"], found["project"]) == ("step-20", 20, None, None)
 
 
+def test_a_published_folder_is_a_parent_of_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "qwen").mkdir()
+    found = Facts.of(order(tmp_path / "new", init_from=str(tmp_path / "qwen"))).lineage
+    assert found["run"] == "qwen" and found["folder"] == str(tmp_path / "qwen") and found["checkpoint"] is None
+
+
 def test_a_run_from_nothing_has_no_lineage(tmp_path: Path) -> None:
     assert Facts.of(order(tmp_path / "run", init_from=None)).lineage == {}
     assert not (tmp_path / "run" / "lineage.json").exists()
