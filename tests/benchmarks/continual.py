@@ -5,7 +5,17 @@
 Prints a table: at the end, the held-out loss on the old and on the new corpus and their mean, what was forgotten and
 learnt since the first step, means and standard deviations over seeds; and how many of the latter lie between what is
 forgotten without replay and with a quarter. Draws both losses over the tokens of the run, a band from the least to the
-largest of the seeds. The commands are in docs/continual.md.
+largest of the seeds. The sweeps of docs/continual.md, about an hour on one core:
+
+    M="model=mixer_study model.dim=128 model.pattern=[mix,attn] cluster=none cluster.workers=1 cluster.threads=1
+       tracking=none data.max_length=512 data.heldout_tokens=65_536 optimizer.lr=5e-3 train.checkpoint_every=null"
+    NEW="data.sources.new.data.corpus=headers data.sources.new.data.path=null"
+    for seed in 0 1 2; do farspan train $M schedule=cosine train.tokens=1_500_000 seed=$seed run.name=old-$seed; done
+    farspan sweep experiment=continual $M $NEW schedule=rewarm,anneal schedule.floor=0.1 data.replay=0,0.05,0.25
+        seed=0,1,2 'init_from=old-${seed}' train.init_optimizer=keep train.tokens=1_000_000
+        train.evaluate_every=250_000 run.name=continual
+    farspan sweep $M $NEW data=mixture data.replay=0.6 schedule=cosine seed=0,1,2 train.tokens=2_500_000
+        train.evaluate_every=500_000 run.name=union
 """
 
 import sys
