@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.preflight import cores
-from launch.rundir import run_folder, saved_config
+from launch.rundir import run_folder, saved_config, stages
 from launch.stopping import stop_file
 from launch.user import UserError
 from train.settings import INIT_WEIGHTS
@@ -200,7 +200,8 @@ class Shown:
 
 
 def checkpoint_of(value: str) -> Path:
-    """The newest complete checkpoint of a run, or the one named itself, wherever it lies. Raises UserError."""
+    """The newest complete checkpoint of a run, or of the last stage of a chain that has one, or the one named itself,
+    wherever it lies. Raises UserError."""
     from train import checkpoint
 
     path = Path(value)
@@ -210,10 +211,12 @@ def checkpoint_of(value: str) -> Path:
         except checkpoint.DamagedError as error:
             raise UserError(f"RUN={value}: this checkpoint is damaged ({error})") from None
         return path
-    found = checkpoint.newest(run_folder("RUN", value) / "checkpoints", lambda line: print(line, file=sys.stderr))
-    if found is None:
-        raise UserError(f"RUN={value}: has no complete checkpoint")
-    return found
+    folder = run_folder("RUN", value)
+    for run in [*reversed(stages(folder)), folder]:
+        found = checkpoint.newest(run / "checkpoints", lambda line: print(line, file=sys.stderr))
+        if found is not None:
+            return found
+    raise UserError(f"RUN={value}: has no complete checkpoint")
 
 
 def has_average(found: Path) -> bool:

@@ -43,6 +43,17 @@ def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> P
     raise UserError(f"{key}={value}: no such run; expected a run folder, or the name of one in {RUNS}/")
 
 
+def stage_name(number: int, length: int) -> str:
+    """The folder, in that of a chain, of its stage of that number, from 1."""
+    return f"{number}-{length}"
+
+
+def stages(folder: Path) -> list[Path]:
+    """The runs of a chain's stages, the first one first; [] of a single run."""
+    told = saved_config(folder).get("stages") or []
+    return [folder / stage_name(i + 1, stage["length"]) for i, stage in enumerate(told)]
+
+
 def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
     run = config["run"]

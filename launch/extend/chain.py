@@ -1,7 +1,7 @@
 """`farspan train` with stages: a run for each, one after another, measured before the first and after each of them.
 
-The chain is a folder: its configuration, a run folder a stage, `extension.json` and `extension.png`, and in the end
-`export`, a folder that `transformers` loads. A stage that is done is not run again.
+The chain is a folder: its configuration, a run folder for each stage, `extension.json` and `extension.png`, and in the
+end `export`, a folder that `transformers` loads. A stage that is done is not run again.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _in_reach(config: dict[str, Any], legs: list[Leg]) -> None:
 def _same_stages(now: list[Any], before: list[Any], folder: Path) -> None:
     """Raises UserError where a stage that has begun would be another one."""
     for i, values in enumerate(before):
-        name = f"{i + 1}-{values['length']}"
+        name = rundir.stage_name(i + 1, values["length"])
         if (folder / name / "config.yaml").exists() and now[i : i + 1] != [values]:
             raise UserError(f"stages[{i}]: must be as it was: {folder / name} has begun")
 

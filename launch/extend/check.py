@@ -86,7 +86,7 @@ def _leg(
         alone["train"]["init_optimizer"] = config["train"]["init_optimizer"]
     said = _positions(stage, parent, model, found["model"], before)
     flight = preflight.clear(alone, lambda line: None)  # the run itself says it again
-    return Leg(stage, f"{number}-{stage.length}", found, said, flight)
+    return Leg(stage, rundir.stage_name(number, stage.length), found, said, flight)
 
 
 def _parent(config: dict[str, Any]) -> Parent:

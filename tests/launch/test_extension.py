@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from launch.cli import main
+from launch.generate import checkpoint_of
 from tests.jobs import overrides
 from tests.launch.test_cli import finish, numbers, records, start, wait_for_step
 from tests.published_folder import LLAMA, write
@@ -62,6 +63,7 @@ def test_a_chain_is_a_run_a_stage_each_from_the_one_before(extended, place):
     assert [c.train.init_optimizer for c in saved] == ["keep", "keep"] and saved[0].seed != saved[1].seed
     assert {c.tracking.group for c in saved} == {"chain"} and saved[1].run.name == "chain/2-384"
     assert [r["tokens"] for r in records(run / "2-384")][-1] == 1920
+    assert checkpoint_of(str(run)) == run / "2-384" / "checkpoints" / "step-5"  # of generate, evaluate and export
     assert "2 stages, all checked before the first starts" in said
     assert "1-192: the slowest pair turns by" in said and "base 10,000 becomes 40,000" in said
     assert "base 40,000 as before" in said and "exact)" in said
