@@ -37,12 +37,14 @@ def _needle(stage: dict[str, Any], length: int) -> str:
 
 def draw(path: Path, facts: dict[str, Any]) -> None:
     """A panel for each length of needles (at most three: the shortest, one between, the longest), and one of the loss
-    by position; a line a stage in each."""
+    by position, from a sixteenth of the trained length on; a line a stage in each."""
     import matplotlib
 
     stages = facts["stages"]
     lengths = sorted({n for stage in stages for n in stage.get("needle", {}).get("lengths", [])})
     shown = lengths if len(lengths) < 4 else [lengths[0], lengths[len(lengths) // 2], lengths[-1]]
+    worst = min((min(row) for stage in stages for row in stage.get("needle", {}).get("logprob", [])), default=-1.0)
+    near = (facts["trained"] or 0) // 16  # what stands closer is not what an extension is about
     with matplotlib.rc_context(LOOK):
         figure, panels = figure_of(3.4 * (len(shown) + 1), 3.4, len(shown) + 1)
         for axes, length in zip(panels, shown, strict=False):
@@ -53,11 +55,12 @@ def draw(path: Path, facts: dict[str, Any]) -> None:
                     axes.plot(
                         [100 * depth for depth in found["depths"]], nats, color=_colour(i), marker="o", markersize=4
                     )
-            axes.set(xlabel="depth of the needle, %", title=f"Needle in {length:,} tokens", ylim=(None, 0.5))
+            axes.set(xlabel="depth of the needle, %", title=f"Needle in {length:,} tokens")
+            axes.set_ylim(1.05 * worst, -0.03 * worst)
         if shown:
             panels[0].set_ylabel("log-probability of the answer, nats")
         for i, stage in enumerate(stages):
-            rows = stage.get("positions", [])
+            rows = [row for row in stage.get("positions", []) if row["from"] >= near]
             panels[-1].plot(
                 [row["from"] for row in rows],
                 [row["loss"] for row in rows],
