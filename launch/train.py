@@ -50,10 +50,11 @@ def train(overrides: list[str]) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         config = preflight.configure(overrides)
-        from launch.extend import chain
+        if config["stages"] or config["resume"]:
+            from launch.extend import chain
 
-        if chain.is_chain(config):
-            return chain.extend(config, overrides, console).code
+            if chain.is_chain(config):
+                return chain.extend(config, overrides, console).code
     except KeyboardInterrupt:
         console.print(_NOTHING, markup=False)
         return 0

@@ -52,7 +52,7 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> En
                 _same_stages(config["stages"], before["stages"], resumed)
                 overrides = [override for override in overrides if not _is_own(override)]
             parent, legs = check.legs(config, overrides)
-            _in_reach(config, legs)
+            _check_folder(config, legs)
             code = rundir.code_version()
             folder, lock = rundir.claim(config, resumed=resumed is not None)
             with lock:
@@ -194,8 +194,8 @@ def _known(model: dict[str, Any]) -> list[int]:
     return [longest for longest in found if longest is not None]
 
 
-def _in_reach(config: dict[str, Any], legs: list[Leg]) -> None:
-    """Raises UserError for a folder of a stage that another run has."""
+def _check_folder(config: dict[str, Any], legs: list[Leg]) -> None:
+    """Raises UserError where another run has the folder of a stage."""
     name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
     folder = Path(config["run"]["dir"]) if config["run"]["dir"] else rundir.RUNS / name if name else None
     if folder is None or config["resume"] is not None:

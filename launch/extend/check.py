@@ -14,6 +14,7 @@ from launch.evaluate import trained_on
 from launch.extend.compose import configured
 from launch.extend.stage import Stage
 from launch.user import UserError
+from models.rope import NoPE, Positions
 
 if TYPE_CHECKING:
     from launch.preflight import Flight
@@ -33,8 +34,8 @@ class Parent:
 
 @dataclass(frozen=True)
 class Leg:
-    """A stage that may start. name: of its folder. lines: what is said of it. flight: as checked, with the parent in
-    place of the stage before."""
+    """A stage that may start. name: of its folder. positions: what becomes of them, in lines. flight: as checked, with
+    the parent in place of the stage before."""
 
     stage: Stage
     name: str
@@ -114,11 +115,11 @@ def _positions(
     stage: Stage, parent: Parent, before: dict[str, Any], after: dict[str, Any], trained: int | None
 ) -> list[str]:
     """What becomes of rotary positions, a line each kind. Raises ValueError for a rule that does not reach."""
-    from train.context import rotary
-
-    first, old, new = (rotary(preflight.model_of(model)) for model in (parent.model, before, after))
     lines = []
-    for plain, was, now in zip(first, old, new, strict=True):
+    for plain, was, now in zip(*(_layers(model) for model in (parent.model, before, after)), strict=True):
+        if isinstance(now.positions, NoPE):
+            lines += [] if isinstance(was.positions, NoPE) else [f"{type(was.positions).__name__} becomes NoPE"]
+            continue
         original = (parent.trained or math.inf) / getattr(plain.positions, "factor", 1.0)
         reaches = now.positions.reaches(original)
         if reaches < min(stage.length, now.window or math.inf):  # behind a window nothing is farther away
@@ -129,6 +130,12 @@ def _positions(
             )
         lines.append(_turns(was, now, trained, stage.length))
     return list(dict.fromkeys(lines)) or ["no layer has rotary positions"]
+
+
+def _layers(model: dict[str, Any]) -> list[Any]:
+    """The modules of a model that have positions, or could have."""
+    modules = preflight.model_of(model).modules()
+    return [module for module in modules if isinstance(getattr(module, "positions", None), Positions)]
 
 
 def _turns(was: Any, now: Any, trained: int | None, length: int) -> str:

@@ -55,7 +55,10 @@ def positioned(model: Node, positions: Any) -> Node:
         raise ValueError("positions: must be null, no layer of the model has rotary positions")
     blocks = dict(model["blocks"])
     for name, rule in rules.items():
-        new = {"base": rule["base"], "fraction": rule["fraction"]} if "_target_" in positions else rule
+        new = rule
+        if "_target_" in positions:
+            kept = () if positions["_target_"] == target(NoPE) else ("base", "fraction")
+            new = {key: rule[key] for key in kept}
         mixer = {**blocks[name]["mixer"], "positions": new | positions}
         blocks[name] = {**blocks[name], "mixer": mixer}
     return {**model, "blocks": blocks}

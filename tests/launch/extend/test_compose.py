@@ -52,6 +52,8 @@ def test_a_rule_keeps_base_and_fraction_and_keys_alone_keep_the_rule(config):
     assert longer["_target_"] == "models.rope.YaRN" and longer["factor"] == 8.0 and longer["base"] == 2e4
     again = rules_of(positioned(model, {"_target_": "models.rope.RoPE"}))["attn"]
     assert again == {"_target_": "models.rope.RoPE", "base": 2e4, "fraction": 1.0}
+    none = positioned(model, {"_target_": "models.rope.NoPE"})
+    assert none["blocks"]["attn"]["mixer"]["positions"] == {"_target_": "models.rope.NoPE"} and rules_of(none) == {}
 
 
 def test_only_layers_with_rotary_positions_have_a_rule(config):
