@@ -264,7 +264,8 @@ def test_positions_for_a_model_without_any(place, capsys, tmp_path):
 
 def test_a_chain_is_no_member_of_a_sweep_and_no_single_run_becomes_one(extended, place, capsys, tmp_path):
     sweep = chain(place, f"run.dir={tmp_path / 'sweep'}", "optimizer.lr=1e-3,2e-3")
-    assert "stages: must be []" in refused(capsys, "sweep", *sweep)
+    assert main(["sweep", *sweep]) == 2
+    assert "farspan sweep: member 1 (optimizer.lr=0.001): stages: must be [] but for" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
     run, _ = extended
     assert refused(capsys, "train", f"resume={run / '1-192'}", STAGES).startswith(
