@@ -25,7 +25,10 @@ FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*
 REQUIRED = {"path": "somewhere", "sources.new.data.path": "somewhere", "store": "somewhere", "heads": 4, "kv_heads": 2}
 REQUIRED |= {"factor": 4, "length": 8192, "trained_length": 2048, "high": 0.1, "middle": 0.01, "low": 0.001}
 REQUIRED |= {"longest": 65_536, "short_factor": [1] * 32, "long_factor": [2] * 32}
-MORE = {"cluster/ray_up": ["cluster.template.head_ip=10.0.0.1"]}  # what a constructor wants of the user besides
+MORE = {  # what else has to be given
+    "cluster/ray_up": ["cluster.template.head_ip=10.0.0.1"],
+    "experiment/continual": ["data.sources.new.data.path=somewhere"],
+}
 
 
 def overrides_for(file: Path) -> list[str]:
