@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.preflight import cores
-from launch.rundir import run_folder, saved_config, stages
+from launch.rundir import latest, run_folder, saved_config
 from launch.stopping import stop_file
 from launch.user import UserError
 from train.settings import INIT_WEIGHTS
@@ -211,12 +211,11 @@ def checkpoint_of(value: str) -> Path:
         except checkpoint.DamagedError as error:
             raise UserError(f"RUN={value}: this checkpoint is damaged ({error})") from None
         return path
-    folder = run_folder("RUN", value)
-    for run in [*reversed(stages(folder)), folder]:
-        found = checkpoint.newest(run / "checkpoints", lambda line: print(line, file=sys.stderr))
-        if found is not None:
-            return found
-    raise UserError(f"RUN={value}: has no complete checkpoint")
+    folder = latest(run_folder("RUN", value))
+    found = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise UserError(f"RUN={value}: has no complete checkpoint")
+    return found
 
 
 def has_average(found: Path) -> bool:

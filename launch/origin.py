@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import conf
-from launch.rundir import RUNS, run_folder, saved_config
+from launch.rundir import RUNS, latest, run_folder, saved_config
 from launch.user import UserError
 
 
@@ -22,7 +22,7 @@ def model_of(overrides: list[str]) -> dict[str, Any] | None:
 
     for folder in (Path(init_from), RUNS / init_from):
         if (folder / "config.yaml").exists():
-            return saved_config(folder).get("model")
+            return saved_config(latest(folder)).get("model")
     if not published.is_folder(Path(init_from)):
         return None
     try:
@@ -54,7 +54,7 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
     found = next((f for f in _folders(value) if (f / "config.yaml").exists()), None)
     if found is None and not Path(value).is_dir():
         run_folder("init_from", value, config["cluster"])  # which says what there is
-    theirs = saved_config(found).get("data", {}) if found else {}
+    theirs = saved_config(latest(found)).get("data", {}) if found else {}
     portion = sources[name]
     if theirs.get("_target_") == "data.loader.Data":
         own = {name: {**portion, "data": theirs}}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.compose import checked, composed, groups
-from launch.rundir import run_folder, saved_config
+from launch.rundir import latest, run_folder, saved_config
 from launch.user import UserError
 from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
 
@@ -251,7 +251,8 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
             continue
         path = Path(value)
         if not (path / checkpoint.MANIFEST).exists() and not published.is_folder(path):
-            found = checkpoint.newest(run_folder(key, value, flight.config["cluster"]) / "checkpoints", say)
+            folder = run_folder(key, value, flight.config["cluster"])
+            found = checkpoint.newest((folder if key == "resume" else latest(folder)) / "checkpoints", say)
             if found is None and key == "resume":
                 say(f"{value} has no complete checkpoint: starting from step 0")
                 continue

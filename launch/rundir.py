@@ -54,6 +54,14 @@ def stages(folder: Path) -> list[Path]:
     return [folder / stage_name(i + 1, stage["length"]) for i, stage in enumerate(told)]
 
 
+def latest(folder: Path) -> Path:
+    """The run that a name means where its weights are asked for: of a chain its last stage that has some."""
+    from train.checkpoint import MANIFEST
+
+    begun = (run for run in reversed(stages(folder)) if any((run / "checkpoints").glob(f"*/{MANIFEST}")))
+    return next(begun, folder)
+
+
 def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
     run = config["run"]

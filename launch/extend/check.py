@@ -103,7 +103,9 @@ def _parent(config: dict[str, Any]) -> Parent:
         with preflight.refusals(config):
             return Parent(path, trained_on(path), config["model"])
     if not (path / checkpoint.MANIFEST).exists():
-        newest = checkpoint.newest(rundir.run_folder("init_from", value) / "checkpoints", lambda line: None)
+        newest = checkpoint.newest(
+            rundir.latest(rundir.run_folder("init_from", value)) / "checkpoints", lambda line: None
+        )
         if newest is None:
             raise UserError(f"init_from={value}: has no complete checkpoint")
         path = newest

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from launch import preflight
 from launch.cli import main
 from launch.generate import checkpoint_of
 from tests.jobs import overrides
@@ -63,7 +64,11 @@ def test_a_chain_is_a_run_a_stage_each_from_the_one_before(extended, place):
     assert [c.train.init_optimizer for c in saved] == ["keep", "keep"] and saved[0].seed != saved[1].seed
     assert {c.tracking.group for c in saved} == {"chain"} and saved[1].run.name == "chain/2-384"
     assert [r["tokens"] for r in records(run / "2-384")][-1] == 1920
-    assert checkpoint_of(str(run)) == run / "2-384" / "checkpoints" / "step-5"  # of generate, evaluate and export
+    last = run / "2-384" / "checkpoints" / "step-5"
+    assert checkpoint_of(str(run)) == last  # of generate, evaluate and export
+    child = preflight.configure([*given(place), f"init_from={run}", "train.steps=1"])
+    assert child["model"]["blocks"]["attn"]["mixer"]["positions"]["base"] == 40000
+    assert preflight.clear(child, lambda line: None).init_from == last
     assert "2 stages, all checked before the first starts" in said
     assert "1-192: the slowest pair turns by" in said and "base 10,000 becomes 40,000" in said
     assert "base 40,000 as before" in said and "exact)" in said
