@@ -39,7 +39,7 @@ def measured(run_world, tmp_path, config, name, world, *, data=None, **evaluate)
     """results.json of a world of so many ranks."""
     config = config | {"parallel": config["parallel"] | {"data": data}, "evaluate": config["evaluate"] | evaluate}
     (path,) = complete(tmp_path / "run" / "checkpoints")
-    order = {"config": config, "checkpoint": str(path), "device": "cpu"}
+    order = {"config": config, "checkpoint": str(path), "device": "cpu", "trained": 64}
     order |= {key: str(tmp_path / f"{name}.{key}") for key in ("results", "progress")}
     run_world(world, run, order)
     return json.loads((tmp_path / f"{name}.results").read_text())
@@ -70,7 +70,17 @@ def test_one_rank_and_four_give_the_same_numbers(run, tmp_path, precision, toler
                 assert other[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (name, key)
             else:
                 assert other[key] == value, (name, key)
-    assert set(one) == {"checkpoint", "length", "loss", "positions", "needle", "recall", "copy", "long_range"}
+    assert set(one) == {
+        "checkpoint",
+        "length",
+        "loss",
+        "positions",
+        "needle",
+        "recall",
+        "copy",
+        "long_range",
+        "extrapolation",
+    }
     assert {"part": "long_range", "done": 0, "of": 1} in map(
         json.loads, (tmp_path / "one.progress").read_text().splitlines()
     )
