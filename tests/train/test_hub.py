@@ -65,7 +65,9 @@ def theirs(name):
     """A small random model of transformers, every parameter away from where it would not be seen."""
     kind, sizes = MODELS[name]
     config = getattr(transformers, kind.replace("ForCausalLM", "Config"))(**sizes, **NO_TOKENS)
-    model = getattr(transformers, kind)(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # its first weights are drawn from torch's own generator, wherever that stands
+        model = getattr(transformers, kind)(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
