@@ -181,7 +181,8 @@ def _other_than_old(sources: Sequence[Source]) -> None:
     """Raises ValueError for a new corpus all of whose documents are an old one's: it would be replayed, not learnt."""
     for old in (source for source in sources if source.old):
         for new in (source for source in sources if not source.old):
-            if np.isin(new.store.hashes, old.store.hashes).all():
+            first = (old.store.hashes == new.store.hashes[0]).any()  # cheap, and as a rule the answer
+            if first and np.isin(new.store.hashes, old.store.hashes).all():
                 raise ValueError(
                     f"data.sources.{new.name}.data: must be another corpus than data.sources.{old.name}, "
                     "which has all of its documents"

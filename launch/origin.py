@@ -59,7 +59,8 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
     if theirs.get("_target_") == "data.loader.Data":
         own = {name: {**portion, "data": theirs}}
     elif theirs.get("sources"):
-        own = {f"{name}-{other}": _part(portion, each) for other, each in theirs["sources"].items()}
+        weights = _last_weights(theirs)
+        own = {f"{name}-{other}": _part(portion, each, weights[other]) for other, each in theirs["sources"].items()}
     else:
         raise UserError(
             f"data.sources.{name}.data.corpus=null: must be a corpus: init_from={value} tells of none that is here"
@@ -74,10 +75,22 @@ def _unknown(data: dict[str, Any]) -> bool:
     return data.get("corpus", "") is None
 
 
-def _part(portion: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """A source of the other run's mixture as part of an old one: at its last weight there, in another order."""
-    weight = theirs["weight"][-1][1] if isinstance(theirs["weight"], list) else theirs["weight"]
+def _part(portion: dict[str, Any], theirs: dict[str, Any], weight: float) -> dict[str, Any]:
+    """A source of the other run's mixture as part of an old one, in another order than there."""
     return {**portion, "data": theirs["data"], "weight": weight, "order": theirs["order"] + portion["order"]}
+
+
+def _last_weights(mixture: dict[str, Any]) -> dict[str, float]:
+    """What each source of a mixture had at the end, of all together."""
+    replay, groups = mixture.get("replay"), dict[bool, dict[str, float]]()
+    for name, portion in mixture["sources"].items():
+        weight = portion["weight"][-1][1] if isinstance(portion["weight"], list) else portion["weight"]
+        groups.setdefault(replay is not None and bool(portion.get("old")), {})[name] = weight
+    found = {}
+    for old, weights in groups.items():
+        share = 1.0 if replay is None else replay if old else 1 - replay
+        found |= {name: share * weight / (sum(weights.values()) or 1.0) for name, weight in weights.items()}
+    return found
 
 
 def _folders(init_from: str) -> tuple[Path, ...]:

@@ -36,7 +36,7 @@ class Record:
         stage: dict[str, Any] = {"name": name, "length": self.facts["trained"] if leg is None else leg.stage.length}
         if leg is not None:
             stage |= {"tokens": leg.flight.train.total_tokens, "lr": leg.config["optimizer"]["lr"]}
-            stage |= {"positions": leg.positions, "seconds": self._took.get(name)}
+            stage |= {"rotary": leg.positions, "seconds": self._took.get(name)}
         stage |= {"checkpoint": found["checkpoint"], "read": found["length"]}
         stage |= {part: found[part] for part in found if part not in ("checkpoint", "length")}
         self.facts["stages"].append(stage)

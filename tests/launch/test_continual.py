@@ -57,12 +57,15 @@ def test_a_run_goes_on_with_another_corpus_and_says_what_it_forgets(inside: Path
     assert last["forgetting"]["old"] == last["heldout"]["old"]["loss"] - found[0]["heldout"]["old"]["loss"]
     assert last["drawn"] == {"new/96": 12 * 96, "old/96": 4 * 96}, "a quarter is replayed"
     assert json.loads(Path("runs/child/lineage.json").read_text())["run"] == "base"
-    rates = [r["lr"] for r in found[1:]]
-    assert rates[0] > found[1]["lr"] / 2 and rates[-1] < max(rates), "up again, and down"
+    rates, left = [r["lr"] for r in found[1:]], records("runs/base/metrics.jsonl")[-1]["lr"]
+    assert max(rates) > 2 * left and rates[-1] < max(rates) / 2, "up again, and down"
     # what it became goes on as well: a mixture is replayed part by part
     more = ["data.sources.new.data.path=old", "init_from=child", "train.steps=2", "run.dir=runs/third"]
     assert main(["train", *child, *more]) == 2
     assert "data.sources.new.data: must be another corpus than data.sources.old-old" in capsys.readouterr().err
+    parts = preflight.configure([*child, "init_from=child"])["data"]["sources"]
+    assert {name: part["weight"] for name, part in parts.items()} == {"new": 1.0, "old-new": 0.75, "old-old": 0.25}
+    assert [parts[name]["order"] for name in ("old-new", "old-old")] == [1, 2]
 
 
 @pytest.mark.e2e

@@ -109,8 +109,8 @@ def extrapolation(
     A recurrent state that was never trained to forget collapses there (2410.07145), and rotary angles are new. Read are
     documents of `beyond` times the trained length and more, or, where there are fewer than two, stretches of that many
     tokens of documents end to end, without the marks between them; neither of generated documents, whose ends differ
-    from their begins. rise: nats by which the loss is higher than within,
-    its standard error over sequences behind it; ratio: of the two.
+    from their begins. rise: nats by which the loss is higher than within; error: its standard error over sequences;
+    ratio: of the two losses.
     """
     read, scored = trained * beyond, []
     whole = [packed(text[: read + 1]) for text in _long(batches, read + 1, most)]
