@@ -86,7 +86,7 @@ def _last_weights(mixture: dict[str, Any]) -> dict[str, float]:
     for name, portion in mixture["sources"].items():
         weight = portion["weight"][-1][1] if isinstance(portion["weight"], list) else portion["weight"]
         groups.setdefault(replay is not None and bool(portion.get("old")), {})[name] = weight
-    found = {}
+    found = dict[str, float]()
     for old, weights in groups.items():
         share = 1.0 if replay is None else replay if old else 1 - replay
         found |= {name: share * weight / (sum(weights.values()) or 1.0) for name, weight in weights.items()}
