@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.curriculum import Curriculum
 from data.pack import Packed, read
 from data.samplers import PACKINGS
 from data.samplers.decompose import OVERLONG
+from data.samplers.divided import divided
 from data.samplers.documents import Documents
 from data.samplers.permute import Permutation
 from data.samplers.pool import Cut
@@ -70,7 +71,8 @@ class Batches:
     """Global batches of `batch_tokens` tokens, as a pure function of (seed, step), of one length each.
 
     A document is held out if its hash, as a fraction of 2^64, is below `heldout`: the same in every run, and the same
-    for all copies of it. `order` is everything that decides a batch or the split, by its key in the configuration, and
+    for all copies of it; of very few documents, where that leaves a side without any, a part of the longest is
+    (`data.samplers.divided`). `order` is everything that decides a batch or the split, by its key in the configuration, and
     `fingerprint` (hex sha256) is of that. Raises ValueError if the sizes do not fit each other or the stores. `chance`
     is None: of text, nobody asks how much of it a guess gets right.
     """
@@ -89,7 +91,8 @@ class Batches:
         curriculum = curriculum or Curriculum()
         longest = sequencing.max_length
         stages = curriculum.context or ((0, longest, None),)
-        self.sources, self.sequencing, self.tokenizer = tuple(sources), sequencing, tokenizer
+        self.sequencing, self.tokenizer = sequencing, tokenizer
+        self.sources = tuple(replace(s, store=divided(s.store, sequencing.heldout)) for s in sources)
         self.vocab_size = tokenizer.size
         self.batch_tokens = batch_tokens
         self.windows_per_batch = batch_tokens // longest
@@ -139,7 +142,7 @@ class Batches:
                 )
 
     def _held_out(self, source: Source) -> Documents:
-        heldout, longest = self.sequencing.heldout, self.sequencing.max_length
+        heldout = self.sequencing.heldout
         ((held, _),) = source.documents("heldout", heldout)
         sides = (("training", source.documents("train", heldout)), ("held-out", [(held, 1)] if len(held.ids) else []))
         for side, found in sides:
@@ -147,11 +150,6 @@ class Batches:
                 raise ValueError(
                     f"data.heldout={heldout}: leaves no {side} documents of the corpus' {len(source.store.hashes)}"
                 )
-        if len(held) <= longest:
-            raise ValueError(
-                f"data.max_length={longest}: {len(held.ids)} held-out documents, {len(held)} tokens together, do not "
-                f"fill one window; at most {len(held) - 1} fits"
-            )
         return held
 
     def _order(self, curriculum: Curriculum) -> dict[str, Any]:
@@ -161,6 +159,8 @@ class Batches:
         for source in self.sources:
             at = f"data.sources.{source.name}" if source.name else "data"
             found[f"{at}.corpus"] = source.store.fingerprint
+            if (cut := getattr(source.store, "cut", None)) is not None:
+                found[f"{at}.cut"] = list(cut)
             if source.name:
                 found[f"{at}.weight"] = [[token, str(weight)] for token, weight in source.weight]
                 found[f"{at}.epochs"] = str(source.epochs)
@@ -170,6 +170,25 @@ class Batches:
             found |= {f"curriculum.{key}": getattr(curriculum, key) for key in ("odds", "cycles", "tokens")}
         if curriculum.context is not None:
             found["curriculum.context"] = [list(stage) for stage in curriculum.context]
+        return found
+
+    def told(self) -> list[str]:
+        """What there is to say of the split, a line each: a document that is cut, or less than a window held out."""
+        found, longest = [], self.sequencing.max_length
+        for source, held in zip(self.sources, self.heldout_documents, strict=True):
+            at = f"data.sources.{source.name}.data.path" if source.name else "data.path"
+            if (cut := getattr(source.store, "cut", None)) is not None:
+                count = len(source.store.whole.hashes)
+                whole = "the document" if count == 1 else f"the longest of {count} documents"
+                found.append(
+                    f"{at}: too few documents to hold out whole ones by data.heldout={self.sequencing.heldout}: of "
+                    f"{whole} the first {cut[1]:,} tokens are trained on, and those behind them are held out"
+                )
+            if len(held) <= longest:
+                found.append(
+                    f"{at}: {len(held):,} tokens are held out, less than a sequence of data.max_length={longest}: "
+                    "evaluations read no more than those"
+                )
         return found
 
     def _lanes(self) -> list[Any]:
@@ -251,7 +270,8 @@ class Batches:
     def heldout(self) -> list[Packed]:
         """Windows of `max_length` tokens of held-out documents end to end: always the same, whatever the packing.
 
-        `heldout_tokens` over all sources, evenly spread; of each source at least one window, at most all.
+        `heldout_tokens` over all sources, evenly spread; of each source at least one window, at most all. Fewer tokens
+        than a window are one, padded.
         """
         return [window for windows in self.heldout_by_source().values() for window in windows]
 
@@ -260,11 +280,17 @@ class Batches:
         longest, found = self.sequencing.max_length, {}
         wanted = max(self.sequencing.heldout_tokens // len(self.sources) // longest, 1)
         for source, held in zip(self.sources, self.heldout_documents, strict=True):
-            there = (len(held) - 1) // longest
+            there = max((len(held) - 1) // longest, 1)
             count = min(wanted, there)
             begins = [i * there // count * longest for i in range(count)]
             found[source.name] = [
-                read(held.store, held.pieces(n, n + longest), longest, document=self.tokenizer.DOCUMENT) for n in begins
+                read(
+                    held.store,
+                    held.pieces(n, min(n + longest, len(held))),
+                    longest,
+                    document=self.tokenizer.DOCUMENT,
+                )
+                for n in begins
             ]
         return found
 

@@ -38,7 +38,8 @@ def read(store: Stored, pieces: Ints, length: int, *, document: int, masked: boo
     """A sequence of `length` tokens of the store's pieces [n, 2], each [begin, end) inside a document.
 
     A token's target is the one after it in its document; that of a document's last is `document`, the token that opens
-    the next, and none in a store where documents do not open with it. What the pieces do not fill is padding: a piece
+    the next, and none in a store where documents do not open with it, or where the rest of the document is held out
+    (`data.samplers.divided`). What the pieces do not fill is padding: a piece
     of its own, of `document` and without targets. Not `masked`: all but the padding is one piece, and every token sees
     what stands before it.
     """
@@ -47,13 +48,14 @@ def read(store: Stored, pieces: Ints, length: int, *, document: int, masked: boo
     starts = np.zeros(length, dtype=bool)
     ends = pieces[:, 1]
     last = document if getattr(store, "opened", True) else NO_TARGET
+    cuts = getattr(store, "cuts", frozenset())
     closing = store.offsets[np.searchsorted(store.offsets, ends)] == ends
     at = 0
     for (begin, end), closes in zip(pieces.tolist(), closing.tolist(), strict=True):
         held, behind = end - begin, at + end - begin
         tokens[at:behind] = store.tokens[begin:end]
         targets[at : behind - 1] = tokens[at + 1 : behind]
-        targets[behind - 1] = last if closes else store.tokens[end]
+        targets[behind - 1] = (NO_TARGET if end in cuts else last) if closes else store.tokens[end]
         starts[at] = masked or at == 0
         at += held
     starts[at : at + 1] = True

@@ -105,12 +105,18 @@ def still_held_out(path: Path, batches: Any, say: Callable[[str], None]) -> None
     from train import checkpoint
 
     order = checkpoint.manifest(path).get("order") or {}
-    known, was = {value for key, value in order.items() if key.endswith(".corpus")}, order.get("data.heldout")
+    known = {value: key.removesuffix(".corpus") for key, value in order.items() if key.endswith(".corpus")}
+    was = order.get("data.heldout")
     for source in getattr(batches, "sources", ()):
         at = f"data.sources.{source.name}" if source.name else "data"
         now = batches.sequencing.heldout
         if source.store.fingerprint in known and was is not None and now > was:
             raise ValueError(f"data.heldout={now}: must be at most {was}: {path} was trained on the rest of {at}")
+        cut = getattr(source.store, "cut", None)  # too few documents: a part of one is held out
+        if cut is not None and (before := known.get(source.store.fingerprint)) is not None:
+            document, train = order.get(f"{before}.cut") or (None, None)
+            if document != cut[0] or train > cut[1]:
+                raise ValueError(f"data.heldout={now}: must be {was}: {path} was trained on what it would hold out")
         if source.old and known and source.store.fingerprint not in known:
             say(f"{at}: is called old, and is no corpus that {path} was trained on")
 

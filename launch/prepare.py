@@ -76,6 +76,8 @@ def batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say: Cal
         data.prepare(None, _now_and_then(say))
     found = opened(data, batch_tokens, construct(config["curriculum"]))
     fits(found.vocab_size)
+    for line in getattr(found, "told", list)():
+        say(line)
     return found
 
 

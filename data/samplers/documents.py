@@ -30,6 +30,8 @@ class Documents:
             "heldout": heldout,
             "lengths": list(lengths),
         }
+        if (cut := getattr(store, "cut", None)) is not None:  # `data.samplers.divided`
+            self.spec["cut"] = list(cut)
         found = index(store, self.spec, self._write)
         self._index, self.ids, self.edges = found, found["ids"], found["edges"]
 
