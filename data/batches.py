@@ -10,7 +10,7 @@ from data.curriculum import Curriculum
 from data.pack import Packed, read
 from data.samplers import PACKINGS
 from data.samplers.decompose import OVERLONG
-from data.samplers.divided import divided
+from data.samplers.divided import Divided, divided
 from data.samplers.documents import Documents
 from data.samplers.permute import Permutation
 from data.samplers.pool import Cut
@@ -72,9 +72,9 @@ class Batches:
 
     A document is held out if its hash, as a fraction of 2^64, is below `heldout`: the same in every run, and the same
     for all copies of it; of very few documents, where that leaves a side without any, a part of the longest is
-    (`data.samplers.divided`). `order` is everything that decides a batch or the split, by its key in the configuration, and
-    `fingerprint` (hex sha256) is of that. Raises ValueError if the sizes do not fit each other or the stores. `chance`
-    is None: of text, nobody asks how much of it a guess gets right.
+    (`data.samplers.divided`). `order` is everything that decides a batch or the split, by its key in the configuration,
+    and `fingerprint` (hex sha256) is of that. Raises ValueError if the sizes do not fit each other or the stores.
+    `chance` is None: of text, nobody asks how much of it a guess gets right.
     """
 
     chance = None
@@ -177,12 +177,12 @@ class Batches:
         found, longest = [], self.sequencing.max_length
         for source, held in zip(self.sources, self.heldout_documents, strict=True):
             at = f"data.sources.{source.name}.data.path" if source.name else "data.path"
-            if (cut := getattr(source.store, "cut", None)) is not None:
-                count = len(source.store.whole.hashes)
+            if isinstance(store := source.store, Divided):
+                count = len(store.whole.hashes)
                 whole = "the document" if count == 1 else f"the longest of {count} documents"
                 found.append(
                     f"{at}: too few documents to hold out whole ones by data.heldout={self.sequencing.heldout}: of "
-                    f"{whole} the first {cut[1]:,} tokens are trained on, and those behind them are held out"
+                    f"{whole} the first {store.cut[1]:,} tokens are trained on, and those behind them are held out"
                 )
             if len(held) <= longest:
                 found.append(

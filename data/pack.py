@@ -48,7 +48,7 @@ def read(store: Stored, pieces: Ints, length: int, *, document: int, masked: boo
     starts = np.zeros(length, dtype=bool)
     ends = pieces[:, 1]
     last = document if getattr(store, "opened", True) else NO_TARGET
-    cuts = getattr(store, "cuts", frozenset())
+    cuts: frozenset[int] = getattr(store, "cuts", frozenset())
     closing = store.offsets[np.searchsorted(store.offsets, ends)] == ends
     at = 0
     for (begin, end), closes in zip(pieces.tolist(), closing.tolist(), strict=True):
