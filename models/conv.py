@@ -1,9 +1,10 @@
 """Short causal depthwise convolution: the linear mixers' view of the last few tokens."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import constant, declare, fan_in
+from models.axes import constant, declare, fan_in, positive
 from models.kernels.conv import conv
 from models.sequence import Sequence
 
@@ -27,3 +28,35 @@ class ShortConv(nn.Module):
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         padded_BPD = torch.cat((seq.before(x_BTD, self.weight.shape[1] - 1, slot=slot), x_BTD), dim=1)
         return conv(padded_BPD, self.weight.t().contiguous(), self.bias, seq.positions, silu=self.activation)
+
+
+class Pointwise(nn.Module):
+    """What stands in the place of a convolution that is switched off: silu(x), or x without an activation."""
+
+    def __init__(self, *, activation: bool = True):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        return F.silu(x_BTD) if self.activation else x_BTD
+
+
+def short_conv(
+    dim: int,
+    width: int | None,
+    *,
+    bias: bool = False,
+    activation: bool = True,
+    off: bool = True,
+    axis: str | None = "heads",
+) -> ShortConv | Pointwise:
+    """The convolution of a mixer's options. width: null for none; off: whether silu stays without one.
+
+    Raises ValueError for a width below 1, and for a bias of no convolution.
+    """
+    if width is None:
+        if bias:
+            raise ValueError("conv_bias=true: must be false with conv=null: there is no convolution")
+        return Pointwise(activation=off)
+    positive(conv=width)
+    return ShortConv(dim, width, bias=bias, activation=activation, axis=axis)

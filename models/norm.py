@@ -45,8 +45,8 @@ class GatedRMSNorm(RMSNorm):
 class GroupRMSNorm(RMSNorm):
     """RMSNorm of each of `groups` equal parts of the last dimension, every channel with a weight of its own."""
 
-    def __init__(self, dim: int, groups: int, *, axis: str | None = "embed"):
-        super().__init__(dim, axis=axis)
+    def __init__(self, dim: int, groups: int, *, eps: float = 1e-5, axis: str | None = "embed"):
+        super().__init__(dim, eps=eps, axis=axis)
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,6 +67,13 @@ class HeadNorm(nn.Module):
     def forward(self, x_BTHV: Tensor) -> Tensor:
         normed = F.layer_norm(wide(x_BTHV), x_BTHV.shape[-1:], eps=self.eps).flatten(-2) * wide(self.weight)
         return normed if self.bias is None else normed + wide(self.bias)
+
+
+def checked(norm_eps: float) -> float:
+    """The same number. Raises ValueError for one that is not above 0 and finite."""
+    if not 0 < norm_eps < float("inf"):
+        raise ValueError(f"norm_eps={norm_eps}: must be above 0")
+    return norm_eps
 
 
 def l2_normalise(x: Tensor) -> Tensor:

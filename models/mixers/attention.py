@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.axes import positive
 from models.linear import Linear
 from models.mixers import heads as sizes
-from models.norm import RMSNorm
+from models.norm import RMSNorm, checked
 from models.rope import Positions, RoPE, turn
 from models.sequence import Sequence
 
@@ -23,7 +23,7 @@ class Attention(nn.Module):
     of the document, how many remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453).
     qk_norm: whether each head's queries and keys are normalised, before they are rotated. gate: whether each
     channel of the output is multiplied by a sigmoid of the input. positions: how a token's place in its document
-    enters: a rule of `models.rope`.
+    enters: a rule of `models.rope`. norm_eps: what the norms of queries and keys add to the mean square.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -40,6 +40,7 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         gate: bool = False,
         positions: Positions = ROPE,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -55,8 +56,8 @@ class Attention(nn.Module):
         width = heads * self.head_dim
         self.q = Linear(dim, width, axes=("heads", "embed"))
         self.kv = Linear(dim, 2 * kv_heads * self.head_dim, axes=("kv_heads", "embed"), parts=2 * (self.head_dim,))
-        self.q_norm = RMSNorm(self.head_dim, eps=1e-6, axis=None) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=1e-6, axis=None) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, eps=checked(norm_eps), axis=None) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps, axis=None) if qk_norm else nn.Identity()
         self.gate = Linear(dim, width, axes=("heads", "embed")) if gate else None
         self.out = Linear(width, dim, axes=("embed", "heads"))
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim, repeat_heads
-from models.norm import GatedRMSNorm, l2_normalise
+from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
@@ -23,13 +23,16 @@ class GatedDeltaNet(nn.Module):
     heads: how many heads of queries and keys; must divide dim * expand_k. expand_k: width of the keys of all heads
     together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
     of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
-    it stays within the document. value_heads: heads of values, each with gates and a state of its own, so many to a
-    head of keys; a multiple of heads that divides dim * expand_v; null for as many as heads. negative_eigenvalues:
-    β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key remembers (2411.12537).
-    norm_eps: what the norm of a head's output adds to its mean square; Qwen3-Next has 1e-6.
+    it stays within the document; null for none, and silu alone. value_heads: heads of values, each with gates and a
+    state of its own, so many to a head of keys; a multiple of heads that divides dim * expand_v; null for as many as
+    heads. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key
+    remembers (2411.12537). norm_eps: what the norm of a head's output adds to its mean square; Qwen3-Next has 1e-6.
+    conv_bias: whether the convolution has a bias.
 
     x [B, T, D] -> [B, T, D].
     """
+
+    CLOSING = ("gate", "norm", "out")  # what `close` needs
 
     def __init__(
         self,
@@ -38,15 +41,14 @@ class GatedDeltaNet(nn.Module):
         heads: int,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
-        conv: int = 4,
+        conv: int | None = 4,
         value_heads: int | None = None,
         negative_eigenvalues: bool = False,
         norm_eps: float = 1e-5,
+        conv_bias: bool = False,
     ):
         super().__init__()
-        positive(dim=dim, conv=conv)
-        if norm_eps <= 0:
-            raise ValueError(f"norm_eps={norm_eps}: must be above 0")
+        positive(dim=dim)
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         if value_heads is None:
@@ -60,17 +62,21 @@ class GatedDeltaNet(nn.Module):
         self.widths = (keys, keys, values)
         self.strongest = 2.0 if negative_eigenvalues else 1.0
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = ShortConv(sum(self.widths), conv)
+        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
         self.rates = Linear(dim, 2 * value_heads, axes=("heads", "embed"), parts=(1, 1))
         self.A_log = declare(value_heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(value_heads, axes=("heads",), init=dt, decay=False)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
-        self.norm = GatedRMSNorm(self.value_dim, eps=norm_eps, axis=None)
+        self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("gated_delta_rule")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        return self.close(self.read(x_BTD, seq, slot=slot), x_BTD)
+
+    def read(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
+        """What each head reads, before the norm: [B, T, N, V]."""
         q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
         q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
         q_BTHK, k_BTHK = repeat_heads(q_BTHK, self.each), repeat_heads(k_BTHK, self.each)
@@ -78,6 +84,9 @@ class GatedDeltaNet(nn.Module):
         dt_BTH, beta_BTH = wide(self.rates(x_BTD)).unflatten(-1, (-1, 2)).unbind(-1)
         g_BTH = -wide(self.A_log).exp() * F.softplus(dt_BTH + wide(self.dt_bias))
         beta_BTH = self.strongest * beta_BTH.sigmoid()
-        o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, slot=slot)
+        return seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, slot=slot)
+
+    def close(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+        """The output of what the heads have read: [B, T, D]."""
         gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
         return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import GatedRMSNorm, l2_normalise
+from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
@@ -24,9 +24,10 @@ class GatedDeltaProduct(nn.Module):
     heads: how many; must divide dim * expand_k and dim * expand_v. steps: how often a token erases and writes, each
     time with a key, a value and a β of its own. expand_k: width of the keys of all heads together, and of the queries,
     in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim. conv: tokens that the
-    short causal convolution on queries, keys and values sees, the present one included; it stays within the document.
-    negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a step may also turn the sign of what its key
-    remembers (2411.12537).
+    short causal convolution on queries, keys and values sees, the present one included; it stays within the document;
+    null for none, and silu alone. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a step may also turn the
+    sign of what its key remembers (2411.12537). conv_bias: whether the convolution has a bias. norm_eps: what the norm
+    of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -39,11 +40,13 @@ class GatedDeltaProduct(nn.Module):
         steps: int = 2,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
-        conv: int = 4,
+        conv: int | None = 4,
         negative_eigenvalues: bool = True,
+        conv_bias: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
-        positive(dim=dim, steps=steps, conv=conv)
+        positive(dim=dim, steps=steps)
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
@@ -51,14 +54,14 @@ class GatedDeltaProduct(nn.Module):
         self.strongest = 2.0 if negative_eigenvalues else 1.0
         parts = (keys, *steps * (keys,), *steps * (values,))
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=parts)
-        self.conv = ShortConv(sum(self.widths), conv)
+        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
         self.dt = Linear(dim, heads, axes=("heads", "embed"))
         self.beta = Linear(dim, steps * heads, axes=("heads", "embed"), parts=steps * (heads,))
         self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(heads, axes=("heads",), init=dt, decay=False)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
-        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("gated_delta_product")
 

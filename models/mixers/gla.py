@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import positive
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import GatedRMSNorm
+from models.norm import GatedRMSNorm, checked
 from models.precision import wide
 from models.recurrence import Diagonal
 from models.sequence import Sequence
 
 GATE_RANK, GATE_TEMPERATURE = 16, 16.0
+FEATURES = {"identity": lambda x: x, "elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu}
 
 
 class GatedLinearAttention(nn.Module):
@@ -25,30 +26,45 @@ class GatedLinearAttention(nn.Module):
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
     and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
     conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
-    within the document.
+    within the document; null for none, and no activation either, as in the paper. conv_bias: whether the convolution
+    has a bias. feature: a map of queries and keys behind it, one of identity, elu (elu(x) + 1), relu and silu.
+    norm_eps: what the norm of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, expand_k: float = 0.5, expand_v: float = 1.0, conv: int = 4):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand_k: float = 0.5,
+        expand_v: float = 1.0,
+        conv: int | None = 4,
+        conv_bias: bool = False,
+        feature: str = "identity",
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
-        positive(dim=dim, conv=conv)
+        positive(dim=dim)
+        if feature not in FEATURES:
+            raise ValueError(f"feature={feature}: must be one of {', '.join(FEATURES)}")
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
-        self.widths = (keys, keys, values)
+        self.widths, self.feature = (keys, keys, values), FEATURES[feature]
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = ShortConv(sum(self.widths), conv)
+        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias, off=False)
         self.decay_in = Linear(dim, GATE_RANK, axes=(None, "embed"))
         self.decay_out = Linear(GATE_RANK, keys, axes=("heads", None), bias=True)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
-        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Diagonal("gla")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
-        q_BTHK, k_BTHK = (x.unflatten(-1, (-1, self.key_dim)) for x in (q, k))
+        q_BTHK, k_BTHK = (self.feature(x).unflatten(-1, (-1, self.key_dim)) for x in (q, k))
         v_BTHV = v.unflatten(-1, (-1, self.value_dim))
         g_BTHK = F.logsigmoid(wide(self.decay_out(self.decay_in(x_BTD)))).unflatten(-1, (-1, self.key_dim))
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTHK / GATE_TEMPERATURE, slot=slot)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.axes import positive
 from models.linear import Linear
 from models.mixers.lower_bounds import log_forget, lower_bound
-from models.norm import GatedRMSNorm
+from models.norm import GatedRMSNorm, checked
 from models.recurrence import Elementwise
 from models.sequence import Sequence
 
@@ -20,19 +20,20 @@ class HGRN(nn.Module):
     """The state is dim * expand numbers, `dim` the model's.
 
     heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
-    can take another's place. expand: width of the recurrence in multiples of dim.
+    can take another's place. expand: width of the recurrence in multiples of dim. norm_eps: what the norm of
+    the output adds to its mean square.
 
     x [B, T, D] -> [B, T, D]. lower_bound: [dim * expand], below which no gate falls; the model gives it.
     """
 
-    def __init__(self, *, dim: int, heads: int | None = None, expand: float = 1.0):
+    def __init__(self, *, dim: int, heads: int | None = None, expand: float = 1.0, norm_eps: float = 1e-5):
         super().__init__()
         inner = int(dim * expand)
         positive(dim=dim, **{"dim * expand": inner})
         self.i = Linear(dim, inner, axes=("heads", "embed"))
         self.f = Linear(dim, inner, axes=("heads", "embed"))
         self.gate = Linear(dim, inner, axes=("heads", "embed"))
-        self.norm = GatedRMSNorm(inner, axis="heads")
+        self.norm = GatedRMSNorm(inner, eps=checked(norm_eps), axis="heads")
         self.out = Linear(inner, dim, axes=("embed", "heads"))
         self.recurrence = Elementwise("elementwise")
         self.couplings = (lower_bound(inner),)

@@ -12,7 +12,7 @@ from models.axes import positive
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.mixers.lower_bounds import log_forget, lower_bound
-from models.norm import RMSNorm
+from models.norm import RMSNorm, checked
 from models.recurrence import Diagonal
 from models.sequence import Sequence
 
@@ -21,12 +21,12 @@ class HGRN2(nn.Module):
     """A head's state is a matrix of dim * expand_k / heads by dim / heads numbers, `dim` the model's.
 
     heads: how many; must divide dim and dim * expand_k. expand_k: width of the gates of all heads together, which are
-    the keys, and of the queries, in multiples of dim.
+    the keys, and of the queries, in multiples of dim. norm_eps: what the norm of the output adds to its mean square.
 
     x [B, T, D] -> [B, T, D]. lower_bound: [dim * expand_k], below which no gate falls; the model gives it.
     """
 
-    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0):
+    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, norm_eps: float = 1e-5):
         super().__init__()
         positive(dim=dim)
         keys = int(dim * expand_k)
@@ -34,7 +34,7 @@ class HGRN2(nn.Module):
         self.value_dim = head_dim(dim, heads)
         self.widths = (keys, keys, dim)
         self.qfv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.norm = RMSNorm(dim, axis="heads")
+        self.norm = RMSNorm(dim, eps=checked(norm_eps), axis="heads")
         self.out = Linear(dim, dim, axes=("embed", "heads"))
         self.recurrence = Diagonal("gla")
         self.couplings = (lower_bound(keys),)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import GatedRMSNorm, l2_normalise
+from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
@@ -25,8 +25,9 @@ class KimiDeltaAttention(nn.Module):
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
     and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
     conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
-    within the document. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a write may also turn the sign of
-    what its key remembers (2411.12537).
+    within the document; null for none, and silu alone. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a
+    write may also turn the sign of what its key remembers (2411.12537). conv_bias: whether the convolution has a bias.
+    norm_eps: what the norm of a head's output adds to its mean square.
 
     The decays and the output's gate come through a bottleneck as wide as a head's values.
 
@@ -40,18 +41,20 @@ class KimiDeltaAttention(nn.Module):
         heads: int,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
-        conv: int = 4,
+        conv: int | None = 4,
         negative_eigenvalues: bool = False,
+        conv_bias: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
-        positive(dim=dim, conv=conv)
+        positive(dim=dim)
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
         self.widths = (keys, keys, values)
         self.strongest = 2.0 if negative_eigenvalues else 1.0
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = ShortConv(sum(self.widths), conv)
+        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
         self.decay_in = Linear(dim, self.value_dim, axes=(None, "embed"))
         self.decay_out = Linear(self.value_dim, keys, axes=("heads", None))
         self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1.0, 16.0), decay=False)
@@ -59,7 +62,7 @@ class KimiDeltaAttention(nn.Module):
         self.beta = Linear(dim, heads, axes=("heads", "embed"))
         self.gate_in = Linear(dim, self.value_dim, axes=(None, "embed"))
         self.gate_out = Linear(self.value_dim, values, axes=("heads", None), bias=True)
-        self.norm = GatedRMSNorm(self.value_dim, activation=torch.sigmoid, axis=None)
+        self.norm = GatedRMSNorm(self.value_dim, activation=torch.sigmoid, eps=checked(norm_eps), axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("kda")
 

@@ -18,7 +18,7 @@ from models.axes import constant, declare, fan_in, positive
 from models.kernels import fast_weights
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import RMSNorm, l2_normalise
+from models.norm import RMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.rope import RoPE, turn
 from models.sequence import Sequence
@@ -52,12 +52,13 @@ class LaCT(nn.Module):
     of each, and the gradient of each over the chunk at hand.
 
     heads: how many; must divide dim. chunk: tokens of a document between two steps of its weights. expand: hidden
-    channels of a head's SwiGLU in multiples of its own.
+    channels of a head's SwiGLU in multiples of its own. norm_eps: what the norm of a head's output adds to its mean
+    square.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int = 4, chunk: int = 2048, expand: float = 1.0):
+    def __init__(self, *, dim: int, heads: int = 4, chunk: int = 2048, expand: float = 1.0, norm_eps: float = 1e-5):
         super().__init__()
         positive(dim=dim, chunk=chunk)
         self.head_dim = K = head_dim(dim, heads)
@@ -70,7 +71,7 @@ class LaCT(nn.Module):
         self.W1 = declare(heads, K, hidden, axes=("heads", None, None), init=fan_in(hidden))
         self.W2 = declare(heads, hidden, K, axes=("heads", None, None), init=fan_in(K))
         self.scale = Linear(dim, heads, axes=("heads", "embed"))
-        self.norm = RMSNorm(K, axis=None)
+        self.norm = RMSNorm(K, eps=checked(norm_eps), axis=None)
         self.out = Linear(dim, dim, axes=("embed", "heads"))
         self.recurrence = Learner(chunk=chunk)
 

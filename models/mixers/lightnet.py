@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.axes import positive
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import GatedRMSNorm
+from models.norm import GatedRMSNorm, checked
 from models.recurrence import Normalised
 from models.sequence import Sequence
 
@@ -21,14 +21,14 @@ class LightNet(nn.Module):
     its rows the log of the sum of weights.
 
     heads: how many; must divide dim and dim * expand_k. expand_k: width of the keys of all heads together, and of the
-    queries, in multiples of dim.
+    queries, in multiples of dim. norm_eps: what the norm of the output adds to its mean square.
 
     The output's gate comes through a bottleneck as wide as a head's values.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0):
+    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, norm_eps: float = 1e-5):
         super().__init__()
         positive(dim=dim)
         keys = int(dim * expand_k)
@@ -38,7 +38,7 @@ class LightNet(nn.Module):
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.gate_in = Linear(dim, self.value_dim, axes=(None, "embed"))
         self.gate_out = Linear(self.value_dim, dim, axes=("heads", None))
-        self.norm = GatedRMSNorm(dim, axis="heads")
+        self.norm = GatedRMSNorm(dim, eps=checked(norm_eps), axis="heads")
         self.out = Linear(dim, dim, axes=("embed", "heads"))
         self.recurrence = Normalised("lightnet")
 

@@ -14,7 +14,7 @@ from models.axes import positive
 from models.depth import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import RMSNorm
+from models.norm import RMSNorm, checked
 from models.precision import wide
 from models.recurrence import Scalar
 from models.sequence import Sequence
@@ -38,12 +38,13 @@ class Lightning(nn.Module):
     """A head's state is a square matrix of dim / heads numbers a side, `dim` the model's.
 
     heads: how many; must divide dim. rates: how much a head forgets a token, by its index and the layer's: minimax for
-    MiniMax-01's, each head less than the one before, or transnormer for TransNormerLLM's, each more.
+    MiniMax-01's, each head less than the one before, or transnormer for TransNormerLLM's, each more. norm_eps:
+    what the norm of the output adds to its mean square.
 
     x [B, T, D] -> [B, T, D]. depth: the layer's place in the stack; the model gives it.
     """
 
-    def __init__(self, *, dim: int, heads: int, rates: str = "minimax", depth: Depth = ALONE):
+    def __init__(self, *, dim: int, heads: int, rates: str = "minimax", norm_eps: float = 1e-5, depth: Depth = ALONE):
         super().__init__()
         positive(dim=dim)
         if rates not in RATES:
@@ -52,7 +53,7 @@ class Lightning(nn.Module):
         self.rates, self.depth = RATES[rates], depth
         self.qkv = Linear(dim, 3 * dim, axes=("heads", "embed"), parts=3 * (self.head_dim,))
         self.gate = Linear(dim, dim, axes=("heads", "embed"))
-        self.norm = RMSNorm(dim, axis="heads")
+        self.norm = RMSNorm(dim, eps=checked(norm_eps), axis="heads")
         self.out = Linear(dim, dim, axes=("embed", "heads"))
         self.recurrence = Scalar("simple_gla", scale=1.0)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.axes import positive
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import RMSNorm
+from models.norm import RMSNorm, checked
 from models.recurrence import Identity
 from models.sequence import Sequence
 
@@ -25,7 +25,8 @@ class LinearAttention(nn.Module):
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
     and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
     feature: the map φ of queries and keys; elu is elu(x) + 1, the paper's. normalise: whether the output is divided by
-    Σ_s φ(q_t)·φ(k_s), as in the paper; with `identity` that sum may be zero.
+    Σ_s φ(q_t)·φ(k_s), as in the paper; with `identity` that sum may be zero. norm_eps: what the norm of a head's output
+    adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -39,6 +40,7 @@ class LinearAttention(nn.Module):
         expand_v: float = 1.0,
         feature: str = "elu",
         normalise: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         positive(dim=dim)
@@ -50,7 +52,7 @@ class LinearAttention(nn.Module):
         self.widths = (keys, keys, values)
         self.feature, self.normalise = FEATURES[feature], normalise
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.norm = RMSNorm(self.value_dim, axis=None)
+        self.norm = RMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Identity("linear")
 

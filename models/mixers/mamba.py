@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, positive, softplus_inverse_of_log_uniform, uniform
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.precision import wide
 from models.recurrence import Elementwise
@@ -32,7 +32,7 @@ class Mamba(nn.Module):
     can take another's place. expand: inner width in multiples of dim. state: numbers that each inner channel keeps,
     the width of B and of C. rank: width through which the step sizes of all channels are computed; null for dim / 16,
     rounded up. conv: tokens that the short causal convolution before the recurrence sees, the present one included; it
-    stays within the document.
+    stays within the document. conv_bias: whether it has a bias.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -46,14 +46,15 @@ class Mamba(nn.Module):
         state: int = 16,
         rank: int | None = None,
         conv: int = 4,
+        conv_bias: bool = True,
     ):
         super().__init__()
         inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
-        positive(dim=dim, **{"dim * expand": inner}, state=state, rank=rank, conv=conv)
+        positive(dim=dim, **{"dim * expand": inner}, state=state, rank=rank)
         self.widths = (rank, state, state)
         self.x = Linear(dim, inner, axes=("heads", "embed"))
         self.z = Linear(dim, inner, axes=("heads", "embed"))
-        self.conv = ShortConv(inner, conv, bias=True)
+        self.conv = short_conv(inner, conv, bias=conv_bias)
         self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
         self.dt = Linear(rank, inner, axes=("heads", None), init=uniform(rank**-0.5))
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)

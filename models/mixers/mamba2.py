@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim, repeat_heads
-from models.norm import GroupRMSNorm
+from models.norm import GroupRMSNorm, checked
 from models.precision import wide
 from models.recurrence import Scalar
 from models.sequence import Sequence
@@ -22,15 +22,27 @@ class Mamba2(nn.Module):
 
     heads: how many; must divide dim * expand. expand: inner width in multiples of dim. state: rows of a head's state,
     the width of B and of C. groups: how many B and C there are, each for heads / groups heads; must divide heads. The
-    norm of the output is over each group's channels. conv: tokens that the short causal convolution on x, B and C
-    sees, the present one included; it stays within the document.
+    norm of the output is over each group's channels. conv: tokens that the short causal convolution on x, B and C sees,
+    the present one included; it stays within the document. conv_bias: whether it has a bias. norm_eps: what the norm of
+    the output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, expand: float = 2.0, state: int = 64, groups: int = 1, conv: int = 4):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand: float = 2.0,
+        state: int = 64,
+        groups: int = 1,
+        conv: int = 4,
+        conv_bias: bool = True,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
-        positive(dim=dim, state=state, groups=groups, conv=conv)
+        positive(dim=dim, state=state, groups=groups)
         inner = int(dim * expand)
         self.value_dim, self.key_dim = head_dim(inner, heads, what="dim * expand"), state
         if heads % groups:
@@ -39,12 +51,12 @@ class Mamba2(nn.Module):
         self.z = Linear(dim, inner, axes=("heads", "embed"))
         self.bc = Linear(dim, 2 * groups * state, axes=("groups", "embed"), parts=(state, state))
         self.dt = Linear(dim, heads, axes=("heads", "embed"))
-        self.conv = ShortConv(inner, conv, bias=True)
-        self.bc_conv = ShortConv(2 * groups * state, conv, bias=True, axis="groups")
+        self.conv = short_conv(inner, conv, bias=conv_bias)
+        self.bc_conv = short_conv(2 * groups * state, conv, bias=conv_bias, axis="groups")
         self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1.0, 16.0), decay=False)
         self.dt_bias = declare(heads, axes=("heads",), init=softplus_inverse_of_log_uniform(1e-3, 0.1), decay=False)
         self.D = declare(heads, axes=("heads",), init=constant(1.0), decay=False)
-        self.norm = GroupRMSNorm(inner, groups, axis="heads")
+        self.norm = GroupRMSNorm(inner, groups, eps=checked(norm_eps), axis="heads")
         self.out = Linear(inner, dim, axes=("embed", "heads"))
         self.recurrence = Scalar("simple_gla", scale=1.0)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.axes import constant, declare, positive
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import HeadNorm
+from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.recurrence import Stabilised
 from models.sequence import Sequence
@@ -31,11 +31,12 @@ class MLSTM(nn.Module):
 
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
     and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
+    norm_eps: what the norm of a head's output adds to its variance.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, expand_k: float = 0.5, expand_v: float = 1.0):
+    def __init__(self, *, dim: int, heads: int, expand_k: float = 0.5, expand_v: float = 1.0, norm_eps: float = 1e-6):
         super().__init__()
         positive(dim=dim)
         keys, values = int(dim * expand_k), int(dim * expand_v)
@@ -47,7 +48,7 @@ class MLSTM(nn.Module):
         self.rates = Linear(dim, 2 * heads, axes=("heads", "embed"), init=constant(0.0), parts=(1, 1))
         self.rates_bias = declare(heads, 2, axes=("heads", None), init=opening, decay=False)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
-        self.norm = HeadNorm(values)
+        self.norm = HeadNorm(values, eps=checked(norm_eps))
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Stabilised("mlstm")
 

@@ -13,6 +13,7 @@ memory's and that of the counts of tokens.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ class MixtureOfMemories(nn.Module):
 
     heads: how many, of each memory; must fit `inner`. memories: how many there are to choose from, the shared one not
     counted. top_k: how many of them a token goes to, from 1 to memories. shared: whether one more memory sees every
-    token. inner: what a memory is, any linear mixer; in Python null for Gated DeltaNet.
+    token. inner: what a memory is, any linear mixer; in Python null for Gated DeltaNet. norm_after: whether what the
+    memories' heads read is added up before the norm, the gate and the output, of which there is then one each, as in
+    the authors' layer; of Gated DeltaNet only.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -45,6 +48,7 @@ class MixtureOfMemories(nn.Module):
         top_k: int = 2,
         shared: bool = True,
         inner: Callable[..., nn.Module] | None = None,
+        norm_after: bool = False,
     ):
         super().__init__()
         positive(dim=dim, memories=memories)
@@ -56,6 +60,7 @@ class MixtureOfMemories(nn.Module):
         kind = type(self.memories[0]).__name__
         if not isinstance(getattr(self.memories[0], "recurrence", None), Recurrence):
             raise ValueError(f"inner={kind}: must be a linear mixer, whose state a token can leave as it is")
+        self.closing = _closing(build(dim=dim), [*self.memories, self.shared]) if norm_after else None
         self.top_k = top_k
         self.router = Router(
             dim=dim,
@@ -74,8 +79,32 @@ class MixtureOfMemories(nn.Module):
         mask_BTE = torch.zeros_like(weights_BTE, dtype=torch.bool).scatter(-1, routing.choices, True)
         share = self.top_k / len(self.memories)
         chosen = take(seq, mask_BTE, places(seq, mask_BTE, slot=slot), share)
-        y_BTD = wide(torch.zeros_like(x_BTD) if self.shared is None else self.shared(x_BTD, seq, slot=f"{slot}/shared"))
+        y_BTN = None if self.shared is None else wide(self._read(self.shared, x_BTD, seq, slot=f"{slot}/shared"))
         for m, (memory, taken) in enumerate(zip(self.memories, chosen, strict=True)):
-            o_BRD = memory(taken.choice.rows(x_BTD), taken, slot=f"{slot}/memory.{m}")
-            y_BTD = taken.choice.add(y_BTD, wide(o_BRD) * taken.choice.rows(weights_BTE[..., m : m + 1]))
-        return y_BTD.to(x_BTD.dtype)
+            o_BRN = wide(self._read(memory, taken.choice.rows(x_BTD), taken, slot=f"{slot}/memory.{m}"))
+            y_BTN = o_BRN.new_zeros(*x_BTD.shape[:2], o_BRN.shape[-1]) if y_BTN is None else y_BTN
+            y_BTN = taken.choice.add(y_BTN, o_BRN * taken.choice.rows(weights_BTE[..., m : m + 1]))
+        assert y_BTN is not None
+        if self.closing is None:
+            return y_BTN.to(x_BTD.dtype)
+        return self.closing.close(y_BTN.unflatten(-1, (-1, self.closing.value_dim)), x_BTD)  # type: ignore[operator]
+
+    def _read(self, memory: nn.Module, x_BTD: Tensor, seq: Any, *, slot: str) -> Tensor:
+        """What a memory adds: its output, or what its heads read, side by side."""
+        if self.closing is None:
+            return memory(x_BTD, seq, slot=slot)  # type: ignore[no-any-return]
+        return memory.read(x_BTD, seq, slot=slot).flatten(-2)  # type: ignore[operator, no-any-return]
+
+
+def _closing(whole: nn.Module, memories: list[nn.Module | None]) -> nn.Module:
+    """The closing part of a mixer, which none of the memories then has. Raises ValueError for one without."""
+    names = getattr(whole, "CLOSING", None)
+    if names is None:
+        raise ValueError(f"norm_after=true: must be false with memories of {type(whole).__name__}")
+    for memory in memories:
+        for name in names if memory is not None else ():
+            delattr(memory, name)
+    for name in [*whole._modules, *whole._parameters]:
+        if name not in names:
+            delattr(whole, name)
+    return whole

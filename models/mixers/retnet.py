@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.axes import positive
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import GatedRMSNorm
+from models.norm import GatedRMSNorm, checked
 from models.precision import wide
 from models.recurrence import Scalar
 from models.rope import rotate
@@ -23,13 +23,20 @@ class RetNet(nn.Module):
     heads: how many, each forgetting half as fast as the one before; must divide dim * expand_k into even parts, and
     dim * expand_v. expand_k: width of the keys of all heads together, and of the queries, in multiples of dim.
     expand_v: width of the values of all heads together, in multiples of dim. rope_base: base of the rotary frequencies
-    of queries and keys.
+    of queries and keys. norm_eps: what the norm of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """
 
     def __init__(
-        self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 2.0, rope_base: float = 10_000.0
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand_k: float = 1.0,
+        expand_v: float = 2.0,
+        rope_base: float = 10_000.0,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         positive(dim=dim)
@@ -44,7 +51,7 @@ class RetNet(nn.Module):
         self.widths = (keys, keys, values)
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
-        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Scalar("simple_gla")
 

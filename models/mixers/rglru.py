@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, fan_in, positive
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.precision import wide
@@ -50,25 +50,37 @@ class RGLRU(nn.Module):
 
     heads: blocks of channels, from each of which its own gates are computed; must divide dim * expand. expand: width of
     the recurrence in multiples of dim. conv: tokens that the short causal convolution before the recurrence sees, the
-    present one included; it stays within the document.
+    present one included; it stays within the document; null for none. conv_bias: whether it has a bias; null for yes
+    where there is one. bias: whether the projections into and out of the recurrence have biases, as in RecurrentGemma.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, expand: float = 1.0, conv: int = 4):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand: float = 1.0,
+        conv: int | None = 4,
+        conv_bias: bool | None = None,
+        bias: bool = False,
+    ):
         super().__init__()
-        positive(dim=dim, conv=conv)
+        positive(dim=dim)
         inner = int(dim * expand)
         block = head_dim(inner, heads, what="dim * expand")
-        self.x = Linear(dim, inner, axes=("heads", "embed"))
-        self.y = Linear(dim, inner, axes=("heads", "embed"))
-        self.conv = ShortConv(inner, conv, bias=True, activation=False)
+        self.x = Linear(dim, inner, axes=("heads", "embed"), bias=bias)
+        self.y = Linear(dim, inner, axes=("heads", "embed"), bias=bias)
+        self.conv = short_conv(
+            inner, conv, bias=conv is not None if conv_bias is None else conv_bias, activation=False, off=False
+        )
         self.gates = declare(
             heads, block, 2 * block, axes=("heads", None, None), init=fan_in(block), parts=(block, block), along=2
         )
         self.gates_bias = declare(heads, 2 * block, axes=("heads", None), init=constant(0.0), decay=False)
         self.Lambda = declare(inner, axes=("heads",), init=slow_decay(), decay=False)
-        self.out = Linear(inner, dim, axes=("embed", "heads"))
+        self.out = Linear(inner, dim, axes=("embed", "heads"), bias=bias)
         self.recurrence = Elementwise("elementwise")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:

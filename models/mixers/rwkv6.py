@@ -17,7 +17,7 @@ from models.axes import Init, constant, declare, positive, uniform
 from models.depth import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import HeadNorm
+from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.recurrence import Diagonal
 from models.sequence import Sequence
@@ -45,13 +45,23 @@ class RWKV6(nn.Module):
     """A head's state is a square matrix of dim / heads numbers a side, `dim` the model's.
 
     heads: how many; must divide dim. mix_rank: width through which a token moves each of the five shares of the token
-    before it. decay_rank: width through which a token moves its decays.
+    before it. decay_rank: width through which a token moves its decays. norm_eps: what the norm of a head's
+    output adds to its variance; published models have 1e-5 times the width of a head.
 
     x [B, T, D] -> [B, T, D]. depth: the layer's place in the stack, which the initial values depend on; the model
     gives it.
     """
 
-    def __init__(self, *, dim: int, heads: int, mix_rank: int = 32, decay_rank: int = 64, depth: Depth = ALONE):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        mix_rank: int = 32,
+        decay_rank: int = 64,
+        norm_eps: float = 64e-5,
+        depth: Depth = ALONE,
+    ):
         super().__init__()
         positive(dim=dim, mix_rank=mix_rank, decay_rank=decay_rank)
         self.head_dim = head_dim(dim, heads)
@@ -71,7 +81,7 @@ class RWKV6(nn.Module):
         self.k = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(0.1))
         self.v = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(1.0))
         self.gate = Linear(dim, dim, axes=("heads", "embed"), init=orthogonal(0.1))
-        self.norm = HeadNorm(dim, eps=64e-5, weight=((depth.layer + 1) / depth.layers) ** 0.7, bias=True)
+        self.norm = HeadNorm(dim, eps=checked(norm_eps), weight=((depth.layer + 1) / depth.layers) ** 0.7, bias=True)
         self.out = Linear(dim, dim, axes=("embed", "heads"), init=constant(0.0))
         self.recurrence = Diagonal("gla", scale=1.0)
 

@@ -20,7 +20,7 @@ from models.axes import Init, constant, declare, positive, uniform
 from models.depth import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import HeadNorm
+from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
@@ -74,7 +74,8 @@ class RWKV7(nn.Module):
 
     heads: how many; must divide dim. decay_rank: width through which a token sets its decays. rate_rank: the same of
     the rates at which it takes away. value_rank: of how far values are mixed with the first layer's. gate_rank: of the
-    output's gate. Each is null for the authors' choice: a multiple of 32 by the root of dim.
+    output's gate. Each is null for the authors' choice: a multiple of 32 by the root of dim. norm_eps: what the norm of
+    a head's output adds to its variance; published models have 1e-5 times the width of a head.
 
     x [B, T, D] -> [B, T, D]. depth: the layer's place in the stack, which the initial values depend on; the model
     gives it.
@@ -91,6 +92,7 @@ class RWKV7(nn.Module):
         rate_rank: int | None = None,
         value_rank: int | None = None,
         gate_rank: int | None = None,
+        norm_eps: float = 64e-5,
         depth: Depth = ALONE,
     ):
         super().__init__()
@@ -115,7 +117,7 @@ class RWKV7(nn.Module):
         self.removal = declare(dim, axes=("heads",), init=line(0.71, -0.1), decay=False)
         self.replacement = declare(dim, axes=("heads",), init=constant(1.02), decay=False)
         self.bonus = declare(dim, axes=("heads",), init=constant(-0.04), decay=False)
-        self.norm = HeadNorm(dim, eps=64e-5, weight=((depth.layer + 1) / depth.layers) ** 0.7, bias=True)
+        self.norm = HeadNorm(dim, eps=checked(norm_eps), weight=((depth.layer + 1) / depth.layers) ** 0.7, bias=True)
         self.out = Linear(dim, dim, axes=("embed", "heads"), init=constant(0.0))
         self.recurrence = Dense("dplr", scale=1.0)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from models.axes import Init, constant, declare, positive
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.depth import ALONE, Depth
 from models.kernels import slstm
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import HeadNorm
+from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.sequence import Sequence
 from models.serial import Ran, Serial
@@ -41,21 +41,32 @@ class SLSTM(nn.Module):
     """The state is 4 * dim numbers, `dim` the model's: memory, normaliser, its unit, and the output.
 
     heads: how many; a head's gates see its own outputs only; must divide dim. conv: tokens that the short causal
-    convolution before the input and forget gates sees, the present one included; it stays within the document.
+    convolution before the input and forget gates sees, the present one included; it stays within the document; null for
+    none, and no activation either. conv_bias: whether it has a bias. norm_eps: what the norm of a head's output adds to
+    its variance.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, conv: int = 4, depth: Depth = ALONE):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        conv: int | None = 4,
+        conv_bias: bool = False,
+        norm_eps: float = 1e-6,
+        depth: Depth = ALONE,
+    ):
         super().__init__()
-        positive(dim=dim, conv=conv)
+        positive(dim=dim)
         self.head_dim = K = head_dim(dim, heads)
-        self.conv = ShortConv(dim, conv, axis="embed")
+        self.conv = short_conv(dim, conv, bias=conv_bias, off=False, axis="embed")
         self.gates = Linear(dim, 2 * dim, axes=("heads", "embed"))
         self.values = Linear(dim, 2 * dim, axes=("heads", "embed"))
         self.R = declare(heads, K, 4 * K, axes=("heads", None, None), init=constant(0.0))
         self.bias = declare(heads, 4, K, axes=("heads", None, None), init=opening(depth), decay=False)
-        self.norm = HeadNorm(dim)
+        self.norm = HeadNorm(dim, eps=checked(norm_eps))
         self.out = Linear(dim, dim, axes=("embed", "heads"))
         self.recurrence = Cell()
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import declare, positive
-from models.conv import ShortConv
+from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim
-from models.norm import GatedRMSNorm, l2_normalise
+from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
@@ -33,24 +33,35 @@ class Titans(nn.Module):
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
     and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
     conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
-    within the document.
+    within the document; null for none, and silu alone. conv_bias: whether the convolution has a bias. norm_eps: what
+    the norm of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """
 
-    def __init__(self, *, dim: int, heads: int, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv: int | None = 4,
+        conv_bias: bool = False,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
-        positive(dim=dim, conv=conv)
+        positive(dim=dim)
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")
         self.widths = (keys, keys, values)
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = ShortConv(sum(self.widths), conv)
+        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
         self.rates = Linear(dim, 3 * heads, axes=("heads", "embed"), parts=(1, 1, 1))
         self.rates_bias = declare(heads, 3, axes=("heads", None), init=slow, decay=False)
         self.gate = Linear(dim, values, axes=("heads", "embed"))
-        self.norm = GatedRMSNorm(self.value_dim, axis=None)
+        self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
         self.out = Linear(values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("titans")
 

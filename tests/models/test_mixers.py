@@ -25,9 +25,13 @@ DIM = 16
 NEEDED = {"heads": 2, "kv_heads": 1, "chunk": 16}
 MORE = {
     "attention": [{"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2, "qk_norm": True, "gate": True}],
-    "deltanet": [{"negative_eigenvalues": True, "gate": True, "expand_v": 2.0}],
-    "gated_deltanet": [{"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2}],
+    "deltanet": [{"negative_eigenvalues": True, "gate": True, "expand_v": 2.0}, {"conv": None}],
+    "gated_deltanet": [
+        {"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2, "conv_bias": True},
+        {"conv": None},
+    ],
     "gated_deltaproduct": [{"steps": 3, "negative_eigenvalues": False, "expand_k": 0.5}],
+    "gla": [{"conv": None, "feature": "relu"}, {"conv_bias": True, "feature": "elu"}],
     "hgrn2": [{"expand_k": 0.5}],
     "kda": [{"negative_eigenvalues": True, "expand_k": 0.5}],
     "lact": [{"chunk": 20, "expand": 1.5}],
@@ -35,16 +39,18 @@ MORE = {
     "lightning": [{"rates": "transnormer"}],
     "linear": [{"normalise": True}, {"feature": "relu"}],
     "mamba": [{"state": 3, "rank": 2, "expand": 1.5}],
-    "mamba2": [{"groups": 2, "state": 4}],
+    "mamba2": [{"groups": 2, "state": 4, "conv_bias": False}],
     "mingru": [{"expand": 1.5}],
     "mom": [
         {"memories": 3, "top_k": 1, "shared": False, "inner": partial(MIXERS["mlstm"], heads=2)},
         {"memories": 2, "top_k": 1, "inner": partial(MIXERS["rglru"], heads=2, conv=3)},
+        {"memories": 3, "norm_after": True},
     ],
+    "rglru": [{"bias": True, "conv": None}],
     "rwkv6": [{"mix_rank": 3, "decay_rank": 5}],
     "rwkv7": [{"decay_rank": 3, "rate_rank": 5, "value_rank": 2, "gate_rank": 7}],
     "retnet": [{"expand_k": 0.5, "expand_v": 1.0}],
-    "slstm": [{"conv": 1}],
+    "slstm": [{"conv": 1}, {"conv": None}],
     "titans": [{"expand_k": 0.5, "expand_v": 2.0, "conv": 2}],
 }
 CASES = [(name, {}) for name in sorted(MIXERS)] + [(name, options) for name in MORE for options in MORE[name]]
@@ -257,9 +263,33 @@ def test_what_does_not_fit_is_refused_by_name(name):
             MIXERS[name](dim=DIM, **given, heads=5)
 
 
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_the_eps_of_a_mixers_norms_is_an_option(name):
+    """Every norm that it has, and none is out of its reach; the default is the one of old."""
+    own = inspect.signature(MIXERS[name]).parameters
+    given = {key: value for key, value in NEEDED.items() if key in own} | (
+        {"qk_norm": True} if "qk_norm" in own else {}
+    )
+    if name == "mom":  # its memories' own
+        assert {m.eps for m in MIXERS[name](dim=DIM, **given).modules() if hasattr(m, "eps")} == {1e-5}
+        return
+    norms = [m for m in MIXERS[name](dim=DIM, **given).modules() if hasattr(m, "eps")]
+    assert bool(norms) == ("norm_eps" in own)
+    if norms:
+        assert {m.eps for m in norms} == {own["norm_eps"].default}
+        found = MIXERS[name](dim=DIM, **given, norm_eps=3e-4)
+        assert {m.eps for m in found.modules() if hasattr(m, "eps")} == {3e-4}
+        for wrong in (0.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"norm_eps={wrong}: must be above 0"):
+                MIXERS[name](dim=DIM, **given, norm_eps=wrong)
+
+
 def test_options_that_do_not_fit_are_refused_by_name():
     for name, wrong in {
         "linear": {"feature": "softmax"},
+        "gla": {"feature": "softmax"},
+        "deltanet": {"conv_bias": True, "conv": None},
+        "mom": {"norm_after": True, "inner": partial(MIXERS["gla"], heads=2)},
         "lightning": {"rates": "alibi"},
         "mamba2": {"groups": 3},
         "gated_deltanet": {"value_heads": 3},
@@ -336,3 +366,19 @@ def test_mamba2_norms_the_gated_output_in_groups():
     parts = (y * F.silu(z)).view(3, 2, 16)
     want = (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + 1e-5)).view(3, 32) * mixer.norm.weight
     torch.testing.assert_close(mixer.norm(y * F.silu(z)), want)
+
+
+def test_memories_closed_together_are_added_up_before_the_one_norm():
+    """As in the authors' layer: out(norm(Σ w_m read_m + read_shared, gate))."""
+    mixer = shaken(build(("mom", {"memories": 2, "top_k": 2, "norm_after": True})))
+    names = [name for name, _ in mixer.named_parameters() if name.endswith("norm.weight")]
+    assert names == ["closing.norm.weight"]
+    x, seq = inputs(), Whole.of(POSITIONS)
+    weights, routing = mixer.router(x)
+    weights = torch.zeros_like(routing.probabilities).scatter(-1, routing.choices, weights)
+    o = mixer.shared.read(x, seq, slot="shared")
+    for m, memory in enumerate(mixer.memories):
+        o = o + weights[..., m, None, None] * memory.read(x, seq, slot=f"memory {m}")
+    gate = F.linear(x, mixer.closing.gate.weight).view_as(o)
+    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * mixer.closing.norm.weight * F.silu(gate)
+    torch.testing.assert_close(mixer(x, seq, slot="s"), F.linear(normed.flatten(-2), mixer.closing.out.weight))
