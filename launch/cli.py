@@ -1,11 +1,11 @@
 """The command line: `farspan VERB [arguments]`. `launch.verbs` lists the verbs, and what each of them runs."""
 
-import os
 import signal
 import sys
 from difflib import get_close_matches
 from types import FrameType
 
+from launch import apart, stopping, terminal
 from launch.user import UserError
 from launch.verbs import VERBS, Verb, help_of, usage
 
@@ -15,24 +15,27 @@ _interrupted = False  # by a signal, before a launcher took them over
 def main(arguments: list[str] | None = None) -> int:
     """Runs a verb; by default the process's own. Exit codes: 0 done, 1 failed, 2 a wrong configuration or input.
 
-    A process of ours hears SIGTERM like Ctrl-C, until a launcher takes both over, and neither once it has ended: its
-    exit code is decided.
+    A process of ours hears SIGTERM and SIGHUP like Ctrl-C, until a launcher takes them over, and none once it has
+    ended: its exit code is decided.
     """
     if arguments is not None:
         return _run(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    apart.shield()
+    terminal.outlive()
+    heard = stopping.signals()
+    for number in heard:
         signal.signal(number, _interrupt)
     try:
         return _run(sys.argv[1:])
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in heard:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
     _interrupted = True
-    raise KeyboardInterrupt
+    stopping.interrupt(number, frame)
 
 
 def _run(arguments: list[str]) -> int:
@@ -58,10 +61,9 @@ def _run(arguments: list[str]) -> int:
         line = str(error).replace("\n", "\\n")  # of a value that was given
         print(f"farspan {name}: {line}" if name in VERBS else f"farspan: {line}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads standard output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (KeyboardInterrupt, Exception) as error:
+        if terminal.gone(error):  # whoever reads standard output has read enough
+            return 1
         # Code that is being imported may swallow an interrupt, and then fail at what it has not defined.
         if not (isinstance(error, KeyboardInterrupt) or _interrupted):
             raise
@@ -115,3 +117,7 @@ def _configuration(verb: Verb, overrides: list[str]) -> str:
             check.build(config)
         texts.append(OmegaConf.to_yaml(OmegaConf.create(config)))
     return "---\n".join(texts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from launch import package
+from launch import apart, package
 from launch.driver import Report, drive, scratch
 from launch.outcome import Outcome, verdict
 from launch.stopping import AT_ONCE, Stopping, fresh
@@ -81,7 +81,7 @@ def _watch(job: Job, place: str, tick: Callable[[], None], say: Callable[[str], 
     context = get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=drive, args=(job, place, theirs), name="ray-driver")
-    with without_main(), signals_held():
+    with without_main(), apart.shielded(), signals_held():
         process.start()
     theirs.close()
     try:

@@ -77,6 +77,9 @@ def drive(job: Job, place: str, pipe: connection.Connection[Any, Any]) -> None:
     """
     os.setsid()
     if job.address is None:
+        for number in SIGNALS:  # one that came before we had a session of our own was the launcher's: forgotten
+            before = signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, before)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # else Ray's job agent sends them here too: still held back
     log = os.open(scratch(job.run_dir) / "driver.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -88,6 +91,7 @@ def drive(job: Job, place: str, pipe: connection.Connection[Any, Any]) -> None:
             os.environ.pop(foreign, None)
         os.environ.update(_RAY_ENVIRONMENT | loopback() | _token(place))
         os.environ.update(OMP_NUM_THREADS=str(job.threads), PYTHONPATH=os.pathsep.join(job.path))
+        os.chdir(place)  # Ray puts its driver's folder on the path of the workers
     try:
         report = _fit(job, place, pipe.send)
     except BaseException as error:

@@ -20,7 +20,9 @@ def main() -> int:
         copy = tempfile.mkdtemp(prefix="farspan-job-")
         shutil.copytree(Path.cwd(), copy, dirs_exist_ok=True)
         os.chdir(copy)
-        os.execve(sys.executable, [sys.executable, "-m", "launch.job"], {**os.environ, _COPY: copy})
+        path = os.pathsep.join(filter(None, (copy, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, _COPY: copy, "PYTHONPATH": path}
+        os.execve(sys.executable, [sys.executable, "-m", "launch.job"], environment)
     try:
         return _run()
     finally:
@@ -30,12 +32,15 @@ def main() -> int:
 def _run() -> int:
     from rich.console import Console
 
-    from launch import package, preflight
+    from launch import apart, package, preflight, stopping, terminal
     from launch.config.compose import checked
     from launch.train import Ended, Hosted, here
     from launch.user import UserError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what `farspan stop` sends
+    for number in stopping.signals():  # SIGTERM is what `farspan stop` sends
+        signal.signal(number, stopping.interrupt)
+    apart.shield()
+    terminal.outlive(output=True)
     order = package.read_order()
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=200)
     try:

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from launch import apart
 from launch.outcome import Failure, Outcome, verdict
 from launch.stopping import AT_ONCE, Stopping, fresh
 from launch.worker import work
@@ -44,7 +45,7 @@ def warm(*modules: str) -> None:
     os.environ[_NVML] = "1"
     # A signal to our process group must never reach the server, which the workers' exit codes come through: it keeps
     # the mask that it inherits, and the workers lift it.
-    with signals_held():
+    with apart.shielded(), signals_held():
         forkserver.ensure_running()
     if before is None:
         del os.environ[_NVML]

@@ -16,6 +16,19 @@ from typing import Any
 AT_ONCE = "stopped at once: what was done since the last checkpoint is lost"
 
 
+def signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask for a stop. A terminal that goes away sends SIGHUP; what `nohup` starts ignores it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM) if ignored else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler that raises KeyboardInterrupt. Further hang-ups are ignored: kernel and shell send one each."""
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def stop_file(run_dir: Path) -> Path:
     """The empty file whose existence asks the workers to save and return after this step."""
     return run_dir / "stop"
@@ -37,7 +50,9 @@ def fresh(run_dir: Path) -> Path:
 
 
 class Stopping:
-    """While entered, the first SIGINT or SIGTERM asks the workers to stop and a second one sets `at_once`.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP asks the workers to stop, and a second one to end at once.
+
+    Nobody hangs up to hurry: SIGHUP comes from the kernel and from the shell, and counts as no second one.
 
     The handlers only count: what they ask for happens in `attend`, which the waiting loop calls, so that nothing is
     printed from inside a handler. Outside of the main thread, where Python allows no handlers, it does nothing.
@@ -47,15 +62,19 @@ class Stopping:
         self._run_dir = run_dir
         self._say = say
         self._count = 0
+        self._hung_up = False
         self._asked = False
         self._before: dict[int, Any] = {}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
+        if number == signal.SIGHUP:
+            self._hung_up = True
+        else:
+            self._count += 1
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals():
                 self._before[number] = signal.signal(number, self._hear)
         return self
 
@@ -65,7 +84,7 @@ class Stopping:
 
     def attend(self) -> bool:
         """Do what the signals so far ask for; True when they ask to stop at once."""
-        if self._count and not self._asked:
+        if (self._count or self._hung_up) and not self._asked:
             self._asked = True
             ask_to_stop(self._run_dir, self._say)
         return self._count > 1

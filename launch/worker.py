@@ -29,7 +29,8 @@ def work(
 
     The words are "entered", "done" or a Failure; rank 0, which got the store's `listener`, then waits to be told to go.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the whole group; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stop_file(job.run_dir).touch())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     leave_with_parent(job.run_dir)

@@ -17,9 +17,10 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
+from launch import apart
 from launch.stopping import stop_file
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # of a launcher, for its workers to leave to it
 _ORPHAN_S = 60.0  # seconds an orphaned worker has to save and return before it leaves by itself
 
 
@@ -38,7 +39,7 @@ class Job:
     sizes: dict[str, int] = field(default_factory=dict)  # of the mesh, outermost first, to place its groups
     code: str | None = None  # the folder of farspan's packages that a joined Ray's workers get
     directory: str = field(default_factory=os.getcwd)
-    path: list[str] = field(default_factory=lambda: [entry or os.getcwd() for entry in sys.path])
+    path: list[str] = field(default_factory=lambda: apart.clean(sys.path))
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -92,9 +93,10 @@ def without_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Start a process with SIGINT and SIGTERM blocked, until it is ready for them; we get ours afterwards."""
-    resource_tracker.ensure_running()  # it resets the mask when it starts, so it has to come first
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Start a process with SIGNALS blocked, until it is ready for them; we get ours afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # which the tracker does not ignore by itself
+    resource_tracker.ensure_running()  # it lifts the others when it starts, so they come after it
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

@@ -389,5 +389,7 @@ def main(name: str, module: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its files are no packages
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # this folder: its files are no packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.exit(main(*sys.argv[1:]))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from launch import nodes, status, submit
+from launch import nodes, status, stopping, submit
 from launch.inspection import PASSED
 from launch.job import REFUSED
 from launch.jobs import Jobs
@@ -26,7 +26,7 @@ SUMMARY_S = 60.0  # seconds between two summaries
 
 
 def run(found: Sweep, ready: list[Ready], following: list[Member], say: Callable[[str], None]) -> None:
-    """Hands the members over and waits for their ends. SIGINT and SIGTERM stop all; a second one leaves them to it.
+    """Hands the members over and waits for their ends. A stop signal stops all; a second one leaves them to it.
 
     following: members that are jobs already. A waiting job waits by itself, in a driver that takes memory on the head:
     so one more than the room holds is submitted, no more.
@@ -46,20 +46,23 @@ def run(found: Sweep, ready: list[Ready], following: list[Member], say: Callable
 
 
 class _Counted:
-    """While entered, SIGINT and SIGTERM are counted; the third raises, for a cluster that has stopped answering."""
+    """While entered, stop signals are counted; the third raises, for a cluster that has stopped answering.
+
+    SIGHUP, which comes more than once, counts once.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._before: dict[int, Any] = {}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        self.count = max(self.count, 1) if number == signal.SIGHUP else self.count + 1
         if self.count > 2:
             raise KeyboardInterrupt
 
     def __enter__(self) -> _Counted:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stopping.signals():
                 self._before[number] = signal.signal(number, self._hear)
         return self
 

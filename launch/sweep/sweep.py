@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 
-from launch import nodes, preflight, rundir, status, submit
+from launch import nodes, preflight, rundir, status, stopping, submit
 from launch.config import compose
 from launch.progress import duration
 from launch.sweep import members as sweep_members
@@ -26,6 +26,7 @@ from launch.sweep.members import Member
 from launch.sweep.record import FILE, OPEN, Sweep
 from launch.train import run
 from launch.user import UserError
+from launch.world import SIGNALS
 
 PLOT = "sweep.png"
 _NOTHING = "stopped before the sweep started: nothing was written"
@@ -74,10 +75,10 @@ def sweep(overrides: list[str]) -> int:
 
 
 class Heard:
-    """While entered, calling it says whether SIGINT or SIGTERM has come, whoever has dealt with it since.
+    """While entered, calling it says whether a stop signal has come, whoever has dealt with it since.
 
     A run has its own handlers for the time that it trains, and a Ctrl-C in its last step changes nothing about it: the
-    sweep would go on with the next member. Outside of a run both signals raise KeyboardInterrupt.
+    sweep would go on with the next member. Outside of a run they raise KeyboardInterrupt.
     """
 
     def __enter__(self) -> Heard:
@@ -88,20 +89,22 @@ class Heard:
         self._theirs.setblocking(False)
         if self._main:
             self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-            self._term = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            others = [number for number in stopping.signals() if number != signal.SIGINT]
+            self._before = {number: signal.signal(number, stopping.interrupt) for number in others}
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._main:
             signal.set_wakeup_fd(self._wakeup)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._term is None else self._term)
+            for number, handler in self._before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._ours.close()
         self._theirs.close()
 
     def __call__(self) -> bool:
         try:
             while numbers := self._ours.recv(4096):
-                self._heard |= bool({signal.SIGINT, signal.SIGTERM} & set(numbers))
+                self._heard |= bool(SIGNALS & set(numbers))
         except BlockingIOError:
             pass
         return self._heard

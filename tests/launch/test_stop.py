@@ -5,13 +5,18 @@ Always: exit code 0, a run folder that goes on to the uninterrupted run's number
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,6 +139,75 @@ def test_a_stop_inside_a_checkpoint(place, whole, how):
     stop(place, process, run, how)
     finish(process)
     usable(place, run, whole[0], go_on=how == "stop")
+
+
+def started(run: Path, process: subprocess.Popen, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Waits until the run has saved, and trained past that."""
+
+    def on() -> bool:
+        meanwhile()
+        saved = any(run.glob("checkpoints/step-*/manifest.json"))
+        return process.poll() is not None or saved and max(losses(run), default=0) > 4
+
+    wait_for(on, 90)
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize("cluster", ["none", pytest.param("local", marks=pytest.mark.slow)])
+def test_a_terminal_that_goes_away_is_a_stop(place, whole, cluster):
+    """SIGHUP comes from the kernel and, a moment later, from the shell; nothing can be written any more."""
+    run = place / f"terminal-{cluster}"
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    said = b""
+
+    def read() -> None:
+        nonlocal said
+        with contextlib.suppress(BlockingIOError):
+            said += os.read(ours, 1 << 16)
+
+    process = subprocess.Popen(
+        [*FARSPAN, *job(place, run, f"cluster={cluster}")],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", MARK: str(place)},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        started(run, process, read)
+        os.close(ours)
+        time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(60) == 0, said
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert f"stopped after step {max(losses(run))}" in (run / "log.txt").read_text()
+    usable(place, run, whole[0], go_on=cluster == "none")
+
+
+def test_a_run_goes_on_where_nobody_reads_it_and_hang_ups_are_ignored(place, whole):
+    """`nohup farspan train … | head`: the reader has left, and a SIGHUP to the group is not for it."""
+    run = place / "unread"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(place, *job(place, run))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.stdout.close()
+    try:
+        started(run, process)
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(60) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert losses(run) == whole[0]
 
 
 @pytest.mark.parametrize("how, after", [("SIGINT", 0.0), ("SIGTERM", 2.0), ("SIGINT", 6.0), ("stop", 5.0)])
