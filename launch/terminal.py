@@ -59,7 +59,7 @@ def gone(error: BaseException) -> bool:
 
 
 def _divert(stream: Any, error: BaseException) -> None:
-    """Where it will never be read again, to nowhere: what is buffered has to end somewhere, at the latest at the exit."""
+    """Where nobody will ever read, to nowhere: what is buffered has to end somewhere, at the latest at the exit."""
     if getattr(error, "errno", None) not in _GONE:
         return
     try:
