@@ -1,11 +1,25 @@
 """Corpora: where documents come from. `CORPORA` names them for `data=<name>`."""
 
+import codecs
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from data.corpora.files import HEAD, Part, Reader, files, grouped, is_text, listing, named, opens_as_text
+from data.corpora.files import (
+    HEAD,
+    Part,
+    Reader,
+    files,
+    grouped,
+    guarded,
+    is_text,
+    is_there,
+    listing,
+    named,
+    opens_as_text,
+    told,
+)
 from data.corpora.generated import Copies, Needles
 from data.corpora.hub import HuggingFace
 from data.corpora.installed import Headers, Stdlib
@@ -32,6 +46,9 @@ class Corpus(Protocol):
     def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name of its source, content) of the part's documents; those left out are counted by reason."""
 
+    def left_out(self) -> dict[str, int]:
+        """What lies beside the documents and is not read, by reason."""
+
     def nothing(self) -> ValueError:
         """What to raise where no part has a document."""
 
@@ -42,7 +59,8 @@ class Corpus(Protocol):
 class Text(Reader):
     """A file, or a folder's files at any depth in the order of their relative paths: one document each.
 
-    Hidden files and folders are skipped, and so is a file that is empty, is not UTF-8 or holds a NUL byte.
+    Hidden files and folders are skipped, linked folders and those that farspan has written, and so is a file that is
+    empty, is not UTF-8 or holds a NUL byte; all are counted. A byte-order mark is no part of a text.
     """
 
     name = "text"
@@ -55,9 +73,9 @@ class Text(Reader):
         """Raises ValueError if the path is missing, or if no file opens as text. Stops at the first that does."""
         if not self.path:
             raise ValueError("data.path=null: corpus text needs a file or a folder")
-        if not self.root.exists():
+        if not is_there("data.path", self.root):
             raise ValueError(f"data.path={self.path}: no such file or folder")
-        if not any(map(opens_as_text, self._walk())):
+        if not any(guarded(map(opens_as_text, self._walk()), f"data.path={self.path}: cannot be read")):
             raise self.nothing()
 
     def identity(self) -> dict[str, str | int]:
@@ -71,7 +89,8 @@ class Text(Reader):
     def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(path relative to the folder, content) of every file that is text and not empty."""
         for name, file in part.what:
-            content = Path(file).read_bytes()
+            (content,) = guarded(map(Path.read_bytes, [Path(file)]), f"data.path={self.path}: {name} cannot be read")
+            content = content.removeprefix(codecs.BOM_UTF8)
             if not content:
                 skipped["empty"] += 1
             elif not is_text(content, final=True):
@@ -79,11 +98,18 @@ class Text(Reader):
             else:
                 yield name, content
 
-    def nothing(self) -> ValueError:
-        return ValueError(f"data.path={self.path}: holds no text; expected UTF-8 files")
+    def left_out(self) -> dict[str, int]:
+        """What a walk skips, by reason; files that are no text are found where they are read."""
+        left: Counter[str] = Counter()
+        for _ in self._walk(left):
+            pass
+        return dict(+left)
 
-    def _walk(self) -> Iterator[Path]:
-        return iter([self.root]) if self.root.is_file() else files(self.root)
+    def nothing(self) -> ValueError:
+        return ValueError(f"data.path={self.path}: holds no text; expected UTF-8 files{told(self.left_out())}")
+
+    def _walk(self, left: Counter[str] | None = None) -> Iterator[Path]:
+        return iter([self.root]) if self.root.is_file() else files(self.root, left=left)
 
 
 class Prepared(Reader):

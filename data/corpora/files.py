@@ -3,14 +3,23 @@
 import codecs
 import hashlib
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from data.corpora.outputs import is_output
+
+T = TypeVar("T")
 HEAD = 1 << 16  # bytes of a file that `check` looks at before it calls it text
 PART_BYTES = 8 << 20  # of a corpus, read by one process at a time
 ON_ERROR = ("stop", "skip")
+KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
+
+# What a walk leaves out, as a card and a run's first lines say it behind the number.
+LINKED, HIDDEN, OURS = "linked folders", "hidden files or folders", "folders of runs, stores or models"
+NO_FILE, OTHER, EMPTY = "links to nothing, devices or pipes", "files with another suffix", "empty"
 
 
 class Part(NamedTuple):
@@ -33,6 +42,10 @@ class Reader:
         """(name, content) of the part's documents; those that are left out are counted by reason in `skipped`."""
         raise NotImplementedError
 
+    def left_out(self) -> dict[str, int]:
+        """What lies beside the documents and is not read, by reason; what `read` leaves out comes on top."""
+        return {}
+
     def nothing(self) -> ValueError:
         """What to raise where no part has a document."""
         return ValueError(f"data.corpus={self.name}: holds no documents")
@@ -48,16 +61,69 @@ class Reader:
             raise self.nothing()
 
 
-def files(root: Path, outside: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Regular files below `root` that are not hidden, skipping the folders named in `outside`."""
-    for folder, folders, names in os.walk(root, onerror=_raise):
-        folders[:] = sorted(name for name in folders if name not in outside and not name.startswith("."))
-        found = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-        yield from (file for file in found if file.is_file())
+def files(root: Path, outside: frozenset[str] = frozenset(), left: Counter[str] | None = None) -> Iterator[Path]:
+    """Regular files below `root` that are not hidden, skipping the folders named in `outside`, linked ones, and those
+    that farspan has written (`data.corpora.outputs`). left: counts what is skipped, by reason, but for `outside`.
+
+    Raises ValueError for a folder that cannot be read.
+    """
+    left = Counter() if left is None else left
+
+    def stop(error: OSError) -> None:  # os.walk would drop the folder without a word
+        raise ValueError(f"data.path={root}: {error.filename} cannot be read ({error.strerror})")
+
+    for folder, folders, names in os.walk(root, onerror=stop):
+        if is_output(Path(folder), [*folders, *names]):
+            left[OURS] += 1
+            folders[:] = []
+            continue
+        inner = [name for name in folders if name not in outside]
+        shown = sorted(name for name in inner if not name.startswith("."))
+        left[LINKED] += sum(os.path.islink(os.path.join(folder, name)) for name in shown)
+        folders[:] = shown
+        found = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        left[HIDDEN] += len(inner) - len(shown) + len(names) - len(found)
+        for file in found:
+            if file.is_file():
+                yield file
+            else:
+                left[NO_FILE] += 1
 
 
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would drop an unreadable folder without a word
+def is_there(key: str, path: Path) -> bool:
+    """Whether a regular file or a folder is there. Raises ValueError, one line that opens with the key, for anything
+    else, which may have no end, and for a name that no file system takes."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it holds a NUL"
+        raise ValueError(f"{key}={_short(path)}: cannot be looked up ({why})") from None
+    for is_kind, kind in KINDS:
+        if is_kind(mode):
+            raise ValueError(f"{key}={path}: is a {kind}; must be a regular file or a folder")
+    return True
+
+
+def told(left: dict[str, int]) -> str:
+    """What was left out, as an end of a line; nothing where there is nothing."""
+    return f" (left out: {', '.join(f'{count:,} {reason}' for reason, count in left.items())})" if left else ""
+
+
+def _short(path: Path) -> str:
+    text = str(path).replace("\0", "?")
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def guarded(values: Iterable[T], said: str) -> Iterator[T]:
+    """The values. What reading them raises becomes a ValueError of one line, `said` and the reason: every container has
+    errors of its own, and a file that cannot be opened is among them."""
+    try:
+        yield from values
+    except Exception as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"{said} ({' '.join(why.split())[:200] or type(error).__name__})") from None
 
 
 def named(root: Path, found: Iterator[Path]) -> list[tuple[str, Path]]:

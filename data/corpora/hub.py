@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.corpora.files import PART_BYTES, Part
+from data.corpora.files import PART_BYTES, Part, guarded, is_there
 from data.corpora.records import ROWS, Records
+
+# What `datasets` reads a local file with, by its suffix; a packed one has another suffix behind that.
+BUILDERS = {
+    **{".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".pq": "parquet"},
+    **{".csv": "csv", ".tsv": "csv", ".txt": "text", ".arrow": "arrow"},
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class HuggingFace(Records):
     """One document a row.
+
+    path: a folder that `datasets` saved, a file or a folder of files that it reads, neither of which asks the hub, or
+    the name of a dataset there.
 
     A dataset on disk is read in ranges of rows, a streamed one in the shards that it comes in. No code that a dataset
     brings is run: `datasets` has not done that since version 4, and an earlier one is refused.
@@ -41,10 +51,16 @@ class HuggingFace(Records):
     def check(self) -> None:
         """Raises ValueError if the dataset cannot be opened, or has no such split or field."""
         if not self.path:
-            raise ValueError("data.path=null: corpus hf needs a folder or the name of a dataset")
+            raise ValueError("data.path=null: corpus hf needs a file, a folder or the name of a dataset")
+        is_there("data.path", Path(self.path).expanduser())
         columns = self._dataset().column_names  # of a stream, None until it is read
-        if columns is not None and self.field not in columns:
-            raise ValueError(f"data.field={self.field}: the dataset has no such column; it has {', '.join(columns)}")
+        if columns is not None and (times := columns.count(self.field)) != 1:
+            has = "no such column" if not times else f"{times} columns of that name"
+            raise ValueError(f"data.field={self.field}: the dataset has {has}; it has {', '.join(columns)}")
+
+    def left_out(self) -> dict[str, int]:
+        """Nothing: `datasets` says which files are its own."""
+        return {}
 
     def identity(self) -> dict[str, str | int]:
         """Path, subset, split and field; on disk also the number of rows, and its files by size and mtime."""
@@ -79,7 +95,7 @@ class HuggingFace(Records):
         else:
             rows = opened.select_columns([self.field]).select(range(*part.what))
         of = f" of shard {shard}" if self.streaming else ""
-        for batch in rows.iter(batch_size=ROWS):
+        for batch in guarded(rows.iter(batch_size=ROWS), f"data.path={self.path}: cannot be read"):
             if self.field not in batch:
                 raise ValueError(f"data.field={self.field}: the dataset has no such column; it has {', '.join(batch)}")
             for row, value in enumerate(batch[self.field], first):
@@ -107,15 +123,19 @@ class HuggingFace(Records):
         if int(datasets.__version__.split(".")[0]) < 4:
             raise ValueError(f"data.corpus=hf: needs datasets 4 or later, not {datasets.__version__}")
         folder = Path(str(self.path)).expanduser()
+        is_local = is_there("data.path", folder)
+        if not is_local and _is_path(str(self.path)):
+            raise ValueError(f"data.path={self.path}: datasets cannot open it (there is no such file or folder)")
         saved = [name for name in ("state.json", "dataset_dict.json") if (folder / name).exists()]
+        how = {"split": self.split, "streaming": self.streaming}
+        builder = _builder(folder) if folder.is_file() else ""
+        if builder is None:
+            raise ValueError(f"data.path={self.path}: must be a file {', '.join(BUILDERS)}, packed or not")
         try:
+            if builder:
+                return datasets.load_dataset(builder, self.subset, data_files={"train": str(folder)}, **how)
             if not saved:
-                return datasets.load_dataset(
-                    str(folder) if folder.exists() else str(self.path),
-                    self.subset,
-                    split=self.split,
-                    streaming=self.streaming,
-                )
+                return datasets.load_dataset(str(folder) if is_local else str(self.path), self.subset, **how)
             found = datasets.load_from_disk(str(folder))
         except Exception as error:  # of a dozen kinds, several of them the network's
             line = " ".join(str(error).split())[:300]
@@ -127,3 +147,15 @@ class HuggingFace(Records):
                 raise ValueError(f"data.split={self.split}: must be one of {', '.join(found)}")
             found = found[self.split]
         return found
+
+
+def _builder(file: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _is_path(path: str) -> bool:
+    """Whether it can be no name on the hub, which is NAME or OWNER/NAME."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in {*BUILDERS, *PACKED}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpora.files import PART_BYTES, Part, Reader
+from data.corpora.files import PART_BYTES, Part, Reader, is_there
 from data.stores.indexed import Index
 
 SAMPLE = 1000  # documents looked at for the token that closes them
@@ -54,6 +54,7 @@ class Megatron(Reader):
         if not self.path:
             raise ValueError("data.path=null: corpus megatron needs the path of a .bin and .idx, without either")
         for file in (self.idx, self.bin):
+            is_there("data.path", file)
             if not file.is_file():
                 raise ValueError(f"data.path={self.path}: there is no {file.name} beside it")
         wanted, size = self.index.tokens * self.index.dtype.itemsize, self.bin.stat().st_size

@@ -1,19 +1,49 @@
 """Corpora of records: JSON lines and Parquet, one document a record, its text under one field."""
 
 import bz2
+import codecs
 import glob
 import gzip
+import io
+import itertools
 import json
 import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data.corpora.files import ON_ERROR, PART_BYTES, Part, Reader, files, listing, named
+from data.corpora.files import (
+    EMPTY,
+    NO_FILE,
+    ON_ERROR,
+    OTHER,
+    OURS,
+    PART_BYTES,
+    Part,
+    Reader,
+    files,
+    guarded,
+    is_there,
+    listing,
+    named,
+    told,
+)
+from data.corpora.outputs import is_inside
 
-UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ROWS = 256  # read at a time
+TOO_LONG = "a number has too many digits"
+LINE_BYTES = 1 << 30  # of one record: a packed file of a megabyte may hold a line of any length
+
+
+def _zstd(file: str, mode: str) -> Any:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 1 << 16)
+
+
+UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 
 
 class Records(Reader):
@@ -34,7 +64,7 @@ class Records(Reader):
         if not self.path:
             raise ValueError(f"data.path=null: corpus {self.name} needs a file, a folder or a pattern")
         root = Path(self.path).expanduser()
-        if not (root.exists() or glob.has_magic(str(root))) or not self._files():
+        if not (glob.has_magic(str(root)) or is_there("data.path", root)) or not self._files():
             raise self.nothing()
 
     def identity(self) -> dict[str, str | int]:
@@ -43,19 +73,40 @@ class Records(Reader):
         told: dict[str, str | int] = {"corpus": self.name, "path": path, "field": self.field}
         return {**told, "on_error": self.on_error, **listing(self._files())}
 
+    def left_out(self) -> dict[str, int]:
+        """Files that are no such records, and what a walk skips, by reason."""
+        left: Counter[str] = Counter()
+        found = self._files(left)
+        left[EMPTY] += sum(file.stat().st_size == 0 for _, file in found)
+        return dict(+left)
+
     def nothing(self) -> ValueError:
         root = Path(self.path or "").expanduser()
         if not glob.has_magic(str(root)) and not root.exists():
             return ValueError(f"data.path={self.path}: no such file or folder")
-        return ValueError(f"data.path={self.path}: holds no documents; expected files {', '.join(self.suffixes)}")
+        expected = f"expected files {', '.join(self.suffixes)}{told(self.left_out())}"
+        return ValueError(f"data.path={self.path}: holds no documents; {expected}")
 
-    def _files(self) -> list[tuple[str, Path]]:
-        root = Path(self.path or "").expanduser()
+    def _files(self, left: Counter[str] | None = None) -> list[tuple[str, Path]]:
+        root, left = Path(self.path or "").expanduser(), Counter() if left is None else left
         if glob.has_magic(str(root)) and not root.exists():
-            return [(file, Path(file)) for file in sorted(glob.glob(str(root), recursive=True)) if Path(file).is_file()]
+            return self._matching(root, left)
         if root.is_file():
             return [(root.name, root)]
-        return named(root, (file for file in files(root) if file.name.endswith(self.suffixes)))
+        every = list(files(root, left=left))
+        found = [file for file in every if file.name.lower().endswith(self.suffixes)]
+        left[OTHER] += len(every) - len(found)
+        return named(root, iter(found))
+
+    def _matching(self, pattern: Path, left: Counter[str]) -> list[tuple[str, Path]]:
+        """The files of a pattern but for those in folders that farspan has written. A folder that matches is none."""
+        plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+        matched = [Path(file) for file in sorted(glob.glob(str(pattern), recursive=True))]
+        found = [file for file in matched if file.is_file()]
+        left[NO_FILE] += sum(not file.is_dir() for file in matched) - len(found)
+        kept = [file for file in found if not is_inside(file, Path(*plain))]
+        left[OURS] += len(found) - len(kept)
+        return [(str(file), file) for file in kept]
 
     def _text(self, value: Any, where: Callable[[], str], skipped: Counter[str]) -> bytes | None:
         """The UTF-8 bytes of a field's value, None where it is left out."""
@@ -79,36 +130,51 @@ class Records(Reader):
 
 
 class Jsonl(Records):
-    """JSON lines, plain or packed (.gz, .bz2, .xz); a plain file is read in parts, a packed one as a whole."""
+    """JSON lines, plain or packed (.gz, .bz2, .xz, .zst); a plain file is read in parts, a packed one as a whole.
+
+    Suffixes are of any case. A byte-order mark is no part of a line.
+    """
 
     name = "jsonl"
-    suffixes = (".jsonl", ".ndjson", ".json", *(f"{end}{how}" for end in (".jsonl", ".json") for how in UNPACKED))
+    suffixes = tuple(f"{end}{how}" for how in ("", *UNPACKED) for end in (".jsonl", ".ndjson", ".json"))
+
+    def check(self) -> None:
+        """Raises ValueError too where a file is packed by zstd and pyarrow, which reads it, is missing."""
+        super().check()
+        packed = next((name for name, _ in self._files() if name.lower().endswith(".zst")), None)
+        if packed is not None and find_spec("pyarrow") is None:
+            raise ValueError(f"data.path={self.path}: {packed} needs pyarrow, which is not installed")
 
     def parts(self) -> Iterator[Part]:
         """Stretches of bytes of a file; a line belongs to the one that it begins in."""
         for name, file in self._files():
             size = file.stat().st_size
-            step = size if file.suffix in UNPACKED else PART_BYTES
+            step = max(size, 1) if file.suffix.lower() in UNPACKED else PART_BYTES
             for begin in range(0, size, step):
                 yield Part((name, str(file), begin, min(begin + step, size)), min(step, size - begin))
 
     def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name of the file, text) of every line; lines of blanks are none. Raises ValueError for a bad one."""
         name, file, begin, end = part.what
-        for number, line in enumerate(_lines(file, begin, end)):
-            if not line.strip():
-                continue
+        damaged = f"data.path={self.path}: {name} cannot be read: it is cut short, damaged, or no such file"
+        for number, line in enumerate(guarded(_lines(file, begin, end), damaged)):
 
             def where(number: int = number) -> str:
                 return f"{name} line {_before(file, begin) + number + 1}"
 
+            if len(line) > LINE_BYTES:
+                raise ValueError(f"data.path={self.path}: {where()} has more than {LINE_BYTES:,} bytes")
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line.decode().rstrip("\r\n"))
             except UnicodeDecodeError:
                 self._bad("not UTF-8", "is not UTF-8", where, skipped)
                 continue
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a plain ValueError: of a number with too many digits
                 why = f" ({error.msg} at column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+                why = why or " (it is nested too deep)" * isinstance(error, RecursionError) or f" ({TOO_LONG})"
                 self._bad("not JSON", f"is not JSON{why}", where, skipped)
                 continue
             value = record.get(self.field) if isinstance(record, dict) else None
@@ -118,17 +184,18 @@ class Jsonl(Records):
 
 def _lines(file: str, begin: int, end: int) -> Iterator[bytes]:
     """The lines that begin in a stretch of a file, and its last may end behind it; of a packed file, all."""
-    unpack = UNPACKED.get(Path(file).suffix)
+    unpack = UNPACKED.get(Path(file).suffix.lower())
     if unpack is not None:
         with unpack(file, "rb") as stream:
-            yield from stream
+            while line := stream.readline(LINE_BYTES + 1):
+                yield line
         return
     with open(file, "rb") as stream:
         place = begin
         if begin:
             stream.seek(begin - 1)
             place += len(stream.readline()) - 1
-        while place < end and (line := stream.readline()):
+        while place < end and (line := stream.readline(LINE_BYTES + 1)):
             place += len(line)
             yield line
 
@@ -157,10 +224,9 @@ class Parquet(Records):
         super().check()
         for name, file in self._files():
             fields = _opened(self.path, name, file).schema_arrow
-            if self.field not in fields.names:
-                raise ValueError(
-                    f"data.field={self.field}: {name} has no such column; it has {', '.join(fields.names)}"
-                )
+            if (times := fields.names.count(self.field)) != 1:
+                has = "no such column" if not times else f"{times} columns of that name"
+                raise ValueError(f"data.field={self.field}: {name} has {has}; it has {', '.join(fields.names)}")
             kind = str(fields.field(self.field).type)
             if not kind.endswith(("string", "binary", "string_view", "binary_view")):
                 raise ValueError(f"data.field={self.field}: must be text, {name} has {kind} there")
@@ -183,9 +249,10 @@ class Parquet(Records):
         name, file, first, end = part.what
         opened = _opened(self.path, name, Path(file))
         row = sum(opened.metadata.row_group(group).num_rows for group in range(first))
-        groups = range(first, end)
-        for batch in opened.iter_batches(batch_size=ROWS, row_groups=list(groups), columns=[self.field]):
-            for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+        batches = opened.iter_batches(batch_size=ROWS, row_groups=list(range(first, end)), columns=[self.field])
+        values = (batch.column(0).cast(pa.large_binary()).to_pylist() for batch in batches)
+        for rows in guarded(values, f"data.path={self.path}: {name} is damaged"):
+            for value in rows:
 
                 def where(row: int = row) -> str:
                     return f"{name} row {row}"
@@ -208,6 +275,9 @@ def _opened(path: str | None, name: str, file: Path) -> Any:
     except ImportError:
         raise ValueError("data.corpus=parquet: needs pyarrow, which is not installed: pip install pyarrow") from None
     try:
-        return pq.ParquetFile(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data.path={path}: {name} is no Parquet file ({error})") from None
+        found = pq.ParquetFile(file, page_checksum_verification=True)
+        found.schema_arrow.names  # noqa: B018  (what is damaged may show here)
+    except Exception as error:  # pyarrow's own, and what its bindings raise
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"data.path={path}: {name} is no Parquet file, or a damaged one ({why})") from None
+    return found
