@@ -3,17 +3,20 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: train test unit check slow mutations matrix stops docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
 
+# Tests that run the command line measure time and signals: one at a time. All others share the cores.
 test: $(READY) check
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not e2e and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q -m "e2e and not gpu and not slow"
 
 unit: $(READY)
-	$(VENV)/bin/python -m pytest -q -m "not composes and not dist and not e2e and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not composes and not dist and not e2e and not gpu and not slow"
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check --quiet .

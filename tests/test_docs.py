@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.launch.processes import ROOT, mentioning, wait_for
 
 PAGES = [
@@ -187,12 +188,11 @@ def _type(command: str, place: Path, env: dict[str, str]) -> None:
 
 
 def _console(place: Path) -> Path:
-    """A folder with a `farspan` of this checkout on it, for where the package is not installed."""
+    """A folder with a `farspan` of this checkout on it, one that has imported what it needs."""
     folder = place / "bin"
     folder.mkdir(exist_ok=True)
     script = folder / "farspan"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch.cli import main; sys.exit(main())"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(warm.command())} "$@"\n')
     script.chmod(0o755)
     return folder
 

@@ -5,19 +5,18 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from launch.cli import main
+from tests import warm
 from tests.jobs import overrides
 from tests.wandb_file import history
 from train import tracking
 
 pytestmark = pytest.mark.e2e
-FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +25,12 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("cli")
 
 
-def start(place: Path, *arguments: str) -> subprocess.Popen:
+def start(place: Path, *arguments: str, cold: bool = False) -> subprocess.Popen:
+    """A `farspan`, warm; `cold`: a fresh interpreter, for what concerns start-up, signals and processes."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     env.pop("WANDB_API_KEY", None)
     return subprocess.Popen(
-        [*FARSPAN, *arguments],
+        [*(warm.COLD if cold else warm.command()), *arguments],
         cwd=place,
         env=env,
         text=True,
@@ -51,8 +51,8 @@ def finish(process: subprocess.Popen, code: int = 0, timeout: float = 150) -> st
     return out + err
 
 
-def train(place: Path, *more: str, code: int = 0) -> str:
-    return finish(start(place, "train", *overrides(place), *more), code)
+def train(place: Path, *more: str, code: int = 0, cold: bool = False) -> str:
+    return finish(start(place, "train", *overrides(place), *more, cold=cold), code)
 
 
 def records(run: Path) -> list[dict]:
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(place, uninterrupted):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_with_zero(place, uninterrupted, sent):
     run = place / sent.name
-    process = start(place, "train", *overrides(place), f"run.dir={run}", "train.steps=24")
+    process = start(place, "train", *overrides(place), f"run.dir={run}", "train.steps=24", cold=True)
     wait_for_step(run, 5)
     process.send_signal(sent)
     said = finish(process, 0)
@@ -169,9 +169,8 @@ def test_a_signal_saves_and_exits_with_zero(place, uninterrupted, sent):
 
 def test_a_worker_that_dies_ends_the_run_and_says_how_to_go_on(place):
     run = place / "worker"
-    process = start(
-        place, "train", *overrides(place), f"run.dir={run}", "train.steps=400", "train.checkpoint_every=384"
-    )
+    given = [*overrides(place), f"run.dir={run}", "train.steps=400", "train.checkpoint_every=384"]
+    process = start(place, "train", *given, cold=True)
     wait_for_step(run, 3)
     os.kill(max(_workers(process.pid)), signal.SIGKILL)  # the last one started
     said = finish(process, 1)
@@ -182,7 +181,7 @@ def test_a_worker_that_dies_ends_the_run_and_says_how_to_go_on(place):
 def test_the_default_cluster_is_a_ray_of_its_own(place, uninterrupted):
     """The same job on two Ray workers: the same numbers, nothing but our lines, nothing left behind."""
     run = place / "ray"
-    said = train(place, f"run.dir={run}", "train.steps=24", "cluster=local", "train.checkpoint_every=1920")
+    said = train(place, f"run.dir={run}", "train.steps=24", "cluster=local", "train.checkpoint_every=1920", cold=True)
     assert numbers(run) == numbers(uninterrupted[0])
     assert not [line for line in said.splitlines() if "ray" in line.lower().replace(str(run), "")], said
 

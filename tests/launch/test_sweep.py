@@ -8,7 +8,6 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +29,9 @@ from launch.sweep.members import expand, name
 from launch.sweep.record import Sweep
 from launch.train import Ended
 from launch.user import UserError
+from tests import warm
 from tests.jobs import overrides
 
-FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 QUICK = ["cluster.workers=1", "cluster.threads=1"]
 LR = "optimizer.lr=1e-3,3e-3,1e-2"
 MIXER = "mixer@model.blocks.gla.mixer=gla,gated_deltanet"
@@ -462,7 +461,7 @@ def made(ray: Ray, folder: Path) -> Ray:
 def start(place: Path, *arguments: str) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(
-        [*FARSPAN, "sweep", *arguments],
+        [*warm.command(), "sweep", *arguments],
         cwd=place,
         env=env,
         text=True,
