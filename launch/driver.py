@@ -266,10 +266,10 @@ def _work(told: dict[str, Any]) -> None:
     try:
         if job.address is None:
             os.chdir(job.directory)
-        rank, host, port = meeting.enter(job, scratch(job.run_dir) / _MEMBERS)
-        with Watch(rank, job.workers, host, port, lambda failure: _tell(job, ours, failure)):
+        rank, host, port, keeper = meeting.enter(job, scratch(job.run_dir) / _MEMBERS)
+        with Watch(rank, job.workers, host, port, lambda failure: _tell(job, ours, failure), keeper=keeper) as watch:
             job.function()(job.config)
-        dist.barrier()
+            watch.leave()
         dist.destroy_process_group()
     except BaseException as error:
         failure = Failure.of(rank, error)

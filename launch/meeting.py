@@ -22,8 +22,8 @@ from parallel.whereabouts import TIMEOUT
 _SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 
 
-def enter(job: Job, members_file: Path) -> tuple[int, str, int]:
-    """Join the world and return the rank in it, and the store's host and port.
+def enter(job: Job, members_file: Path) -> tuple[int, str, int, int]:
+    """Join the world and return the rank in it, and the store's host, its port, and the rank that keeps it.
 
     `members_file` gets every rank's Ray rank, address and process id.
     """
@@ -65,7 +65,7 @@ def enter(job: Job, members_file: Path) -> tuple[int, str, int]:
         facts = ("address", "node", "local", "pid")
         told = [{**dict(zip(facts, members[each], strict=True)), "ray_rank": each} for each in ranks]
         members_file.write_text(json.dumps(told), encoding="utf-8")
-    return rank, host, port
+    return rank, host, port, ranks.index(0)
 
 
 def _device(job: Job) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from launch import rundir
 from launch.progress import TAIL_BYTES, duration
 from launch.stopping import stop_file
 from launch.user import UserError
-from train.settings import TrainSettings, section
+from train.patience import LEAST_S, STEPS
+from train.settings import ClusterSettings, TrainSettings, section
 
 _RATE_STEPS = 32  # the rate is that over this many steps
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run at one moment. tokens_per_second: of wall time over the last steps. restarts: attempts after the first."""
+    """A run at one moment. tokens_per_second: of wall time over the last steps. restarts: attempts after the first.
+    still: seconds without a step, where these are more than its steps explain."""
 
     folder: Path
     state: str
@@ -33,6 +36,7 @@ class Status:
     seconds_since: float | None
     checkpoint: str | None
     restarts: int
+    still: float | None = None
 
     def lines(self) -> list[str]:
         """A line a fact, aligned."""
@@ -43,10 +47,11 @@ class Status:
             rate = f"{self.tokens_per_second:,.0f} tokens/s"
             if self.state in ("running", "stopping"):
                 rate += f", {duration((self.total_tokens - self.tokens) / self.tokens_per_second)} left"
+        still = f", stands still: no step for {duration(self.still)}" if self.still is not None else ""
         since = f", last step {ago(self.seconds_since)}" if self.seconds_since is not None else ""
         share = f"{min(100, 100 * self.tokens // self.total_tokens)}%"
         return [
-            f"run         {self.folder}: {self.state}{since}",
+            f"run         {self.folder}: {self.state}{still or since}",
             f"step        {self.step:,} of {self.total_steps:,} ({share}), {self.tokens:,} tokens",
             f"loss        {loss}{heldout}",
             f"rate        {rate}",
@@ -75,9 +80,10 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
     if found:
         written = (found[-1] / checkpoint.MANIFEST).stat().st_mtime
         saved = f"{found[-1].name}, {ago(time.time() - written)}"
+    running = rundir.locked(folder) if running is None else running
     return Status(
         folder=folder,
-        state=_state(folder, last, train, rundir.locked(folder) if running is None else running),
+        state=_state(folder, last, train, running),
         step=last.get("step", 0),
         total_steps=train.total_steps,
         tokens=last.get("tokens", 0),
@@ -88,7 +94,19 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
         seconds_since=time.time() - last["time"] if last else None,
         checkpoint=saved,
         restarts=max(0, last.get("attempt", 1) - 1),
+        still=_still(attempt, section(ClusterSettings, config["cluster"]).timeout) if running else None,
     )
+
+
+def _still(records: list[dict[str, Any]], timeout: float | None) -> float | None:
+    """Seconds since the last record, where a rank would by then ask who holds the others up (`train.patience`), and
+    where an evaluation or a checkpoint among the last steps does not explain them; else None."""
+    gaps = [after["time"] - before["time"] for before, after in zip(records, records[1:], strict=False)]
+    if len(gaps) < 2:
+        return None
+    patience = timeout or max(LEAST_S, STEPS * statistics.median(gaps))
+    since = time.time() - records[-1]["time"]
+    return since if since > max(patience / 2, 2 * max(gaps)) else None
 
 
 def _state(folder: Path, last: dict[str, Any], train: TrainSettings, running: bool) -> str:

@@ -3,8 +3,10 @@
 A rank may be frozen (its machine swaps, a debugger or SIGSTOP holds it), or alive and stuck in its own code; in both
 cases its peers wait in a collective for ever. Each rank has a thread that tells the store every few seconds where its
 rank is (`parallel.whereabouts`). A rank that has not moved for as long as it should be patient reads what the others
-told, twice, half the patience apart: who has told nothing new in between is frozen; else who is in no collective is the
-one that the others wait for. The store lives on rank 0: where it does not answer, rank 0 is the one.
+told, twice, half the patience apart: who has told nothing new in between is frozen; else who is in no collective is
+the one that the others wait for. A rank tells where it is whatever it does: a frozen one is found as soon in a
+checkpoint as in a step. The store lives on one of the ranks, its keeper: where it twice does not answer, the keeper is
+frozen.
 
 Time is counted in ticks of that thread, each at most twice its due: a machine that was suspended, or a run that was
 stopped as a whole (Ctrl-Z), goes on.
@@ -24,7 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launch.outcome import Failure
-from parallel.whereabouts import HERE, Wait, Whereabouts
+from parallel.whereabouts import HERE, PULSE_S, Wait, Whereabouts
 
 START_S = 1800.0  # until training sets its own patience: models are built, corpora opened
 GLOO_S = 24 * 3600.0  # the process groups' own timeout, above any patience: it could not name a rank
@@ -56,16 +58,21 @@ class Told:
 Board = dict[int, Told | None]  # what each rank last told; None for one that has told nothing yet
 
 
-def blame(before: Board, now: Board, patience: float, quiet: float) -> str | None:
+def blame(before: Board, now: Board, patience: float | None, quiet: float) -> str | None:
     """One line that names who stopped answering, after this rank has been `quiet` seconds; None: somebody moves.
 
-    before, now: what ranks had told, half a patience apart.
+    before, now: what ranks had told, long enough apart for each to tell something new. patience: None where a rank may
+    do nothing for as long as it likes, as long as it runs.
     """
     here = {r: told for r, told in now.items() if told is not None and not told.left}
     frozen = [r for r in sorted(now) if (r in here or now[r] is None) and before.get(r) == now[r]]
     if frozen:
         place = _place(here, frozen)
-        return f"{_ranks(frozen)} stopped answering{' in ' + place if place else ''}: no word for {quiet:.0f} s"
+        doing = next((told.doing for told in (now[frozen[0]], *here.values()) if told and told.doing), "")
+        where = f" in {place}" if place else f", {doing}" if doing else ""
+        return f"{_ranks(frozen)} stopped answering{where}: no word for {quiet:.0f} s"
+    if patience is None or quiet < patience:
+        return None
     if any(told is None for told in now.values()) or any(told.quiet < patience / 2 for told in here.values()):
         return None
     busy = [r for r, told in here.items() if told.wait is None]
@@ -100,7 +107,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 class Watch:
     """This rank's watch. `report` gets the Failure that ends the run; the process then ends at once, with code 1.
 
-    host, port: of the TCPStore on rank 0.
+    host, port: of the TCPStore. keeper: the rank whose process it is in.
     """
 
     def __init__(
@@ -111,20 +118,31 @@ class Watch:
         port: int,
         report: Callable[[Failure], None],
         here: Whereabouts = HERE,
+        *,
+        keeper: int = 0,
     ) -> None:
         self._rank, self._size, self._address, self._report, self._here = rank, size, (host, port), report, here
+        self._keeper, self._silent = keeper, False
         self._closed = threading.Event()
         self._main = threading.current_thread().ident
         self._beat, self._quiet, self._signs = 0, 0.0, -1
         self._before: Board | None = None
         self._due = 0.0  # of quiet, for the next reading
         self._mail = _Mail(self._address, size, rank) if size > 1 else None
-        here.patience = START_S
+        here.patience, here.pulse = START_S, PULSE_S
 
     def __enter__(self) -> Watch:
         if self._mail is not None:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
         return self
+
+    def leave(self) -> None:
+        """Wait for the others to come to the end of their work too; one that computes may take its time. Collective."""
+        import torch.distributed as dist
+
+        self._here.patience = None
+        with self._here.waiting(Wait("", "end of the run", "barrier")):
+            dist.barrier()
 
     def __exit__(self, *raised: object) -> None:
         """Say that this rank has ended its work; the others may still be at theirs."""
@@ -134,39 +152,44 @@ class Watch:
 
     def _run(self) -> None:
         assert self._mail is not None
-        then = time.monotonic()
+        then, untold = time.monotonic(), 0.0
         while True:
-            due = min(max((self._here.patience or START_S) / _TICKS, 0.25), 5.0)
-            if self._closed.wait(due):
+            due = min(max(self._pulse / _TICKS, 0.25), 5.0)
+            tick = min(due, 1.0)  # the pulse may become shorter meanwhile
+            if self._closed.wait(tick):
                 return
             now = time.monotonic()
-            passed, then = min(now - then, 2 * due), now
+            passed, then = min(now - then, 2 * tick), now
             moved = self._signs != self._here.signs
             self._signs, self._quiet = self._here.signs, 0.0 if moved else self._quiet + passed
-            self._mail.post(self._told())
-            if self._here.patience is not None:
-                self._look(self._here.patience)
+            untold += passed
+            if untold >= due:
+                untold = 0.0
+                self._mail.post(self._told())
+            self._look(self._pulse)
 
-    def _look(self, patience: float) -> None:
-        """Reads what the others told at half of its patience, at all of it, and so on; judges from the second time."""
+    @property
+    def _pulse(self) -> float:
+        here = self._here
+        return here.pulse if here.patience is None else min(here.pulse, here.patience)
+
+    def _look(self, pulse: float) -> None:
+        """Reads what the others told at half a pulse of quiet, at all of it, and so on; judges from the second time."""
         assert self._mail is not None
-        if self._quiet < patience / 2:
-            self._before, self._due = None, patience / 2
+        if self._quiet < pulse / 2:
+            self._before, self._due, self._silent = None, pulse / 2, False
         elif self._quiet >= self._due:
-            now = self._mail.read(max(2.0, patience / _TICKS))
-            if now is None:
-                if self._rank == 0:
-                    return
-                now = self._host_silent()
-            if self._before is not None and not self._closed.is_set():
-                line = blame(self._before, now, patience, self._quiet)
+            now = self._mail.read(max(2.0, pulse / _TICKS))
+            if now is None and self._rank == self._keeper:
+                return
+            silent, self._silent = self._silent, now is None
+            if now is None:  # its keeper tells nothing new, and nobody else can
+                now = {self._keeper: self._before.get(self._keeper) if self._before else None, self._rank: self._told()}
+            if self._before is not None and silent == self._silent and not self._closed.is_set():
+                line = blame(self._before, now, self._here.patience, self._quiet)
                 if line is not None:
                     self._end(line, now)
-            self._before, self._due = now, self._quiet + patience / 2
-
-    def _host_silent(self) -> Board:
-        """What is known when the store does not answer: rank 0 tells nothing new, and nobody else can."""
-        return {0: self._before[0] if self._before else None, self._rank: self._told()}
+            self._before, self._due = now, self._quiet + pulse / 2
 
     def _end(self, line: str, told: Board) -> None:
         ranks = [f"rank {rank}: {each if each else 'nothing told'}" for rank, each in sorted(told.items())]

@@ -68,9 +68,9 @@ def _enter(
     )
     dist.init_process_group(job.backend, store=store, rank=rank, world_size=job.workers, timeout=TIMEOUT)
     pipe.send("entered")
-    with Watch(rank, job.workers, "127.0.0.1", store.port, pipe.send):
+    with Watch(rank, job.workers, "127.0.0.1", store.port, pipe.send) as watch:
         function(job.config)
-    dist.barrier()
+        watch.leave()
     dist.destroy_process_group()
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 TIMEOUT = timedelta(hours=24)  # of process groups: above any patience, for it could name neither rank nor layer
 
+PULSE_S = 120.0  # until steps tell more: an import, or the sorting of a large table, may keep a process from running
+
 
 class Wait(NamedTuple):
     """A wait for other ranks. layer: the slot that it is for, "" outside of layers. ranks: of the world, None: all."""
@@ -26,13 +28,15 @@ class Wait(NamedTuple):
 
 
 class Whereabouts:
-    """patience: seconds without a sign of life that are no fault; None while nobody should ask.
+    """patience: seconds without a sign of life that are no fault; None while nobody should ask. pulse: the same of a
+    process that does not run at all, whatever it was about; the shorter of the two counts.
 
     doing: what is done where no collective is entered by name, "" in a step.
     """
 
     def __init__(self) -> None:
         self.patience: float | None = None
+        self.pulse = PULSE_S
         self.doing = ""
         self.signs = 0  # of life
         self._open: dict[int, Wait] = {}

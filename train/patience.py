@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from parallel.whereabouts import HERE, Whereabouts
+from parallel.whereabouts import HERE, PULSE_S, Whereabouts
 
 FIRST_S = 600.0  # of a step before any is known: compilation, a cold file system; and of what is not a step
 LEAST_S = 60.0
@@ -13,7 +13,7 @@ STEPS = 20  # the patience in median steps, and of how many of the last ones
 
 
 class Patience:
-    """Sets `parallel.whereabouts`' patience. timeout: `cluster.timeout`, seconds; None: follows the steps."""
+    """Sets `parallel.whereabouts`' patience and pulse. timeout: `cluster.timeout`, seconds; None: follows the steps."""
 
     def __init__(self, timeout: float | None, here: Whereabouts = HERE):
         self._timeout, self._here = timeout, here
@@ -51,3 +51,5 @@ class Patience:
 
     def _set(self) -> None:
         self._here.patience = self.seconds
+        least = self._timeout or PULSE_S
+        self._here.pulse = self.seconds if len(self._seconds) >= 2 else max(LEAST_S, least)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.watch import Watch
 from parallel.collectives import Comm
-from parallel.whereabouts import HERE
+from parallel.whereabouts import HERE, Wait, Whereabouts
+from train.patience import Patience
 
 
 class UserError(Exception):
@@ -127,6 +129,36 @@ def freeze(config: dict[str, Any]) -> None:
 def freeze_host(config: dict[str, Any]) -> None:
     """The same of rank 0, which hosts the store."""
     freeze({**config, "culprit": 0})
+
+
+def freeze_keeper(config: dict[str, Any]) -> None:
+    """Of three ranks the last one, which keeps the store of a watch of ours, as after the renumbering on Ray."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False) if rank == 2 else None
+    port: list[Any] = [own.port if own else None]
+    dist.broadcast_object_list(port, src=2)
+    here = Whereabouts()
+    with Watch(rank, size, "127.0.0.1", port[0], lambda f: _note(config, "line", f.line), here, keeper=2):
+        here.patience = 3.0
+        time.sleep(1.0)
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with here.waiting(Wait("layers.3", "state", "all-gather")):
+            time.sleep(600)
+
+
+def freeze_saving(config: dict[str, Any]) -> None:
+    """A rank is frozen inside a checkpoint, in which ranks are patient with each other as long as they run."""
+    _note(config, "pid", os.getpid())
+    patience = Patience(3.0, HERE)
+    patience.stepped(0.1)
+    patience.stepped(0.1)
+    with patience.during("writing a checkpoint"):
+        time.sleep(1.0)
+        if dist.get_rank() == 1:
+            _note(config, "stopped", time.monotonic())
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
 
 
 def busy(config: dict[str, Any]) -> None:

@@ -65,6 +65,17 @@ def test_of_ranks_that_are_all_alive_the_one_outside_of_collectives_is_awaited()
     assert str(blame(before, crossed, 60, 61)).startswith("the ranks wait for each other for 61 s: rank 0 in layers.3")
 
 
+def test_where_only_the_pulse_counts_nobody_is_blamed_for_computing() -> None:
+    before = board(told(1), told(1), told(1))
+    now = board(told(5), replace(told(5, None, 61), doing="writing a checkpoint"), told(5))
+    assert blame(before, now, None, 61) is None and blame(before, now, 600, 61) is None
+    now[1] = replace(told(1, None), doing="writing a checkpoint")
+    before[1] = now[1]
+    now[0], now[2] = told(5, None), told(5, None)
+    line = "rank 1 stopped answering, writing a checkpoint: no word for 61 s"
+    assert blame(before, now, None, 61) == blame(before, now, 600, 61) == line
+
+
 def test_what_is_told_survives_the_store() -> None:
     from dataclasses import asdict
 
@@ -85,20 +96,21 @@ def test_patience_follows_the_steps() -> None:
     assert here.patience == FIRST_S
     for seconds in (100.0, 9.0, 9.0):
         patience.stepped(seconds)
-    assert here.patience == 180.0  # 20 medians
+    assert here.patience == here.pulse == 180.0  # 20 medians
     with patience.during("writing a checkpoint"):
         assert here.patience == FIRST_S and here.doing == "writing a checkpoint"
+        assert here.pulse == 180.0  # whatever it does, it runs
     assert here.patience == 180.0 and here.doing == ""
     for _ in range(20):
         patience.stepped(0.1)
     assert here.patience == LEAST_S
     patience.end()
-    assert here.patience is None
+    assert here.patience is None and here.pulse == LEAST_S
     short = Patience(5.0, here)
-    assert here.patience == FIRST_S  # the first two steps are not the others
+    assert here.patience == FIRST_S and here.pulse == LEAST_S  # the first two steps are not the others
     short.stepped(1.0)
     short.stepped(1.0)
-    assert here.patience == 5.0 < TIMEOUT.total_seconds()
+    assert here.patience == here.pulse == 5.0 < TIMEOUT.total_seconds()
 
 
 def test_the_oldest_wait_is_where_one_is() -> None:
@@ -123,6 +135,7 @@ def _spawn(entry: str, run_dir: Path) -> Outcome:
     [
         ("freeze", "rank 1 stopped answering in layers.3, state (all-gather): no word for"),
         ("freeze_host", "rank 0 stopped answering in layers.3, state (all-gather): no word for"),
+        ("freeze_saving", "rank 1 stopped answering, writing a checkpoint: no word for"),
         ("busy", "rank 1 stopped answering before layers.3, state (all-gather): busy elsewhere for"),
     ],
 )
@@ -134,6 +147,20 @@ def test_a_rank_that_stops_ends_the_world(tmp_path: Path, entry: str, line: str)
     (stopped,) = tmp_path.glob("stopped-*")
     assert time.monotonic() - float(stopped.read_text()) < 20  # 3 s of patience, 5 s for the others' last words
     all_gone(pids(tmp_path))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+def test_the_rank_that_keeps_the_store_is_found_whichever_it_is(tmp_path: Path) -> None:
+    """All others find it, and blame no third one: the store tells nothing of anybody."""
+    entry, began = "tests.launch.entries:freeze_keeper", time.monotonic()
+    outcome = spawn(
+        entry, {"dir": str(tmp_path)}, workers=3, run_dir=tmp_path, device="cpu", threads=1, tick=lambda: None
+    )
+    assert not outcome.ok and time.monotonic() - began < 40
+    lines = [path.read_text() for path in tmp_path.glob("line-*")]
+    words = "rank 2 stopped answering in layers.3, state (all-gather): no word for"
+    assert lines and all(line.startswith(words) for line in lines), lines
 
 
 @pytest.mark.dist
