@@ -42,7 +42,10 @@ TRAIN_ENVIRONMENT = {
 }
 # Ray's own, inherited by all that it starts.
 _RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",  # Ray listens on every interface, whatever address it is given
+    "RAY_AUTH_MODE": "token",
+    # Ray replaces the loopback address by the machine's own, and then listens on every interface; not where it is told
+    # to reckon with no other machine, by a name that speaks of the systems where that is the default.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -156,6 +159,7 @@ def _start_ray(job: Job, place: str) -> None:
 
     import ray
 
+    sessions = Path(place) / "ray"  # which Ray makes writable to all: below a folder that is private
     ray.init(
         address="local",  # never one that runs already
         num_cpus=job.workers,
@@ -167,7 +171,7 @@ def _start_ray(job: Job, place: str) -> None:
         # Equal to what Ray Train gives to its controller and workers: the processes started in advance then fit them.
         runtime_env={"env_vars": TRAIN_ENVIRONMENT},
         _node_ip_address="127.0.0.1",
-        _temp_dir=place,
+        _temp_dir=str(sessions),
     )
 
 

@@ -35,9 +35,10 @@ def enter(job: Job, members_file: Path) -> tuple[int, str, int, int]:
 
     context = get_context()
     ours, size = context.get_world_rank(), context.get_world_size()
-    address = "127.0.0.1" if job.address is None else ray.util.get_node_ip_address()
+    together = job.address is None or context.get_local_world_size() == size
+    address = "127.0.0.1" if together else ray.util.get_node_ip_address()
     device = _device(job)
-    store = dist.TCPStore(address, 0, size, is_master=True, wait_for_workers=False) if ours == 0 else None
+    store = _open_store(address, size) if ours == 0 else None
     host, port = broadcast_from_rank_zero([address, store.port] if store else None)
     store = store or dist.TCPStore(host, port, size, is_master=False)
     node = ray.get_runtime_context().get_node_id()
@@ -66,6 +67,18 @@ def enter(job: Job, members_file: Path) -> tuple[int, str, int, int]:
         told = [{**dict(zip(facts, members[each], strict=True)), "ray_rank": each} for each in ranks]
         members_file.write_text(json.dumps(told), encoding="utf-8")
     return rank, host, port, ranks.index(0)
+
+
+def _open_store(address: str, size: int) -> Any:
+    """A TCPStore that listens on `address` alone: by itself it would on every interface, and it asks for no secret."""
+    import torch.distributed as dist
+
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+        listener.listen(max(128, size))
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            address, port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
 
 
 def _device(job: Job) -> Any:

@@ -200,7 +200,10 @@ def main(names: list[str]) -> None:
         for node in (1, 2):
             cluster.start()
             wait_for(lambda node=node: cluster.alive() == node, 90)  # type: ignore[misc]
-        print("| fault | said after (s) | next attempt (s) | next step (s) | the line |\n|---|---|---|---|---|", flush=True)
+        print(
+            "| fault | said after (s) | next attempt (s) | next step (s) | the line |\n|---|---|---|---|---|",
+            flush=True,
+        )
         for name in names or FAULTS:
             try:
                 line, seconds = suffer(cluster, name, quiet)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import signal
 import subprocess
@@ -62,6 +64,27 @@ def mentioning(text: str) -> list[str]:
             continue
         if text.encode() in command + environ:
             found.append(f"{folder.name} {command.decode(errors='replace')}")
+    return found
+
+
+def listening(text: str) -> dict[str, str]:
+    """Where the processes that `mentioning` finds listen: "address:port" -> the process (Linux, TCP)."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            local, state, inode = (line.split()[i] for i in (1, 3, 9))
+            if state == "0A":
+                host, port = local.split(":")
+                words = [int(host[i : i + 8], 16) for i in range(0, len(host), 8)]  # of the machine's own byte order
+                address = ipaddress.ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+                plain = getattr(address, "ipv4_mapped", None) or address
+                sockets[f"socket:[{inode}]"] = f"{plain}:{int(port, 16)}"
+    found = {}
+    for process in mentioning(text):
+        for descriptor in Path(f"/proc/{process.split()[0]}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                if (name := os.readlink(descriptor)) in sockets:
+                    found[sockets[name]] = process[:200]
     return found
 
 

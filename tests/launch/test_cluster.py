@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from launch.cluster import _judge, fit
 from launch.driver import Report
 from launch.outcome import Failure, Outcome
-from tests.launch.processes import all_gone, interrupt, launcher, mentioning, pids, wait_for
+from tests.launch.processes import all_gone, interrupt, launcher, listening, mentioning, pids, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -21,11 +23,24 @@ def _nothing_left(run_dir: Path) -> None:
     wait_for(lambda: not mentioning(f"FARSPAN_TEST_LAUNCHER={run_dir}"), 10)
 
 
+def _nobody_else_gets_in(mark: str) -> None:
+    """All of a Ray of our own, and the rendezvous store, listens on loopback, and its folders are ours alone."""
+    found = listening(mark)
+    assert all(address.startswith("127.0.0.1:") for address in found), found
+    for name in ("gcs_server", "raylet", "RayTrainWorker"):
+        assert any(name in process for process in found.values()), (name, found)
+    (gcs,) = {process for process in found.values() if "gcs_server" in process}
+    place = Path(re.search(r"=(/[^=\0]*farspan-ray-\w+)/", gcs).group(1))  # type: ignore[union-attr]
+    assert place.stat().st_mode & 0o077 == 0 and (place / "ray").exists()
+
+
 def test_ray_runs_quietly_and_stops_after_the_step(tmp_path: Path) -> None:
     (tmp_path / "stop").touch()  # of an earlier attempt
     process = launcher("cluster", "fit", "add_and_step", tmp_path)
     try:
         wait_for(lambda: len(list(tmp_path.glob("left-*"))) == 2, 180)
+        if sys.platform == "linux":
+            _nobody_else_gets_in(f"FARSPAN_TEST_LAUNCHER={tmp_path}")
         interrupt(process)
         output, _ = process.communicate(timeout=60)
     finally:
@@ -99,7 +114,7 @@ def test_unusable_arguments_are_refused_before_ray_starts(tmp_path: Path) -> Non
 
 
 def test_each_ray_of_ours_has_a_secret_of_its_own(tmp_path):
-    """Ray listens on every interface: without its token nobody may hand it work."""
+    """Whoever is on this machine may reach its ports: without its token nobody may hand it work."""
     from launch.driver import _RAY_ENVIRONMENT, _token
 
     (one, two) = (tmp_path / name for name in ("one", "two"))

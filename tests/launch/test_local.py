@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from launch.local import spawn
 from launch.outcome import Failure, Outcome, verdict
-from tests.launch.processes import all_gone, interrupt, launcher, mentioning, pids, wait_for
+from tests.launch.processes import all_gone, interrupt, launcher, listening, mentioning, pids, wait_for
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(150)]
 
@@ -113,6 +114,9 @@ def test_a_signal_stops_after_the_step(tmp_path: Path, number: int) -> None:
     process = launcher("local", "spawn", "steps", tmp_path)
     try:
         wait_for(lambda: len(pids(tmp_path)) == 2, 60)
+        if sys.platform == "linux":
+            found = listening(f"FARSPAN_TEST_LAUNCHER={tmp_path}")
+            assert found and all(address.startswith("127.0.0.1:") for address in found), found
         interrupt(process, number)  # to the whole group: workers and fork server too
         output, _ = process.communicate(timeout=30)
     finally:

@@ -14,6 +14,7 @@ import pytest
 
 from launch.local import spawn
 from launch.outcome import Failure, Outcome, verdict
+from launch.status import _still
 from launch.watch import Told, blame
 from parallel.whereabouts import TIMEOUT, Wait, Whereabouts
 from tests.jobs import overrides
@@ -201,3 +202,18 @@ def test_a_run_with_a_frozen_rank_ends_and_resumes(tmp_path: Path) -> None:
     steps = max(losses(run)) + 2
     finish(start(tmp_path, "train", f"resume={run}", f"train.steps={steps}"))
     assert max(losses(run)) == steps
+
+
+def test_a_run_that_stands_still_is_told_so() -> None:
+    def still(ago: float, gaps: list[float], timeout: float | None = None) -> float | None:
+        times, now = [time.time() - ago], sum(gaps)
+        records = [{"time": times[0] - now}]
+        for gap in gaps:
+            records.append({"time": records[-1]["time"] + gap})
+        return _still(records, timeout)
+
+    assert still(29, [0.1] * 9) is None and 30 <= (still(31, [0.1] * 9) or 0) < 40  # half a minute: of LEAST_S
+    assert still(9, [0.1] * 9, 20.0) is None and still(11, [0.1] * 9, 20.0) is not None
+    assert still(90, [10.0] * 9) is None and still(101, [10.0] * 9) is not None  # half of twenty steps
+    assert still(70, [0.1] * 8 + [40.0]) is None and still(81, [0.1] * 8 + [40.0]) is not None  # an evaluation was long
+    assert still(1e6, [0.1]) is None  # nothing is known of its steps
