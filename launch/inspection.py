@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from launch import package
 from launch.placement import Node, Placement, place
 from launch.stopping import stop_file
 from launch.user import UserError
@@ -27,17 +28,20 @@ _COMPARED = ("python", "ray", "torch")
 
 @dataclass(frozen=True)
 class Sight:
-    """What a process on one machine sees. folder: what is wrong with the run folder there, or None."""
+    """What a process on one machine sees. folder: what is wrong with the run folder there, or None. lacks: what is
+    missing there, or None."""
 
     python: str
     ray: str
     torch: str
     folder: str | None
+    lacks: str | None = None
 
 
 def look(folder: str, token: str, mark: str) -> Sight:
     """This machine's versions, and whether it shares `folder`: it must hold `token`, and take a file named `mark`."""
-    return Sight(platform.python_version(), _version("ray"), _version("torch"), _folder(Path(folder), token, mark))
+    there = _folder(Path(folder), token, mark)
+    return Sight(platform.python_version(), _version("ray"), _version("torch"), there, package.missing())
 
 
 def _version(package: str) -> str:
@@ -128,6 +132,9 @@ def _compare(job: Job, ids: list[str]) -> Sight:
         except Exception as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise UserError(f"cluster.address: {names[each]} does not run our code ({line[:200]})") from None
+    for name, sight in sights.items():
+        if sight.lacks:
+            raise UserError(f"cluster.address: {name}: {sight.lacks}")
     difference(sights)
     for name, sight in sights.items():
         if sight.folder:
@@ -148,13 +155,13 @@ def _compare(job: Job, ids: list[str]) -> Sight:
 
 def difference(sights: dict[str, Sight]) -> None:
     """Raises UserError, naming the first package whose versions differ, with the machines that have each."""
-    for package in _COMPARED:
+    for compared in _COMPARED:
         found: dict[str, list[str]] = {}
         for name, sight in sights.items():
-            found.setdefault(asdict(sight)[package], []).append(name)
+            found.setdefault(asdict(sight)[compared], []).append(name)
         if len(found) > 1:
             each = "; ".join(f"{which} on {', '.join(names)}" for which, names in found.items())
-            raise UserError(f"cluster: versions of {package} differ between machines: {each}; they must be the same")
+            raise UserError(f"cluster: versions of {compared} differ between machines: {each}; they must be the same")
 
 
 def _wait(job: Job, say: Callable[[str], None]) -> bool:

@@ -24,6 +24,11 @@ def main() -> int:
         environment = {**os.environ, _COPY: copy, "PYTHONPATH": path}
         os.execve(sys.executable, [sys.executable, "-m", "launch.job"], environment)
     try:
+        from launch import package
+
+        if lacking := package.missing():
+            print(f"{REFUSED}{lacking}", flush=True)
+            return 2
         return _run()
     finally:
         shutil.rmtree(os.environ[_COPY], ignore_errors=True)

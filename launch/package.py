@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,18 @@ _STOP_S = (
     3600  # seconds that Ray gives a job between `stop` and SIGKILL: a step and a checkpoint must fit; 3 by default
 )
 
+# What farspan needs wherever it runs -> how pip calls it.
+NEEDS = {
+    "hydra": "hydra-core",
+    "numpy": "numpy",
+    "omegaconf": "omegaconf",
+    "ray": "'ray[default,train]'",
+    "rich": "rich",
+    "tokenizers": "tokenizers",
+    "torch": "torch",
+    "yaml": "pyyaml",
+}
+
 # Of a job's driver and of all its workers, on every machine.
 JOB_ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S),
@@ -22,6 +36,14 @@ JOB_ENVIRONMENT = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "PYTHONUNBUFFERED": "1",
 }
+
+
+def missing() -> str | None:
+    """Where this interpreter lacks something that farspan needs: which interpreter, what, and how it is installed."""
+    lacking = [name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None]
+    if not lacking:
+        return None
+    return f"{sys.executable} lacks {', '.join(lacking)}; install: {sys.executable} -m pip install {' '.join(lacking)}"
 
 
 def environment() -> dict[str, str]:

@@ -20,8 +20,15 @@ from launch.preflight import Flight
 from launch.train import Ended
 from launch.user import UserError
 
-# `exec`: signals reach Python. The cluster's machines may have `python3` only.
-ENTRYPOINT = 'exec "$(command -v python || command -v python3)" -m launch.job'
+# The interpreter that runs Ray, whatever `python` means on its machine: Ray runs a job's entry point below its job
+# supervisor, and that below the raylet, whose arguments tell how it starts Python. `exec`: signals reach Python.
+ENTRYPOINT = r"""
+raylet=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$PPID/status" 2>/dev/null)
+python=$(tr '\0' '\n' 2>/dev/null < "/proc/${raylet:-none}/cmdline" |
+  sed -n -e 's/^--python_worker_command="\([^"]*\)".*/\1/p;t' -e 's/^--python_worker_command=\([^ ]*\).*/\1/p')
+[ -x "$python" ] || python=$(command -v python || command -v python3)
+exec "$python" -m launch.job
+""".strip()
 _POLL_S = 0.5
 # Made absolute: the job has another folder.
 _PATHS = ("data.path", "data.store", "data.tokenizer", "run.dir", "resume", "init_from")

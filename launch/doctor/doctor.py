@@ -62,18 +62,20 @@ PACKAGES = {
     "torch": Package("torch", "all that is computed"),
     "wandb": Package("wandb", "tracking=wandb"),
     "fla-core": Package("fla", "Triton kernels of linear mixers on GPUs, in bf16"),
-    "triton": Package("triton", "torch.compile on GPUs; planned: kernels"),
+    "triton": Package("triton", "torch.compile on GPUs; fla-core's kernels"),
     "flash-attn": Package("flash_attn", "planned: fused softmax attention on GPUs"),
     "deepspeed": Package("deepspeed", "planned: engine=deepspeed, ZeRO and offloading"),
-    "megatron-core": Package("megatron", "planned: its distributed optimizer (its corpora need nothing)"),
-    "apex": Package("apex", "planned: a fused optimizer and norm on GPUs", "from source, github.com/NVIDIA/apex"),
+    "megatron-core": Package(
+        "megatron", "planned: its distributed optimizer; data=megatron reads its corpora without it"
+    ),
+    "apex": Package("apex", "optimizer.fused=apex: AdamW in one pass on GPUs", "from source, github.com/NVIDIA/apex"),
     "torchao": Package("torchao", "planned: FP8 training, optimizers of few bits"),
     "scipy": Package("scipy", "planned: the adaptive scheduler's integer programs"),
-    "transformers": Package("transformers", "planned: Hugging Face checkpoints; an oracle of the tests"),
+    "transformers": Package("transformers", "an oracle of the tests; farspan import and export do without it"),
     "tokenizers": Package("tokenizers", "tokens other than bytes: data.tokenizer"),
     "datasets": Package("datasets", "data=hf"),
     "pyarrow": Package("pyarrow", "data=parquet"),
-    "safetensors": Package("safetensors", "planned: weights to and from Hugging Face"),
+    "safetensors": Package("safetensors", "an oracle of the tests; farspan import and export do without it"),
 }
 
 

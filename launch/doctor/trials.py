@@ -57,7 +57,9 @@ def try_kernels() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, mixer in sorted(MIXERS.items()):
         with torch.device("meta"):
-            recurrence = getattr(mixer(dim=64, heads=2), "recurrence", None)
+            built = mixer(dim=64, heads=2)
+            within = getattr(built, "memories", [built])[0]  # of several states, each is a mixer of its own
+            recurrence = getattr(within, "recurrence", None)
         if recurrence is None:
             flash = tile_for(device) is Fused
             value = f"PyTorch: {'its flash kernel for CPUs' if flash else f'matmuls, in blocks, on {device}'}"

@@ -182,6 +182,19 @@ def test_every_mixer_says_which_kernel_it_gets_and_why():
     if device == "cpu":
         assert found["gla"].value == "PyTorch: Triton has no kernels for cpu"
         assert found["attention"].value == "PyTorch: its flash kernel for CPUs"
+    assert found["mom"].value == found["gated_deltanet"].value  # its memories are those
+        assert found["attention"].value == "PyTorch: its flash kernel for CPUs"
+
+
+def test_what_farspan_has_is_not_called_planned():
+    """A package whose name or module its code or its configuration mentions is in use."""
+    rooms = [Path(doctor.__file__).parents[2] / room for room in ("conf", "data", "models", "parallel", "train")]
+    files = [path for room in rooms for path in room.rglob("*") if path.suffix in (".py", ".yaml")]
+    text = "\n".join(path.read_text() for path in files)
+    planned = {name: each for name, each in doctor.PACKAGES.items() if each.brings.startswith("planned")}
+    for name, each in planned.items():
+        assert not re.search(rf"import {each.module}\b|from {each.module}\b|fused={name}\b", text), name
+    assert "planned" not in doctor.PACKAGES["apex"].brings + doctor.PACKAGES["safetensors"].brings
 
 
 def test_kernels_that_cannot_be_found_out_end_nothing(site):

@@ -60,11 +60,20 @@ class Cluster:
             "RAY_AUTH_TOKEN_PATH": str(self.place / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([str(self.wrong()), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
         }
         dropped = ("RAY_ADDRESS", "WANDB_API_KEY", "RAY_AUTH_TOKEN")
         return {k: v for k, v in os.environ.items() if k not in dropped} | ours
+
+    def wrong(self) -> Path:
+        """A folder first on the path, whose `python` is not the one that runs Ray."""
+        folder = self.place / "wrong"
+        folder.mkdir(exist_ok=True)
+        for name in ("python", "python3"):
+            (folder / name).write_text("#!/bin/sh\necho this is not the Python of Ray >&2\nexit 9\n")
+            (folder / name).chmod(0o755)
+        return folder
 
     def start(self, *before: str, **more: str) -> subprocess.Popen:
         """A node: the head first. `before` runs it inside another command, `more` is in its environment."""
