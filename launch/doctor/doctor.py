@@ -65,9 +65,7 @@ PACKAGES = {
     "triton": Package("triton", "torch.compile on GPUs; fla-core's kernels"),
     "flash-attn": Package("flash_attn", "planned: fused softmax attention on GPUs"),
     "deepspeed": Package("deepspeed", "planned: engine=deepspeed, ZeRO and offloading"),
-    "megatron-core": Package(
-        "megatron", "planned: its distributed optimizer; data=megatron reads its corpora without it"
-    ),
+    "megatron-core": Package("megatron", "planned: its distributed optimizer (data=megatron needs nothing)"),
     "apex": Package("apex", "optimizer.fused=apex: AdamW in one pass on GPUs", "from source, github.com/NVIDIA/apex"),
     "torchao": Package("torchao", "planned: FP8 training, optimizers of few bits"),
     "scipy": Package("scipy", "planned: the adaptive scheduler's integer programs"),

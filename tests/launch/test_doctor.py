@@ -183,7 +183,6 @@ def test_every_mixer_says_which_kernel_it_gets_and_why():
         assert found["gla"].value == "PyTorch: Triton has no kernels for cpu"
         assert found["attention"].value == "PyTorch: its flash kernel for CPUs"
     assert found["mom"].value == found["gated_deltanet"].value  # its memories are those
-        assert found["attention"].value == "PyTorch: its flash kernel for CPUs"
 
 
 def test_what_farspan_has_is_not_called_planned():
