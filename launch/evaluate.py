@@ -24,7 +24,7 @@ def evaluate(arguments: list[str]) -> int:
     if not arguments or "=" in arguments[0] and not Path(arguments[0]).exists():
         raise UserError("RUN: missing; expected a run folder (farspan evaluate RUN evaluate.parts=[loss])")
     run, overrides = arguments[0], arguments[1:]
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     found = checkpoint_of(run)
     config = configured(found, overrides)
     device = clear(config, found, run, lambda line: console.print(line, markup=False))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ from launch.user import UserError
 from train.settings import INIT_WEIGHTS
 
 ENTRY = "launch.generate:work"
+MOST_SAMPLES = 4096  # of a prompt: each has a memory of its own
+MOST_WORKERS = 1024
+LONGEST_PROMPT = 1 << 28  # bytes
+_NAMES = {"workers": "cluster.workers"}  # a field's key, where that is another
 _LISTS = ("prompt", "prompt_file", "stop")  # may be given several times
 
 
@@ -23,8 +28,9 @@ _LISTS = ("prompt", "prompt_file", "stop")  # may be given several times
 class Request:
     """prompt: texts to continue. prompt_file: files that hold one prompt each. tokens: how many to add. temperature: 0
     takes the likeliest. top_p: of the likeliest tokens, how much probability is drawn from. stop: texts that end it.
-    seed: of the draws. weights: raw, those that were trained, or average, what train.average keeps of them. workers:
-    processes that read a prompt together, a part of it each."""
+    seed: of the draws. samples: how many continuations of each prompt, drawn apart. weights: raw, those that were
+    trained, or average, what train.average keeps of them. workers: processes that read a prompt together, a part of it
+    each."""
 
     prompt: list[str] = field(default_factory=list)
     prompt_file: list[str] = field(default_factory=list)
@@ -33,14 +39,14 @@ class Request:
     top_p: float = 1.0
     stop: list[str] = field(default_factory=list)
     seed: int = 0
+    samples: int = 1
     weights: str = "raw"
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens}: must be at least 1")
-        if self.workers < 1:
-            raise ValueError(f"cluster.workers={self.workers}: must be at least 1")
+        for key, most in {"tokens": 1 << 40, "samples": MOST_SAMPLES, "workers": MOST_WORKERS}.items():
+            if not 1 <= (value := getattr(self, key)) <= most:
+                raise ValueError(f"{_NAMES.get(key, key)}={value}: must be at least 1, and at most {most:,}")
         if self.weights not in INIT_WEIGHTS:
             raise ValueError(f"weights={self.weights}: must be one of {', '.join(INIT_WEIGHTS)}")
         if "" in self.stop:
@@ -58,9 +64,12 @@ class Request:
         found = [os.fsencode(prompt) for prompt in self.prompt]  # what a shell gives may be no UTF-8
         for name in self.prompt_file:
             try:
-                found.append(Path(name).read_bytes())
-            except OSError as error:
-                raise UserError(f"prompt_file={name}: cannot be read ({error.strerror})") from None
+                with Path(name).open("rb") as file:
+                    found.append(file.read(LONGEST_PROMPT + 1))  # a device has no end
+            except (OSError, ValueError) as error:
+                raise UserError(f"prompt_file={name}: cannot be read ({getattr(error, 'strerror', error)})") from None
+            if len(found[-1]) > LONGEST_PROMPT:
+                raise UserError(f"prompt_file={name}: must have at most {LONGEST_PROMPT:,} bytes")
         return found or [b"import "]
 
 
@@ -74,8 +83,13 @@ def generate(arguments: list[str]) -> int:
     tokenizer = tokenizer_of(found, f"RUN={run}")
     prompts = request.prompts()
     tokens = [[tokenizer.DOCUMENT, *_encoded(tokenizer, prompt)] for prompt in prompts]
+    _say_beyond(config, max(map(len, tokens)), request.tokens)
     if request.workers == 1:
-        write(found, config["model"], request, prompts, tokens, tokenizer)
+        try:
+            write(found, config["model"], request, prompts, tokens, tokenizer)
+        except ValueError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            return 1
         return 0
     from launch import local
 
@@ -133,16 +147,41 @@ def write(
         ranks = tuple(range(groups.world))
         groups.open([ranks])
         comm = groups.comm(ranks)
-    read = [decoder.read(text, comm) for text in tokens]
+    read = [each for text in tokens for each in request.samples * [decoder.read(text, comm)]]
     if comm.rank != comm.size - 1:
         return
+    prompts = [each for each in prompts for _ in range(request.samples)]
     shown = Shown(prompts, tokenizer, request.stop)
 
     def take(text: int, token: int) -> bool:
         return shown.take(text, token) and not (stop is not None and stop.exists())
 
-    decoder.extend(read, request.tokens, request.sampling(), take)
-    shown.close()
+    try:
+        decoder.extend(read, request.tokens, request.sampling(), take, samples=request.samples)
+    finally:
+        shown.close()
+
+
+def _say_beyond(config: dict[str, Any], longest: int, more: int) -> None:
+    """Says where texts will be longer than any that were trained on. Raises UserError where a model has no positions
+    for them."""
+    from launch.preflight import model_of
+    from train.context import rotary
+
+    known = [getattr(module.positions, "longest", None) for module in rotary(model_of(config["model"]))]
+    most = min((each for each in known if each is not None), default=None)
+    if most is not None and longest + more > most:
+        room = f"at most {max(0, most - longest):,}"
+        raise UserError(
+            f"tokens={more}: must be {room}: the longest prompt has {longest:,} tokens, of {most:,} positions"
+        )
+    trained = (config.get("data") or {}).get("max_length")
+    if isinstance(trained, int) and longest + more > trained:
+        print(
+            f"the longest prompt has {longest:,} tokens and {more:,} may follow: the model was trained on texts of at "
+            f"most {trained:,}, and what lies beyond is unknown to it",
+            file=sys.stderr,
+        )
 
 
 class Shown:
@@ -231,6 +270,8 @@ def tokenizer_of(found: Path, key: str) -> Any:
 
     try:
         return from_card(json.loads((found / "tokenizer.json").read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{key}: has no tokenizer: its tokens spell no text") from None
     except ValueError as error:
         raise UserError(f"{key}: {error}") from None
 
@@ -261,9 +302,13 @@ def _parse(arguments: list[str]) -> tuple[str, Request]:
         elif key in _LISTS:
             values.setdefault(key, []).append(value)
         else:
-            values["workers" if key == "cluster.workers" else key] = _number(value)
+            key = key.removeprefix("generate.")
+            values[next((field for field, name in _NAMES.items() if name == key), key)] = _number(value)
     try:
-        return arguments[0], Request(**fields("generate", values, Request))
+        return arguments[0], Request(**fields("", values, Request))
+    except UserError as error:
+        key, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+        raise UserError(f"{_NAMES.get(key, key)}{rest}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -280,9 +325,11 @@ def _stops(value: str) -> list[str]:
 
 
 def _number(text: str) -> object:
+    if len(text) > 40:  # Python reads no number of 5,000 digits
+        return text
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             pass
-    return text
+    return {"null": None, "true": True, "false": False}.get(text, text)

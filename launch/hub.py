@@ -15,6 +15,7 @@ import yaml
 
 from launch import rundir
 from launch.generate import checkpoint_of
+from launch.shell import command, override
 from launch.user import UserError
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def import_(arguments: list[str]) -> int:
         _say(f"left out: {_some(found.left_out)}, which no model here reads")
     if card is None:
         _say(f"{source} has no tokenizer.json: the tokens have no text")
-    tokenizer = f" data.tokenizer={run}" if card is not None and card["name"] == "json" else ""
-    _say(f"  farspan train init_from={run}{tokenizer} …   trains it further")
+    more = [override("data.tokenizer", run)] if card is not None and card["name"] == "json" else []
+    _say(f"  {command('train', override('init_from', run), *more)}  # trains it further")
     return 0
 
 
@@ -172,7 +173,7 @@ def _parse(verb: str, arguments: list[str], kind: Any, names: tuple[str, ...], *
         what = "missing" if len(positional) < least else "one too many"
         raise UserError(f"{missing}: {what}; expected farspan {verb} {' '.join(names)} [key=value ...]")
     try:
-        return positional, kind(**fields(verb, values, kind))
+        return positional, kind(**fields("", values, kind))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -205,7 +206,7 @@ def _told(what: str) -> Iterator[Any]:
     """Shows in a terminal which tensor has its turn."""
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     with console.status(what) as status:
         yield lambda name: status.update(f"{what} {name}")
 

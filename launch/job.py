@@ -47,7 +47,7 @@ def _run() -> int:
     apart.shield()
     terminal.outlive(output=True)
     order = package.read_order()
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=200)
+    console = Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=True, width=200)
     try:
         config = checked(order["config"]) if "config" in order else preflight.configure(order["overrides"])
         hosted = Hosted(order["job"], order["address"], order["device"], order["code"])

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import nodes, package, rundir
+from launch.shell import command, override
 from launch.status import ago, read
 from launch.stopping import ask_to_stop
 from launch.user import UserError
@@ -209,7 +210,8 @@ def stop(arguments: list[str]) -> int:
     for number, line in enumerate(Follow(cluster, word).lines()):
         if number >= before:
             print(line, flush=True)
-    print(f"{word} has ended; farspan submit resume={word} cluster.address={cluster.address} goes on")
+    again = command("submit", override("resume", word), override("cluster.address", cluster.address))
+    print(f"{word} has ended; {again} goes on")
     return 0
 
 
@@ -219,7 +221,7 @@ def _stop_here(folder: Path) -> int:
     ask_to_stop(folder, lambda line: print("stopping after this step", flush=True))
     while rundir.locked(folder):
         time.sleep(_POLL_S)
-    print(f"ended; farspan train resume={folder} goes on")
+    print(f"ended; {command('train', override('resume', folder))} goes on")
     return 0
 
 
@@ -232,7 +234,7 @@ def list_(arguments: list[str]) -> int:
         run = (each.metadata or {}).get("run", "")
         started = ago(time.time() - each.start_time / 1000) if each.start_time else ""
         table.add_row(each.submission_id, each.status.value.lower(), started, run)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     console.print(table if table.row_count else f"no jobs at {cluster.address}")
     return 0
 

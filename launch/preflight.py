@@ -76,6 +76,8 @@ def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) 
         if path[0] == "experiment" or override.startswith("~"):
             raise UserError(f"{override}: cannot be changed of a run; give the keys that should differ")
         _copy(asked, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
+    if any(override.lstrip("+").startswith("train.tokens=") for override in overrides):
+        saved["train"]["steps"] = asked["train"]["steps"]  # of the two budgets, the one that is given now
     for key in ("evaluate", "stages"):
         saved.setdefault(key, asked[key])
 
@@ -272,8 +274,9 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
             if facts["seed"] != flight.config["seed"]:
                 raise ValueError(f"seed={flight.config['seed']}: the run was started with seed={facts['seed']}")
             if facts["step"] >= flight.train.total_steps:
+                budget = "train.tokens" if flight.train.steps is None else "train.steps"
                 raise ValueError(
-                    f"resume={value}: is complete at step {facts['step']:,}; give a larger train.tokens to go on"
+                    f"resume={value}: is complete at step {facts['step']:,}; give a larger {budget} to go on"
                 )
         if key == "init_from":
             origin.same_tokens(path, flight.batches, say)

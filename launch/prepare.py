@@ -35,7 +35,7 @@ def prepare(overrides: list[str]) -> int:
     from train.construct import construct
 
     config = preflight.configure(overrides)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     with preflight.refusals(config):
         data = construct(config["data"])
         if not hasattr(data, "prepare"):

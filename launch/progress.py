@@ -47,7 +47,7 @@ class Progress:
         self._metrics = _Follower(Path(run_dir) / "metrics.jsonl", from_end)
         self._log = _Follower(Path(run_dir) / "log.txt", from_end)
         self._total = total_tokens
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, emoji=False)
         self._interval = interval
         self._clock = clock
         self._last: dict[str, Any] | None = None

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from launch.paths import home
+from launch.shell import override
 from launch.user import UserError
 
 RUNS = Path("runs")
@@ -30,6 +32,7 @@ def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> P
 
     An id is looked for in the runs here, then, where `cluster` says which, among the cluster's jobs.
     """
+    value = home(key, value)
     for folder in (Path(value), RUNS / value):
         if (folder / "config.yaml").exists():
             return folder
@@ -64,12 +67,10 @@ def latest(folder: Path) -> Path:
 
 def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
-    run = config["run"]
-    name = run["name"] or (Path(run["dir"]).name if run["dir"] else time.strftime("%Y%m%d-%H%M%S"))
-    folder = Path(run["dir"]) if run["dir"] else RUNS / name
+    name, folder = reserved(config["run"])
     if not resumed and ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
         if not locked(folder):
-            raise UserError(f"run.dir={folder}: already holds a run; continue it with resume={folder}")
+            raise UserError(f"run.dir={folder}: already holds a run; continue it with {override('resume', folder)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
@@ -85,6 +86,28 @@ def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     lock.flush()
     config["run"] = {"name": name, "dir": str(folder)}
     return folder, lock
+
+
+def reserved(run: dict[str, Any]) -> tuple[str, Path]:
+    """The name and the folder that a run asks for; of one without, the first folder that is free, which is made, since
+    another may start in the same second. Raises UserError where it cannot be made."""
+    if run["name"] or run["dir"]:
+        return run["name"] or Path(run["dir"]).name, Path(run["dir"]) if run["dir"] else RUNS / run["name"]
+    began = stamp()
+    for name in (began, *(f"{began}-{number}" for number in range(2, 1000))):
+        try:
+            (RUNS / name).mkdir(parents=True)
+            return name, RUNS / name
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"run.dir={RUNS / name}: cannot be written ({error.strerror})") from None
+    raise UserError(f"run.name=null: must be given: {RUNS}/ has a thousand runs of this second")
+
+
+def stamp() -> str:
+    """What a run is called that has no name: date and time."""
+    return time.strftime("%Y%m%d-%H%M%S")
 
 
 def last_job(folder: Path) -> tuple[str | None, str | None]:

@@ -11,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import jobs, nodes, package, preflight, rundir
+from launch import jobs, nodes, package, paths, preflight, rundir
 from launch.inspection import PASSED
 from launch.job import REFUSED
 from launch.jobs import Jobs
 from launch.placement import place
 from launch.preflight import Flight
+from launch.shell import override, quote
 from launch.train import Ended
 from launch.user import UserError
 
@@ -30,8 +31,6 @@ python=$(tr '\0' '\n' 2>/dev/null < "/proc/${raylet:-none}/cmdline" |
 exec "$python" -m launch.job
 """.strip()
 _POLL_S = 0.5
-# Made absolute: the job has another folder.
-_PATHS = ("data.path", "data.store", "data.tokenizer", "run.dir", "resume", "init_from")
 
 
 def submit(overrides: list[str]) -> int:
@@ -39,12 +38,12 @@ def submit(overrides: list[str]) -> int:
 
     Raises UserError, also for what only the cluster's machines can see.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    if not any(override.lstrip("+").startswith("cluster=") for override in overrides):
+    if not any(each.lstrip("+").startswith("cluster=") for each in overrides):
         overrides = ["cluster=ray", *overrides]
     config, elsewhere = _configure(overrides)
     cluster, job = hand_over(config, say, elsewhere)
@@ -55,7 +54,7 @@ def submit(overrides: list[str]) -> int:
         say(f"{job} goes on; its checks have not ended yet")
         return 0
     say(line)
-    given = f" cluster.address={cluster.address}"
+    given = f" {override('cluster.address', cluster.address)}"
     say(
         f"  farspan status {job}{given}\n  farspan logs {job} --follow{given}\n"
         f"  farspan stop {job}{given}        # saves, then ends\n  farspan submit resume={job}{given}"
@@ -82,15 +81,15 @@ def hand_over(
     cluster = Jobs(address)
     flight = check(config, say)
     name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
-    name = name or time.strftime("%Y%m%d-%H%M%S")
+    name = name or cluster.free_id(rundir.stamp())  # another may start in the same second
     config["run"] = {"name": name, "dir": config["run"]["dir"] or str(rundir.RUNS / name)}
     config["cluster"]["address"] = address
-    sources = [f"data.sources.{name}.{key}" for name in config["data"].get("sources", ()) for key in _PATHS[:3]]
-    for key in (*_PATHS, *sources):
-        _make_absolute(config, key.split("."))
+    paths.make_absolute(config)
+    config["resume"] = paths.absolute(config["resume"])
+    config["run"]["dir"] = paths.absolute(config["run"]["dir"])
     folder = Path(config["run"]["dir"])
     if config["resume"] is None and (folder / "config.yaml").exists():
-        raise UserError(f"run.dir={folder}: already holds a run; continue it with resume={folder}")
+        raise UserError(f"run.dir={folder}: already holds a run; continue it with {override('resume', folder)}")
     if rundir.locked(folder):
         raise UserError(f"run.dir={folder}: in use by another run")
     job = cluster.free_id(re.sub(r"[^A-Za-z0-9_.-]+", "-", name))
@@ -144,24 +143,8 @@ def _configure(overrides: list[str]) -> tuple[dict[str, Any], list[str] | None]:
     try:
         return preflight.configure(overrides), None
     except jobs.ElsewhereError as error:
-        others = [override for override in overrides if not override.startswith("resume=")]
-        return preflight.configure([*others, f"run.dir={error.folder}"]), [*others, f"resume={error.folder}"]
-
-
-def _make_absolute(config: dict[str, Any], path: list[str]) -> None:
-    """An address stays what it is, and so does what may be a name (a tokenizer's, a dataset's) and is no file here; the
-    name of a run becomes its folder."""
-    node = config
-    for key in path[:-1]:
-        node = node.get(key) or {}
-    value = node.get(path[-1])
-    if not isinstance(value, str) or "://" in value:
-        return
-    if path == ["init_from"] and not Path(value).expanduser().exists() and (rundir.RUNS / value).exists():
-        value = str(rundir.RUNS / value)
-    named = path[-1] == "tokenizer" or path[-1] == "path" and node.get("corpus") == "hf"
-    if not named or Path(value).expanduser().exists():
-        node[path[-1]] = str(Path(value).expanduser().absolute())
+        others, folder = [each for each in overrides if not each.startswith("resume=")], quote(str(error.folder))
+        return preflight.configure([*others, f"run.dir={folder}"]), [*others, f"resume={folder}"]
 
 
 def _passed(cluster: Jobs, job: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import cluster, local, nodes, preflight, rundir
+from launch import cluster, local, nodes, paths, preflight, rundir
 from launch.outcome import Outcome
 from launch.preflight import Flight
 from launch.progress import Progress
+from launch.shell import command, override
 from launch.stopping import stop_file
+from train.settings import TrainSettings
 
 ENTRY = "train.build:run"
 COUNTED_TOKENS = 20_000_000  # byte models are fitted to runs up to this long: about ten seconds and 2 GB
@@ -42,12 +45,12 @@ class Hosted:
     @property
     def again(self) -> str:
         """The command that resumes it."""
-        return f"farspan submit resume={self.job} cluster.address={self.address}"
+        return command("submit", override("resume", self.job), override("cluster.address", self.address))
 
 
 def train(overrides: list[str]) -> int:
     """Runs a job from its overrides. Returns the exit code. Raises UserError before any process is started."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
         config = preflight.configure(overrides)
         if config["stages"] or config["resume"]:
@@ -96,8 +99,9 @@ def here(
         flight = preflight.clear(config, say, device=hosted.device if hosted else None)
         code = hosted.code if hosted else rundir.code_version()
         folder, lock = rundir.claim(config, resumed=config["resume"] is not None)
-        again = hosted.again if hosted else again or f"farspan train resume={folder}"
+        again = hosted.again if hosted else again or command("train", override("resume", folder))
         with lock:
+            paths.make_absolute(config)
             rundir.write_config(folder, config, code)
             if hosted:
                 _note_job(folder, hosted)
@@ -237,11 +241,16 @@ def _report(flight: Flight, folder: Path, again: str, say: Callable[[str], None]
     say(
         f"{time.monotonic() - began:.0f} s in all, {summary['seconds']:.0f} s of them training. "
         f"The run is in {folder}:\n"
-        f"  farspan generate {folder}             continue a prompt with it\n"
-        f"  {again} train.tokens=…   train it further\n"
-        f"  {folder}/metrics.jsonl          every step, one JSON object a line",
+        f"  {command('generate', shlex.quote(str(folder)))}  # continue a prompt with it\n"
+        f"  {again} {_twice(flight.train)}  # train it further\n"
+        f"  {folder}/metrics.jsonl has every step, one JSON object a line",
     )
     return False
+
+
+def _twice(train: TrainSettings) -> str:
+    """The override that gives a run as much again."""
+    return f"train.tokens={2 * train.total_tokens}" if train.steps is None else f"train.steps={2 * train.steps}"
 
 
 def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Callable[[str], None]) -> None:

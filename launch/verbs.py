@@ -159,13 +159,13 @@ The same overrides as train, with a cluster that has a template. Prints a file t
     "generate": Verb(
         function="launch.generate:generate",
         synopsis="RUN [prompt=TEXT] [prompt_file=FILE] [tokens=300] [temperature=0.8] [top_p=1] [stop=TEXT] [seed=0] "
-        "[weights=average] [cluster.workers=1]",
+        "[samples=1] [weights=average] [cluster.workers=1]",
         line="continue prompts from a run's newest checkpoint",
         text="""\
 A token at a time, as it comes, with constant memory per token in the recurrent layers. prompt=, prompt_file= (a file
 that is one prompt) and stop= may be given several times; several prompts are continued together. A text ends before the
-first of the stops. cluster.workers: processes that read a long prompt together, a part of it each. weights=average:
-those that train.average kept.
+first of the stops. samples: continuations of each prompt. cluster.workers: processes that read a long prompt together,
+a part of it each. weights=average: those that train.average kept.
 
   farspan generate runs/first prompt="def main(" tokens=500 temperature=0.5 top_p=0.9
   farspan generate runs/first prompt="class " prompt="import " stop='["\\n\\n", "\\ndef "]'

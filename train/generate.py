@@ -54,13 +54,20 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p:g}: must be above 0 and at most 1")
 
-    def start(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+    def start(self, sample: int = 0) -> torch.Generator:
+        """The draws of a text; sample: which of several continuations of one prompt it is."""
+        return torch.Generator().manual_seed(self.seed + sample if self.seed + sample < 1 << 63 else sample)
 
     def draw(self, logits_V: Tensor, generator: torch.Generator) -> int:
+        """Raises ValueError for logits that are not finite."""
+        if not bool(logits_V.isfinite().all()):
+            raise ValueError("the model's logits are not finite: no token can be drawn from them")
         if self.temperature == 0:
             return int(logits_V.argmax())
-        p_V = (logits_V.cpu() / self.temperature).softmax(-1)
+        scaled_V = logits_V.cpu() / self.temperature
+        if not bool(scaled_V.isfinite().all()):  # a temperature so low that no other token than the likeliest is left
+            return int(logits_V.argmax())
+        p_V = scaled_V.softmax(-1)
         if self.top_p == 1:
             return int(torch.multinomial(p_V, 1, generator=generator))
         p_V, order_V = p_V.sort(descending=True, stable=True)
@@ -126,10 +133,18 @@ class Decoder:
         return Read(memory.entering, len(tokens), logits if comm.rank == comm.size - 1 else None)
 
     @torch.no_grad()
-    def extend(self, texts: Sequence[Read], count: int, sampling: Sampling, take: Callable[[int, int], bool]) -> None:
+    def extend(
+        self,
+        texts: Sequence[Read],
+        count: int,
+        sampling: Sampling,
+        take: Callable[[int, int], bool],
+        *,
+        samples: int = 1,
+    ) -> None:
         """Continues texts together by at most `count` tokens each: `take(text, token)` is told every one of them, and
-        says whether that text goes on."""
-        rows, draws = list(range(len(texts))), [sampling.start() for _ in texts]
+        says whether that text goes on. samples: so many texts on end have been read from one prompt, and part."""
+        rows, draws = list(range(len(texts))), [sampling.start(text % samples) for text in range(len(texts))]
         memory = Memory(_joined([text.entering for text in texts]))
         logits = [text.logits for text in texts]
         at = [text.tokens for text in texts]

@@ -16,18 +16,30 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings")
 
 
+NAME_BYTES = 255  # of a folder's name
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What a run is called, and where it is kept.
 
-    name: the run's name here and in the tracker; null for the last part of `dir` or, without one, for date and time.
-    dir: the run's folder, new unless the run is resumed; null for runs/NAME. plot: of `farspan plan`, the file (PNG)
-    that shows learning rate and batch size over the run's tokens; null for none.
+    name: the run's name here and in the tracker, 255 bytes at most; null for the last part of `dir` or, without one,
+    for date and time. dir: the run's folder, new unless the run is resumed; null for runs/NAME. plot: of
+    `farspan plan`, the file (PNG) that shows learning rate and batch size over the run's tokens; null for none.
     """
 
     name: str | None = None
     dir: str | None = None
     plot: str | None = None
+
+    def __post_init__(self) -> None:
+        if (name := self.name) is None:
+            return
+        parts = name.split("/")  # of a stage of a chain: the chain's, and its own
+        if {"", ".", ".."} & set(parts) or not name.isprintable():
+            raise ValueError(f"run.name={name!r}: must be a name, of letters that can be seen; run.dir is a folder")
+        if max(len(part.encode()) for part in parts) > NAME_BYTES:
+            raise ValueError(f"run.name={name[:40]}…: must have at most {NAME_BYTES} bytes, as a folder's name has")
 
 
 SPAN_GRADIENTS = ("exact", "truncated")

@@ -7,6 +7,7 @@ complete: what the configuration leaves out is there with the constructor's defa
 
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -43,6 +44,7 @@ LISTS: dict[str, Any] = {"stages": list[Stage]}  # of sections
 OBJECTS = ("model", "data", "curriculum", "scheduler", "engine", "optimizer", "schedule", "tracking")
 FACTORIES = ("optimizer",)  # of the objects, those that the program calls to get what it needs: `_partial_` nodes
 
+LARGEST = 1 << 63  # of whole numbers, as 64 bits hold them
 _MISSING = "???"
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
@@ -105,22 +107,23 @@ def fields(path: str, values: Any, constructor: Callable[..., Any], *, given: Co
     """
     if not isinstance(values, dict):
         raise UserError(f"{path}={_shown(values)}: expected a section with keys")
+    at = f"{path}." if path else ""  # none where the keys stand by themselves: those of a verb
     parameters, is_open = parameters_of(constructor)
     hints = hints_of(constructor)
     ours = [key for key in parameters if key not in given]
     result = {}
     for key, value in values.items():
         if key in given and key in parameters:
-            raise UserError(f"{path}.{key}: not a setting: the program gives it; accepts {', '.join(ours)}")
+            raise UserError(f"{at}{key}: not a setting: the program gives it; accepts {', '.join(ours)}")
         if key not in parameters and not is_open:
-            raise UserError(f"{path}.{key}: no such key{nearest(str(key), ours, prefix=f'{path}.')}")
-        result[key] = _typed(f"{path}.{key}", value, hints.get(key, Any))
+            raise UserError(f"{at}{key}: no such key{nearest(str(key), ours, prefix=at)}")
+        result[key] = _typed(f"{at}{key}", value, hints.get(key, Any))
     for key in ours:
         if key in result:
             continue
         default = parameters[key].default
         if default is inspect.Parameter.empty:
-            raise UserError(f"{path}.{key}: missing; give it as {path}.{key}=VALUE")
+            raise UserError(f"{at}{key}: missing; give it as {at}{key}=VALUE")
         if _is_plain(default) and not constructor.__module__.startswith("torch."):  # those change between releases
             result[key] = asdict(default) if is_dataclass(default) else default  # type: ignore[arg-type]
     return result
@@ -199,10 +202,12 @@ def _typed(path: str, value: Any, hint: Any) -> Any:
         return None
     if hint in (bool, str) and isinstance(value, hint):
         return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:  # not NaN
-        return float(value)
-    if hint is int and not isinstance(value, bool):
-        if isinstance(value, int) or isinstance(value, float) and value.is_integer():
+    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if not -LARGEST <= value < LARGEST and (hint is int or not abs(value) <= sys.float_info.max):
+            raise _out_of_range(path, value, hint)
+        if hint is float:
+            return float(value)
+        if isinstance(value, int) or value.is_integer():
             return int(value)
     if origin is Callable:
         factory = isinstance(value, dict) and value.get("_partial_") is True
@@ -234,7 +239,7 @@ def _one_of(path: str, value: Any, hints: tuple[Any, ...]) -> Any:
             return _typed(path, value, hint)
         except UserError as error:
             errors.append(error)
-    deeper = (error for error in errors if not str(error).startswith(f"{path}="))
+    deeper = (error for error in errors if isinstance(error, _RangeError) or not str(error).startswith(f"{path}="))
     raise next(deeper, _wrong(path, value, typing.Union[hints]))  # noqa: UP007
 
 
@@ -276,12 +281,22 @@ def _wrong(path: str, value: Any, hint: Any) -> UserError:
     shown, more = _shown(value), ""
     if isinstance(value, str):
         if re.fullmatch(r"[-+]?\d[\d_]*(\.\d*)?([eE][-+]?\d+)?|true|false|null", value, re.IGNORECASE):
-            shown, more = f"'{value}'", ", without quotes"
+            digits = re.fullmatch(r"[-+]?\d{19,}", value)  # which Python may not even read as a number
+            shown, more = (shown, ", of at most 64 bits") if digits else (f"'{shown}'", ", without quotes")
         elif any(typing.get_origin(kind) in (list, Sequence) for kind in accepted):
             more = f"; one is written [{value}]"
-    elif str in accepted and isinstance(value, int | float) and "[" not in path:
+    elif str in accepted and isinstance(value, int | float | list) and "[" not in path:
         more = f"; as text: {path}=\"'{shown}'\""
     return UserError(f"{path}={shown}: expected {words(hint)}{more}")
+
+
+class _RangeError(UserError):
+    """A number that nothing can be computed with: inf, NaN, more than 64 bits hold."""
+
+
+def _out_of_range(path: str, value: int | float, hint: Any) -> _RangeError:
+    more = " that is finite" if hint is float else ", of at most 64 bits" if abs(value) <= sys.float_info.max else ""
+    return _RangeError(f"{path}={_shown(value)}: expected {words(hint)}{more}")
 
 
 def words(hint: Any, many: bool = False) -> str:

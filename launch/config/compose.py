@@ -32,11 +32,14 @@ from launch.config.check import (
     parameters_of,
 )
 from launch.config.conf import CONF, groups
+from launch.paths import at_home
+from launch.shell import override, quote
 from launch.user import UserError
 
 __all__ = ["CONF", "checked", "composed", "fields", "groups"]
 
 
+_KEY = r"\+*[A-Za-z_][\w.@/]*"
 _OTHER = "of_init_from"  # the option that a model from elsewhere becomes
 
 
@@ -65,7 +68,36 @@ def composed(overrides: list[str], model: dict[str, Any] | None = None) -> dict[
     except OmegaConfBaseException as error:
         raise UserError(_unresolved(error, config)) from None
     assert isinstance(resolved, dict)
-    return checked({str(key): value for key, value in resolved.items()})
+    _one_budget(read, resolved)
+    try:
+        return at_home(checked({str(key): value for key, value in resolved.items()}))
+    except UserError as error:
+        raise UserError(_as_given(str(error), read)) from None
+
+
+def _one_budget(read: list[Read], config: dict[Any, Any]) -> None:
+    """Of tokens and steps the one that is given counts, whatever an option says of the other. Raises UserError where
+    both are."""
+    texts = {each.name: each.text.partition("=")[2] for each in read if not each.parts.is_delete()}
+    whole = next((each.parts.value() for each in read if each.name == "train"), None)
+    texts |= {f"train.{key}": str(value) for key, value in whole.items()} if isinstance(whole, dict) else {}
+    tokens, train = texts.get("train.tokens"), config.get("train")
+    if tokens is None or not isinstance(train, dict) or train.get("steps") is None:
+        return
+    if "train.steps" in texts:
+        raise UserError(
+            f"train.steps={texts['train.steps']}: must be null with train.tokens={tokens}, or the other way"
+        )
+    train["steps"] = None
+
+
+def _as_given(line: str, read: list[Read]) -> str:
+    """A refusal of a value that stands on the command line shows it as it stands there: `1e3`, not 1000.0."""
+    for name, _, text in ((*each.text.partition("="),) for each in read):
+        shown = re.match(rf"{re.escape(name)}=(.+?): expected text(.*); as text: ", line)
+        if shown and "${" not in text and not shown[1].startswith("'"):
+            return f"{name}={text}: expected text{shown[2]}; as text: {override(name, text)}"
+    return line
 
 
 def _last_choices(read: list[Read]) -> list[Read]:
@@ -108,44 +140,44 @@ def _compose(read: list[Read], base: list[str]) -> DictConfig:
                 texts[i] = ("++" if read[i].parts.package is None else "+") + texts[i]
 
 
-def _read(override: str) -> Read:
+def _read(given: str) -> Read:
     """Understands one override and refuses what Hydra would misunderstand. Raises UserError."""
-    plain = override.lstrip("+")
+    plain = given.lstrip("+")
     if plain.startswith("-"):
-        raise UserError(f"{override}: no such option; a run is described by key=value (farspan train --help)")
+        raise UserError(f"{given}: no such option; a run is described by key=value (farspan train --help)")
     if not re.match(r"~\w|\w[^=]*=", plain):
-        raise UserError(f"{override}: expected key=value{nearest(plain.strip('~='), _tops())}")
+        raise UserError(f"{given}: expected key=value{nearest(plain.strip('~='), _tops())}")
     parts = _parsed(plain)
     key = parts.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
-        raise UserError(f"{override}: Hydra's own settings are not used here; the run's folder is run.dir")
+        raise UserError(f"{given}: Hydra's own settings are not used here; the run's folder is run.dir")
     if parts.is_sweep_override():
         raise UserError(
-            f"{override}: has several values: farspan sweep runs a job for each, and quotes make it one: "
-            f"{key}=\"'{plain.partition('=')[2]}'\""
+            f"{given}: has several values: farspan sweep runs a job for each, and quotes make it one: "
+            f"{override(key, plain.partition('=')[2])}"
         )
     if key in groups() or parts.package is not None or "/" in key:
-        _check_option(override, parts)
+        _check_option(given, parts)
     elif not plain.startswith("~") and not plain.partition("=")[2].strip():
-        raise UserError(f"{override}: expected a value behind the =; null for none")
-    return Read(parts.input_line or plain, parts, override.startswith("+"))
+        raise UserError(f"{given}: expected a value behind the =; null for none")
+    return Read(parts.input_line or plain, parts, given.startswith("+"))
 
 
-def _parsed(override: str) -> Override:
+def _parsed(given: str) -> Override:
     """Hydra's reading; text that it cannot read (other letters than ASCII, a second =) is taken as it stands."""
-    key, equals, value = override.partition("=")
-    quoted = f"{key}='{value}'"
-    is_text = equals and value and not set(value) & set("'\"\\") and value[0] not in "[{" and "${" not in value
-    for text in [override, quoted] if is_text else [override]:
+    key, equals, value = given.partition("=")
+    is_text = equals and value and value[0] not in "'\"[{" and "${" not in value and "\\" not in value
+    for text in [given, f"{key}={quote(value)}"] if is_text else [given]:
         try:
             return OverridesParser.create().parse_override(text)
-        except (OverrideParseException, HydraException):
+        except (OverrideParseException, HydraException, ValueError):  # the last of a number of 5,000 digits
             continue
     if not key.isascii():
         raise UserError(f"{key.strip('~')}: no such key{_nearest_path(key.strip('~'))}")
+    shown = given if len(given) <= 80 else f"{given[:77]}..."
     raise UserError(
-        f"{override}: not an override that can be read; expected key=value, text with blanks or = in quotes: "
-        f"key=\"'a = b'\""
+        f"{shown}: not an override that can be read; expected key=value, text with blanks or = in quotes: "
+        f"{override(key, value) if re.fullmatch(_KEY, key) and len(given) <= 200 else override('key', 'a = b')}"
     )
 
 

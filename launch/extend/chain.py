@@ -13,13 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import rundir, status
+from launch import paths, rundir, status
 from launch.config.compose import checked
 from launch.evaluate import clear, folder_of, measured
 from launch.extend import check
 from launch.extend.check import Leg, Parent
 from launch.extend.record import Record
 from launch.preflight import configure
+from launch.shell import command, override, quote
 from launch.sweep.sweep import Heard
 from launch.train import Ended, run
 from launch.user import UserError
@@ -50,12 +51,13 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> En
                 before = rundir.saved_config(resumed)
                 config["init_from"] = before["init_from"]
                 _same_stages(config["stages"], before["stages"], resumed)
-                overrides = [override for override in overrides if not _is_own(override)]
+                overrides = [each for each in overrides if not _is_own(each)]
             parent, legs = check.legs(config, overrides)
             _check_folder(config, legs)
             code = rundir.code_version()
             folder, lock = rundir.claim(config, resumed=resumed is not None)
             with lock:
+                paths.make_absolute(config)
                 rundir.write_config(folder, config, code)
                 say(f"chain {folder}: {len(legs)} stages, all checked before the first starts")
                 for line in check.table(parent, legs):
@@ -66,7 +68,7 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> En
                 say("stopped before the chain started: nothing was written")
             ended = Ended(0, folder, True)
     if folder is not None and (ended.code or ended.stopped):
-        say(f"farspan train resume={folder} goes on with the stage that was reached")
+        say(f"{command('train', override('resume', folder))} goes on with the stage that was reached")
     return ended
 
 
@@ -110,14 +112,13 @@ class Chain:
 
     @property
     def _again(self) -> str:
-        return f"farspan train resume={self.folder}"
+        return command("train", override("resume", self.folder))
 
     def _configured(self, leg: Leg, source: Path) -> dict[str, Any]:
         """The configuration of a stage's run: from its folder, where it has begun."""
         place = self.folder / leg.name
         if (place / "config.yaml").exists():
-            quoted = str(place).replace("'", r"\'")
-            return configure([*self.overrides, f"resume='{quoted}'"])
+            return configure([*self.overrides, f"resume={quote(str(place))}"])
         config = deepcopy(leg.config)
         config |= {"init_from": str(source), "resume": None}
         config["run"] = {"name": f"{self.config['run']['name']}/{leg.name}", "dir": str(place), "plot": None}

@@ -13,6 +13,7 @@ from launch import nodes, status, stopping, submit
 from launch.inspection import PASSED
 from launch.job import REFUSED
 from launch.jobs import Jobs
+from launch.shell import command, override
 from launch.sweep.members import Member
 from launch.sweep.record import Sweep
 from launch.user import UserError
@@ -35,7 +36,7 @@ def run(found: Sweep, ready: list[Ready], following: list[Member], say: Callable
     with _Counted() as signals:
         while fleet.busy:
             if signals.count > 1:
-                say(f"no longer following; farspan sweep resume={found.folder} takes it up again")
+                say(f"no longer following; {command('sweep', override('resume', found.folder))} takes it up again")
                 return
             if signals.count:
                 fleet.stop()

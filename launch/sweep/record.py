@@ -18,13 +18,15 @@ OPEN = ("waiting", "running", "stopped", "failed")  # states that `resume` takes
 
 @dataclass
 class Sweep:
-    """folder: where sweep.json, the tables, the plot and a folder for each member are. name: the members' group."""
+    """folder: where sweep.json, the tables, the plot and a folder for each member are. name: the members' group. here:
+    the folder where it was started, which relative paths in the overrides are of; None where that is not known."""
 
     folder: Path
     name: str
     overrides: list[str]
     swept: list[Swept]
     members: list[Member]
+    here: str | None = None
     _results: dict[int, Result] = field(default_factory=dict)
 
     def place(self, member: Member) -> Path:
@@ -53,6 +55,7 @@ class Sweep:
         """Writes sweep.json aside, and renames it."""
         told = {
             "name": self.name,
+            "here": self.here,
             "overrides": self.overrides,
             "swept": [asdict(key) for key in self.swept],
             "members": [asdict(member) for member in self.members],
@@ -68,6 +71,6 @@ class Sweep:
             told: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
             swept = [Swept(**key) for key in told["swept"]]
             members = [Member(**member) for member in told["members"]]
-            return cls(folder, told["name"], told["overrides"], swept, members)
+            return cls(folder, told["name"], told["overrides"], swept, members, told.get("here"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"resume={folder}: {FILE} cannot be read ({type(error).__name__}: {error})") from None

@@ -6,12 +6,14 @@ cluster as many at a time as it holds (`launch.sweep.jobs`). One that fails is n
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -20,6 +22,7 @@ from rich.console import Console
 from launch import nodes, preflight, rundir, status, stopping, submit
 from launch.config import compose
 from launch.progress import duration
+from launch.shell import command, override, quote
 from launch.sweep import members as sweep_members
 from launch.sweep import table as sweep_table
 from launch.sweep.members import Member
@@ -44,14 +47,14 @@ class Ready(NamedTuple):
 def sweep(overrides: list[str]) -> int:
     """Runs, or goes on with, a sweep. Returns 0 done or stopped by the user, 1 a member failed. Raises UserError."""
     began = time.monotonic()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def say(line: str) -> None:
         console.print(line, markup=False)
 
     with Heard() as heard:
         try:
-            if any(_is_resume(override) for override in overrides):
+            if any(_is_resume(each) for each in overrides):
                 found, lock, ready = _reopened(overrides, say)
             else:
                 found, lock, ready = _new(overrides, say)
@@ -115,13 +118,22 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
     swept, members = sweep_members.expand(overrides)
     first = _composed(members[0], members[0].overrides)
     sweep_members.name(swept, members, first)
-    asked = first["run"]
-    name = asked["name"] or (Path(asked["dir"]).name if asked["dir"] else time.strftime("%Y%m%d-%H%M%S"))
-    folder = Path(asked["dir"]) if asked["dir"] else rundir.RUNS / name
+    name, folder = rundir.reserved(first["run"])
+    try:
+        return _checked_all(Sweep(folder, name, overrides, swept, members, os.getcwd()), first, say)
+    except (UserError, KeyboardInterrupt):
+        if not (first["run"]["name"] or first["run"]["dir"]):  # the empty folder is ours
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _checked_all(found: Sweep, first: dict[str, Any], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[Ready]]:
+    """The sweep with its members checked, in its folder. Raises UserError."""
+    folder, members = found.folder, found.members
     if (folder / FILE).exists():
-        raise UserError(f"run.dir={folder}: already holds a sweep; continue it with resume={folder}")
-    found = Sweep(folder, name, overrides, swept, members)
-    sizes = " x ".join(f"{len(key.values)} of {key.path}" for key in swept)
+        raise UserError(f"run.dir={folder}: already holds a sweep; continue it with {override('resume', folder)}")
+    sizes = " x ".join(f"{len(key.values)} of {key.path}" for key in found.swept)
     say(f"sweep {folder}: {len(members):,} members ({sizes}), all checked before the first starts")
     ready = []
     for member in members:
@@ -130,7 +142,7 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
         config = first if member is members[0] else _composed(member, member.overrides)
         ready.append(_checked(found, member, config))
     _one_place(ready)
-    folder, lock = rundir.claim({"run": {"name": name, "dir": str(folder)}}, resumed=False)
+    folder, lock = rundir.claim({"run": {"name": found.name, "dir": str(folder)}}, resumed=False)
     found.save()
     found.tabulate()
     return found, lock, ready
@@ -138,11 +150,11 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
 
 def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[Ready]]:
     """A sweep to go on with: its unfinished members, checked. `running` ones are still followed on their cluster."""
-    others = [override for override in overrides if not _is_resume(override)]
-    for override in others:
-        if override.lstrip("+~").partition("=")[0].split(".")[0] != "cluster":
-            raise UserError(f"{override}: a resumed sweep takes resume=RUN and cluster keys only: its members are set")
-    value = compose.composed([override for override in overrides if _is_resume(override)])["resume"]
+    others = [each for each in overrides if not _is_resume(each)]
+    for each in others:
+        if each.lstrip("+~").partition("=")[0].split(".")[0] != "cluster":
+            raise UserError(f"{each}: a resumed sweep takes resume=RUN and cluster keys only: its members are set")
+    value = compose.composed([each for each in overrides if _is_resume(each)])["resume"]
     folder = next((f for f in (Path(value or ""), rundir.RUNS / (value or "")) if (f / FILE).exists()), None)
     if folder is None:
         known = sorted(path.parent.name for path in rundir.RUNS.glob(f"*/{FILE}"))
@@ -151,6 +163,9 @@ def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, 
     _, lock = rundir.claim({"run": {"name": None, "dir": str(folder)}}, resumed=True)
     try:
         found = Sweep.load(folder)
+        if found.here not in (None, os.getcwd()) and Path(str(found.here)).is_dir():
+            found.folder = folder = folder.absolute()
+            os.chdir(str(found.here))
         ready = []
         for member in found.members:
             if member.state not in OPEN or (state := _caught_up(found, member)) is None:
@@ -160,8 +175,8 @@ def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, 
                 ready.append(_checked_again(found, member, others))
         _one_place(ready)
         say(f"sweep {folder}: {len(ready):,} of {len(found.members):,} members to start or to resume")
-        for each in ready:
-            each.member.state, each.member.reason = "waiting", None
+        for one in ready:
+            one.member.state, one.member.reason = "waiting", None
         found.save()
         found.tabulate()
         return found, lock, ready
@@ -174,11 +189,10 @@ def _checked_again(found: Sweep, member: Member, others: list[str]) -> Ready:
     """A member to resume from its folder, or to start where it has none."""
     folder = found.place(member)
     if (folder / "config.yaml").exists():
-        quoted = str(folder).replace("'", r"\'")
-        return _checked(found, member, _composed(member, [*others, f"resume='{quoted}'"]))
+        return _checked(found, member, _composed(member, [*others, f"resume={quote(str(folder))}"]))
     ready = _checked(found, member, _composed(member, [*member.overrides, *others]))
     if _remote(ready.config) and member.job and member.state != "waiting":  # its folder is on the cluster
-        return ready._replace(elsewhere=[*others, f"resume='{folder.absolute()}'"])
+        return ready._replace(elsewhere=[*others, f"resume={quote(str(folder.absolute()))}"])
     return ready
 
 
@@ -282,12 +296,14 @@ def _ended(found: Sweep, console: Console, began: float) -> int:
     said = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
     console.print(f"{said}; {duration(time.monotonic() - began)} in all. {files}", markup=False)
     if counts["done"] < len(found.members):
-        console.print(f"farspan sweep resume={found.folder} goes on with what is not done", markup=False)
+        console.print(
+            f"{command('sweep', override('resume', found.folder))} goes on with what is not done", markup=False
+        )
     return 1 if counts["failed"] else 0
 
 
-def _is_resume(override: str) -> bool:
-    return override.lstrip("+").startswith("resume=")
+def _is_resume(given: str) -> bool:
+    return given.lstrip("+").startswith("resume=")
 
 
 def _remote(config: dict[str, Any]) -> bool:

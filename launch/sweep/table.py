@@ -108,13 +108,15 @@ def table(swept: list[Swept], results: list[Result], *, folders: bool) -> Table:
 
 def show(swept: list[Swept], results: list[Result]) -> None:
     """Prints the table to standard output, with the folders where the screen is wide enough, and the lines below it."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     for folders in (True, False):
         shown = table(swept, results, folders=folders)
         width = console.measure(shown, options=console.options.update(width=_WIDTH)).maximum
         if width <= console.width:
             break
-    Console(highlight=False, width=max(width, console.width)).print(shown)  # longer lines rather than cut cells
+    Console(highlight=False, emoji=False, width=max(width, console.width)).print(
+        shown
+    )  # longer lines rather than cut cells
     for line in notes(swept, results):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -138,7 +140,9 @@ def notes(swept: list[Swept], results: list[Result]) -> list[str]:
 def write(folder: Path, swept: list[Swept], results: list[Result]) -> None:
     """`table.txt` and `table.csv`, each written aside and renamed."""
     text = io.StringIO()
-    Console(file=text, width=_WIDTH, color_system=None, highlight=False).print(table(swept, results, folders=True))
+    Console(file=text, width=_WIDTH, color_system=None, highlight=False, emoji=False).print(
+        table(swept, results, folders=True)
+    )
     lines = [line.rstrip() for line in text.getvalue().splitlines()] + ["", *notes(swept, results)]
     _replace(folder / "table.txt", "\n".join(lines).rstrip() + "\n")
     rows = io.StringIO()

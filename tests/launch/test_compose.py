@@ -45,6 +45,29 @@ REFUSED = {
     "~foo": "~foo: no such key",
     "~model.dmi": "~model.dmi: no such key; nearest: model.dim",
     "train/tokens=3": "train/tokens is no group; nearest: train.tokens",
+    # numbers that nothing can be computed with
+    "optimizer.lr=inf": "optimizer.lr=inf: expected a number that is finite",
+    "optimizer.weight_decay=1e400": "optimizer.weight_decay=inf: expected a number that is finite",
+    "optimizer.betas=[0.9,inf]": "optimizer.betas[1]=inf: expected a number that is finite",
+    "train.guard.sigma=-inf": "train.guard.sigma=-inf: expected a number that is finite",
+    "seed=99999999999999999999999": "seed=99999999999999999999999: expected a whole number, of at most 64 bits",
+    "train.tokens=1e19": "train.tokens=1e+19: expected a whole number, of at most 64 bits",
+    "model.dim=" + 5000 * "1": "model.dim=1111",
+    # names and paths that no folder can have
+    "run.name=../evil": "run.name='../evil': must be a name",
+    "run.name=a/../../b": "run.name='a/../../b': must be a name",
+    "run.name=/tmp/x": "run.name='/tmp/x': must be a name",
+    "run.name=.": "run.name='.': must be a name",
+    "run.name='a\nb'": "run.name='a\\nb': must be a name",
+    f"run.name={300 * 'x'}": "must have at most 255 bytes",
+    f"run.name={100 * 'ü'}{56 * 'x'}": "must have at most 255 bytes",
+    f"run.dir=a/{300 * 'x'}": "a name in it may have 255 bytes",
+    "resume=~nobody-here/x": "resume=~nobody-here/x: there is no user nobody-here with a home folder here",
+    # hints, as they can be given
+    "run.name=1e3": "run.name=1e3: expected text or null; as text: run.name=\"'1e3'\"",
+    "data.path=[a]": "data.path=[a]: expected text or null; as text: data.path=\"'[a]'\"",
+    "data.path=[a": "data.path=[a: not an override that can be read; expected key=value, text with blanks or = in "
+    "quotes: data.path=\"'[a'\"",
     # what cannot be read
     "": "expected key=value",
     "=3": "=3: expected key=value",

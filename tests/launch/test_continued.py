@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from launch import continued, curve, preflight, submit
+from launch import continued, curve, paths, preflight
 from launch.cli import main
 from tests.jobs import overrides
 from train import checkpoint
@@ -135,5 +135,5 @@ def test_a_job_is_told_where_a_run_lies_that_it_starts_from(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for given, lies in (("base", "runs/base"), ("here", "here"), ("gone", "gone")):
         config = {"init_from": given}
-        submit._make_absolute(config, ["init_from"])
+        paths.make_absolute(config)
         assert config == {"init_from": str(tmp_path / lies)}

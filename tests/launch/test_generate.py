@@ -33,12 +33,32 @@ def test_prompts_together_are_each_what_they_are_alone_on_one_process_or_two(run
     assert [say(f"prompt={p}") for p in prompts[1:]] == [f"{text}\n" for text in texts[1:]]
     (run.parent / "long.txt").write_text(prompts[0])
     given = ["prompt_file=long.txt", *RATES, "cluster.workers=2"]
-    assert finish(start(run.parent, "generate", str(run), *given)) == f"{texts[0]}\n"
+    said = finish(start(run.parent, "generate", str(run), *given))
+    assert said.startswith(f"{texts[0]}\nthe longest prompt has 100 tokens and 40 may follow") and said.endswith(
+        " to it\n"
+    )
     continuation = texts[0].removeprefix(prompts[0])
     assert len(continuation) > 10
     stop = continuation[7:10]
     ended = say(f"prompt={prompts[0]}", f"stop={json.dumps(['never', stop])}")
     assert ended == f"{prompts[0]}{continuation[: continuation.index(stop)]}\n"
+
+
+@pytest.mark.e2e
+def test_samples_of_a_prompt_part_and_a_long_prompt_is_said(run, capsys):
+    def say(*arguments):
+        assert main(["generate", str(run), "prompt=alpha ", "tokens=12", *arguments]) == 0
+        return capsys.readouterr()
+
+    said = say("samples=3", "temperature=1").out.split("--- ")[1:]
+    texts = [text.partition("\n")[2] for text in said]
+    assert [text.partition("\n")[0] for text in said] == ["1 of 3", "2 of 3", "3 of 3"] and len(set(texts)) == 3
+    assert say("temperature=1").out == texts[0]
+    assert say("seed=2", "temperature=1").out == texts[2]
+    assert say("temperature=1e-45").out == say("temperature=0").out
+    assert not say("temperature=0").err
+    beyond = "the longest prompt has 7 tokens and 90 may follow: the model was trained on texts of at most 96, and"
+    assert say("tokens=90").err.startswith(beyond)
 
 
 @pytest.mark.e2e
@@ -50,8 +70,16 @@ def test_what_is_wrong_costs_one_line(run, capsys):
         ("stop=",): "stop=: must not be empty",
         ('stop=["a',): 'stop=["a: must be a text, or a list',
         ("tokens=0",): "tokens=0: must be at least 1",
-        ("tokens=2.5",): "generate.tokens=2.5: expected a whole number",
-        ("top-p=0.5",): "generate.top-p: no such key; nearest: generate.top_p",
+        ("tokens=2.5",): "tokens=2.5: expected a whole number",
+        ("top-p=0.5",): "top-p: no such key; nearest: top_p",
+        ("generate.temperature=x",): "temperature=x: expected a number",
+        ("temperature=null",): "temperature=null: expected a number",
+        ("temperature=1e400",): "temperature=inf: expected a number that is finite",
+        ("seed=" + 23 * "9",): f"seed={23 * '9'}: expected a whole number, of at most 64 bits",
+        ("seed=" + 5000 * "9",): "seed=9999",
+        ("samples=0",): "samples=0: must be at least 1",
+        ("cluster.workers=x",): "cluster.workers=x: expected a whole number",
+        ("prompt_file=.",): "prompt_file=.: cannot be read",
         ("prompt_file=nowhere",): "prompt_file=nowhere: cannot be read",
         ("cluster.workers=0",): "cluster.workers=0: must be at least 1",
     }.items():

@@ -1,0 +1,110 @@
+"""What farspan prints for a person to type is read back as it was meant: by a shell, and then by Hydra."""
+
+import shlex
+import subprocess
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from launch.cli import main
+from launch.config.compose import _read, composed
+from launch.paths import make_absolute
+from launch.preflight import overlay
+from launch.rundir import reserved
+from launch.shell import override, quote
+
+TEXTS = [
+    "runs/a",
+    "a b",
+    "it's",
+    "a[b]c",
+    "[1",
+    "1e3",
+    "null",
+    "a\\",
+    "a\\'b",
+    "${x}",
+    "a,b",
+    "a=b",
+    "$HOME",
+    'a"b',
+    "ü",
+]
+TEXTS += [
+    "20260101-120000",
+    "2027",
+    "~x",
+    "a:b",
+    "-x",
+    "{a}",
+    "#x",
+    "a#b",
+    "'",
+    "(x)",
+    "*",
+    "a!b",
+    "`ls`",
+    "a;b",
+    "true",
+]
+TEXTS += ["\\\\'", "''", "a''", "inf", "0x1", "1_0", ".5", "+a", "%", "a  b ", " a"]
+
+
+def _as_hydra_reads(word: str) -> object:
+    config = OmegaConf.create({"it": _read(word).parts.value()})
+    return OmegaConf.to_container(config, resolve=True)["it"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(TEXTS) | st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=12))
+def test_any_text_is_read_back_as_it_is(text):
+    (word,) = shlex.split(override("run.name", text))
+    assert _as_hydra_reads(word) == _as_hydra_reads(f"run.name={quote(text)}") == text
+
+
+def test_a_shell_gives_back_one_word():
+    line = " ".join(override("k", text) for text in TEXTS)
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[:-1] == shlex.split(line)
+
+
+@pytest.mark.composes
+def test_the_budget_that_is_given_counts(capsys):
+    assert main(["train", "--cfg", "train.tokens=5", "train.steps=3"]) == 2
+    assert capsys.readouterr().err == (
+        "farspan train: train.steps=3: must be null with train.tokens=5, or the other way\n"
+    )
+    assert composed(["experiment=smoke"])["train"]["steps"] is None
+    saved, asked = composed(["train.steps=3"]), composed(["train.tokens=4096000"])
+    overlay(saved, asked, ["train.tokens=4096000"])
+    assert saved["train"]["steps"] is None and saved["train"]["tokens"] == 4096000
+
+
+@pytest.mark.composes
+def test_a_home_folder_is_meant_by_its_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = composed(["run.dir=~/x", "init_from=~/base", "run.plot=~/p.png"])
+    assert config["run"]["dir"] == f"{tmp_path}/x" and config["run"]["plot"] == f"{tmp_path}/p.png"
+    assert config["init_from"] == f"{tmp_path}/base"
+
+
+def test_runs_without_a_name_have_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.rundir.stamp", lambda: "20260101-000000")
+    names = [reserved({"name": None, "dir": None})[0] for _ in range(3)]
+    assert names == ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
+    assert reserved({"name": "a", "dir": None})[0] == reserved({"name": "a", "dir": None})[0] == "a"
+
+
+def test_a_run_keeps_paths_that_any_folder_can_read(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    one = {"path": "texts", "store": "~/s", "tokenizer": "bytes", "corpus": "text", "local": None}
+    two = {"path": "org/set", "store": "s3://bucket/s", "tokenizer": "my", "corpus": "hf"}
+    config = {"data": {"sources": {"a": {"data": one}, "b": {"data": two}}}, "init_from": None}
+    monkeypatch.setenv("HOME", "/h")
+    make_absolute(config)
+    assert one == {"path": f"{tmp_path}/texts", "store": "/h/s", "tokenizer": "bytes", "corpus": "text", "local": None}
+    assert two == {"path": "org/set", "store": "s3://bucket/s", "tokenizer": f"{tmp_path}/my", "corpus": "hf"}
