@@ -31,7 +31,14 @@ _GRACE_S = 3.0  # seconds that the others have to report after a first failure
 _TERM_S = 2.0  # seconds between terminate and kill
 _LEAVE_S = 20.0  # seconds that a worker may take to leave after its entry has returned
 _NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
-_PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor.parallel")
+_PRELOAD = (
+    "torch",
+    "torch._dynamo",  # the first recomputed or hooked layer imports it, a second of each rank
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.utils.flop_counter",
+)
 
 
 def warm(*modules: str) -> None:

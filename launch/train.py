@@ -106,7 +106,7 @@ def here(
             if hosted:
                 _note_job(folder, hosted)
             if flight.cluster.kind == "none":
-                local.warm("train.build")
+                local.warm("train.build", "hydra.utils")
             start = f", from {flight.resume or flight.init_from}" if flight.resume or flight.init_from else ""
             say(f"run {folder}: {_place(flight)}{start}")
             outcome = _attempts(flight, folder, code, hosted, console, say)

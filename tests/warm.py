@@ -31,12 +31,13 @@ IMPORTS = (
     "launch.evaluate",
     "launch.generate",
     "launch.prepare",
-    "hydra",
-    "torch",
+    "hydra.utils",
+    "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "train.build",
+    "torch.utils.flop_counter",
     "train.evaluation.run",
 )
 _START_S = 120.0
