@@ -100,6 +100,7 @@ class Data:
         self.check_heldout = self.storing.check_heldout
         self.check_heldout(self.sequencing.heldout)
         self.vocabulary_size = self.storing.vocabulary_size
+        self.left_out = self.storing.left_out
 
     def prepare(self, runner: Runner | None = None, watch: Watch | None = None) -> Path:
         """Builds the token store, or finds it built, and returns its folder (`Storing.prepare`)."""

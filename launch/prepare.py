@@ -32,6 +32,8 @@ _SHOWN_PARTS = 100  # of a preparation whose progress goes to no terminal, a lin
 
 def prepare(overrides: list[str]) -> int:
     """Makes the store that the overrides describe, or goes on with it, and prints its card. Raises UserError."""
+    from data.stores.checks import verify
+    from data.stores.store import Store
     from train.construct import construct
 
     config = preflight.configure(overrides)
@@ -51,9 +53,19 @@ def prepare(overrides: list[str]) -> int:
             if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
             raise ValueError(f"data.store: {error.filename} cannot be written to ({error.strerror})") from None
-    folders = found if isinstance(found, list) else [found]  # of a mixture, one for each source
-    print("\n\n".join("\n".join(lines(folder)) for folder in folders))
+        stores = [(folder, corpus.left_out(folder)) for _, corpus, folder in _stores(data, found)]
+        for folder, _ in stores:
+            verify(Store(folder))
+    print("\n\n".join("\n".join(lines(folder, left)) for folder, left in stores))
     return 0
+
+
+def _stores(data: Any, found: Any) -> list[tuple[str, Any, Path]]:
+    """(its key, corpus, folder) of each store that `prepare` has found: of a mixture one for each source."""
+    if not isinstance(found, list):
+        return [("data", data, found)]
+    sources = zip(data.sources.items(), found, strict=True)
+    return [(f"data.sources.{name}.data", portion.data, folder) for (name, portion), folder in sources]
 
 
 def batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say: Callable[[str], None]) -> Any:
@@ -61,7 +73,10 @@ def batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say: Cal
 
     Raises ValueError for a model's `vocabulary` that is too small, before a corpus is read where that can be known.
     """
+    from data.corpora.files import counted
     from data.ramp import opened
+    from data.stores.checks import START_S, verify
+    from data.stores.store import Store
     from train.construct import construct
 
     def fits(tokens: int | None) -> None:
@@ -73,7 +88,10 @@ def batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say: Cal
     if hasattr(data, "vocabulary_size"):
         fits(data.vocabulary_size())
     if hasattr(data, "prepare"):
-        data.prepare(None, _now_and_then(say))
+        for key, corpus, folder in _stores(data, data.prepare(None, _now_and_then(say))):
+            verify(Store(folder), START_S)
+            if left := corpus.left_out(folder):
+                say(f"{key}: left out: {counted(left)}")
     found = opened(data, batch_tokens, construct(config["curriculum"]))
     fits(found.vocab_size)
     for line in getattr(found, "told", list)():
@@ -93,15 +111,16 @@ def _now_and_then(say: Callable[[str], None]) -> Watch:
     return watch
 
 
-def lines(folder: Path) -> list[str]:
-    """The card of a store, for a person."""
+def lines(folder: Path, left: dict[str, int]) -> list[str]:
+    """The card of a store, for a person, with what is not in it, by reason."""
+    from data.corpora.files import counted
+
     card = json.loads((folder / "card.json").read_text())
-    skipped = [f"{count:,} {reason}" for reason, count in card["skipped"].items()]
     percentiles = " ".join(f"{p}%: {length:,}" for p, length in card["length_percentiles"].items())
     return [
         f"store       {folder}",
         f"documents   {card['documents']:,} from {card['sources']:,} sources, {card['duplicates']:,} of them copies",
-        *([f"left out    {', '.join(skipped)}"] if skipped else []),
+        *([f"left out    {counted(left)}"] if left else []),
         f"tokens      {card['tokens']:,} of {card['vocabulary']:,} ({card['tokenizer']}), from {card['bytes']:,} bytes",
         f"lengths     {percentiles}",
     ]

@@ -108,7 +108,12 @@ def is_there(key: str, path: Path) -> bool:
 
 def told(left: dict[str, int]) -> str:
     """What was left out, as an end of a line; nothing where there is nothing."""
-    return f" (left out: {', '.join(f'{count:,} {reason}' for reason, count in left.items())})" if left else ""
+    return f" (left out: {counted(left)})" if left else ""
+
+
+def counted(left: dict[str, int]) -> str:
+    """Numbers, each with what it is of."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in left.items())
 
 
 def _short(path: Path) -> str:

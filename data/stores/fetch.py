@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from data.stores.checks import checked_card
 from data.stores.parts import NO_ROOM
 from data.stores.prepare import PICTURE
-from data.stores.store import Store, alone, sync
+from data.stores.store import Store, alone, regular, sync
 
 SHARD_BYTES = 64 << 20
 
@@ -43,7 +44,7 @@ class Place:
     def card(self) -> dict[str, Any]:
         """The store's card. Raises ValueError where there is none."""
         try:
-            return json.loads(self.read("card.json", 0, None))
+            return checked_card(json.loads(self.read("card.json", 0, None)))
         except Exception as error:  # what a file system on a network raises is its own
             line = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"data.store={self.address}: not a complete token store ({line})") from None
@@ -52,7 +53,7 @@ class Place:
         """Bytes begin..end of a file; to its end where that is null."""
         if self.remote is not None:
             return self.remote.cat_file(str(PurePosixPath(self.root, name)), start=begin, end=end)
-        with open(Path(self.root).expanduser() / name, "rb") as stream:
+        with open(regular(Path(self.root).expanduser() / name), "rb") as stream:
             stream.seek(begin)
             return stream.read(-1 if end is None else end - begin)
 
@@ -82,7 +83,11 @@ def fetch(store: str, local: str | Path) -> Path:
         with alone(folder):
             if _is_copy(folder, card):
                 return folder
-            _copy(place, card, aside)
+            try:
+                _copy(place, card, aside)
+            except ValueError:  # refused: nothing of it is gone on with
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
             sync(folder.parent)
@@ -98,7 +103,7 @@ def fetch(store: str, local: str | Path) -> Path:
 def _is_copy(folder: Path, card: dict[str, Any]) -> bool:
     try:
         return Store(folder).fingerprint == card["fingerprint"]
-    except (ValueError, KeyError):
+    except ValueError:
         return False
 
 
@@ -107,8 +112,6 @@ def _copy(place: Place, card: dict[str, Any], aside: Path) -> None:
     digest = hashlib.sha256()
     sizes = dict(sorted(card["files"].items(), key=lambda file: file[0] != "tokens.bin"))  # their order in the digest
     for name, size in sizes.items():
-        if Path(name).name != name:
-            raise ValueError(f"data.store={place.address}: its card names a file elsewhere ({name})")
         with open(aside / name, "a+b") as stream:
             have = min(stream.seek(0, os.SEEK_END), size) // SHARD_BYTES * SHARD_BYTES
             stream.truncate(have)

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.stores.checks import Sums
 from data.stores.indexed import BLOCK, write_index
 
 JOURNAL = "journal.json"
@@ -55,9 +56,9 @@ class Merge:
         self.dtype = dtype
         self.elsewhere = tokens
         self.facts: dict[str, Any] = {"parts": 0, "documents": 0, "tokens": 0, "bytes": 0, "names": 0, "named": 0}
-        self.facts |= {"largest": -1, "skipped": {}, "last": None}
+        self.facts |= {"largest": -1, "skipped": {}, "last": None, "unknown": 0}
         if (journal := folder / JOURNAL).exists():
-            self.facts = json.loads(journal.read_text())
+            self.facts |= json.loads(journal.read_text())
         count = self.facts["documents"]
         self.offsets = Column(folder / "offsets.npy", "<i8", count + 1 if count else 0)
         if not count:
@@ -67,7 +68,7 @@ class Merge:
         self.names = _reopened(folder / "sources.txt", self.facts["named"])
         written = 0 if tokens else self.facts["tokens"] * dtype.itemsize
         self.tokens = None if tokens else _reopened(folder / "tokens.bin", written)
-        self.digest = hashlib.sha256()
+        self.digest, self.sums = hashlib.sha256(), Sums()
         if written:
             self._read(folder / "tokens.bin", written)
         self._told = time.monotonic()
@@ -89,10 +90,12 @@ class Merge:
             with open(self.parts / f"{number:06}.bin", "rb") as stream:
                 while block := stream.read(1 << 20):
                     self.digest.update(block)
+                    self.sums.update(block)
                     self.tokens.write(block)
         facts["documents"] += len(documents)
         facts["tokens"] += int(documents["length"].sum())
         facts["bytes"] += part["bytes"]
+        facts["unknown"] += part.get("unknown", 0)
         facts["largest"] = max(facts["largest"], part["largest"])
         for reason, times in part["skipped"].items():
             facts["skipped"][reason] = facts["skipped"].get(reason, 0) + times
@@ -148,6 +151,7 @@ class Merge:
         with open(path, "rb") as stream:
             while size and (block := stream.read(min(1 << 20, size))):
                 self.digest.update(block)
+                self.sums.update(block)
                 size -= len(block)
 
 

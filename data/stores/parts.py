@@ -27,10 +27,15 @@ from numpy.typing import NDArray
 from data.corpora.corpus import Corpus
 from data.corpora.files import Part, hashed
 from data.stores.indexed import smallest
+from data.unknown import unknown as unknown_of
 
 DOCUMENTS = np.dtype([("hash", "<u8"), ("length", "<i8"), ("source", "<u4")])
 BATCH_BYTES = 1 << 18  # of text, tokenised at a time
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class PartLostError(ValueError):
+    """A process was lost that made a part: what is made already is kept, and the next call goes on."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,16 @@ class Job:
         skipped: Counter[str] = Counter()
         tables: list[NDArray[Any]] = []
         names: list[str] = []
-        size = 0
+        size = unknown = 0
         largest = -1
         opening = [] if self.tokens is not None else [np.array([self.tokenizer.DOCUMENT], dtype=self.dtype)]
         with open(place.with_suffix(".bin"), "wb") as stream:
             for batch in _batched(self._documents(part, skipped)):
                 contents = [content for _, content in batch]
                 pieces, documents = [], []
-                for (name, content), ids in zip(batch, self._encoded(contents), strict=True):
+                every = list(self._encoded(contents))
+                unknown += unknown_of(self.tokenizer, contents, every)
+                for (name, content), ids in zip(batch, every, strict=True):
                     if not names or names[-1] != name:
                         names.append(name)
                     pieces += [*opening, ids]
@@ -71,7 +78,7 @@ class Job:
         table = io.BytesIO()  # np.save to a file loses the reason why it could not be written
         np.save(table, np.concatenate([*tables, np.zeros(0, DOCUMENTS)]))
         place.with_suffix(".npy").write_bytes(table.getvalue())
-        facts = {"bytes": size, "largest": largest, "skipped": dict(skipped), "names": names}
+        facts = {"bytes": size, "largest": largest, "skipped": dict(skipped), "names": names, "unknown": unknown}
         aside = place.with_suffix(".partial")
         aside.write_text(json.dumps(facts))
         aside.replace(place.with_suffix(".json"))
@@ -155,7 +162,7 @@ class Processes:
             yield from in_order(lambda number, part: pool.submit(_work, number, part).result, parts, 2 * self.workers)
             clean = True
         except BrokenProcessPool:
-            raise ValueError("data.workers: one was killed, for its memory perhaps; fewer need less") from None
+            raise PartLostError("data.workers: one was killed, for its memory perhaps; fewer need less") from None
         finally:
             if not clean:  # else it would wait for what is under way
                 for process in (ours := set(multiprocessing.active_children()) - before):

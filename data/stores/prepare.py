@@ -19,13 +19,14 @@ import numpy as np
 from data.corpora.corpus import Corpus
 from data.corpora.files import Part
 from data.corpora.megatron import Megatron
-from data.stores import card
+from data.stores import card, checks
 from data.stores.merge import JOURNAL, Merge
-from data.stores.parts import Job, Processes, Runner, here
+from data.stores.parts import Job, PartLostError, Processes, Runner, here
 from data.tokenizer import Given, Untrained, from_card
 
 VERSION = 2
-FILES = ("tokens.bin", "tokens.idx", "offsets.npy", "hashes.npy", "sources.npy", "sources.txt", "tokenizer.json")
+DATA = ("tokens.bin", "tokens.idx", "offsets.npy", "hashes.npy", "sources.npy", "sources.txt", "tokenizer.json")
+FILES = (*DATA, checks.CHECKSUMS)
 PICTURE = "lengths.png"
 SAMPLE_BYTES = 32 << 20  # of text, that a BPE is trained on
 SMALL_BYTES = 48 << 20  # of corpus, for which starting processes does not pay
@@ -76,7 +77,7 @@ def fill(
         for number in runner(job, ((i, parts[i]) for i in range(first, len(parts)))):
             part = job.finished(number)
             if part is None:
-                raise ValueError(f"data.store: {job.folder} lost a part that was finished; is it on all machines?")
+                raise PartLostError(f"data.store: {job.folder} lost a part that was finished; is it on all machines?")
             merge.append(number, part)
             done += parts[number].size
             if watch is not None:
@@ -92,6 +93,7 @@ def fill(
     if isinstance(tokenizer, Given):
         tokenizer = tokenizer.fitted(merge.facts["largest"])
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer.card()) + "\n")
+    checks.write(folder, [name for name in DATA if (folder / name).exists()], merge.sums)
     _card(folder, corpus, source, tokenizer.size, merge, fingerprint)
     shutil.rmtree(job.folder)
     (folder / JOURNAL).unlink()
@@ -169,7 +171,8 @@ def _card(folder: Path, corpus: Corpus, source: dict[str, Any], size: int, merge
         "duplicates": card.duplicates(np.load(folder / "hashes.npy", mmap_mode="r")),
         "tokens": facts["tokens"],
         "bytes": facts["bytes"],
-        "skipped": facts["skipped"],
+        "skipped": {**corpus.left_out(), **facts["skipped"]},
+        "unknown": facts["unknown"],
         "sources": facts["names"],
         "length_percentiles": {str(p): card.percentile(lengths, counts, p) for p in card.PERCENTILES},
         "lengths": bars,

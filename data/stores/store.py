@@ -6,6 +6,7 @@
     hashes.npy       uint64 [N]       first 8 bytes of the sha256 of each document's content
     sources.npy      uint32 [N]       the line of sources.txt, from 0, that names where it comes from
     tokenizer.json                    the tokenizer's card (`data.tokenizer.from_card`)
+    checksums.json                    of each file, the crc32 of every 64 MiB (`data.stores.checks`)
     card.json                         counts, length percentiles, the corpus' identity, the fingerprint, files' sizes
     lengths.png                       a histogram of the documents' lengths
 
@@ -19,9 +20,10 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from numpy.typing import NDArray
 
 from data.corpora.corpus import Corpus
 from data.stores import prepare
+from data.stores.checks import checked_card
 from data.stores.indexed import Index
-from data.stores.parts import NO_ROOM, Runner
+from data.stores.parts import NO_ROOM, PartLostError, Runner
 from data.stores.prepare import FILES, PICTURE, VERSION, Watch
 from data.tokenizer import from_card
 
@@ -51,27 +54,35 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            self.card: dict[str, Any] = json.loads((self.folder / "card.json").read_text())
+            self.card = checked_card(json.loads(regular(self.folder / "card.json").read_text()))
             if self.card["version"] != VERSION:
                 raise ValueError(f"of version {self.card['version']}, expected {VERSION}")
             for name, size in self.card["files"].items():
-                if (found := (self.folder / name).stat().st_size) != size:
+                if (found := regular(self.folder / name).stat().st_size) != size:
                     raise ValueError(f"{name} has {found:,} bytes, its card says {size:,}")
             self.fingerprint: str = self.card["fingerprint"]
             self.opened = "at" not in self.card
             prefix = str(self.folder / "tokens") if self.opened else self.card["at"]
-            self.dtype = Index(f"{prefix}.idx").dtype
-            self.tokens: NDArray[np.integer] = np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r")
-            self.offsets: NDArray[np.int64] = np.load(self.folder / "offsets.npy", mmap_mode="r")
-            self.hashes: NDArray[np.uint64] = np.load(self.folder / "hashes.npy", mmap_mode="r")
-            self.sources: NDArray[np.uint32] = np.load(self.folder / "sources.npy", mmap_mode="r")
+            self.dtype = Index(regular(Path(f"{prefix}.idx"))).dtype
+            self.tokens: NDArray[np.integer] = np.memmap(regular(Path(f"{prefix}.bin")), dtype=self.dtype, mode="r")
+            self.offsets: NDArray[np.int64] = self._column("offsets.npy", "<i8")
+            self.hashes: NDArray[np.uint64] = self._column("hashes.npy", "<u8")
+            self.sources: NDArray[np.uint32] = self._column("sources.npy", "<u4")
             self.tokenizer: Any = from_card(json.loads((self.folder / "tokenizer.json").read_text()))
             sizes = {"tokens": len(self.tokens), "documents": len(self.hashes)}
             whole = len(self.offsets) == len(self) + 1 and len(self.sources) == len(self)
-            if {key: self.card[key] for key in sizes} != sizes or not whole or self.offsets[-1] != len(self.tokens):
+            whole = whole and self.offsets[0] == 0 and self.offsets[-1] == len(self.tokens)
+            if {key: self.card[key] for key in sizes} != sizes or not whole:
                 raise ValueError("its files disagree with its card")
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"data.store={folder}: not a complete token store ({error})") from error
+        except Exception as error:  # of a damaged file, numpy and a tokenizer raise whatever they come to
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"data.store={folder}: not a complete token store ({why})") from error
+
+    def _column(self, name: str, dtype: str) -> Any:
+        found = np.lib.format.open_memmap(self.folder / name, mode="r")  # not np.load, which opens archives too
+        if found.ndim != 1 or found.dtype != np.dtype(dtype):
+            raise ValueError(f"{name} holds {found.dtype} of {found.ndim} axes")
+        return found
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -89,6 +100,13 @@ class Store:
         wanted = int(self.sources[index])
         with open(self.folder / "sources.txt", encoding="utf-8") as lines:
             return next(line for number, line in enumerate(lines) if number == wanted).rstrip("\n")
+
+
+def regular(path: Path) -> Path:
+    """The path, of a regular file: of a device or a pipe there may be no end. Raises OSError, ValueError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+    return path
 
 
 def build(
@@ -112,12 +130,19 @@ def build(
         return store
     if folder.exists() and not (folder.is_dir() and OURS.issuperset(os.listdir(folder))):
         raise ValueError(f"data.store={folder}: holds other files; expected a new folder, or a token store to replace")
+    ground = next(parent for parent in folder.parents if parent.exists())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone(folder) as alone_here, _room(folder, keep=alone_here) as new:
             if (store := _reusable(folder, source)) is not None:  # built by another process while this one waited
                 return store
-            prepare.fill(new, corpus, tokenizer, source, workers=workers, runner=runner, watch=watch)
+            try:
+                prepare.fill(new, corpus, tokenizer, source, workers=workers, runner=runner, watch=watch)
+            except PartLostError:
+                raise
+            except ValueError:  # refused: the next call reads other files, or these anew
+                shutil.rmtree(new, ignore_errors=True)
+                raise
             for path in (*new.iterdir(), new):
                 sync(path)
             if not _put(new, folder, source):
@@ -129,6 +154,12 @@ def build(
         raise ValueError(
             f"data.store={folder}: the disk is full ({error.strerror}); with more room, the same command goes on"
         ) from None
+    finally:
+        for parent in folder.parents:
+            if parent == ground:
+                break
+            with suppress(OSError):  # something is there
+                parent.rmdir()
     return Store(folder)
 
 
@@ -142,14 +173,29 @@ def _reusable(folder: Path, source: dict[str, Any]) -> Store | None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """One maker of `folder` at a time, where the file system has locks; whether it has."""
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
+    """One maker of `folder` at a time, where the file system has locks; whether it has. Leaves no file."""
+    path = folder.parent / f".{folder.name}.lock"
+    while True:
+        with open(path, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                yield False
+                return
+            if not _is(lock, path):  # removed by whom this one has waited for
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is(opened: Any, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from data.corpora.corpus import CORPORA, Prepared
-from data.corpora.files import ON_ERROR
+from data.corpora.files import ON_ERROR, is_there
 from data.corpora.generated import SAFE, Generated
 from data.corpora.megatron import Megatron
 from data.stores.fetch import Place, fetch, is_address
 from data.stores.parts import Runner
 from data.stores.prepare import VERSION, Watch
-from data.stores.store import build
+from data.stores.store import Store, build
 from data.tokenizer import Bytes, Given, Untrained, from_file
 
 VOCABULARY = 8192  # of a bpe, where none is asked for
@@ -87,6 +87,8 @@ class Storing:
                 raise ValueError("data.store=null: must be the folder, or the address, of a store")
             if is_address(self.store) and self.local is None:
                 raise ValueError(f"data.local=null: must be a folder that {self.store} can be copied to")
+            if not is_address(self.store):
+                is_there("data.store", Path(self.store).expanduser())
             Place(self.store).card()
             return
         self._tokenizer(source)
@@ -97,6 +99,7 @@ class Storing:
                 f"data.store={self.store}: must be a folder; data=store reads it from there, once it has been put there"
             )
         place = Path(self.store).expanduser().absolute()
+        is_there("data.store", place)
         ground = next(folder for folder in (place, *place.parents) if folder.exists())
         if not ground.is_dir():
             raise ValueError(f"data.store={self.store}: {ground} is a file; expected a folder")
@@ -125,6 +128,16 @@ class Storing:
             folder = self._folder(source, tokenizer)
             store = str(build(source, tokenizer, folder, workers=workers, runner=runner, watch=watch).folder)
         return fetch(store, self.local) if self.local is not None else Path(store).expanduser()
+
+    def left_out(self, folder: Path) -> dict[str, int]:
+        """What is not in a store of `prepare`, by reason, and how many of its tokens stand for text that the tokenizer
+        does not know. Files that lie beside the corpus are counted as they are now."""
+        store = Store(folder)
+        beside = {} if isinstance(self.source, Prepared) else self.source.left_out()
+        found = {**store.card["skipped"], **beside}
+        if unknown := store.card.get("unknown", 0):
+            found[f"of {store.card['tokens']:,} tokens unknown to the tokenizer"] = unknown
+        return found
 
     @cached_property
     def source(self) -> Any:

@@ -78,7 +78,6 @@ class Unread(Text):
 
 def test_a_store_of_the_same_identity_is_reused_without_reading_or_writing(tmp_path: Path) -> None:
     store = store_of(tmp_path, CONTENTS)
-    (tmp_path / ".store.lock").unlink()
     again = build(Unread(path=str(tmp_path / "texts")), Bytes(), tmp_path / "store")
     assert inode(again) == inode(store)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "texts"]

@@ -1,0 +1,209 @@
+"""Whether a store is what was written: a checksum of every part of its files, offsets that ascend, tokens in range.
+
+`checksums.json` has, of each file, the crc32 of every `PART_BYTES` of it: as in gzip, zip and Parquet, against disks
+and copies, not against people. A store that was made before there were any has its fingerprint alone.
+"""
+
+import hashlib
+import json
+import random
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CHECKSUMS = "checksums.json"
+PART_BYTES = 64 << 20
+BLOCK_BYTES = 1 << 20  # read at a time
+START_S = 5.0  # that the start of a run takes for it
+NEEDED = frozenset({"offsets.npy", "hashes.npy", "sources.npy", "sources.txt", "tokenizer.json"})
+TOKENS = "tokens.bin"
+COUNTS = ("documents", "duplicates", "tokens", "bytes", "sources", "vocabulary")
+
+
+class Sums:
+    """The crc32 of every `PART_BYTES` of what is given block by block."""
+
+    def __init__(self) -> None:
+        self._sums: list[int] = []
+        self._size = 0
+
+    def update(self, block: Any) -> None:
+        view = memoryview(block).cast("B")
+        while view:
+            room = PART_BYTES - self._size % PART_BYTES
+            if room == PART_BYTES:
+                self._sums.append(0)
+            self._sums[-1] = zlib.crc32(view[:room], self._sums[-1])
+            self._size += len(view[:room])
+            view = view[room:]
+
+    def values(self) -> list[int]:
+        return list(self._sums)
+
+
+def write(folder: Path, names: list[str], tokens: Sums) -> None:
+    """Writes the checksums of a store's files: those of its tokens as they were given, wherever those lie."""
+    files = {TOKENS: tokens.values()}
+    for name in names:
+        if name not in (TOKENS, CHECKSUMS):
+            sums = Sums()
+            for block in _blocks(folder / name):
+                sums.update(block)
+            files[name] = sums.values()
+    told = {"algorithm": "crc32", "part_bytes": PART_BYTES, "files": files}
+    (folder / CHECKSUMS).write_text(json.dumps(told) + "\n")
+
+
+def checked_card(card: Any) -> dict[str, Any]:
+    """A card whose fields are of the types that every reader relies on. Raises ValueError, without a key."""
+    if not isinstance(card, dict):
+        raise ValueError("its card is no object")
+    files = card.get("files")
+    if not isinstance(files, dict) or not all(_is_count(size) for size in files.values()):
+        raise ValueError("its card does not say how large its files are")
+    if elsewhere := [name for name in files if Path(name).name != name or name in (".", "..")]:
+        raise ValueError(f"its card names a file elsewhere ({elsewhere[0]})")
+    tokens = set() if "at" in card else {TOKENS, "tokens.idx"}
+    if missing := sorted({*NEEDED, *tokens} - files.keys()):
+        raise ValueError(f"its card knows no {missing[0]}")
+    for key in COUNTS:
+        if not _is_count(card.get(key)):
+            raise ValueError(f"its card has no number under {key}")
+    for key in ("skipped", "length_percentiles"):
+        if not isinstance(card.get(key), dict) or not all(map(_is_count, card[key].values())):
+            raise ValueError(f"its card has no numbers under {key}")
+    for key in ("fingerprint", "tokenizer", *(["at"] if "at" in card else [])):
+        if not isinstance(card.get(key), str):
+            raise ValueError(f"its card has no text under {key}")
+    return card
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class Piece(NamedTuple):
+    """Bytes begin..end of a file, and their crc32, None where it is not known."""
+
+    name: str
+    begin: int
+    end: int
+    sum: int | None
+
+
+def verify(store: Any, seconds: float | None = None) -> tuple[int, int]:
+    """Reads a store (`data.stores.store.Store`) and holds it against its checksums: (parts read, parts that it has).
+
+    seconds: stops then, having read the small files first and parts of the tokens in random order; null reads all.
+    Raises ValueError, one line that names the store, and the file and the part or the document, for what is damaged.
+    """
+    begun, at = time.monotonic(), f"data.store={store.folder}"
+    pieces = _pieces(store, at)
+    for done, piece in enumerate(pieces):
+        if seconds is not None and time.monotonic() - begun > seconds:
+            return done, len(pieces)
+        _verify(store, piece, at)
+    if not (store.folder / CHECKSUMS).exists():
+        _fingerprint(store, at, None if seconds is None else begun + seconds)
+    return len(pieces), len(pieces)
+
+
+def _pieces(store: Any, at: str) -> list[Piece]:
+    """Of the small files first, then of the tokens, in random order."""
+    step, known = PART_BYTES, {}
+    if (path := store.folder / CHECKSUMS).exists():
+        try:
+            told = json.loads(path.read_text())
+            step, known = told["part_bytes"], told["files"]
+            right = step > 0 and all(isinstance(crc, int) for name in known for crc in known[name])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            right = False
+        if not right or TOKENS not in known:
+            raise ValueError(f"{at}: {CHECKSUMS} is damaged{_way_out(store)}")
+    found = []
+    for name in sorted({*known, TOKENS, "offsets.npy"} - {CHECKSUMS}, key=lambda name: (name == TOKENS, name)):
+        size, sums = _path(store, name).stat().st_size, known.get(name)
+        begins = range(0, size, step)
+        if sums is not None and len(sums) != len(begins):
+            raise ValueError(f"{at}: {name} is not of the size that {CHECKSUMS} says{_way_out(store)}")
+        parts = [Piece(name, b, min(b + step, size), sums[i] if sums else None) for i, b in enumerate(begins)]
+        if name == TOKENS:
+            random.shuffle(parts)
+        found += parts
+    return found
+
+
+def _path(store: Any, name: str) -> Path:
+    if Path(name).name != name:
+        raise ValueError(f"data.store={store.folder}: {CHECKSUMS} names a file elsewhere ({name})")
+    return Path(f"{store.card['at']}.bin") if name == TOKENS and not store.opened else store.folder / name
+
+
+def _verify(store: Any, piece: Piece, at: str) -> None:
+    if piece.sum is not None:
+        crc = 0
+        for block in _blocks(_path(store, piece.name), piece.begin, piece.end):
+            crc = zlib.crc32(block, crc)
+        if crc != piece.sum:
+            where = f"bytes {piece.begin:,} to {piece.end:,}"
+            raise ValueError(f"{at}: {piece.name} is not what was written ({where} are damaged){_way_out(store)}")
+    if piece.name == "offsets.npy":
+        header = store.folder.joinpath(piece.name).stat().st_size - 8 * len(store.offsets)
+        first = max((piece.begin - header) // 8, 0)
+        offsets = np.asarray(store.offsets[max(first - 1, 0) : max((piece.end - header) // 8, 0)])
+        if len(down := np.flatnonzero(np.diff(offsets) <= 0)):
+            document = max(first - 1, 0) + int(down[0])
+            raise ValueError(f"{at}: offsets.npy does not ascend at document {document}{_way_out(store)}")
+    if piece.name == TOKENS:
+        width = store.tokens.dtype.itemsize
+        known(store, piece.begin // width, -(-piece.end // width))
+
+
+def known(store: Any, begin: int, end: int) -> None:
+    """Raises ValueError, which names store and document, where tokens begin..end has one that the tokenizer has not."""
+    size = store.tokenizer.size
+    for first in range(begin, end, BLOCK_BYTES):
+        tokens = store.tokens[first : min(first + BLOCK_BYTES, end)]
+        if len(tokens) and (int(tokens.max()) >= size or int(tokens.min()) < 0):
+            place = int(np.flatnonzero((tokens >= size) | (tokens < 0))[0])
+            raise ValueError(out_of_range(store, first + place, int(tokens[place])))
+
+
+def out_of_range(store: Any, place: int, token: int) -> str:
+    """The line that says so, of a token by its place in a store."""
+    document = int(np.searchsorted(store.offsets, place, side="right")) - 1
+    try:
+        named = f" ({store.source(document)})"
+    except (OSError, ValueError, IndexError, StopIteration, AttributeError):
+        named = ""
+    size = getattr(getattr(store, "tokenizer", None), "size", 0)
+    return f"data.store={store.folder}: document {document}{named} has token {token}, out of the tokenizer's {size:,}"
+
+
+def _fingerprint(store: Any, at: str, until: float | None) -> None:
+    """Of a store without checksums: its fingerprint, as far as there is time. Raises ValueError for another one."""
+    digest = hashlib.sha256()
+    for block in _blocks(_path(store, TOKENS)):
+        digest.update(block)
+        if until is not None and time.monotonic() > until:
+            return
+    digest.update(np.ascontiguousarray(store.offsets).data)
+    if digest.hexdigest() != store.fingerprint:
+        raise ValueError(f"{at}: its tokens and offsets are not what was written{_way_out(store)}")
+
+
+def _way_out(store: Any) -> str:
+    return "; delete the folder, and farspan prepare makes it anew" if store.opened else ""
+
+
+def _blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    with open(path, "rb") as stream:
+        stream.seek(begin)
+        left = path.stat().st_size - begin if end is None else end - begin
+        while left > 0 and (block := stream.read(min(BLOCK_BYTES, left))):
+            left -= len(block)
+            yield block
