@@ -252,6 +252,13 @@ class Batches:
                     found[name] = found.get(name, 0) + tokens
         return found
 
+    def filled(self, step: int) -> float:
+        """The share of the places before a step that hold a token, as it is in whole epochs; the others are padding."""
+        pools = {part.name: part.pool for lane in self._lanes() for part in lane.parts}
+        drawn = self.drawn(step)
+        held = sum(n * pools[name].tokens / (pools[name].count * pools[name].length) for name, n in drawn.items())
+        return held / max(sum(drawn.values()), 1) if held else 1.0
+
     def rope_theta(self, step: int, skips: int = 0) -> float | None:
         """The base of rotary positions that the curriculum has at a step; None: the model's own."""
         return self._stage(step + skips)[2]

@@ -15,12 +15,24 @@ class Packed:
     """One packed sequence of L tokens, holding pieces of documents.
 
     tokens int64 [L]; targets int64 [L], the token to predict at each place, `NO_TARGET` = -100 where there is none;
-    starts bool [L], True where a piece begins. starts[0] is always True.
+    starts bool [L], True where a piece begins. starts[0] is always True. padding: how many of the tokens, the last
+    ones, only fill a place: no statistic may count them.
     """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
     starts: NDArray[np.bool_]
+    padding: int = 0
+
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """bool [L], False for padding."""
+        return np.arange(len(self.tokens)) < self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens do more than fill a place."""
+        return len(self.tokens) - self.padding
 
     @property
     def positions(self) -> NDArray[np.int64]:
@@ -60,4 +72,4 @@ def read(store: Stored, pieces: Ints, length: int, *, document: int, masked: boo
         at += held
     starts[at : at + 1] = True
     starts[0] = True
-    return Packed(tokens=tokens, targets=targets, starts=starts)
+    return Packed(tokens=tokens, targets=targets, starts=starts, padding=length - at)

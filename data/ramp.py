@@ -121,6 +121,11 @@ class Ramped:
         """The tokens that each source has given before a step."""
         return self._units.drawn(self._range(step + skips).start)
 
+    def filled(self, step: int) -> float:
+        """The share of the places before a step that hold a token."""
+        filled: float = self._units.filled(self._range(step).start)
+        return filled
+
     def rope_theta(self, step: int, skips: int = 0) -> float | None:
         """The base of rotary positions, the same in all steps."""
         return self._units.rope_theta(0)

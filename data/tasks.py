@@ -93,6 +93,10 @@ class Questions:
         """The tokens before a step: all of one task."""
         return {self.task.name: (step + skips) * self.windows_per_batch * self.task.max_length}
 
+    def filled(self, step: int) -> float:
+        """The share of the places before a step that hold a token: all."""
+        return 1.0
+
     def rope_theta(self, step: int, skips: int = 0) -> None:
         """The model's own."""
 

@@ -59,9 +59,10 @@ def _before(flight: Flight) -> Before | None:
     config = _config(path) if path else None
     if path is None or config is None:
         return None
-    tokens = checkpoint.manifest(path).get("tokens", 0)
-    total = section(TrainSettings, _known(config["train"])).total_tokens
-    return Before(tokens, config["optimizer"]["lr"] * construct(config["schedule"]).multiplier(tokens, total))
+    train = section(TrainSettings, _known(config["train"]))
+    tokens = train.reached(checkpoint.manifest(path))
+    rate = config["optimizer"]["lr"] * construct(config["schedule"]).multiplier(tokens, train.total_tokens)
+    return Before(tokens, rate)
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:

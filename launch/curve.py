@@ -33,7 +33,7 @@ def points(flight: Flight) -> tuple[list[float], list[float], list[int]]:
     from train import checkpoint
 
     schedule, rate, total = _schedule(flight)
-    first = checkpoint.manifest(flight.resume)["tokens"] if flight.resume else 0
+    first = flight.train.reached(checkpoint.manifest(flight.resume)) if flight.resume else 0
     tokens = [first + (total - first) * i / _POINTS for i in range(_POINTS + 1)]
     ramp = flight.train.ramp
     steps = [ramp.steps(int(at) + 1) - 1 for at in tokens]

@@ -88,7 +88,8 @@ def trained_on(found: Path) -> int | None:
     if published.is_folder(found):
         return published.Published(found).max_length
     home = found if (found / "config.yaml").exists() else found.parent.parent
-    return trained_length(rundir.saved_config(home), checkpoint.manifest(found)["tokens"])
+    facts = checkpoint.manifest(found)
+    return trained_length(rundir.saved_config(home), facts.get("places", facts["tokens"]))
 
 
 def configured(found: Path, overrides: list[str]) -> dict[str, Any]:

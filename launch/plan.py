@@ -82,21 +82,33 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         for spans in group.spans
     )
     spans = _spans(flight, first)
+    read = [n for s in batch for n in pieces(s.starts[s.counted])]
     sizes = " to ".join(f"{size:,}" for size in sorted({train.ramp.sizes[0], train.ramp.sizes[-1]}))
     return [
         f"mesh        {flight.cluster.workers} workers on {flight.device}: data {flight.data} x sequence "
         f"{flight.sequence}; parameters sharded over all of them",
         *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
-        f"budget      {train.total_steps:,} steps of {sizes} tokens = {train.total_tokens:,}",
+        _budget(flight, sizes),
         *curve.lines(flight),
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
-        *_flops(costs, [n for s in batch for n in pieces(s.starts)], config["engine"].get("recompute", "none")),
+        *_flops(costs, read, config["engine"].get("recompute", "none")),
         *_order(flight),
         *_memory(flight, model, costs, -(-held // spans), spans),
         f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
         *first.text().splitlines(),
     ]
+
+
+def _budget(flight: Flight, sizes: str) -> str:
+    """How many steps, and tokens."""
+    train, filled = flight.train, flight.batches.filled(flight.train.total_steps)
+    if filled == 1:
+        return f"budget      {train.total_steps:,} steps of {sizes} tokens = {train.total_tokens:,}"
+    share = f"steps of {sizes} places, of which {1 - filled:.1%} are padding"
+    if train.steps is not None:
+        return f"budget      {train.steps:,} {share}"
+    return f"budget      {train.total_tokens:,} tokens, in some {train.steps_at(filled):,} {share}"
 
 
 def _order(flight: Flight) -> list[str]:

@@ -113,7 +113,8 @@ def clear(
             _objects(config, train, data, sequence)
             return Flight(config, train, cluster, device, data, sequence, shapes, None)
         batches = prepare.batches(config, train.batch_tokens, shapes["embedding"][0], say)
-        batches.batch(config["seed"], train.total_steps - 1)  # there is enough for all steps
+        steps = train.steps_at(batches.filled(train.total_steps))
+        batches.batch(config["seed"], steps - 1)  # there is enough for all steps
         _objects(config, train, data, sequence, batches.shapes())
         flight = Flight(config, train, cluster, device, data, sequence, shapes, batches)
         if precision.compute == "bf16" and device == "cpu":
@@ -273,7 +274,7 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
                 raise ValueError(f"resume={value}: was trained in another order: {why}")
             if facts["seed"] != flight.config["seed"]:
                 raise ValueError(f"seed={flight.config['seed']}: the run was started with seed={facts['seed']}")
-            if facts["step"] >= flight.train.total_steps:
+            if flight.train.complete(facts["step"], facts["tokens"]):
                 budget = "train.tokens" if flight.train.steps is None else "train.steps"
                 raise ValueError(
                     f"resume={value}: is complete at step {facts['step']:,}; give a larger {budget} to go on"

@@ -112,7 +112,7 @@ def _still(records: list[dict[str, Any]], timeout: float | None) -> float | None
 def _state(folder: Path, last: dict[str, Any], train: TrainSettings, running: bool) -> str:
     if running:
         return "stopping" if stop_file(folder).exists() else "running" if last else "starting"
-    if last.get("step", 0) >= train.total_steps:
+    if train.complete(last.get("step", 0), last.get("tokens", 0)):
         return "complete"
     return "failed" if (folder / "error.txt").exists() else "stopped" if last else "not started"
 

@@ -127,7 +127,8 @@ class MoE(nn.Module):
         weights_BTX, routing = self.router(x_BTD)
         choices_BTX = routing.choices
         if self.capacity_factor is not None:
-            kept_BTX = within_capacity(choices_BTX, self.num_experts, self.capacity(x_BTD.shape[1]))
+            capacity_B = self.capacity(seq.counted.sum(1))
+            kept_BTX = within_capacity(choices_BTX, self.num_experts, capacity_B, seq.counted)
             choices_BTX, weights_BTX = choices_BTX.where(kept_BTX, self.num_experts), weights_BTX * kept_BTX
             routing = routing._replace(dropped=(~kept_BTX).sum(-1))
         sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
@@ -137,10 +138,11 @@ class MoE(nn.Module):
             y_BTD = y_BTD + (shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD)
         return y_BTD, routing
 
-    def capacity(self, tokens: int) -> int:
-        """How many choices an expert takes of a span of so many tokens."""
+    def capacity(self, tokens_B: Tensor) -> Tensor:
+        """How many choices an expert takes of spans of so many counted tokens, [B] int64."""
         assert self.capacity_factor is not None
-        return math.ceil(self.capacity_factor * tokens * self.top_k / self.num_experts - 1e-9)
+        fair_B = self.capacity_factor * tokens_B.double() * self.top_k / self.num_experts
+        return (fair_B - 1e-9).ceil().long()
 
 
 class Routed(NamedTuple):

@@ -113,13 +113,14 @@ class Router(Linear):
             self.loads.copy_(counts_E / total.clamp_min(1))
 
 
-def within_capacity(choices_BTX: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """[B, T, X] bool: which choices are among the first `capacity` of their expert in their span.
+def within_capacity(choices_BTX: Tensor, num_experts: int, capacity_B: Tensor, counted_BT: Tensor) -> Tensor:
+    """[B, T, X] bool: which choices are among the first `capacity` [B] int64 of their expert in their span.
 
+    A token that is not counted has no choice and takes no place.
     Earlier tokens come first, whatever the rank of the choice: whether a token finds a place depends on none after it.
     Filling by rank of choice (GShard, 2006.16668) would let a later token push out an earlier one.
     """
     B, T, X = choices_BTX.shape
     chosen_BTE = torch.zeros(B, T, num_experts, dtype=torch.int64, device=choices_BTX.device)
-    place_BTE = chosen_BTE.scatter_(-1, choices_BTX, 1).cumsum(1)
-    return place_BTE.gather(-1, choices_BTX) <= capacity
+    place_BTE = (chosen_BTE.scatter_(-1, choices_BTX, 1) * counted_BT.unsqueeze(-1)).cumsum(1)
+    return (place_BTE.gather(-1, choices_BTX) <= capacity_B.view(-1, 1, 1)) & counted_BT.unsqueeze(-1)

@@ -1,6 +1,7 @@
 """Ways to break the mechanisms on purpose: name -> a function that breaks it in this process for good."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -135,6 +136,17 @@ def let_masked_tokens_count() -> None:
         setattr(parallel.sequence.place, name, blind)
 
 
+def let_padding_count() -> None:
+    honest = train.execute.place
+
+    def blind(group, batch, *rest, **options):
+        names = ("tokens", "targets", "positions")
+        every = [SimpleNamespace(counted=s.counted | True, **{n: getattr(s, n) for n in names}) for s in batch]
+        return honest(group, every, *rest, **options)
+
+    train.execute.place = blind
+
+
 def hand_states_to_the_span_before() -> None:
     honest = parallel.sequence.spread.cross
 
@@ -237,6 +249,7 @@ MUTATIONS: dict[str, Callable[[], None]] = {
         order_spans_by_rank,
         reduce_every_micro_step_and_keep_the_last,
         let_masked_tokens_count,
+        let_padding_count,
     )
 }
 

@@ -52,6 +52,8 @@ class Sample:
     tokens: np.ndarray = field(init=False)
     targets: np.ndarray = field(init=False)
     positions: np.ndarray = field(init=False)
+    counted: np.ndarray = field(init=False)
+    padding: int = 0  # of the tokens, the last ones; they are a document of their own
 
     def __post_init__(self):
         rng = np.random.default_rng((self.seed, *self.documents))
@@ -59,7 +61,10 @@ class Sample:
         positions = np.concatenate([np.arange(n) for n in self.documents])
         targets = np.where(np.roll(positions, -1) == 0, -100, np.roll(tokens, -1))
         targets[self.masked[0] : self.masked[1]] = -100
-        for name, value in (("tokens", tokens), ("targets", targets), ("positions", positions)):
+        if self.padding:
+            targets[-self.padding - 1 :] = -100
+        counted = np.arange(len(tokens)) < len(tokens) - self.padding
+        for name, value in (("tokens", tokens), ("targets", targets), ("positions", positions), ("counted", counted)):
             object.__setattr__(self, name, value)
 
 
@@ -75,15 +80,16 @@ def truth(
     attention: dict[str, Any] | None = None,
     build: Callable[..., LM] = small_model,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and every gradient with the whole model on one device, one sequence at a time, no process group."""
+    """Loss and every gradient with the whole model on one device, one sequence at a time, without its padding, no
+    process group."""
     model = initialise((build() if attention is None else build(attention)).to(DTYPE[precision]), seed=1)
     model.compute = DTYPE[precision]
     targets = sum(int((s.targets != -100).sum()) for s in batch)
-    tokens = sum(len(s.tokens) for s in batch)
+    tokens = counted(batch)
     total = 0.0
     for s in batch:
-        seq = Whole.of(torch.from_numpy(s.positions)[None])
-        part = sums(model(torch.from_numpy(s.tokens)[None], seq), torch.from_numpy(s.targets)[None])
+        real, targeted, positions = (torch.from_numpy(x[s.counted])[None] for x in (s.tokens, s.targets, s.positions))
+        part = sums(model(real, Whole.of(positions)), targeted)
         loss = part.objective(targets=targets, tokens=tokens, balance_weight=BALANCE)
         loss.backward()
         total += loss.item()
@@ -115,9 +121,14 @@ def spread(
     tally = executor.train(plan, batch)
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double(), purpose="loss")
-    loss = both[0].item() / targets + BALANCE * both[1].item() / sum(plan.lengths)
+    loss = both[0].item() / targets + BALANCE * both[1].item() / counted(batch)
     gradients = {parameter_name(n): p.grad.full_tensor().cpu().numpy() for n, p in model.named_parameters()}
     return loss, gradients
+
+
+def counted(batch: list[Sample]) -> int:
+    """Tokens that do more than fill a place."""
+    return sum(int(s.counted.sum()) for s in batch)
 
 
 def differences(got: tuple[float, dict], want: tuple[float, dict]) -> dict[str, float]:

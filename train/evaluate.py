@@ -1,7 +1,7 @@
 """The held-out loss and accuracy: over the targets of the held-out documents, run by the same executor as training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,15 +35,6 @@ class Heldout(NamedTuple):
         return found | ({"heldout": by_source} if by_source else {})
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A packed sequence whose targets are only those that are scored."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    positions: np.ndarray
-
-
 def heldout(executor: Executor, batches: Any, plan: Callable[[list[int]], Plan]) -> Heldout:
     """Over the held-out windows' targets that are text: the end of a document is not one. Collective."""
     sums: dict[str, tuple[float, float, int]] = {}
@@ -59,7 +50,7 @@ def _sums(
 ) -> tuple[float, float, int]:
     """Of some windows: nats, targets that are the likeliest token, and targets."""
     special, nats, right, targets = batches.tokenizer.DOCUMENT, 0.0, 0.0, 0
-    scored = [_Scored(s.tokens, np.where(s.targets == special, -100, s.targets), s.positions) for s in windows]
+    scored = [replace(s, targets=np.where(s.targets == special, -100, s.targets)) for s in windows]
     for begin in range(0, len(scored), batches.windows_per_batch):
         batch = scored[begin : begin + batches.windows_per_batch]
         tally = executor.evaluate(plan([len(s.tokens) for s in batch]), batch)

@@ -136,7 +136,7 @@ class Saved:
         self._scales = {"norm.weight": built.tied_scale} if built.head is None else {}
         self._dtypes = {name: dtype for name, (_, dtype) in facts["model"].items()}
         self._own = lru_cache(maxsize=2)(self._read)
-        self.max_length = trained_length(config, facts["tokens"])
+        self.max_length = trained_length(config, facts.get("places", facts["tokens"]))
 
     def order(self) -> list[str]:
         """The published tensors, layer by layer as the model has them."""
@@ -233,7 +233,7 @@ def rebased(model: dict[str, Any], base: float) -> dict[str, Any]:
 
 
 def trained_length(config: dict[str, Any], tokens: int) -> int | None:
-    """The longest sequences that a run has had after so many tokens; None where its configuration does not say."""
+    """The longest sequences that a run has had after so many tokens of its order; None where it does not say."""
     stages = (config.get("curriculum") or {}).get("context")
     if stages:
         return max(length for begin, length, _ in stages if begin <= tokens)

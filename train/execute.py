@@ -70,7 +70,7 @@ class Executor:
     def train(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
-        tokens, tally = sum(plan.lengths), self._empty()
+        tokens, tally = sum(int(np.count_nonzero(s.counted)) for s in batch), self._empty()
 
         def objective(part: Sums) -> Tensor:
             weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}

@@ -86,7 +86,7 @@ class Trainer:
         record: dict[str, Any] = {}
         if self.replays and self.before is None:
             self._look_back()
-        while self.state.step < self.settings.total_steps and not stopping:
+        while not self._complete() and not stopping:
             before = self.state.tokens
             record, stopping = self.step()
             if "skipped" in record and not stopping:
@@ -94,7 +94,7 @@ class Trainer:
                 if rescue.due(self):
                     rescue.go_back(self)
                 continue
-            ended = stopping or self.state.step == self.settings.total_steps
+            ended = stopping or self._complete()
             tokens = self.state.tokens - before
             if ended and not stopping or self._due(self.settings.evaluate_every, tokens):
                 with self.phases("evaluate"):
@@ -102,7 +102,7 @@ class Trainer:
                     record |= scores.record() | self._averaged()
                     record |= {} if self.before is None else drift(self.before, scores, self.batches.sides)
                     batch = self.batches.batch(self.seed, self.state.step - 1, self.state.skips)
-                    record["documents"] = document_lengths([s.starts for s in batch])
+                    record["documents"] = document_lengths([s.starts[s.counted] for s in batch])
             if ended or self._due(self.settings.checkpoint_every, tokens):
                 path, saved = self.save(), self.state.step
                 if self.tracker is not None:
@@ -119,14 +119,14 @@ class Trainer:
             batch = self.batches.batch(self.seed, state.step, state.skips)
         with self.phases("plan"):
             rebase(self.model, self.batches.rope_theta(state.step, state.skips))
-            tokens = sum(lengths := [len(s.tokens) for s in batch])
-            plan = self.plan(lengths)
+            plan = self.plan([len(s.tokens) for s in batch])
             self._note(plan)
+            tokens = self._counted(batch)
         tally = self.executor.train(plan, batch)
         targets = sum(s.num_targets for s in batch)
         with self.phases("optimizer"):
             self.scored = tally.cross_entropy, targets
-            rate, gradient_norm = self._update(tokens)
+            rate, gradient_norm = self._update(tokens, sum(plan.lengths))
         shared = self._share(tally, time.process_time() - cpu)
         if shared["held"]:
             loss = shared["cross_entropy"] / max(targets, 1)
@@ -136,6 +136,7 @@ class Trainer:
             self.average.step(tokens)
         state.step += 1
         state.tokens += tokens
+        state.places += sum(plan.lengths)
         for name, counts in shared["choices"].items():
             mixtures(self.model)[name].router.settle(counts)
         seconds = time.perf_counter() - began
@@ -146,8 +147,8 @@ class Trainer:
             "time": time.time(),
             "attempt": state.attempt,
             "loss": shared["cross_entropy"] / max(targets, 1),
-            "balance_loss": shared["balance"] / tokens,
-            "z_loss": shared["z"] / tokens,
+            "balance_loss": shared["balance"] / max(tokens, 1),
+            "z_loss": shared["z"] / max(tokens, 1),
             "lr": rate,
             "grad_norm": gradient_norm,
             "tokens_per_second": tokens / seconds,
@@ -159,28 +160,42 @@ class Trainer:
         if state.skips:
             record["skips"] = state.skips
         if len(drawn := self.batches.drawn(state.step, state.skips)) > 1:
-            record["drawn"] = drawn
+            record["drawn"] = {name: places - state.padding.get(name, 0) for name, places in drawn.items()}
         if shared["dropped"]:
             record["expert_dropped"] = shared["dropped"]
         if self.utilisation is not None:
-            record |= self.utilisation.of([s.starts for s in batch], seconds)
+            record |= self.utilisation.of([s.starts[s.counted] for s in batch], seconds)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record[name]):
                 raise FloatingPointError(f"{name} is {record[name]} at step {state.step}")
         return record, shared["stop"]
 
-    def _update(self, tokens: int) -> tuple[float, float]:
+    def _update(self, tokens: int, places: int) -> tuple[float, float]:
         """Clips and applies the step's gradients, unless the guard holds them back. Returns the learning rate and the
         gradient norm before clipping."""
         own, comm = self.settings, self.groups.world_comm
         gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
         assert self.scored is not None
         held = self.guard.decide(*self.scored, gradient_norm)
-        middle = self.state.tokens + tokens / 2
+        if self.settings.steps is None:
+            middle = self.state.tokens + tokens / 2
+        else:  # it is laid out over steps
+            middle = self.state.places + places / 2
         rate = self.rate * self.state.scale * self.schedule.multiplier(middle, self.settings.total_tokens)
         set_rate(self.optimizer, rate)
         apply(self.optimizer, held)
         return rate, gradient_norm.item()
+
+    def _counted(self, batch: Sequence[Any]) -> int:
+        """The tokens of the step's batch; its padding is put down to the sources that it stands beside."""
+        if any(s.padding for s in batch):
+            for slot, s in zip(self.batches.slots(self.state.step, self.state.skips), batch, strict=True):
+                name = slot.part.name
+                self.state.padding[name] = self.state.padding.get(name, 0) + s.padding
+        return sum(s.num_tokens for s in batch)
+
+    def _complete(self) -> bool:
+        return self.settings.complete(self.state.step, self.state.tokens)
 
     def plan(self, lengths: list[int]) -> Plan:
         """What the ranks will do with sequences of these lengths."""

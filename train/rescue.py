@@ -84,6 +84,7 @@ def go_back(trainer: Trainer) -> None:
     trainer.state = back = State.of(facts)
     back.attempt, back.rollbacks = state.attempt + 1, state.rollbacks + 1
     back.scale = facts.get("scale", 1.0) * own.backoff ** (back.rollbacks - facts.get("rollbacks", 0))
+    back.padding = state.padding  # all batches up to here were read
     back.skip(place)
     back.since = place
     if trainer.groups.rank == 0:  # those that came later are of what went wrong

@@ -80,7 +80,8 @@ class TrainSettings:
     """How long and how often, in tokens.
 
     tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget in
-    steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, a multiple of data.max_length; or,
+    steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, with padding, which is of no other
+    count; a multiple of data.max_length; or,
     for a batch that grows, lines of [token, number]: steps from that token of the order on have so many.
     init_optimizer: with init_from, what becomes of the optimizer's state there: reset begins it anew, its count of
     steps too, keep goes on with all of it, reset_mean sets the running means of gradients to 0, and reset_moments
@@ -161,6 +162,20 @@ class TrainSettings:
     @property
     def total_tokens(self) -> int:
         return self.ramp.before(self.total_steps)
+
+    def reached(self, facts: dict[str, Any]) -> int:
+        """Where a checkpoint, by its manifest, stands in the budget: padding has a place in steps, and no tokens."""
+        tokens = int(facts.get("tokens", 0))
+        return tokens if self.steps is None else int(facts.get("places", tokens))
+
+    def steps_at(self, filled: float) -> int:
+        """About how many steps the budget takes where this share of a step's places holds tokens."""
+        return self.total_steps if self.steps is not None else max(self.total_steps, round(self.total_steps / filled))
+
+    def complete(self, step: int, tokens: int) -> bool:
+        """Whether a run that has got so far has used its budget up. Steps with padding bring fewer tokens, so that it
+        takes more of them."""
+        return step >= self.total_steps and (self.steps is not None or tokens >= self.total_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,12 @@ from parallel.sequence.keys import Keys
 from parallel.sequence.spread import Spread
 
 NO_TARGET = -100
+COLUMNS = {"tokens": np.int64, "targets": np.int64, "positions": np.int64, "counted": np.bool_}
 
 
 class Packed(Protocol):
-    """A packed sequence of the batch, int64 [L] each: tokens, targets (-100: none), positions in the document."""
+    """A packed sequence of the batch, int64 [L] each: tokens, targets (-100: none), positions in the document. counted,
+    bool [L]: False for a token that only fills a place."""
 
     @property
     def tokens(self) -> np.ndarray: ...
@@ -28,6 +30,8 @@ class Packed(Protocol):
     def targets(self) -> np.ndarray: ...
     @property
     def positions(self) -> np.ndarray: ...
+    @property
+    def counted(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,15 @@ def place(
     `step` is that of the training; None where nothing is to be random. `memory`: the group's spans are one of several
     spans in time, see `parallel.schedule.time`; what it leaves to the next and has from the one before is there.
     """
-    tokens, targets, positions = (
-        np.concatenate([*(getattr(batch[s], name) for s in group.sequences), np.empty(0, np.int64)])
-        for name in ("tokens", "targets", "positions")
+    tokens, targets, positions, counted = (
+        np.concatenate([np.empty(0, dtype), *(getattr(batch[s], name) for s in group.sequences)])
+        for name, dtype in COLUMNS.items()
     )
     length, idle = len(tokens), sum(not held for held in group.spans)
     tokens = np.concatenate((tokens, np.zeros(idle, np.int64)))
     targets = np.concatenate((targets, np.full(idle, NO_TARGET)))
     positions = np.concatenate((positions, np.zeros(idle, np.int64)))
+    counted = np.concatenate((counted, np.zeros(idle, bool)))
     starting = positions == 0
     starting[length + 1 :] = False  # the masked tokens share one document that nobody counts
     documents = starting.cumsum() - 1
@@ -82,7 +87,7 @@ def place(
         "positions": rows(positions),
         "documents": rows(documents),
         "num_documents": int(documents[-1]) + 1,
-        "counted": rows(np.arange(length + idle) < length),
+        "counted": rows(counted),
         "identities": None if step is None else _identities(group, batch, step, idle),
         "memory": memory,
     }

@@ -30,6 +30,8 @@ def test_pieces_and_their_targets_token_by_token(store: Store) -> None:
     assert np.flatnonzero(found.starts).tolist() == [0, 7, 11, 13]
     assert found.positions.tolist() == [*range(7), *range(4), *range(2), *range(3)]
     assert found.num_targets == 13
+    assert found.padding == 3 and found.num_tokens == 13
+    assert found.counted.tolist() == [True] * 13 + [False] * 3
     assert found.tokens.dtype == found.targets.dtype == found.positions.dtype == np.int64
     assert found.starts.dtype == np.bool_
 

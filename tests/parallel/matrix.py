@@ -72,6 +72,7 @@ class Packing:
     tokens: np.ndarray
     targets: np.ndarray
     positions: np.ndarray
+    counted: np.ndarray
 
 
 class Truth(NamedTuple):
@@ -142,7 +143,7 @@ def packed(documents: tuple[int, ...], drop: Callable[[np.ndarray], Any] | None 
     targets = np.where(np.roll(positions, -1) == 0, -100, np.roll(tokens, -1))
     if drop is not None:
         targets = np.where(drop(np.arange(length)), -100, targets)
-    return Packing(tokens, targets, positions)
+    return Packing(tokens, targets, positions, np.arange(length) < length - padding)
 
 
 @cache

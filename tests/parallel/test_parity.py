@@ -17,7 +17,7 @@ pytestmark = pytest.mark.dist
 # Documents on a span's edge, one before and after it, shorter than the convolution, of one token, over three ranks.
 BATCH = [
     Sample((40, 24, 1, 1, 2, 60)),
-    Sample((130, 3), masked=(60, 133)),
+    Sample((130, 3), masked=(60, 133), padding=3),
     Sample((31, 1, 32, 7), seed=3),
     Sample((5,)),
 ]

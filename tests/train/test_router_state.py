@@ -8,6 +8,7 @@ import pytest
 from models.moe import mixtures
 from tests.jobs import order
 from train.build import build
+from train.construct import construct
 
 pytestmark = pytest.mark.dist
 
@@ -120,3 +121,23 @@ def test_a_capacity_is_announced_and_what_it_drops_is_logged(run, tmp_path):
     for record in logged:
         assert record["expert_dropped"].keys() == record["expert_load"].keys()
         assert all(0.25 <= share < 0.75 for share in record["expert_dropped"].values())
+
+
+def test_padding_is_of_no_count(run, tmp_path):
+    """Of a run to its budget whose sequences are half empty, by what its order says is read of each document."""
+    (tmp_path / "short").mkdir()
+    for i in range(60):
+        (tmp_path / "short" / f"{i}.txt").write_text(f"{i:059}")
+    packed = ("data.packing=best_fit", "cluster.workers=1", "train.steps=null", "train.tokens=1500")
+    packed += (f"data.path={tmp_path / 'short'}", "data.heldout=0.2", "data.heldout_tokens=96")
+    job = order(tmp_path, tmp_path / "run", *packed)
+    run(1, fit, job)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    batches = construct(job["config"]["data"]).open(job["config"]["train"]["batch_tokens"], None)
+    read = [
+        sum(int(np.diff(slot.pieces(job["config"]["seed"])).sum()) for slot in batches.slots(step))
+        for step in range(len(logged))
+    ]
+    assert sum(read) < 0.9 * len(read) * job["config"]["train"]["batch_tokens"], "or there is no padding to speak of"
+    assert [record["tokens"] for record in logged] == np.cumsum(read).tolist()
+    assert logged[-2]["tokens"] < 1500 <= logged[-1]["tokens"]
