@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: train test unit check slow mutations matrix stops docs bench reference clean
+.PHONY: train test unit check slow mutations matrix plans stops docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -32,6 +32,9 @@ mutations: $(READY)
 
 matrix: $(READY)
 	$(VENV)/bin/python -m pytest -qs tests/parallel/test_matrix.py -m "slow or not slow" $(ARGS)
+
+plans: $(READY)
+	$(VENV)/bin/python -m tests.parallel.fuzz $(ARGS)
 
 stops: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/launch/test_stop.py -m "slow or not slow"

@@ -76,7 +76,7 @@ class Executor:
             weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
             return part.objective(targets=targets, tokens=tokens, **weights)
 
-        for last, micro in self._micro_steps(plan):
+        for last, micro in self._micro_steps(plan, batch):
             for part in self._run(plan, micro, batch, objective, last):
                 tally.add(part)
         return tally
@@ -133,7 +133,7 @@ class Executor:
 
     def _outputs(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[Group, Output]]:
         """What the model says of each micro-step, whole or span after span in time."""
-        for _, micro in self._micro_steps(plan):
+        for _, micro in self._micro_steps(plan, batch):
             groups = self._in_time(plan, micro)
             memory = Memory() if len(groups) > 1 else None
             for group in groups:
@@ -148,9 +148,12 @@ class Executor:
         count = 1 if self.spans is None else time.count(micro, plan.lengths, self.spans.tokens)
         return [group] if count == 1 else time.in_time(group, plan.lengths, count)
 
-    def _micro_steps(self, plan: Plan) -> Iterator[tuple[bool, MicroStep]]:
-        """Each micro-step, and whether it is the last."""
+    def _micro_steps(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[bool, MicroStep]]:
+        """Each micro-step, and whether it is the last. Raises ValueError for a plan that fails, or is of another batch."""
         with self.phase("plan"):
+            plan.check(self.groups.world)
+            if plan.lengths != (lengths := tuple(len(s.tokens) for s in batch)):
+                raise ValueError(f"the plan is of sequences of {list(plan.lengths)} tokens, the batch's have {lengths}")
             self.groups.prepare(plan)
         for m, micro in enumerate(plan.micro_steps):
             yield m == len(plan.micro_steps) - 1, micro

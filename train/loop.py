@@ -126,7 +126,7 @@ class Trainer:
         targets = sum(s.num_targets for s in batch)
         with self.phases("optimizer"):
             self.scored = tally.cross_entropy, targets
-            rate, gradient_norm = self._update(tokens, sum(plan.lengths))
+            rate, gradient_norm = self._update(self._middle(tokens, sum(plan.lengths)))
         shared = self._share(tally, time.process_time() - cpu)
         if shared["held"]:
             loss = shared["cross_entropy"] / max(targets, 1)
@@ -170,17 +170,18 @@ class Trainer:
                 raise FloatingPointError(f"{name} is {record[name]} at step {state.step}")
         return record, shared["stop"]
 
-    def _update(self, tokens: int, places: int) -> tuple[float, float]:
-        """Clips and applies the step's gradients, unless the guard holds them back. Returns the learning rate and the
-        gradient norm before clipping."""
+    def _middle(self, tokens: int, places: int) -> float:
+        """Where the middle of a step stands in the budget: in tokens, or in places where that is of steps."""
+        by_steps = self.settings.steps is not None
+        return self.state.places + places / 2 if by_steps else self.state.tokens + tokens / 2
+
+    def _update(self, middle: float) -> tuple[float, float]:
+        """Clips and applies the step's gradients, unless the guard holds them back. Returns the learning rate at
+        `middle` and the gradient norm before clipping."""
         own, comm = self.settings, self.groups.world_comm
         gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
         assert self.scored is not None
         held = self.guard.decide(*self.scored, gradient_norm)
-        if self.settings.steps is None:
-            middle = self.state.tokens + tokens / 2
-        else:  # it is laid out over steps
-            middle = self.state.places + places / 2
         rate = self.rate * self.state.scale * self.schedule.multiplier(middle, self.settings.total_tokens)
         set_rate(self.optimizer, rate)
         apply(self.optimizer, held)

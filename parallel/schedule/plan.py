@@ -14,11 +14,19 @@ class Group:
     """`sequences` (indices into the batch), joined in order, over `ranks`; `spans[i]`, [begin, end), are ranks[i]'s.
 
     A rank with no span, or a group with no sequence, is idle: it runs one masked token so that every collective has it.
+    The order in which ranks are listed, and the spans of a rank, means nothing: both are kept ascending, as process
+    groups number their ranks and as chains are walked.
     """
 
     ranks: tuple[int, ...]
     sequences: tuple[int, ...]
     spans: tuple[tuple[Span, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ranks) == len(self.spans):
+            held = sorted(zip(self.ranks, (tuple(sorted(own)) for own in self.spans), strict=True))
+            object.__setattr__(self, "ranks", tuple(rank for rank, _ in held))
+            object.__setattr__(self, "spans", tuple(own for _, own in held))
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,30 @@ class Plan:
     micro_steps: tuple[MicroStep, ...]
 
     def check(self, world: int) -> None:
-        """Raises ValueError unless every sequence runs once, whole, and each micro-step has every rank in one group."""
+        """Raises ValueError unless this is all that the executor asks of a plan: every sequence has tokens and runs
+        once, whole; each micro-step has every rank in one group; the spans of a rank in a micro-step are of one length."""
+        if not self.micro_steps or not self.lengths or min(self.lengths) < 1:
+            raise ValueError(
+                f"a plan needs a micro-step and a sequence, and every sequence a token: {len(self.micro_steps)} "
+                f"micro-steps, sequences of {list(self.lengths)} tokens"
+            )
         for m, micro in enumerate(self.micro_steps):
             if sorted(r for group in micro.groups for r in group.ranks) != list(range(world)):
                 raise ValueError(f"micro-step {m}: its groups do not partition the {world} ranks")
             for group in micro.groups:
+                if len(group.spans) != len(group.ranks):
+                    raise ValueError(f"micro-step {m}, ranks {group.ranks}: {len(group.spans)} lists of spans")
+                if wrong := [s for s in group.sequences if not 0 <= s < len(self.lengths)]:
+                    raise ValueError(f"the plan runs sequences {wrong}, the batch has {len(self.lengths)}")
+                for rank, held in zip(group.ranks, group.spans, strict=True):
+                    if len({end - begin for begin, end in held}) > 1:
+                        raise ValueError(f"micro-step {m}, rank {rank}: its spans {list(held)} differ in length")
                 total, at = sum(self.lengths[s] for s in group.sequences), 0
                 for begin, end in sorted(span for held in group.spans for span in held):
                     if begin != at or end <= begin:
                         raise ValueError(f"micro-step {m}, ranks {group.ranks}: spans leave or repeat tokens at {at}")
                     at = end
-                if at != total or len(group.spans) != len(group.ranks):
+                if at != total:
                     raise ValueError(f"micro-step {m}, ranks {group.ranks}: spans cover {at} of {total} tokens")
         run = sorted(s for micro in self.micro_steps for group in micro.groups for s in group.sequences)
         if run != list(range(len(self.lengths))):

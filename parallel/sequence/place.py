@@ -77,8 +77,6 @@ def place(
         spans.append(held or ((behind, behind + 1),))
         behind += not held
     mine = spans[comm.rank]
-    if len({end - begin for begin, end in mine}) > 1:
-        raise ValueError(f"spans {mine} of rank {comm.ranks[comm.rank]} differ in length: a rank's own spans may not")
 
     def rows(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.stack([values[begin:end] for begin, end in mine])).to(device)

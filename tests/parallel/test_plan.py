@@ -52,11 +52,24 @@ def plan(*groups, lengths=(10,)):
         (plan(Group((0,), (0,), (((0, 10),),))), "partition"),
         (plan(Group((0,), (0,), (((0, 10),),)), Group((1,), (0,), (((0, 10),),))), "the plan runs"),
         (plan(Group((0, 1), (0,), (((0, 10),), ())), lengths=(10, 3)), "the plan runs"),
+        (plan(Group((0, 1), (1,), (((0, 10),), ()))), "the plan runs sequences"),
+        (plan(Group((0, 1), (-1,), (((0, 10),), ()))), "the plan runs sequences"),
+        (plan(Group((0, 1), (0,), (((0, 10),),))), "1 lists of spans"),
+        (plan(Group((0, 1), (0,), (((0, 3), (8, 10)), ((3, 8),)))), r"rank 0: its spans .* differ in length"),
+        (plan(Group((0, 1), (0,), ((), ())), lengths=(0,)), "every sequence a token"),
+        (Plan(0, (10,), ()), "a plan needs a micro-step"),
+        (Plan(0, (), (MicroStep((Group((0, 1), (), ((), ())),)),)), "a plan needs a micro-step and a sequence"),
     ],
 )
 def test_a_plan_that_loses_or_repeats_something_is_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         wrong.check(2)
+
+
+def test_the_order_in_which_ranks_and_spans_are_listed_means_nothing():
+    listed = Group((1, 0), (0,), (((0, 2), (8, 10)), ((5, 8), (2, 5))))
+    assert listed == Group((0, 1), (0,), (((2, 5), (5, 8)), ((0, 2), (8, 10))))
+    plan(listed).check(2)
 
 
 def test_a_plan_reads_as_text():
