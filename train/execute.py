@@ -149,7 +149,7 @@ class Executor:
         return [group] if count == 1 else time.in_time(group, plan.lengths, count)
 
     def _micro_steps(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[bool, MicroStep]]:
-        """Each micro-step, and whether it is the last. Raises ValueError for a plan that fails, or is of another batch."""
+        """Each micro-step, and whether it is the last. Raises ValueError for a plan that fails or is another's."""
         with self.phase("plan"):
             plan.check(self.groups.world)
             if plan.lengths != (lengths := tuple(len(s.tokens) for s in batch)):

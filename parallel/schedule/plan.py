@@ -49,7 +49,7 @@ class Plan:
 
     def check(self, world: int) -> None:
         """Raises ValueError unless this is all that the executor asks of a plan: every sequence has tokens and runs
-        once, whole; each micro-step has every rank in one group; the spans of a rank in a micro-step are of one length."""
+        once, whole; each micro-step has every rank in one group; the spans of a rank in a micro-step are equal."""
         if not self.micro_steps or not self.lengths or min(self.lengths) < 1:
             raise ValueError(
                 f"a plan needs a micro-step and a sequence, and every sequence a token: {len(self.micro_steps)} "
