@@ -175,7 +175,8 @@ class Complex(Recurrence):
         return torch.stack((g, wrap(turns)), dim=-1)
 
     def apply(self, A: Tensor, state: Tensor) -> Tensor:
-        return torch.view_as_real(rotor(*A.unbind(-1)) * torch.view_as_complex(state.contiguous()))
+        # No view of the state as complex: what comes from a message may begin at an odd number of it.
+        return torch.view_as_real(rotor(*A.unbind(-1)) * torch.complex(*state.unbind(-1)))
 
 
 class Stabilised(Recurrence):

@@ -69,5 +69,5 @@ class Scanned(Begun):
         )
 
     def finish(self, state: Tensor | None) -> Tensor:
-        h, _ = self._from_zero if state is None else run(self.tiles, torch.view_as_complex(state.contiguous()))
+        h, _ = self._from_zero if state is None else run(self.tiles, torch.complex(*state.unbind(-1)))
         return torch.view_as_real(h).to(self.dtype)

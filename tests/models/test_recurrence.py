@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.kernels.registry import REFERENCE
+from models.recurrence import Complex
 from tests.models.rules import EXAMPLES, KINDS, ORACLES, B
 
 RULES = sorted(REFERENCE)
@@ -114,3 +115,10 @@ def test_bf16_inputs_give_what_their_values_give_in_fp32(rule):
     got = KINDS[rule].begin(*xs, starts=starts).finish(None)
     assert got.dtype == torch.bfloat16
     close([got.float()], [KINDS[rule].begin(*(x.float() for x in xs), starts=starts).finish(None)], 2e-2)
+
+
+def test_a_complex_state_may_be_a_view_into_a_message():
+    """That of the first span, where an odd rank holds it, begins at an odd number of what is gathered."""
+    A, state = torch.randn(1, 3, 2, dtype=torch.float64), torch.randn(1, 3, 2, dtype=torch.float64)
+    view = torch.cat((torch.zeros(1, dtype=torch.float64), state.flatten()))[1:].view(1, 3, 2)
+    assert torch.equal(Complex("complex").apply(A, view), Complex("complex").apply(A, state))
