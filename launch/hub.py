@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launch import rundir
-from launch.generate import checkpoint_of
+from launch.generate import checkpoint_of, has_average
 from launch.shell import command, override
 from launch.user import UserError
+from train.settings import INIT_WEIGHTS
 
 if TYPE_CHECKING:
     from train.exchange import Saved
@@ -39,16 +40,20 @@ class Import:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """max_shard: the most bytes of a file of weights, as 5GB. dtype: fp32, bf16 or fp16; null for the checkpoint's."""
+    """max_shard: the most bytes of a file of weights, as 5GB. dtype: fp32, bf16 or fp16; null for the checkpoint's.
+    weights: raw, those that were trained, or average, what train.average keeps of them."""
 
     max_shard: str | int = "5GB"
     dtype: str | None = None
+    weights: str = "raw"
 
     def __post_init__(self) -> None:
         if self.shard < 1:
             raise ValueError(f"max_shard={self.max_shard}: must be a size, as 5GB, 500MB or a number of bytes")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(_DTYPES)}")
+        if self.weights not in INIT_WEIGHTS:
+            raise ValueError(f"weights={self.weights}: must be one of {', '.join(INIT_WEIGHTS)}")
 
     @property
     def shard(self) -> int:
@@ -77,6 +82,10 @@ def import_(arguments: list[str]) -> int:
     with _told("reading") as watch, _disk(run, "DEST"), _refusals(f"SOURCE={source}"):
         take(found, run, companions, watch)
     _say(f"{found.name}, {_size(found.shapes)} parameters: {run}")
+    for line in found.said:
+        _say(line)
+    if found.unpublishable is not None:
+        _say(f"cannot be exported again as it is: {found.unpublishable}")
     if found.left_out:
         _say(f"left out: {_some(found.left_out)}, which no model here reads")
     if card is None:
@@ -129,7 +138,9 @@ def written(found: Path, dest: Path, request: Export | None = None) -> list[str]
     from train.exchange import Saved, give
 
     request = request or Export()
-    saved = Saved(found, rundir.saved_config(found))
+    if request.weights == "average" and not has_average(found):
+        raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
+    saved = Saved(found, rundir.saved_config(found), average=request.weights == "average")
     files, told = _files(found, saved)
     dtype = None if request.dtype is None else getattr(torch, _DTYPES[request.dtype])
     with _told("writing") as watch, _disk(dest, "DEST"):

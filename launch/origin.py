@@ -121,6 +121,28 @@ def still_held_out(path: Path, batches: Any, say: Callable[[str], None]) -> None
             say(f"{at}: is called old, and is no corpus that {path} was trained on")
 
 
+def sound(path: Path, model: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Reads every number of a folder of Hugging Face's, and says where a model that came from one can no longer become
+    one. Raises ValueError for a number that is not finite."""
+    from models.hub import of_model
+    from train import checkpoint, published
+
+    if published.is_folder(path):
+        found = published.Published(path)
+        try:
+            found.verify()
+        except ValueError as error:
+            raise ValueError(f"init_from={path}: {error}") from None
+        for line in found.said:
+            say(f"init_from={path}: {line}")
+    elif not checkpoint.manifest(path).get("published"):
+        return
+    try:
+        of_model(model)
+    except ValueError as error:
+        say(f"this model cannot be exported: {error}")
+
+
 def same_tokens(path: Path, batches: Any, say: Callable[[str], None]) -> None:
     """Says where the weights that a run starts from were trained on another tokenizer's tokens."""
     from data.tokenizer_files import card_of, differ

@@ -280,6 +280,7 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
                     f"resume={value}: is complete at step {facts['step']:,}; give a larger {budget} to go on"
                 )
         if key == "init_from":
+            origin.sound(path, flight.config["model"], say)
             origin.same_tokens(path, flight.batches, say)
             origin.still_held_out(path, flight.batches, say)
         setattr(flight, key, path)

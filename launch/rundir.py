@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
@@ -39,10 +40,16 @@ def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> P
     for told in (*RUNS.glob(f"*/{JOBS}"), *RUNS.glob(f"*/*/{JOBS}")):  # a sweep's members lie one deeper
         if any(json.loads(line)["job"] == value for line in told.read_text().splitlines()):
             return told.parent
+    from train.published import is_folder
+
     if cluster is not None and cluster["kind"] == "ray" and "/" not in value:
         from launch import jobs
 
         return jobs.folder_of(value, cluster["address"], key)
+    if any(is_folder(folder) for folder in (Path(value), RUNS / value)):
+        raise UserError(
+            f"{key}={value}: is a folder of Hugging Face's; farspan import {quote(value)} makes a run of it"
+        )
     raise UserError(f"{key}={value}: no such run; expected a run folder, or the name of one in {RUNS}/")
 
 

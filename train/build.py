@@ -111,6 +111,7 @@ def build(order: dict[str, Any]) -> Trainer:
         kept=kept,
         replays=bool(order.get("init_from") and batches.sides or facts.get("before")),
         before=facts.get("before"),
+        published=facts.get("published"),
         guard=_guard(train, groups, device, facts),
     )
 
@@ -135,7 +136,8 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
         state = State.of(facts)
     elif order.get("init_from"):
-        checkpoint.load(Path(order["init_from"]), model, None)
+        told = checkpoint.load(Path(order["init_from"]), model, None)
+        facts = {} if told.get("published") is None else {"published": told["published"]}
         if order["config"]["train"].get("init_weights") == "average":
             checkpoint.load_average(Path(order["init_from"]), model)
         if keep != "reset":
@@ -152,7 +154,7 @@ def _average(
         return None
     tokens = train.average_tokens or max(1, train.total_tokens // 20)
     average = Average(model, train.average, tokens, train.average_count)
-    if facts:
+    if order.get("resume"):
         state = average.prepare(facts.get("average"))
         if state is None:
             say(f"train.average={train.average}: begins at step {facts['step']:,}: the checkpoint has no such average")

@@ -37,6 +37,7 @@ from train.published import CONFIG, Published
 
 SHARD = 5_000_000_000  # bytes of a file, unless told otherwise
 PARTIAL = ".partial"
+PRECISE = ("norm.weight", ".A_log", ".dt_bias", ".D")  # parameters that stay as they are at a lower precision
 
 
 class _Streamed(SavePlanner):
@@ -116,12 +117,12 @@ def take(folder: Published, run: Path, companions: dict[str, str], watch: Callab
 class Saved:
     """A checkpoint of ours to be published. Nothing but its metadata is read until `tensor` is called.
 
-    config: the run's, resolved. Raises ValueError for a model that no architecture can express: the key that stands in
-    the way.
+    config: the run's, resolved. average: what train.average keeps in the weights' place, which must be there. Raises
+    ValueError for a model that no architecture can express: the key that stands in the way.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self.path, model = path, config["model"]
+    def __init__(self, path: Path, config: dict[str, Any], *, average: bool = False):
+        self.path, self.average, model = path, average, config["model"]
         facts = checkpoint.manifest(path)
         with torch.device("meta"):
             built = construct(model)
@@ -136,16 +137,20 @@ class Saved:
         self._scales = {"norm.weight": built.tied_scale} if built.head is None else {}
         self._dtypes = {name: dtype for name, (_, dtype) in facts["model"].items()}
         self._own = lru_cache(maxsize=2)(self._read)
-        self.max_length = trained_length(config, facts.get("places", facts["tokens"]))
+        trained = trained_length(config, facts.get("places", facts["tokens"]))
+        came = (facts.get("published") or {}).get("positions")
+        self.max_length = max(trained or 0, came or 0) or None  # never less than it came with
 
     def order(self) -> list[str]:
         """The published tensors, layer by layer as the model has them."""
         place = {name: i for i, name in enumerate(self.shapes)}
         return sorted(self.published, key=lambda source: place[self.published[source][1][0].name])
 
-    def dtype(self, source: str) -> torch.dtype:
-        """What the checkpoint holds a published tensor in."""
-        return getattr(torch, self._dtypes[self.published[source][1][0].name])
+    def dtype(self, source: str, wanted: torch.dtype | None = None) -> torch.dtype:
+        """What the checkpoint holds a published tensor in, or `wanted` where that may be chosen."""
+        name = self.published[source][1][0].name
+        held: torch.dtype = getattr(torch, self._dtypes[name])
+        return held if wanted is None or name.endswith(PRECISE) else wanted
 
     def tensor(self, source: str) -> Tensor:
         """A published tensor, of our parameters' rows. The last two parameters are kept for those that follow."""
@@ -164,7 +169,8 @@ class Saved:
         value = torch.empty(self.shapes[name], dtype=getattr(torch, self._dtypes[name]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint.read({"model": {name: value}}, self.path, alone=True)
+            held = {"average": {"mean": {name: value}}} if self.average else {"model": {name: value}}
+            checkpoint.read(held, self.path, alone=True)
         return value * self._scales[name] if name in self._scales else value
 
 
@@ -181,14 +187,15 @@ def give(
     """Writes a checkpoint as a folder that `transformers` loads; `dest` must not exist.
 
     files: what lies beside the weights, by name its text. config: what config.json says besides. longest: bytes of a
-    file of weights. dtype: of the weights; None for that of the checkpoint.
+    file of weights. dtype: of the weights, but for norms, decays and step sizes, which lose more by it than they save
+    (`PRECISE`); None for that of the checkpoint.
     """
     aside, files = dest.with_name(dest.name + PARTIAL), dict(files)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     give_back_large()
     try:
-        kinds = {source: dtype or saved.dtype(source) for source in saved.order()}
+        kinds = {source: saved.dtype(source, dtype) for source in saved.order()}
         sizes = {source: math.prod(saved.published[source][0]) * kinds[source].itemsize for source in kinds}
         shards = tensors.shards(sizes, longest)
         names = [tensors.SINGLE]
@@ -202,8 +209,8 @@ def give(
         for name, part in zip(names, shards, strict=True):
             told = {source: (saved.published[source][0], kinds[source]) for source in part}
             tensors.write(aside / name, told, _told(saved, part, watch))
-        kind = max(set(kinds.values()), key=list(kinds.values()).count)
-        told_config = {**saved.config, **config, "dtype": str(kind).removeprefix("torch.")}
+        most = max(kinds, key=lambda source: sizes[source])  # of the largest tensor
+        told_config = {**saved.config, **config, "dtype": str(kinds[most]).removeprefix("torch.")}
         files[CONFIG] = json.dumps(told_config, indent=2)
         for name, text in files.items():
             with (aside / name).open("w", encoding="utf-8") as file:

@@ -63,6 +63,7 @@ class Trainer:
     average: Average | None = None
     companions: Sequence[Path] = ()
     kept: dict[str, Any] = field(default_factory=dict)  # what a resumed run finds as it was
+    published: dict[str, Any] | None = None  # of the folder of Hugging Face's that its weights first came from
     replays: bool = False  # whether the run starts from weights that may forget an old source
     before: dict[str, float] | None = None  # the loss on each source before the first step of a run that replays
     noted: tuple[tuple[MicroStep, ...], ...] = ()
@@ -209,6 +210,7 @@ class Trainer:
             facts |= {"order": self.batches.order, "guard": self.guard.facts()}
             facts |= {} if self.average is None else {"average": self.average.facts()}
             facts |= {} if self.before is None else {"before": self.before}
+            facts |= {} if self.published is None else {"published": self.published}
             facts["rope_theta"] = self.batches.rope_theta(max(self.state.step - 1, 0), self.state.skips)
             path = checkpoint.save(
                 self.run_dir / "checkpoints",

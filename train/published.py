@@ -5,7 +5,6 @@ make them up (`models.hub`) and reads those, a few megabytes at a time, from saf
 are pickled are opened, and no code that a folder brings is run.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from functools import reduce
@@ -25,13 +24,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from models.hub import of_config, tensors
-from models.hub.rows import ABOUT_ZERO, parts, published
+from models.hub import of_config, of_model, tensors
+from models.hub.architecture import Config
+from models.hub.rows import ABOUT_ZERO, Entries, parts, published
 from train.construct import construct
 
 CONFIG = "config.json"
 STRETCH = 1 << 23  # bytes that are read at a time
 VOCABULARY = ("embedding", "head.weight")  # parameters with a row a token
+HEAD = "lm_head.weight"  # in every architecture
+
+Files = dict[str, tensors.Stored]
 
 
 def is_folder(path: Path) -> bool:
@@ -47,25 +50,30 @@ class Published:
     "Initializing new word embeddings for pretrained language models").
 
     model: the `model` section. shapes, dtypes: of our parameters, an attribute each. left_out: tensors of the folder
-    that no model of ours reads, and that `transformers` does not read either.
+    that no model of ours reads, and that `transformers` does not read either. said: what there is to say of it.
+    unpublishable: why no export can say this model, null where one can.
 
     Raises ValueError, one line that names the file and what is wrong in it, for an architecture or a setting that is
     not ours, a tensor that is missing, too many or of another shape, a file that is cut short, and pickled weights.
     """
 
     def __init__(self, path: Path, *, vocabulary: int | None = None, extend: bool = False):
-        self.path, self.config = path, _json(path / CONFIG)
-        architecture = of_config(self.config)
+        self.path, config = path, tensors.table(path / CONFIG)
+        architecture = of_config(config)
+        architecture.complete(config)  # refuses what its keys may not be
+        stored = architecture.unstacked(tensors.folder(path))
+        architecture.bounded(config, stored)
+        self.config, self._stored, self.said = _untied(config, stored, architecture.rows(config))
         self.name, self.model = architecture.name, architecture.read(self.config)
         self._entries = architecture.rows(self.config)
         with torch.device("meta"):
             built = construct(self.model)
         self.shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
-        self._stored = tensors.folder(path)
         wanted = {source: shape for source, (shape, _) in published(self._entries, self.shapes).items()}
         self.left_out = self._compare(wanted, architecture.left_out)
         self.dtypes = {name: self._dtype(name) for name in self.shapes}
         self.max_length: int | None = architecture.complete(self.config).get("max_position_embeddings")
+        self.unpublishable = _why_not(self.model)
         self._rows = dict(self.shapes)  # as they are in the folder
         self._means: dict[str, Tensor] = {}
         self._extend(vocabulary, extend)
@@ -80,7 +88,7 @@ class Published:
                 raise ValueError(f"{found.file.name}: {name} is {list(found.shape)}, must be {list(shape)}")
         extra = [name for name in self._stored if name not in wanted]
         if self.config.get("tie_word_embeddings"):
-            others = (*others, "lm_head.weight")  # some folders hold it twice
+            others = (*others, HEAD)  # some folders hold it twice
         for name in extra:
             if not any(name.startswith(o) or name.endswith(o) for o in others):
                 raise ValueError(f"{self._stored[name].file.name}: {name}: no tensor of {self.name} of this shape")
@@ -107,18 +115,33 @@ class Published:
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint's manifest would say of the model."""
-        return {"model": {n: [list(s), str(self.dtypes[n]).removeprefix("torch.")] for n, s in self.shapes.items()}}
+        shapes = {n: [list(s), str(self.dtypes[n]).removeprefix("torch.")] for n, s in self.shapes.items()}
+        return {"model": shapes, "published": {"architecture": self.name, "positions": self.max_length}}
+
+    def verify(self) -> None:
+        """Reads every number. Raises ValueError for one that is not finite, and for a file that is cut short."""
+        for name in self.shapes:
+            for begin, end in self.stretches(name, 0, self._rows[name][0]):
+                self.read(name, begin, end)
 
     def read(self, name: str, begin: int, end: int) -> Tensor:
         """Rows [begin, end) of a parameter of ours, in the dtype that the folder has it in."""
         form, have = self._entries[name].form, self._rows[name][0]
         unit = form.unit(self.shapes[name])
         pieces = parts(self._entries[name].pieces, begin * unit, min(end, have) * unit)
-        found = [tensors.rows(self._stored[source], start, n).to(self.dtypes[name]) for source, start, n in pieces]
+        found = [self._published(*piece).to(self.dtypes[name]) for piece in pieces]
         ours = [form.here(found[0] if len(found) == 1 else torch.cat(found)).to(self.dtypes[name])] if found else []
         if end > have:
             ours.append(self._mean(name).expand(end - max(begin, have), *self.shapes[name][1:]))
         return ours[0] if len(ours) == 1 else torch.cat(ours)
+
+    def _published(self, source: str, start: int, number: int) -> Tensor:
+        """Rows of a published tensor. Raises ValueError for a number that is not finite."""
+        stored = self._stored[source]
+        found = tensors.rows(stored, start, number)
+        if not torch.isfinite(found).all():
+            raise ValueError(f"{stored.file.name}: {source}: holds numbers that are not finite (NaN or infinity)")
+        return found
 
     def stretches(self, name: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
         """[begin, end) in parts of about `STRETCH` bytes."""
@@ -183,13 +206,35 @@ class PublishedReader(StorageReader):
         return is_folder(Path(checkpoint_id))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _untied(config: Config, stored: Files, entries: Entries) -> tuple[Config, Files, list[str]]:
+    """What a folder's head is, as `transformers` reads it: its own where it holds another than the embedding, whatever
+    the configuration says of the two; and the embedding, where only the head is there. With what there is to say."""
+    if not config.get("tie_word_embeddings") or HEAD not in stored:
+        return config, stored, []
+    embedding = entries["embedding"].pieces[0].source
+    if embedding not in stored:
+        return config, {embedding if name == HEAD else name: each for name, each in stored.items()}, []
+    if _same(stored[embedding], stored[HEAD]):
+        return config, stored, []
+    line = f"tie_word_embeddings=true, but {HEAD} is another than {embedding}: both are kept, as transformers does"
+    return {**config, "tie_word_embeddings": False}, stored, [line]
+
+
+def _same(one: tensors.Stored, other: tensors.Stored) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if one.shape != other.shape:
+        return False
+    step = max(1, STRETCH // (math.prod(one.shape[1:]) * one.dtype.itemsize or 1))
+    return all(
+        torch.equal(*(tensors.rows(each, at, min(step, each.shape[0] - at)).double() for each in (one, other)))
+        for at in range(0, one.shape[0], step)
+    )
+
+
+def _why_not(model: dict[str, Any]) -> str | None:
+    """What stands in the way of an export, null where nothing does."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise ValueError(f"{path.name}: is not JSON") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name}: is not a JSON object")
-    return found
+        of_model(model)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -10,29 +10,37 @@ from models.hub.llama import LLAMA
 from models.hub.mamba2 import MAMBA2
 from models.hub.qwen3_moe import QWEN3_MOE
 from models.hub.qwen3_next import QWEN3_NEXT
+from models.hub.values import WORDS, shown
 
 ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (LLAMA, QWEN3_MOE, QWEN3_NEXT, MAMBA2)}
 
 
 def of_config(config: dict) -> Architecture:
     """The architecture that a config.json names. Raises ValueError for another, which names those that are known."""
-    named = config.get("architectures") or [None]
-    for name in named:
+    named = config.get("architectures")
+    for name in named or () if WORDS.holds(named) else ():
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    raise ValueError(f"config.json: architectures={named[0]}: must be one of {', '.join(ARCHITECTURES)}")
+    said = named[0] if isinstance(named, list) and named else named
+    raise ValueError(f"config.json: architectures={shown(said)}: must be one of {', '.join(ARCHITECTURES)}")
 
 
 def of_model(model: dict) -> tuple[Architecture, dict]:
     """The architecture that can say what a `model` section says, and its config.json.
 
     Raises ValueError for a model that none can express: the key that stands in the way of the nearest one, which is
-    told by the mixers.
+    told by the mixers and the feed-forwards.
     """
     mixers = {block["mixer"]["_target_"] for name, block in model["blocks"].items() if name in model["pattern"]}
+    refused = None
     for architecture in ARCHITECTURES.values():
         if architecture.suits(model, mixers):
-            return architecture, architecture.write(model)
+            try:
+                return architecture, architecture.write(model)
+            except ValueError as error:  # a later one may have what this one has not
+                refused = refused or error
+    if refused is not None:
+        raise refused
     known, pattern = ", ".join(ARCHITECTURES), f"model.pattern=[{','.join(model['pattern'])}]"
     placed = {mixer for architecture in ARCHITECTURES.values() for mixer in architecture.mixers}
     strange = [name for name in model["pattern"] if model["blocks"][name]["mixer"]["_target_"] not in placed]

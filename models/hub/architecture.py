@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from models.hub.rows import Entries
+from models.hub.tensors import Stored
+from models.hub.values import USUAL, Kind, check, shown
 
 Config = dict[str, Any]
 Node = dict[str, Any]
@@ -20,12 +22,16 @@ class Architecture:
     """One class of `transformers`.
 
     name, kind: its `architectures` and `model_type`. mixers: the `_target_`s that its layers may have. defaults: what a
-    config.json that does not name a key means by it. fixed: keys that must have one value. body: a complete config.json
-    to our `model` section. express: the other way, but for what is fixed. entries: of a complete config.json, the rows
-    of our parameters. suits: whether a `model` section, its mixers' targets given, would be this one. aliases: other
-    names of keys. left_out: beginnings and endings of tensors' names that a folder may hold and no model of ours reads.
+    config.json that does not name a key means by it. kinds: what its keys may be, beside those of `values.USUAL`.
+    fixed: keys that must have one value. fits: raises ValueError for values that are no model together, in the words of
+    config.json. body: a complete config.json to our `model` section. express: the other way, but for what is fixed.
+    entries: of a complete config.json, the rows of our parameters. suits: whether a `model` section, its mixers'
+    targets given, would be this one. aliases: other names of keys. left_out: beginnings and endings of tensors' names
+    that a folder may hold and no model of ours reads. unstacked: tensors that a folder may hold as one, by the names of
+    the tables.
 
-    `body` and `express` raise ValueError, a line that begins with the key.
+    All are held to the class of `transformers`, the reader: what that has not is refused, by its key, in both
+    directions. `fits`, `body` and `express` raise ValueError, a line that begins with the key.
     """
 
     name: str
@@ -33,24 +39,46 @@ class Architecture:
     mixers: frozenset[str]
     defaults: Config
     fixed: Config
+    kinds: dict[str, Kind]
+    fits: Callable[[Config], None]
     body: Callable[[Config], Node]
     express: Callable[[Node], Config]
     entries: Callable[[Config], Entries]
     suits: Callable[[Node, set[str]], bool]
     aliases: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    unstacked: Callable[[dict[str, Stored]], dict[str, Stored]] = dict
 
     def complete(self, config: Config) -> Config:
         """The same config.json under the names that we read, with what it leaves out. Raises ValueError."""
         renamed = {self.aliases.get(key, key): value for key, value in config.items()}
-        full = self.defaults | self.fixed | {key: value for key, value in renamed.items()}
+        if renamed.get("quantization_config") is not None:
+            raise ValueError("config.json: quantization_config: must be absent: no quantised weights are read")
+        if renamed.get("hidden_act") == "swish":  # another name of the same
+            renamed["hidden_act"] = "silu"
+        full = self.defaults | self.fixed | renamed
         for key, value in self.fixed.items():
             if full[key] != value:
                 raise ValueError(f"config.json: {key}={shown(full[key])}: must be {shown(value)}")
         missing = [key for key, value in full.items() if value is REQUIRED]
         if missing:
             raise ValueError(f"config.json: {missing[0]}: missing")
+        check(full, USUAL | self.kinds)
+        self.fits(full)
         return full
+
+    def bounded(self, config: Config, stored: Mapping[str, Stored]) -> None:
+        """Raises ValueError for sizes that no model of these tensors has, before anything is made in them."""
+        full = self.complete(config)
+        if full["num_hidden_layers"] > len(stored):
+            layers = full["num_hidden_layers"]
+            raise ValueError(
+                f"config.json: num_hidden_layers={layers}: must be at most {len(stored)}, the tensors here"
+            )
+        largest = max([LARGE, *(size for each in stored.values() for size in each.shape)])
+        for key in sorted((USUAL | self.kinds).keys() & full.keys() - UNBOUNDED):
+            if type(full[key]) is int and full[key] > largest:
+                raise ValueError(f"config.json: {key}={full[key]}: must be at most {largest}, the largest size here")
 
     def read(self, config: Config) -> Node:
         """Our `model` section of a config.json. Raises ValueError."""
@@ -58,7 +86,9 @@ class Architecture:
 
     def write(self, model: Node) -> Config:
         """The config.json of a `model` section. Raises ValueError for what stands in the way."""
-        return {"architectures": [self.name], "model_type": self.kind, **self.fixed, **self.express(model)}
+        config = {"architectures": [self.name], "model_type": self.kind, **self.fixed, **self.express(model)}
+        self.read(config)  # what is written here is read here, too
+        return config
 
     def rows(self, config: Config) -> Entries:
         """Of a config.json, the rows of every parameter of ours."""
@@ -66,6 +96,11 @@ class Architecture:
 
 
 REQUIRED = object()  # in `defaults`: a key that has none
+LARGE = 65_536  # a size up to which anything is made at once
+UNBOUNDED = {  # whole numbers that no tensor has for a size
+    *("max_position_embeddings", "original_max_position_embeddings", "num_hidden_layers", "sliding_window"),
+    *("decoder_sparse_step", "full_attention_interval", "rope_theta"),
+}
 
 
 def target(kind: type) -> str:
@@ -126,9 +161,3 @@ def ratio(width: int, dim: int) -> float:
     """r with int(dim * r) == width, which a rounded quotient may miss by one."""
     found = width / dim
     return found if int(dim * found) == width else math.nextafter(found, math.inf)
-
-
-def shown(value: Any) -> str:
-    """A value as it is written in YAML and JSON."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -3,6 +3,7 @@
 Legend: H heads, G heads of keys and values, K head width, E experts.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from models.block import Block
@@ -10,6 +11,9 @@ from models.ffn import SwiGLU
 from models.hub import positions
 from models.hub.architecture import Config, Node, fold, layers, must, node, one, target, told
 from models.hub.rows import PLAIN, Entries, Entry, Form, Rows, experts, joined, whole
+from models.hub.tensors import Stored, rows_of
+from models.hub.values import FLAG, Kind, listed, optional
+from models.hub.values import whole as count
 from models.lm import LM
 from models.mixers.attention import Attention
 from models.moe import MoE
@@ -19,7 +23,7 @@ ATTENTION, DENSE, MIXTURE = target(Attention), target(SwiGLU), target(MoE)
 
 def stack(config: Config, kinds: list[str], blocks: dict[str, Node], eps: float) -> Node:
     """The `model` section of these layers, kind by kind."""
-    tied = bool(config["tie_word_embeddings"])
+    tied = config["tie_word_embeddings"]
     return node(
         LM,
         partial=False,
@@ -48,30 +52,54 @@ def shapes(model: Node, who: str) -> Config:
     }
 
 
-def eps_of(model: Node, who: str) -> float:
-    """What all norms of the residual stream add to the mean square. Raises ValueError where they differ."""
-    blocks = ((f"model.blocks.{name}.norm_eps", b.get("norm_eps", 1e-5)) for name, b in layers(model))
-    return one([*blocks, ("model.norm_eps", model.get("norm_eps", 1e-5))], who)
+def eps_of(model: Node, who: str, mixers: Mapping[str, type] = {}) -> float:  # noqa: B006 it is read only
+    """What all norms add to the mean square, those of these mixers too, by `_target_`. Raises ValueError where they
+    differ."""
+    found = [("model.norm_eps", model.get("norm_eps", 1e-5))]
+    for name, block in layers(model):
+        found.append((f"model.blocks.{name}.norm_eps", block.get("norm_eps", 1e-5)))
+        if kind := mixers.get(block["mixer"]["_target_"]):
+            found.append((f"model.blocks.{name}.mixer.norm_eps", told(block["mixer"], kind)["norm_eps"]))
+    return one(found, who)
 
 
 # --- softmax attention
 
 
-def attention(config: Config, *, fraction: float = 1.0, **fixed: Any) -> Node:
-    """A section of attention, of a config.json."""
+HEADS: dict[str, Kind] = dict.fromkeys(("num_key_value_heads", "head_dim"), optional(count()))
+
+
+def attention(config: Config, *, fraction: float | None = None, **fixed: Any) -> Node:
+    """A section of attention, of a config.json. fraction: as in `positions.read`."""
     heads = config["num_attention_heads"]
     return node(
         Attention,
         heads=heads,
         kv_heads=config["num_key_value_heads"] or heads,
-        head_dim=config["head_dim"] or config["hidden_size"] // heads,
-        positions=positions.read(config, fraction),
+        head_dim=_width(config),
+        positions=positions.read(config, _width(config), fraction),
         **fixed,
     )
 
 
-def attention_keys(model: Node, who: str, **fixed: Any) -> Config:
-    """What a config.json says of all attention layers. Raises ValueError where they differ, or for another `fixed`."""
+def _width(config: Config) -> int:
+    """Channels of a head."""
+    return config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+
+
+def heads_fit(config: Config, *, divided: bool = False) -> None:
+    """Raises ValueError for heads that are none. divided: whether they must share out the model's width anyway."""
+    heads, dim = config["num_attention_heads"], config["hidden_size"]
+    groups = config["num_key_value_heads"] or heads
+    if heads % groups:
+        raise ValueError(f"config.json: num_key_value_heads={groups}: must divide num_attention_heads={heads}")
+    if dim % heads and (divided or config["head_dim"] is None):
+        raise ValueError(f"config.json: num_attention_heads={heads}: must divide hidden_size={dim}")
+
+
+def attention_keys(model: Node, who: str, *, partial: bool = False, **fixed: Any) -> Config:
+    """What a config.json says of all attention layers, {} without any. partial: as in `positions.write`. Raises
+    ValueError where they differ, or for another `fixed`."""
     found = []
     for name, section in layers(model):
         if section["mixer"]["_target_"] != ATTENTION:
@@ -84,7 +112,7 @@ def attention_keys(model: Node, who: str, **fixed: Any) -> Config:
             "num_key_value_heads": mixer["kv_heads"] or heads,
             "head_dim": mixer["head_dim"] or model["dim"] // heads,
             "sliding_window": mixer["window"],
-            "rope_parameters": positions.write(path, rope, who),
+            "rope_parameters": positions.write(path, rope, who, partial=partial),
         }
         found.append((path, keys))
     return one(found, who) or {}
@@ -115,9 +143,33 @@ def attention_rows(ours: str, theirs: str, config: Config, *, gate: bool = False
 
 def sparse(config: Config) -> list[bool]:
     """Which layers have experts, of `decoder_sparse_step` and `mlp_only_layers`."""
-    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
+    step, dense = config["decoder_sparse_step"], set(config["mlp_only_layers"] or ())
     layers = range(config["num_hidden_layers"])
     return [config["num_experts"] > 0 and i not in dense and (i + 1) % step == 0 for i in layers]
+
+
+EXPERTS: dict[str, Kind] = {
+    "num_experts": count(0),
+    "num_experts_per_tok": count(),
+    "moe_intermediate_size": count(),
+    "norm_topk_prob": FLAG,
+    "decoder_sparse_step": count(),
+    "mlp_only_layers": optional(listed(count(0), "whole numbers")),
+}
+
+
+def experts_fit(config: Config) -> None:
+    """Raises ValueError for a choice of experts that is none, where there are any."""
+    chosen, there = config["num_experts_per_tok"], config["num_experts"]
+    if not there:
+        return
+    if chosen > there:
+        raise ValueError(f"config.json: num_experts_per_tok={chosen}: must be at most num_experts={there}")
+    if config["norm_topk_prob"] and chosen == 1 < there:
+        raise ValueError(
+            "config.json: norm_topk_prob=true: must be false with num_experts_per_tok=1: every weight would be 1, "
+            "and teach nothing"
+        )
 
 
 def mixture(config: Config, **shared: Any) -> Node:
@@ -127,7 +179,7 @@ def mixture(config: Config, **shared: Any) -> Node:
         num_experts=config["num_experts"],
         top_k=config["num_experts_per_tok"],
         hidden=config["moe_intermediate_size"],
-        renormalise=bool(config["norm_topk_prob"]),
+        renormalise=config["norm_topk_prob"],
         **shared,
     )
 
@@ -149,11 +201,30 @@ def ffn_keys(model: Node, who: str, **fixed: Any) -> Config:
         named = {"num_experts": "num_experts", "num_experts_per_tok": "top_k", "moe_intermediate_size": "hidden"}
         keys = {theirs: moe[key] for theirs, key in named.items()} | {"norm_topk_prob": moe["renormalise"]}
         found.append((path, keys | ({"shared_expert_intermediate_size": moe["shared_hidden"]} if fixed else {})))
-    keys = one(found, who)
-    if keys is None:
-        raise ValueError(f"model.pattern=[{','.join(model['pattern'])}]: must have a layer with experts for {who}")
+    keys = one(found, who) or {"num_experts": 0}  # all dense: then nothing else says anything
     hidden = one(wide, who) or keys["moe_intermediate_size"]
     return keys | {"intermediate_size": hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def unstacked(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Experts that lie stacked, as current versions of `transformers` hold them, expert by expert: gate_up_proj
+    [E, 2I, D] and down_proj [E, D, I]."""
+    found = {}
+    for name, each in stored.items():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith(".experts") or last not in ("gate_up_proj", "down_proj") or len(each.shape) != 3:
+            found[name] = each
+            continue
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        number, rows = each.shape[0], each.shape[1] // len(parts)
+        if each.shape[1] % len(parts):
+            raise ValueError(
+                f"{each.file.name}: {name} {list(each.shape)}: must have as many rows for gates as for values"
+            )
+        for i in range(number * len(parts)):
+            expert, part = divmod(i, len(parts))
+            found[f"{stem}.{expert}.{parts[part]}.weight"] = rows_of(each, i * rows, rows)
+    return found
 
 
 def dense_rows(ours: str, theirs: str, hidden: int, dim: int) -> Entries:

@@ -4,27 +4,22 @@ Legend: H heads, I inner width, G groups, N state, D model width.
 """
 
 import math
-from typing import Any
 
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, target, told
 from models.hub.rows import PLAIN, TAPS, Entries, Entry, Form, Rows, whole
+from models.hub.values import ABOVE_ZERO, FLAG, shown
+from models.hub.values import whole as whole_number
 from models.mixers.mamba2 import Mamba2
 
 NAME = "Mamba2ForCausalLM"
-EPS = 1e-5  # of our norm of the output, and of every released model
 MIXER = target(Mamba2)
+UNLIMITED = [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]]  # JSON has no word for it
 
 
 def _body(config: Config) -> Node:
     heads, inner, dim = config["num_heads"], config["num_heads"] * config["head_dim"], config["hidden_size"]
-    if inner != int(config["expand"] * dim):
-        raise ValueError(
-            f"config.json: num_heads={heads}: must be expand * hidden_size / head_dim="
-            f"{int(config['expand'] * dim) / config['head_dim']:g}"
-        )
-    if [_number(each) for each in config["time_step_limit"]] != [0.0, math.inf]:
-        raise ValueError(f"config.json: time_step_limit={config['time_step_limit']}: must be [0, Infinity]")
+    eps = config["layer_norm_epsilon"]
     mixer = node(
         Mamba2,
         heads=heads,
@@ -32,13 +27,22 @@ def _body(config: Config) -> Node:
         state=config["state_size"],
         groups=config["n_groups"],
         conv=config["conv_kernel"],
+        conv_bias=config["use_conv_bias"],
+        norm_eps=eps,
     )
-    return parts.stack(config, ["mamba"] * config["num_hidden_layers"], {"mamba": parts.block(mixer, None, EPS)}, EPS)
+    return parts.stack(config, ["mamba"] * config["num_hidden_layers"], {"mamba": parts.block(mixer, None, eps)}, eps)
 
 
-def _number(value: Any) -> float:
-    """A number of a config.json; what JSON has none for is written {"__float__": "Infinity"}."""
-    return float(value["__float__"] if isinstance(value, dict) else value)
+def _fits(config: Config) -> None:
+    heads, wide = config["num_heads"], config["expand"] * config["hidden_size"]
+    if heads * config["head_dim"] != wide:
+        raise ValueError(
+            f"config.json: num_heads={heads}: must be expand * hidden_size / head_dim={wide / config['head_dim']:g}"
+        )
+    if heads % config["n_groups"]:
+        raise ValueError(f"config.json: n_groups={config['n_groups']}: must divide num_heads={heads}")
+    if config["time_step_limit"] not in UNLIMITED:
+        raise ValueError(f"config.json: time_step_limit={shown(config['time_step_limit'])}: must be [0, Infinity]")
 
 
 def _express(model: Node) -> Config:
@@ -51,10 +55,10 @@ def _express(model: Node) -> Config:
             raise ValueError(f"{path}.expand={mixer['expand']}: must be a whole number, as in {NAME}")
         keys = {"num_heads": heads, "head_dim": inner // heads, "expand": int(mixer["expand"])}
         keys["state_size"] = mixer["state"]
-        found.append((path, keys | {"n_groups": mixer["groups"], "conv_kernel": mixer["conv"]}))
-    if (eps := parts.eps_of(model, NAME)) != EPS:
-        raise ValueError(f"model.norm_eps={eps}: must be {EPS}, that of the mixer's norm: {NAME} has one for all")
-    return parts.shapes(model, NAME) | one(found, NAME) | {"layer_norm_epsilon": EPS, "pad_token_id": None}
+        keys |= {"n_groups": mixer["groups"], "conv_kernel": mixer["conv"], "use_conv_bias": mixer["conv_bias"]}
+        found.append((path, keys))
+    eps = parts.eps_of(model, NAME, {MIXER: Mamba2})
+    return parts.shapes(model, NAME) | one(found, NAME) | {"layer_norm_epsilon": eps, "pad_token_id": None}
 
 
 def _entries(config: Config) -> Entries:
@@ -76,7 +80,8 @@ def _entries(config: Config) -> Entries:
         rows[f"{ours}.x.weight"], rows[f"{ours}.bc.weight"] = split(into, inner)
         rows[f"{ours}.dt.weight"] = Entry((Rows(into, 2 * inner + 2 * G * N, H),))
         rows[f"{ours}.conv.weight"], rows[f"{ours}.bc_conv.weight"] = split(f"{conv}.weight", 0, TAPS)
-        rows[f"{ours}.conv.bias"], rows[f"{ours}.bc_conv.bias"] = split(f"{conv}.bias", 0)
+        if config["use_conv_bias"]:
+            rows[f"{ours}.conv.bias"], rows[f"{ours}.bc_conv.bias"] = split(f"{conv}.bias", 0)
         rows |= {f"{ours}.{name}": whole(f"{theirs}.{name}", H) for name in ("A_log", "dt_bias", "D")}
         rows[f"{ours}.norm.weight"] = whole(f"{theirs}.norm.weight", inner)
         rows[f"{ours}.out.weight"] = whole(f"{theirs}.out_proj.weight", D)
@@ -98,10 +103,18 @@ MAMBA2 = Architecture(
         "expand": 2,
         "n_groups": 8,
         "conv_kernel": 4,
+        "use_conv_bias": True,
+        "layer_norm_epsilon": 1e-5,
         "time_step_limit": [0.0, math.inf],
         "tie_word_embeddings": False,
     },
-    fixed={"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "layer_norm_epsilon": EPS},
+    fixed={"hidden_act": "silu", "use_bias": False},
+    kinds={
+        **dict.fromkeys(("num_heads", "state_size", "expand", "n_groups", "conv_kernel"), whole_number()),
+        "use_conv_bias": FLAG,
+        "layer_norm_epsilon": ABOVE_ZERO,
+    },
+    fits=_fits,
     body=_body,
     express=_express,
     entries=_entries,

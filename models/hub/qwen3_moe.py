@@ -4,15 +4,16 @@ from models.ffn import SwiGLU
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, node
 from models.hub.rows import PLAIN, Entries
+from models.hub.values import FLAG, optional, whole
+from models.mixers.attention import Attention
 
 NAME = "Qwen3MoeForCausalLM"
-QK_EPS = 1e-6  # of our norm of queries and keys, and of every released model
 
 
 def _body(config: Config) -> Node:
-    eps = qk_eps(config)
+    eps = config["rms_norm_eps"]
     window = config["sliding_window"] if config["use_sliding_window"] else None
-    mixer = parts.attention(config, qk_norm=True, window=window)
+    mixer = parts.attention(config, qk_norm=True, window=window, norm_eps=eps)
     blocks = {
         "moe": parts.block(mixer, parts.mixture(config), eps),
         "dense": parts.block(mixer, node(SwiGLU, hidden=config["intermediate_size"]), eps),
@@ -20,26 +21,18 @@ def _body(config: Config) -> Node:
     return parts.stack(config, ["moe" if each else "dense" for each in parts.sparse(config)], blocks, eps)
 
 
-def qk_eps(config: Config) -> float:
-    """The one eps of all norms. Raises ValueError for another than that of our norm of queries and keys."""
-    if config["rms_norm_eps"] != QK_EPS:
-        raise ValueError(f"config.json: rms_norm_eps={config['rms_norm_eps']}: must be {QK_EPS}")
-    return QK_EPS
-
-
-def same_eps(model: Node, who: str) -> dict[str, float]:
-    """Raises ValueError where a norm adds another eps than that of queries and keys."""
-    if (eps := parts.eps_of(model, who)) != QK_EPS:
-        raise ValueError(f"model.norm_eps={eps}: must be {QK_EPS}, that of queries and keys: {who} has one for all")
-    return {"rms_norm_eps": QK_EPS}
-
-
 def _express(model: Node) -> Config:
     keys = parts.attention_keys(model, NAME, qk_norm=True, gate=False)
     experts = parts.ffn_keys(model, NAME, shared_hidden=0)
-    del experts["shared_expert_intermediate_size"]
-    whole = parts.shapes(model, NAME) | same_eps(model, NAME)
-    return whole | keys | experts | {"use_sliding_window": keys["sliding_window"] is not None}
+    experts.pop("shared_expert_intermediate_size", None)
+    eps = parts.eps_of(model, NAME, {parts.ATTENTION: Attention})
+    return (
+        parts.shapes(model, NAME)
+        | {"rms_norm_eps": eps}
+        | keys
+        | experts
+        | {"use_sliding_window": keys["sliding_window"] is not None}
+    )
 
 
 def _entries(config: Config) -> Entries:
@@ -55,6 +48,11 @@ def _entries(config: Config) -> Entries:
     return rows
 
 
+def _fits(config: Config) -> None:
+    parts.heads_fit(config)
+    parts.experts_fit(config)
+
+
 def _suits(model: Node, mixers: set[str]) -> bool:
     """What is attention alone and no Llama, without a gate, which would be Qwen3-Next's."""
     return mixers == {parts.ATTENTION} and not any(block["mixer"].get("gate") for _, block in layers(model))
@@ -65,8 +63,10 @@ QWEN3_MOE = Architecture(
     kind="qwen3_moe",
     mixers=frozenset({parts.ATTENTION}),
     defaults={
-        **dict.fromkeys(("vocab_size", "hidden_size", "moe_intermediate_size", "num_experts"), REQUIRED),
-        **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_experts_per_tok"), REQUIRED),
+        **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), REQUIRED),
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
         "intermediate_size": 6144,
         "num_key_value_heads": 4,
         "head_dim": None,
@@ -74,12 +74,15 @@ QWEN3_MOE = Architecture(
         "max_position_embeddings": 32_768,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
-        "sliding_window": None,
+        "sliding_window": 4096,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": False,
     },
-    fixed={"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0},
+    fixed={"hidden_act": "silu", "attention_bias": False},
+    kinds=parts.HEADS | parts.EXPERTS | {"use_sliding_window": FLAG, "sliding_window": optional(whole())},
+    fits=_fits,
+    unstacked=parts.unstacked,
     body=_body,
     express=_express,
     entries=_entries,

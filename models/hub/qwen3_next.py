@@ -7,11 +7,17 @@ Legend: H heads of keys, N heads of values, K and V their widths, D model width.
 from models.ffn import SwiGLU
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, target, told
-from models.hub.qwen3_moe import QK_EPS, qk_eps, same_eps
 from models.hub.rows import ABOUT_ZERO, TAPS, Entries, Entry, Rows, whole
+from models.hub.values import WORDS, optional
+from models.hub.values import whole as count
+from models.mixers.attention import Attention
 from models.mixers.gated_deltanet import GatedDeltaNet
 
 NAME = "Qwen3NextForCausalLM"
+LINEAR = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
+)
 FRACTION = 0.25  # of a head that is rotated, where the configuration does not say it
 DELTA = target(GatedDeltaNet)
 KINDS = {parts.ATTENTION: "full_attention", DELTA: "linear_attention"}
@@ -35,14 +41,14 @@ def _delta(config: Config) -> Node:
         expand_k=ratio(heads * config["linear_key_head_dim"], dim),
         expand_v=ratio(values * config["linear_value_head_dim"], dim),
         conv=config["linear_conv_kernel_dim"],
-        norm_eps=QK_EPS,
+        norm_eps=config["rms_norm_eps"],
     )
 
 
 def _body(config: Config) -> Node:
-    eps = qk_eps(config)
+    eps = config["rms_norm_eps"]
     mixers = {
-        "full_attention": ("attn", parts.attention(config, fraction=FRACTION, qk_norm=True, gate=True)),
+        "full_attention": ("attn", parts.attention(config, fraction=FRACTION, qk_norm=True, gate=True, norm_eps=eps)),
         "linear_attention": ("gdn", _delta(config)),
     }
     shared = config["shared_expert_intermediate_size"]
@@ -63,7 +69,9 @@ def _delta_keys(model: Node) -> Config:
     for name, section in layers(model):
         if section["mixer"]["_target_"] == DELTA:
             path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], GatedDeltaNet)
-            must(path, mixer, {"negative_eigenvalues": False, "norm_eps": QK_EPS}, NAME)
+            must(path, mixer, {"negative_eigenvalues": False, "conv_bias": False}, NAME)
+            if mixer["conv"] is None:
+                raise ValueError(f"{path}.conv=null: must be at least 1, as in {NAME}")
             heads, values = mixer["heads"], mixer["value_heads"] or mixer["heads"]
             keys = {
                 "linear_num_key_heads": heads,
@@ -77,14 +85,14 @@ def _delta_keys(model: Node) -> Config:
 
 
 def _express(model: Node) -> Config:
-    attention = parts.attention_keys(model, NAME, window=None, qk_norm=True, gate=True)
-    if not attention:
+    attention = parts.attention_keys(model, NAME, partial=True, window=None, qk_norm=True, gate=True)
+    if not attention:  # transformers' cache asks an attention layer for the length
         raise ValueError(f"model.pattern=[{','.join(model['pattern'])}]: must have a layer of attention for {NAME}")
     del attention["sliding_window"]
-    attention["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # else it means a quarter
     experts = parts.ffn_keys(model, NAME, shared_gate=True)
     types = {"layer_types": [KINDS[block["mixer"]["_target_"]] for _, block in layers(model)]}
-    return parts.shapes(model, NAME) | same_eps(model, NAME) | attention | _delta_keys(model) | experts | types
+    eps = {"rms_norm_eps": parts.eps_of(model, NAME, {parts.ATTENTION: Attention, DELTA: GatedDeltaNet})}
+    return parts.shapes(model, NAME) | eps | attention | _delta_keys(model) | experts | types
 
 
 def _delta_rows(ours: str, theirs: str, config: Config) -> Entries:
@@ -128,6 +136,16 @@ def _entries(config: Config) -> Entries:
     return rows
 
 
+def _fits(config: Config) -> None:
+    parts.heads_fit(config)
+    parts.experts_fit(config)
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if values % keys:
+        raise ValueError(
+            f"config.json: linear_num_value_heads={values}: must be a multiple of linear_num_key_heads={keys}"
+        )
+
+
 def _suits(model: Node, mixers: set[str]) -> bool:
     """Gated DeltaNet, attention, or both: what Llama and Qwen3-MoE have been asked for before."""
     return mixers <= KINDS.keys()
@@ -138,8 +156,10 @@ QWEN3_NEXT = Architecture(
     kind="qwen3_next",
     mixers=frozenset(KINDS),
     defaults={
-        **dict.fromkeys(("vocab_size", "hidden_size", "moe_intermediate_size", "num_experts"), REQUIRED),
-        **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_experts_per_tok"), REQUIRED),
+        **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), REQUIRED),
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
         "intermediate_size": 5632,
         "shared_expert_intermediate_size": 512,
         "num_key_value_heads": 2,
@@ -158,7 +178,17 @@ QWEN3_NEXT = Architecture(
         "layer_types": None,
         "full_attention_interval": 4,
     },
-    fixed={"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0},
+    fixed={"hidden_act": "silu", "attention_bias": False},
+    kinds={
+        **parts.HEADS,
+        **parts.EXPERTS,
+        **dict.fromkeys(LINEAR, count()),
+        "shared_expert_intermediate_size": count(),
+        "layer_types": optional(WORDS),
+        "full_attention_interval": count(),
+    },
+    fits=_fits,
+    unstacked=parts.unstacked,
     body=_body,
     express=_express,
     entries=_entries,

@@ -8,6 +8,7 @@ file: what has been read from a map stays in the process's resident memory until
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+LONGEST_TEXT = 100_000_000  # bytes of a file of JSON
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -30,45 +32,90 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     begin: int
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def regular(path: Path) -> int:
+    """The bytes of a file. Raises ValueError for what is none: a pipe or a device would never end."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path.name}: is no regular file")
+    return found.st_size
+
+
+def table(path: Path) -> dict[str, Any]:
+    """The object of a file of JSON. Raises ValueError."""
+    if regular(path) > LONGEST_TEXT:
+        raise ValueError(f"{path.name}: has more than {LONGEST_TEXT:,} bytes")
+    try:
+        return parsed(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
+    except TypeError:
+        raise ValueError(f"{path.name}: is not a JSON object") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path.name}: is not JSON") from None
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """The object of a text of JSON. Raises TypeError for something else, ValueError, RecursionError for no JSON."""
+    found = json.loads(text.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise TypeError(type(found))
+    return found
+
 
 def header(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, which must hold every byte of them. Raises ValueError."""
+    """The tensors of one file, which must hold every byte of them, once. Raises ValueError."""
+    size = regular(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise ValueError(f"{path.name}: is cut short, or no safetensors file")
-            told = json.loads(file.read(length))
+            text = file.read(length)
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    try:
+        told = parsed(text)
+    except (TypeError, ValueError, RecursionError):
         raise ValueError(f"{path.name}: is no safetensors file: its header is not JSON") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"{path.name}: is no safetensors file: its header is not JSON")
-    found, ends = {}, [0]
-    for name, entry in told.items():
-        if name == "__metadata__":
-            continue
-        found[name], end = _stored(path, name, entry, 8 + length)
-        ends.append(end)
-    if size < 8 + length + max(ends):
-        raise ValueError(f"{path.name}: is cut short: it has {size:,} of {8 + length + max(ends):,} bytes")
+    found = {name: _stored(path, name, entry, 8 + length) for name, entry in told.items() if name != "__metadata__"}
+    at, before = 8 + length, "the header"
+    for name, each in sorted(found.items(), key=lambda item: (item[1].begin, item[1].size)):
+        if each.begin != at:  # the format allows neither
+            kind = "lies over" if each.begin < at else "leaves a gap behind"
+            raise ValueError(f"{path.name}: {name}: {kind} {before}")
+        at, before = each.begin + each.size, name
+    if size < at:
+        raise ValueError(f"{path.name}: is cut short: it has {size:,} of {at:,} bytes")
     return found
 
 
-def _stored(path: Path, name: str, entry: Any, data: int) -> tuple[Stored, int]:
-    """A header's entry, and where its bytes end behind the header. Raises ValueError."""
+def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
+    """A header's entry. Raises ValueError."""
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)) and len(shape) <= 64
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path.name}: {name}: its entry in the header is not whole") from None
     if dtype not in DTYPES:
-        raise ValueError(f"{path.name}: {name}: dtype {dtype} must be one of {', '.join(DTYPES)}")
+        raise ValueError(f"{path.name}: {name}: dtype {dtype[:20]} must be one of {', '.join(DTYPES)}")
     if not sound or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{path.name}: {name}: its shape and its bytes do not fit")
-    return Stored(path, DTYPES[dtype], shape, data + begin), end
+    return Stored(path, DTYPES[dtype], shape, data + begin)
+
+
+def rows_of(stored: Stored, start: int, number: int) -> Stored:
+    """Rows of a tensor [n, rows, ...], those of all n counted on, as a tensor of its own; no byte is moved."""
+    each = math.prod(stored.shape[2:]) * stored.dtype.itemsize
+    return Stored(stored.file, stored.dtype, (number, *stored.shape[2:]), stored.begin + start * each)
 
 
 def folder(path: Path) -> dict[str, Stored]:
@@ -84,11 +131,13 @@ def folder(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{SINGLE}: missing, and no {INDEX}")
     found: dict[str, Stored] = {}
     for file, names in files.items():
-        if not (path / file).is_file():
+        if not (path / file).exists():
             raise ValueError(f"{file}: missing")
         tensors = header(path / file)
         if names is not None and (lost := names - tensors.keys()):
             raise ValueError(f"{file}: {min(lost)}: missing")
+        if twice := found.keys() & tensors.keys():
+            raise ValueError(f"{file}: {min(twice)}: is in another file, too")
         found |= tensors
     return found
 
@@ -96,13 +145,13 @@ def folder(path: Path) -> dict[str, Stored]:
 def _indexed(path: Path) -> dict[str, set[str] | None]:
     """By file, the tensors that an index says it has. Raises ValueError."""
     try:
-        told = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        told = table(path / INDEX)["weight_map"]
         files: dict[str, set[str] | None] = {}
         for name, file in told.items():
-            if Path(file).name != file or not file.endswith(".safetensors"):
+            if "\0" in file or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{INDEX}: {name}: {file}: must be a safetensors file of the folder")
             files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{INDEX}: cannot be read ({type(error).__name__})") from None
     return files
 

@@ -1,6 +1,7 @@
 """`farspan import` and `farspan export` as a user meets them: what they write, and what they refuse in one line."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import yaml
 from data.tokenizer import Bytes, Json, from_card
 from data.tokenizer_files import card_of, differ, files
 from launch.cli import main
-from launch.origin import same_tokens
+from launch.origin import same_tokens, sound
 from launch.preflight import configure
 from launch.user import UserError
 from models.hub import tensors
@@ -104,6 +105,20 @@ def _cut(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _nan(folder):
+    """In the last tensor of the last file."""
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\xc0\x7f")
+
+
+def _fifo(name):
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return damage
+
+
 K = "model.layers.1.self_attn.k_proj.weight"
 DAMAGES = {
     "architecture": (
@@ -124,6 +139,21 @@ DAMAGES = {
     "cut": (_cut, "model-00002-of-00002.safetensors: is cut short: it has "),
     "lost": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors: missing"),
     "pickled": (_pickled, "pytorch_model.bin: is pickled, and may run code when it is opened; expected model.safe"),
+    "layers": (
+        _config(num_hidden_layers=1_000_000_000),
+        "config.json: num_hidden_layers=1000000000: must be at most 21, the tensors here",
+    ),
+    "vocabulary": (
+        _config(vocab_size=10**12),
+        "config.json: vocab_size=1000000000000: must be at most 65536, the larg",
+    ),
+    "type": (_config(hidden_size="32"), "config.json: hidden_size=32: must be a whole number of at least 1"),
+    "quantised": (_config(quantization_config={"bits": 4}), "config.json: quantization_config: must be absent"),
+    "NaN": (
+        _nan,
+        "model-00002-of-00002.safetensors: model.layers.1.mlp.down_proj.weight: holds numbers that are not finite",
+    ),
+    "pipe": (_fifo("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors: is no regular file"),
     "json": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is no tokenizer.json"),
 }
@@ -140,6 +170,39 @@ def test_a_folder_that_is_not_whole_is_refused_and_nothing_written(damage, here,
             f"farspan train: init_from=source: {line}"
         )
     assert [p.name for p in here.iterdir()] == ["source"]
+
+
+def test_a_folder_is_not_taken_for_a_run_without_a_word(here, capsys):
+    line = "RUN=source: is a folder of Hugging Face's; farspan import source makes a run of it"
+    assert refused(capsys, "generate", "source") == f"farspan generate: {line}"
+    assert refused(capsys, "export", "source", "out") == f"farspan export: {line}"
+    _fifo("config.json")(here / "source")
+    assert refused(capsys, "import", "source") == "farspan import: SOURCE=source: config.json: is no regular file"
+
+
+def test_what_cannot_go_out_again_is_told_where_it_comes_in(here, capsys):
+    config = published_folder.MOE | {"architectures": ["Qwen3NextForCausalLM"], "num_experts": 0, "hidden_size": 32}
+    config |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    config |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention"] * 2, "intermediate_size": 48}
+    published_folder.write(here / "linear", config)
+    assert main(["import", "linear"]) == 0
+    reason = "model.pattern=[gdn_dense]: must have a layer of attention for Qwen3NextForCausalLM"
+    assert f"cannot be exported again as it is: {reason}" in capsys.readouterr().err
+    assert refused(capsys, "export", "linear", "out").endswith(reason)
+    said: list[str] = []
+    for path in (here / "linear", here / "runs/linear/checkpoints/step-0"):
+        sound(path, Published(here / "linear").model, said.append)
+    sound(here / "source", Published(here / "source").model, said.append)
+    assert said == [f"this model cannot be exported: {reason}"] * 2
+
+
+def test_the_average_of_a_run_without_one_is_not_exported(here, capsys):
+    assert main(["import", "source", "run"]) == 0
+    capsys.readouterr()
+    assert "weights=average: must be raw, run/checkpoints/step-0 holds no" in refused(
+        capsys, "export", "run", "out", "weights=average"
+    )
+    assert "weights=mean: must be one of raw, average" in refused(capsys, "export", "run", "out", "weights=mean")
 
 
 def test_what_is_there_already_is_left_alone(here, capsys):

@@ -2,6 +2,8 @@
 `transformers`."""
 
 import json
+import math
+import os
 
 import pytest
 import torch
@@ -71,19 +73,31 @@ RULES = {
 def test_positions_come_back(kind):
     rule, values = RULES[kind]
     section = node(rule, partial=False, base=5e5, fraction=0.5, **values)
-    rope = positions.write("m", section, "them")
+    rope = positions.write("m", section, "them", partial=True)
     assert rope["rope_type"] == kind and rope["rope_theta"] == 5e5 and rope["partial_rotary_factor"] == 0.5
-    assert positions.read({"rope_parameters": rope, "max_position_embeddings": 512}) == section
+    config = {"rope_parameters": rope, "max_position_embeddings": 512}
+    assert positions.read(config, 64, 0.25) == section
+    with pytest.raises(ValueError, match="m.positions.fraction=0.5: must be 1: them rotates whole heads"):
+        positions.write("m", section, "them", partial=False)
+    with pytest.raises(
+        ValueError, match="config.json: partial_rotary_factor=0.5: must be 1: this architecture rotates"
+    ):
+        positions.read(config, 64)
 
 
 def test_positions_as_they_were_written_before_version_5():
     old = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 256}
-    found = positions.read(old | {"original_max_position_embeddings": 64})
+    found = positions.read(old | {"original_max_position_embeddings": 64}, 16)
     assert found["_target_"] == "models.rope.YaRN" and (found["base"], found["trained_length"]) == (1e6, 64)
     with pytest.raises(ValueError, match="rope_type=longrope: must be one of default, linear, yarn, llama3"):
-        positions.read({"rope_scaling": {"rope_type": "longrope"}})
+        positions.read({"rope_scaling": {"rope_type": "longrope"}}, 16)
     with pytest.raises(ValueError, match="config.json: truncate=false: must be true"):
-        positions.read({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}})
+        positions.read({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, 16)
+    with pytest.raises(ValueError, match="config.json: original_max_position_embeddings=1: must be the tokens"):
+        positions.read(old | {"original_max_position_embeddings": 1}, 16)
+    scaled = {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.1}
+    found = positions.read({"rope_parameters": scaled, "max_position_embeddings": 256}, 16)
+    assert found["attention_factor"] == pytest.approx((0.07 * math.log(4) + 1) / (0.11 * math.log(4) + 1))
 
 
 LLAMA = {
@@ -112,6 +126,98 @@ def test_a_config_json_that_is_not_ours_is_refused(change, line):
     assert str(refused.value).startswith(line)
 
 
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    **{"vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "line"),
+    [
+        (LLAMA, {"hidden_size": "64"}, "config.json: hidden_size=64: must be a whole number of at least 1"),
+        (LLAMA, {"hidden_size": 64.0}, "config.json: hidden_size=64.0: must be a whole number of at least 1"),
+        (LLAMA, {"num_hidden_layers": [2]}, "config.json: num_hidden_layers=[2]: must be a whole number of at least 1"),
+        (LLAMA, {"num_hidden_layers": True}, "config.json: num_hidden_layers=true: must be a whole number"),
+        (
+            LLAMA,
+            {"num_hidden_layers": 10**5000},
+            "config.json: num_hidden_layers=a number of more than 40 digits: must",
+        ),
+        (LLAMA, {"rms_norm_eps": "1e-5"}, "config.json: rms_norm_eps=1e-5: must be a number above 0"),
+        (LLAMA, {"rms_norm_eps": float("nan")}, "config.json: rms_norm_eps=nan: must be a number above 0"),
+        (LLAMA, {"rope_parameters": [1]}, "config.json: rope_parameters=[1]: must be a table, or null"),
+        (LLAMA, {"rope_scaling": "yarn"}, "config.json: rope_scaling=yarn: must be a table, or null"),
+        (LLAMA, {"rope_parameters": {"rope_type": 1}}, "config.json: rope_parameters.rope_type=1: must be a word"),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
+            "config.json: rope_parameters.factor=2: must",
+        ),
+        (LLAMA, {"rope_parameters": {"full_attention": {}}}, "config.json: rope_parameters.full_attention: must be no"),
+        (LLAMA, {"rope_parameters": {"rope_theta": 0.5}}, "config.json: rope_theta=0.5: must be above 1"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "config.json: partial_rotary_factor=0.5: must be 1: this architecture"),
+        (
+            LLAMA,
+            {"max_position_embeddings": -1},
+            "config.json: max_position_embeddings=-1: must be a whole number of at",
+        ),
+        (LLAMA, {"tie_word_embeddings": "yes"}, "config.json: tie_word_embeddings=yes: must be true or false"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "config.json: quantization_config: must be absent"),
+        (LLAMA, {"architectures": "LlamaForCausalLM"}, "config.json: architectures=LlamaForCausalLM: must be one of"),
+        (LLAMA, {"architectures": [["x"]]}, "config.json: architectures=['x']: must be one of LlamaForCausalLM"),
+        (LLAMA, {"num_key_value_heads": 3}, "config.json: num_key_value_heads=3: must divide num_attention_heads=4"),
+        (LLAMA, {"num_attention_heads": 5}, "config.json: num_attention_heads=5: must divide hidden_size=32"),
+        (LLAMA, {"head_dim": 7}, "config.json: head_dim=7: must have pairs to rotate"),
+        (MOE, {"num_experts_per_tok": 5}, "config.json: num_experts_per_tok=5: must be at most num_experts=4"),
+        (
+            MOE,
+            {"num_experts_per_tok": 1, "norm_topk_prob": True},
+            "config.json: norm_topk_prob=true: must be false with num_experts_per_tok=1",
+        ),
+        (
+            MOE,
+            {"mlp_only_layers": [0.5]},
+            "config.json: mlp_only_layers=[0.5]: must be a list of whole numbers, or null",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_the_words_of_the_file(config, change, line):
+    with pytest.raises(ValueError) as refused:
+        of_config(config | change).read(config | change)
+    assert str(refused.value).startswith(line)
+
+
+def test_values_that_change_no_logits_are_no_reason_to_refuse():
+    same = {
+        "attention_dropout": 0.1,
+        "pretraining_tp": 2,
+        "hidden_act": "swish",
+        "dtype": "bfloat16",
+        "use_cache": False,
+    }
+    assert of_config(LLAMA).read(LLAMA | same) == of_config(LLAMA).read(LLAMA)
+
+
+def test_what_is_all_dense_is_exported():
+    """In, and out again; but not Qwen3-Next without attention, which transformers has no cache for."""
+    next_ = MOE | {"architectures": ["Qwen3NextForCausalLM"], "shared_expert_intermediate_size": 8}
+    next_ |= {"layer_types": ["linear_attention", "full_attention"]}
+    for config, change in (
+        (MOE, {"num_experts": 0}),
+        (MOE, {"mlp_only_layers": [0, 1]}),
+        (MOE, {"rms_norm_eps": 1e-5}),
+        (next_, {"num_experts": 0}),
+        (next_, {"layer_types": ["full_attention"] * 2, "num_experts": 0}),
+    ):
+        model = of_config(config).read(config | change)
+        architecture, again = of_model(model)
+        assert architecture is of_config(config) and architecture.read(again) == model
+    with pytest.raises(ValueError, match=r"model.pattern=.gdn.: must have a layer of attention for Qwen3Next"):
+        of_model(of_config(next_).read(next_ | {"layer_types": ["linear_attention"] * 2}))
+
+
 def test_a_config_json_without_a_size_is_refused():
     config = {key: value for key, value in LLAMA.items() if key != "hidden_size"}
     with pytest.raises(ValueError, match="config.json: hidden_size: missing"):
@@ -122,7 +228,7 @@ def test_a_config_json_without_a_size_is_refused():
     ("change", "line"),
     [
         ({"window": 8}, "model.blocks.attn.mixer.window=8: must be null, as in LlamaForCausalLM"),
-        ({"qk_norm": True}, "model.blocks.attn.mixer.qk_norm=true: must be false, as in LlamaForCausalLM"),
+        ({"gate": True}, "model.blocks.attn.mixer.gate=true: must be false, as in LlamaForCausalLM"),
         (
             {"positions": {"_target_": "models.rope.NoPE"}},
             "model.blocks.attn.mixer.positions=NoPE: must be one of RoPE",
@@ -189,6 +295,21 @@ def _header(entry):
     return damage
 
 
+def _entries(**entries):
+    """A file of 60 bytes with a header of these entries of F32."""
+
+    def damage(folder):
+        told = {name: {"dtype": "F32", "shape": s, "data_offsets": at} for name, (s, at) in entries.items()}
+        text = json.dumps(told).encode()
+        (folder / tensors.SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(60))
+
+    return damage
+
+
+def _raw(text):
+    return lambda f: (f / tensors.SINGLE).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 def _index(weight_map):
     def damage(folder):
         _write(folder)
@@ -210,6 +331,23 @@ def _index(weight_map):
         ),
         (_header({"dtype": "I8", "shape": [60], "data_offsets": [0, 60]}), "a: dtype I8 must be one of F64, F32"),
         (_header({"dtype": "F32"}), "a: its entry in the header is not whole"),
+        (_header([1, 2]), "a: its entry in the header is not whole"),
+        (_header({"dtype": ["F32"], "shape": [15], "data_offsets": [0, 60]}), "a: dtype .* must be one of F64, F32"),
+        (_header({"dtype": "F32", "shape": [True, 15], "data_offsets": [0, 60]}), "a: its shape and its bytes do not"),
+        (_header({"dtype": "F32", "shape": [0, 1 << 70], "data_offsets": [0, 0]}), "a: its shape and its bytes do not"),
+        (_entries(a=([5], [0, 20]), b=([5], [0, 20])), "model.safetensors: b: lies over a"),
+        (_entries(a=([5], [0, 20]), b=([5], [16, 36])), "model.safetensors: b: lies over a"),
+        (_entries(a=([5], [0, 20]), b=([5], [40, 60])), "model.safetensors: b: leaves a gap behind a"),
+        (_entries(a=([5], [4, 24])), "model.safetensors: a: leaves a gap behind the header"),
+        (_raw(b"[1, 2]"), "its header is not JSON"),
+        (_raw(b"[" * 100_000), "its header is not JSON"),
+        (_raw(b'{"a": 1' + b"0" * 5000 + b"}"), "its header is not JSON"),
+        (lambda f: os.mkfifo(f / tensors.SINGLE), "model.safetensors: is no regular file"),
+        (lambda f: os.mkfifo(f / tensors.INDEX), "model.safetensors.index.json: is no regular file"),
+        (lambda f: (f / tensors.SINGLE).symlink_to("/dev/zero"), "model.safetensors: is no regular file"),
+        (_index(["a"]), "model.safetensors.index.json: cannot be read"),
+        (_index({"a": 1}), "model.safetensors.index.json: cannot be read"),
+        (_index({"a": "x\0.safetensors"}), "must be a safetensors file of the folder"),
         (_index({"a": "../other.safetensors"}), "must be a safetensors file of the folder"),
         (_index({"a": "pytorch_model.bin"}), "pytorch_model.bin: must be a safetensors file of the folder"),
         (_index({"z": tensors.SINGLE}), "model.safetensors: z: missing"),

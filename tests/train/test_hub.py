@@ -185,6 +185,78 @@ def test_weights_in_bf16_stay_so_and_are_written_so(tmp_path):
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=1e-7)  # (1 + w) - 1, in fp32
 
 
+def test_norms_decays_and_step_sizes_keep_their_digits_in_an_export_at_a_lower_precision(tmp_path):
+    model = theirs("qwen3_next")
+    model.save_pretrained(tmp_path / "in")
+    step = take(found := Published(tmp_path / "in"), tmp_path / "run", {}, lambda name: None)
+    give(Saved(step, {"model": found.model, "data": {}}), tmp_path / "out", {}, config={}, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    stored = tensors.folder(tmp_path / "out")
+    kept = {key for key, each in stored.items() if each.dtype == torch.float32}
+    assert kept == {key for key in stored if key.endswith(("norm.weight", "A_log", "dt_bias"))} != stored.keys()
+    for key in kept:
+        want = model.state_dict()[key]
+        torch.testing.assert_close(tensors.rows(stored[key], 0, len(want)), want, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_says_of_it(tmp_path):
+    """As `transformers` reads such folders: both where they differ, one where they are equal or only one is there."""
+    from safetensors.torch import load_file, save_file
+
+    theirs("llama, tied, llama3").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / tensors.SINGLE)
+    other = torch.randn(72, 32, generator=torch.Generator().manual_seed(2))
+    embedding = weights.pop("model.embed_tokens.weight")
+    for heads, said in (
+        ({"model.embed_tokens.weight": embedding, "lm_head.weight": other}, 1),
+        ({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}, 0),
+        ({"lm_head.weight": other}, 0),
+    ):
+        save_file(weights | heads, tmp_path / tensors.SINGLE)
+        found = Published(tmp_path)
+        assert len(found.said) == said and found.model["tied"] == (not said)
+        want = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits
+        close(loaded(found.model, tmp_path)(TOKENS, SEQ).logits, want)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next"])
+@torch.no_grad()
+def test_experts_that_lie_stacked_are_read(name, tmp_path):
+    """As current versions hold them in memory, and save them where asked to."""
+    model = theirs(name)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert any(key.endswith("experts.gate_up_proj") for key in tensors.folder(tmp_path))
+    close(loaded(Published(tmp_path).model, tmp_path)(TOKENS, SEQ).logits, model(TOKENS).logits)
+
+
+def test_a_number_that_is_not_finite_is_refused_where_it_is_read(tmp_path):
+    model = theirs("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight: holds numbers that are not finite"):
+        Published(tmp_path).verify()
+
+
+@torch.no_grad()
+def test_the_average_is_exported_where_it_is_asked_for_and_positions_never_shrink(tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], **MODELS["llama"][1]}
+    section = of_config(config).read(config)
+    raw, mean = (initialise(construct(section), seed) for seed in (0, 1))
+    told = {n: [list(p.shape), "float32"] for n, p in raw.named_parameters()}
+    (tmp_path / "c").mkdir()
+    state = {"model": raw.state_dict(), "average": {"mean": mean.state_dict()}}
+    dcp.save(state, checkpoint_id=str(tmp_path / "c"), no_dist=True)
+    checkpoint.seal(tmp_path / "c", {"step": 1, "tokens": 9, "model": told, "published": {"positions": 512}})
+    for average, model in ((False, raw), (True, mean)):
+        found = Saved(tmp_path / "c", {"model": section, "data": {"max_length": 64}}, average=average)
+        assert found.max_length == 512
+        give(found, tmp_path / f"out {average}", {}, config=NO_TOKENS)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"out {average}")
+        close(again(TOKENS).logits, model(TOKENS, SEQ).logits)
+
+
 @torch.no_grad()
 def test_rows_for_more_tokens_are_the_mean_of_the_others(tmp_path):
     model = theirs("llama")
