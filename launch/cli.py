@@ -1,14 +1,19 @@
 """The command line: `farspan VERB [arguments]`. `launch.verbs` lists the verbs, and what each of them runs."""
 
+import os
 import signal
 import sys
+import traceback
 from difflib import get_close_matches
+from pathlib import Path
 from types import FrameType
 
 from launch import apart, stopping, terminal
 from launch.user import UserError
 from launch.verbs import VERBS, Verb, help_of, usage
 
+TRACEBACK = "FARSPAN_TRACEBACK"  # set, an error that nobody has foreseen is shown whole
+_OURS = Path(__file__).resolve().parents[1]
 _interrupted = False  # by a signal, before a launcher took them over
 
 
@@ -44,6 +49,9 @@ def _run(arguments: list[str]) -> int:
         if name in ("-h", "--help", "help"):
             print(usage(), end="")
             return 0
+        if name in ("-V", "--version", "version"):
+            print(f"farspan {_version()}")
+            return 0
         if name == "complete":  # asked by the shell, between two keys
             from launch.config.complete import complete
 
@@ -58,7 +66,7 @@ def _run(arguments: list[str]) -> int:
             return 0
         return verb.load()(rest)
     except UserError as error:
-        line = str(error).replace("\n", "\\n")  # of a value that was given
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))  # of a value
         print(f"farspan {name}: {line}" if name in VERBS else f"farspan: {line}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Exception) as error:
@@ -66,12 +74,39 @@ def _run(arguments: list[str]) -> int:
             return 1
         # Code that is being imported may swallow an interrupt, and then fail at what it has not defined.
         if not (isinstance(error, KeyboardInterrupt) or _interrupted):
-            raise
+            if os.environ.get(TRACEBACK):
+                raise
+            print(f"farspan {name}: {_unexpected(error)}", file=sys.stderr)
+            return 1
         if name in ("train", "sweep"):  # a stop is no failure, however early
             print("stopped before the run started: nothing was written", file=sys.stderr)
             return 0
         print(f"farspan {name}: interrupted", file=sys.stderr)
         return 1
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("farspan")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "of a checkout"
+
+
+def _unexpected(error: BaseException) -> str:
+    """What nobody has foreseen, in one line: of a disk or a device, its own words; else also where it came from."""
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"failed: {error.strerror}" + (f" ({error.filename})" if error.filename else "")
+    if isinstance(error, MemoryError):
+        return "failed: this machine's memory does not hold it"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(_OURS)), frames[-1])
+    name = Path(place.filename)
+    shown = name.relative_to(_OURS) if name.is_relative_to(_OURS) else name.name
+    where = f"a fault of farspan, in {shown}:{place.lineno}; {TRACEBACK}=1 shows all"
+    return f"failed: {type(error).__name__}: {text} ({where})"
 
 
 def _verb(name: str) -> Verb:

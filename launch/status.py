@@ -62,24 +62,19 @@ class Status:
 
 def read(folder: Path, *, running: bool | None = None) -> Status:
     """The status of the run in `folder`. running: what its cluster says; by default, whether a process here has it."""
-    from train import checkpoint
-
     config = rundir.saved_config(folder)
     if "train" not in config:
         raise UserError(f"{folder}: is an import and has trained nothing")
     train = section(TrainSettings, config["train"])
-    records = _tail(folder / "metrics.jsonl")
+    records = tail(folder / "metrics.jsonl")
     last: dict[str, Any] = records[-1] if records else {}
     heldout = next(((r["heldout_loss"], r["step"]) for r in reversed(records) if r.get("heldout_loss")), None)
     attempt = [r for r in records[-_RATE_STEPS - 1 :] if r.get("attempt") == last.get("attempt")]
     rate = last.get("tokens_per_second")
     if len(attempt) > 1 and attempt[-1]["time"] > attempt[0]["time"]:
         rate = (attempt[-1]["tokens"] - attempt[0]["tokens"]) / (attempt[-1]["time"] - attempt[0]["time"])
-    found = checkpoint.complete(folder / "checkpoints")
-    saved = None
-    if found:
-        written = (found[-1] / checkpoint.MANIFEST).stat().st_mtime
-        saved = f"{found[-1].name}, {ago(time.time() - written)}"
+    newest = _newest(folder / "checkpoints")
+    saved = f"{newest[1]}, {ago(time.time() - newest[2])}" if newest else None
     running = rundir.locked(folder) if running is None else running
     return Status(
         folder=folder,
@@ -96,6 +91,13 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
         restarts=max(0, last.get("attempt", 1) - 1),
         still=_still(attempt, section(ClusterSettings, config["cluster"]).timeout) if running else None,
     )
+
+
+def _newest(folder: Path) -> tuple[int, str, float] | None:
+    """The step, the name and the time of the newest complete checkpoint: found without torch, which takes seconds."""
+    found = ((path.parent.name, path) for path in folder.glob("step-*/manifest.json"))
+    steps = [(int(name[5:]), name, path.stat().st_mtime) for name, path in found if name[5:].isdecimal()]
+    return max(steps, default=None)
 
 
 def _still(records: list[dict[str, Any]], timeout: float | None) -> float | None:
@@ -117,7 +119,7 @@ def _state(folder: Path, last: dict[str, Any], train: TrainSettings, running: bo
     return "failed" if (folder / "error.txt").exists() else "stopped" if last else "not started"
 
 
-def _tail(path: Path) -> list[dict[str, Any]]:
+def tail(path: Path) -> list[dict[str, Any]]:
     """The whole records at the end of metrics.jsonl."""
     try:
         with path.open("rb") as file:

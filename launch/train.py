@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import cluster, local, nodes, paths, preflight, rundir
+from launch import cluster, local, nodes, paths, preflight, rundir, status
 from launch.outcome import Outcome
 from launch.preflight import Flight
 from launch.progress import Progress
@@ -109,6 +109,7 @@ def here(
                 local.warm("train.build", "hydra.utils")
             start = f", from {flight.resume or flight.init_from}" if flight.resume or flight.init_from else ""
             say(f"run {folder}: {_place(flight)}{start}")
+            _say_missing(flight, folder, say)
             outcome = _attempts(flight, folder, code, hosted, console, say)
             stop_file(folder).unlink(missing_ok=True)
             if outcome.ok:
@@ -128,6 +129,19 @@ def here(
         return Ended(0, folder, True)
 
 
+def _say_missing(flight: Flight, folder: Path, say: Callable[[str], None]) -> None:
+    """A record that was cut, by a full disk or a lost machine, before the step that the weights are of."""
+    from train import checkpoint
+
+    if flight.resume is None:
+        return
+    records, saved = status.tail(folder / "metrics.jsonl"), checkpoint.manifest(flight.resume)["step"]
+    last = max((record["step"] for record in records), default=0)
+    if last < saved:
+        steps = f"step {saved:,}" if last + 1 == saved else f"steps {last + 1:,} to {saved:,}"
+        say(f"{folder}/metrics.jsonl has no record of {steps}, which {flight.resume.name} has been trained on")
+
+
 def _attempts(
     flight: Flight,
     folder: Path,
@@ -144,7 +158,8 @@ def _attempts(
 
     left, before, again = flight.cluster.restarts, flight.resume, False
     while True:
-        progress = Progress(folder, flight.train.total_tokens, console=console, from_end=flight.resume is not None)
+        # What its files hold now is of an earlier attempt, though that may have left no checkpoint to go on from.
+        progress = Progress(folder, flight.train.total_tokens, console=console, from_end=True)
         outcome = _launch(flight, folder, code, hosted, progress, say, again=again)
         progress.close()
         if outcome.ok or not outcome.lost or stop_file(folder).exists():

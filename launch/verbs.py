@@ -250,7 +250,7 @@ farspan trains hybrid linear-attention / softmax / mixture-of-experts language m
 
 {lines}
 
-farspan VERB --help says more; with overrides, --cfg prints the configuration that they make.
+farspan VERB --help says more; with overrides, --cfg prints the configuration that they make. --version: which one.
 Example:  farspan train experiment=smoke cluster=none run.name=first
 """
 

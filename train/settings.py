@@ -197,12 +197,13 @@ class TransportSettings:
     blocks: int = 4
 
     def __post_init__(self) -> None:
-        from parallel.sequence import TRANSPORTS
+        if (self.recurrence, self.attention) != ("gather", "gather"):  # what is there by default costs no torch
+            from parallel.sequence import TRANSPORTS
 
-        for kind, known in TRANSPORTS.items():
-            name = getattr(self, kind)
-            if name not in known:
-                raise ValueError(f"parallel.transport.{kind}={name}: must be one of {', '.join(known)}")
+            for kind, known in TRANSPORTS.items():
+                name = getattr(self, kind)
+                if name not in known:
+                    raise ValueError(f"parallel.transport.{kind}={name}: must be one of {', '.join(known)}")
         if self.blocks < 2:
             raise ValueError(f"parallel.transport.blocks={self.blocks}: must be at least 2, or nothing overlaps")
 

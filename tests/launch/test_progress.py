@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,3 +273,33 @@ def test_a_terminal_starts_where_the_resumed_run_stands(tmp_path: Path) -> None:
     drawn = Watched(tmp_path, terminal=True, width=30, from_end=True).tick().splitlines()[-1]
     done, rest = drawn.split("╺")
     assert done.count("━") > 8 and abs(done.count("━") - rest.count("━")) <= 2  # half way
+
+
+def test_an_attempt_shows_nothing_of_the_one_before_and_says_which_steps_the_record_lacks(tmp_path, monkeypatch):
+    from launch import train
+    from launch.outcome import Outcome
+
+    (tmp_path / "log.txt").write_text("old notice\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "time": 1.0, "loss": 3.0}\n{"step": 2, "tok')
+    told = iter(["new notice\n", "newer notice\n"])
+
+    def launch(flight, folder, code, hosted, progress, say, *, again):
+        with (folder / "log.txt").open("a") as log:
+            log.write(next(told))
+        progress.tick()
+        return Outcome(again, None if again else "a worker was lost", 0 if again else 1, lost=not again)
+
+    monkeypatch.setattr(train, "_launch", launch)
+    monkeypatch.setattr("train.checkpoint.manifest", lambda path: {"step": 4})
+    flight = SimpleNamespace(
+        cluster=SimpleNamespace(restarts=1), resume=None, train=SimpleNamespace(total_tokens=100), config={}
+    )
+    console = Console(file=io.StringIO(), width=200)
+    assert train._attempts(flight, tmp_path, {}, None, console, console.print).ok
+    said = console.file.getvalue()
+    assert "old notice" not in said and said.count("new notice") == said.count("newer notice") == 1
+    flight.resume = tmp_path / "checkpoints" / "step-4"
+    train._say_missing(flight, tmp_path, console.print)
+    assert "metrics.jsonl has no record of steps 2 to 4, which step-4 has been" in " ".join(
+        console.file.getvalue().split()
+    )

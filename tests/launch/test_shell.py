@@ -1,7 +1,9 @@
 """What farspan prints for a person to type is read back as it was meant: by a shell, and then by Hydra."""
 
+import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -108,3 +110,40 @@ def test_a_run_keeps_paths_that_any_folder_can_read(monkeypatch, tmp_path):
     make_absolute(config)
     assert one == {"path": f"{tmp_path}/texts", "store": "/h/s", "tokenizer": "bytes", "corpus": "text", "local": None}
     assert two == {"path": "org/set", "store": "s3://bucket/s", "tokenizer": f"{tmp_path}/my", "corpus": "hf"}
+
+
+def test_version_and_what_nobody_has_foreseen_are_a_line(capsys, monkeypatch):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"farspan \d+\.\d+\S*\n", capsys.readouterr().out)
+
+    def broken(words):
+        return {}["x"]
+
+    monkeypatch.setattr("launch.verbs.Verb.load", lambda verb: broken)
+    assert main(["status", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("farspan status: failed: KeyError: 'x' (a fault of farspan, in tests/launch/test_shell.py:")
+    assert said.count("\n") == 1
+    monkeypatch.setenv("FARSPAN_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["status", "x"])
+
+
+@pytest.mark.parametrize("verb", ["status", "logs"])
+def test_a_look_at_a_run_costs_no_torch(verb, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-12").mkdir(parents=True)
+    (run / "checkpoints" / "step-7").mkdir()
+    for step in (7, 12):
+        (run / "checkpoints" / f"step-{step}" / "manifest.json").write_text("{}")
+    (run / "config.yaml").write_text(
+        "model: {}\ntrain: {tokens: 100, batch_tokens: 10}\ncluster: {kind: none, workers: 1}\nstages: []\n"
+    )
+    (run / "log.txt").write_text("a notice\n")
+    (run / "metrics.jsonl").write_text('{"step": 5, "tokens": 50, "time": 1.0, "loss": 2.5}\n')
+    program = "import sys; from launch.cli import main; r = main(sys.argv[1:]); assert not r"
+    program += "; assert not {'torch', 'ray', 'hydra'} & sys.modules.keys()"
+    command = [sys.executable, "-c", program, verb, str(run)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected = ["step        5 of 10 (50%)", "checkpoint  step-12, "] if verb == "status" else ["a notice\n"]
+    assert all(words in said for words in expected), said
