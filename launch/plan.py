@@ -66,6 +66,7 @@ def _nodes(flight: Flight) -> list[Node]:
 def lines(flight: Flight, nodes: list[Node]) -> list[str]:
     """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
     from train.construct import construct
+    from train.layout import dependences
     from train.observe import pieces
 
     config, train = flight.config, flight.train
@@ -93,6 +94,7 @@ def lines(flight: Flight, nodes: list[Node]) -> list[str]:
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
         *_flops(costs, read, config["engine"].get("recompute", "none")),
         *_order(flight),
+        *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
         *_memory(flight, model, costs, -(-held // spans), spans),
         f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),

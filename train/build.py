@@ -15,7 +15,6 @@ from data.ramp import opened
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
-from models.moe import mixtures
 from models.serial import Serial
 from parallel.memory import give_back
 from parallel.mesh import Groups, everyone
@@ -26,6 +25,7 @@ from train.average import Average
 from train.construct import construct
 from train.execute import Executor
 from train.guard import Guard
+from train.layout import dependences
 from train.loop import Trainer
 from train.observe import Phases, Utilisation, matmul_peak
 from train.patience import Patience
@@ -54,7 +54,7 @@ def build(order: dict[str, Any]) -> Trainer:
     with torch.device("meta"):
         model = construct(config["model"])
     model.compute = compute
-    _announce(model, say)
+    _announce(model, section(TrainSettings, config["train"]), say)
     asks = _asks(model, config, order["device"])
     declared = declarations(model)
     utilisation = _utilisation(model, order["device"], say) if first else None
@@ -116,11 +116,10 @@ def build(order: dict[str, Any]) -> Trainer:
     )
 
 
-def _announce(model: LM, say: Callable[[str], None]) -> None:
+def _announce(model: LM, train: TrainSettings, say: Callable[[str], None]) -> None:
     """Says what of the model keeps a run from having the same loss on every layout, or from its transport."""
-    limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
-    for limit in sorted(limits):
-        say(f"capacity_factor={limit:g}: choices are dropped by span of tokens, so the loss depends on the layout")
+    for line in dependences(model, train):
+        say(line)
     declared = (getattr(module, "recurrence", None) for module in model.modules())
     for rule in sorted({each.rule for each in declared if isinstance(each, Serial)}):
         say(f"parallel.transport.recurrence: the state of {rule} is relayed, whatever is chosen: no span has an effect")

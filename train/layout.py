@@ -1,0 +1,20 @@
+"""What makes a run depend on its layout: all else has the same loss, in exact arithmetic, on any number of ranks, in
+any micro-batches, by any transport. docs/parallel.md has the table of every option that one may think of."""
+
+from models.lm import LM
+from models.moe import mixtures
+from train.settings import TrainSettings
+
+
+def dependences(model: LM, train: TrainSettings) -> list[str]:
+    """A line for each, which opens with its key."""
+    found = []
+    limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
+    for limit in sorted(limits):
+        found.append(f"capacity_factor={limit:g}: choices are dropped by span of tokens")
+    if train.span_tokens is not None and train.span_gradient == "truncated":
+        found.append(
+            f"train.span_gradient=truncated: gradients, and the experts' balance, end where the ranks of a sequence "
+            f"have read train.span_tokens={train.span_tokens:,} each"
+        )
+    return [f"{line}, so the loss depends on the layout" for line in found]
