@@ -3,7 +3,8 @@
 Every sequence of every step is looked up as pieces of the store, and read. Of each pool, in each epoch: no token is in
 two pieces; the sequences are those of the order one after another, none left out; an epoch that ended had every token
 that its pool keeps. What is read is what the store holds there, and all steps have the same number of tokens. Memory
-grows with the steps that are audited, by two numbers a piece.
+grows with the steps that are audited, by two numbers a piece. Before that, every part of every store is held against
+its checksum.
 """
 
 from collections import defaultdict
@@ -14,12 +15,16 @@ import numpy as np
 from data.batches import Batches
 from data.samplers.index import Ints
 from data.samplers.sampler import Part, Slot
+from data.stores.checks import verify
+from data.stores.store import Store
 
 Epoch = tuple[int, int]  # of a part, by its place in `found.parts`
 
 
 def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 0) -> list[str]:
-    """What was found, a line each. Raises AssertionError with what is wrong."""
+    """What was found, a line each. Raises AssertionError with what is wrong, ValueError for a store that is damaged."""
+    stores = [getattr(source.store, "whole", source.store) for source in batches.sources]
+    verified = sum(verify(store)[0] for store in stores if isinstance(store, Store))
     parts: dict[int, tuple[int, Part]] = {}
     pieces: dict[Epoch, list[Ints]] = defaultdict(list)
     places: dict[Epoch, list[int]] = defaultdict(list)
@@ -49,6 +54,7 @@ def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 
         f"{steps:,} steps of {step_tokens} tokens: no token lost, none seen twice in an epoch",
         f"{read:,} tokens of documents, {padding:,} of padding; {ended} epochs of a pool ended, each with all of it",
         f"drawn: {shown}",
+        f"{verified:,} parts of the stores' files: each is what was written",
     ]
 
 

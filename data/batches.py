@@ -12,9 +12,11 @@ from data.samplers import PACKINGS
 from data.samplers.decompose import OVERLONG
 from data.samplers.divided import Divided, divided
 from data.samplers.documents import Documents
+from data.samplers.index import Ints
 from data.samplers.permute import Permutation
 from data.samplers.pool import Cut
 from data.samplers.sampler import Sampler, Slot, Source
+from data.stores.checks import known
 
 VERSION = 2  # of the order: any change of what a step holds
 
@@ -231,15 +233,18 @@ class Batches:
         """The global batch of a step, `skips` batches having been skipped before it."""
         masked = self.sequencing.document_mask or self.sequencing.packing == "decomposition"
         return [
-            read(
-                slot.part.source.store,
-                slot.pieces(seed),
-                slot.part.pool.length,
-                document=self.tokenizer.DOCUMENT,
-                masked=masked,
-            )
+            self._read(slot.part.source.store, slot.pieces(seed), slot.part.pool.length, masked=masked)
             for slot in self.slots(step, skips)
         ]
+
+    def _read(self, store: Any, pieces: Ints, length: int, *, masked: bool = True) -> Packed:
+        """A sequence (`data.pack.read`). Raises ValueError, which names store and document, for a token out of range:
+        the start of a run does not read every part of a large store."""
+        packed = read(store, pieces, length, document=self.tokenizer.DOCUMENT, masked=masked)
+        if int(packed.tokens.max()) >= self.vocab_size or int(packed.tokens.min()) < 0:
+            for begin, end in pieces.tolist():
+                known(getattr(store, "whole", store), begin, end, self.vocab_size)
+        return packed
 
     def drawn(self, step: int, skips: int = 0) -> dict[str, int]:
         """The tokens that each source and bucket has given before a step: they sum to those of all steps before."""
@@ -291,13 +296,7 @@ class Batches:
             count = min(wanted, there)
             begins = [i * there // count * longest for i in range(count)]
             found[source.name] = [
-                read(
-                    held.store,
-                    held.pieces(n, min(n + longest, len(held))),
-                    longest,
-                    document=self.tokenizer.DOCUMENT,
-                )
-                for n in begins
+                self._read(held.store, held.pieces(n, min(n + longest, len(held))), longest) for n in begins
             ]
         return found
 

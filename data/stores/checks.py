@@ -160,28 +160,26 @@ def _verify(store: Any, piece: Piece, at: str) -> None:
             raise ValueError(f"{at}: offsets.npy does not ascend at document {document}{_way_out(store)}")
     if piece.name == TOKENS:
         width = store.tokens.dtype.itemsize
-        known(store, piece.begin // width, -(-piece.end // width))
+        known(store, piece.begin // width, -(-piece.end // width), store.tokenizer.size)
 
 
-def known(store: Any, begin: int, end: int) -> None:
-    """Raises ValueError, which names store and document, where tokens begin..end has one that the tokenizer has not."""
-    size = store.tokenizer.size
+def known(store: Any, begin: int, end: int, size: int) -> None:
+    """Raises ValueError, which names store and document, where one of the tokens begin..end is not below `size`."""
     for first in range(begin, end, BLOCK_BYTES):
         tokens = store.tokens[first : min(first + BLOCK_BYTES, end)]
         if len(tokens) and (int(tokens.max()) >= size or int(tokens.min()) < 0):
             place = int(np.flatnonzero((tokens >= size) | (tokens < 0))[0])
-            raise ValueError(out_of_range(store, first + place, int(tokens[place])))
+            where = f"data.store={store.folder}: {_document(store, first + place)}"
+            raise ValueError(f"{where} has token {int(tokens[place])}, out of the tokenizer's {size:,}")
 
 
-def out_of_range(store: Any, place: int, token: int) -> str:
-    """The line that says so, of a token by its place in a store."""
+def _document(store: Any, place: int) -> str:
+    """The document that has a token, by the token's place in a store."""
     document = int(np.searchsorted(store.offsets, place, side="right")) - 1
     try:
-        named = f" ({store.source(document)})"
-    except (OSError, ValueError, IndexError, StopIteration, AttributeError):
-        named = ""
-    size = getattr(getattr(store, "tokenizer", None), "size", 0)
-    return f"data.store={store.folder}: document {document}{named} has token {token}, out of the tokenizer's {size:,}"
+        return f"document {document} ({store.source(document)})"
+    except (OSError, ValueError, IndexError, StopIteration):
+        return f"document {document}"
 
 
 def _fingerprint(store: Any, at: str, until: float | None) -> None:
