@@ -8,6 +8,7 @@ from typing import Any
 
 from data.curriculum import Curriculum
 from data.pack import Packed, read
+from data.roles import roles_of
 from data.samplers import PACKINGS
 from data.samplers.decompose import OVERLONG
 from data.samplers.divided import Divided, divided
@@ -240,7 +241,7 @@ class Batches:
     def _read(self, store: Any, pieces: Ints, length: int, *, masked: bool = True) -> Packed:
         """A sequence (`data.pack.read`). Raises ValueError, which names store and document, for a token out of range:
         the start of a run does not read every part of a large store."""
-        packed = read(store, pieces, length, document=self.tokenizer.DOCUMENT, masked=masked)
+        packed = read(store, pieces, length, document=roles_of(self.tokenizer).fill, masked=masked)
         if int(packed.tokens.max()) >= self.vocab_size or int(packed.tokens.min()) < 0:
             for begin, end in pieces.tolist():
                 known(getattr(store, "whole", store), begin, end, self.vocab_size)

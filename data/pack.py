@@ -50,10 +50,9 @@ def read(store: Stored, pieces: Ints, length: int, *, document: int, masked: boo
     """A sequence of `length` tokens of the store's pieces [n, 2], each [begin, end) inside a document.
 
     A token's target is the one after it in its document; that of a document's last is `document`, the token that opens
-    the next, and none in a store where documents do not open with it, or where the rest of the document is held out
-    (`data.samplers.divided`). What the pieces do not fill is padding: a piece
-    of its own, of `document` and without targets. Not `masked`: all but the padding is one piece, and every token sees
-    what stands before it.
+    the next, and none in a store where documents do not open with what closes others, or where the rest of the document
+    is held out (`data.samplers.divided`). What the pieces do not fill is padding: a piece of its own, of `document` and
+    without targets. Not `masked`: all but the padding is one piece, and every token sees what stands before it.
     """
     tokens = np.full(length, document, dtype=np.int64)
     targets = np.full(length, NO_TARGET, dtype=np.int64)

@@ -1,18 +1,21 @@
 """Tokenizers: bytes in, token ids out. A store and a checkpoint keep a tokenizer's card, and find it again by that.
 
-Each has a `DOCUMENT`, the token that opens every document; as a target, it closes the document before it.
+Each has `roles`: the tokens that stand before a document, behind it, and in empty places. Our own have one token for
+all of that, `DOCUMENT`, which opens every document; as a target, it closes the document before it.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data.roles import Roles
+from data.spelling import Spelling, Writer
 from data.stores.indexed import smallest
 
 Ids = NDArray[np.integer]
@@ -25,7 +28,7 @@ DOCUMENT_NAME = "<|document|>"  # of a BPE trained here
 class Tokenizer(Protocol):
     """`size`: ids are below it. `identity`: tells it from every other, in a store's card."""
 
-    DOCUMENT: int
+    roles: Roles
     size: int
 
     @property
@@ -38,7 +41,7 @@ class Tokenizer(Protocol):
         """Whether these bytes are what `encode` takes: UTF-8, for most."""
 
     def encode(self, content: bytes) -> Ids:
-        """Token ids of UTF-8 text [T]; no `DOCUMENT` is added."""
+        """Token ids of UTF-8 text [T]; no token of `roles` is added."""
 
     def encode_batch(self, contents: Sequence[bytes]) -> Iterable[Ids]:
         """`encode` of each."""
@@ -52,6 +55,7 @@ class Bytes:
 
     name = "bytes"
     DOCUMENT = 256
+    roles = Roles.of(DOCUMENT)
     size = 257
 
     @property
@@ -82,52 +86,65 @@ class Bytes:
 class Json:
     """Any tokenizer.json of the `tokenizers` package.
 
-    What looks like a special token in a text is spelled like any other text: no document can end another. text: the
-    file's content. document: the token that opens documents; null for the first of `CLOSING` that it has, and where it
-    has none, a new id behind its own. Raises ValueError, without a key, for what is no tokenizer.json or has no such
-    token.
+    Text that looks like a special token is spelled like any other text: no document can end another. text: the file's
+    content. document: the token that opens documents; null for the first of `CLOSING` that it has, and where it has
+    none, a new id behind its own. roles: of a tokenizer from elsewhere, the tokens that stand before and behind a
+    document, as its folder has them (`data.tokenizer_files`), in the place of one that does both. files: the other
+    files of that folder, by name their text. ids: the special ids of its config.json, None where it has none. Raises
+    ValueError, without a key, for what is no tokenizer.json or has no such token.
     """
 
     name = "json"
 
-    def __init__(self, text: str, *, document: str | None = None) -> None:
-        try:
-            from tokenizers import Tokenizer as Backend
-        except ImportError:
-            raise ValueError("needs the tokenizers package, which is not installed") from None
-        try:
-            self._backend = Backend.from_str(text)
-        except Exception as error:  # it raises no class of its own
-            raise ValueError(f"is no tokenizer.json ({error})") from None
-        self.text = text
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
+    def __init__(
+        self,
+        text: str,
+        *,
+        document: str | None = None,
+        roles: Roles | None = None,
+        files: dict[str, str] | None = None,
+        ids: dict[str, Any] | None = None,
+    ) -> None:
+        self._backend = loaded(text)
+        self.text, self.files, self.ids, self.of_folder = text, files or {}, ids, roles is not None
         own = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        known = [name for name in CLOSING if self._backend.token_to_id(name) is not None]
-        self.document = document or next(iter(known), None)
-        found = own if self.document is None else self._backend.token_to_id(self.document)
-        if found is None:
-            raise ValueError(f"has no token {document}" + (f"; it has {', '.join(known)}" if known else ""))
-        self.DOCUMENT: int = found
-        self.size = max(own, self.DOCUMENT + 1)
+        self.document, self.DOCUMENT = document, None if roles is None else roles.end
+        if roles is None:
+            known = [name for name in CLOSING if self._backend.token_to_id(name) is not None]
+            self.document = document or next(iter(known), None)
+            found = own if self.document is None else self._backend.token_to_id(self.document)
+            if found is None:
+                raise ValueError(f"has no token {document}" + (f"; it has {', '.join(known)}" if known else ""))
+            self.DOCUMENT = found
+            roles = Roles.of(found)
+        self.roles = roles
+        self.size = max([own - 1, *roles.marks]) + 1
         self.dtype = smallest(self.size)
         added = self._backend.get_added_tokens_decoder()
-        self._special = {self.DOCUMENT, *(i for i, token in added.items() if token.special)}
-        self._by_letters = '"ByteLevel"' in json.dumps(json.loads(text).get("decoder"))
+        self.added = frozenset(added)
+        special = {i for i, token in added.items() if token.special or i in roles.stop} | roles.marks
+        self._spelling = Spelling(self._backend, text, frozenset(special))
+        self._encoder = _deaf(text, self._backend, special)
+        unknown = unknown_of(text, self._backend)
+        self.unknown_id = roles.unknown if unknown is None else unknown
 
     def __reduce__(self) -> tuple[Any, ...]:
         return from_card, (self.card(),)
 
     @property
     def identity(self) -> str:
-        """Of the file's content, so that a changed one makes another store."""
+        """Of all that it is made of, so that a changed file makes another store."""
+        if self.of_folder:
+            return f"json-{hashlib.sha256(json.dumps(self.card(), sort_keys=True).encode()).hexdigest()[:16]}"
         return f"json-{hashlib.sha256(f'{self.document} {self.text}'.encode()).hexdigest()[:16]}"
 
     def card(self) -> dict[str, Any]:
         """What a checkpoint keeps of its tokenizer: all of it."""
-        special = {"document": self.DOCUMENT}
-        return {"name": self.name, "size": self.size, "special": special, "document": self.document, "json": self.text}
+        head = {"name": self.name, "size": self.size}
+        if not self.of_folder:
+            return {**head, "special": {"document": self.DOCUMENT}, "document": self.document, "json": self.text}
+        found = {**head, "special": self.roles.card(), "json": self.text, "files": self.files}
+        return found if self.ids is None else {**found, "ids": self.ids}
 
     def spells(self, content: bytes) -> bool:
         try:
@@ -143,31 +160,92 @@ class Json:
     def encode_batch(self, contents: Sequence[bytes]) -> Iterable[Ids]:
         """`encode` of each. One call for many: the package's own batches cost less than as many single ones."""
         texts = [content.decode() for content in contents]
-        for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False):
+        for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False):
             yield np.array(encoding.ids, dtype=self.dtype)
 
     def unknown(self, text: str) -> str | None:
         """The first character of a text that no token spells: `encode` drops it, or makes the unknown token of it."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        mark = getattr(self._backend.model, "unk_token", None)
-        unknown = None if mark is None else self._backend.token_to_id(mark)
+        encoding = self._encoder.encode(text, add_special_tokens=False)
         spelled = np.zeros(len(text) + 1, dtype=bool)
         for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            spelled[begin:end] |= token != unknown
+            spelled[begin:end] |= token != self.unknown_id
         return next((c for c, known in zip(text, spelled, strict=False) if not known and not c.isspace()), None)
 
     def decode(self, ids: ArrayLike) -> bytes:
-        """The bytes of integer token ids [T], each token's own, so that half a character is half of its bytes."""
-        kept = [int(i) for i in np.asarray(ids).reshape(-1) if int(i) not in self._special]
-        return b"".join(map(self._spell, kept))
+        """The bytes of integer token ids [T] of a text from its begin; half a character is half of its bytes.
 
-    def _spell(self, token: int) -> bytes:
-        text = self._backend.id_to_token(token) or ""
-        if self._by_letters and set(text) <= LETTERS.keys():
-            return bytes(LETTERS[letter] for letter in text)
-        if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):
-            return bytes([int(byte[1], 16)])
-        return text.replace("\u2581", " ").encode()  # the blank of SentencePiece
+        A blank that the tokenizer puts in front of every text is none of its bytes.
+        """
+        found = self._spelling([int(i) for i in np.asarray(ids).reshape(-1)])
+        return found[1:] if found[:1] == b" " and self._leads else found
+
+    def writer(self, before: Sequence[int] = ()) -> Writer:
+        """For the tokens that follow those of a text."""
+        return self._spelling.writer(before)
+
+    @cached_property
+    def _leads(self) -> bool:
+        """Whether `encode` puts a blank in front of a text."""
+        tokens = (token.lstrip("\u2581\u0120") for token in self._backend.get_vocab())
+        for text in ("a", "the", "0", *(token for token, _ in zip(tokens, range(64), strict=False))):
+            if text and text[0].isalnum() and self.unknown(text) is None:
+                return self._spelling(self.encode(text.encode()).tolist()).startswith(b" ")
+        return False
+
+
+def loaded(text: str) -> Any:
+    """A backend of the `tokenizers` package that adds, cuts and pads nothing. Raises ValueError."""
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        raise ValueError("needs the tokenizers package, which is not installed") from None
+    try:
+        backend = Backend.from_str(text)
+    except Exception as error:  # it raises no class of its own
+        raise ValueError(f"is no tokenizer.json ({error})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _deaf(text: str, backend: Any, special: set[int]) -> Any:
+    """A backend whose `encode` never makes a special token of text that looks like one.
+
+    `encode_special_tokens` is not enough where the model itself has them as words, or where one is not called special:
+    there they get names that no text has.
+    """
+    names = {i: name for i in special if (name := backend.id_to_token(i)) is not None}
+    told = json.loads(text)
+    model = told["model"]
+    if model.get("type", "BPE") == "BPE":  # which makes words by merges: most have no way to a special token
+        probes = [probe for name in names.values() for probe in (name, f"a{name}b", f" {name} ")]
+        found = {i for each in backend.encode_batch(probes, add_special_tokens=False) for i in each.ids}
+        if not special & found - {unknown_of(text, backend)}:
+            return backend
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    secret = {name: f"\ufdd0{digest}-{i}" for i, name in names.items()}
+    for token in told.get("added_tokens", ()):
+        if token["content"] in secret:
+            token |= {"content": secret[token["content"]], "special": True}
+    vocabulary = model.get("vocab", {})
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {secret.get(name, name): i for name, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[secret.get(name, name), score] for name, score in vocabulary]
+    if "merges" in model:
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not secret.keys() & {*pair, "".join(pair)}]
+    if model.get("unk_token") in secret:
+        model["unk_token"] = secret[model["unk_token"]]
+    return loaded(json.dumps(told))
+
+
+def unknown_of(text: str, backend: Any) -> int | None:
+    """The id of what stands for text that no token spells."""
+    model = json.loads(text)["model"]
+    name = model.get("unk_token")
+    return model.get("unk_id") if name is None else backend.token_to_id(name)
 
 
 class Untrained:
@@ -219,6 +297,7 @@ class Given:
     def __init__(self, size: int | None, document: int | None) -> None:
         self.size = size or 0
         self.DOCUMENT = self.size if document is None else document
+        self.roles = Roles.of(self.DOCUMENT)
         self.asked = (size, document)
 
     @property
@@ -261,6 +340,7 @@ class Symbols:
 
     name = "symbols"
     DOCUMENT = 0
+    roles = Roles.of(DOCUMENT)
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -273,23 +353,23 @@ class Symbols:
 TOKENIZERS: dict[str, type] = {Bytes.name: Bytes, Json.name: Json, Given.name: Given}
 
 
-def from_file(path: str | Path, document: str | None = None) -> Json:
-    """The tokenizer of a tokenizer.json, or of a folder that holds one, as a store does. Raises ValueError."""
+def from_file(path: str | Path, document: str | None = None) -> Any:
+    """The tokenizer of a tokenizer.json, or of a folder: a store's, a run's, or one of Hugging Face's. Raises
+    ValueError."""
+    from data.tokenizer_files import named, read
+
     file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
+    card = file / "tokenizer.json" if file.is_dir() else file
     try:
-        text = file.read_text("utf-8")
-    except FileNotFoundError:
-        raise ValueError("must be bytes, bpe, or a tokenizer.json: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
-    try:
-        card = json.loads(text)
-        if card["name"] == Json.name:
-            return Json(card["json"], document=document or card["document"])
+        found = json.loads(card.read_text("utf-8"))
+        if found["name"] == Json.name:
+            return named(from_card(found), document)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise ValueError(f"cannot be read ({error})") from None
     except (ValueError, KeyError, TypeError):
         pass  # no store's
-    return Json(text, document=document)
+    return read(file, document)
 
 
 def encoded(tokenizer: Any, content: bytes) -> Ids:
@@ -304,6 +384,11 @@ def encoded(tokenizer: Any, content: bytes) -> Ids:
     return tokenizer.encode(content)
 
 
+def writer(tokenizer: Any, before: Sequence[int]) -> Writer:
+    """For the tokens that follow those of a text."""
+    return tokenizer.writer(before) if isinstance(tokenizer, Json) else Writer(tokenizer.decode)
+
+
 def from_card(card: dict[str, Any]) -> Any:
     """The tokenizer that a checkpoint was trained with. Raises ValueError for one that this version does not have."""
     name = card.get("name")
@@ -312,13 +397,16 @@ def from_card(card: dict[str, Any]) -> Any:
     if name not in TOKENIZERS:
         raise ValueError(f"tokenizer={name}: not in this version, which has {', '.join(TOKENIZERS)}")
     try:
-        if name == Json.name:
+        if name == Json.name and "document" in card:
             found: Any = Json(card["json"], document=card["document"])
+        elif name == Json.name:
+            roles = Roles.from_card(card["special"])
+            found = Json(card["json"], roles=roles, files=card["files"], ids=card.get("ids"))
         elif name == Given.name:
             found = Given(card["size"], card["special"]["document"])
         else:
             found = TOKENIZERS[name]()
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"tokenizer={name}: its card is not whole ({error})") from None
     if found.card() != card:
         raise ValueError(f"tokenizer={name}: its card says {_short(card)}, this version's {_short(found.card())}")
@@ -326,14 +414,4 @@ def from_card(card: dict[str, Any]) -> Any:
 
 
 def _short(card: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in card.items() if key != "json"}
-
-
-def _letters() -> dict[str, int]:
-    """The printable letter that GPT-2's byte-level vocabularies write for each byte, and back."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in plain)
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-LETTERS = _letters()
+    return {key: value for key, value in card.items() if key not in ("json", "files")}

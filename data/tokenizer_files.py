@@ -1,17 +1,26 @@
-"""Tokenizers as Hugging Face's folders have them: tokenizer.json and tokenizer_config.json, from a card and back.
+"""Tokenizers as Hugging Face's folders have them: tokenizer.json and the files beside it, to a card and back.
 
-A tokenizer of ours has no token in front of a text; a model of ours has read `DOCUMENT` there. So the files of one that
-was made here put it there (`add_special_tokens`), those of a tokenizer from elsewhere stay as they came.
+A tokenizer from elsewhere puts in front of a document, and of a prompt, what its folder says, and behind a document
+the folder's end of text; its files are written back as they came. One of ours has no token in front of a text; a model
+of ours has read `DOCUMENT` there. So the files of one that was made here put it there (`add_special_tokens`).
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import CLOSING, LETTERS, Bytes, Json, from_card
+from data.roles import Roles
+from data.spelling import LETTERS
+from data.tokenizer import CLOSING, DOCUMENT_NAME, Bytes, Json, from_card, loaded, unknown_of
 
 PROBE = "The mixer reads what a span leaves behind: größer, 长 3.14\n\tdef f(x):  return x\n".encode()
-NEW_NAME = "<|document|>"  # of a token between documents that a tokenizer.json did not have
+BESIDE = (  # tokenizer.json: what is kept as it came
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
+ENDS = CLOSING[: CLOSING.index("<|begin_of_text|>")]  # those that are no begin
 
 
 def files(card: dict[str, Any], max_length: int | None) -> dict[str, str]:
@@ -23,37 +32,206 @@ def files(card: dict[str, Any], max_length: int | None) -> dict[str, str]:
     if card.get("name") not in (Bytes.name, Json.name):
         return {}
     tokenizer = from_card(card)
-    backend, name, ours = _bytes() if isinstance(tokenizer, Bytes) else _json(tokenizer)
+    if "files" in card:
+        return _as_they_came(tokenizer, max_length)
+    backend, name = _bytes() if isinstance(tokenizer, Bytes) else _json(tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name,
         "eos_token": name,
         "clean_up_tokenization_spaces": False,
     }
-    if ours:
+    if isinstance(tokenizer, Bytes) or tokenizer.document == DOCUMENT_NAME:
         config["split_special_tokens"] = True  # here, a text that looks like one is spelled out
     if max_length is not None:
         config["model_max_length"] = max_length
     return {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
-def card_of(folder: Path, document: str | None = None) -> dict[str, Any] | None:
-    """The card of a folder's tokenizer, None where it has no tokenizer.json. Raises ValueError.
+def ids_of(card: dict[str, Any]) -> dict[str, Any]:
+    """The special ids that config.json has of a checkpoint's tokenizer: those that came with it, else its own."""
+    if "ids" in card:
+        return card["ids"]
+    roles = Roles.from_card(card["special"]) if card.get("special") else Roles()
+    begin, stop = (roles.begin or (None,))[0], list(roles.stop)
+    return {"bos_token_id": begin, "eos_token_id": stop if len(stop) > 1 else roles.end, "pad_token_id": roles.pad}
 
-    document: the token between documents; None for what its own configuration calls the end of a text where that is
-    one of the usual, else the first of the usual that it has.
+
+def card_of(folder: Path, document: str | None = None) -> dict[str, Any] | None:
+    """The card of a folder's tokenizer, None where it has none that is read. Raises ValueError.
+
+    document: the token behind a document; None for the one that the folder ends texts with.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not (folder / "tokenizer.json").is_file() and not (folder / "merges.txt").is_file():
         return None
     try:
-        text = path.read_text("utf-8")
-        found = Json(text, document=document or _end_of_text(folder))
-        if json.loads(text) == json.loads(_bytes()[0].to_str()):  # ours, come back
-            return Bytes().card()
-        return found.card()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        return read(folder, document).card()
+    except ValueError as error:
         raise ValueError(f"tokenizer.json: {error}") from None
+
+
+def read(path: Path, document: str | None = None) -> Json | Bytes:
+    """The tokenizer of a folder of Hugging Face's, or of a tokenizer.json, with the files beside it.
+
+    document: the token behind a document, None for the one that the folder ends texts with. Where nothing says what
+    that is, a tokenizer that no model was trained with gets one token for everything. Raises ValueError, without a key.
+    """
+    folder = path if path.is_dir() else path.parent
+    text = _tokenizer_json(path)
+    if json.loads(text) == json.loads(_bytes()[0].to_str()):  # ours, come back
+        return Bytes()
+    beside = {}
+    if path.is_dir() or path.name == "tokenizer.json":
+        beside = {name: found for name in (*BESIDE, "config.json") if (found := _text(folder / name)) is not None}
+    told = {name: _object(name, found) for name, found in beside.items() if name.endswith("config.json")}
+    backend = loaded(text)
+    roles = _roles(text, backend, beside, told)
+    config = told.get("config.json")
+    if document is None and not roles.marks and config is None:
+        return Json(text)
+    ids = None if config is None else {key: config[key] for key in IDS if key in config}
+    kept = {name: beside[name] for name in BESIDE if name in beside}
+    return named(_stopping(Json(text, roles=roles, files=kept, ids=ids)), document)
+
+
+def named(tokenizer: Any, document: str | None) -> Any:
+    """A tokenizer, with another token behind its documents where that is named. Raises ValueError where it has none of
+    that name."""
+    if document is None or not isinstance(tokenizer, Json):
+        return tokenizer
+    if not tokenizer.of_folder:
+        return Json(tokenizer.text, document=document)
+    backend = loaded(tokenizer.text)
+    end = backend.token_to_id(document)
+    if end is None:
+        known = [name for name in CLOSING if backend.token_to_id(name) is not None]
+        raise ValueError(f"has no token {document}" + (f"; it has {', '.join(known)}" if known else ""))
+    stop = tuple(sorted({*tokenizer.roles.stop, end}))
+    roles = replace(tokenizer.roles, end=end, stop=stop)
+    return _stopping(Json(tokenizer.text, roles=roles, files=tokenizer.files, ids=tokenizer.ids), end)
+
+
+def _stopping(tokenizer: Json, end: int | None = None) -> Json:
+    """With lists of ids that end a text as its roles have them, where those that came lack `end`, or have a word, which
+    is no end of a text, and lack that of the roles."""
+    every = list(tokenizer.roles.stop)
+
+    def mended(config: dict[str, Any]) -> dict[str, Any]:
+        listed = _listed(config.get("eos_token_id"))
+        if not listed or tokenizer.roles.end in listed or end is None and tokenizer.added.issuperset(listed):
+            return config
+        return {**config, "eos_token_id": every if len(every) > 1 else next(iter(every), None)}
+
+    files, name = dict(tokenizer.files), "generation_config.json"
+    if name in files and (told := _object(name, files[name])) != (new := mended(told)):
+        files[name] = json.dumps(new, indent=2)
+    ids = None if tokenizer.ids is None else mended(tokenizer.ids)
+    return Json(tokenizer.text, roles=tokenizer.roles, files=files, ids=ids)
+
+
+def _roles(text: str, backend: Any, beside: dict[str, str], told: dict[str, dict[str, Any]]) -> Roles:
+    """What a folder says of its special tokens: what its own tokenizer would put around a text, and the ids that end
+    one that is written, those of its generation_config.json before those of its config.json."""
+    settings = told.get("tokenizer_config.json", {})
+    if "special_tokens_map.json" in beside:
+        settings = {**_object("special_tokens_map.json", beside["special_tokens_map.json"]), **settings}
+    config, generation = told.get("config.json", {}), told.get("generation_config.json", {})
+    config = {**(config.get("text_config") or {}), **config}
+    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    added = {_name(token): int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+
+    def of(kind: str) -> list[int]:
+        """The ids of a kind of token: the tokenizer's own, else those that the model's configuration has."""
+        name = _name(settings.get(f"{kind}_token"))
+        own = None if name is None else backend.token_to_id(name)
+        own = added.get(name) if own is None else own
+        if own is not None:
+            return [own]
+        listed = _listed(generation.get(f"{kind}_token_id")) or _listed(config.get(f"{kind}_token_id"))
+        return [i for i in listed if 0 <= i < size]
+
+    begin, behind = around(backend)
+    eos, pad = of("eos"), of("pad")
+    special = backend.get_added_tokens_decoder().keys() | set(added.values())
+    guessed = [backend.token_to_id(name) for name in ENDS if backend.token_to_id(name) is not None]
+    end = next(iter([*behind[-1:], *(i for i in eos if i in special), *guessed, *eos]), None)
+    stop = _listed(generation.get("eos_token_id")) or _listed(config.get("eos_token_id"))
+    if end not in stop:  # a word is no end of a text: it is what a class of configurations has where nothing is said
+        stop = [i for i in stop if i in special]
+    every = sorted({*stop, *(() if end is None else (end,))})
+    return Roles(begin, end, tuple(every), next(iter(pad), None), unknown_of(text, backend))
+
+
+def around(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a backend puts before a text and behind it, where special tokens are asked for."""
+    words = (word for word in backend.get_vocab() if word.isalnum())
+    for text in ("a", "the", *(word for word, _ in zip(words, range(64), strict=False))):
+        inner = backend.encode(text, add_special_tokens=False).ids
+        whole = backend.encode(text, add_special_tokens=True)
+        if inner:
+            lead = next((n for n, special in enumerate(whole.special_tokens_mask) if not special), 0)
+            return tuple(whole.ids[:lead]), tuple(whole.ids[lead + len(inner) :])
+    return (), ()
+
+
+def _as_they_came(tokenizer: Json, max_length: int | None) -> dict[str, str]:
+    found, name = {"tokenizer.json": tokenizer.text, **tokenizer.files}, "tokenizer_config.json"
+    if name not in found:
+        backend, roles = loaded(tokenizer.text), tokenizer.roles
+        both = {"bos_token": next(iter(roles.begin), None), "eos_token": roles.end}
+        words = {key: backend.id_to_token(i) for key, i in both.items() if i is not None}
+        words |= {} if max_length is None else {"model_max_length": max_length}
+        found[name] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **words}, indent=2)
+    config = json.loads(found[name])
+    known = config.get("model_max_length")
+    if max_length is not None and isinstance(known, int | float) and known < max_length:
+        found[name] = json.dumps({**config, "model_max_length": max_length}, indent=2, ensure_ascii=False)
+    return found
+
+
+def _tokenizer_json(path: Path) -> str:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        from data.vocabulary_files import built
+
+        return built(path)
+    try:
+        return file.read_text("utf-8").rstrip("\n")
+    except FileNotFoundError:
+        raise ValueError("must be bytes, bpe, or a tokenizer.json: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+
+
+def _text(file: Path) -> str | None:
+    try:
+        text = file.read_bytes().decode("utf-8")
+        return text.rstrip("\n") if file.suffix == ".json" else text
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file.name} cannot be read ({error})") from None
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return found
+
+
+def _name(token: Any) -> str | None:
+    """A token's text, as a configuration has it: alone, or with how it is matched."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _listed(ids: Any) -> list[int]:
+    """One id, a list of them, or none."""
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and not isinstance(i, bool)]
 
 
 def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -62,7 +240,7 @@ def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
         return False
     try:
         a, b = from_card(one), from_card(other)
-        return a.DOCUMENT != b.DOCUMENT or any(
+        return (a.roles.begin, a.roles.end) != (b.roles.begin, b.roles.end) or any(
             x.tolist() != y.tolist() for x, y in zip(_probed(a), _probed(b), strict=True)
         )
     except ValueError:  # one of them spells no text
@@ -73,16 +251,7 @@ def _probed(tokenizer: Any) -> Any:
     return tokenizer.encode_batch([PROBE])
 
 
-def _end_of_text(folder: Path) -> str | None:
-    try:
-        found = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    name = found.get("content") if isinstance(found, dict) else found
-    return name if name in CLOSING else None
-
-
-def _bytes() -> tuple[Any, str, bool]:
+def _bytes() -> tuple[Any, str]:
     """The byte-level tokenizer: a BPE that merges nothing, over the letters that stand for bytes."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
@@ -92,22 +261,20 @@ def _bytes() -> tuple[Any, str, bool]:
     backend.decoder = decoders.ByteLevel()
     name = CLOSING[0]
     backend.add_special_tokens([name])
-    return _opened(backend, name, Bytes.DOCUMENT), name, True
+    return _opened(backend, name, Bytes.DOCUMENT), name
 
 
-def _json(tokenizer: Json) -> tuple[Any, str, bool]:
-    """A tokenizer.json, the token between documents added where it was new; and whether it has been made here."""
+def _json(tokenizer: Json) -> tuple[Any, str]:
+    """A tokenizer.json, the token between documents added where it was new, and put in front of a text."""
     from tokenizers import Tokenizer as Backend
 
-    backend, name = Backend.from_str(tokenizer.text), tokenizer.document
+    backend, name, token = Backend.from_str(tokenizer.text), tokenizer.document, tokenizer.roles.fill
     if name is None:
-        name = NEW_NAME
+        name = DOCUMENT_NAME
         backend.add_special_tokens([name])
-    if backend.token_to_id(name) != tokenizer.DOCUMENT:
-        raise ValueError(f"tokenizer={tokenizer.identity}: no token can be added as {tokenizer.DOCUMENT}")
-    if backend.post_processor is not None:
-        return backend, name, False
-    return _opened(backend, name, tokenizer.DOCUMENT), name, True
+    if backend.token_to_id(name) != token:
+        raise ValueError(f"tokenizer={tokenizer.identity}: no token can be added as {token}")
+    return backend if backend.post_processor is not None else _opened(backend, name, token), name
 
 
 def _opened(backend: Any, name: str, token: int) -> Any:

@@ -82,7 +82,7 @@ def generate(arguments: list[str]) -> int:
         raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
     tokenizer = tokenizer_of(found, f"RUN={run}")
     prompts = request.prompts()
-    tokens = [[tokenizer.DOCUMENT, *_encoded(tokenizer, prompt)] for prompt in prompts]
+    tokens = [_encoded(tokenizer, prompt) for prompt in prompts]
     _say_beyond(config, max(map(len, tokens)), request.tokens)
     if request.workers == 1:
         try:
@@ -151,7 +151,8 @@ def write(
     if comm.rank != comm.size - 1:
         return
     prompts = [each for each in prompts for _ in range(request.samples)]
-    shown = Shown(prompts, tokenizer, request.stop)
+    tokens = [each for each in tokens for _ in range(request.samples)]
+    shown = Shown(prompts, tokenizer, request.stop, tokens)
 
     def take(text: int, token: int) -> bool:
         return shown.take(text, token) and not (stop is not None and stop.exists())
@@ -187,13 +188,17 @@ def _say_beyond(config: dict[str, Any], longest: int, more: int) -> None:
 class Shown:
     """Continuations as they appear on standard output: of several one after another, each as far as it is at its turn.
 
-    A text ends at a stop, at the token that ends documents, or where it is told to.
+    A text ends at a stop, at a token that ends texts, or where it is told to. tokens: those of the prompts, where the
+    bytes of the first that follows depend on them.
     """
 
-    def __init__(self, prompts: list[bytes], tokenizer: Any, stop: Sequence[str]):
+    def __init__(self, prompts: list[bytes], tokenizer: Any, stop: Sequence[str], tokens: Sequence[Sequence[int]] = ()):
+        from data.roles import roles_of
+        from data.tokenizer import writer
         from train.text import Text
 
-        self.tokenizer = tokenizer
+        self.ends = roles_of(tokenizer).stop
+        self.spell = [writer(tokenizer, tokens[i] if tokens else ()) for i in range(len(prompts))]
         self.texts = [Text(stop) for _ in prompts]
         self.waiting = [prompt.decode("utf-8", "replace") for prompt in prompts]  # to be written at a text's turn
         self.done = [False] * len(prompts)
@@ -202,10 +207,10 @@ class Shown:
 
     def take(self, text: int, token: int) -> bool:
         """The next token of a text; whether the text goes on."""
-        if token == self.tokenizer.DOCUMENT:
+        if token in self.ends:
             self._end(text)
             return False
-        self._write(text, self.texts[text].add(self.tokenizer.decode([token])))
+        self._write(text, self.texts[text].add(self.spell[text](token)))
         if self.texts[text].ended:
             self._end(text)
         return not self.texts[text].ended
@@ -217,7 +222,7 @@ class Shown:
                 self._end(text)
 
     def _end(self, text: int) -> None:
-        self._write(text, self.texts[text].close())
+        self._write(text, self.texts[text].add(self.spell[text].close()) + self.texts[text].close())
         self.done[text] = True
         while self.turn < len(self.done) and self.done[self.turn]:
             sys.stdout.write("\n")
@@ -277,11 +282,15 @@ def tokenizer_of(found: Path, key: str) -> Any:
 
 
 def _encoded(tokenizer: Any, prompt: bytes) -> list[int]:
-    """Raises UserError for a prompt that the tokenizer cannot encode."""
+    """A prompt behind what its tokenizer puts there. Raises UserError for one that it cannot encode."""
+    from data.roles import roles_of
     from data.tokenizer import encoded
 
     try:
-        return encoded(tokenizer, prompt).tolist()
+        found = [*roles_of(tokenizer).begin, *encoded(tokenizer, prompt).tolist()]
+        if not found:
+            raise ValueError("must not be empty: this tokenizer puts no token in front of a text")
+        return found
     except ValueError as error:
         shown = prompt[:40].decode("utf-8", "replace") + ("…" if len(prompt) > 40 else "")
         raise UserError(f"prompt={shown}: {error}") from None

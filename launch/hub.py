@@ -90,6 +90,8 @@ def import_(arguments: list[str]) -> int:
         _say(f"left out: {_some(found.left_out)}, which no model here reads")
     if card is None:
         _say(f"{source} has no tokenizer.json: the tokens have no text")
+    elif card["special"].get("end", 0) is None:
+        _say(f"{source} names no token that ends a text: nothing stands between documents; document=TOKEN names one")
     more = [override("data.tokenizer", run)] if card is not None and card["name"] == "json" else []
     _say(f"  {command('train', override('init_from', run), *more)}  # trains it further")
     return 0
@@ -153,16 +155,18 @@ def written(found: Path, dest: Path, request: Export | None = None) -> list[str]
 
 def _files(found: Path, saved: Saved) -> tuple[dict[str, str], dict[str, Any]]:
     """The text of what lies beside the weights, and what config.json says besides the model. Raises ValueError."""
-    from data.tokenizer_files import files
+    from data.tokenizer_files import files, ids_of
 
     path = found / "tokenizer.json"
     card = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    document = card.get("special", {}).get("document")
-    ids = {"bos_token_id": document, "eos_token_id": document}
-    told: dict[str, Any] = {"pad_token_id": None, **ids, "use_cache": True}
+    told: dict[str, Any] = {**ids_of(card), "use_cache": True}
     if saved.max_length is not None and "rope_parameters" in saved.config:
         told["max_position_embeddings"] = saved.max_length
-    return files(card, saved.max_length) | {"generation_config.json": json.dumps(ids, indent=2)}, told
+    beside = files(card, saved.max_length)
+    if "files" not in card:  # else they are as they came
+        ids = {key: told[key] for key in ("bos_token_id", "eos_token_id")}
+        beside["generation_config.json"] = json.dumps(ids, indent=2)
+    return beside, told
 
 
 def _parse(verb: str, arguments: list[str], kind: Any, names: tuple[str, ...], *, least: int) -> tuple[list[str], Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from data.roles import roles_of
 from parallel.schedule.plan import Plan
 from train.execute import Executor
 
@@ -49,8 +50,8 @@ def _sums(
     executor: Executor, batches: Any, windows: list[Any], plan: Callable[[list[int]], Plan]
 ) -> tuple[float, float, int]:
     """Of some windows: nats, targets that are the likeliest token, and targets."""
-    special, nats, right, targets = batches.tokenizer.DOCUMENT, 0.0, 0.0, 0
-    scored = [replace(s, targets=np.where(s.targets == special, -100, s.targets)) for s in windows]
+    marks, nats, right, targets = [*roles_of(batches.tokenizer).marks], 0.0, 0.0, 0
+    scored = [replace(s, targets=np.where(np.isin(s.targets, marks), -100, s.targets)) for s in windows]
     for begin in range(0, len(scored), batches.windows_per_batch):
         batch = scored[begin : begin + batches.windows_per_batch]
         tally = executor.evaluate(plan([len(s.tokens) for s in batch]), batch)

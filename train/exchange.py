@@ -214,7 +214,7 @@ def give(
         files[CONFIG] = json.dumps(told_config, indent=2)
         for name, text in files.items():
             with (aside / name).open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
+                file.write(text if text.endswith("\n") or not name.endswith(".json") else text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         aside.rename(dest)

@@ -26,7 +26,8 @@ Ints = NDArray[np.int64]
 class Stored(Protocol):
     """What an index and a sampler ask of a store: document i is tokens[offsets[i]:offsets[i + 1]].
 
-    opened: whether every document opens with the tokenizer's DOCUMENT; where not, nothing predicts what follows one.
+    opened: whether every document opens with the token that closes the one before; where not, nothing predicts what
+    follows one.
     """
 
     folder: Path

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from data.corpora.corpus import Corpus
 from data.corpora.files import Part, hashed
+from data.roles import roles_of
 from data.stores.indexed import smallest
 from data.unknown import unknown as unknown_of
 
@@ -57,19 +58,26 @@ class Job:
         names: list[str] = []
         size = unknown = 0
         largest = -1
-        opening = [] if self.tokens is not None else [np.array([self.tokenizer.DOCUMENT], dtype=self.dtype)]
+        roles = roles_of(self.tokenizer)
+        before, behind = ((), ()) if self.tokens is not None else (roles.begin, roles.closing)
+        opening, closing = (np.array(ids, dtype=self.dtype) for ids in (before, behind))
         with open(place.with_suffix(".bin"), "wb") as stream:
             for batch in _batched(self._documents(part, skipped)):
                 contents = [content for _, content in batch]
                 pieces, documents = [], []
                 every = list(self._encoded(contents))
-                unknown += unknown_of(self.tokenizer, contents, every)
+                unknown += unknown_of(self.tokenizer, contents, every) if self.tokens is None else 0
                 for (name, content), ids in zip(batch, every, strict=True):
+                    if not len(ids) + len(opening):  # nothing of it is spelled, and nothing says that it begins
+                        skipped["without a token"] += 1
+                        continue
                     if not names or names[-1] != name:
                         names.append(name)
-                    pieces += [*opening, ids]
-                    documents.append((hashed(content), len(ids) + len(opening), len(names) - 1))
+                    pieces += [opening, ids, closing]
+                    documents.append((hashed(content), len(opening) + len(ids) + len(closing), len(names) - 1))
                     size += len(content)
+                if not documents:
+                    continue
                 tables.append(np.array(documents, dtype=DOCUMENTS))
                 together = np.concatenate(pieces)
                 largest = max(largest, self._largest(together))

@@ -94,7 +94,7 @@ def fill(
         tokenizer = tokenizer.fitted(merge.facts["largest"])
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer.card()) + "\n")
     checks.write(folder, [name for name in DATA if (folder / name).exists()], merge.sums)
-    _card(folder, corpus, source, tokenizer.size, merge, fingerprint)
+    _card(folder, corpus, source, tokenizer, merge, fingerprint)
     shutil.rmtree(job.folder)
     (folder / JOURNAL).unlink()
     (folder / "plan.json").unlink()  # nothing is left to go on with
@@ -154,7 +154,7 @@ def _sample(corpus: Corpus, parts: list[Part]) -> Iterator[bytes]:
                 break
 
 
-def _card(folder: Path, corpus: Corpus, source: dict[str, Any], size: int, merge: Merge, fingerprint: str) -> None:
+def _card(folder: Path, corpus: Corpus, source: dict[str, Any], tokenizer: Any, merge: Merge, fingerprint: str) -> None:
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
     lengths, counts = card.lengths_of(offsets)
     bars = card.histogram(lengths, counts)
@@ -166,7 +166,8 @@ def _card(folder: Path, corpus: Corpus, source: dict[str, Any], size: int, merge
         "version": VERSION,
         **source,
         **elsewhere,
-        "vocabulary": size,
+        "vocabulary": tokenizer.size,
+        "special": tokenizer.card()["special"],
         "documents": facts["documents"],
         "duplicates": card.duplicates(np.load(folder / "hashes.npy", mmap_mode="r")),
         "tokens": facts["tokens"],

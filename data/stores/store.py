@@ -1,6 +1,6 @@
 """The token store: a tokenised corpus on disk, complete or absent.
 
-    tokens.bin       [tokens]         every document as DOCUMENT and its tokens, end to end, and
+    tokens.bin       [tokens]         every document as its begin, its tokens and its end (`data.roles`), and
     tokens.idx                        its index: together an IndexedDataset of Megatron-core (`data.stores.indexed`)
     offsets.npy      int64 [N + 1]    document i is tokens[offsets[i]:offsets[i + 1]]
     hashes.npy       uint64 [N]       first 8 bytes of the sha256 of each document's content
@@ -11,7 +11,7 @@
     lengths.png                       a histogram of the documents' lengths
 
 All little-endian. Tokens are uint16, or int32 for a vocabulary of 65,500 and more. Of a corpus in Megatron's format the
-tokens stay where they are, and the card says where (`at`); its documents do not open with DOCUMENT.
+tokens stay where they are, and the card says where (`at`); its documents are as they are there.
 
 A store is made in a hidden folder beside its place, where an interrupted one goes on, and renamed into it.
 """
@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpora.corpus import Corpus
+from data.roles import roles_of
 from data.stores import prepare
 from data.stores.checks import checked_card
 from data.stores.indexed import Index
@@ -46,9 +47,9 @@ class Store:
 
     Attributes: `tokens` [tokens] of an integer type, `offsets` int64 [N + 1], `hashes` uint64 [N], `sources` uint32
     [N], `card` (the parsed card.json), `tokenizer`, `fingerprint` (hex sha256 over the tokens and the offsets),
-    `opened` (whether every document opens with the tokenizer's DOCUMENT: where not, the last token of a document is
-    followed by the next document's first, which nothing can predict). Raises ValueError if the folder holds no complete
-    store.
+    `opened` (whether every document opens with the token that closes the one before it: where not, the last token of a
+    document is followed by the next document's first, which nothing can predict). Raises ValueError if the folder holds
+    no complete store.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -61,14 +62,14 @@ class Store:
                 if (found := regular(self.folder / name).stat().st_size) != size:
                     raise ValueError(f"{name} has {found:,} bytes, its card says {size:,}")
             self.fingerprint: str = self.card["fingerprint"]
-            self.opened = "at" not in self.card
-            prefix = str(self.folder / "tokens") if self.opened else self.card["at"]
+            prefix = self.card.get("at") or str(self.folder / "tokens")
             self.dtype = Index(regular(Path(f"{prefix}.idx"))).dtype
             self.tokens: NDArray[np.integer] = np.memmap(regular(Path(f"{prefix}.bin")), dtype=self.dtype, mode="r")
             self.offsets: NDArray[np.int64] = self._column("offsets.npy", "<i8")
             self.hashes: NDArray[np.uint64] = self._column("hashes.npy", "<u8")
             self.sources: NDArray[np.uint32] = self._column("sources.npy", "<u4")
             self.tokenizer: Any = from_card(json.loads((self.folder / "tokenizer.json").read_text()))
+            self.opened = "at" not in self.card and roles_of(self.tokenizer).joint
             sizes = {"tokens": len(self.tokens), "documents": len(self.hashes)}
             whole = len(self.offsets) == len(self) + 1 and len(self.sources) == len(self)
             whole = whole and self.offsets[0] == 0 and self.offsets[-1] == len(self.tokens)
@@ -92,7 +93,7 @@ class Store:
         return Store, (self.folder,)  # else pickling would copy every token
 
     def document(self, index: int) -> NDArray[np.integer]:
-        """Document `index`: DOCUMENT where documents open with it, then its tokens; [length]."""
+        """Document `index`: its begin, its tokens and its end; [length]."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def source(self, index: int) -> str:

@@ -242,7 +242,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_or_gets_its_rows
     assert main(["import", "source", "dest", "extend_vocab=true"]) == 0
     assert yaml.safe_load((here / "dest/config.yaml").read_text())["model"]["vocabulary"] == 270
     card = json.loads((here / "dest/checkpoints/step-0/tokenizer.json").read_text())
-    assert card["special"] == {"document": 269}
+    assert card["special"] == {"begin": [], "end": 269, "stop": [269], "pad": None, "unknown": 0}
     assert main(["export", "dest", "out", "dtype=bf16"]) == 0
     config = json.loads((here / "out/config.json").read_text())
     assert (config["vocab_size"], config["eos_token_id"], config["dtype"]) == (270, 269, "bfloat16")

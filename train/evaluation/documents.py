@@ -8,8 +8,9 @@ import numpy as np
 
 from data.batches import Batches
 from data.pack import NO_TARGET, Packed
+from data.roles import roles_of
 from train.evaluation.score import Score, Scorer, Told
-from train.evaluation.texts import Text, documents, hay, natural, packed
+from train.evaluation.texts import Text, documents, hay, natural, packed, spelled
 
 RISES = 1.1  # times the loss within the trained length: from there on a loss beyond it counts as risen
 
@@ -42,7 +43,7 @@ def loss(found: Sequence[tuple[Text, Score]], tokenizer: Any) -> dict[str, Any]:
     for text, score in found:
         asked = text.packed.targets != NO_TARGET
         if hasattr(tokenizer, "decode") and tokenizer.name != "ids":
-            size += len(tokenizer.decode(text.packed.targets[asked]))
+            size += spelled(tokenizer, text.packed)
         means = [everything, sources.setdefault(text.source, Mean())]
         for mean in [*means, buckets.setdefault(text.length.bit_length() - 1, Mean())]:
             mean.add(score.nats[asked], score.right[asked])
@@ -157,7 +158,9 @@ def _stretches(batches: Any, length: int, most: int) -> list[Packed]:
     """So many tokens each of held-out documents end to end, no token twice."""
     if not isinstance(batches, Batches):
         return []
-    mark = batches.tokenizer.DOCUMENT
-    there = sum(len(held) - len(held.ids) for held in natural(batches)) // (length - 1)
-    text = hay(batches, min(there, most) * (length - 1)).reshape(-1, length - 1)
-    return [packed(np.concatenate([[mark], each])) for each in text]
+    roles = roles_of(batches.tokenizer)
+    begin, around = list(roles.begin), len(roles.begin) + len(roles.closing)
+    room = length - len(begin)
+    there = sum(len(held) - around * len(held.ids) for held in natural(batches)) // room
+    text = hay(batches, min(there, most) * room).reshape(-1, room)
+    return [packed(np.concatenate([begin, each])) for each in text]

@@ -12,6 +12,7 @@ import numpy as np
 
 from data.corpora.generated import KEY, QUESTION
 from data.pack import NO_TARGET, Packed
+from data.roles import roles_of
 from data.samplers.index import Ints
 from data.tasks import MARK, MQAR, Copy, Draw
 from data.tokenizer import Bytes, Json
@@ -26,23 +27,24 @@ class Needles:
 
     def __init__(self, batches: Any, longest: int):
         self.batches, tokenizer = batches, batches.tokenizer
-        self.mark = tokenizer.DOCUMENT
+        roles = roles_of(tokenizer)
+        self.begin, self.mark = np.array(roles.begin, dtype=np.int64), (roles.entry or (roles.fill,))[0]
         self.encode = tokenizer.encode if isinstance(tokenizer, Bytes | Json) else None
         self.symbols = alphabet(batches, 64) if self.encode is None else np.empty(0, np.int64)
         self.hay = hay(batches, 2 * longest)
 
     def example(self, draw: Draw, length: int, depth: float) -> Packed:
-        """A text of `length` tokens: a mark, hay with the needle at `depth` (0 first, 1 last), question and answer.
+        """A text of `length` tokens: its begin, hay with the needle at `depth` (0 first, 1 last), question and answer.
         Raises ValueError where it has no room."""
         needle, question, answer = self._words(draw)
-        room = length - 1 - len(needle) - len(question) - len(answer)
+        room = length - len(self.begin) - len(needle) - len(question) - len(answer)
         if room < 0:
             raise ValueError(
                 f"evaluate.lengths={length}: must be at least {length - room}, for a needle and a question"
             )
         begin, at = int(draw.below(len(self.hay) - room + 1, 1)[0]), round(depth * room)
         straw = self.hay[begin : begin + room]
-        tokens = np.concatenate([[self.mark], straw[:at], needle, straw[at:], question, answer])
+        tokens = np.concatenate([self.begin, straw[:at], needle, straw[at:], question, answer])
         return packed(tokens, slice(length - 1 - len(answer), length - 1))
 
     def fits(self, length: int) -> bool:
@@ -112,7 +114,9 @@ def _asked(
     scorer: Scorer, batches: Any, tasks: dict[int, Any], known: Ints, key: int, samples: int, told: Told
 ) -> dict[str, Any]:
     """accuracy: the share of answers that are the likeliest token. loss: nats an answer. chance: of a guess."""
-    spelled = np.concatenate([[batches.tokenizer.DOCUMENT], known])  # a symbol's token; the mark is MARK
+    roles = roles_of(batches.tokenizer)
+    mark = (roles.entry or (roles.fill,))[0]
+    spelled = np.concatenate([[mark], known])  # a symbol's token; the mark is MARK
     assert MARK == 0
     examples, lengths = [], []
     for length, task in tasks.items():

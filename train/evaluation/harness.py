@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.roles import roles_of
+from data.tokenizer import writer
 from models.lm import LM
 from train.evaluation.score import Scorer
 from train.evaluation.texts import packed
@@ -25,6 +27,7 @@ class Answers:
 
     def __init__(self, model: LM, scorer: Scorer, tokenizer: Any, length: int):
         self.decoder, self.scorer, self.tokenizer, self.length = Decoder(model), scorer, tokenizer, length
+        self.roles = roles_of(tokenizer)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-probability of the latter, and whether it is the likeliest text.
@@ -37,10 +40,10 @@ class Answers:
             kept = context.rstrip()
             whole = self._tokens(context + continuation)
             after = whole[len(self._tokens(kept)) :][1 - self.length :]
-            tokens = [self.tokenizer.DOCUMENT, *whole][-self.length :]
-            scored = slice(len(tokens) - len(after) - 1, len(tokens) - 1)
-            examples.append(packed(tokens, scored))
-            counts.append(len(after))
+            before = self.roles.begin if context else self.roles.entry
+            tokens = [*before, *whole][-self.length :]
+            counts.append(min(len(after), len(tokens) - 1))  # nothing predicts a first token
+            examples.append(packed(tokens, slice(len(tokens) - counts[-1] - 1, len(tokens) - 1)))
         found = []
         for example, count, score in zip(examples, counts, self.scorer(examples), strict=True):
             at = slice(len(example.tokens) - count - 1, len(example.tokens) - 1)
@@ -52,8 +55,9 @@ class Answers:
         examples, owners = [], []
         for number, text in enumerate(texts):
             tokens = self._tokens(text)
-            for begin in range(0, len(tokens), self.length - 1):
-                examples.append(packed([self.tokenizer.DOCUMENT, *tokens[begin : begin + self.length - 1]]))
+            room = self.length - max(len(self.roles.entry), 1)
+            for begin in range(0, len(tokens), room):
+                examples.append(packed([*self.roles.entry, *tokens[begin : begin + room]]))
                 owners.append(number)
         found = [0.0] * len(texts)
         for owner, score in zip(owners, self.scorer(examples), strict=True):
@@ -69,17 +73,19 @@ class Answers:
             count = int(options.get("max_gen_toks", GENERATED))
             sampled = bool(options.get("do_sample", False))
             sampling = Sampling(options.get("temperature") or 0.8 if sampled else 0, options.get("top_p") or 1.0)
-            tokens = [self.tokenizer.DOCUMENT, *self._tokens(context)][-max(self.length - count, 1) :]
+            before = self.roles.begin if context else self.roles.entry
+            tokens = [*before, *self._tokens(context)][-max(self.length - count, 1) :]
             parts: list[str] = []
+            write = writer(self.tokenizer, tokens)
 
-            def take(row: int, token: int, text: Text = text, parts: list[str] = parts) -> bool:
-                if token == self.tokenizer.DOCUMENT:
+            def take(row: int, token: int, text: Text = text, parts: list[str] = parts, write: Any = write) -> bool:
+                if token in self.roles.stop:
                     return False
-                parts.append(text.add(self.tokenizer.decode([token])))
+                parts.append(text.add(write(token)))
                 return not text.ended
 
             self.decoder.extend([self.decoder.read(tokens)], count, sampling, take)
-            found.append("".join(parts) + text.close())
+            found.append("".join(parts) + text.add(write.close()) + text.close())
         return found
 
     def _tokens(self, text: str) -> list[int]:

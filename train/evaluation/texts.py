@@ -1,7 +1,8 @@
 """The held-out documents of a run, whole or as far as they are read, source by source."""
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from data.batches import Batches
 from data.corpora.generated import Copies, Needles
 from data.pack import NO_TARGET, Packed
+from data.roles import Roles, roles_of
 from data.samplers.documents import Documents
 from data.samplers.index import Ints
 from data.samplers.sampler import Source
@@ -40,16 +42,35 @@ def texts(batches: Any, tokens: int, length: int) -> list[Text]:
     if not isinstance(batches, Batches):
         examples = [example for example in batches.heldout() if len(example.tokens) <= length]
         return [Text(batches.task.name, len(e.tokens), e) for e in examples[: -(-tokens // batches.task.max_length)]]
-    found = []
+    found, roles = [], roles_of(batches.tokenizer)
     for source, held in zip(batches.sources, batches.heldout_documents, strict=True):
         read = 0
         for document in documents(held):
             if read >= tokens:
                 break
             if len(document) > 1:
-                found.append(Text(source.name or "corpus", len(document), packed(document[:length])))
+                found.append(Text(source.name or "corpus", len(document), _text(document[:length], roles)))
                 read += min(len(document), length)
     return found
+
+
+def _text(document: Any, roles: Roles) -> Packed:
+    """A document whose targets are its text: neither its begin nor its own end is scored."""
+    found = packed(document)
+    marks = () if roles.joint else (*roles.marks,)
+    return replace(found, targets=np.where(np.isin(found.targets, marks), NO_TARGET, found.targets))
+
+
+def spelled(tokenizer: Any, sequence: Packed) -> int:
+    """How many bytes the targets of a sequence spell: what a piece has more than the tokens before its first target."""
+    size, begins = 0, [*np.flatnonzero(sequence.starts).tolist(), len(sequence.tokens)]
+    for begin, end in itertools.pairwise(begins):
+        asked = np.flatnonzero(sequence.targets[begin:end] != NO_TARGET)
+        if len(asked):
+            read = sequence.tokens[begin : begin + int(asked[-1]) + 1]
+            whole = np.append(read, sequence.targets[begin + int(asked[-1])])
+            size += len(tokenizer.decode(whole)) - len(tokenizer.decode(whole[: int(asked[0]) + 1]))
+    return size
 
 
 def documents(held: Documents, least: int = 0) -> Iterator[Any]:
@@ -65,10 +86,10 @@ def hay(batches: Any, tokens: int) -> Ints:
     """So many tokens of held-out text, without marks between documents, from its begin again where it ends before."""
     if not isinstance(batches, Batches):
         return 1 + np.arange(tokens) % batches.task.symbols
-    mark, parts, count = batches.tokenizer.DOCUMENT, [], 0
+    marks, parts, count = [*roles_of(batches.tokenizer).marks], [], 0
     for held in natural(batches):
         for document in documents(held):
-            parts.append(np.asarray(document)[np.asarray(document) != mark].astype(np.int64))
+            parts.append(np.asarray(document)[~np.isin(document, marks)].astype(np.int64))
             count += len(parts[-1])
             if count >= tokens:
                 return np.concatenate(parts)[:tokens]

@@ -1,0 +1,81 @@
+"""A tokenizer.json made of vocab.json and merges.txt: the byte-level BPE of folders that are older than that file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+KINDS = {  # by the class that a folder names, or its model's type, how text is cut
+    "gpt2": "gpt2",
+    "GPT2Tokenizer": "gpt2",
+    "roberta": "roberta",
+    "RobertaTokenizer": "roberta",
+    "opt": "gpt2",
+    "qwen2": "qwen2",
+    "qwen3": "qwen2",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen2",
+    "qwen3_next": "qwen2",
+    "Qwen2Tokenizer": "qwen2",
+}
+
+
+def built(folder: Path) -> str:
+    """The text of a tokenizer.json. Raises ValueError for files that are damaged, or of a tokenizer that cuts text in a
+    way that they do not say."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    settings = _object(folder / "tokenizer_config.json")
+    named = str(settings.get("tokenizer_class") or "").removesuffix("Fast") or None
+    kind = KINDS.get(named or _object(folder / "config.json").get("model_type") or "gpt2")
+    if kind is None:
+        known = ", ".join(name for name in KINDS if name[0].isupper())
+        raise ValueError(f"is missing, and {named or 'the model'} cannot be made of vocab.json: must be one of {known}")
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))  # type: ignore[arg-type]
+    except Exception as error:  # the package raises no class of its own
+        raise ValueError(f"cannot be made of vocab.json and merges.txt ({error})") from None
+    prefix = bool(settings.get("add_prefix_space", False))
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=kind != "qwen2")
+    backend.pre_tokenizer = letters
+    if kind == "qwen2":
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2), "isolated"), letters])
+    backend.decoder = decoders.ByteLevel()
+    tokens = _added(folder, settings)
+    backend.add_tokens([AddedToken(name, special=special, normalized=False) for name, special in tokens.items()])
+    if kind == "roberta":
+        end, begin = backend.token_to_id("</s>"), backend.token_to_id("<s>")
+        if begin is not None and end is not None:
+            backend.post_processor = processors.RobertaProcessing(("</s>", end), ("<s>", begin), True, prefix)
+    return backend.to_str()
+
+
+def _added(folder: Path, settings: dict[str, Any]) -> dict[str, bool]:
+    """The tokens that no merge makes, in the order of their ids, and whether each is special."""
+    found: dict[int, tuple[str, bool]] = {}
+    for name, i in _object(folder / "added_tokens.json").items():
+        found[int(i)] = (name, True)
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        found[int(i)] = (token["content"], bool(token.get("special", False)))
+    tokens = {name: special for _, (name, special) in sorted(found.items())}
+    for key, value in {**_object(folder / "special_tokens_map.json"), **settings}.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(token, str):
+            tokens.setdefault(token, True)
+    return tokens
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file.name} cannot be read ({error})") from None
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,235 @@
+"""The tokens around a text: each has a role of its own, read from a folder, and a document holds what its model has
+read."""
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data.loader import Data
+from data.pack import NO_TARGET
+from data.roles import Roles, roles_of
+from data.tokenizer import Bytes, Json, Symbols, from_card, from_file
+from data.tokenizer_files import card_of, files, ids_of, read
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+from tests.published_tokens import KINDS, TEXTS  # noqa: E402
+
+LOOKS = "</s> or <|eot_id|><|im_end|>, <eos> and x<bos>y <｜end▁of▁sentence｜>"
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, tmp_path):
+    """(folder, what is expected of it) of a kind of published tokenizer."""
+    expected = KINDS[request.param](tmp_path / "folder")
+    config = {"model_type": "qwen3" if request.param == "qwen3" else "llama", **expected["ids"]}
+    (tmp_path / "folder/config.json").write_text(json.dumps(config))
+    return tmp_path / "folder", expected
+
+
+def test_a_folder_says_what_stands_around_a_text(kind) -> None:
+    folder, expected = kind
+    found = read(folder)
+    assert {key: getattr(found.roles, key) for key in ("begin", "end", "stop", "pad")} == {
+        key: value for key, value in expected.items() if key != "ids"
+    }
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = found.encode(text.encode()).tolist()
+        assert [*found.roles.begin, *ids] == theirs(text)["input_ids"], text
+        assert found.decode(ids) == text.encode()
+        write = found.writer(ids[:1])
+        assert found.decode(ids[:1]) + b"".join(map(write, ids[1:])) == text.encode()
+    assert found.size == len(theirs)
+
+
+def test_text_that_looks_like_a_special_token_stays_text(kind) -> None:
+    found = read(kind[0])
+    special = found.roles.marks | {*found.roles.stop} | {i for i in found.added if found.unknown_id != i}
+    for text in (LOOKS, *LOOKS.split()):
+        assert not special & set(found.encode(text.encode()).tolist()), text
+
+
+def test_a_card_has_it_again(kind) -> None:
+    found = read(kind[0])
+    card = json.loads(json.dumps(found.card()))
+    again = from_card(card)
+    assert again.card() == found.card() == card_of(kind[0]) and again.roles == found.roles
+    assert again.identity == found.identity == pickle.loads(pickle.dumps(found)).identity
+    (kind[0] / "tokenizer.json").write_text(json.dumps(card))  # as a run has it
+    assert from_file(kind[0]).card() == card
+
+
+def test_files_are_written_back_as_they_came(kind, tmp_path) -> None:
+    folder, expected = kind
+    card = card_of(folder)
+    written = files(card, 64)
+    came = {path.name: path.read_text() for path in folder.iterdir() if path.name != "config.json"}
+    assert written == came and ids_of(card) == expected["ids"]
+    assert files(card, 1 << 40)["tokenizer.json"] == came["tokenizer.json"]
+
+
+def test_a_map_of_special_tokens_and_ids_of_configurations_name_what_the_tokenizer_does_not(tmp_path) -> None:
+    folder = tmp_path / "folder"
+    KINDS["deepseek"](folder)
+    name = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").unlink()
+    end = read(folder)._backend.token_to_id(name["content"])
+    assert read(folder).roles.end is None  # a token that no list has, and nothing that names it
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": name}))
+    assert read(folder).roles.end == end
+    (folder / "special_tokens_map.json").unlink()
+    for config in ("config.json", "generation_config.json"):
+        (folder / config).write_text(json.dumps({"eos_token_id": [end]}))
+        assert (read(folder).roles.end, read(folder).roles.stop) == (end, (end,))
+        (folder / config).unlink()
+
+
+@pytest.mark.parametrize("template", ["their own", "none", "both"])
+@pytest.mark.parametrize("add", [None, False, True])
+def test_a_prompt_has_what_the_folders_own_tokenizer_puts_there(tmp_path, template, add) -> None:
+    """Its template, where it has one, whatever its settings say of it."""
+    from tokenizers.processors import TemplateProcessing
+
+    folder = tmp_path / "folder"
+    KINDS["llama2"](folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if template == "none":
+        backend = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), "post_processor": None}))
+    if template == "both":
+        backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    file = folder / "tokenizer_config.json"
+    settings = {key: each for key, each in json.loads(file.read_text()).items() if not key.startswith("add_")}
+    settings |= {} if add is None else {"add_bos_token": add, "add_eos_token": add}
+    file.write_text(json.dumps(settings))
+    found = read(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)("the text")["input_ids"]
+    behind = [2] if template == "both" else []
+    assert [*found.roles.begin, *found.encode(b"the text").tolist(), *behind] == theirs
+    assert found.roles.end == 2
+
+
+def test_a_named_token_closes_documents_and_ends_texts(tmp_path) -> None:
+    folder = tmp_path / "folder"
+    KINDS["qwen3"](folder)
+    found = from_file(folder, "<|endoftext|>")
+    end = found._backend.token_to_id("<|endoftext|>")
+    assert (found.roles.begin, found.roles.end) == ((), end) and end in found.roles.stop
+    assert from_card(found.card()).card() == found.card() == card_of(folder, "<|endoftext|>")
+    with pytest.raises(ValueError, match=r"has no token <other>; it has <\|endoftext\|>"):
+        from_file(folder, "<other>")
+
+
+def test_tokens_of_our_own_keep_one_for_everything() -> None:
+    assert Bytes().roles == roles_of(SimpleNamespace(DOCUMENT=256)) == Roles((256,), 256, (256,))
+    assert Bytes().card() == {"name": "bytes", "size": 257, "special": {"document": 256}}
+    roles = Symbols(5).roles
+    assert roles.joint and roles.closing == () and roles.marks == {0} and roles.fill == 0 and roles.entry == (0,)
+
+
+def test_a_word_is_no_end_of_a_text(tmp_path) -> None:
+    """Classes of configurations have 2 where nothing is said, whatever the tokenizer calls 2."""
+    words = {f"t{i}": i for i in range(9)} | {"<|endoftext|>": 9}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    card = card_of(tmp_path)
+    assert card["special"]["end"] == 9 and card["special"]["stop"] == [9]
+    assert ids_of(card) == {"bos_token_id": 1, "eos_token_id": 9}
+
+
+def store_of(folder: Path, tmp_path: Path, packing: str = "concat"):
+    texts = tmp_path / "texts"
+    texts.mkdir(exist_ok=True)
+    for i, text in enumerate([*TEXTS * 6]):
+        (texts / f"{i}.txt").write_text(f"{text} {i}" * (1 + i % 3))
+    sizes = {"max_length": 32, "heldout": 0.2, "heldout_tokens": 64, "packing": packing, "min_length": 8}
+    data = Data(corpus="text", path=str(texts), tokenizer=str(folder), store=str(tmp_path / "store"), **sizes)
+    return data.open(128)
+
+
+@pytest.mark.parametrize("name, packing", [("llama2", "concat"), ("llama3", "decomposition"), ("qwen3", "best_fit")])
+def test_documents_hold_what_their_model_has_read(tmp_path, name, packing) -> None:
+    """Begin, text, end; the end is a target, and nothing predicts a document's first token from another document."""
+    KINDS[name](tmp_path / "folder")
+    batches = store_of(tmp_path / "folder", tmp_path, packing)
+    store, roles = batches.sources[0].store, batches.tokenizer.roles
+    assert not store.opened and store.card["special"] == roles.card()
+    known = set()
+    for i in range(len(store)):
+        document = store.document(i).tolist()
+        begin, text = document[: len(roles.begin)], document[len(roles.begin) : -1]
+        assert tuple(begin) == roles.begin and document[-1] == roles.end and not roles.marks & set(text)
+        content = (tmp_path / "texts" / store.source(i)).read_bytes()
+        assert batches.tokenizer.decode(document) == content or batches.tokenizer.roles.unknown in document
+        known |= {(a, b) for a, b in zip(document, document[1:], strict=False)}
+    ends = 0
+    for packed in [*batches.batch(0, 0), *batches.batch(0, 1), *batches.heldout()]:
+        asked = packed.targets != NO_TARGET
+        assert set(zip(packed.tokens[asked].tolist(), packed.targets[asked].tolist(), strict=True)) <= known
+        assert not (packed.targets[packed.tokens == roles.end] != NO_TARGET).any()
+        ends += int((packed.targets == roles.end).sum())
+    assert ends
+
+
+def words(model: str) -> tuple[str, list[str]]:
+    """(a tokenizer.json that is no byte-level BPE, texts that it spells without loss)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    texts = ["arguments found here", "found arguments", "x", "here and here and there", "[SEP] x"]
+    kinds = {
+        "wordpiece": lambda: models.WordPiece(unk_token="[UNK]"),
+        "ends": lambda: models.BPE(unk_token="[UNK]", end_of_word_suffix="</w>"),
+        "words": lambda: models.WordLevel(unk_token="[UNK]"),
+    }
+    backend = Tokenizer(kinds[model]())
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    given = {"special_tokens": ["[UNK]", "[SEP]"], "show_progress": False}
+    if model == "wordpiece":
+        backend.decoder = decoders.WordPiece(cleanup=False)
+        trainer = trainers.WordPieceTrainer(vocab_size=60, initial_alphabet=list("[SEP]"), **given)
+    elif model == "ends":
+        backend.decoder = decoders.BPEDecoder("</w>")
+        trainer = trainers.BpeTrainer(vocab_size=70, end_of_word_suffix="</w>", initial_alphabet=list("[SEP]"), **given)
+    else:
+        trainer = trainers.WordLevelTrainer(**given)
+    backend.train_from_iterator([*texts[:-1] * 3, *([] if model == "words" else ["[SEPx SEP] [[SEP]]"])], trainer)
+    return backend.to_str(), texts[:-1] if model == "words" else texts
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("model", ["wordpiece", "ends", "words"])
+def test_words_are_spelled_with_the_blanks_between_them(model, bare) -> None:
+    text, texts = words(model)
+    if bare:
+        text = json.dumps({**json.loads(text), "decoder": None})
+    found = Json(text)
+    for each in texts:
+        ids = found.encode(each.encode())
+        assert found.decode(ids) == each.encode(), each
+        for cut in range(1, len(ids)):
+            write = found.writer(ids[:cut].tolist())
+            said = found.decode(ids[:cut]) + b"".join(write(int(i)) for i in ids[cut:])
+            assert said == each.encode(), (each, cut)
+
+
+def test_tokens_that_stand_for_unknown_text_are_counted(tmp_path) -> None:
+    text, _ = words("wordpiece")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "texts").mkdir()
+    for i in range(20):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"found {'ж ' * (i % 2)}here {i % 3 * 'x'}")
+    sizes = {"max_length": 4, "heldout": 0.3, "heldout_tokens": 4, "packing": "concat"}
+    data = Data(
+        corpus="text", path=str(tmp_path / "texts"), tokenizer=str(tmp_path), store=str(tmp_path / "s"), **sizes
+    )
+    store = data.open(16).sources[0].store
+    unknown = store.tokenizer.unknown_id
+    assert store.card["unknown"] == int(np.count_nonzero(store.tokens == unknown)) == 10
