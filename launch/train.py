@@ -12,14 +12,18 @@ from typing import Any
 from rich.console import Console
 
 from launch import cluster, local, nodes, paths, preflight, rundir, status
+from launch.config.compose import composed
 from launch.outcome import Outcome
 from launch.preflight import Flight
 from launch.progress import Progress
 from launch.shell import command, override
 from launch.stopping import stop_file
+from launch.user import UserError
 from train.settings import TrainSettings
 
 ENTRY = "train.build:run"
+LOCK_S = 300.0  # seconds that a run on a cluster waits for the end of another that has its folder
+_TURN_S = 0.5
 COUNTED_TOKENS = 20_000_000  # byte models are fitted to runs up to this long: about ten seconds and 2 GB
 
 
@@ -52,6 +56,9 @@ def train(overrides: list[str]) -> int:
     """Runs a job from its overrides. Returns the exit code. Raises UserError before any process is started."""
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
+        overrides = automatic(overrides, lambda line: console.print(line, markup=False))
+        if not overrides:
+            return 0
         config = preflight.configure(overrides)
         if config["stages"] or config["resume"]:
             from launch.extend import chain
@@ -62,6 +69,41 @@ def train(overrides: list[str]) -> int:
         console.print(_NOTHING, markup=False)
         return 0
     return run(config, console).code
+
+
+def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str]:
+    """The overrides that `resume=auto` stands for; none are left where the run is complete. Raises UserError.
+
+    Of a new run those that are given; where run.dir holds one, it is resumed: in its own configuration, with the cluster
+    that is given.
+    """
+    if "resume=auto" not in overrides:
+        return overrides
+    others = [override for override in overrides if override != "resume=auto"]
+    given = next((override for override in reversed(others) if override.startswith("run.dir=")), None)
+    if given is None or (asked := composed(others)["run"]["dir"]) is None:
+        raise UserError("resume=auto: needs run.dir, the folder of the run, there or not")
+    folder = Path(asked)
+    _await_lock(folder, say)
+    if not (folder / "config.yaml").exists():
+        return others
+    from launch import status
+
+    if status.read(folder).state == "complete":
+        say(f"run {folder} is complete")
+        return []
+    say(f"resume=auto: the run in {folder} goes on, in its own configuration")
+    kept = [override for override in others if override.lstrip("+").split(".")[0].split("=")[0] == "cluster"]
+    return [*kept, f"resume={given.partition('=')[2]}"]
+
+
+def _await_lock(folder: Path, say: Callable[[str], None]) -> None:
+    """Wait for the process that has a run to end, for a bounded time: machines that were replaced may end slowly."""
+    deadline = time.monotonic() + LOCK_S
+    if rundir.locked(folder):
+        say(f"waiting for run.dir={folder}: in use by another run; {LOCK_S:.0f} s at most")
+    while rundir.locked(folder) and time.monotonic() < deadline:
+        time.sleep(_TURN_S)
 
 
 _NOTHING = "stopped before the run started: nothing was written"
@@ -98,6 +140,8 @@ def here(
     try:
         flight = preflight.clear(config, say, device=hosted.device if hosted else None)
         code = hosted.code if hosted else rundir.code_version()
+        if config["cluster"]["kind"] == "ray" and config["run"]["dir"]:
+            _await_lock(Path(config["run"]["dir"]), say)
         folder, lock = rundir.claim(config, resumed=config["resume"] is not None)
         again = hosted.again if hosted else again or command("train", override("resume", folder))
         with lock:

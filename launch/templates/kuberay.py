@@ -125,11 +125,8 @@ class KubeRay(Machines):
         from launch.package import JOB_ENVIRONMENT
 
         start = ["farspan", "train", *self.cluster_words(config, "auto")]
-        entry = command(*start, *words, *([] if config["resume"] else [f"run.dir={run}"]))
-        if self.retries and not config["resume"]:  # the next set of pods finds the run of the one before
-            again = command(*start, f"resume={run}")
-            script = f"if [ -e {run}/config.yaml ]; then exec {again}; else exec {entry}; fi"
-            entry = command("bash", "-c", script)
+        # A next set of pods, and a job that the operator submits once more, find the run of the one before.
+        entry = command(*start, *words, *([] if config["resume"] else [f"run.dir={run}", "resume=auto"]))
         if self.submission_mode != "HTTPMode" and not _survives(entry):
             raise ValueError(
                 f"{PATH}.submission_mode={self.submission_mode}: its shells would change the run's words; "

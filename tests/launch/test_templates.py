@@ -1,6 +1,7 @@
 """Templates: what is rendered is what Slurm, KubeRay and Ray accept; mistakes cost one line; a Slurm job is tried."""
 
 import copy
+import fcntl
 import json
 import os
 import re
@@ -17,12 +18,14 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from omegaconf import OmegaConf
 
 from launch.cli import main
 from launch.config.compose import composed
 from launch.placement import place
 from launch.template import machines
 from launch.templates import command, commented, key_of, kuberay, own_words, ray_up, slurm
+from launch.train import automatic
 from launch.user import UserError
 from tests.jobs import overrides
 
@@ -445,7 +448,7 @@ def test_a_rayjob_trains_on_pods_that_share_the_run():
     spec = job["spec"]
     assert shlex.split(spec["entrypoint"]) == [
         *["farspan", "train", "cluster=ray", "cluster.address=auto", "cluster.workers=16", "cluster.device=cuda"],
-        *["cluster.restarts=3", "train.tokens=5e6", "run.name=first", "run.dir=/mnt/farspan/runs/first"],
+        *["cluster.restarts=3", "train.tokens=5e6", "run.name=first", "run.dir=/mnt/farspan/runs/first", "resume=auto"],
     ]
     assert spec["submissionMode"] == "HTTPMode" and spec["ttlSecondsAfterFinished"] == 3600
     assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_TRAIN_V2_ENABLED"] == "1"
@@ -484,17 +487,37 @@ def test_the_rest_of_kubernetes_is_passed_on():
 
 
 def test_a_second_set_of_pods_goes_on_with_the_run_of_the_first(tmp_path):
-    job = resource("cluster.template.retries=2", f"cluster.template.mount={tmp_path}", *HARD[1:])
-    assert job["spec"]["backoffLimit"] == 2
-    said = []
-    for _ in range(2):
-        script = job["spec"]["entrypoint"].replace("exec farspan", "printf %s\\\\0")
-        said.append(subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout)
-        (tmp_path / "runs" / "farspan").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "runs" / "farspan" / "config.yaml").touch()
-    first, again = (text.strip("\0").split("\0") for text in said)
-    assert first[-3:] == [*HARD[1:], f"run.dir={tmp_path}/runs/farspan"]
-    assert again[-2:] == ["cluster.restarts=3", f"resume={tmp_path}/runs/farspan"]
+    """And so does a job that the operator submits once more, with no retries at all."""
+    run = tmp_path / "runs" / "farspan"
+    for retries in (0, 2):
+        job = resource(f"cluster.template.retries={retries}", f"cluster.template.mount={tmp_path}", *HARD[1:])
+        assert job["spec"]["backoffLimit"] == retries
+        words = shlex.split(job["spec"]["entrypoint"])
+        assert words[:2] == ["farspan", "train"] and words[-1] == "resume=auto"
+        first = automatic(words[2:], pytest.fail)
+        assert first[-3:] == [*HARD[1:], f"run.dir={run}"] and first == words[2:-1]
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(composed([]))))
+    said: list[str] = []
+    assert automatic(words[2:], said.append)[-2:] == ["cluster.restarts=3", f"resume={run}"]
+    assert said == [f"resume=auto: the run in {run} goes on, in its own configuration"]
+
+
+def test_an_old_pod_that_still_has_the_run_is_waited_for(tmp_path, monkeypatch):
+    """For a bounded time."""
+    said: list[str] = []
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr("launch.train.LOCK_S", 0.2)
+        began = time.monotonic()
+        assert automatic([f"run.dir={tmp_path}", "resume=auto"], said.append) == [f"run.dir={tmp_path}"]
+        assert 0.2 <= time.monotonic() - began < 10 and "in use by another run; 0 s at most" in said[0]
+        monkeypatch.setattr("launch.train.LOCK_S", 60.0)
+        automatic([f"run.dir={tmp_path}", "resume=auto"], lambda line: lock.close())
+    assert time.monotonic() - began < 30
+    automatic([f"run.dir={tmp_path}", "resume=auto"], pytest.fail)
+    with pytest.raises(UserError, match="resume=auto: needs run.dir"):
+        automatic(["resume=auto"], said.append)
 
 
 def test_words_that_a_submitters_shell_would_change_need_the_operator():
