@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import apart, package
-from launch.driver import Report, drive, scratch
+from launch.driver import Report, drive, head_answers, scratch
 from launch.outcome import Outcome, verdict
 from launch.stopping import AT_ONCE, Stopping, fresh
 from launch.world import Job, signals_held, without_main
@@ -110,6 +110,8 @@ def _judge(report: Report | None, process: BaseProcess, run_dir: Path) -> Outcom
     log = scratch(run_dir) / "driver.log"
     if report is None:
         process.join(_POLL_S)
+        if not head_answers(run_dir):
+            return Outcome(False, "the head of Ray was lost with its machine", 1, lost=True)
         why = f"Ray's driver ended without a report, exit code {process.exitcode} (its words: {log})"
         return Outcome(False, why, 1, lost=True)
     if report.ok:
@@ -118,6 +120,8 @@ def _judge(report: Report | None, process: BaseProcess, run_dir: Path) -> Outcom
         return verdict(report.failures, report.deaths, run_dir)
     error = run_dir / "error.txt"
     error.write_text(report.trace, encoding="utf-8")
+    if not head_answers(run_dir):
+        return Outcome(False, f"the head of Ray was lost with its machine (full trace: {error})", 1, lost=True)
     return Outcome(False, f"Ray: {report.line} (full trace: {error})", 1, lost=True)
 
 

@@ -23,12 +23,16 @@ from typing import Any
 
 from launch import inspection, meeting, package
 from launch.outcome import Failure
+from launch.stopping import stop_file
 from launch.user import UserError
 from launch.watch import Watch
 from launch.world import SIGNALS, Job, leave_with_parent, loopback
 
 _STORE_BYTES = 80_000_000  # Ray's object store: near its least (75 MiB), nothing of ours goes through it
 _PEER_S = 2.0  # seconds that a rank which lost a peer keeps quiet
+_JOIN_S = 5.0  # seconds between two attempts to join a Ray
+HEAD = "head"  # in the scratch folder: the address of the head of the Ray that was joined
+HEAD_LOST = "went with the head of Ray, whose machine was lost"
 _MEMBERS = "members.json"  # in the scratch folder: where the ranks of this attempt are
 
 # Ray Train's, in the driver, the controller and the workers.
@@ -126,7 +130,8 @@ def _fit(job: Job, place: str, say: Callable[[str], None]) -> Report:
         _start_ray(job, place)
     else:
         imports.join()  # joining takes no time that could be used, and torch's import beside it has crashed
-        _join_ray(job)
+        if not _join_ray(job, say):
+            return Report(True)
         if not inspection.clear(job, say):
             return Report(True)  # a stop was asked for while the run waited for its turn
     imports.join()
@@ -139,13 +144,15 @@ def _fit(job: Job, place: str, say: Callable[[str], None]) -> Report:
     except ray.train.WorkerGroupError as error:
         failures = _reports(job)
         members = _members(job)
+        lost = _lost_with_machines(job, members)
         ranks = {members[ours]["rank"] if ours in members else ours: ours for ours in error.worker_failures}
         reported = {failure.rank for failure in failures}
         deaths = [
             (rank, _death(error.worker_failures[ours], members.get(ours)))
             for rank, ours in sorted(ranks.items())
-            if rank not in reported
+            if rank not in reported and rank not in lost
         ]
+        deaths = [(rank, how) for rank, how in lost.items() if rank not in reported] + deaths
         return Report(False, failures, deaths)
     return Report(True)
 
@@ -175,8 +182,11 @@ def _start_ray(job: Job, place: str) -> None:
     )
 
 
-def _join_ray(job: Job) -> None:
-    """Become a driver of the Ray that runs at job.address, with our code for its workers. Raises UserError."""
+def _join_ray(job: Job, say: Callable[[str], None]) -> bool:
+    """Become a driver of the Ray that runs at job.address, with our code for its workers. Raises UserError.
+
+    A patient job waits for a Ray that was lost: False where a stop was asked for meanwhile.
+    """
     import logging
 
     import ray
@@ -184,16 +194,31 @@ def _join_ray(job: Job) -> None:
     assert job.address is not None
     # A submitted job's own code is deleted when its first driver ends: every attempt brings it again.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
-    try:
-        ray.init(
-            address=job.address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": package.environment(), "working_dir": job.code},
-        )
-    except ConnectionError as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"cluster.address={job.address}: no Ray to join from this machine ({line[:200]})") from None
+    told = False
+    while True:
+        try:
+            ray.init(
+                address=job.address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": package.environment(), "working_dir": job.code},
+            )
+            (scratch(job.run_dir) / HEAD).write_text(ray.get_runtime_context().gcs_address, encoding="utf-8")
+            return True
+        except Exception as error:
+            if not job.patient and not isinstance(error, ConnectionError):
+                raise
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = f"cluster.address={job.address}: no Ray to join from this machine ({line[:200]})"
+            if not job.patient:
+                raise UserError(line) from None
+        if not told:
+            say(f"waiting for Ray: {line}")
+        told = True
+        ray.shutdown()
+        time.sleep(_JOIN_S)
+        if stop_file(job.run_dir).exists():
+            return False
 
 
 def _no_retries() -> dict[str, int]:
@@ -304,6 +329,43 @@ def _members(job: Job) -> dict[int, dict[str, Any]]:
     except (OSError, ValueError):
         return {}
     return {member["ray_rank"]: {**member, "rank": rank} for rank, member in enumerate(told)}
+
+
+def _lost_with_machines(job: Job, members: dict[int, dict[str, Any]]) -> dict[int, str]:
+    """The ranks whose machine is gone, and what to say of each: Ray itself finds out later.
+
+    A machine is gone where Ray's own process there accepts no connection.
+    """
+    import ray
+
+    if job.address is None or not members:
+        return {}
+    if not head_answers(job.run_dir):  # without it Ray knows of no machine
+        return {min(member["rank"] for member in members.values()): HEAD_LOST}
+    nodes = {node["NodeID"]: node for node in ray.nodes()}
+    gone = {
+        id
+        for id in {member["node"] for member in members.values()}
+        if id not in nodes
+        or not nodes[id]["Alive"]
+        or not inspection.answers(nodes[id]["NodeManagerAddress"], nodes[id]["NodeManagerPort"])
+    }
+    found = [member for member in members.values() if member["node"] in gone]
+    return {
+        member["rank"]: f"was lost with its machine, {inspection.name_of(nodes[member['node']])}"
+        if member["node"] in nodes
+        else f"was lost with its machine on {member['address']}"
+        for member in sorted(found, key=lambda member: member["rank"])
+    }
+
+
+def head_answers(run_dir: Path) -> bool:
+    """Whether the head of the Ray that a run has joined accepts connections; True where none was joined."""
+    try:
+        host, _, port = (scratch(run_dir) / HEAD).read_text(encoding="utf-8").rpartition(":")
+        return inspection.answers(host.strip("[]"), int(port))
+    except (OSError, ValueError):
+        return True
 
 
 def _death(why: Exception, member: dict[str, Any] | None) -> str:

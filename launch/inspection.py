@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from launch.world import Job
 
 PASSED = "checks passed: "  # opens the line that is said when they have
 _LOOK_S = 60.0  # seconds that a machine may take to answer: its first process of ours has to start
+_ANSWER_S = 3.0  # seconds that a live machine may take to accept a connection
 _TURN_S = 2.0  # seconds between two looks at what is free
 _COMPARED = ("python", "ray", "torch")
 
@@ -66,10 +68,22 @@ def clear(job: Job, say: Callable[[str], None]) -> bool:
 
     False when a stop was asked for while waiting. Raises UserError.
     """
-    placement, ids = _place(job, say)
-    if placement is None:
-        return False
-    same = _compare(job, ids)
+    told = ""
+    while True:
+        placement, ids = _place(job, say)
+        if placement is None:
+            return False
+        try:
+            same = _compare(job, ids)
+            break
+        except UserError as error:  # a machine that was lost just now, or one that has come and is not ready yet
+            if not job.patient:
+                raise
+            if str(error) != told:
+                told = str(error)
+                say(f"waiting for machines: {told}")
+        if _stopped(job):
+            return False
     count = len(placement.nodes)
     say(
         f"{PASSED}{job.workers} workers on {count} machine{'s' if count > 1 else ''}, all with Python {same.python}, "
@@ -82,7 +96,7 @@ def _place(job: Job, say: Callable[[str], None]) -> tuple[Placement | None, list
     """The placement and Ray's ids of the machines with room; None when a stop was asked for while waiting for them."""
     told = ""
     while True:
-        machines = _machines(job.device)
+        machines = _machines(job.device, say)
         try:
             return place(job.workers, [node for _, node in machines], job.sizes), [each for each, _ in machines]
         except ValueError as error:
@@ -91,21 +105,53 @@ def _place(job: Job, say: Callable[[str], None]) -> tuple[Placement | None, list
             if str(error) != told:
                 told = str(error)
                 say(f"waiting for machines: {told}")
-        if stop_file(job.run_dir).exists():
+        if _stopped(job):
             return None, []
-        time.sleep(_TURN_S)
 
 
-def _machines(device: str) -> list[tuple[str, Node]]:
-    """(Ray's node id, what `place` needs) of every live machine with room for a worker on `device`."""
+def _stopped(job: Job) -> bool:
+    """Whether a stop was asked for, now or in a moment."""
+    time.sleep(_TURN_S)
+    return stop_file(job.run_dir).exists()
+
+
+def _machines(device: str, say: Callable[[str], None]) -> list[tuple[str, Node]]:
+    """(Ray's node id, what `place` needs) of every live machine with room for a worker on `device`.
+
+    A machine that has just died is alive to Ray for some time yet, and its cores are free: we wait until Ray knows.
+    """
     import ray
 
+    deadline, told = time.monotonic() + _LOOK_S, False
+    while True:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        lost = [node for node in alive if not answers(node["NodeManagerAddress"], node["NodeManagerPort"])]
+        if not lost or time.monotonic() > deadline:
+            break
+        if not told:
+            say(f"a machine was lost: {', '.join(name_of(node) for node in lost)}; waiting until Ray has found out")
+        told = True
+        time.sleep(_TURN_S)
     found = []
-    for node in ray.nodes():
+    for node in alive:
         slots = int(node["Resources"].get("GPU" if device == "cuda" else "CPU", 0))
-        if node["Alive"] and slots:
+        if slots and node not in lost:
             found.append((node["NodeID"], Node(node["NodeName"], node["NodeManagerAddress"], slots)))
     return found
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether something listens at an address: Ray's own process of a machine, say, which dies with it."""
+    try:
+        socket.create_connection((host, port), _ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """A machine for people: its name, and the beginning of Ray's id, which tells several on one machine apart."""
+    return f"{node['NodeName']} ({node['NodeID'][:6]})"
 
 
 def _compare(job: Job, ids: list[str]) -> Sight:
@@ -116,7 +162,7 @@ def _compare(job: Job, ids: list[str]) -> Sight:
     folder = job.run_dir / ".ray"
     token = f"shared-{os.urandom(8).hex()}"
     (folder / token).touch()
-    names = {node["NodeID"]: f"{node['NodeName']} ({node['NodeID'][:6]})" for node in ray.nodes()}
+    names = {node["NodeID"]: name_of(node) for node in ray.nodes()}
     task = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {
         each: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(each, soft=False)).remote(
@@ -131,6 +177,8 @@ def _compare(job: Job, ids: list[str]) -> Sight:
             sights[names[each]] = ray.get(answer, timeout=_LOOK_S)
         except Exception as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            if isinstance(error, ray.exceptions.TaskUnschedulableError | ray.exceptions.NodeDiedError):
+                raise UserError(f"cluster.address: {names[each]} was lost while it was looked at") from None
             raise UserError(f"cluster.address: {names[each]} does not run our code ({line[:200]})") from None
     for name, sight in sights.items():
         if sight.lacks:

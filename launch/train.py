@@ -74,7 +74,7 @@ def train(overrides: list[str]) -> int:
 def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str]:
     """The overrides that `resume=auto` stands for; none are left where the run is complete. Raises UserError.
 
-    Of a new run those that are given; where run.dir holds one, it is resumed: in its own configuration, with the cluster
+    Of a new run those that are given. Where run.dir holds one it is resumed, in its own configuration with the cluster
     that is given.
     """
     if "resume=auto" not in overrides:
