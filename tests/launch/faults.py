@@ -195,7 +195,8 @@ def main(names: list[str]) -> None:
     failed = []
     try:
         run = place / "runs" / "quiet"
-        farspan(cluster, "train", *job_overrides(cluster, f"run.dir={run}", "cluster=none", f"train.steps={STEPS}"))
+        words = job_overrides(cluster, f"run.dir={run}", "cluster=none", f"train.steps={STEPS}")
+        farspan(cluster, "train", *words, timeout=600)
         quiet = numbers(run)
         for node in (1, 2):
             cluster.start()
