@@ -56,9 +56,10 @@ def train(overrides: list[str]) -> int:
     """Runs a job from its overrides. Returns the exit code. Raises UserError before any process is started."""
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
-        overrides = automatic(overrides, lambda line: console.print(line, markup=False))
-        if not overrides:
+        settled = automatic(overrides, lambda line: console.print(line, markup=False))
+        if settled is None:
             return 0
+        overrides = settled
         config = preflight.configure(overrides)
         if config["stages"] or config["resume"]:
             from launch.extend import chain
@@ -71,8 +72,8 @@ def train(overrides: list[str]) -> int:
     return run(config, console).code
 
 
-def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str]:
-    """The overrides that `resume=auto` stands for; none are left where the run is complete. Raises UserError.
+def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str] | None:
+    """The overrides that `resume=auto` stands for; None where the run is complete. Raises UserError.
 
     Of a new run those that are given. Where run.dir holds one it is resumed, in its own configuration with the cluster
     that is given.
@@ -83,7 +84,7 @@ def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str]:
     given = next((override for override in reversed(others) if override.startswith("run.dir=")), None)
     if given is None or (asked := composed(others)["run"]["dir"]) is None:
         raise UserError("resume=auto: needs run.dir, the folder of the run, there or not")
-    folder = Path(asked)
+    folder = Path(asked).expanduser()
     _await_lock(folder, say)
     if not (folder / "config.yaml").exists():
         return others
@@ -91,7 +92,7 @@ def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str]:
 
     if status.read(folder).state == "complete":
         say(f"run {folder} is complete")
-        return []
+        return None
     say(f"resume=auto: the run in {folder} goes on, in its own configuration")
     kept = [override for override in others if override.lstrip("+").split(".")[0].split("=")[0] == "cluster"]
     return [*kept, f"resume={given.partition('=')[2]}"]

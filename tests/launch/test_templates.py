@@ -494,12 +494,15 @@ def test_a_second_set_of_pods_goes_on_with_the_run_of_the_first(tmp_path):
         assert job["spec"]["backoffLimit"] == retries
         words = shlex.split(job["spec"]["entrypoint"])
         assert words[:2] == ["farspan", "train"] and words[-1] == "resume=auto"
-        first = automatic(words[2:], pytest.fail)
+        first = automatic(words[2:], pytest.fail) or []
         assert first[-3:] == [*HARD[1:], f"run.dir={run}"] and first == words[2:-1]
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(composed([]))))
     said: list[str] = []
-    assert automatic(words[2:], said.append)[-2:] == ["cluster.restarts=3", f"resume={run}"]
+    assert (automatic(words[2:], said.append) or [])[-2:] == ["cluster.restarts=3", f"resume={run}"]
+    assert automatic([], pytest.fail) == []  # the default job
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 10**9, "tokens": 10**12, "time": 0.0, "loss": 1.0}) + "\n")
+    assert automatic(words[2:], said.append) is None and said.pop() == f"run {run} is complete"
     assert said == [f"resume=auto: the run in {run} goes on, in its own configuration"]
 
 
