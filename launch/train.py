@@ -88,8 +88,6 @@ def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str] | N
     _await_lock(folder, say)
     if not (folder / "config.yaml").exists():
         return others
-    from launch import status
-
     if status.read(folder).state == "complete":
         say(f"run {folder} is complete")
         return None
