@@ -114,22 +114,35 @@ class Executor:
             tally.add(sums(output))
         return tally
 
-    @torch.no_grad()
     def score(self, plan: Plan, batch: Sequence[Packed]) -> tuple[Tensor, Tensor]:
         """Of every token of the batch, end to end: the nats of its target, fp64, and whether that is the likeliest
         token; 0 and False without a target. The same on every rank."""
+
+        def read(output: Output) -> list[Tensor]:
+            assert output.nats is not None and output.right is not None
+            return [output.nats, output.right]
+
+        nats, right = self.by_token(plan, batch, read)
+        return nats, right > 0
+
+    @torch.no_grad()
+    def by_token(self, plan: Plan, batch: Sequence[Packed], read: Callable[[Output], list[Tensor]]) -> Tensor:
+        """What `read` takes of each micro-step, some values [B, T]: fp64 [values, N], of every token of the batch, end
+        to end, the same on every rank. Forward only."""
         begins = np.cumsum([0, *plan.lengths])
-        found = torch.zeros(2, int(begins[-1]), dtype=torch.float64, device=self.device)
+        found: Tensor | None = None
         for group, output in self._outputs(plan, batch):
+            values = torch.stack([x.flatten().double() for x in read(output)])
+            if found is None:
+                found = values.new_zeros(len(values), int(begins[-1]))
             held = group.spans[group.ranks.index(self.groups.rank)]
             if not held:
                 continue
             places = np.concatenate([np.arange(begins[s], begins[s + 1]) for s in group.sequences])
             mine = torch.from_numpy(np.concatenate([places[begin:end] for begin, end in held])).to(self.device)
-            assert output.nats is not None and output.right is not None
-            found[:, mine] = torch.stack((output.nats.flatten().double(), output.right.flatten().double()))
-        nats, right = self.groups.world_comm.all_reduce(found, purpose="evaluation")
-        return nats, right > 0
+            found[:, mine] = values
+        assert found is not None
+        return self.groups.world_comm.all_reduce(found, purpose="evaluation")
 
     def _outputs(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[Group, Output]]:
         """What the model says of each micro-step, whole or span after span in time."""

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from parallel.apply import parameter_name
 from parallel.collectives import Comm
 from parallel.owners import local
+from parallel.schedule.plan import Plan
 from train.settings import GuardSettings
 
 LEAST = 1e-3  # of the mean: a window that hardly moves has at least this standard deviation
@@ -113,27 +114,67 @@ def first_parameter(model: nn.Module, comm: Comm) -> str | None:
 
 
 class Watched:
-    """Notes, in a forward pass, the first layer that makes something that is not finite."""
+    """Notes, in forward passes, where each token is first not finite. Takes its hooks away when it is left."""
 
     def __init__(self, layers: Any):
         self.names = list(layers)
-        self.bad = [False] * len(self.names)
+        self._layers = list(layers.values())
+        self._depth: Tensor | None = None
+
+    def __enter__(self) -> "Watched":
         self._hooks = [
             layer.register_forward_hook(lambda module, args, output, i=i: self._see(i, output))
-            for i, layer in enumerate(layers.values())
+            for i, layer in enumerate(self._layers)
         ]
+        return self
 
-    def _see(self, i: int, output: Any) -> None:
-        values = output if isinstance(output, tuple | list) else [output]
-        self.bad[i] |= any(isinstance(x, Tensor) and not torch.isfinite(x).all() for x in values)
-
-    def first(self, comm: Comm, device: torch.device) -> str | None:
-        """Over all ranks. Takes the hooks away. Collective."""
+    def __exit__(self, *raised: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        flags = torch.tensor(self.bad, dtype=torch.float64, device=device)
-        found = comm.all_reduce(flags, purpose=PURPOSE).nonzero().flatten().tolist()
-        return self.names[found[0]] if found else None
+
+    def _see(self, i: int, output: Any) -> None:
+        y_BTD = output[0] if isinstance(output, tuple | list) else output
+        bad_BT = ~torch.isfinite(y_BTD).all(-1)
+        depth_BT = torch.zeros_like(bad_BT, dtype=torch.int64) if not i or self._depth is None else self._depth
+        self._depth = torch.where(bad_BT & (depth_BT == 0), len(self.names) + 1 - i, depth_BT)
+
+    def read(self, output: Any) -> list[Tensor]:
+        """[B, T] of the pass that gave this output: 0 where a token is finite throughout, else the more, the earlier it
+        is not; 1 where only its loss is not."""
+        assert self._depth is not None
+        bad_BT = ~torch.isfinite(output.nats).view_as(self._depth)
+        return [torch.where(bad_BT & (self._depth == 0), 1, self._depth)]
+
+    def name(self, depth: int) -> str | None:
+        """Of the layer of such a number; None for the loss, or nothing."""
+        return self.names[len(self.names) + 1 - depth] if depth > 1 else None
+
+
+def documents(plan: Plan, batch: Any, first: Any, slots: Any = None) -> list[str]:
+    """The documents that tokens which are not finite come from: in each group of the plan the first, since a token
+    reaches no token before it.
+
+    first: bool [N], the tokens of the batch, end to end, that are not finite where that begins. slots: which sequences
+    of the order the batch has, so that a document is named by its number in its store; None where it has none.
+    """
+    begins, found = np.cumsum([0, *plan.lengths]), []
+    for group in (group for micro in plan.micro_steps for group in micro.groups):
+        for s in group.sequences:
+            at = np.flatnonzero(first[begins[s] : begins[s + 1]] & batch[s].counted)
+            if len(at):
+                found.append(f"{_document(batch[s], int(at[0]), slots[s] if slots else None)} of sequence {s}")
+                break
+    return found
+
+
+def _document(packed: Any, at: int, held: Any) -> str:
+    """held: the sequence's store, its name, and its pieces [n, 2] there."""
+    if held is None:
+        return f"document {int(packed.starts[: at + 1].sum()) - 1}"
+    store, name, pieces = held
+    piece = int(np.searchsorted(np.cumsum(pieces[:, 1] - pieces[:, 0]), at, side="right"))
+    number = int(np.searchsorted(store.offsets, pieces[piece, 0], side="right")) - 1
+    return f"document {number} of {name}" if name else f"document {number}"
 
 
 def save_batch(folder: Path, name: str, batch: Any) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from train import checkpoint
-from train.guard import Watched, first_parameter, save_batch
+from train.guard import Watched, documents, first_parameter, save_batch
 from train.state import State
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ def skip(trainer: Trainer, plan: Plan, batch: Any, loss: float, norm: float, rat
     """Passes over the batch of a step that was held back, and returns the step's record. Collective."""
     state = trainer.state
     finite = math.isfinite(loss) and math.isfinite(norm)
-    where = None if finite else _first(trainer, plan, batch)
+    where, whose = (None, "") if finite else _first(trainer, plan, batch)
     trainer.optimizer.zero_grad()
     step, place = state.step + 1, state.place
     state.skip(place + 1)
-    why = f"loss {loss:.4g}, gradient norm {norm:.4g}" + (f": not finite first in {where}" if where else "")
+    why = f"loss {loss:.4g}, gradient norm {norm:.4g}" + (f": not finite first in {where}{whose}" if where else "")
     line = f"step {step}: batch {place} passed over, {why}"
     record: dict[str, Any] = {
         "step": step,
@@ -37,7 +37,7 @@ def skip(trainer: Trainer, plan: Plan, batch: Any, loss: float, norm: float, rat
     }
     record |= {"lr": rate, "skips": state.skips, "skipped": {"batch": place, "finite": finite}}
     if where is not None:
-        record["skipped"]["first"] = where
+        record["skipped"]["first"] = where + whose
     if trainer.groups.rank == 0:
         saved = save_batch(trainer.run_dir / "skipped", f"batch-{place}", batch)
         line += f"; saved as {saved.relative_to(trainer.run_dir)}"
@@ -45,14 +45,27 @@ def skip(trainer: Trainer, plan: Plan, batch: Any, loss: float, norm: float, rat
     return record
 
 
-def _first(trainer: Trainer, plan: Plan, batch: Any) -> str:
-    """Where something was first not finite: forward, whose layers run again, else backward, by what it has left."""
-    comm = trainer.groups.world_comm
-    parameter = first_parameter(trainer.model, comm)
-    watched = Watched({f"layers.{name}": layer for name, layer in trainer.model.layers.items()})  # type: ignore
-    trainer.executor.evaluate(plan, batch)
-    layer = watched.first(comm, trainer.executor.device)
-    return layer or (f"the gradient of {parameter}" if parameter else "the loss")
+def _first(trainer: Trainer, plan: Plan, batch: Any) -> tuple[str, str]:
+    """Where something was first not finite: forward, whose layers run again, and of which documents; else backward, by
+    what it has left. Collective."""
+    parameter = first_parameter(trainer.model, trainer.groups.world_comm)
+    layers = {f"layers.{name}": layer for name, layer in trainer.model.layers.items()}  # type: ignore[operator, union-attr]
+    with Watched(layers) as watched:
+        (depths,) = trainer.executor.by_token(plan, batch, watched.read)
+    deepest = int(depths.max())
+    if not deepest:
+        return (f"the gradient of {parameter}" if parameter else "the loss"), ""
+    found = documents(plan, batch, (depths == deepest).cpu().numpy(), _held(trainer))
+    more = "" if len(found) < 4 else f" and {len(found) - 3} more"
+    return watched.name(deepest) or "the loss", f", {', '.join(found[:3])}{more}" if found else ""
+
+
+def _held(trainer: Trainer) -> list[Any] | None:
+    """Of each sequence of the batch its store, that one's name, and its pieces; None of a generated task."""
+    if not hasattr(trainer.batches, "slots"):
+        return None
+    slots = trainer.batches.slots(trainer.state.step, trainer.state.skips)
+    return [(slot.part.source.store, slot.part.source.name, slot.pieces(trainer.seed)) for slot in slots]
 
 
 def due(trainer: Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from data.audit import passed_over
+from data.pack import Packed
 from launch import plan, preflight
 from parallel.owners import local
+from parallel.schedule.plan import Group, MicroStep, Plan
 from tests.jobs import order, overrides
 from train.build import build
-from train.guard import Guard
+from train.guard import Guard, documents
 from train.settings import GuardSettings
 from train.state import State
 from train.tracking import records
@@ -99,12 +102,12 @@ def test_rows_of_batches_that_were_passed_over_add_up():
 
 # Each goes wrong at one place in the order, on every attempt to read it.
 def poison(trainer: Any, place: int) -> None:
-    """The first layer gives a NaN for this batch, as often as it is run: what a broken document may do to a model."""
+    """The first layer gives a NaN for the second document of this batch, as often as it is run."""
     train, layer = trainer.executor.train, next(iter(trainer.model.layers.values()))
 
     def step(plan: Any, batch: Any) -> Any:
         bad = trainer.state.place == place
-        hook = layer.register_forward_hook(lambda module, args, out: _times_nan(out)) if bad else None
+        hook = layer.register_forward_hook(lambda module, args, out: _times_nan(out, args[1])) if bad else None
         trainer.hooked = hook
         try:
             return train(plan, batch)
@@ -115,8 +118,8 @@ def poison(trainer: Any, place: int) -> None:
     object.__setattr__(trainer.executor, "train", step)
 
 
-def _times_nan(out: Any) -> Any:
-    return tuple(x * math.nan if i == 0 else x for i, x in enumerate(out)) if isinstance(out, tuple) else out * math.nan
+def _times_nan(out: tuple[Any, ...], seq: Any) -> Any:
+    return out[0].masked_fill((seq.documents == 1).unsqueeze(-1), math.nan), *out[1:]
 
 
 def one_ranks_gradient(trainer: Any, place: int) -> None:
@@ -205,6 +208,12 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
     config = preflight.configure([*overrides(tmp_path), *more])
     batches = preflight_batches(config)
     flight = preflight.Flight(config, None, None, "cpu", 1, world, {}, batches, resume=path)  # type: ignore[arg-type]
+    if harm is poison:
+        slots = batches.slots(poisoned)
+        _, (s, begin) = [(s, a) for s, slot in enumerate(slots) for a, _ in slot.pieces(config["seed"]).tolist()][:2]
+        (number,) = (n for n, (a, b) in enumerate(pairwise(slots[s].part.source.store.offsets)) if a <= begin < b)
+        words = f"not finite first in layers.0, document {number} of sequence {s}; saved"
+        assert words in log and every[0]["skipped"]["first"] == words[20:-7]
     said = "\n".join(plan._audit(flight, 5))
     assert f"{steps} steps before, 1 batches passed over: {poisoned}; every other one trained on once" in said
 
@@ -293,3 +302,23 @@ def test_a_rank_whose_tokens_are_all_masked_trains_on(run, tmp_path: Path) -> No
         assert rank["state"]["skipped"] == [] and rank["state"]["step"] == 3 and rank["clean"]
     losses = [r["loss"] for r in records(tmp_path / "run" / "metrics.jsonl")]
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_the_first_document_of_each_group_is_named_and_padding_never():
+    """A token reaches no token before it, so that what is not finite behind it in its group tells nothing."""
+    batch = [packed([3, 2], padding=1), packed([4, 4]), packed([5])]
+    steps = MicroStep((Group((0,), (1, 0), (((0, 14),),)), Group((1,), (2,), (((0, 5),),))))
+    plan_, bad = Plan(0, (6, 8, 5), (steps,)), np.zeros(19, dtype=bool)
+    assert documents(plan_, batch, bad) == []
+    bad[[5, 16]] = True  # padding of the first, and in the third
+    assert documents(plan_, batch, bad) == ["document 0 of sequence 2"]
+    bad[[3, 4]] = True
+    assert documents(plan_, batch, bad) == ["document 1 of sequence 0", "document 0 of sequence 2"]
+    bad[[10, 11]] = True  # of the second document of the one that comes before it
+    assert documents(plan_, batch, bad)[0] == "document 1 of sequence 1"
+
+
+def packed(pieces: list[int], padding: int = 0) -> Packed:
+    length = sum(pieces) + padding
+    starts = np.isin(np.arange(length), np.cumsum([0, *pieces]))
+    return Packed(tokens=np.zeros(length, int), targets=np.zeros(length, int), starts=starts, padding=padding)
