@@ -67,7 +67,10 @@ class Published:
         self.name, self.model = architecture.name, architecture.read(self.config)
         self._entries = architecture.rows(self.config)
         with torch.device("meta"):
-            built = construct(self.model)
+            try:
+                built = construct(self.model)
+            except ValueError as error:
+                raise ValueError(f"config.json: {error}") from None
         self.shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
         wanted = {source: shape for source, (shape, _) in published(self._entries, self.shapes).items()}
         self.left_out = self._compare(wanted, architecture.left_out)
