@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.corpora.files import PART_BYTES, Part, guarded, is_there
+from data.corpora.files import OURS, PART_BYTES, Part, files, guarded, is_there
+from data.corpora.outputs import is_inside
 from data.corpora.records import ROWS, Records
 
 # What `datasets` reads a local file with, by its suffix; a packed one has another suffix behind that.
@@ -135,7 +136,9 @@ class HuggingFace(Records):
             if builder:
                 return datasets.load_dataset(builder, self.subset, data_files={"train": str(folder)}, **how)
             if not saved:
-                return datasets.load_dataset(str(folder) if is_local else str(self.path), self.subset, **how)
+                chosen = _apart_from_outputs(folder) if is_local else None
+                place = str(folder) if is_local else str(self.path)
+                return datasets.load_dataset(place, self.subset, data_files=chosen, **how)
             found = datasets.load_from_disk(str(folder))
         except Exception as error:  # of a dozen kinds, several of them the network's
             line = " ".join(str(error).split())[:300]
@@ -159,3 +162,18 @@ def _builder(file: Path) -> str | None:
 def _is_path(path: str) -> bool:
     """Whether it can be no name on the hub, which is NAME or OWNER/NAME."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in {*BUILDERS, *PACKED}
+
+
+def _apart_from_outputs(folder: Path) -> dict[str, list[str]] | None:
+    """The files of each split that `datasets` finds in a folder, without those that farspan has written; None where it
+    has written none there, and `datasets` may look by itself."""
+    left: Counter[str] = Counter()
+    for _ in files(folder, left=left):
+        pass
+    if not left[OURS]:
+        return None
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    kept = {split: [file for file in paths if not is_inside(Path(file), folder)] for split, paths in found.items()}
+    return {split: paths for split, paths in kept.items() if paths}

@@ -16,7 +16,7 @@ import numpy as np
 from data.stores.checks import checked_card
 from data.stores.parts import NO_ROOM
 from data.stores.prepare import PICTURE
-from data.stores.store import Store, alone, regular, sync
+from data.stores.store import Store, alone, column, regular, sync
 
 SHARD_BYTES = 64 << 20
 
@@ -127,7 +127,10 @@ def _copy(place: Place, card: dict[str, Any], aside: Path) -> None:
                     digest.update(shard)
             stream.flush()
             os.fsync(stream.fileno())
-    digest.update(np.ascontiguousarray(np.load(aside / "offsets.npy", mmap_mode="r")).data)
+    try:
+        digest.update(np.ascontiguousarray(column(aside / "offsets.npy", "<i8")).data)
+    except ValueError as error:
+        raise ValueError(f"data.store={place.address}: {error}") from None
     if digest.hexdigest() != card["fingerprint"]:
         shutil.rmtree(aside)
         raise ValueError(f"data.store={place.address}: its tokens are not those that its card was made of")

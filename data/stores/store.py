@@ -65,9 +65,9 @@ class Store:
             prefix = self.card.get("at") or str(self.folder / "tokens")
             self.dtype = Index(regular(Path(f"{prefix}.idx"))).dtype
             self.tokens: NDArray[np.integer] = np.memmap(regular(Path(f"{prefix}.bin")), dtype=self.dtype, mode="r")
-            self.offsets: NDArray[np.int64] = self._column("offsets.npy", "<i8")
-            self.hashes: NDArray[np.uint64] = self._column("hashes.npy", "<u8")
-            self.sources: NDArray[np.uint32] = self._column("sources.npy", "<u4")
+            self.offsets: NDArray[np.int64] = column(self.folder / "offsets.npy", "<i8")
+            self.hashes: NDArray[np.uint64] = column(self.folder / "hashes.npy", "<u8")
+            self.sources: NDArray[np.uint32] = column(self.folder / "sources.npy", "<u4")
             self.tokenizer: Any = from_card(json.loads((self.folder / "tokenizer.json").read_text()))
             self.opened = "at" not in self.card and roles_of(self.tokenizer).joint
             sizes = {"tokens": len(self.tokens), "documents": len(self.hashes)}
@@ -78,12 +78,6 @@ class Store:
         except Exception as error:  # of a damaged file, numpy and a tokenizer raise whatever they come to
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"data.store={folder}: not a complete token store ({why})") from error
-
-    def _column(self, name: str, dtype: str) -> Any:
-        found = np.lib.format.open_memmap(self.folder / name, mode="r")  # not np.load, which opens archives too
-        if found.ndim != 1 or found.dtype != np.dtype(dtype):
-            raise ValueError(f"{name} holds {found.dtype} of {found.ndim} axes")
-        return found
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -101,6 +95,17 @@ class Store:
         wanted = int(self.sources[index])
         with open(self.folder / "sources.txt", encoding="utf-8") as lines:
             return next(line for number, line in enumerate(lines) if number == wanted).rstrip("\n")
+
+
+def column(path: Path, dtype: str) -> Any:
+    """The array of one axis in an .npy file, mapped. Raises ValueError, without a key, for anything else."""
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")  # not np.load, which opens archives too
+    except Exception as error:  # of a damaged header, numpy raises whatever it comes to
+        raise ValueError(f"{path.name} is damaged ({' '.join(str(error).split())[:200]})") from None
+    if found.ndim != 1 or found.dtype != np.dtype(dtype):
+        raise ValueError(f"{path.name} holds {found.dtype} of {found.ndim} axes")
+    return found
 
 
 def regular(path: Path) -> Path:

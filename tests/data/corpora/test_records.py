@@ -179,3 +179,36 @@ def test_a_dataset_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^data\.path=.*: datasets cannot open it") as error:
         HuggingFace(path=str(tmp_path / "nothing" / "here")).check()
     assert "\n" not in str(error.value)
+
+
+def test_local_files_ask_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", asked)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for path in (lines(folder / "x.jsonl", TEXTS), parquet(tmp_path / "x.parquet", TEXTS), folder):
+        corpus = HuggingFace(path=str(path))
+        corpus.check()
+        assert [content for _, content in corpus] == [text.encode() for text in TEXTS]
+    for path in (tmp_path / "no.jsonl", "./no", "a/b/c", "no.parquet"):
+        with pytest.raises(ValueError, match="datasets cannot open it .there is no such file or folder"):
+            HuggingFace(path=str(path)).check()
+    (tmp_path / "x.bin").write_text("x")
+    with pytest.raises(ValueError, match=r"^data\.path=.*x\.bin: must be a file \.jsonl, "):
+        HuggingFace(path=str(tmp_path / "x.bin")).check()
+
+
+def test_datasets_reads_nothing_that_a_run_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "files"
+    (folder / "runs" / "a").mkdir(parents=True)
+    lines(folder / "x.jsonl", TEXTS)
+    lines(folder / "runs" / "a" / "metrics.jsonl", ["metrics"])
+    (folder / "runs" / "a" / "config.yaml").write_text("model: {}\ncode: {}\n")
+    assert [content for _, content in HuggingFace(path=str(folder))] == [text.encode() for text in TEXTS]
