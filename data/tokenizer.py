@@ -394,8 +394,8 @@ def from_card(card: dict[str, Any]) -> Any:
     name = card.get("name")
     if name == Symbols.name:
         raise ValueError(f"tokenizer={name}: the symbols of a generated task spell no text")
-    if name not in TOKENIZERS:
-        raise ValueError(f"tokenizer={name}: not in this version, which has {', '.join(TOKENIZERS)}")
+    if not isinstance(name, str) or name not in TOKENIZERS:
+        raise ValueError(f"tokenizer={str(name)[:80]}: not in this version, which has {', '.join(TOKENIZERS)}")
     try:
         if name == Json.name and "document" in card:
             found: Any = Json(card["json"], document=card["document"])
@@ -406,7 +406,7 @@ def from_card(card: dict[str, Any]) -> Any:
             found = Given(card["size"], card["special"]["document"])
         else:
             found = TOKENIZERS[name]()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"tokenizer={name}: its card is not whole ({error})") from None
     if found.card() != card:
         raise ValueError(f"tokenizer={name}: its card says {_short(card)}, this version's {_short(found.card())}")

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
+from train import configuration
 from train.settings import TrainSettings, section
 
 if TYPE_CHECKING:
@@ -71,12 +70,14 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(path: Path) -> dict[str, Any] | None:
-    """The configuration that a checkpoint carries, or its run; None where that trains nothing."""
-    for file in (path / "config.yaml", path.parent.parent / "config.yaml"):
-        if file.exists():
-            found = OmegaConf.to_container(OmegaConf.load(file))
-            whole = isinstance(found, dict) and {"train", "optimizer", "schedule"} <= found.keys()
-            return {str(key): value for key, value in found.items()} if whole else None  # type: ignore[union-attr]
+    """The configuration that a checkpoint carries, or its run; None where that trains nothing. Raises ValueError."""
+    for folder in (path, path.parent.parent):
+        if (folder / configuration.CONFIG).exists():
+            try:
+                found = configuration.read(folder)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from None
+            return found if {"train", "optimizer", "schedule"} <= found.keys() else None
     return None
 
 

@@ -153,22 +153,23 @@ def clear(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
 
 def _tokenizer(found: Path) -> dict[str, Any] | None:
     """The card of the tokenizer that a model was trained with; None where there is none beside it."""
+    from data import reading
     from data.tokenizer_files import card_of
     from train import published
 
     if published.is_folder(found):
         return card_of(found)
     file = found / "tokenizer.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return reading.json_object(file) if file.exists() else None
 
 
 def folder_of(found: Path, weights: str = "raw") -> Path:
-    """Where results go: RUN/evaluation/step-N, or beside the weights of a checkpoint that has no run; those of averaged
-    weights into a folder of their own."""
+    """Where results go: RUN/evaluation/step-N, or beside a checkpoint that has no run; those of averaged weights into a
+    folder of their own."""
     run, suffix = found.parent.parent, "" if weights == "raw" else f"-{weights}"
     if found.parent.name == "checkpoints" and (run / "config.yaml").exists():
         return run / "evaluation" / f"{found.name}{suffix}"
-    return found / f"evaluation{suffix}"
+    return found.with_name(f"{found.resolve().name}-evaluation{suffix}")
 
 
 class Shown:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.preflight import cores
-from launch.rundir import latest, run_folder, saved_config
+from launch.rundir import is_checkpoint, latest, run_folder, saved_config
 from launch.stopping import stop_file
 from launch.user import UserError
 from train.settings import INIT_WEIGHTS
@@ -75,6 +75,8 @@ class Request:
 
 def generate(arguments: list[str]) -> int:
     """Streams the continuations to standard output. Raises UserError."""
+    from train.stored import DamagedError
+
     run, request = _parse(arguments)
     found = checkpoint_of(run)
     config = saved_config(found)
@@ -83,10 +85,13 @@ def generate(arguments: list[str]) -> int:
     tokenizer = tokenizer_of(found, f"RUN={run}")
     prompts = request.prompts()
     tokens = [_encoded(tokenizer, prompt) for prompt in prompts]
+    _check_model(run, found, config["model"])
     _say_beyond(config, max(map(len, tokens)), request.tokens)
     if request.workers == 1:
         try:
             write(found, config["model"], request, prompts, tokens, tokenizer)
+        except DamagedError as error:
+            raise UserError(f"RUN={run}: this checkpoint is damaged ({error})") from None
         except ValueError as error:
             print(f"failed: {error}", file=sys.stderr)
             return 1
@@ -110,6 +115,18 @@ def generate(arguments: list[str]) -> int:
     if outcome.exit_code == 2:
         raise UserError(str(outcome.reason))
     return outcome.exit_code
+
+
+def _check_model(run: str, found: Path, model: dict[str, Any]) -> None:
+    """Raises UserError for a model that does not build, or is another than a checkpoint holds, before it has memory."""
+    from launch.preflight import model_of, refusals
+    from train import checkpoint
+
+    with refusals({"model": model}):
+        built = model_of(model)
+        shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
+        if (difference := checkpoint.first_difference(found, shapes)) is not None:
+            raise UserError(f"RUN={run}: holds another model than its config.yaml says: {difference}")
 
 
 def work(order: dict[str, Any]) -> None:
@@ -249,7 +266,7 @@ def checkpoint_of(value: str) -> Path:
     from train import checkpoint
 
     path = Path(value)
-    if (path / checkpoint.MANIFEST).exists():
+    if is_checkpoint(path):
         try:
             checkpoint.verify(path)
         except checkpoint.DamagedError as error:
@@ -271,12 +288,13 @@ def has_average(found: Path) -> bool:
 
 def tokenizer_of(found: Path, key: str) -> Any:
     """The tokenizer of a checkpoint. Raises UserError for one that spells no text."""
+    from data import reading
     from data.tokenizer import from_card
 
+    if not os.path.lexists(found / "tokenizer.json"):
+        raise UserError(f"{key}: has no tokenizer: its tokens spell no text")
     try:
-        return from_card(json.loads((found / "tokenizer.json").read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{key}: has no tokenizer: its tokens spell no text") from None
+        return from_card(reading.json_object(found / "tokenizer.json"))
     except ValueError as error:
         raise UserError(f"{key}: {error}") from None
 

@@ -155,10 +155,11 @@ def written(found: Path, dest: Path, request: Export | None = None) -> list[str]
 
 def _files(found: Path, saved: Saved) -> tuple[dict[str, str], dict[str, Any]]:
     """The text of what lies beside the weights, and what config.json says besides the model. Raises ValueError."""
+    from data import reading
     from data.tokenizer_files import files, ids_of
 
     path = found / "tokenizer.json"
-    card = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    card = reading.json_object(path) if path.exists() else {}
     told: dict[str, Any] = {**ids_of(card), "use_cache": True}
     if saved.max_length is not None and "rope_parameters" in saved.config:
         told["max_position_embeddings"] = saved.max_length

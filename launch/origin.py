@@ -1,7 +1,6 @@
 """What a run starts from with `init_from`: the model that it then has, the corpora that its weights were trained on and
 what was held out of them, and the tokens that they know."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -145,11 +144,12 @@ def sound(path: Path, model: dict[str, Any], say: Callable[[str], None]) -> None
 
 def same_tokens(path: Path, batches: Any, say: Callable[[str], None]) -> None:
     """Says where the weights that a run starts from were trained on another tokenizer's tokens."""
+    from data import reading
     from data.tokenizer_files import card_of, differ
     from train import published
 
     file = path / "tokenizer.json"
-    card = card_of(path) if published.is_folder(path) else json.loads(file.read_text()) if file.exists() else None
+    card = card_of(path) if published.is_folder(path) else reading.json_object(file) if file.exists() else None
     tokenizer = getattr(batches, "tokenizer", None)
     if card is not None and tokenizer is not None and differ(card, tokenizer.card()):
         say(f"init_from={path}: was trained on tokens of another tokenizer; data.tokenizer={path} takes that one")

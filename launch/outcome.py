@@ -8,6 +8,7 @@ connection; a rank that aborted itself (NCCL's watchdog does, when a peer is gon
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 import traceback
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WIDTH = 300  # characters of an exception's first line that a reason shows
 
 # What a rank says when a peer has gone: gloo, TCPStore, NCCL, and the operating system's own words.
@@ -56,6 +58,8 @@ class Failure:
         first = (str(error).strip().splitlines() or [""])[0]
         name = type(error).__name__
         line = f"{name}: {first[:_WIDTH]}" if first else name
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            line = f"the disk is full: {first[:_WIDTH]}"
         user_line = getattr(error, "user_line", None)
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         return cls(rank, time.monotonic(), line, trace, user_line if isinstance(user_line, str) else None)
@@ -76,10 +80,14 @@ def verdict(failures: Sequence[Failure], deaths: Sequence[tuple[int, str]], run_
     texts = [f"rank {rank} {how}\n" for rank, how in deaths]
     texts += [f"rank {failure.rank}: {failure.line}\n{failure.trace}" for failure in ordered]
     path = run_dir / "error.txt"
-    path.write_text("\n".join(texts), encoding="utf-8")
+    try:
+        path.write_text("\n".join(texts), encoding="utf-8")
+        more, trace = f" (more: {path})", f" (full trace: {path})"
+    except OSError:  # the disk is full, which may be why the run has failed
+        more = trace = ""
     killed = [death for death in deaths if "SIGABRT" not in death[1]]
     if stopped := [failure for failure in ordered if failure.stopped]:  # what died later died of that
-        return Outcome(False, f"{stopped[0].line} (more: {path})", 1, lost=True)
+        return Outcome(False, f"{stopped[0].line}{more}", 1, lost=True)
     own_reports = [failure for failure in ordered if not failure.blames_peer]
     if killed or (deaths and not own_reports):
         rank, how = (killed or list(deaths))[0]
@@ -90,4 +98,4 @@ def verdict(failures: Sequence[Failure], deaths: Sequence[tuple[int, str]], run_
     if first.user_line is not None:
         return Outcome(False, first.user_line, 2)
     who = f"rank {first.rank}: " if first.rank >= 0 else ""
-    return Outcome(False, f"{who}{first.line} (full trace: {path})", 1, lost=first.blames_peer)
+    return Outcome(False, f"{who}{first.line}{trace}", 1, lost=first.blames_peer)

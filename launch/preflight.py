@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.compose import checked, composed, groups
-from launch.rundir import latest, run_folder, saved_config
+from launch.rundir import is_checkpoint, latest, run_folder, saved_config
 from launch.user import UserError
 from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
 
@@ -57,14 +57,28 @@ def configure(overrides: list[str]) -> dict[str, Any]:
         raise UserError(
             f"init_from={asked['init_from']}: must be null with resume={asked['resume']}, a run that has begun"
         )
-    folder = run_folder("resume", asked["resume"], asked["cluster"])
+    path = Path(asked["resume"])
+    named = is_checkpoint(path)
+    folder = _run_of(path) if named else run_folder("resume", asked["resume"], asked["cluster"])
     config = saved_config(folder)
     if "train" not in config:
         raise UserError(f"resume={asked['resume']}: is an import and has trained nothing; expected init_from=")
     overlay(config, asked, overrides)
-    config["resume"] = str(folder)
+    config["resume"] = str(path if named else folder)
     config["run"]["dir"] = str(folder)
     return checked(config)
+
+
+def _run_of(path: Path) -> Path:
+    """The run that goes on where one of its checkpoints is named. Raises UserError for one that lies elsewhere."""
+    from train import checkpoint
+
+    run = checkpoint.run_of(path)
+    if run is None or not (run / "config.yaml").exists():
+        raise UserError(
+            f"resume={path}: is a checkpoint without its run; init_from={path} begins a run from its weights"
+        )
+    return run
 
 
 def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) -> None:
@@ -253,14 +267,17 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
         if value is None or key == "init_from" and flight.resume is not None:
             continue
         path = Path(value)
-        if not (path / checkpoint.MANIFEST).exists() and not published.is_folder(path):
-            folder = run_folder(key, value, flight.config["cluster"])
-            found = checkpoint.newest((folder if key == "resume" else latest(folder)) / "checkpoints", say)
-            if found is None and key == "resume":
-                say(f"{value} has no complete checkpoint: starting from step 0")
-                continue
+        if is_checkpoint(path) or published.is_folder(path):
+            try:
+                checkpoint.verify(path)
+            except checkpoint.DamagedError as error:
+                raise ValueError(f"{key}={value}: this checkpoint is damaged ({error})") from None
+            except ValueError as error:
+                raise ValueError(f"{key}={value}: {error}") from None
+        else:
+            found = _newest(flight, key, value, say)
             if found is None:
-                raise ValueError(f"{key}={value}: has no complete checkpoint")
+                continue
             path = found
         difference = checkpoint.first_difference(path, flight.shapes)
         if difference is not None:
@@ -284,6 +301,30 @@ def _checkpoints(flight: Flight, say: Callable[[str], None]) -> None:
             origin.same_tokens(path, flight.batches, say)
             origin.still_held_out(path, flight.batches, say)
         setattr(flight, key, path)
+
+
+def _newest(flight: Flight, key: str, value: str, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run; None where it has none and is to begin again. Raises ValueError."""
+    from train import checkpoint
+
+    folder = run_folder(key, value, flight.config["cluster"])
+    folder = (folder if key == "resume" else latest(folder)) / "checkpoints"
+    anew = key == "resume" and flight.config["run"].get("anew")
+    found = checkpoint.newest(folder, say)
+    if found is not None:
+        if anew:
+            raise ValueError(f"run.anew=true: must be false: {found} is whole, and resume={value} goes on from it")
+        return found
+    damaged = checkpoint.damaged(folder)
+    if damaged and not anew:
+        last, why = list(damaged.items())[-1]
+        which = "its only checkpoint is damaged" if len(damaged) == 1 else f"all {len(damaged)} checkpoints are damaged"
+        more = "; run.anew=true leaves them and begins at step 0" if key == "resume" else ""
+        raise ValueError(f"{key}={value}: {which} ({last.name}: {why}){more}")
+    if key != "resume":
+        raise ValueError(f"{key}={value}: has no complete checkpoint")
+    say(f"{value} has no complete checkpoint: starting from step 0")
+    return None
 
 
 def _leaves(node: Any, path: str = ""):

@@ -1,7 +1,6 @@
 """A run's folder: found by its name, claimed by one process at a time, and what is written into it and read from it."""
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -22,10 +21,16 @@ JOBS = "jobs.jsonl"  # in a run folder: the jobs that it was, one object a line
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of a run."""
-    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(saved, dict)
-    return {str(key): value for key, value in saved.items() if key != "code"}
+    """The resolved configuration of a run or a checkpoint. Raises UserError for a file that is none."""
+    from train import configuration
+
+    try:
+        saved = configuration.read(folder)
+        if not isinstance(saved.get("model"), dict):
+            raise ValueError("config.yaml: has no model, so it is no run's")
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return {key: value for key, value in saved.items() if key != "code"}
 
 
 def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> Path:
@@ -35,10 +40,15 @@ def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> P
     """
     value = home(key, value)
     for folder in (Path(value), RUNS / value):
-        if (folder / "config.yaml").exists():
+        if _has(folder, "config.yaml"):
+            if is_checkpoint(folder):
+                run = folder.absolute().parent.parent
+                where = f"; its run is {run}" if _has(run, "config.yaml") else ""
+                raise UserError(f"{key}={value}: is a checkpoint; expected a run{where}")
+            _check_run(folder, f"{key}={value}")
             return folder
     for told in (*RUNS.glob(f"*/{JOBS}"), *RUNS.glob(f"*/*/{JOBS}")):  # a sweep's members lie one deeper
-        if any(json.loads(line)["job"] == value for line in told.read_text().splitlines()):
+        if any(line.get("job") == value for line in _job_lines(told)):
             return told.parent
     from train.published import is_folder
 
@@ -51,6 +61,45 @@ def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> P
             f"{key}={value}: is a folder of Hugging Face's; farspan import {quote(value)} makes a run of it"
         )
     raise UserError(f"{key}={value}: no such run; expected a run folder, or the name of one in {RUNS}/")
+
+
+def _has(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).exists()
+    except OSError:  # a name that is too long to be one
+        return False
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, by what lies in it."""
+    return _has(folder, "manifest.json")
+
+
+def _check_run(folder: Path, given: str) -> None:
+    """Raises UserError where a folder's config.yaml is none of a run."""
+    try:
+        saved_config(folder)
+    except UserError as error:
+        why = str(error).removeprefix(f"{folder}: ")
+        raise UserError(f"{given}: is no run that can be read ({why})") from None
+
+
+def _job_lines(path: Path) -> list[dict[str, Any]]:
+    """What a run's jobs.jsonl tells; [] where it cannot be read."""
+    from data import reading
+
+    try:
+        return reading.json_lines(path)
+    except ValueError:
+        return []
+
+
+def keep_out(folder: Path, key: str) -> None:
+    """Raises UserError for a folder below a checkpoint: nothing is ever written there."""
+    place = Path(folder).absolute()
+    for above in (place, *place.parents):
+        if re.fullmatch(r"step-\d+", above.name) and is_checkpoint(above):
+            raise UserError(f"{key}={folder}: must not lie in a checkpoint, {above}")
 
 
 def stage_name(number: int, length: int) -> str:
@@ -75,22 +124,28 @@ def latest(folder: Path) -> Path:
 def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
     name, folder = reserved(config["run"])
-    if not resumed and ((folder / "config.yaml").exists() or (folder / "checkpoints").exists()):
+    keep_out(folder, "run.dir")
+    if not resumed and (_has(folder, "config.yaml") or _has(folder, "checkpoints")):
         if not locked(folder):
-            raise UserError(f"run.dir={folder}: already holds a run; continue it with {override('resume', folder)}")
+            raise _taken(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     except OSError as error:
-        raise UserError(f"run.dir={folder}: cannot be written ({error.strerror})") from None
+        raise unwritable(folder, error) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
         raise UserError(f"run.dir={folder}: in use by another run (process {lock.read().strip()})") from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except OSError as error:
+        if not resumed:
+            withdraw(folder)
+        raise unwritable(folder, error) from None
     config["run"] = {"name": name, "dir": str(folder)}
     return folder, lock
 
@@ -117,13 +172,27 @@ def stamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """One line about a folder that takes no more files."""
+    return UserError(f"run.dir={folder}: cannot be written ({error.strerror})")
+
+
+def _taken(folder: Path) -> UserError:
+    """Why a folder cannot be a new run's."""
+    if _has(folder, "config.yaml"):
+        try:
+            saved_config(folder)
+        except UserError as error:
+            why = str(error).removeprefix(f"{folder}: ")
+            return UserError(f"run.dir={folder}: holds other files ({why}); expected a new folder")
+    return UserError(f"run.dir={folder}: already holds a run; continue it with {override('resume', folder)}")
+
+
 def last_job(folder: Path) -> tuple[str | None, str | None]:
     """(id, cluster address) of the job that a run was last, or (None, None): it was trained without one."""
-    try:
-        told = json.loads((folder / JOBS).read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None, None
-    return told["job"], told["address"]
+    told = _job_lines(folder / JOBS)
+    job, address = (told[-1].get("job"), told[-1].get("address")) if told else (None, None)
+    return (job, address) if isinstance(job, str) and isinstance(address, str) else (None, None)
 
 
 def withdraw(folder: Path) -> None:
@@ -150,11 +219,15 @@ def locked(folder: Path) -> bool:
 
 
 def write_config(folder: Path, config: dict[str, Any], code: dict[str, Any]) -> None:
-    """`config.yaml`, fully resolved, with the code's version."""
+    """`config.yaml`, fully resolved, with the code's version. Raises UserError where it cannot be written."""
     text = OmegaConf.to_yaml(OmegaConf.create({**config, "code": code}))
     aside = folder / "config.yaml.partial"
-    aside.write_text(text)
-    aside.replace(folder / "config.yaml")
+    try:
+        aside.write_text(text)
+        aside.replace(folder / "config.yaml")
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise unwritable(folder, error) from None
 
 
 def code_version() -> dict[str, Any]:
@@ -189,5 +262,7 @@ def _public(remote: str) -> str:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What the last attempt wrote at its end."""
-    return json.loads((folder / "summary.json").read_text())
+    """What the last attempt wrote at its end. Raises ValueError."""
+    from data import reading
+
+    return reading.json_object(folder / "summary.json")

@@ -82,7 +82,7 @@ def hand_over(
     flight = check(config, say)
     name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
     name = name or cluster.free_id(rundir.stamp())  # another may start in the same second
-    config["run"] = {"name": name, "dir": config["run"]["dir"] or str(rundir.RUNS / name)}
+    config["run"] |= {"name": name, "dir": config["run"]["dir"] or str(rundir.RUNS / name)}
     config["cluster"]["address"] = address
     paths.make_absolute(config)
     config["resume"] = paths.absolute(config["resume"])

@@ -139,13 +139,20 @@ def here(
     try:
         flight = preflight.clear(config, say, device=hosted.device if hosted else None)
         code = hosted.code if hosted else rundir.code_version()
+        anew = config["run"].get("anew", False)
         if config["cluster"]["kind"] == "ray" and config["run"]["dir"]:
             _await_lock(Path(config["run"]["dir"]), say)
         folder, lock = rundir.claim(config, resumed=config["resume"] is not None)
         again = hosted.again if hosted else again or command("train", override("resume", folder))
         with lock:
             paths.make_absolute(config)
-            rundir.write_config(folder, config, code)
+            try:
+                rundir.write_config(folder, config, code)
+            except UserError:
+                if config["resume"] is None:
+                    rundir.withdraw(folder)
+                raise
+            _turn_away(flight, folder, say, anew=anew)
             if hosted:
                 _note_job(folder, hosted)
             if flight.cluster.kind == "none":
@@ -185,6 +192,22 @@ def _say_missing(flight: Flight, folder: Path, say: Callable[[str], None]) -> No
         say(f"{folder}/metrics.jsonl has no record of {steps}, which {flight.resume.name} has been trained on")
 
 
+def _turn_away(flight: Flight, folder: Path, say: Callable[[str], None], *, anew: bool) -> None:
+    """Sets aside what a resumed run does not go on from: later checkpoints than the one that was named, and damaged
+    ones where it begins `anew`. The next attempt would else take them up."""
+    from train import checkpoint
+
+    place, chosen = folder / "checkpoints", flight.resume
+    if anew:
+        away = list(checkpoint.damaged(place))
+    elif chosen is not None and rundir.is_checkpoint(Path(flight.config["resume"])):
+        away = [p for p in checkpoint.complete(place) if checkpoint.step_of(p) > checkpoint.step_of(chosen)]
+    else:
+        return
+    for path in away:
+        say(f"{path.name} is now {checkpoint.set_aside(path).name}, which nothing reads; remove it when you will")
+
+
 def _attempts(
     flight: Flight,
     folder: Path,
@@ -207,7 +230,10 @@ def _attempts(
         progress.close()
         if outcome.ok or not outcome.lost or stop_file(folder).exists():
             return outcome
-        flight.resume = checkpoint.newest(folder / "checkpoints", lambda line: None) or flight.resume
+        found = checkpoint.newest(folder / "checkpoints", lambda line: None)
+        if found is None and checkpoint.damaged(folder / "checkpoints"):
+            return outcome  # to begin again is for a person to say
+        flight.resume = found or flight.resume
         if flight.resume != before:
             left, before = flight.cluster.restarts, flight.resume
         if not left:
@@ -271,7 +297,9 @@ def _say_where_to_continue(folder: Path, again: str, say: Callable[[str], None])
     from train import checkpoint
 
     last = checkpoint.newest(folder / "checkpoints", lambda line: None)
-    if last is None:
+    if last is None and checkpoint.damaged(folder / "checkpoints"):
+        say(f"no checkpoint is whole: {again} run.anew=true leaves them and begins at step 0")
+    elif last is None:
         say(f"no checkpoint was complete: {again} starts again from step 0")
     else:
         say(f"{again} goes on from {last.name}")

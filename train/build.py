@@ -215,7 +215,13 @@ def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisat
 def _companions(run_dir: Path, batches: Any) -> list[Path]:
     """The files that travel with the run and with every checkpoint, two of them written here."""
     for name, card in (("tokenizer.json", batches.tokenizer.card()), ("corpus.json", batches.card())):
-        (run_dir / name).write_text(json.dumps(card, indent=2) + "\n")
+        aside = run_dir / f"{name}.partial"
+        try:
+            aside.write_text(json.dumps(card, indent=2) + "\n")
+            aside.replace(run_dir / name)
+        except OSError:  # no room: what is there stays as it was
+            aside.unlink(missing_ok=True)
+            raise
     names = ("config.yaml", "tokenizer.json", "corpus.json")
     return [run_dir / name for name in names if (run_dir / name).exists()]
 

@@ -5,9 +5,10 @@ The manifest lists each file with its size and CRC-32, so a truncated or altered
 is used. Tensors are saved by torch's distributed checkpoint: any world size loads what any other has saved.
 """
 
+import errno
 import json
 import os
-import pickle
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -29,14 +32,21 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from data import reading
 from parallel.apply import parameter_name
+from train import stored
+from train.facts import wrong
 from train.published import Published, PublishedReader, is_folder
+from train.stored import METADATA, DamagedError
+from train.stored import Reader as _Reader
 
 MANIFEST, FORMAT = "manifest.json", 1
+ASIDE = ".aside"  # behind the name of a checkpoint that a run has turned away from: nothing reads it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class DamagedError(Exception):
-    """Why a checkpoint folder cannot be used."""
+class DiskError(Exception):
+    """A checkpoint that a full disk has no room for: those before it are whole, and nothing of it is left."""
 
 
 def save(
@@ -57,31 +67,79 @@ def save(
     final = folder / f"step-{facts['step']}"
     aside = final.with_suffix(".partial")
     first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for companion in companions:
-            shutil.copyfile(companion, aside / companion.name)
-    dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    averaged = {} if average is None else {"average": average}
-    dcp.save({"model": weights, "optimizer": moments, **averaged}, checkpoint_id=str(aside))
-    names = {".metadata", *(companion.name for companion in companions)} if first else set()
-    mine = [p for p in aside.iterdir() if p.name.startswith(f"__{dist.get_rank()}_") or p.name in names]
-    sums: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(sums, {p.name: _checksum(p, sync=True) for p in mine})
-    if first:
-        named = model.named_parameters()
-        tensors = {parameter_name(n): [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in named}
-        files = {name: value for part in sums for name, value in part.items()}
-        manifest = {"format": FORMAT, **facts, "model": tensors, "files": files}
-        _write(aside / MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _sync_folder(folder)
-        prune(folder, facts["step"], keep=keep)
+    try:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for companion in companions:
+                shutil.copyfile(companion, aside / companion.name)
+        dist.barrier()
+        files = _write_tensors(aside, model, optimizer, average, [companion.name for companion in companions])
+        if first:
+            named = model.named_parameters()
+            tensors = {parameter_name(n): [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in named}
+            manifest = {"format": FORMAT, **facts, "model": tensors, "files": files}
+            _write(aside / MANIFEST, json.dumps(manifest, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            _sync_folder(folder)
+            prune(folder, facts["step"], keep=keep)
+    except BaseException as error:  # CheckpointException is no Exception
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        if (full := _no_room(error)) is None:
+            raise
+        raise DiskError(f"{final.name} cannot be saved in {folder}: {full}") from error
     dist.barrier()
     return final
+
+
+def _write_tensors(
+    aside: Path, model: nn.Module, optimizer: Optimizer, average: dict[str, Any] | None, names: list[str]
+) -> dict[str, Any]:
+    """Writes this rank's part, and returns what the manifest says of all ranks' files. Collective.
+
+    Raises on every rank what any of them has met.
+    """
+    weights, moments = get_state_dict(model, optimizer)
+    averaged = {} if average is None else {"average": average}
+    state = {"state": moments["state"]}  # its settings, which are no tensors, are the run's own and never read again
+    dcp.save({"model": weights, "optimizer": state, **averaged}, checkpoint_id=str(aside))
+    rank = dist.get_rank()
+    own = {METADATA, *names} if rank == 0 else set()
+    mine = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or p.name in own]
+    sums: list[Any] = [None] * dist.get_world_size()
+    try:
+        found: Any = {p.name: _checksum(p, sync=True) for p in mine}
+    except OSError as error:  # a disk may tell only now that it is full
+        found = error
+    dist.all_gather_object(sums, found)
+    if failed := [part for part in sums if isinstance(part, OSError)]:
+        raise failed[0]
+    return {name: value for part in sums for name, value in part.items()}
+
+
+def _no_room(error: BaseException) -> str | None:
+    """What the system says where a disk is full or may not hold more, wherever that is in an error; None for another.
+
+    torch's writer hides it behind words of its own.
+    """
+    waiting, seen = [error], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, OSError) and each.errno in NO_ROOM:
+            return str(each.strerror)
+        if isinstance(each, RuntimeError) and "inline_container" in str(
+            each
+        ):  # torch's file has not grown as it should
+            return "the disk takes no more"
+        if isinstance(each, CheckpointException):
+            waiting += [inner for inner, _ in each.failures.values()]
+        waiting += [inner for inner in (each.__cause__, each.__context__) if inner is not None]
+    return None
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
@@ -96,7 +154,7 @@ def prune(folder: Path, step: int, *, keep: int) -> None:
     A later one is of an attempt that was passed over as damaged: it must not push a good one out. Half-written ones go.
     """
     found = complete(folder)
-    kept = [p for p in found if _step(p) <= step][-keep:]
+    kept = [p for p in found if step_of(p) <= step][-keep:]
     for old in (*(p for p in found if p not in kept), *folder.glob("step-*.partial")):
         shutil.rmtree(old, ignore_errors=True)
 
@@ -130,9 +188,9 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> No
 
 def has_moments(checkpoint: Path) -> bool:
     """Whether a checkpoint holds an optimizer's state; a folder of Hugging Face's has none. Raises DamagedError."""
-    if not (checkpoint / ".metadata").exists():
+    if is_folder(checkpoint) or not (checkpoint / METADATA).exists():
         return False
-    saved = _Reader(str(checkpoint)).read_metadata().state_dict_metadata
+    saved = stored.metadata(checkpoint).state_dict_metadata
     return any(name.startswith("optimizer.state.") for name in saved)
 
 
@@ -143,8 +201,26 @@ def load_average(checkpoint: Path, model: nn.Module) -> None:
 
 
 def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> None:
-    """Fills a state dict in place from a checkpoint's files; `alone`: without a process group."""
-    dcp.load(state, storage_reader=_reader(checkpoint), no_dist=alone)
+    """Fills a state dict of tensors in place from a checkpoint's files; `alone`: without a process group.
+
+    Raises DamagedError for a checkpoint that lacks one of them or has it in another shape, before any is filled.
+    """
+    reader = _reader(checkpoint)
+    _check_saved(state, reader.read_metadata())
+    try:
+        dcp.load(state, storage_reader=reader, planner=stored.Planner(), no_dist=alone)
+    except CheckpointException as error:
+        told = [each for each, _ in error.failures.values() if isinstance(each, DamagedError | ValueError)]
+        raise told[0] if told else error from None
+
+
+def _check_saved(state: dict[str, Any], saved: Metadata) -> None:
+    for name, value in flatten_state_dict(state)[0].items():
+        entry = saved.state_dict_metadata.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise DamagedError(f"it has no tensor {name}")
+        if tuple(entry.size) != tuple(value.shape):
+            raise DamagedError(f"its {name} is {list(entry.size)}, must be {list(value.shape)}")
 
 
 def _reader(checkpoint: Path) -> dcp.StorageReader:
@@ -152,46 +228,42 @@ def _reader(checkpoint: Path) -> dcp.StorageReader:
     return PublishedReader(checkpoint) if is_folder(checkpoint) else _Reader(str(checkpoint))
 
 
-class _Reader(dcp.FileSystemReader):
-    """A checkpoint may come from elsewhere: torch unpickles `.metadata` freely, this reader only its own classes."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            found = _MetadataUnpickler(file).load()
-        found.storage_meta = found.storage_meta or StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    NAMES = {
-        "torch.distributed.checkpoint.metadata": (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch.serialization": ("_get_layout",),
-        "torch": ("Size", "float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"),
-        "pathlib": ("PosixPath", "WindowsPath"),
-        "pathlib._local": ("PosixPath", "WindowsPath"),  # what Python 3.13 writes
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.NAMES.get(module, ()):
-            raise DamagedError(f"its .metadata names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
 def complete(folder: Path) -> list[Path]:
     """Checkpoints with a manifest, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / MANIFEST).exists()]
-    return sorted(found, key=_step)
+    return [p for p in _named(folder) if (p / MANIFEST).exists()]
+
+
+def damaged(folder: Path) -> dict[Path, str]:
+    """Why each checkpoint that cannot be used cannot, oldest first; one that was never completed is none."""
+    found = {}
+    for checkpoint in _named(folder):
+        try:
+            verify(checkpoint)
+        except DamagedError as error:
+            found[checkpoint] = str(error)
+    return found
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Takes a checkpoint out of its run, under a name that nothing reads. Returns its new place."""
+    to = checkpoint.with_name(checkpoint.name + ASIDE)
+    number = 1
+    while to.exists():
+        number += 1
+        to = checkpoint.with_name(f"{checkpoint.name}{ASIDE}-{number}")
+    checkpoint.rename(to)
+    return to
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, by its place; None where it lies elsewhere."""
+    place = checkpoint.absolute()
+    inside = place.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", place.name)
+    return checkpoint.parent.parent if inside else None
+
+
+def _named(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", p.name)), key=step_of)
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -212,24 +284,49 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
     if is_folder(checkpoint):
         return Published(checkpoint).manifest()
     try:
-        found = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        found = reading.json_object(checkpoint / MANIFEST)
+    except ValueError as error:
         raise DamagedError(f"its manifest cannot be read: {error}") from None
     if found.get("format") != FORMAT:
-        raise DamagedError(f"its format is {found.get('format')}, this version reads {FORMAT}")
+        raise DamagedError(f"its format is {str(found.get('format'))[:80]}, this version reads {FORMAT}")
+    if (key := wrong(found)) is not None:
+        raise DamagedError(f"its manifest says of {key} what cannot be")
     return found
 
 
 def verify(checkpoint: Path) -> None:
-    """Raises DamagedError naming the first file that is missing, cut or altered."""
-    for name, (size, crc) in manifest(checkpoint)["files"].items():
-        path = checkpoint / name
-        if not path.exists():
-            raise DamagedError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise DamagedError(f"{name} has {path.stat().st_size:,} of {size:,} bytes")
-        if _checksum(path)[1] != crc:
+    """Raises DamagedError naming the first file that is missing, cut or altered, or is no part of a checkpoint;
+    ValueError for a bad folder of Hugging Face's."""
+    facts = manifest(checkpoint)
+    if is_folder(checkpoint):
+        return
+    if not facts["files"]:
+        raise DamagedError("its manifest lists no files")
+    for name, (size, crc) in facts["files"].items():
+        try:
+            found = stored.size_in(checkpoint, name)
+        except ValueError as error:
+            missing = not set(name) & set("/\\\0") and not (checkpoint / name).exists()
+            raise DamagedError(f"{name} is missing" if missing else f"its manifest {error}") from None
+        if found != size:
+            raise DamagedError(f"{name} has {found:,} of {size:,} bytes")
+        if _checksum(checkpoint / name)[1] != crc:
             raise DamagedError(f"{name} has been altered")
+    if METADATA in facts["files"]:
+        _check_pieces(facts, stored.metadata(checkpoint))
+
+
+def _check_pieces(facts: dict[str, Any], saved: Metadata) -> None:
+    """Holds where tensors lie against what the manifest lists. Raises DamagedError."""
+    for piece in (saved.storage_data or {}).values():
+        if piece.relative_path not in facts["files"]:
+            raise DamagedError(f"its manifest does not list {piece.relative_path}")
+    for name, (shape, _) in facts["model"].items():
+        entry = saved.state_dict_metadata.get(f"model.{name}")
+        if not isinstance(entry, TensorStorageMetadata):
+            raise DamagedError(f"it has no tensor model.{name}")
+        if list(entry.size) != shape:
+            raise DamagedError(f"its manifest says {name} is {shape}, its .metadata {list(entry.size)}")
 
 
 def first_difference(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
@@ -244,14 +341,15 @@ def first_difference(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> st
     return None if extra is None else f"{extra} {list(saved[extra])} is not in this model"
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def _checksum(path: Path, *, sync: bool = False) -> tuple[int, int]:
     """(bytes, CRC-32) of a file; with `sync`, after it has reached the disk."""
     crc, size = 0, 0
-    with path.open("rb+" if sync else "rb") as file:
+    with path.open("rb+") if sync else reading.opened(path) as file:
         if sync:
             os.fsync(file.fileno())
         while block := file.read(1 << 22):

@@ -305,7 +305,9 @@ class Trainer:
             kept = ("heldout", "forgetting", "adaptation")
             summary |= {key: value for key, value in record.items() if key.startswith(kept) and key not in summary}
             summary |= {"seconds": time.time() - started, "stopped": stopped}
-            (self.run_dir / "summary.json").write_text(json.dumps(summary))
+            aside = self.run_dir / "summary.json.partial"
+            aside.write_text(json.dumps(summary))
+            aside.replace(self.run_dir / "summary.json")
             self.tracker.finish(summary)
 
     def _fail(self, error: BaseException) -> None:

@@ -26,11 +26,14 @@ class RunSettings:
     name: the run's name here and in the tracker, 255 bytes at most; null for the last part of `dir` or, without one,
     for date and time. dir: the run's folder, new unless the run is resumed; null for runs/NAME. plot: of
     `farspan plan`, the file (PNG) that shows learning rate and batch size over the run's tokens; null for none.
+    anew: of a run that is resumed and has no checkpoint left that is whole: to begin at step 0; the damaged ones stay,
+    each under a name that nothing reads.
     """
 
     name: str | None = None
     dir: str | None = None
     plot: str | None = None
+    anew: bool = False
 
     def __post_init__(self) -> None:
         if (name := self.name) is None:

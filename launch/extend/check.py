@@ -102,7 +102,12 @@ def _parent(config: dict[str, Any]) -> Parent:
     if published.is_folder(path):
         with preflight.refusals(config):
             return Parent(path, trained_on(path), config["model"])
-    if not (path / checkpoint.MANIFEST).exists():
+    if rundir.is_checkpoint(path):
+        try:
+            checkpoint.verify(path)
+        except checkpoint.DamagedError as error:
+            raise UserError(f"init_from={value}: this checkpoint is damaged ({error})") from None
+    else:
         newest = checkpoint.newest(
             rundir.latest(rundir.run_folder("init_from", value)) / "checkpoints", lambda line: None
         )

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data import reading
 from launch.extend.check import Leg
+from launch.user import UserError
 
 FILE = "extension.json"
 
@@ -19,7 +21,7 @@ class Record:
         self.path = folder / FILE
         self.facts: dict[str, Any] = {"trained": trained, "lengths": lengths, "stages": []}
         if self.path.exists():
-            self.facts = json.loads(self.path.read_text())
+            self.facts = _read(self.path)
             self.facts["lengths"] = lengths
         self._took = dict[str, float]()
 
@@ -43,3 +45,16 @@ class Record:
         aside = self.path.with_suffix(".partial")
         aside.write_text(json.dumps(self.facts, indent=1) + "\n")
         aside.rename(self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is none of a chain's."""
+    try:
+        found = reading.json_object(path)
+        if not isinstance(found.get("stages"), list) or not all(
+            isinstance(stage, dict) and isinstance(stage.get("name"), str) for stage in found["stages"]
+        ):
+            raise ValueError(f"{path.name}: has no stages")
+    except ValueError as error:
+        raise UserError(f"{path.parent}: {error}") from None
+    return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from data import reading
 from launch.sweep import table as sweep_table
 from launch.sweep.members import Member, Swept
 from launch.sweep.table import Result
@@ -68,9 +68,21 @@ class Sweep:
     def load(cls, folder: Path) -> Sweep:
         """The sweep of a folder. Raises UserError where its file cannot be read."""
         try:
-            told: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            told = reading.json_object(folder / FILE)
             swept = [Swept(**key) for key in told["swept"]]
             members = [Member(**member) for member in told["members"]]
-            return cls(folder, told["name"], told["overrides"], swept, members, told.get("here"))
+            for member in members:
+                if (
+                    not isinstance(member.folder, str)
+                    or set(member.folder) & set("/\\\0")
+                    or member.folder in (".", "..")
+                ):
+                    raise ValueError(f"{member.folder}: is no folder of it")
+            if not isinstance(told["name"], str) or not isinstance(told["overrides"], list):
+                raise TypeError("its name or its overrides are none")
+            here = told.get("here")
+            if here is not None and not isinstance(here, str):
+                raise TypeError("where it began is no folder")
+            return cls(folder, told["name"], told["overrides"], swept, members, here)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"resume={folder}: {FILE} cannot be read ({type(error).__name__}: {error})") from None

@@ -55,7 +55,7 @@ def test_the_configuration_is_the_runs_and_where_it_runs_is_the_command_lines(ru
     assert config["cluster"]["kind"] == "local" and config["cluster"]["workers"] == 2
     assert folder_of(found) == run / "evaluation" / "step-2"
     assert folder_of(found, "average") == run / "evaluation" / "step-2-average"
-    assert folder_of(run.parent / "copied") == run.parent / "copied" / "evaluation"
+    assert folder_of(run.parent / "copied") == run.parent / "copied-evaluation", "nothing is written below a checkpoint"
 
 
 def test_what_is_wrong_costs_one_line_before_a_process_starts(run, capsys, tmp_path):

@@ -1,10 +1,13 @@
 """Checkpoints: complete or absent, and the same tensors at any world size."""
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.jobs import order
 from tests.train.test_invariance import PRECISION, TOLERANCE
@@ -132,3 +135,36 @@ def test_the_first_tensor_that_differs_is_named(tmp_path):
     )
     assert checkpoint.first_difference(path, {"a": (2, 3), "c": (1,)}) == "c [1] is not in the checkpoint"
     assert checkpoint.first_difference(path, {"a": (2, 3)}) == "b [4] is not in this model"
+
+
+def on_a_full_disk(folder: Path, rank_without_room: int, most: int) -> tuple[str, str, list[str]]:
+    """How a save ends where one rank's files may not grow beyond `most` bytes, and what it leaves."""
+    model = torch.nn.Linear(200, 200)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 200)).sum().backward()
+    optimizer.step()
+    checkpoint.save(folder, model, optimizer, {"step": 1}, keep=2)
+    if dist.get_rank() == rank_without_room:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    try:
+        checkpoint.save(folder, model, optimizer, {"step": 2}, keep=2)
+    except Exception as error:
+        told = type(error).__name__, str(error)
+    else:
+        told = "", ""
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    dist.barrier()
+    return *told, sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.dist
+def test_a_disk_without_room_is_one_line_and_leaves_the_checkpoints_before(run, tmp_path):
+    for number, (rank, most) in enumerate([(0, 100_000), (1, 0)]):
+        folder = tmp_path / str(number)
+        told = run(2, on_a_full_disk, folder, rank, most)
+        for kind, line, left in told:
+            assert kind == "DiskError", (kind, line)
+            assert line.startswith(f"step-2 cannot be saved in {folder}: ") and "\n" not in line
+            assert left == ["step-1"]
+        checkpoint.verify(folder / "step-1")

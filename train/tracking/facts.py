@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from data import reading
+from train import configuration
+
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -32,7 +35,7 @@ class Facts:
         a resumed run keeps the one it began with, and its parent may be moved or deleted meanwhile.
         """
         run_dir, config = Path(order["run_dir"]), order["config"]
-        code = dict(order.get("code") or _yaml(run_dir / "config.yaml").get("code") or {})
+        code = dict(order.get("code") or _section(_config(run_dir), "code"))
         if code.get("remote"):
             code["remote"] = without_credentials(code["remote"])
         name = config["run"]["name"] or run_dir.name
@@ -56,7 +59,10 @@ def artifact_name(name: str) -> str:
 def _lineage(run_dir: Path, order: dict[str, Any]) -> dict[str, Any]:
     kept = run_dir / "lineage.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        try:
+            return reading.json_object(kept)
+        except ValueError:
+            return {}
     if not order.get("init_from"):
         return {}
     found = _parent(Path(order["init_from"]))
@@ -73,10 +79,10 @@ def _parent(checkpoint: Path) -> dict[str, Any]:
     if not file.exists():  # a folder in Hugging Face's format, which knows of no run
         unknown = ("checkpoint", "step", "tokens", "wandb_id", "project", "entity", "artifact")
         return {"run": checkpoint.name, "folder": str(checkpoint), **dict.fromkeys(unknown)}
-    manifest = json.loads(file.read_text())
-    config = _yaml(folder / "config.yaml") or _yaml(checkpoint / "config.yaml")
-    tracking = config.get("tracking") or {}
-    name = (config.get("run") or {}).get("name") or folder.name
+    manifest = reading.json_object(file)
+    config = _config(folder) or _config(checkpoint)
+    tracking = _section(config, "tracking")
+    name = _section(config, "run").get("name") or folder.name
     wandb_id = folder / "wandb-id"
     return {
         "run": folder.name,
@@ -84,17 +90,21 @@ def _parent(checkpoint: Path) -> dict[str, Any]:
         "checkpoint": checkpoint.name,
         "step": manifest.get("step"),
         "tokens": manifest.get("tokens"),
-        "wandb_id": wandb_id.read_text().strip() if wandb_id.exists() else None,
+        "wandb_id": reading.text(wandb_id, 1 << 10).strip() if wandb_id.exists() else None,
         "project": tracking.get("project"),
         "entity": tracking.get("entity"),
         "artifact": f"{artifact_name(name)}:{checkpoint.name}",
     }
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _config(folder: Path) -> dict[str, Any]:
+    """What config.yaml in a folder says; {} where it cannot be read: it is of interest, and no more."""
+    try:
+        return configuration.read(folder)
+    except ValueError:
         return {}
-    from omegaconf import OmegaConf
 
-    found = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    found = config.get(key)
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,337 @@
+"""A run, a checkpoint or a sweep from elsewhere, at the command line: no traceback, no hang, nothing run or written."""
+
+import json
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.tokenizer import Bytes
+from launch import preflight, rundir
+from launch.cli import main
+from launch.train import _turn_away
+from launch.user import UserError
+from tests.jobs import overrides
+from tests.train.test_hostile import WATCHED
+from train import checkpoint
+from train.construct import construct
+
+BOUND_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run as training leaves it, with two checkpoints, of weights that were never trained."""
+    folder = tmp_path_factory.mktemp("hostile")
+    config = preflight.composed(overrides(folder))
+    run = folder / "run"
+    run.mkdir()
+    rundir.write_config(run, config, {"farspan": "0"})
+    (run / "tokenizer.json").write_text(json.dumps(Bytes().card()))
+    (run / "metrics.jsonl").write_text('{"step": 4, "tokens": 1536, "time": 1.0, "loss": 5.0, "attempt": 1}\n')
+    torch.manual_seed(0)
+    weights = construct(config["model"]).state_dict()
+    weights = {
+        n: torch.randn_like(x) * 0.02 if x.is_floating_point() else torch.zeros_like(x) for n, x in weights.items()
+    }
+    shapes = {name: [list(x.shape), str(x.dtype).removeprefix("torch.")] for name, x in weights.items()}
+    for step in (2, 4):
+        path = run / "checkpoints" / f"step-{step}"
+        path.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save({"model": weights}, checkpoint_id=str(path), no_dist=True)
+        for name in ("config.yaml", "tokenizer.json"):
+            shutil.copy(run / name, path / name)
+        facts = {"step": step, "tokens": 384 * step, "skips": 0, "attempt": 1, "seed": 0, "data": "x"}
+        checkpoint.seal(path, facts | {"model": shapes})
+    return run
+
+
+@pytest.fixture
+def run(made, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def resealed(path: Path) -> None:
+    """With the right checksums, as someone from elsewhere would."""
+    facts = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).unlink()
+    checkpoint.seal(path, facts)
+
+
+def told(capsys, *arguments: str, bound: float = BOUND_S) -> tuple[int, str]:
+    """The exit code of a command, and its one line. Fails for a traceback, for more than a line, and for a hang."""
+    capsys.readouterr()
+    WATCHED.on, WATCHED.seen = True, []
+    began = time.monotonic()
+    try:
+        code = main(list(arguments))
+    finally:
+        WATCHED.on = False
+    ran = [event for event in WATCHED.seen if not event.startswith("open")]
+    assert time.monotonic() - began < bound and not ran, ran
+    return code, capsys.readouterr().err
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{n}: &{n} [{','.join(['*' + b] * 9)}]\n" for b, n in zip("abcdefgh", "bcdefghi", strict=True)
+)
+CONFIGS = {
+    "empty": "",
+    "list": "[]",
+    "text": "hello",
+    "no model": "train: {steps: 1}\n",
+    "model of text": "model: x\n",
+    "nul": "model: {_target_: models.lm.LM}\n\0",
+    "bomb": BOMB,
+    "around itself": "model: &a {b: *a}\n",
+    "python": "model: !!python/object/apply:os.system ['touch ran']\n",
+    "another class": "model: {_target_: os.system, command: touch ran}\n",
+    "a class that writes": "model: {_target_: train.tracking.record.Jsonl, path: ran}\n",
+    "a class of the wrong room": "model: {_target_: train.tracking.Tracking}\n",
+    "class of a number": "model: {_target_: 5}\n",
+    "interpolation": "model: {_target_: models.lm.LM, dim: '${oc.env:HOME}'}\n",
+    "deep": "model: " + "[" * 5000,
+    "number": "model: {a: " + "9" * 6000 + "}\n",
+    "no utf-8": b"model: \xff\n",
+    "long": "model: {a: " + "x" * 600_000 + "}\n",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_that_is_none(run, capsys, name: str) -> None:
+    content = CONFIGS[name]
+    for folder in (run, run / "checkpoints" / "step-4"):
+        (folder / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    resealed(run / "checkpoints" / "step-4")
+    before = listing(run.parent)
+    for words in (["generate", "run", "tokens=1"], ["generate", "run/checkpoints/step-4"]):
+        code, line = told(capsys, *words)
+        assert code == 2 and line.count("\n") == 1 and "config.yaml" in line, line
+    assert listing(run.parent) == before
+
+
+TOKENIZERS = {
+    "null": "null",
+    "list": "[]",
+    "text": '"bytes"',
+    "empty": "",
+    "name of a list": '{"name": []}',
+    "no text": '{"name": "json", "document": null, "json": 5, "size": 3, "special": {}}',
+    "lies": '{"name": "bytes", "size": 10000000000, "special": {"document": 256}}',
+    "ids of text": '{"name": "ids", "size": "a", "special": {"document": "b"}}',
+    "ids of nothing": '{"name": "ids", "size": null, "special": null}',
+    "deep": "[" * 100_000,
+    "pipe": None,
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_is_none(run, capsys, name: str) -> None:
+    path = run / "checkpoints" / "step-4"
+    (path / "tokenizer.json").unlink()
+    if (content := TOKENIZERS[name]) is None:
+        os.mkfifo(path / "tokenizer.json")
+    else:
+        (path / "tokenizer.json").write_text(content)
+        resealed(path)
+    code, line = told(capsys, "generate", "run/checkpoints/step-4", "tokens=1", "prompt=a")
+    assert code == 2 and line.count("\n") == 1 and "token" in line, line
+
+
+def cut(path: Path) -> None:
+    content = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(content[: len(content) // 2])
+
+
+def emptied(path: Path) -> None:
+    (path / ".metadata").write_bytes(b"")
+
+
+def of_garbage(path: Path) -> None:
+    (path / "__0_0.distcp").write_bytes(b"\x00" * (path / "__0_0.distcp").stat().st_size)
+
+
+def of_another_model(path: Path) -> None:
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(text.replace("dim: 32", "dim: 64"))
+
+
+def with_nothing(path: Path) -> None:
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "files": {}}))
+
+
+def listed(path: Path) -> None:
+    (path / checkpoint.MANIFEST).write_text("[]")
+
+
+def null(path: Path) -> None:
+    (path / checkpoint.MANIFEST).write_text("null")
+
+
+def altered(path: Path) -> None:
+    """A flipped bit: the checksum is wrong."""
+    content = bytearray((path / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "__0_0.distcp").write_bytes(content)
+
+
+RIGHT = (cut, emptied, of_garbage)  # in these the checksums are made right
+DAMAGES = (*RIGHT, with_nothing, listed, null, altered)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__)
+def test_a_damaged_checkpoint_named_by_its_folder_is_taken_by_nothing(run, capsys, damage) -> None:
+    path = run / "checkpoints" / "step-4"
+    damage(path)
+    if damage in RIGHT:
+        resealed(path)
+    before = listing(run.parent)
+    code, line = told(capsys, "generate", str(path), "tokens=1", "prompt=a")
+    assert code in (1, 2) and line.count("\n") == 1, line
+    if damage is of_garbage:  # known when its tensors are read
+        return
+    for words in (["export", str(path), "out"], ["evaluate", str(path)]):
+        code, line = told(capsys, *words)
+        assert code == 2 and line.count("\n") == 1 and "damaged" in line, line
+    assert listing(run.parent) == before
+
+
+@pytest.mark.composes
+def test_init_from_and_resume_verify_the_checkpoint_that_they_are_given(run, capsys, made) -> None:
+    path = run / "checkpoints" / "step-4"
+    altered(path)
+    before = listing(run.parent)
+    common = overrides(made.parent)
+    for word in (f"init_from={path}", f"resume={path}"):
+        code, line = told(capsys, "train", *(common if word.startswith("init") else []), word, bound=60)
+        assert code == 2 and line.count("\n") == 1 and "this checkpoint is damaged" in line, line
+    altered(run / "checkpoints" / "step-2")
+    code, line = told(capsys, "train", "resume=run", bound=60)
+    assert code == 2 and "all 2 checkpoints are damaged" in line and "run.anew=true" in line, line
+    assert listing(run.parent) == before
+
+
+def test_a_model_that_is_another_than_its_configuration_says_is_one_line(run, capsys) -> None:
+    path = run / "checkpoints" / "step-4"
+    of_another_model(path)
+    resealed(path)
+    code, line = told(capsys, "generate", str(path), "tokens=1", "prompt=a")
+    assert code == 2 and line.count("\n") == 1 and "holds another model" in line, line
+
+
+def test_going_on_from_a_named_checkpoint_works_in_its_run(run) -> None:
+    config = preflight.configure(["resume=run/checkpoints/step-2"])
+    assert config["run"]["dir"] == "run" and config["resume"] == "run/checkpoints/step-2"
+
+
+def test_what_is_no_run_is_not_taken_for_one(run, tmp_path) -> None:
+    Path("moved").mkdir()
+    shutil.copytree(run / "checkpoints" / "step-2", "moved/step-2")
+    with pytest.raises(UserError, match="without its run; init_from=moved/step-2"):
+        preflight.configure(["resume=moved/step-2"])
+    with pytest.raises(UserError, match="is a checkpoint; expected a run; its run is"):
+        rundir.run_folder("JOB", "run/checkpoints/step-2")
+    Path("project").mkdir()
+    Path("project/config.yaml").write_text("title: my pages\n")
+    with pytest.raises(UserError, match="is no run that can be read"):
+        rundir.run_folder("resume", "project")
+    for folder, words in (("project", "holds other files"), ("run/checkpoints/step-2", "must not lie in a checkpoint")):
+        with pytest.raises(UserError, match=words):
+            rundir.claim({"run": {"name": None, "dir": folder}}, resumed=False)
+    with pytest.raises(UserError, match="must not lie in a checkpoint"):
+        rundir.claim({"run": {"name": None, "dir": "run/checkpoints/step-2/new"}}, resumed=False)
+    assert sorted(p.name for p in Path("project").iterdir()) == ["config.yaml"]
+    assert "new" not in listing(run / "checkpoints" / "step-2")
+
+
+def test_what_a_run_turns_away_from_is_set_aside_and_kept(run) -> None:
+    class Flight:
+        config = {"resume": "run/checkpoints/step-2"}
+        resume: Path | None = Path("run/checkpoints/step-2")
+
+    said: list[str] = []
+    _turn_away(Flight, run, said.append, anew=False)  # type: ignore[arg-type]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-4.aside"]
+    assert len(said) == 1 and "step-4.aside" in said[0]
+    assert checkpoint.newest(run / "checkpoints", said.append) == run / "checkpoints" / "step-2"
+    checkpoint.prune(run / "checkpoints", 2, keep=1)
+    assert (run / "checkpoints" / "step-4.aside").exists()
+    altered(run / "checkpoints" / "step-2")
+    Flight.config, Flight.resume = {"resume": "run"}, None
+    _turn_away(Flight, run, said.append, anew=True)  # type: ignore[arg-type]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2.aside", "step-4.aside"]
+
+
+def test_a_sweep_or_a_chain_from_elsewhere(tmp_path) -> None:
+    from launch.extend.record import Record
+    from launch.sweep.record import Sweep
+
+    for text in ("null", "[]", "{}", '{"name": 1, "overrides": 2, "swept": 3, "members": 4}', "[" * 100_000):
+        (tmp_path / "sweep.json").write_text(text)
+        (tmp_path / "extension.json").write_text(text)
+        with pytest.raises(UserError) as error:
+            Sweep.load(tmp_path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError) as error:
+            Record(tmp_path, None, [])
+        assert "\n" not in str(error.value)
+    for folder in ("../../evil", "/tmp", "..", 5):
+        member = {"number": 0, "folder": folder, "overrides": [], "values": {}}
+        told = {"name": "s", "overrides": [], "swept": [], "members": [member]}
+        (tmp_path / "sweep.json").write_text(json.dumps(told))
+        with pytest.raises(UserError, match="is no folder of it"):
+            Sweep.load(tmp_path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=25, deadline=10_000, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_value_of_any_key_of_a_runs_files_is_read_or_refused_in_one_line(made, tmp_path_factory, data) -> None:
+    """A key of the manifest, of the tokenizer's card or of the configuration has another value, checksums are right."""
+    folder = tmp_path_factory.mktemp("fuzz") / "run"
+    shutil.copytree(made, folder)
+    path = folder / "checkpoints" / "step-4"
+    name = data.draw(st.sampled_from([checkpoint.MANIFEST, "tokenizer.json", "config.yaml"]))
+    whole = yaml.safe_load((path / name).read_text())
+    node = whole
+    while True:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not (isinstance(node[key], dict | list) and node[key]) or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = data.draw(VALUES)
+    (path / name).write_text(json.dumps(whole, ensure_ascii=False, allow_nan=True), errors="replace")
+    if name != checkpoint.MANIFEST:
+        resealed(path)
+    before = listing(folder)
+    began = time.monotonic()
+    WATCHED.on, WATCHED.seen = True, []
+    try:
+        code = main(["generate", str(path), "tokens=1", "prompt=a"])
+    finally:
+        WATCHED.on = False
+    assert code in (0, 1, 2) and time.monotonic() - began < BOUND_S
+    assert not [event for event in WATCHED.seen if not event.startswith("open")]
+    assert listing(folder) == before
