@@ -1,4 +1,4 @@
-"""Ten kinds of faults on a Ray of two machines: each run ends with the quiet run's numbers, bit for bit.
+"""Eleven kinds of faults on a Ray of two machines: each run ends with the quiet run's numbers, bit for bit.
 
     python -m tests.launch.faults [NAME ...]
 
@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.launch.processes import wait_for
-from tests.launch.test_jobs import Cluster, farspan, job_overrides, numbers, records, steps, with_session
+from tests.launch.test_jobs import (
+    FARSPAN,
+    Cluster,
+    farspan,
+    in_session,
+    job_overrides,
+    numbers,
+    records,
+    steps,
+    with_session,
+)
 
 TIMEOUT = 20  # cluster.timeout
 STEPS = 24
@@ -44,18 +55,6 @@ class Scene:
     def keeper(self) -> int:
         """The rank whose process keeps the store: Ray's rank 0."""
         return next(rank for rank, member in enumerate(self.members()) if member["ray_rank"] == 0)
-
-
-def children(session: int, words: str) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            command = (stat.parent / "cmdline").read_bytes().decode(errors="replace")
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == session and words in command:
-                found.append(int(stat.parent.name))
-        except (OSError, ValueError):
-            continue
-    return found
 
 
 def killed(scene: Scene) -> None:
@@ -88,7 +87,7 @@ def frozen_saving(scene: Scene) -> None:
 
 def raylet(scene: Scene) -> None:
     """The worker machine's own Ray dies, its processes stay."""
-    (pid,) = children(scene.cluster.nodes[-1].pid, "raylet/raylet")[:1]
+    (pid,) = in_session(scene.cluster.nodes[-1].pid, "raylet/raylet")[:1]
     os.kill(pid, signal.SIGKILL)
     scene.cluster.start()
 
@@ -120,6 +119,17 @@ def _is_driver(folder: Path, run: Path) -> bool:
         return False
 
 
+def head(scene: Scene) -> None:
+    """The machine with Ray's head is gone at once, and Ray with it; another Ray comes at its address."""
+    for node in scene.cluster.nodes:
+        with_session(node.pid, signal.SIGKILL)
+    scene.cluster.nodes.clear()
+    time.sleep(10)
+    for _ in range(2):
+        scene.cluster.start()
+        time.sleep(20)
+
+
 FAULTS: dict[str, Callable[[Scene], None]] = {
     each.__name__: each
     for each in (
@@ -133,6 +143,7 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
         machine,
         leaving,
         driver,
+        head,
     )
 }
 
@@ -150,10 +161,6 @@ def suffer(cluster: Cluster, name: str, quiet: list[tuple]) -> tuple[str, dict[s
     job = job_overrides(cluster, f"run.dir={run}", f"train.steps={STEPS}", f"cluster.timeout={TIMEOUT}")
     job += ["cluster.restarts=3", "train.checkpoint_every=1152"]
     log = cluster.place / f"{name}.log"
-    import subprocess
-
-    from tests.launch.test_jobs import FARSPAN
-
     with log.open("w") as file:
         process = subprocess.Popen(
             [*FARSPAN, "train", "cluster=ray", f"cluster.address=127.0.0.1:{cluster.port}", *job],

@@ -124,6 +124,19 @@ def with_session(session: int, number: int) -> None:
             continue
 
 
+def in_session(session: int, words: str) -> list[int]:
+    """The processes of a session whose command has `words` in it."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            command = (stat.parent / "cmdline").read_bytes().decode(errors="replace")
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session and words in command:
+                found.append(int(stat.parent.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     place = Path(tempfile.gettempdir()) / f"fs-{secrets.token_hex(4)}"  # Ray's sockets need a short path
@@ -274,20 +287,31 @@ def test_a_machine_of_the_cluster_joins_its_ray_without_a_job(cluster, uninterru
 
 
 @pytest.mark.slow
-def test_a_lost_machine_is_waited_for(cluster):
-    """One of two machines goes; the run waits for another, and goes on from its last checkpoint."""
-    run = cluster.place / "runs" / "waited"
-    farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/waited", "train.steps=200"))
+@pytest.mark.parametrize("how", ["politely", "raylet", "machine"])
+def test_a_lost_machine_is_waited_for(cluster, how):
+    """One of two machines goes, as machines do; the run waits for another, and goes on from its last checkpoint."""
+    name = f"waited-{how}"
+    run = cluster.place / "runs" / name
+    farspan(cluster, "submit", cluster.address, *job_overrides(cluster, f"run.dir=runs/{name}", "train.steps=200"))
     wait_for(lambda: steps(run) >= 8, 60)
-    cluster.end(cluster.nodes[1])
-    log = ["logs", "waited", cluster.address]
+    node = cluster.nodes.pop()
+    if how == "raylet":
+        os.kill(in_session(node.pid, "raylet/raylet")[0], signal.SIGKILL)
+    elif how == "machine":
+        with_session(node.pid, signal.SIGKILL)
+    else:
+        cluster.end(node)
+    log = ["logs", name, cluster.address]
     wait_for(
         lambda: "waiting for machines: cluster.workers=2: the cluster has room for 1" in farspan(cluster, *log), 90
     )
     cluster.start()
     wait_for(lambda: records(run)[-1]["attempt"] == 2, 90)
-    said = farspan(cluster, "stop", "waited", cluster.address)
+    with_session(node.pid, signal.SIGKILL)
+    said = farspan(cluster, "stop", name, cluster.address)
     assert "has ended" in said
+    if how != "politely":
+        assert "was lost with its machine" in farspan(cluster, *log)
     assert [r["step"] for r in records(run)] == list(range(1, len(records(run)) + 1))
 
 
