@@ -262,8 +262,9 @@ class ClusterSettings:
     dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines;
     null for what RAY_ADDRESS says, else http://127.0.0.1:8265. restarts: new attempts from the last checkpoint
     after a worker or a machine is lost. timeout: seconds without a sign of life after which a worker counts as stuck,
-    which ends the run; null for 20 median steps, at least a minute. Ten minutes at least for the first two steps and a
-    checkpoint. template: the machines to start, for `farspan template`; null for none.
+    which ends the run; null for 20 median steps, at least a minute. One that runs may take ten minutes at least for the
+    first two steps and a checkpoint; a frozen one is found as soon in a checkpoint, and within a minute at least before
+    (two where null). template: the machines to start, for `farspan template`; null for none.
     """
 
     kind: str = "local"
