@@ -12,8 +12,9 @@ in time.
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -150,31 +151,41 @@ class Watched:
         return self.names[len(self.names) + 1 - depth] if depth > 1 else None
 
 
-def documents(plan: Plan, batch: Any, first: Any, slots: Any = None) -> list[str]:
-    """The documents that tokens which are not finite come from: in each group of the plan the first, since a token
-    reaches no token before it.
+class Piece(NamedTuple):
+    """Tokens [begin, end) of a sequence of the batch, of one document."""
 
-    first: bool [N], the tokens of the batch, end to end, that are not finite where that begins. slots: which sequences
-    of the order the batch has, so that a document is named by its number in its store; None where it has none.
+    sequence: int
+    begin: int
+    end: int
+
+
+def suspects(plan: Plan, batch: Any, bad: Any) -> list[list[Piece]]:
+    """In each group of the plan the documents that have tokens which are not finite, in its order; none of padding.
+
+    bad: bool [N], of the tokens of the batch, end to end.
     """
     begins, found = np.cumsum([0, *plan.lengths]), []
     for group in (group for micro in plan.micro_steps for group in micro.groups):
+        own = []
         for s in group.sequences:
-            at = np.flatnonzero(first[begins[s] : begins[s + 1]] & batch[s].counted)
-            if len(at):
-                found.append(f"{_document(batch[s], int(at[0]), slots[s] if slots else None)} of sequence {s}")
-                break
-    return found
+            held, counted = bad[begins[s] : begins[s + 1]], int(batch[s].counted.sum())
+            edges = [*np.flatnonzero(batch[s].starts[:counted]).tolist(), counted]
+            own += [Piece(s, a, b) for a, b in pairwise(edges) if held[a:b].any()]
+        found.append(own)
+    return [own for own in found if own]
 
 
-def _document(packed: Any, at: int, held: Any) -> str:
-    """held: the sequence's store, its name, and its pieces [n, 2] there."""
+def name(piece: Piece, packed: Any, held: Any) -> str:
+    """Of a document: its number in its store, where there is one.
+
+    held: the sequence's store, that one's name, and its pieces [n, 2] there; None of a generated task.
+    """
     if held is None:
-        return f"document {int(packed.starts[: at + 1].sum()) - 1}"
-    store, name, pieces = held
-    piece = int(np.searchsorted(np.cumsum(pieces[:, 1] - pieces[:, 0]), at, side="right"))
-    number = int(np.searchsorted(store.offsets, pieces[piece, 0], side="right")) - 1
-    return f"document {number} of {name}" if name else f"document {number}"
+        return f"document {int(packed.starts[: piece.begin + 1].sum()) - 1} of sequence {piece.sequence}"
+    store, source, pieces = held
+    nth = int(np.searchsorted(np.cumsum(pieces[:, 1] - pieces[:, 0]), piece.begin, side="right"))
+    number = int(np.searchsorted(store.offsets, pieces[nth, 0], side="right")) - 1
+    return f"document {number}{f' of {source}' if source else ''} in sequence {piece.sequence}"
 
 
 def save_batch(folder: Path, name: str, batch: Any) -> Path:

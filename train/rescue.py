@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch.distributed as dist
 
+from data.pack import Packed
+from parallel.schedule.static import Static
 from train import checkpoint
-from train.guard import Watched, documents, first_parameter, save_batch
+from train.guard import Piece, Watched, first_parameter, name, save_batch, suspects
 from train.state import State
 
 if TYPE_CHECKING:
     from parallel.schedule.plan import Plan
+    from train.execute import Executor
     from train.loop import Trainer
 
 ALERT = "guard"
+NAMED, PROBED = 3, 16  # groups of which a document is named, and documents that are looked at for it
 
 
 def skip(trainer: Trainer, plan: Plan, batch: Any, loss: float, norm: float, rate: float) -> dict[str, Any]:
@@ -52,12 +57,34 @@ def _first(trainer: Trainer, plan: Plan, batch: Any) -> tuple[str, str]:
     layers = {f"layers.{name}": layer for name, layer in trainer.model.layers.items()}  # type: ignore[operator, union-attr]
     with Watched(layers) as watched:
         (depths,) = trainer.executor.by_token(plan, batch, watched.read)
-    deepest = int(depths.max())
-    if not deepest:
-        return (f"the gradient of {parameter}" if parameter else "the loss"), ""
-    found = documents(plan, batch, (depths == deepest).cpu().numpy(), _held(trainer))
-    more = "" if len(found) < 4 else f" and {len(found) - 3} more"
-    return watched.name(deepest) or "the loss", f", {', '.join(found[:3])}{more}" if found else ""
+        deepest = int(depths.max())
+        if not deepest:
+            return (f"the gradient of {parameter}" if parameter else "the loss"), ""
+        groups = suspects(plan, batch, (depths == deepest).cpu().numpy())
+        split = (trainer.data, trainer.sequence)
+        found = [origin(trainer.executor, watched, batch, group, plan.step, split) for group in groups[:NAMED]]
+    held = _held(trainer)
+    names = [name(piece, batch[piece.sequence], held and held[piece.sequence]) for piece in found]
+    more = [f"{len(groups) - NAMED} more"] if len(groups) > NAMED else []
+    return watched.name(deepest) or "the loss", "".join(f", {each}" for each in (*names, *more))
+
+
+def origin(
+    executor: Executor, watched: Watched, batch: Any, group: list[Piece], step: int, split: tuple[int, int]
+) -> Piece:
+    """Which of a group's documents is not finite by itself, the first where none of the first few is: inside a chunk of
+    tokens, a zero times what is not finite reaches its neighbours on either side. Collective.
+
+    split: data groups, and ranks of a sequence.
+    """
+    for piece in group[:PROBED]:
+        part, among = batch[piece.sequence], slice(piece.begin, piece.end)
+        length = piece.end - piece.begin
+        alone = Packed(tokens=part.tokens[among], targets=part.targets[among], starts=np.arange(length) == 0)
+        plan = Static(layout="contiguous").plan(step, [length], data=split[0], sequence=split[1])
+        if executor.by_token(plan, [alone], watched.read).any():
+            return piece
+    return group[0]
 
 
 def _held(trainer: Trainer) -> list[Any] | None:

@@ -13,11 +13,19 @@ import torch
 from data.audit import passed_over
 from data.pack import Packed
 from launch import plan, preflight
+from models.axes import initialise
+from parallel.mesh import Groups
 from parallel.owners import local
 from parallel.schedule.plan import Group, MicroStep, Plan
+from parallel.schedule.static import Static
+from parallel.sequence.effects import GatherEffects
+from parallel.sequence.keys import GatherKeys
 from tests.jobs import order, overrides
+from tests.parity import small_model
 from train.build import build
-from train.guard import Guard, documents
+from train.execute import Executor
+from train.guard import Guard, Watched, suspects
+from train.rescue import origin
 from train.settings import GuardSettings
 from train.state import State
 from train.tracking import records
@@ -212,7 +220,7 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
         slots = batches.slots(poisoned)
         _, (s, begin) = [(s, a) for s, slot in enumerate(slots) for a, _ in slot.pieces(config["seed"]).tolist()][:2]
         (number,) = (n for n, (a, b) in enumerate(pairwise(slots[s].part.source.store.offsets)) if a <= begin < b)
-        words = f"not finite first in layers.0, document {number} of sequence {s}; saved"
+        words = f"not finite first in layers.0, document {number} in sequence {s}; saved"
         assert words in log and every[0]["skipped"]["first"] == words[20:-7]
     said = "\n".join(plan._audit(flight, 5))
     assert f"{steps} steps before, 1 batches passed over: {poisoned}; every other one trained on once" in said
@@ -304,18 +312,41 @@ def test_a_rank_whose_tokens_are_all_masked_trains_on(run, tmp_path: Path) -> No
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_the_first_document_of_each_group_is_named_and_padding_never():
-    """A token reaches no token before it, so that what is not finite behind it in its group tells nothing."""
+def test_suspects_come_in_the_order_of_their_group_and_padding_is_none():
     batch = [packed([3, 2], padding=1), packed([4, 4]), packed([5])]
     steps = MicroStep((Group((0,), (1, 0), (((0, 14),),)), Group((1,), (2,), (((0, 5),),))))
     plan_, bad = Plan(0, (6, 8, 5), (steps,)), np.zeros(19, dtype=bool)
-    assert documents(plan_, batch, bad) == []
+    assert suspects(plan_, batch, bad) == []
     bad[[5, 16]] = True  # padding of the first, and in the third
-    assert documents(plan_, batch, bad) == ["document 0 of sequence 2"]
-    bad[[3, 4]] = True
-    assert documents(plan_, batch, bad) == ["document 1 of sequence 0", "document 0 of sequence 2"]
-    bad[[10, 11]] = True  # of the second document of the one that comes before it
-    assert documents(plan_, batch, bad)[0] == "document 1 of sequence 1"
+    assert suspects(plan_, batch, bad) == [[(2, 0, 5)]]
+    bad[[3, 4, 10, 11]] = True
+    assert suspects(plan_, batch, bad) == [[(1, 4, 8), (0, 3, 5)], [(2, 0, 5)]]
+
+
+def blamed(world: int) -> Any:
+    """Of two sequences of three documents, in one chunk, in which the second of the first has a token that is NaN."""
+    model = initialise(small_model().double(), seed=1)
+    model.compute = torch.float64
+    with torch.no_grad():
+        model.embedding[0] = math.nan
+    batch = [packed([5, 7, 9]), packed([4, 4, 4])]
+    for s in batch:
+        s.tokens[:] = 1 + np.arange(len(s.tokens)) % 20
+    batch[0].tokens[8] = 0
+    executor = Executor(model, Groups(), torch.device("cpu"), GatherEffects(), GatherKeys(), 0.0)
+    plan_ = Static().plan(0, [21, 12], data=1, sequence=world)
+    with Watched(dict(model.layers.items())) as watched:
+        (depths,) = executor.by_token(plan_, batch, watched.read)
+        (group,) = suspects(plan_, batch, (depths == depths.max()).numpy())
+        return group, origin(executor, watched, batch, group, 0, (1, world)), watched.name(int(depths.max()))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_document_that_made_a_nan_is_told_from_its_neighbours(run, world):
+    for group, found, layer in run(world, blamed, world):
+        assert group[0] == (0, 0, 5), "or its neighbour in the chunk would not be under suspicion"
+        assert found == (0, 5, 12) and layer == "0"
 
 
 def packed(pieces: list[int], padding: int = 0) -> Packed:
