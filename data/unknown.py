@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 def unknown(tokenizer: Any, contents: Sequence[bytes], ids: Sequence[NDArray[np.integer]]) -> int:
     """How many tokens of `ids`, what `contents` were encoded to, stand for text that the tokenizer does not know; of
     one that drops such text, how many characters it has dropped."""
-    text = getattr(tokenizer, "text", None)
-    if text is None:  # bytes, ids: all of them are known
-        return 0
-    mark, drops = _of(text)
+    mark, text = getattr(tokenizer, "unknown_id", None), getattr(tokenizer, "text", None)
     if mark is not None:
         return sum(int(np.count_nonzero(found == mark)) for found in ids)
-    return sum(_dropped(text, content) for content in contents) if drops else 0
+    if text is None or not _drops(text):  # bytes, ids, or a vocabulary that spells every byte
+        return 0
+    return sum(_dropped(text, content) for content in contents)
 
 
 def _dropped(text: str, content: bytes) -> int:
@@ -42,15 +41,7 @@ def _backend(text: str) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _of(text: str) -> tuple[int | None, bool]:
-    """(the id of the unknown token, None where there is none; whether what is unknown is dropped) of a
-    tokenizer.json."""
+def _drops(text: str) -> bool:
+    """Whether a tokenizer.json without an unknown token has no tokens for single bytes, either."""
     told = json.loads(text)
-    model = told["model"]
-    mark = model.get("unk_id")
-    if mark is None and (name := model.get("unk_token")) is not None:
-        vocabulary = model.get("vocab")
-        added = {token["content"]: token["id"] for token in told.get("added_tokens") or []}
-        mark = added.get(name, vocabulary.get(name) if isinstance(vocabulary, dict) else None)
-    spells_bytes = model.get("byte_fallback") or '"ByteLevel"' in json.dumps(told.get("pre_tokenizer"))
-    return mark, mark is None and not spells_bytes
+    return not told["model"].get("byte_fallback") and '"ByteLevel"' not in json.dumps(told.get("pre_tokenizer"))

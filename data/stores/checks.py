@@ -140,7 +140,7 @@ def _pieces(store: Any, at: str) -> list[Piece]:
 def _path(store: Any, name: str) -> Path:
     if Path(name).name != name:
         raise ValueError(f"data.store={store.folder}: {CHECKSUMS} names a file elsewhere ({name})")
-    return Path(f"{store.card['at']}.bin") if name == TOKENS and not store.opened else store.folder / name
+    return Path(f"{store.card['at']}.bin") if name == TOKENS and "at" in store.card else store.folder / name
 
 
 def _verify(store: Any, piece: Piece, at: str) -> None:
@@ -195,7 +195,7 @@ def _fingerprint(store: Any, at: str, until: float | None) -> None:
 
 
 def _way_out(store: Any) -> str:
-    return "; delete the folder, and farspan prepare makes it anew" if store.opened else ""
+    return "; delete the folder, and farspan prepare makes it anew" if "at" not in store.card else ""
 
 
 def _blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:

@@ -163,8 +163,13 @@ class Storing:
                 return Bytes()
             if self.tokenizer == Untrained.name:
                 return Untrained(self.vocabulary or VOCABULARY)
+            path = Path(self.tokenizer).expanduser()
+            for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+                is_there("data.tokenizer", file)
             return from_file(self.tokenizer, self.document)
         except ValueError as error:
+            if str(error).startswith("data."):
+                raise
             key = f"vocabulary={self.vocabulary}" if self.tokenizer == Untrained.name else f"tokenizer={self.tokenizer}"
             raise ValueError(f"data.{key}: {error}") from None
 
