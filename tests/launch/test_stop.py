@@ -21,6 +21,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.stopping import Stopping
+from launch.sweep.jobs import _Counted
+from launch.sweep.sweep import Heard
+from launch.terminal import Lasting
 from tests.jobs import overrides
 from tests.launch.processes import mentioning, wait_for
 from train import checkpoint
@@ -219,3 +223,43 @@ def test_a_stop_while_ray_starts(place, whole, how, after):
     stop(place, process, run, how)
     finish(process)
     usable(place, run, whole[0], go_on=False)
+
+
+def test_hang_ups_come_in_twos_and_count_once(tmp_path):
+    """Whatever waits: a run, a sweep here, a sweep on a cluster, any other verb."""
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.getsignal(signal.SIGHUP)
+    with Stopping(tmp_path, lambda line: None) as stopping:
+        twice()
+        assert not stopping.attend() and (tmp_path / "stop").exists()
+        os.kill(os.getpid(), signal.SIGTERM)  # of a machine that shuts down, to those it has hung up on
+        assert not stopping.attend()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.attend()
+    with _Counted() as counted:
+        twice()
+        assert counted.count == 1
+    with Heard() as heard:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert heard()
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_words_that_cannot_be_written_are_lost_and_nothing_else(capfd):
+    reader, writer = os.pipe()
+    stream = Lasting(os.fdopen(writer, "w"))
+    print("read", file=stream, flush=True)
+    assert os.read(reader, 100) == b"read\n"
+    os.close(reader)
+    for _ in range(3):
+        print("unread", file=stream, flush=True)
+    assert os.readlink(f"/proc/self/fd/{stream.fileno()}") == os.devnull
+    full = Lasting(open("/dev/full", "w"))  # noqa: SIM115
+    print("lost", file=full, flush=True)
+    assert os.readlink(f"/proc/self/fd/{full.fileno()}") == "/dev/full"  # it may have room again
