@@ -36,7 +36,7 @@ from tests.launch.test_jobs import (
 )
 
 TIMEOUT = 20  # cluster.timeout
-STEPS = 24
+STEPS = 12
 
 
 @dataclass
