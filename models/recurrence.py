@@ -9,9 +9,10 @@ consecutive spans; `act` takes a state through a span. Composition is associativ
 A transport of effects (`parallel/sequence`) needs nothing else, so it serves every recurrence, and a new recurrence is
 sequence-parallel on the day it is written.
 
-`alive` [B] is 1 where no document starts in the span and 0 where one does: compose and act multiply by it, so that a
-reset is exact and no log-decay is ever -inf. What A holds is the kind's own affair; which kernel reduces the span is
-the affair of the rule, by name, of `models.kernels.registry`.
+`alive` [B] is 1 where no document starts in the span and 0 where one does: compose and act choose by it, so that a
+reset is exact, whatever was there before, and no log-decay is ever -inf; finish uses the incoming state only before the
+first start. What A holds is the kind's own affair; which kernel reduces the span is the affair of the rule, by name, of
+`models.kernels.registry`.
 
 | kind | A | rules |
 |---|---|---|
@@ -93,13 +94,13 @@ class Recurrence(ABC):
         return [Effect(a, u, effect.alive) for a, u in zip(A, U, strict=True)]
 
     def compose(self, first: Effect, then: Effect) -> Effect:
-        U = self.add(then.U, _each(then.alive, first.U) * self.apply(then.A, first.U))
+        U = self.add(then.U, _unless(then.alive, self.apply(then.A, first.U)))
         return Effect(self.multiply(then.A, first.A), U, first.alive * then.alive)
 
     def act(self, effect: Effect, state: Tensor | None) -> Tensor:
         if state is None:
             return effect.U
-        return self.add(effect.U, _each(effect.alive, state) * self.apply(effect.A, state))
+        return self.add(effect.U, _unless(effect.alive, self.apply(effect.A, state)))
 
 
 class Identity(Recurrence):
@@ -209,6 +210,11 @@ class Normalised(Recurrence):
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return lightnet.add(a, b)
+
+
+def _unless(alive_B: Tensor, state: Tensor) -> Tensor:
+    """The state, zeros where a document starts: no product, which what is not finite would survive."""
+    return state.masked_fill(_each(alive_B, state) == 0, 0.0)
 
 
 def _each(alive_B: Tensor, state: Tensor) -> Tensor:

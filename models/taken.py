@@ -83,7 +83,7 @@ class Rows(Begun):
             if not n:
                 A, U, alive = self.recurrence.unchanged(A), _gone(U), torch.ones_like(alive)
             kept = (~cut).to(U.dtype)
-            found.append(Effect(A, U * kept.view(-1, *(1,) * (U.dim() - 1)), alive * kept))
+            found.append(Effect(A, U.masked_fill(cut.view(-1, *(1,) * (U.dim() - 1)), 0.0), alive * kept))
         return Effect(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def ahead(self) -> None:

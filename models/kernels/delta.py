@@ -74,4 +74,5 @@ class Span(Streamed):
 
     def _past(self, state: Tensor) -> Tensor:
         assert self._open is not None
-        return (self._open[0][..., self.V :].transpose(1, 2) @ state).transpose(1, 2)
+        reads = (self._open[0][..., self.V :].transpose(1, 2) @ state).transpose(1, 2)
+        return reads.masked_fill(self.starts.cumsum(1)[..., None, None] > 0, 0.0)

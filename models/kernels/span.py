@@ -36,8 +36,8 @@ def past(q: Tensor, g: Tensor | None, starts: Tensor, state: Tensor) -> Tensor:
     q = wide(q)
     if g is not None:
         q = q * _by_key(wide(g).cumsum(1), q).exp()
-    reads = q.masked_fill(starts.cumsum(1)[..., None, None] > 0, 0.0)
-    return (reads.transpose(1, 2) @ wide(state)).transpose(1, 2)
+    reads = (q.transpose(1, 2) @ wide(state)).transpose(1, 2)
+    return reads.masked_fill(starts.cumsum(1)[..., None, None] > 0, 0.0)
 
 
 def _by_key(sums: Tensor, like: Tensor) -> Tensor:

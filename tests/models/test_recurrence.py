@@ -122,3 +122,22 @@ def test_a_complex_state_may_be_a_view_into_a_message():
     A, state = torch.randn(1, 3, 2, dtype=torch.float64), torch.randn(1, 3, 2, dtype=torch.float64)
     view = torch.cat((torch.zeros(1, dtype=torch.float64), state.flatten()))[1:].view(1, 3, 2)
     assert torch.equal(Complex("complex").apply(A, view), Complex("complex").apply(A, state))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_not_finite_before_a_span_is_gone_once_a_document_starts_in_it(rule):
+    """A product by zero would keep it: in the state that leaves, in effects that compose, and, where outputs of a
+    state that comes later are added to those from zero, in the outputs behind the start."""
+    recurrence, starts = KINDS[rule], torch.zeros(B, 100, dtype=torch.bool)
+    starts[:, 30] = True
+    begun = recurrence.begin(*EXAMPLES[rule](100), starts=starts)
+    effect, state = begun.effect, torch.full_like(begun.effect.U, torch.nan)
+    assert torch.equal(recurrence.act(effect, state), effect.U)
+    broken = effect._replace(U=state, alive=torch.ones_like(effect.alive))
+    assert torch.equal(recurrence.compose(broken, effect).U, effect.U)
+    if rule in ADDED:
+        begun.ahead()  # while the state is on its way
+        assert torch.isfinite(begun.finish(state)[:, 30:]).all()
+
+
+ADDED = ("linear", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "gated_delta_product", "kda")
