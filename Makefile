@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: train test unit check slow mutations matrix plans stops docs bench reference clean
+.PHONY: train test unit check slow mutations matrix plans stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -38,6 +38,9 @@ plans: $(READY)
 
 stops: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/launch/test_stop.py -m "slow or not slow"
+
+faults: $(READY)
+	$(VENV)/bin/python -m tests.launch.faults
 
 docs: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/test_docs.py -m "slow or not slow"
