@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import inspection, meeting, package
-from launch.outcome import Failure
+from launch.outcome import MACHINE, Failure
 from launch.stopping import stop_file
 from launch.user import UserError
 from launch.watch import Watch
@@ -32,7 +32,7 @@ _STORE_BYTES = 80_000_000  # Ray's object store: near its least (75 MiB), nothin
 _PEER_S = 2.0  # seconds that a rank which lost a peer keeps quiet
 _JOIN_S = 5.0  # seconds between two attempts to join a Ray
 HEAD = "head"  # in the scratch folder: the address of the head of the Ray that was joined
-HEAD_LOST = "went with the head of Ray, whose machine was lost"
+HEAD_LOST = f"was lost {MACHINE}, that of the head of Ray"
 _MEMBERS = "members.json"  # in the scratch folder: where the ranks of this attempt are
 
 # Ray Train's, in the driver, the controller and the workers.
@@ -140,7 +140,8 @@ def _fit(job: Job, place: str, say: Callable[[str], None]) -> Report:
     try:
         # Off the main thread: there, Ray's own SIGINT handler would be installed, which aborts the run.
         if not _off_main_thread(_trainer(job).fit, meanwhile=lambda: any(f.stopped for f in _reports(job))):
-            return Report(False, _reports(job))  # Ray would wait for the worker that does not answer
+            # Ray would wait for the worker that does not answer.
+            return Report(False, _reports(job), list(_lost_with_machines(job, _members(job)).items()))
     except ray.train.WorkerGroupError as error:
         failures = _reports(job)
         members = _members(job)
@@ -352,9 +353,9 @@ def _lost_with_machines(job: Job, members: dict[int, dict[str, Any]]) -> dict[in
     }
     found = [member for member in members.values() if member["node"] in gone]
     return {
-        member["rank"]: f"was lost with its machine, {inspection.name_of(nodes[member['node']])}"
+        member["rank"]: f"was lost {MACHINE}, {inspection.name_of(nodes[member['node']])}"
         if member["node"] in nodes
-        else f"was lost with its machine on {member['address']}"
+        else f"was lost {MACHINE} on {member['address']}"
         for member in sorted(found, key=lambda member: member["rank"])
     }
 
@@ -374,5 +375,5 @@ def _death(why: Exception, member: dict[str, Any] | None) -> str:
     if "low on memory" in str(why):
         return f"was killed by Ray{where}: the machine runs out of memory"
     if "its node has died" in str(why):
-        return f"was lost with its machine{where}"
+        return f"was lost {MACHINE}{where}"
     return f"was killed{where} (SIGKILL, or a crash)"

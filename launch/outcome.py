@@ -19,6 +19,8 @@ from pathlib import Path
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WIDTH = 300  # characters of an exception's first line that a reason shows
 
+MACHINE = "with its machine"  # how a rank was lost whose machine is gone
+
 # What a rank says when a peer has gone: gloo, TCPStore, NCCL, and the operating system's own words.
 _PEER_GONE = re.compile(
     r"connection (was )?(reset|closed|refused|aborted)|closed by peer|broken pipe|pair closure|connectFullMesh"
@@ -85,6 +87,9 @@ def verdict(failures: Sequence[Failure], deaths: Sequence[tuple[int, str]], run_
         more, trace = f" (more: {path})", f" (full trace: {path})"
     except OSError:  # the disk is full, which may be why the run has failed
         more = trace = ""
+    if machines := [death for death in deaths if MACHINE in death[1]]:  # what its ranks then seemed to do came of that
+        rank, how = machines[0]
+        return Outcome(False, f"rank {rank} {how}", 1, lost=True)
     killed = [death for death in deaths if "SIGABRT" not in death[1]]
     if stopped := [failure for failure in ordered if failure.stopped]:  # what died later died of that
         return Outcome(False, f"{stopped[0].line}{more}", 1, lost=True)

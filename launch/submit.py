@@ -23,13 +23,16 @@ from launch.user import UserError
 
 # The interpreter that runs Ray, whatever `python` means on its machine: Ray runs a job's entry point below its job
 # supervisor, and that below the raylet, whose arguments tell how it starts Python. `exec`: signals reach Python.
-ENTRYPOINT = r"""
-raylet=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$PPID/status" 2>/dev/null)
-python=$(tr '\0' '\n' 2>/dev/null < "/proc/${raylet:-none}/cmdline" |
-  sed -n -e 's/^--python_worker_command="\([^"]*\)".*/\1/p;t' -e 's/^--python_worker_command=\([^ ]*\).*/\1/p')
-[ -x "$python" ] || python=$(command -v python || command -v python3)
-exec "$python" -m launch.job
-""".strip()
+# On one line: Ray repeats it in the job's log.
+ENTRYPOINT = "; ".join(
+    (
+        r"raylet=$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$PPID/status 2>/dev/null)",
+        r"python=$(tr '\0' '\n' 2>/dev/null < /proc/${raylet:-none}/cmdline | sed -n "
+        r"""-e 's/^--python_worker_command="\([^"]*\)".*/\1/p;t' -e 's/^--python_worker_command=\([^ ]*\).*/\1/p')""",
+        r"""[ -x "$python" ] || python=$(command -v python || command -v python3)""",
+        r"""exec "$python" -m launch.job""",
+    )
+)
 _POLL_S = 0.5
 
 

@@ -45,6 +45,7 @@ def test_a_job_runs_in_the_interpreter_that_runs_ray(tmp_path: Path, folder: str
             timeout=60,
         ).stdout
 
+    assert "\n" not in ENTRYPOINT
     assert said("--gcs-address=x", told) == "ours -m launch.job\n"
     assert ('"' in told) is quoted
     assert said() == "first -m launch.job\n"  # no Ray above: whatever there is

@@ -13,7 +13,7 @@ import ray
 from launch import driver, inspection
 from launch.cluster import _judge
 from launch.inspection import clear
-from launch.outcome import verdict
+from launch.outcome import Failure, verdict
 from launch.user import UserError
 from launch.world import Job
 
@@ -150,6 +150,8 @@ def test_the_line_says_that_a_machine_was_lost(machines: Machines, tmp_path: Pat
     assert lost == {1: "was lost with its machine, n-b (bbbbbb)"}
     outcome = verdict([], list(lost.items()), tmp_path)
     assert outcome.reason == "rank 1 was lost with its machine, n-b (bbbbbb)" and outcome.lost
+    frozen = Failure(0, 1.0, "rank 1 stopped answering in layers.3", "", stopped=True)  # as its peer saw it
+    assert verdict([frozen], list(lost.items()), tmp_path) == outcome
     machines.known.pop("b" * 8)
     assert driver._lost_with_machines(job, members) == {1: "was lost with its machine on 127.0.0.1"}
 
