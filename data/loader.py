@@ -27,7 +27,7 @@ class Data:
     4096]. seed: of needles and copies, another is other documents. tokenizer: bytes; bpe, trained on the corpus; a
     tokenizer.json, or a folder with one; of megatron also ids, tokens of which nothing is known. vocabulary: how many
     tokens a bpe may have (8192 if null), or ids have (as many as are found). document: the token of a tokenizer.json
-    that stands between documents; null for the first known one that it has, else a new one. store: the folder of the
+    that stands behind documents; null for the one that its folder ends texts with. store: the folder of the
     token store; null for one in the user's cache, named by the corpus and its identity; of corpus store, also an
     address that fsspec understands. local: a folder on each machine's own disk that the store is copied to, once; null
     to read it where it is. workers: processes that tokenise; null for one a core. max_length: tokens in a sequence, at

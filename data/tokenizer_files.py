@@ -49,12 +49,16 @@ def files(card: dict[str, Any], max_length: int | None) -> dict[str, str]:
 
 
 def ids_of(card: dict[str, Any]) -> dict[str, Any]:
-    """The special ids that config.json has of a checkpoint's tokenizer: those that came with it, else its own."""
-    if "ids" in card:
-        return card["ids"]
+    """The special ids that config.json has of a checkpoint's tokenizer: those that came with it, else its own.
+
+    Where nothing that came says what ends a text, a class of configurations would: so the roles' do."""
     roles = Roles.from_card(card["special"]) if card.get("special") else Roles()
-    begin, stop = (roles.begin or (None,))[0], list(roles.stop)
-    return {"bos_token_id": begin, "eos_token_id": stop if len(stop) > 1 else roles.end, "pad_token_id": roles.pad}
+    stop = list(roles.stop)
+    end = {"eos_token_id": stop if len(stop) > 1 else roles.end}
+    if "ids" in card:
+        said = "eos_token_id" in json.loads(card["files"].get("generation_config.json", "{}"))
+        return card["ids"] if said or roles.end is None else {**end, **card["ids"]}
+    return {"bos_token_id": (roles.begin or (None,))[0], **end, "pad_token_id": roles.pad}
 
 
 def card_of(folder: Path, document: str | None = None) -> dict[str, Any] | None:

@@ -53,7 +53,23 @@ def built(folder: Path) -> str:
         end, begin = backend.token_to_id("</s>"), backend.token_to_id("<s>")
         if begin is not None and end is not None:
             backend.post_processor = processors.RobertaProcessing(("</s>", end), ("<s>", begin), True, prefix)
+    _around(backend, settings)
     return backend.to_str()
+
+
+def _around(backend: Any, settings: dict[str, Any]) -> None:
+    """Puts before a text and behind it what the settings ask for."""
+    from tokenizers import processors
+
+    asked = {kind: settings.get(f"{kind}_token") for kind in ("bos", "eos") if settings.get(f"add_{kind}_token")}
+    names = {kind: each.get("content") if isinstance(each, dict) else each for kind, each in asked.items()}
+    known = {kind: name for kind, name in names.items() if name and backend.token_to_id(name) is not None}
+    if known:
+        words = (known.get("bos"), "$A", known.get("eos"))
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join(word for word in words if word),
+            special_tokens=[(name, backend.token_to_id(name)) for name in dict.fromkeys(known.values())],
+        )
 
 
 def _added(folder: Path, settings: dict[str, Any]) -> dict[str, bool]:

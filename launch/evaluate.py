@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch import local, preflight, rundir
+from launch import local, origin, preflight, rundir
 from launch.evaluated import draw, table
 from launch.generate import checkpoint_of, has_average
 from launch.stopping import stop_file
@@ -98,7 +98,7 @@ def configured(found: Path, overrides: list[str]) -> dict[str, Any]:
     for key in ("resume", "init_from"):
         if asked[key] is not None:
             raise UserError(f"{key}={asked[key]}: not of an evaluation; RUN says which weights")
-    config = rundir.saved_config(found)
+    config = origin.own_tokens(rundir.saved_config(found), found)
     if "train" not in config:  # an import: a model, and nothing that it was trained on
         config = {**asked, "model": config["model"]}
     preflight.overlay(config, asked, overrides)

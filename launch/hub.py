@@ -30,7 +30,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 @dataclass(frozen=True, kw_only=True)
 class Import:
     """vocabulary: rows of the embedding wanted; null for those that there are, or the tokens of the folder's tokenizer
-    where those are more. extend_vocab: whether there may be rows more than there are. document: the token between
+    where those are more. extend_vocab: whether there may be rows more than there are. document: the token behind
     documents, of the folder's tokenizer; null for the one that it ends texts with."""
 
     vocabulary: int | None = None

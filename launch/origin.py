@@ -53,7 +53,7 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
     found = next((f for f in _folders(value) if (f / "config.yaml").exists()), None)
     if found is None and not Path(value).is_dir():
         run_folder("init_from", value, config["cluster"])  # which says what there is
-    theirs = saved_config(latest(found)).get("data", {}) if found else {}
+    theirs = own_tokens(saved_config(latest(found)), latest(found)).get("data", {}) if found else {}
     portion = sources[name]
     if theirs.get("_target_") == "data.loader.Data":
         own = {name: {**portion, "data": theirs}}
@@ -68,6 +68,25 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
     if both := sorted(kept.keys() & own.keys()):
         raise UserError(f"data.sources.{both[0]}: must be named otherwise: {name} of init_from={value} has that name")
     return {**config, "data": {**config["data"], "sources": kept | own}}
+
+
+def own_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A saved configuration whose tokenizers from elsewhere are read as its run has read them. folder: of the run.
+
+    A run that is older than `data.roles` had one token for everything; its files say more now.
+    """
+    file = folder / "tokenizer.json"
+    try:
+        card = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return config
+    if card.get("name") != "json" or "document" not in card.get("special", {}):
+        return config
+    data = config.get("data") or {}
+    for each in (data, *(portion["data"] for portion in (data.get("sources") or {}).values())):
+        if each.get("tokenizer", "bytes") not in ("bytes", "bpe", "ids") and each.get("corpus") != "store":
+            each["tokenizer"] = str(file)
+    return config
 
 
 def _unknown(data: dict[str, Any]) -> bool:

@@ -60,7 +60,7 @@ def configure(overrides: list[str]) -> dict[str, Any]:
     path = Path(asked["resume"])
     named = is_checkpoint(path)
     folder = _run_of(path) if named else run_folder("resume", asked["resume"], asked["cluster"])
-    config = saved_config(folder)
+    config = origin.own_tokens(saved_config(folder), folder)
     if "train" not in config:
         raise UserError(f"resume={asked['resume']}: is an import and has trained nothing; expected init_from=")
     overlay(config, asked, overrides)

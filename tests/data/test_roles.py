@@ -1,6 +1,7 @@
 """The tokens around a text: each has a role of its own, read from a folder, and a document holds what its model has
 read."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -233,3 +234,74 @@ def test_tokens_that_stand_for_unknown_text_are_counted(tmp_path) -> None:
     store = data.open(16).sources[0].store
     unknown = store.tokenizer.unknown_id
     assert store.card["unknown"] == int(np.count_nonzero(store.tokens == unknown)) == 10
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer"])
+@pytest.mark.parametrize("add", [False, True])
+def test_a_vocabulary_and_its_merges_are_a_tokenizer(tmp_path, kind, add) -> None:
+    """Of folders that are older than tokenizer.json, as transformers reads them."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    KINDS["qwen3"](tmp_path / "made")
+    model = json.loads((tmp_path / "made/tokenizer.json").read_text())["model"]
+    names = {"GPT2Tokenizer": ["<|endoftext|>"], "Qwen2Tokenizer": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}
+    added = names.get(kind, ["<s>", "</s>", "<unk>", "<pad>", "<mask>"])
+    vocabulary = {**model["vocab"], **{name: len(model["vocab"]) + i for i, name in enumerate(added)}}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]))
+    end = added[-1] if kind == "Qwen2Tokenizer" else added[1 % len(added)]
+    settings = {"tokenizer_class": kind, "eos_token": end, "bos_token": added[0]}
+    settings |= {"pad_token": None if kind == "GPT2Tokenizer" else added[0], "unk_token": end}
+    settings |= {"add_bos_token": True} if add and kind == "GPT2Tokenizer" else {}
+    if kind != "RobertaTokenizer":
+        settings["added_tokens_decoder"] = {
+            str(vocabulary[name]): {"content": name, "special": True, "normalized": False} for name in added
+        }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found, theirs = from_file(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert found.roles.end == vocabulary[end] and card_of(folder) == found.card()
+    for text in TEXTS:
+        ids = [*found.roles.begin, *found.encode(text.encode()).tolist()]
+        own = theirs(text)["input_ids"]
+        assert ids == own[: len(ids)] and set(own[len(ids) :]) <= {found.roles.end}, text
+        assert found.decode(ids) == text.encode()
+    assert not found.roles.marks & set(found.encode(f"a{end} {added[0]}".encode()).tolist())
+
+
+def test_a_vocabulary_whose_text_is_cut_another_way_is_refused(tmp_path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    with pytest.raises(ValueError, match="CLIPTokenizer cannot be made of vocab.json: must be one of GPT2Tokenizer"):
+        from_file(tmp_path)
+
+
+def test_a_store_of_theirs_is_held_against_its_checksums(tmp_path) -> None:
+    from data.stores.checks import verify
+
+    KINDS["qwen3"](tmp_path / "folder")
+    store = store_of(tmp_path / "folder", tmp_path).sources[0].store
+    read_, parts = verify(store)
+    assert read_ == parts > 0
+
+
+def test_a_run_that_is_older_keeps_the_tokens_that_it_has_read(tmp_path) -> None:
+    """Its files say more of the tokens around a text now than it has known."""
+    from launch.origin import own_tokens
+
+    KINDS["llama2"](tmp_path / "folder")
+    run, text = tmp_path / "run", (tmp_path / "folder/tokenizer.json").read_text()
+    run.mkdir()
+    config = {"data": {"corpus": "text", "tokenizer": str(tmp_path / "folder")}}
+    mixed = {"data": {"sources": {"a": config, "b": {"data": {"corpus": "store", "tokenizer": "bytes"}}}}}
+    (run / "tokenizer.json").write_text(json.dumps(read(tmp_path / "folder").card()))
+    assert own_tokens(json.loads(json.dumps(config)), run) == config
+    old = {"name": "json", "size": read(tmp_path / "folder").size, "special": {"document": 2}, "document": "</s>"}
+    (run / "tokenizer.json").write_text(json.dumps({**old, "json": text}))
+    own = str(run / "tokenizer.json")
+    assert own_tokens(json.loads(json.dumps(config)), run)["data"]["tokenizer"] == own
+    sources = own_tokens(json.loads(json.dumps(mixed)), run)["data"]["sources"]
+    assert [sources[name]["data"]["tokenizer"] for name in "ab"] == [own, "bytes"]
+    found = from_file(own)
+    assert found.roles == Roles.of(2) and found.card() == {**old, "json": text}
+    assert found.identity == f"json-{hashlib.sha256(f'</s> {text}'.encode()).hexdigest()[:16]}"  # of its store's card
