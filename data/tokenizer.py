@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data import reading
 from data.roles import Roles
 from data.spelling import Spelling, Writer
 from data.stores.indexed import smallest
@@ -361,13 +362,10 @@ def from_file(path: str | Path, document: str | None = None) -> Any:
     file = Path(path).expanduser()
     card = file / "tokenizer.json" if file.is_dir() else file
     try:
-        found = json.loads(card.read_text("utf-8"))
-        if found["name"] == Json.name:
+        found = reading.json_object(card)
+        if found.get("name") == Json.name:
             return named(from_card(found), document)
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            raise ValueError(f"cannot be read ({error})") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         pass  # no store's
     return read(file, document)
 

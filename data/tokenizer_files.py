@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data import reading
 from data.roles import Roles
 from data.spelling import LETTERS
 from data.tokenizer import CLOSING, DOCUMENT_NAME, Bytes, Json, from_card, loaded, unknown_of
@@ -199,29 +200,23 @@ def _tokenizer_json(path: Path) -> str:
         from data.vocabulary_files import built
 
         return built(path)
-    try:
-        return file.read_text("utf-8").rstrip("\n")
-    except FileNotFoundError:
-        raise ValueError("must be bytes, bpe, or a tokenizer.json: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
+    if not file.exists():
+        raise ValueError("must be bytes, bpe, or a tokenizer.json: there is no such file")
+    return reading.text(file, reading.JSON_BYTES).rstrip("\n")
 
 
 def _text(file: Path) -> str | None:
-    try:
-        text = file.read_bytes().decode("utf-8")
-        return text.rstrip("\n") if file.suffix == ".json" else text
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file.name} cannot be read ({error})") from None
+    text = reading.text(file, reading.JSON_BYTES)
+    return text.rstrip("\n") if file.suffix == ".json" else text
 
 
 def _object(name: str, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({str(error)[:100]})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{name} is not a JSON object")
     return found

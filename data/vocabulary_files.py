@@ -1,8 +1,9 @@
 """A tokenizer.json made of vocab.json and merges.txt: the byte-level BPE of folders that are older than that file."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from data import reading
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,8 +35,8 @@ def built(folder: Path) -> str:
         known = ", ".join(name for name in KINDS if name[0].isupper())
         raise ValueError(f"is missing, and {named or 'the model'} cannot be made of vocab.json: must be one of {known}")
     try:
-        vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        vocabulary = reading.json_object(folder / "vocab.json")
+        lines = reading.text(folder / "merges.txt", reading.JSON_BYTES).split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))  # type: ignore[arg-type]
     except Exception as error:  # the package raises no class of its own
@@ -88,10 +89,4 @@ def _added(folder: Path, settings: dict[str, Any]) -> dict[str, bool]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file.name} cannot be read ({error})") from None
-    return found if isinstance(found, dict) else {}
+    return reading.json_object(file) if file.exists() else {}

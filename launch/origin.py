@@ -75,10 +75,12 @@ def own_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     A run that is older than `data.roles` had one token for everything; its files say more now.
     """
+    from data import reading
+
     file = folder / "tokenizer.json"
     try:
-        card = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+        card = reading.json_object(file)
+    except ValueError:
         return config
     if card.get("name") != "json" or "document" not in card.get("special", {}):
         return config
