@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from data.corpora.outputs import is_output
+from data.corpora.outputs import is_cache, is_output
 
 T = TypeVar("T")
 HEAD = 1 << 16  # bytes of a file that `check` looks at before it calls it text
@@ -18,7 +18,7 @@ ON_ERROR = ("stop", "skip")
 KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
 
 # What a walk leaves out, as a card and a run's first lines say it behind the number.
-LINKED, HIDDEN, OURS = "linked folders", "hidden files or folders", "folders of runs, stores or models"
+LINKED, HIDDEN, OURS = "linked folders", "hidden files or folders", "folders of runs, stores, models or caches"
 NO_FILE, OTHER, EMPTY = "links to nothing, devices or pipes", "files with another suffix", "empty"
 
 
@@ -73,7 +73,8 @@ def files(root: Path, outside: frozenset[str] = frozenset(), left: Counter[str] 
         raise ValueError(f"data.path={root}: {error.filename} cannot be read ({error.strerror})")
 
     for folder, folders, names in os.walk(root, onerror=stop):
-        if is_output(Path(folder), [*folders, *names]):
+        entries = [*folders, *names]
+        if is_output(Path(folder), entries) or folder != str(root) and is_cache(folder, entries):
             left[OURS] += 1
             folders[:] = []
             continue
@@ -127,7 +128,9 @@ def guarded(values: Iterable[T], said: str) -> Iterator[T]:
     try:
         yield from values
     except Exception as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        why = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         raise ValueError(f"{said} ({' '.join(why.split())[:200] or type(error).__name__})") from None
 
 

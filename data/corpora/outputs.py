@@ -1,13 +1,27 @@
-"""Folders that farspan itself has written: below a corpus, they are no part of it.
+"""Folders that farspan itself has written, or a library beside it: below a corpus, they are no part of it.
 
 A run that reads `data.path=.` would else read its own configuration, and another text as soon as it has begun.
 """
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 LOOKED = 1 << 20  # bytes of a configuration that are looked at
+CACHES = (  # variables that name a cache of a library that a run uses
+    *("XDG_CACHE_HOME", "MPLCONFIGDIR", "HF_HOME", "HF_DATASETS_CACHE", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR"),
+    *("TRITON_CACHE_DIR", "WANDB_DIR", "WANDB_CACHE_DIR", "RAY_TMPDIR"),
+)
+
+
+def is_cache(folder: str | Path, names: Collection[str]) -> bool:
+    """Whether a folder of these entries calls itself a cache (bford.info/cachedir), or the environment does."""
+    if "CACHEDIR.TAG" in names:
+        return True
+    base = os.path.basename(folder)
+    known = (value.rstrip("/") for name in CACHES if (value := os.environ.get(name)))
+    return any(os.path.basename(k) == base and os.path.realpath(k) == os.path.realpath(folder) for k in known)
 
 
 def is_output(folder: Path, names: Collection[str]) -> bool:
@@ -39,7 +53,8 @@ def is_inside(file: Path, root: Path) -> bool:
     """Whether a folder between `root` and a file below it, `root` itself among them, is an output."""
     for folder in file.parents:
         try:
-            if is_output(folder, [entry.name for entry in folder.iterdir()]):
+            names = [entry.name for entry in folder.iterdir()]
+            if is_output(folder, names) or folder != root and is_cache(folder, names):
                 return True
         except OSError:
             return False

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import socket
 from collections import Counter
 from pathlib import Path
@@ -211,6 +212,9 @@ def project(tmp_path: Path) -> Path:
         "store.index/0123/index.json": json.dumps({"counts": {}, "facts": {}}, indent=1),
         "exported/config.json": "{}",
         "exported/model.safetensors": "x",
+        "cache/fonts.json": "fonts",
+        "tagged/CACHEDIR.TAG": "Signature: 8a477f597d28d172789f06886806bc55",
+        "tagged/x.txt": "cached",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -220,12 +224,20 @@ def project(tmp_path: Path) -> Path:
 
 def test_what_farspan_has_written_is_no_part_of_a_corpus(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(project / "cache"))
     corpus = Text(path=".")
     corpus.check()
     assert [name for name, _ in corpus] == ["a.jsonl", "a.txt", "config.yaml"]
-    assert corpus.left_out() == {"folders of runs, stores or models": 6}
+    assert corpus.left_out() == {"folders of runs, stores, models or caches": 8}
     for path in (".", "**/*.jsonl", "./**/*.jsonl", f"{project}/**/*.jsonl"):
         assert [content for _, content in Jsonl(path=path)] == [b"record"], path
     for path in ("runs/first", "store", "moved"):
-        with pytest.raises(ValueError, match=f"data.path={path}: holds no text; .*1 folders of runs, stores or models"):
+        with pytest.raises(
+            ValueError, match=f"data.path={path}: holds no text; .*1 folders of runs, stores, models or caches"
+        ):
             Text(path=path).check()
+    before = corpus.identity()
+    for folder in ("runs", "store", "cache", "exported", "moved"):
+        shutil.rmtree(project / folder)
+    assert corpus.identity() == before
+    assert [name for name, _ in Text(path="tagged")] == ["CACHEDIR.TAG", "x.txt"]  # asked for by name
