@@ -68,3 +68,22 @@ def json_lines(path: Path, most: int = JSON_BYTES) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             found.append(record)
     return found
+
+
+def is_step(record: Any) -> bool:
+    """Whether a line of metrics.jsonl is the record of a step: one from elsewhere may have anything in its place."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    return all(
+        isinstance(record[key], kind) and record[key] is not True for key, kind in _KINDS.items() if key in record
+    )
+
+
+_NUMBER = (int, float, type(None))
+_KINDS: dict[str, Any] = {
+    "attempt": int,
+    "tokens": int,
+    "time": (int, float),
+    "seconds": (dict, int, float, type(None)),
+}
+_KINDS |= dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "heldout_loss", "heldout_accuracy"), _NUMBER)

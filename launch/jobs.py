@@ -167,6 +167,16 @@ def status(arguments: list[str]) -> int:
     return 0
 
 
+def _log(path: Path) -> str:
+    """What a run here has said; "" of one that has said nothing. Raises UserError."""
+    from data import reading
+
+    try:
+        return reading.content(path, 1 << 30).decode(errors="replace") if path.exists() else ""
+    except ValueError as error:
+        raise UserError(f"{path.parent}: {error}") from None
+
+
 def logs(arguments: list[str]) -> int:
     """Prints what a job has said; with --follow, on to its end."""
     word, address, follow = _parse("logs", arguments, flags=("--follow", "-f"))
@@ -175,7 +185,7 @@ def logs(arguments: list[str]) -> int:
         address = rundir.last_job(folder)[1]
         word = rundir.last_job(folder)[0] or word
         if address is None:
-            print((folder / "log.txt").read_text() if (folder / "log.txt").exists() else "", end="")
+            print(_log(folder / "log.txt"), end="")
             return 0
     cluster = Jobs(address)
     cluster.find(word)

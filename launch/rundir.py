@@ -76,12 +76,19 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def _check_run(folder: Path, given: str) -> None:
-    """Raises UserError where a folder's config.yaml is none of a run."""
+    """Raises UserError where a folder's config.yaml is none of a run, or where reading and writing its files would
+    wait, or reach others: a run may come from elsewhere."""
     try:
         saved_config(folder)
     except UserError as error:
         why = str(error).removeprefix(f"{folder}: ")
         raise UserError(f"{given}: is no run that can be read ({why})") from None
+    for place in (folder, folder / "plans", folder / "evaluation", *(folder / "evaluation").glob("*/")):
+        for path in place.iterdir() if place.is_dir() else ():
+            if path.is_symlink() and not path.is_dir():
+                raise UserError(f"{given}: {path.relative_to(folder)} is a link; expected a file")
+            if not (path.is_file() or path.is_dir()):
+                raise UserError(f"{given}: {path.relative_to(folder)} is no regular file")
 
 
 def _job_lines(path: Path) -> list[dict[str, Any]]:

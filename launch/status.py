@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import reading
 from launch import rundir
 from launch.progress import TAIL_BYTES, duration
 from launch.stopping import stop_file
@@ -122,19 +123,19 @@ def _state(folder: Path, last: dict[str, Any], train: TrainSettings, running: bo
 def tail(path: Path) -> list[dict[str, Any]]:
     """The whole records at the end of metrics.jsonl."""
     try:
-        with path.open("rb") as file:
+        with reading.opened(path) as file:
             start = max(0, path.stat().st_size - TAIL_BYTES)
             file.seek(start)
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
+            lines = file.read(TAIL_BYTES).split(b"\n")
+    except ValueError:
         return []
     records = []
     for line in lines[1 if start else 0 : -1]:
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return [record for record in records if reading.is_step(record) and {"tokens", "time"} <= record.keys()]
 
 
 def ago(seconds: float) -> str:

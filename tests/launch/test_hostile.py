@@ -260,6 +260,32 @@ def test_what_is_no_run_is_not_taken_for_one(run, tmp_path) -> None:
     assert "new" not in listing(run / "checkpoints" / "step-2")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", ".lock", "stop", "summary.json", "plans/step-1.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_run_whose_files_are_pipes_or_lead_elsewhere_is_not_touched(run, capsys, name: str, kind: str) -> None:
+    victim = run.parent / "victim"
+    victim.write_text("mine\n")
+    (run / name).unlink(missing_ok=True)
+    (run / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(run / name) if kind == "pipe" else (run / name).symlink_to(victim)
+    for words in (["generate", "run", "tokens=1"], ["train", "resume=run"]):
+        code, line = told(capsys, *words, bound=30)
+        assert code == 2 and line.count("\n") == 1 and name in line, line
+    assert victim.read_text() == "mine\n"
+
+
+def test_records_that_are_none_are_passed_over(run, capsys) -> None:
+    good = '{"step": 4, "tokens": 1536, "time": 1.0, "loss": 5.0, "attempt": 1}'
+    odd = ['{"step": "4"}', '{"step": 5, "tokens": "x", "time": []}', "[" * 50_000, "null", '{"step": 6, "time": null}']
+    (run / "metrics.jsonl").write_text("\n".join([*odd, good, *odd]) + "\n")
+    code = main(["status", "run"])
+    shown = capsys.readouterr().out
+    assert code == 0 and "step        4 of" in shown and "loss        5.000" in shown
+    (run / "log.txt").write_bytes(b"\xff said\n")
+    (run / "jobs.jsonl").write_text('null\n[]\n{"job": 5}\n')
+    assert main(["logs", "run"]) == 0 and "said" in capsys.readouterr().out
+
+
 def test_what_a_run_turns_away_from_is_set_aside_and_kept(run) -> None:
     class Flight:
         config = {"resume": "run/checkpoints/step-2"}

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data import reading
+
 BLOCK_BYTES = 1 << 20  # read at a time; holds the last records of any run
 
 
@@ -61,7 +63,7 @@ def records(path: str | Path, *, every_attempt: bool = False) -> list[dict[str, 
     path = Path(path)
     if not path.exists():
         return []
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         found = _steps(file)
         return list(found) if every_attempt else _newest(found)
 
@@ -71,7 +73,7 @@ def newest_attempt(path: str | Path) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         if (size := path.stat().st_size) > BLOCK_BYTES:
             file.seek(size - BLOCK_BYTES)
             file.readline()  # the end of a record
@@ -99,9 +101,9 @@ def _steps(file: BinaryIO) -> Iterator[dict[str, Any]]:
             return
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if reading.is_step(record):
             yield record
 
 

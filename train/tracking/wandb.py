@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from data import reading
 from train.tracking.facts import Facts, artifact_name
 from train.tracking.panels import histograms, scalars
 from train.tracking.tracker import reason
@@ -62,7 +64,8 @@ class WandB:
         run_dir = self._facts.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file = run_dir / "wandb-id"
-        run_id = (id_file.read_text().strip() if id_file.exists() else "") or secrets.token_hex(4)
+        known = reading.text(id_file, 1 << 10).strip() if id_file.exists() else ""
+        run_id = known if re.fullmatch(r"[\w-]{1,64}", known) else secrets.token_hex(4)  # it becomes a folder's name
         id_file.write_text(run_id + "\n")
         self._say(self._begin(mode_of(self._options.mode), run_id))
         self._use_parent()
