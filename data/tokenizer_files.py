@@ -72,7 +72,8 @@ def card_of(folder: Path, document: str | None = None) -> dict[str, Any] | None:
     try:
         return read(folder, document).card()
     except ValueError as error:
-        raise ValueError(f"tokenizer.json: {error}") from None
+        named_already = str(error).split(":")[0].endswith(".json")
+        raise ValueError(str(error) if named_already else f"tokenizer.json: {error}") from None
 
 
 def read(path: Path, document: str | None = None) -> Json | Bytes:
@@ -141,9 +142,10 @@ def _roles(text: str, backend: Any, beside: dict[str, str], told: dict[str, dict
     if "special_tokens_map.json" in beside:
         settings = {**_object("special_tokens_map.json", beside["special_tokens_map.json"]), **settings}
     config, generation = told.get("config.json", {}), told.get("generation_config.json", {})
-    config = {**(config.get("text_config") or {}), **config}
+    inner = config.get("text_config")
+    config = {**(inner if isinstance(inner, dict) else {}), **config}
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    added = {_name(token): int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    added = _added(settings)
 
     def of(kind: str) -> list[int]:
         """The ids of a kind of token: the tokenizer's own, else those that the model's configuration has."""
@@ -220,6 +222,14 @@ def _object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name} is not a JSON object")
     return found
+
+
+def _added(settings: dict[str, Any]) -> dict[str | None, int]:
+    """The ids of the tokens that a tokenizer_config.json adds, by their text."""
+    told = settings.get("added_tokens_decoder") or {}
+    if not isinstance(told, dict) or not all(str(i).isdecimal() for i in told):
+        raise ValueError("tokenizer_config.json: added_tokens_decoder must be an object whose keys are ids")
+    return {_name(token): int(i) for i, token in told.items()}
 
 
 def _name(token: Any) -> str | None:

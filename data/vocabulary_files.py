@@ -78,8 +78,13 @@ def _added(folder: Path, settings: dict[str, Any]) -> dict[str, bool]:
     found: dict[int, tuple[str, bool]] = {}
     for name, i in _object(folder / "added_tokens.json").items():
         found[int(i)] = (name, True)
-    for i, token in (settings.get("added_tokens_decoder") or {}).items():
-        found[int(i)] = (token["content"], bool(token.get("special", False)))
+    told = settings.get("added_tokens_decoder") or {}
+    try:
+        found |= {int(i): (str(each["content"]), bool(each.get("special"))) for i, each in told.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            "tokenizer_config.json: added_tokens_decoder must be an object of tokens by their ids"
+        ) from None
     tokens = {name: special for _, (name, special) in sorted(found.items())}
     for key, value in {**_object(folder / "special_tokens_map.json"), **settings}.items():
         token = value.get("content") if isinstance(value, dict) else value

@@ -305,3 +305,30 @@ def test_a_run_that_is_older_keeps_the_tokens_that_it_has_read(tmp_path) -> None
     found = from_file(own)
     assert found.roles == Roles.of(2) and found.card() == {**old, "json": text}
     assert found.identity == f"json-{hashlib.sha256(f'</s> {text}'.encode()).hexdigest()[:16]}"  # of its store's card
+
+
+@pytest.mark.parametrize(
+    "name, told, line",
+    [
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": ["x"]},
+            "tokenizer_config.json: added_tokens_decoder must be",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": "y"}}, "added_tokens_decoder must be"),
+        ("tokenizer_config.json", ["x"], "tokenizer_config.json is not a JSON object"),
+        ("generation_config.json", "{", "generation_config.json is not JSON"),
+        ("config.json", {"text_config": "x", "eos_token_id": "x"}, None),
+        ("tokenizer_config.json", {"eos_token": 5, "add_bos_token": "x", "bos_token": {"content": []}}, None),
+        ("generation_config.json", {"eos_token_id": [True, None, -1], "pad_token_id": 1.5}, None),
+    ],
+)
+def test_a_damaged_folder_costs_one_line(tmp_path, name, told, line) -> None:
+    KINDS["qwen3"](tmp_path)
+    (tmp_path / name).write_text(told if isinstance(told, str) else json.dumps(told))
+    if line is None:
+        assert from_card(card := card_of(tmp_path)).card() == card and read(tmp_path).roles.end is not None
+        return
+    with pytest.raises(ValueError, match=line) as error:
+        card_of(tmp_path)
+    assert "\n" not in str(error.value)
