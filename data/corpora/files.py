@@ -20,6 +20,7 @@ KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "dev
 # What a walk leaves out, as a card and a run's first lines say it behind the number.
 LINKED, HIDDEN, OURS = "linked folders", "hidden files or folders", "folders of runs, stores, models or caches"
 NO_FILE, OTHER, EMPTY = "links to nothing, devices or pipes", "files with another suffix", "empty"
+BESIDE = frozenset({LINKED, HIDDEN, OURS, NO_FILE, OTHER})  # may change while the documents do not
 
 
 class Part(NamedTuple):

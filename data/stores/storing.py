@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.corpora.corpus import CORPORA, Prepared
-from data.corpora.files import ON_ERROR, is_there
+from data.corpora.files import BESIDE, ON_ERROR, is_there
 from data.corpora.generated import SAFE, Generated
 from data.corpora.megatron import Megatron
 from data.stores.fetch import Place, fetch, is_address
@@ -133,8 +133,10 @@ class Storing:
         """What is not in a store of `prepare`, by reason, and how many of its tokens stand for text that the tokenizer
         does not know. Files that lie beside the corpus are counted as they are now."""
         store = Store(folder)
-        beside = {} if isinstance(self.source, Prepared) else self.source.left_out()
-        found = {**store.card["skipped"], **beside}
+        found = dict(store.card["skipped"])
+        if not isinstance(self.source, Prepared):
+            beside = self.source.left_out()
+            found = {reason: count for reason, count in found.items() if reason not in BESIDE} | beside
         if unknown := store.card.get("unknown", 0):
             found[f"of {store.card['tokens']:,} tokens unknown to the tokenizer"] = unknown
         return found

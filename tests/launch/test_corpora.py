@@ -1,0 +1,54 @@
+"""A run says of its corpus before it starts: what is left out, and how a single text is divided."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.stores import card
+from launch import prepare
+
+KEYS = {"_target_": "data.loader.Data", "max_length": 64, "heldout_tokens": 128}
+
+
+def said(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[str]:
+    """The lines before the first step of a run on such data."""
+    monkeypatch.setattr(card, "draw", lambda *_: None)
+    lines: list[str] = []
+    config = {"data": {**KEYS, **keys}, "curriculum": {"_target_": "data.curriculum.Curriculum"}}
+    prepare.batches(config, 128, 257, lines.append)
+    return lines
+
+
+def test_a_run_says_what_is_left_out_and_how_a_text_is_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"text " * 400)
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "linked").symlink_to(tmp_path)
+    keys = {"corpus": "text", "path": str(folder), "store": str(tmp_path / "store")}
+    first = said(monkeypatch, **keys)
+    assert first[0] == "data: left out: 1 not text, 1 linked folders"
+    assert first[1].startswith(
+        "data.path: too few documents to hold out whole ones by data.heldout=0.03: of the docume"
+    )
+    (folder / "linked").unlink()
+    (folder / ".hidden").touch()
+    assert said(monkeypatch, **keys)[0] == "data: left out: 1 not text, 1 hidden files or folders"
+    mixed = {"a": {"_target_": "data.mixture.Portion", "data": {**KEYS, **keys}}}
+    lines = said(monkeypatch, _target_="data.mixture.Mixture", sources=mixed)
+    assert lines[0] == "data.sources.a.data: left out: 1 not text, 1 hidden files or folders"
+    assert lines[1].startswith("data.sources.a.data.path: too few documents")
+
+
+def test_a_run_on_a_damaged_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"text " * 400)
+    keys = {"corpus": "text", "path": str(tmp_path / "a.txt"), "store": str(tmp_path / "store")}
+    said(monkeypatch, **keys)
+    content = bytearray((tmp_path / "store" / "tokens.bin").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "store" / "tokens.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^data\.store=.*: tokens\.bin is not what was written .bytes 0 to 4,002 are"):
+        said(monkeypatch, **keys)
+    with pytest.raises(ValueError, match=r"^data\.store=.*: tokens\.bin is not what was written"):
+        said(monkeypatch, corpus="store", store=keys["store"])
