@@ -16,6 +16,7 @@ from typing import Any
 
 from data.pack import Packed
 
+MOST_TOKENS = 1 << 28  # of a step: twice what the largest published batches have
 Lines = Sequence[tuple[int, int]]
 
 
@@ -36,6 +37,8 @@ class Ramp:
         except (TypeError, ValueError):
             lines = []
         tokens = [token for token, _ in lines]
+        if (most := max((size for _, size in lines), default=0)) > MOST_TOKENS:
+            raise ValueError(f"train.batch_tokens={most}: must be at most {MOST_TOKENS:,} tokens a step")
         if not lines or tokens[0] != 0 or tokens != sorted(set(tokens)) or min(size for _, size in lines) < 1:
             raise ValueError(
                 f"train.batch_tokens={batch_tokens}: must be a number of tokens above 0, or lines of [token, number] "

@@ -12,6 +12,9 @@ from launch.rundir import is_checkpoint, latest, run_folder, saved_config
 from launch.user import UserError
 from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
 
+MOST_A_CORE = 32  # processes without Ray: more would only wait for each other
+MOST_SEQUENCES = 1 << 15  # of a step: what a plan and a batch take seconds for
+
 
 @dataclass
 class Flight:
@@ -117,6 +120,12 @@ def clear(
         device = device or device_of(cluster)
         if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
+        if cluster.kind != "ray" and (cluster.threads or 0) > cores():
+            raise ValueError(
+                f"cluster.threads={cluster.threads}: this machine has {cores()} cores; must be at most that"
+            )
+        if cluster.kind == "none" and cluster.workers > (most := MOST_A_CORE * cores()):
+            raise ValueError(f"cluster.workers={cluster.workers}: must be at most {most}, {MOST_A_CORE} a core")
         data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
         model = model_of(config["model"])
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

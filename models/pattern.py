@@ -2,6 +2,8 @@
 
 from typing import Any
 
+MOST_LAYERS = 1024  # the deepest that were published have a thousand (2203.00555)
+
 
 def unroll(pattern: list[str], layers: int, vocabulary: list[str]) -> list[str]:
     """The block name of each layer. Raises ValueError for an unknown name or an empty pattern."""
@@ -10,8 +12,10 @@ def unroll(pattern: list[str], layers: int, vocabulary: list[str]) -> list[str]:
     for name in pattern:
         if name not in vocabulary:
             raise ValueError(f"pattern={list(pattern)}: {name!r} is not one of the blocks {', '.join(vocabulary)}")
-    if layers < 1:
-        raise ValueError(f"layers={layers}: must be at least 1")
+    if not 1 <= layers <= MOST_LAYERS:
+        raise ValueError(
+            f"layers={layers}: must be at least 1" + (f", and at most {MOST_LAYERS:,}" if layers > 1 else "")
+        )
     return [pattern[i % len(pattern)] for i in range(layers)]
 
 

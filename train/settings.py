@@ -247,6 +247,8 @@ class ParallelSettings:
         return data, self.sequence
 
 
+MOST_WORKERS, MOST_THREADS = 1 << 17, 1024  # of a worker
+LONGEST_S = 30 * 24 * 3600  # that anything may be waited for
 KINDS = ("none", "local", "ray")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -281,20 +283,26 @@ class ClusterSettings:
             raise ValueError(f"cluster.kind={self.kind}: must be one of {', '.join(KINDS)}")
         if self.device not in DEVICES:
             raise ValueError(f"cluster.device={self.device}: must be one of {', '.join(DEVICES)}")
-        if self.workers < 1:
-            raise ValueError(f"cluster.workers={self.workers}: must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"cluster.threads={self.threads}: must be at least 1, or null")
+        if not 1 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"cluster.workers={self.workers}: must be at least 1, and at most {MOST_WORKERS:,}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(
+                f"cluster.threads={self.threads}: must be at least 1 and at most {MOST_THREADS:,}, or null"
+            )
         if self.template is not None and not isinstance(self.template, dict):
             raise ValueError(
                 f"cluster.template={self.template}: must be null, or come with cluster=slurm, kuberay or ray_up"
             )
         if self.restarts < 0:
             raise ValueError(f"cluster.restarts={self.restarts}: must not be negative")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"cluster.timeout={self.timeout:g}: must be above 0 seconds, or null")
+        if self.timeout is not None and not 0 < self.timeout <= LONGEST_S:
+            raise ValueError(
+                f"cluster.timeout={self.timeout:g}: must be above 0 and at most {LONGEST_S:,} seconds, or null"
+            )
 
 
+_EVALUATED = {"tokens": (1, 1 << 40), "depths": (1, 1024), "samples": (1, 1 << 16), "symbols": (4, 1 << 20)}
+_EVALUATED |= {"pairs": (1, 1 << 20), "documents": (1, 1 << 20), "beyond": (2, 1 << 20)}
 PARTS = ("loss", "positions", "needle", "recall", "copy", "long_range", "extrapolation")
 
 
@@ -342,11 +350,10 @@ class EvaluateSettings:
             raise ValueError(f"evaluate.weights={self.weights}: must be one of {', '.join(INIT_WEIGHTS)}")
         if not self.parts and not self.tasks:
             raise ValueError("evaluate.parts=[]: must name a part, or evaluate.tasks a task")
-        for name, least in {"tokens": 1, "depths": 1, "samples": 1, "symbols": 4, "pairs": 1, "documents": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"evaluate.{name}={getattr(self, name)}: must be at least {least}")
-        if self.beyond < 2:
-            raise ValueError(f"evaluate.beyond={self.beyond}: must be at least 2")
+        for name, (least, most) in _EVALUATED.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                wrong = f"at least {least}" if value < least else f"at most {most:,}"
+                raise ValueError(f"evaluate.{name}={value}: must be {wrong}")
         if self.context < 8:
             raise ValueError(f"evaluate.context={self.context}: must be at least 8")
         for name in ("length", "span_tokens", "limit"):

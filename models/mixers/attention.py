@@ -15,6 +15,8 @@ from models.sequence import Sequence
 
 ROPE = RoPE()
 
+WIDEST = 1 << 16  # of a head: positions are worked out for half as many frequencies
+
 
 class Attention(nn.Module):
     """heads: query heads. kv_heads: heads of keys and values, each for heads / kv_heads query heads; must divide
@@ -47,6 +49,8 @@ class Attention(nn.Module):
         positive(dim=dim, heads=heads)
         self.head_dim = sizes.head_dim(dim, heads) if head_dim is None else head_dim
         positive(head_dim=self.head_dim, window=1 if window is None else window)
+        if self.head_dim > WIDEST:
+            raise ValueError(f"head_dim={self.head_dim}: must be at most {WIDEST:,}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads={kv_heads}: must divide heads={heads}")
         if sinks < 0 or sinks and window is None:

@@ -17,6 +17,8 @@ from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
 
+MOST_STEPS = 64  # of a token: each has projections of its own
+
 
 class GatedDeltaProduct(nn.Module):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
@@ -47,6 +49,8 @@ class GatedDeltaProduct(nn.Module):
     ):
         super().__init__()
         positive(dim=dim, steps=steps)
+        if steps > MOST_STEPS:
+            raise ValueError(f"steps={steps}: must be at most {MOST_STEPS}")
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")

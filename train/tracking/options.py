@@ -10,6 +10,7 @@ from train.tracking.tensorboard import TensorBoard
 from train.tracking.tracker import Sink, Tracker
 from train.tracking.wandb import WandB, mode_of
 
+LONGEST_S, MOST_RECORDS = 24 * 3600, 1 << 24
 MODES = ("auto", "offline", "online", "disabled")
 
 
@@ -54,9 +55,9 @@ class Tracking:
     ):
         if mode not in MODES:
             raise ValueError(f"tracking.mode: got {mode!r}, accepts {', '.join(MODES)}")
-        if not isinstance(timeout, int | float) or not timeout > 0:
-            raise ValueError(f"tracking.timeout: got {timeout!r}, accepts a number of seconds above 0")
-        if not isinstance(queue, int) or isinstance(queue, bool) or queue < 1:
+        if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST_S:
+            raise ValueError(f"tracking.timeout: got {timeout!r}, accepts a number of seconds above 0, up to a day")
+        if not isinstance(queue, int) or isinstance(queue, bool) or not 1 <= queue <= MOST_RECORDS:
             raise ValueError(f"tracking.queue: got {queue!r}, accepts a number of records, at least 1")
         switches = {"artifacts": artifacts, "alerts": alerts, "histograms": histograms, "tensorboard": tensorboard}
         for key, value in switches.items():
