@@ -108,8 +108,10 @@ def clear(
     read from this machine; where not, what needs them is left unchecked, and the flight has no batches.
     """
     from launch import continued, prepare
+    from train.tracking import obey_environment
 
     with refusals(config):
+        obey_environment(config)
         if config["stages"]:
             raise ValueError("stages: must be [] but for `farspan train` and `farspan plan`, on this machine")
         if config["seed"] < 0:

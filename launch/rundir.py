@@ -160,13 +160,14 @@ def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
 def reserved(run: dict[str, Any]) -> tuple[str, Path]:
     """The name and the folder that a run asks for; of one without, the first folder that is free, which is made, since
     another may start in the same second. Raises UserError where it cannot be made."""
+    told = os.environ.get("WANDB_NAME")  # the tracker's word for it, where the configuration has none
     if run["name"] or run["dir"]:
-        return run["name"] or Path(run["dir"]).name, Path(run["dir"]) if run["dir"] else RUNS / run["name"]
+        return run["name"] or told or Path(run["dir"]).name, Path(run["dir"]) if run["dir"] else RUNS / run["name"]
     began = stamp()
     for name in (began, *(f"{began}-{number}" for number in range(2, 1000))):
         try:
             (RUNS / name).mkdir(parents=True)
-            return name, RUNS / name
+            return told or name, RUNS / name
         except FileExistsError:
             continue
         except OSError as error:

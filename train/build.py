@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from data.prefetch import Prefetched
 from data.ramp import opened
+from data.tokenizer import Given
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
@@ -104,7 +106,9 @@ def build(order: dict[str, Any]) -> Trainer:
         patience=Patience(section(ClusterSettings, config["cluster"]).timeout),
         state=state,
         say=say,
-        tracker=_tracker(order, say) if first else None,
+        tracker=_tracker(order, say, model, utilisation) if first else None,
+        norms=bool(config["tracking"].get("norms")),
+        bytes_per_target=_bytes_per_target(batches) if first else None,
         utilisation=utilisation,
         average=_average(order, model, train, facts, say),
         companions=_companions(run_dir, batches) if first else (),
@@ -237,8 +241,20 @@ def _attempt(order: dict[str, Any], saved: int) -> int:
     return max(order.get("attempt") or 1, saved + 1, recorded[0] + 1)
 
 
-def _tracker(order: dict[str, Any], say: Callable[[str], None]) -> Tracker:
-    return construct(order["config"]["tracking"]).open(Facts.of(order), say)
+def _tracker(order: dict[str, Any], say: Callable[[str], None], model: LM, utilisation: Utilisation | None) -> Tracker:
+    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
+    counts |= {"activated": utilisation.account.activated} if utilisation else {}
+    return construct(order["config"]["tracking"]).open(replace(Facts.of(order), parameters=counts), say)
+
+
+def _bytes_per_target(batches: Any) -> float | None:
+    """How many bytes of text a held-out target is, on average; None of tokens that spell no text."""
+    tokenizer = batches.tokenizer
+    if not hasattr(tokenizer, "decode") or isinstance(tokenizer, Given) or batches.chance is not None:
+        return None
+    targets = [s.targets[(s.targets >= 0) & (s.targets != tokenizer.DOCUMENT)] for s in batches.heldout()]
+    size = sum(len(tokenizer.decode(ids)) for ids in targets)
+    return size / max(sum(map(len, targets)), 1) or None
 
 
 def run(order: dict[str, Any]) -> None:

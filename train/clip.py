@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from parallel.apply import parameter_name
 from parallel.collectives import Comm
 from parallel.data import norm
 from parallel.owners import local
@@ -39,3 +40,23 @@ def norms(tensors: list[Tensor], comm: Comm) -> Tensor:
     """The 2-norm of each of some (sharded) tensors, float64 [N], the same on every rank. Collective."""
     own = torch.stack([torch.linalg.vector_norm(local(x), dtype=torch.float64) for x in tensors])
     return comm.all_reduce(own.square(), purpose=PURPOSE).sqrt()
+
+
+def layer_norms(model: nn.Module, comm: Comm) -> dict[str, dict[str, float]]:
+    """The 2-norms of each layer's gradients and weights, and of what stands outside of layers, by name. Collective."""
+    named = [(_layer(parameter_name(n)), p, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+    found: dict[str, dict[str, float]] = {}
+    of: dict[str, list[Tensor]] = {"gradient_norms": [g for *_, g in named]}
+    of["weight_norms"] = [p.detach() for _, p, _ in named]
+    for what, tensors in of.items():
+        squares: dict[str, float] = {}
+        for (layer, *_), size in zip(named, norms(tensors, comm).tolist(), strict=True):
+            squares[layer] = squares.get(layer, 0.0) + size**2
+        found[what] = {layer: square**0.5 for layer, square in squares.items()}
+    return found
+
+
+def _layer(name: str) -> str:
+    """`layers.3` of a weight in a layer, else the first part of its name."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]

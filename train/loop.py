@@ -21,7 +21,7 @@ from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
 from train import checkpoint, communication, rescue
 from train.average import Average
-from train.clip import clip
+from train.clip import clip, layer_norms
 from train.context import rebase
 from train.evaluate import Heldout, drift, heldout
 from train.execute import Executor, Tally
@@ -66,6 +66,8 @@ class Trainer:
     published: dict[str, Any] | None = None  # of the folder of Hugging Face's that its weights first came from
     replays: bool = False  # whether the run starts from weights that may forget an old source
     before: dict[str, float] | None = None  # the loss on each source before the first step of a run that replays
+    norms: bool = False  # whether those of each layer are recorded
+    bytes_per_target: float | None = None  # of held-out text, on rank 0
     noted: tuple[tuple[MicroStep, ...], ...] = ()
     scored: tuple[Tensor, int] | None = None  # this step's cross-entropy on this rank, and the targets of all ranks
 
@@ -157,7 +159,7 @@ class Trainer:
             "memory_bytes": shared["memory"],
             "expert_load": {name: _shares(counts) for name, counts in shared["choices"].items()},
         }
-        record |= shared["communication"]
+        record |= self.by_layer | shared["communication"]
         if state.skips:
             record["skips"] = state.skips
         if len(drawn := self.batches.drawn(state.step, state.skips)) > 1:
@@ -180,6 +182,7 @@ class Trainer:
         """Clips and applies the step's gradients, unless the guard holds them back. Returns the learning rate at
         `middle` and the gradient norm before clipping."""
         own, comm = self.settings, self.groups.world_comm
+        self.by_layer = layer_norms(self.model, comm) if self.norms else {}
         gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
         assert self.scored is not None
         held = self.guard.decide(*self.scored, gradient_norm)
@@ -294,6 +297,8 @@ class Trainer:
     def _log(self, record: dict[str, Any]) -> None:
         with self.phases("logging"):
             if self.tracker is not None:
+                if self.bytes_per_target and record.get("heldout_loss") is not None:
+                    record["heldout_bits_per_byte"] = record["heldout_loss"] / math.log(2) / self.bytes_per_target
                 self.tracker.log({**record, "seconds": self.phases.take()})
 
     def _finish(self, record: dict, scores: Heldout | None, saved: int, started: float, stopped: bool) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: jobs that run, stop, break and go on; mistakes that cost one line."""
 
+import math
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from launch.cli import main
 from tests import warm
 from tests.jobs import overrides
-from tests.wandb_file import history
+from tests.wandb_file import config, history, summary
 from train import tracking
 
 pytestmark = pytest.mark.e2e
@@ -73,10 +74,13 @@ def numbers(run: Path) -> list[tuple]:
     return [(r["step"], r["tokens"], r["loss"], r["grad_norm"], r["lr"], r["expert_load"]) for r in records(run)]
 
 
+TOLD = ["tracking.mode=offline", "tracking.norms=true", "train.evaluate_every=3840"]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(place):
     run = place / "uninterrupted"
-    said = train(place, f"run.dir={run}", "train.steps=24", "train.checkpoint_every=1920", "tracking.mode=offline")
+    said = train(place, f"run.dir={run}", "train.steps=24", "train.checkpoint_every=1920", *TOLD)
     return run, said
 
 
@@ -114,6 +118,26 @@ def test_every_logged_step_is_in_the_offline_wandb_file(uninterrupted):
     for r in records(run):
         assert float(rows[r["step"]]["loss"]) == r["loss"]
         assert int(rows[r["step"]]["tokens"]) == r["tokens"]
+
+
+def test_wandb_has_what_a_pretrainer_looks_for(uninterrupted):
+    run, _ = uninterrupted
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    counts, model = config(file)["parameters"], config(file)["model"]
+    assert counts["total"] > counts["activated"] > counts["embedding"] == model["vocabulary"] * model["dim"]
+    logged = records(run)
+    for r in logged:
+        squares = sum(norm**2 for norm in r["gradient_norms"].values())
+        assert squares**0.5 == pytest.approx(r["grad_norm"], rel=1e-5)
+        assert r["gradient_norms"].keys() == r["weight_norms"].keys() >= {"embedding", "layers.0", "layers.3", "head"}
+    heldout = [r for r in logged if "heldout_loss" in r]
+    best = min(heldout, key=lambda r: r["heldout_loss"])
+    told = summary(file)
+    assert len(heldout) > 1 and told["best/heldout_loss"] == best["heldout_loss"] and told["best/step"] == best["step"]
+    for r in heldout:  # a byte a token
+        assert r["heldout_bits_per_byte"] == pytest.approx(r["heldout_loss"] / math.log(2), rel=1e-12)
+    (at_last,) = [row for row in history(file) if int(row["step"]) == 24]
+    assert {"gradient_norms/layers.0", "weight_norms/head", "heldout_bits_per_byte"} <= at_last.keys()
 
 
 def test_generate_continues_a_prompt(place, uninterrupted):

@@ -14,8 +14,9 @@ thread of its own: whatever happens to them, training neither waits nor ends.
 """
 
 from train.tracking.facts import Facts, without_credentials
-from train.tracking.options import Tracking
+from train.tracking.options import Tracking, obey_environment
 from train.tracking.record import Jsonl, RunLog, newest_attempt, records
 from train.tracking.tracker import Tracker
 
-__all__ = ["Facts", "Jsonl", "RunLog", "Tracker", "Tracking", "newest_attempt", "records", "without_credentials"]
+__all__ = ["Facts", "Jsonl", "RunLog", "Tracker", "Tracking", "newest_attempt", "obey_environment", "records"]
+__all__ += ["without_credentials"]

@@ -18,7 +18,8 @@ class Facts:
     """A run at its start.
 
     code: farspan's version and, of a checkout, `commit`, `branch`, `modified`, `remote`. lineage: the run and the
-    checkpoint that the weights come from; {} for a run that starts from nothing.
+    checkpoint that the weights come from; {} for a run that starts from nothing. parameters: how many the model has, by
+    what they are counted for: `total`, `activated` for a token, `embedding`; {} where nobody has counted.
     """
 
     run_dir: Path
@@ -26,6 +27,7 @@ class Facts:
     config: dict[str, Any]
     code: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, order: dict[str, Any]) -> Facts:

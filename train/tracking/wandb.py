@@ -23,16 +23,22 @@ from urllib.parse import urlsplit
 from data import reading
 from train.tracking.facts import Facts, artifact_name
 from train.tracking.panels import histograms, scalars
+from train.tracking.record import records
 from train.tracking.tracker import reason
 
 if TYPE_CHECKING:
     from train.tracking.options import Tracking
 
 
+PROJECT = "farspan"  # where nobody says another
+
+
 def mode_of(mode: str) -> str:
-    """`mode`, where auto yields to WANDB_MODE in any of W&B's spellings."""
+    """`mode`, where auto yields to WANDB_DISABLED, and to WANDB_MODE in any of W&B's spellings."""
     if mode != "auto":
         return mode
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on", "y", "t"):
+        return "disabled"
     spellings = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
     return spellings.get(os.environ.get("WANDB_MODE", ""), "auto")
 
@@ -56,6 +62,7 @@ class WandB:
         self._run: Any = None
         self._shift: int | None = None
         self._artifacts_failed = False
+        self._best: float | None = None
 
     def start(self) -> None:
         """Begin, or continue, the W&B run, and say where it is. Raises what wandb does when not even offline works."""
@@ -67,6 +74,10 @@ class WandB:
         known = reading.text(id_file, 1 << 10).strip() if id_file.exists() else ""
         run_id = known if re.fullmatch(r"[\w-]{1,64}", known) else secrets.token_hex(4)  # it becomes a folder's name
         id_file.write_text(run_id + "\n")
+        reached = [
+            record["heldout_loss"] for record in records(run_dir / "metrics.jsonl") if record.get("heldout_loss")
+        ]
+        self._best = min(reached, default=None)
         self._say(self._begin(mode_of(self._options.mode), run_id))
         self._use_parent()
 
@@ -79,6 +90,11 @@ class WandB:
         if self._options.histograms:
             panels |= {name: wandb.Histogram(np_histogram=bins) for name, bins in histograms(record).items()}
         self._run.log(panels, step=line + self._shift, commit=True)
+        loss = record.get("heldout_loss")
+        if loss is not None and (self._best is None or loss <= self._best):
+            self._best = loss
+            kept = ("step", "tokens", "heldout_loss", "heldout_bits_per_byte", "heldout_accuracy")
+            self._run.summary.update({f"best/{key}": record[key] for key in kept if key in record})
 
     def checkpoint(self, path: Path, facts: dict[str, Any]) -> None:
         """An artifact that refers to the folder. Its failure is said once, and the metrics go on."""
@@ -145,7 +161,7 @@ class WandB:
             git_commit=facts.code.get("commit"),
             git_remote_url=facts.code.get("remote"),
             save_code=False,
-            x_disable_stats=True,
+            x_disable_stats=not options.system,
             allow_val_change=True,  # a resumed run may have another layout
             init_timeout=options.timeout,
             finish_timeout=options.timeout,
@@ -155,8 +171,13 @@ class WandB:
             "dir": str(facts.run_dir),
             "id": run_id,
             "name": facts.name,
-            "config": {**facts.config, "code": facts.code, "lineage": facts.lineage},
-            "project": options.project,
+            "config": {
+                **facts.config,
+                "code": facts.code,
+                "lineage": facts.lineage,
+                **({"parameters": facts.parameters} if facts.parameters else {}),
+            },
+            "project": options.project or PROJECT,
             "entity": options.entity,
             "group": options.group,
             "job_type": options.job_type or ("continue" if facts.lineage else "train"),
@@ -171,7 +192,7 @@ class WandB:
         lineage = self._facts.lineage
         if self._run.offline or not self._options.artifacts or not lineage.get("wandb_id"):
             return
-        owner = [lineage.get("entity") or self._run.entity, lineage.get("project") or self._options.project]
+        owner = [lineage.get("entity") or self._run.entity, lineage.get("project") or self._options.project or PROJECT]
         name = "/".join([*owner, lineage["artifact"]])
         try:
             _within(self._options.timeout, lambda: self._run.use_artifact(name))
