@@ -81,7 +81,7 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
         folder=folder,
         state=_state(folder, last, train, running),
         step=last.get("step", 0),
-        total_steps=train.total_steps,
+        total_steps=_steps(train, last.get("step", 0), last.get("tokens", 0)),
         tokens=last.get("tokens", 0),
         total_tokens=train.total_tokens,
         loss=last.get("loss"),
@@ -110,6 +110,13 @@ def _still(records: list[dict[str, Any]], timeout: float | None) -> float | None
     patience = timeout or max(LEAST_S, STEPS * statistics.median(gaps))
     since = time.time() - records[-1]["time"]
     return since if since > max(patience / 2, 2 * max(gaps)) else None
+
+
+def _steps(train: TrainSettings, step: int, tokens: int) -> int:
+    """Of the whole run: as many as its budget takes where steps go on bringing as many tokens as up to now."""
+    if not tokens or train.steps is not None or tokens >= train.ramp.before(step):
+        return train.total_steps
+    return max(train.total_steps, round(step * train.total_tokens / tokens))
 
 
 def _state(folder: Path, last: dict[str, Any], train: TrainSettings, running: bool) -> str:

@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from launch.progress import Progress
+from launch.status import _steps
+from train.settings import TrainSettings
 from train.tracking import Jsonl, RunLog
 
 TOTAL = 600_000
@@ -303,3 +305,11 @@ def test_an_attempt_shows_nothing_of_the_one_before_and_says_which_steps_the_rec
     assert "metrics.jsonl has no record of steps 2 to 4, which step-4 has been" in " ".join(
         console.file.getvalue().split()
     )
+
+
+def test_the_steps_of_a_run_with_padding_are_those_that_its_budget_takes_at_this_rate():
+    train = TrainSettings(tokens=3000, batch_tokens=384)
+    assert train.total_steps == _steps(train, 0, 0) == _steps(train, 4, 4 * 384) == 8
+    assert _steps(train, 4, 861) == 14 and not train.complete(8, 1700) and train.complete(15, 3100)
+    by_steps = TrainSettings(steps=8, batch_tokens=384)
+    assert _steps(by_steps, 4, 861) == 8 and by_steps.complete(8, 1700)
