@@ -32,6 +32,7 @@ from train.construct import construct
 CONFIG = "config.json"
 STRETCH = 1 << 23  # bytes that are read at a time
 VOCABULARY = ("embedding", "head.weight")  # parameters with a row a token
+MOST_ROWS = 1 << 24  # no tokenizer has as many tokens
 HEAD = "lm_head.weight"  # in every architecture
 
 Files = dict[str, tensors.Stored]
@@ -107,6 +108,8 @@ class Published:
         wanted = has if vocabulary is None else vocabulary
         if wanted < has:
             raise ValueError(f"vocabulary={wanted}: must be at least {has}, the tokens of {self.path.name}")
+        if wanted > MOST_ROWS:
+            raise ValueError(f"vocabulary={wanted}: must be at most {MOST_ROWS}")
         if wanted > has and not extend:
             raise ValueError(
                 f"vocabulary={wanted}: {self.path.name} has {has}; extend_vocab=true adds rows, each their mean"

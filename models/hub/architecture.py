@@ -52,6 +52,8 @@ class Architecture:
     def complete(self, config: Config) -> Config:
         """The same config.json under the names that we read, with what it leaves out. Raises ValueError."""
         renamed = {self.aliases.get(key, key): value for key, value in config.items()}
+        if (kind := renamed.get("model_type", self.kind)) != self.kind:  # which a reader goes by
+            raise ValueError(f"config.json: model_type={shown(kind)}: must be {self.kind}, that of {self.name}")
         if renamed.get("quantization_config") is not None:
             raise ValueError("config.json: quantization_config: must be absent: no quantised weights are read")
         if renamed.get("hidden_act") == "swish":  # another name of the same

@@ -225,6 +225,9 @@ def test_arguments_are_checked(here, capsys):
     assert "max_shard=3XB: must be a size" in refused(capsys, "export", "run", "out", "max_shard=3XB")
     assert "dtype=int8: must be one of fp32, bf16, fp16" in refused(capsys, "export", "run", "out", "dtype=int8")
     assert "nearest: import.extend_vocab" in refused(capsys, "import", "source", "extendvocab=true")
+    assert "vocabulary=20000000: must be at most 16777216" in refused(
+        capsys, "import", "source", "vocabulary=20000000", "extend_vocab=true"
+    )
     assert "vocabulary=300: source has 264; extend_vocab=true" in refused(capsys, "import", "source", "vocabulary=300")
 
 

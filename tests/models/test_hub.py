@@ -167,6 +167,7 @@ MOE = {
         (LLAMA, {"quantization_config": {"bits": 4}}, "config.json: quantization_config: must be absent"),
         (LLAMA, {"architectures": "LlamaForCausalLM"}, "config.json: architectures=LlamaForCausalLM: must be one of"),
         (LLAMA, {"architectures": [["x"]]}, "config.json: architectures=['x']: must be one of LlamaForCausalLM"),
+        (LLAMA, {"model_type": "mistral"}, "config.json: model_type=mistral: must be llama, that of LlamaForCausalLM"),
         (LLAMA, {"num_key_value_heads": 3}, "config.json: num_key_value_heads=3: must divide num_attention_heads=4"),
         (LLAMA, {"num_attention_heads": 5}, "config.json: num_attention_heads=5: must divide hidden_size=32"),
         (LLAMA, {"head_dim": 7}, "config.json: head_dim=7: must have pairs to rotate"),

@@ -204,6 +204,7 @@ def test_exports_are_read_as_they_were_meant_or_refused_by_key(tmp_path_factory)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_hundred_exports(tmp_path_factory):
     seen = counted(tmp_path_factory, MANY)
     assert seen.count(True) >= MANY // 4 and seen.count(False) >= MANY // 10
@@ -305,6 +306,7 @@ def test_folders_are_imported_and_exported_again_or_refused_by_a_key_that_they_h
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_hundred_folders(tmp_path_factory):
     seen = taken(tmp_path_factory, MANY)
     assert seen.count(True) >= MANY // 4 and seen.count(False) >= MANY // 10
