@@ -224,7 +224,7 @@ def test_arguments_are_checked(here, capsys):
     assert refused(capsys, "import", "meta/none").startswith("farspan import: SOURCE=meta/none: no such folder")
     assert "max_shard=3XB: must be a size" in refused(capsys, "export", "run", "out", "max_shard=3XB")
     assert "dtype=int8: must be one of fp32, bf16, fp16" in refused(capsys, "export", "run", "out", "dtype=int8")
-    assert "nearest: import.extend_vocab" in refused(capsys, "import", "source", "extendvocab=true")
+    assert "extendvocab: no such key; nearest: extend_vocab" in refused(capsys, "import", "source", "extendvocab=true")
     assert "vocabulary=20000000: must be at most 16777216" in refused(
         capsys, "import", "source", "vocabulary=20000000", "extend_vocab=true"
     )
