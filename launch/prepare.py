@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import tempfile
@@ -49,10 +48,6 @@ def prepare(overrides: list[str]) -> int:
         except KeyboardInterrupt:
             console.print("interrupted: the same command goes on from here", markup=False)
             return 1
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
-                raise
-            raise ValueError(f"data.store: {error.filename} cannot be written to ({error.strerror})") from None
         stores = [(folder, corpus.left_out(folder)) for _, corpus, folder in _stores(data, found)]
         for folder, _ in stores:
             verify(Store(folder))

@@ -128,7 +128,8 @@ def build(
 
     Its bytes do not depend on workers or runner (`prepare.fill`). Processes that build the same folder at once all end
     with a good store. Raises ValueError if the folder holds anything that is not a store's, if the corpus has no
-    documents or a bad one, or if the disk is full: then, as after an interrupt, the next call goes on.
+    documents or a bad one, if the folder cannot be written, or if the disk is full: then, as after an interrupt, the
+    next call goes on.
     """
     folder = Path(folder).absolute()
     source = {"identity": corpus.identity(), "tokenizer": tokenizer.identity}
@@ -156,7 +157,8 @@ def build(
             sync(folder.parent)
     except OSError as error:
         if error.errno not in NO_ROOM:
-            raise
+            at = f": {error.filename}" if error.filename else ""
+            raise ValueError(f"data.store={folder}: cannot be written ({error.strerror}{at})") from None
         raise ValueError(
             f"data.store={folder}: the disk is full ({error.strerror}); with more room, the same command goes on"
         ) from None

@@ -187,3 +187,9 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
         build(Jsonl(path=str(tmp_path / "x.jsonl")), Bytes(), tmp_path / "store")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "texts", "x.jsonl"]
     assert verify(Store(store.folder))[0] > 0
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    texts = Text(path=str(write(tmp_path / "texts", [b"text"])))
+    with pytest.raises(ValueError, match=r"^data\.store=/proc/none/store: cannot be written \(No such file or dir"):
+        build(texts, Bytes(), "/proc/none/store")
