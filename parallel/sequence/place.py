@@ -57,13 +57,17 @@ def place(
     """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
 
     `step` is that of the training; None where nothing is to be random. `memory`: the group's spans are one of several
-    spans in time, see `parallel.schedule.time`; what it leaves to the next and has from the one before is there.
+    spans in time, see `parallel.schedule.time`; what it leaves to the next and has from the one before is there. Raises
+    ValueError for a sequence that begins inside a document: it would be one with what is joined before it.
     """
     tokens, targets, positions, counted = (
         np.concatenate([np.empty(0, dtype), *(getattr(batch[s], name) for s in group.sequences)])
         for name, dtype in COLUMNS.items()
     )
     length, idle = len(tokens), sum(not held for held in group.spans)
+    begins = np.cumsum([0, *(len(batch[s].tokens) for s in group.sequences)])[:-1]
+    if positions[begins].any():
+        raise ValueError(f"sequences {group.sequences}: each must begin with a document's first token")
     tokens = np.concatenate((tokens, np.zeros(idle, np.int64)))
     targets = np.concatenate((targets, np.full(idle, NO_TARGET)))
     positions = np.concatenate((positions, np.zeros(idle, np.int64)))

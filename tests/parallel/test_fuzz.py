@@ -1,4 +1,7 @@
-"""A few of the plans of `make plans`, the same each time."""
+"""A few of the plans of `make plans`, the same each time: every model, and every transport several times."""
+
+from dataclasses import replace
+from itertools import cycle
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -6,6 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.parallel import fuzz
 
 pytestmark = pytest.mark.dist
+MODELS = [*fuzz.HYBRIDS, *fuzz.ALONE]
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +18,13 @@ def running():
         yield running
 
 
+@pytest.fixture(scope="module")
+def turns():
+    return zip(cycle(MODELS), cycle(fuzz.EFFECTS), cycle(fuzz.KEYS), strict=True)
+
+
 @settings(
-    max_examples=16,
+    max_examples=len(MODELS) + 1,  # the first is the smallest there is
     derandomize=True,
     database=None,
     deadline=None,
@@ -23,5 +32,6 @@ def running():
     suppress_health_check=list(HealthCheck),
 )
 @given(fuzz.cases())
-def test_any_plan_that_passes_the_check_gives_the_numbers_of_one_process(running, case):
-    assert fuzz.wrong(case, running) is None
+def test_any_plan_that_passes_the_check_gives_the_numbers_of_one_process(running, turns, case):
+    model, effects, keys = next(turns)
+    assert fuzz.wrong(replace(case, model=model, effects=effects, keys=keys), running) is None

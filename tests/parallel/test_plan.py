@@ -1,9 +1,17 @@
 """Plans without a process group: what the static scheduler makes, and what `check` refuses."""
 
-import pytest
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+
+from parallel.collectives import Comm
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
+from parallel.sequence.effects import GatherEffects
+from parallel.sequence.keys import GatherKeys
+from parallel.sequence.place import place
 
 
 @pytest.mark.parametrize("layout", ["auto", "contiguous"])
@@ -70,6 +78,15 @@ def test_the_order_in_which_ranks_and_spans_are_listed_means_nothing():
     listed = Group((1, 0), (0,), (((0, 2), (8, 10)), ((5, 8), (2, 5))))
     assert listed == Group((0, 1), (0,), (((2, 5), (5, 8)), ((0, 2), (8, 10))))
     plan(listed).check(2)
+
+
+def test_a_sequence_that_begins_inside_a_document_is_refused():
+    inside = SimpleNamespace(
+        tokens=np.arange(3), targets=np.arange(3), positions=np.arange(3) + 2, counted=np.ones(3, bool)
+    )
+    options = {"device": torch.device("cpu"), "recurrence": GatherEffects(), "attention": GatherKeys()}
+    with pytest.raises(ValueError, match="must begin with a document's first token"):
+        place(Group((0,), (0,), (((0, 3),),)), [inside], Comm((0,), 0), **options)
 
 
 def test_a_plan_reads_as_text():
