@@ -372,16 +372,7 @@ def _say_results(flight: Flight, folder: Path, summary: dict[str, Any], say: Cal
 
 def _per_byte(flight: Flight, summary: dict[str, Any]) -> str:
     """What that is per byte of the held-out text, which other tokenizers can be compared by; "" of unknown text."""
-    import numpy as np
+    from train.evaluation.texts import bytes_per_target
 
-    from data.roles import roles_of
-    from data.tokenizer import Given
-    from train.evaluation.texts import spelled
-
-    tokenizer = flight.batches.tokenizer
-    if isinstance(tokenizer, Given):
-        return ""
-    windows, marks = flight.batches.heldout(), [*roles_of(tokenizer).marks]
-    tokens = sum(int(np.count_nonzero((s.targets >= 0) & ~np.isin(s.targets, marks))) for s in windows)
-    size = sum(spelled(tokenizer, window) for window in windows)
-    return f", per byte: {summary['heldout_loss'] * tokens / size:.3f}" if size else ""
+    size = bytes_per_target(flight.batches)
+    return f", per byte: {summary['heldout_loss'] / size:.3f}" if size else ""

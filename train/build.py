@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from data.prefetch import Prefetched
 from data.ramp import opened
-from data.tokenizer import Given
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
@@ -25,6 +24,7 @@ from train import checkpoint, communication, moments, optimizer
 from train.asked import asked
 from train.average import Average
 from train.construct import construct
+from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
 from train.guard import Guard
 from train.layout import dependences
@@ -108,7 +108,7 @@ def build(order: dict[str, Any]) -> Trainer:
         say=say,
         tracker=_tracker(order, say, model, utilisation) if first else None,
         norms=bool(config["tracking"].get("norms")),
-        bytes_per_target=_bytes_per_target(batches) if first else None,
+        bytes_per_target=bytes_per_target(batches) if first else None,
         utilisation=utilisation,
         average=_average(order, model, train, facts, say),
         companions=_companions(run_dir, batches) if first else (),
@@ -245,16 +245,6 @@ def _tracker(order: dict[str, Any], say: Callable[[str], None], model: LM, utili
     counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
     counts |= {"activated": utilisation.account.activated} if utilisation else {}
     return construct(order["config"]["tracking"]).open(replace(Facts.of(order), parameters=counts), say)
-
-
-def _bytes_per_target(batches: Any) -> float | None:
-    """How many bytes of text a held-out target is, on average; None of tokens that spell no text."""
-    tokenizer = batches.tokenizer
-    if not hasattr(tokenizer, "decode") or isinstance(tokenizer, Given) or batches.chance is not None:
-        return None
-    targets = [s.targets[(s.targets >= 0) & (s.targets != tokenizer.DOCUMENT)] for s in batches.heldout()]
-    size = sum(len(tokenizer.decode(ids)) for ids in targets)
-    return size / max(sum(map(len, targets)), 1) or None
 
 
 def run(order: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from data.roles import Roles, roles_of
 from data.samplers.documents import Documents
 from data.samplers.index import Ints
 from data.samplers.sampler import Source
+from data.tokenizer import Given
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ def spelled(tokenizer: Any, sequence: Packed) -> int:
             whole = np.append(read, sequence.targets[begin + int(asked[-1])])
             size += len(tokenizer.decode(whole)) - len(tokenizer.decode(whole[: int(asked[0]) + 1]))
     return size
+
+
+def bytes_per_target(batches: Any) -> float | None:
+    """How many bytes of text a held-out target is, on average; None of tokens that spell no text."""
+    tokenizer = batches.tokenizer
+    if not hasattr(tokenizer, "decode") or isinstance(tokenizer, Given) or batches.chance is not None:
+        return None
+    windows, marks = batches.heldout(), [NO_TARGET, *roles_of(tokenizer).marks]
+    targets = sum(int(np.count_nonzero(~np.isin(window.targets, marks))) for window in windows)
+    return sum(spelled(tokenizer, window) for window in windows) / max(targets, 1) or None
 
 
 def documents(held: Documents, least: int = 0) -> Iterator[Any]:

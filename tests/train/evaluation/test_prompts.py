@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data.pack import NO_TARGET
+from data.pack import NO_TARGET, Packed
 from train.evaluation.score import Score
+from train.evaluation.texts import packed, spelled
 
 pytest.importorskip("tokenizers")
 
@@ -61,3 +62,18 @@ def test_an_answer_ends_at_each_id_that_ends_a_text(asked):
         told[:] = [*words[1:], stop, *words]
         assert answers.continuations([("the", {"max_gen_toks": 9})]) == [" words of it"]
         assert scored[-1] == [*answers.roles.begin, *answers.tokenizer.encode(b"the").tolist()]
+
+
+def test_targets_spell_the_bytes_of_their_text(asked):
+    """No blank that a tokenizer puts in front, no mark; of several pieces each its own."""
+    tokenizer = asked[0].tokenizer
+    pieces, sizes = [], []
+    for text in (b"the words", " zwei \u00fc und \u8a9e".encode(), b"a  b"):
+        if tokenizer.name == "json" and text.startswith(b" ") and tokenizer.decode(tokenizer.encode(text)) != text:
+            text = text[1:]  # a blank that the tokenizer takes for its own
+        ids = [*tokenizer.roles.begin, *tokenizer.encode(text).tolist(), tokenizer.roles.end]
+        pieces.append(packed(ids))
+        sizes.append(len(text) - (0 if tokenizer.roles.begin else len(tokenizer.decode(ids[:1]))))
+        assert spelled(tokenizer, pieces[-1]) == sizes[-1]
+    fields = (np.concatenate([getattr(p, key) for p in pieces]) for key in ("tokens", "targets", "starts"))
+    assert spelled(tokenizer, Packed(*fields)) == sum(sizes)
