@@ -1,23 +1,28 @@
 """A run says of its corpus before it starts: what is left out, and how a single text is divided."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.stores import card
-from launch import prepare
+from launch import origin, prepare
+from train import checkpoint
 
 KEYS = {"_target_": "data.loader.Data", "max_length": 64, "heldout_tokens": 128}
 
 
-def said(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[str]:
-    """The lines before the first step of a run on such data."""
+def opened(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> tuple[Any, list[str]]:
+    """The batches of a run on such data, and the lines before its first step."""
     monkeypatch.setattr(card, "draw", lambda *_: None)
     lines: list[str] = []
     config = {"data": {**KEYS, **keys}, "curriculum": {"_target_": "data.curriculum.Curriculum"}}
-    prepare.batches(config, 128, 257, lines.append)
-    return lines
+    return prepare.batches(config, 128, 257, lines.append), lines
+
+
+def said(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[str]:
+    return opened(monkeypatch, **keys)[1]
 
 
 def test_a_run_says_what_is_left_out_and_how_a_text_is_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +57,20 @@ def test_a_run_on_a_damaged_store_is_refused(tmp_path: Path, monkeypatch: pytest
         said(monkeypatch, **keys)
     with pytest.raises(ValueError, match=r"^data\.store=.*: tokens\.bin is not what was written"):
         said(monkeypatch, corpus="store", store=keys["store"])
+
+
+def test_weights_that_were_trained_on_what_would_be_held_out_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"text " * 400)
+    keys = {"corpus": "text", "path": str(tmp_path / "a.txt"), "store": str(tmp_path / "store")}
+    less, more = (opened(monkeypatch, heldout=share, **keys)[0] for share in (0.05, 0.2))
+    for trained, batches, refused in ((less, more, True), (more, less, False), (less, less, False)):
+        facts = {"format": checkpoint.FORMAT, "step": 1, "model": {}, "files": {}, "order": dict(trained.order)}
+        facts["order"].pop("data.heldout")  # as of an earlier version: the cut alone has to tell
+        (tmp_path / checkpoint.MANIFEST).write_text(json.dumps(facts))
+        if not refused:
+            origin.still_held_out(tmp_path, batches, print)
+            continue
+        with pytest.raises(ValueError, match=r"^data\.heldout=0\.2: must be .* was trained on what it would hold out"):
+            origin.still_held_out(tmp_path, batches, print)

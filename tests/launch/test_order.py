@@ -55,11 +55,15 @@ def test_a_wrong_order_is_refused_in_one_line(
 def test_resuming_in_another_order_says_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts: dict[str, Any] = {
         "format": checkpoint.FORMAT,
+        "step": 1,
+        "model": {},
+        "files": {},
         "data": "a",
         "order": {"data.packing": "concat", "data.corpus": "x", "seed": 0},
     }
     (tmp_path / checkpoint.MANIFEST).write_text(json.dumps(facts))
     monkeypatch.setattr(checkpoint, "first_difference", lambda path, shapes: None)
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
     order = {"data.packing": "best_fit", "data.corpus": "y", "seed": 0}
     flight = SimpleNamespace(
         config={"resume": str(tmp_path), "init_from": None, "cluster": {}},
