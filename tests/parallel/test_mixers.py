@@ -28,6 +28,11 @@ def goose() -> LM:
 
 
 BUILDS["rwkv7, channel mix"] = goose
+BUILDS |= {  # options that take another path over ranks
+    "mom, one norm": partial(mixer_model, "mom", heads=2, memories=2, norm_after=True),
+    "gla, no convolution": partial(mixer_model, "gla", heads=2, conv=None, feature="elu"),
+    "rglru, biases, no convolution": partial(mixer_model, "rglru", heads=2, conv=None, bias=True),
+}
 LAYOUTS = {
     "2 ranks": (2, static(1, 2), "none"),
     "4 ranks, unequal spans, recomputed": (4, unequal(), "full"),
