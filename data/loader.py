@@ -18,7 +18,7 @@ class Data:
     parquet, hf (Hugging Face datasets), megatron (tokens in Megatron-core's format, used in place), store (a store that
     is made already), headers (PyTorch's C++ headers), needles (generated: a number in a haystack, asked for at the end)
     or copies (generated: a passage, said again). path: the file of a corpus, or its folder; of records also a pattern
-    (`shards/*.jsonl`); of hf a folder or a dataset's name; of megatron the path without .bin; null for the others.
+    (`shards/*.jsonl`); of hf also a dataset's name; of megatron the path without .bin; null for the others.
     field: the field, or column, that holds a record's text. subset: of hf, of a dataset that has several. split: of hf,
     train, test and so on. streaming: of hf, whether it is read from the network as it goes, and kept only as tokens.
     on_error: at a record that is no text, stop or skip, which leaves it out and counts it in the card. documents: of
@@ -35,8 +35,9 @@ class Data:
     splits documents into powers of two (2405.13226). min_length: tokens of the shortest bucket of a decomposition.
     overlong: where a decomposition cuts a document above twice max_length, random or longest pieces first.
     document_mask: whether nothing looks across a document's start. heldout: the fraction of documents, in (0, 1), that
-    is never trained on; at most 0.25 of needles and copies. heldout_tokens: how many of their tokens an evaluation
-    reads. audit: of `farspan plan`, over how many steps it proves that no token is lost or seen twice; null for none.
+    is never trained on; of very few documents, where all would be on one side, the end of the longest; at most 0.25 of
+    needles and copies. heldout_tokens: how many of their tokens an evaluation reads. audit: of `farspan plan`, over how
+    many steps it proves that no token is lost or seen twice, every part of the store being read; null for none.
     Raises ValueError, one line that opens with the key, for a value out of range.
     """
 
