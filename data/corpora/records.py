@@ -51,6 +51,7 @@ class Records(Reader):
     says where, or, `on_error="skip"`, leaves it out and counts it."""
 
     suffixes: tuple[str, ...] = ()
+    expected = ""  # those, in words
 
     def __init__(self, *, path: str | None = None, field: str = "text", on_error: str = "stop") -> None:
         self.path = path
@@ -84,7 +85,7 @@ class Records(Reader):
         root = Path(self.path or "").expanduser()
         if not glob.has_magic(str(root)) and not root.exists():
             return ValueError(f"data.path={self.path}: no such file or folder")
-        expected = f"expected files {', '.join(self.suffixes)}{told(self.left_out())}"
+        expected = f"expected files {self.expected}{told(self.left_out())}"
         return ValueError(f"data.path={self.path}: holds no documents; {expected}")
 
     def _files(self, left: Counter[str] | None = None) -> list[tuple[str, Path]]:
@@ -137,6 +138,7 @@ class Jsonl(Records):
 
     name = "jsonl"
     suffixes = tuple(f"{end}{how}" for how in ("", *UNPACKED) for end in (".jsonl", ".ndjson", ".json"))
+    expected = f".jsonl, .ndjson, .json, or one of them packed: {', '.join(UNPACKED)}"
 
     def check(self) -> None:
         """Raises ValueError too where a file is packed by zstd and pyarrow, which reads it, is missing."""
@@ -218,6 +220,7 @@ class Parquet(Records):
 
     name = "parquet"
     suffixes = (".parquet", ".pq")
+    expected = ".parquet, .pq"
 
     def check(self) -> None:
         """Raises ValueError too where a file is none, or has no such field."""

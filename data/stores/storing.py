@@ -82,6 +82,9 @@ class Storing:
             )
         source = self.source
         source.check()
+        if self.local is not None and is_there("data.local", local := Path(self.local).expanduser()):
+            if not local.is_dir():
+                raise ValueError(f"data.local={self.local}: is a file; must be a folder")
         if isinstance(source, Prepared):
             if self.store is None:
                 raise ValueError("data.store=null: must be the folder, or the address, of a store")
@@ -166,7 +169,8 @@ class Storing:
             if self.tokenizer == Untrained.name:
                 return Untrained(self.vocabulary or VOCABULARY)
             path = Path(self.tokenizer).expanduser()
-            for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ())):
+            is_folder = is_there("data.tokenizer", path) and path.is_dir()
+            for file in sorted(path.iterdir()) if is_folder else ():
                 is_there("data.tokenizer", file)
             return from_file(self.tokenizer, self.document)
         except ValueError as error:

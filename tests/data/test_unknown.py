@@ -39,6 +39,10 @@ def test_a_pipe_is_no_tokenizer(tmp_path: Path) -> None:
     for name in ("pipe", "folder/tokenizer.json"):
         os.mkfifo(tmp_path / name)
     texts = write(tmp_path / "texts", [b"text"])
+    with pytest.raises(ValueError, match=r"^data\.tokenizer=xxx.*: cannot be looked up .File name too long"):
+        Data(corpus="text", path=str(texts), tokenizer="x" * 300).check()
+    with pytest.raises(ValueError, match=r"^data\.local=/dev/zero: is a device"):
+        Data(corpus="text", path=str(texts), local="/dev/zero").check()
     for name in ("pipe", "folder"):
         with pytest.raises(ValueError, match=r"^data\.tokenizer=.*: is a pipe; must be a regular file or a folder"):
             Data(corpus="text", path=str(texts), tokenizer=str(tmp_path / name)).check()
