@@ -195,6 +195,7 @@ def _parse(verb: str, arguments: list[str], kind: Any, names: tuple[str, ...], *
 
 
 def _free(path: Path, key: str) -> None:
+    rundir.keep_out(path, key)
     if path.exists() or path.is_symlink():
         raise UserError(f"{key}={path}: is there already; expected a folder to be made")
 

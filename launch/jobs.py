@@ -276,6 +276,8 @@ def _here(word: str) -> Path | None:
     try:
         return rundir.run_folder("JOB", word)
     except UserError:
+        if any(rundir.has(folder, "config.yaml") for folder in (Path(word), rundir.RUNS / word)):
+            raise  # it is here, and no run that can be read
         return None
 
 

@@ -40,10 +40,10 @@ def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> P
     """
     value = home(key, value)
     for folder in (Path(value), RUNS / value):
-        if _has(folder, "config.yaml"):
+        if has(folder, "config.yaml"):
             if is_checkpoint(folder):
                 run = folder.absolute().parent.parent
-                where = f"; its run is {run}" if _has(run, "config.yaml") else ""
+                where = f"; its run is {run}" if has(run, "config.yaml") else ""
                 raise UserError(f"{key}={value}: is a checkpoint; expected a run{where}")
             _check_run(folder, f"{key}={value}")
             return folder
@@ -63,7 +63,8 @@ def run_folder(key: str, value: str, cluster: dict[str, Any] | None = None) -> P
     raise UserError(f"{key}={value}: no such run; expected a run folder, or the name of one in {RUNS}/")
 
 
-def _has(folder: Path, name: str) -> bool:
+def has(folder: Path, name: str) -> bool:
+    """Whether a folder, which may be none, has a file of that name."""
     try:
         return (folder / name).exists()
     except OSError:  # a name that is too long to be one
@@ -72,7 +73,7 @@ def _has(folder: Path, name: str) -> bool:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, by what lies in it."""
-    return _has(folder, "manifest.json")
+    return has(folder, "manifest.json")
 
 
 def _check_run(folder: Path, given: str) -> None:
@@ -132,7 +133,7 @@ def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
     """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
     name, folder = reserved(config["run"])
     keep_out(folder, "run.dir")
-    if not resumed and (_has(folder, "config.yaml") or _has(folder, "checkpoints")):
+    if not resumed and (has(folder, "config.yaml") or has(folder, "checkpoints")):
         if not locked(folder):
             raise _taken(folder)
     try:
@@ -187,7 +188,7 @@ def unwritable(folder: Path, error: OSError) -> UserError:
 
 def _taken(folder: Path) -> UserError:
     """Why a folder cannot be a new run's."""
-    if _has(folder, "config.yaml"):
+    if has(folder, "config.yaml"):
         try:
             saved_config(folder)
         except UserError as error:

@@ -31,7 +31,7 @@ from data import reading
 from train.inert import Elsewhere, Made, Name, Pairs, parsed
 
 METADATA = ".metadata"
-LONGEST = 1 << 27  # bytes of a .metadata
+LONGEST, LEAST = 1 << 28, 1 << 20  # bytes of a .metadata, whatever it says
 _HEAD = 1 << 16  # bytes of what says a piece's shape
 _STRETCH = 1 << 22  # bytes read at a time
 _MOST_DIMS, _MOST_ELEMENTS = 16, 1 << 60
@@ -134,8 +134,9 @@ def metadata(folder: Path) -> Metadata:
 
     Every tensor's pieces cover it, lie within their files, and these in the folder.
     """
-    try:
-        return _metadata(folder, parsed(reading.content(folder / METADATA, LONGEST)))
+    try:  # a piece takes more in its file than here: a small checkpoint has no long .metadata, which takes time to read
+        room = sum(path.stat().st_size for path in folder.glob("*.distcp") if path.is_file())
+        return _metadata(folder, parsed(reading.content(folder / METADATA, min(LONGEST, LEAST + room))))
     except ValueError as error:
         line = str(error)
         raise DamagedError(line if line.startswith(METADATA) else f"its .metadata {line}") from None

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from data.tokenizer import Bytes
 from launch import preflight, rundir
 from launch.cli import main
+from launch.hub import export
+from launch.jobs import logs, status, stop
 from launch.train import _turn_away
 from launch.user import UserError
 from tests.jobs import overrides
@@ -256,6 +258,12 @@ def test_what_is_no_run_is_not_taken_for_one(run, tmp_path) -> None:
             rundir.claim({"run": {"name": None, "dir": folder}}, resumed=False)
     with pytest.raises(UserError, match="must not lie in a checkpoint"):
         rundir.claim({"run": {"name": None, "dir": "run/checkpoints/step-2/new"}}, resumed=False)
+    with pytest.raises(UserError, match="must not lie in a checkpoint"):
+        export(["run", "run/checkpoints/step-2/out"])
+    for word in ("run/checkpoints/step-2", "project"):
+        for verb in (status, logs, stop):
+            with pytest.raises(UserError, match="expected a run|is no run"):
+                verb([word])
     assert sorted(p.name for p in Path("project").iterdir()) == ["config.yaml"]
     assert "new" not in listing(run / "checkpoints" / "step-2")
 
