@@ -36,7 +36,6 @@ from tests.launch.test_jobs import (
 )
 
 TIMEOUT = 20  # cluster.timeout
-ALONE = ["cluster.threads=1"]  # two of a busy machine's threads do not always divide the work in the same way
 STEPS = 12
 
 
@@ -160,7 +159,7 @@ def suffer(cluster: Cluster, name: str, quiet: list[tuple]) -> tuple[str, dict[s
     """One run with one fault. Returns the line that told of it, and the seconds."""
     run = cluster.place / "runs" / name
     job = job_overrides(cluster, f"run.dir={run}", f"train.steps={STEPS}", f"cluster.timeout={TIMEOUT}")
-    job += ["cluster.restarts=3", "train.checkpoint_every=1152", *ALONE]
+    job += ["cluster.restarts=3", "train.checkpoint_every=1152"]
     log = cluster.place / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -204,7 +203,7 @@ def main(names: list[str]) -> None:
     failed = []
     try:
         run = place / "runs" / "quiet"
-        words = job_overrides(cluster, f"run.dir={run}", "cluster=none", f"train.steps={STEPS}", *ALONE)
+        words = job_overrides(cluster, f"run.dir={run}", "cluster=none", f"train.steps={STEPS}")
         farspan(cluster, "train", *words, timeout=600)
         quiet = numbers(run)
         for node in (1, 2):

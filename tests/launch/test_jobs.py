@@ -170,7 +170,8 @@ def farspan(cluster: Cluster, *words: str, code: int = 0, timeout: float = 150) 
 
 def job_overrides(cluster: Cluster, *more: str) -> list[str]:
     kept = [each for each in overrides(cluster.place) if not each.startswith("cluster=")]
-    return [*kept, f"train.steps={STEPS}", "train.checkpoint_every=1920", *more]
+    # A machine's cores are divided among its workers: sums over more threads are other sums.
+    return [*kept, "cluster.threads=1", f"train.steps={STEPS}", "train.checkpoint_every=1920", *more]
 
 
 def records(run: Path) -> list[dict]:
