@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,7 +176,8 @@ def suffer(cluster: Cluster, name: str, quiet: list[tuple]) -> tuple[str, dict[s
         assert process.poll() is None, log.read_text()
         seen: dict[str, float] = {}
         began = time.monotonic()
-        FAULTS[name](Scene(cluster, run))
+        act = threading.Thread(target=FAULTS[name], args=(Scene(cluster, run),))
+        act.start()
 
         def again() -> bool:
             _log_times(log, seen)
@@ -183,6 +185,7 @@ def suffer(cluster: Cluster, name: str, quiet: list[tuple]) -> tuple[str, dict[s
 
         wait_for(again, 500)
         seen["step"] = time.monotonic()
+        act.join(120)
         assert process.wait(900) == 0, log.read_text()
     finally:
         if process.poll() is None:
