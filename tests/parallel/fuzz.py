@@ -38,7 +38,7 @@ from train.execute import Executor
 from train.loss import sums
 from train.spans import Spans
 
-WORLD, PATIENCE = 4, 60.0
+WORLD, PATIENCE = 4, 120.0  # seconds, the start of a world among them
 Z = 0.01
 HEADS = {"heads": 12, "kv_heads": 12, "head_dim": 4}  # of which every number of ranks gets as many
 EFFECTS = {"gather": GatherEffects(), "relay": Relay(), "allscan": AllScan(2)}
