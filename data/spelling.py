@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -21,7 +22,7 @@ class Spelling:
     """
 
     def __init__(self, backend: Any, text: str, silent: frozenset[int]) -> None:
-        told = json.loads(text)
+        told = parsed(text)
         self._backend, self.silent = backend, silent
         decoder, model = told.get("decoder"), told["model"]
         steps, before = _flat(decoder, "decoders"), _flat(told.get("pre_tokenizer"), "pretokenizers")
@@ -141,6 +142,12 @@ class _Together(Writer):
         both = zip(old, new, strict=False)
         same = next((n for n, (a, b) in enumerate(both) if a != b), min(len(old), len(new)))
         return new[same:]
+
+
+@lru_cache(maxsize=2)
+def parsed(text: str) -> dict[str, Any]:
+    """What a tokenizer.json says, to be read and not changed: those of large vocabularies take long to parse."""
+    return json.loads(text)
 
 
 def _flat(step: Any, several: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from data import reading
 from data.roles import Roles
-from data.spelling import Spelling, Writer
+from data.spelling import Spelling, Writer, parsed
 from data.stores.indexed import smallest
 
 Ids = NDArray[np.integer]
@@ -217,13 +217,15 @@ def _deaf(text: str, backend: Any, special: set[int]) -> Any:
     there they get names that no text has.
     """
     names = {i: name for i in special if (name := backend.id_to_token(i)) is not None}
-    told = json.loads(text)
-    model = told["model"]
-    if model.get("type", "BPE") == "BPE":  # which makes words by merges: most have no way to a special token
+    if (
+        parsed(text)["model"].get("type", "BPE") == "BPE"
+    ):  # which makes words by merges: most have no way to a special token
         probes = [probe for name in names.values() for probe in (name, f"a{name}b", f" {name} ")]
         found = {i for each in backend.encode_batch(probes, add_special_tokens=False) for i in each.ids}
         if not special & found - {unknown_of(text, backend)}:
             return backend
+    told = json.loads(text)
+    model = told["model"]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     secret = {name: f"\ufdd0{digest}-{i}" for i, name in names.items()}
     for token in told.get("added_tokens", ()):
@@ -244,7 +246,7 @@ def _deaf(text: str, backend: Any, special: set[int]) -> Any:
 
 def unknown_of(text: str, backend: Any) -> int | None:
     """The id of what stands for text that no token spells."""
-    model = json.loads(text)["model"]
+    model = parsed(text)["model"]
     name = model.get("unk_token")
     return model.get("unk_id") if name is None else backend.token_to_id(name)
 

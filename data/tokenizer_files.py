@@ -12,7 +12,7 @@ from typing import Any
 
 from data import reading
 from data.roles import Roles
-from data.spelling import LETTERS
+from data.spelling import LETTERS, parsed
 from data.tokenizer import CLOSING, DOCUMENT_NAME, Bytes, Json, from_card, loaded, unknown_of
 
 PROBE = "The mixer reads what a span leaves behind: größer, 长 3.14\n\tdef f(x):  return x\n".encode()
@@ -20,6 +20,7 @@ BESIDE = (  # tokenizer.json: what is kept as it came
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+BYTES_FILE = 1 << 16  # the tokenizer.json of bytes is smaller
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 ENDS = CLOSING[: CLOSING.index("<|begin_of_text|>")]  # those that are no begin
 
@@ -84,13 +85,13 @@ def read(path: Path, document: str | None = None) -> Json | Bytes:
     """
     folder = path if path.is_dir() else path.parent
     text = _tokenizer_json(path)
-    if json.loads(text) == json.loads(_bytes()[0].to_str()):  # ours, come back
+    backend = loaded(text)
+    if len(text) < BYTES_FILE and parsed(text) == json.loads(_bytes()[0].to_str()):  # ours, come back
         return Bytes()
     beside = {}
     if path.is_dir() or path.name == "tokenizer.json":
         beside = {name: found for name in (*BESIDE, "config.json") if (found := _text(folder / name)) is not None}
     told = {name: _object(name, found) for name, found in beside.items() if name.endswith("config.json")}
-    backend = loaded(text)
     roles = _roles(text, backend, beside, told)
     config = told.get("config.json")
     if document is None and not roles.marks and config is None:
@@ -132,6 +133,8 @@ def _stopping(tokenizer: Json, end: int | None = None) -> Json:
     if name in files and (told := _object(name, files[name])) != (new := mended(told)):
         files[name] = json.dumps(new, indent=2)
     ids = None if tokenizer.ids is None else mended(tokenizer.ids)
+    if files == tokenizer.files and ids == tokenizer.ids:
+        return tokenizer
     return Json(tokenizer.text, roles=tokenizer.roles, files=files, ids=ids)
 
 

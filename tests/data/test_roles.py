@@ -332,3 +332,9 @@ def test_a_damaged_folder_costs_one_line(tmp_path, name, told, line) -> None:
     with pytest.raises(ValueError, match=line) as error:
         card_of(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_json_is_no_tokenizer(tmp_path) -> None:
+    (tmp_path / "x.md").write_text("# Read me")
+    with pytest.raises(ValueError, match="^is no tokenizer.json"):
+        from_file(tmp_path / "x.md")
