@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: train test unit check slow mutations matrix plans stops faults docs bench reference clean
+.PHONY: train test unit check slow mutations matrix plans fuzz stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -35,6 +35,9 @@ matrix: $(READY)
 
 plans: $(READY)
 	$(VENV)/bin/python -m tests.parallel.fuzz $(ARGS)
+
+fuzz: $(READY)
+	$(VENV)/bin/python -m tests.fuzz $(ARGS)
 
 stops: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/launch/test_stop.py -m "slow or not slow"

@@ -158,11 +158,34 @@ def _draw_lengths(path: Path, results: dict[str, Any]) -> None:
     rows = results["loss"]["lengths"]
     figure, (axes,) = figure_of(6.4, 3.6)
     axes.bar(range(len(rows)), [row["loss"] for row in rows], color=BLUE, width=0.7)
+    size = 8 if len(rows) <= 12 else 6.5
     for x, row in enumerate(rows):
-        axes.annotate(f"{row['documents']:,}", (x, row["loss"]), ha="center", va="bottom", fontsize=8, color=INK)
-    axes.set_xticks(range(len(rows)), [f"{row['from']:,}" for row in rows], rotation=30)
-    axes.set(xlabel="tokens of the document, from", ylabel="nats a token", title="Held-out loss by length")
+        axes.annotate(count(row["documents"]), (x, row["loss"]), ha="center", va="bottom", fontsize=size, color=INK)
+    ticks(axes, "x", [f"{row['from']:,}" for row in rows])
+    axes.margins(y=0.1)
+    title = "Held-out loss by length (on each bar: how many documents)"
+    axes.set(xlabel="tokens of the document, from", ylabel="nats a token", title=title)
     save(figure, path)
+
+
+def count(number: int) -> str:
+    """A number that a bar has room for: 950, 12k, 3.4M."""
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
+        if number >= size:
+            unit = 1000 if letter == "k" else size
+            return f"{number / unit:.3g}{letter}"
+    return f"{number:,}"
+
+
+MOST_TICKS = 12  # labels beside each other that have room
+
+
+def ticks(axes: Any, axis: str, labels: Sequence[str]) -> None:
+    """A label a place, as many as do not overlap: the first, the last, and some between, evenly."""
+    step = -(-len(labels) // MOST_TICKS)
+    at = [i for i in range(len(labels)) if i % step == 0]
+    rotation = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if axis == "x" else {}
+    getattr(axes, f"set_{axis}ticks")(at, [labels[i] for i in at], **rotation)
 
 
 def _draw_positions(path: Path, results: dict[str, Any]) -> None:
@@ -175,23 +198,32 @@ def _draw_positions(path: Path, results: dict[str, Any]) -> None:
 
 
 def _draw_needle(path: Path, results: dict[str, Any]) -> None:
+    """Colours go over the range of the data, and the bar beside them says which that is."""
     found = results["needle"]
-    figure, panels = figure_of(9.6, 0.5 * len(found["depths"]) + 1.8, 2)
+    wide, high = len(found["lengths"]), len(found["depths"])
+    figure, panels = figure_of(max(9.6, 1.5 * wide + 3.2), 0.5 * high + 1.8, 2)
     exact, logprob = _grids(found)
     scales = (
-        (exact, "answers that are exact", "viridis", (0, 1), "{:.0%}"),
-        (logprob, "nats", "cividis", None, "{:.1f}"),
+        (exact, "answers that are exact", "viridis", "{:.0%}"),
+        (logprob, "nats of the answer", "cividis", "{:.1f}"),
     )
-    for axes, (grid, title, colours, limits, text) in zip(panels, scales, strict=True):
+    for axes, (grid, title, colours, text) in zip(panels, scales, strict=True):
         columns = list(zip(*grid, strict=True))  # depth by length
-        low, high = limits or (min(map(min, grid)), max(max(map(max, grid)), min(map(min, grid)) + 1e-9))
-        axes.imshow(columns, cmap=colours, vmin=low, vmax=high, aspect="auto")
+        least, most = min(map(min, grid)), max(map(max, grid))
+        span = (most - least) or 1e-9
+        image = axes.imshow(columns, cmap=colours, vmin=least, vmax=least + span, aspect="auto")
         for y, row in enumerate(columns):
             for x, value in enumerate(row):
-                dark = (value - low) / (high - low) < 0.6
-                axes.text(x, y, text.format(value), ha="center", va="center", color="white" if dark else INK)
-        axes.set_xticks(range(len(found["lengths"])), [f"{n:,}" for n in found["lengths"]])
-        axes.set_yticks(range(len(found["depths"])), [f"{d:.0%}" for d in found["depths"]])
+                dark = (value - least) / span < 0.6
+                axes.text(
+                    x, y, text.format(value), ha="center", va="center", color="white" if dark else INK, fontsize=8
+                )
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=[least, most] if most > least else [least])
+        bar.ax.set_yticklabels([text.format(value) for value in dict.fromkeys((least, most))])
+        bar.outline.set_visible(False)
+        ticks(axes, "x", [f"{n:,}" for n in found["lengths"]])
+        ticks(axes, "y", [f"{d:.0%}" for d in found["depths"]])
         axes.grid(False)
-        axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"Needle: {title}")
+        said = f"{text.format(least)} to {text.format(most)}" if most > least else f"{text.format(least)} everywhere"
+        axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"Needle: {title} ({said})")
     save(figure, path)

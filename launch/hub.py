@@ -183,7 +183,7 @@ def _parse(verb: str, arguments: list[str], kind: Any, names: tuple[str, ...], *
         if key == "run.dir" and verb == "import":
             positional.append(value)
         else:
-            values[key] = value if key == "document" else yaml.safe_load(value)
+            values[key] = value if key == "document" else _value(value)
     if not least <= len(positional) <= len(names):
         missing = names[len(positional)] if len(positional) < least else positional[len(names)]
         what = "missing" if len(positional) < least else "one too many"
@@ -192,6 +192,14 @@ def _parse(verb: str, arguments: list[str], kind: Any, names: tuple[str, ...], *
         return positional, kind(**fields("", values, kind))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _value(text: str) -> Any:
+    """As YAML has it; what is none, and numbers of thousands of digits, are text."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 def _free(path: Path, key: str) -> None:

@@ -123,9 +123,7 @@ def clear(
         if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
         if cluster.kind != "ray" and (cluster.threads or 0) > cores():
-            raise ValueError(
-                f"cluster.threads={cluster.threads}: this machine has {cores()} cores; must be at most that"
-            )
+            raise ValueError(f"cluster.threads={cluster.threads}: must be at most {cores()}, this machine's cores")
         if cluster.kind == "none" and cluster.workers > (most := MOST_A_CORE * cores()):
             raise ValueError(f"cluster.workers={cluster.workers}: must be at most {most}, {MOST_A_CORE} a core")
         data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
@@ -137,7 +135,10 @@ def clear(
         if not data_here:
             _objects(config, train, data, sequence)
             return Flight(config, train, cluster, device, data, sequence, shapes, None)
+        if isinstance(longest := config["data"].get("max_length"), int):
+            _few_enough(config, max(train.ramp.sizes) // max(longest, 1))
         batches = prepare.batches(config, train.batch_tokens, shapes["embedding"][0], say)
+        _few_enough(config, max(map(len, batches.shapes())))
         steps = train.steps_at(batches.filled(train.total_steps))
         batches.batch(config["seed"], steps - 1)  # there is enough for all steps
         _objects(config, train, data, sequence, batches.shapes())
@@ -153,6 +154,15 @@ def clear(
         _checkpoints(flight, say)
         continued.settle(flight, say)
     return flight
+
+
+def _few_enough(config: dict[str, Any], sequences: int) -> None:
+    """Raises ValueError for a step of more sequences than a plan can be made for in seconds."""
+    if sequences > MOST_SEQUENCES:
+        size = config["train"]["batch_tokens"]
+        raise ValueError(
+            f"train.batch_tokens={size}: makes {sequences:,} sequences a step; must make at most {MOST_SEQUENCES:,}"
+        )
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def class_of(path: str, target: Any) -> type:
 
 def nearest(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """The end of a line about `word`: the nearest of the known ones, or all of them when none is near."""
-    by_lower = {name.lower(): name for name in known if not name.startswith("_")}
+    by_lower = {name.lower(): name for name in known if not name.startswith("_") and name != word}
     close = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
     if close:
         return f"; nearest: {prefix}{by_lower[close[0]]}"

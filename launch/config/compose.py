@@ -62,7 +62,7 @@ def composed(overrides: list[str], model: dict[str, Any] | None = None) -> dict[
     model: a complete `model` section that stands in place of the default job's, below the overrides.
     """
     read = _last_choices([_read(override) for override in overrides])
-    config = _compose(read, [] if model is None else _placed(model))
+    config = _compose(read, model)
     try:
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -121,8 +121,9 @@ def _placed(model: dict[str, Any]) -> list[str]:
     return [f"model={_OTHER}"]
 
 
-def _compose(read: list[Read], base: list[str]) -> DictConfig:
+def _compose(read: list[Read], model: dict[str, Any] | None) -> DictConfig:
     """Hydra's composition. A key that is not in the files is added where the constructor of its parent knows it."""
+    base = [] if model is None else _placed(model)
     texts = [each.text for each in read]
     while True:
         GlobalHydra.instance().clear()
@@ -135,7 +136,7 @@ def _compose(read: list[Read], base: list[str]) -> DictConfig:
             new = [i for i, each in enumerate(read) if each.name == name and texts[i] == each.text]
             new = [i for i in new if not read[i].parts.is_delete()]
             if not new or not all(read[i].adds or _is_known(read[i].name, read) for i in new):
-                raise UserError(_one_line(error, read)) from None
+                raise UserError(_one_line(error, read, model)) from None
             for i in new:
                 texts[i] = ("++" if read[i].parts.package is None else "+") + texts[i]
 
@@ -221,13 +222,16 @@ def _is_known(key: str, read: list[Read]) -> bool:
     return isinstance(constructor, type) and name in parameters_of(constructor)[0]
 
 
-def _one_line(error: Exception, read: list[Read]) -> str:
-    """Hydra's errors as one line with the nearest spelling."""
+def _one_line(error: Exception, read: list[Read], model: dict[str, Any] | None = None) -> str:
+    """Hydra's errors as one line with the nearest spelling. model: what the run starts from has, where that decides."""
     text = " ".join(str(error).split())
     if match := re.match(r"Could not override '([^']+)'", text):
-        if "@" in match[1]:
+        place = match[1].partition("@")[2]
+        if place and model is not None and place.startswith("model."):
+            return f"{match[1]}: the model is that of init_from, whose parts are what they are; its keys can be changed"
+        if place:
             return f"{match[1]}: there is no such place{nearest(match[1], conf.written()[1])}"
-        return f"{match[1]}: {_linked(match[1], read) or f'no such key{_nearest_path(match[1], read)}'}"
+        return f"{match[1]}: {_linked(match[1], read) or f'no such key{_nearest_path(match[1], read, model)}'}"
     if match := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
         if match[1] in _paths(read):
             return f"~{match[1]}: is null already"
@@ -267,9 +271,10 @@ def _linked(key: str, read: list[Read]) -> str | None:
     return None
 
 
-def _nearest_path(key: str, read: list[Read] | None = None) -> str:
-    """The nearest full key; first of those that end alike: `lr` is optimizer.lr."""
-    paths = _paths(read)
+def _nearest_path(key: str, read: list[Read] | None = None, model: dict[str, Any] | None = None) -> str:
+    """The nearest full key, never the key itself; first of those that end alike: `lr` is optimizer.lr."""
+    paths = _paths_of(_written(read) | ({} if model is None else {"model": model}))
+    paths = [path for path in paths if path != key]
     last = key.rpartition(".")[2]
     alike = [path for path in paths if path.rpartition(".")[2] == last]
     if alike and len(alike) <= 3:

@@ -6,6 +6,7 @@ dark to light, names take Okabe and Ito's palette: both can be told apart withou
 
 from __future__ import annotations
 
+import math
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _LEGEND = 9  # values that a legend inside the panel holds
 _POINTS = 50_000  # up to which matplotlib looks for the emptiest corner, which takes it a second there
 _ROWS = 40  # members of a dot plot
 _DECADE = 10.0
+_LETTER = 0.02  # of a panel's width
 
 LOOK: Any = {
     "font.family": "DejaVu Sans",
@@ -159,8 +161,23 @@ def _lines(axes: Any, number: Swept, swept: list[Swept], results: list[Result], 
         _label(axes, ends)
     if len(values) <= 8:
         texts = {x: plain(value) for value, x in place.items()}
-        axes.set_xticks(values, [texts[x] for x in values])
+        shown = _apart(values, [texts[x] for x in values], log=axes.get_xscale() == "log")
+        axes.set_xticks(values, [texts[x] if x in shown else "" for x in values])
         axes.minorticks_off()
+
+
+def _apart(values: list[float], texts: list[str], *, log: bool) -> set[float]:
+    """Of ascending values on an axis those whose texts have room beside the one before."""
+    places = np.log(values) if log else np.array(values)
+    width = float(places[-1] - places[0]) or 1.0
+    shown, end = set(), -math.inf
+    for value, place, text in zip(values, places, texts, strict=True):
+        half = _LETTER * (len(text) + 1) / 2
+        at = float(place - places[0]) / width
+        if at - half >= end:
+            shown.add(value)
+            end = at + half
+    return shown
 
 
 def _top(losses: list[float]) -> float:

@@ -10,17 +10,17 @@ from tests.jobs import overrides
 pytestmark = pytest.mark.composes
 
 REFUSED = {
-    "model.layers=100000000": "model.layers=100000000: must be at most 1,024",
+    "model.layers=100000000": "model.layers=100000000: must be at least 1, and at most 1,024",
     "model.layers=0": "model.layers=0: must be at least 1",
     "model.blocks.attn.mixer.head_dim=100000000": "head_dim=100000000: must be at most 65,536",
     "train.batch_tokens=1e15": "train.batch_tokens=1000000000000000: must be at most 268,435,456 tokens a step",
     "train.batch_tokens=[[0,96],[9600,1e15]]": "train.batch_tokens=1000000000000000: must be",
     "train.batch_tokens=9600000": "train.batch_tokens=9600000: makes 100,000 sequences a step; must make at",
-    "cluster.threads=100000": "cluster.threads=100000: must be from 1 to 1,024, or null",
+    "cluster.threads=100000": "cluster.threads=100000: must be at least 1 and at most 1,024, or null",
     "cluster.threads=1000": "cluster.threads=1000: must be at most ",
     "cluster.workers=1e6": "cluster.workers=1000000: must be at least 1, and at most 131,072",
     "cluster.workers=100000": "cluster.workers=100000: must be at most ",
-    "cluster.timeout=1e300": "cluster.timeout=1e+300: must be above 0 seconds, below a month, or null",
+    "cluster.timeout=1e300": "cluster.timeout=1e+300: must be above 0 and at most 2,592,000 seconds, or null",
     "tracking.timeout=1e9": "tracking.timeout: got 1000000000.0, accepts a number of seconds above 0, up to a day",
     "tracking.queue=1e18": "tracking.queue: got 1000000000000000000, accepts a number of records",
     "evaluate.depths=1e9": "evaluate.depths=1000000000: must be at most 1,024",
