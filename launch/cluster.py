@@ -119,7 +119,8 @@ def _judge(report: Report | None, process: BaseProcess, run_dir: Path) -> Outcom
     if report.failures or report.deaths:
         return verdict(report.failures, report.deaths, run_dir)
     error = run_dir / "error.txt"
-    error.write_text(report.trace, encoding="utf-8")
+    with contextlib.suppress(OSError):  # a full disk may be what it tells of
+        error.write_text(report.trace, encoding="utf-8")
     if not head_answers(run_dir):
         return Outcome(False, f"the head of Ray was lost with its machine (full trace: {error})", 1, lost=True)
     return Outcome(False, f"Ray: {report.line} (full trace: {error})", 1, lost=True)

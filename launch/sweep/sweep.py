@@ -239,7 +239,7 @@ def _one(found: Sweep, each: Ready, console: Console) -> tuple[str, str | None]:
     except UserError as error:
         state, reason = "failed", str(error)
     except Exception as error:
-        with (found.folder / "error.txt").open("a", encoding="utf-8") as file:
+        with suppress(OSError), (found.folder / "error.txt").open("a", encoding="utf-8") as file:
             file.write(f"member {each.member.number}\n{traceback.format_exc()}\n")
         first = (str(error).strip().splitlines() or [""])[0]
         state, reason = "failed", f"{type(error).__name__}: {first} (full trace: {found.folder / 'error.txt'})"

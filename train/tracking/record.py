@@ -6,8 +6,10 @@ written again with its `attempt`; `records` reads what counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -132,7 +134,10 @@ def _plain(value: Any, name: str, nonfinite: list[str]) -> Any:
 
 
 class RunLog:
-    """The run's notices for people, one line each with the local time, appended to `log.txt` and flushed."""
+    """The run's notices for people, one line each with the local time, appended to `log.txt` and flushed.
+
+    A notice that the disk has no room for goes to standard error: it may be the one that says so.
+    """
 
     def __init__(self, path: str | Path):
         path = Path(path)
@@ -142,8 +147,13 @@ class RunLog:
 
     def __call__(self, line: str) -> None:
         with self._lock:
-            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-            self._file.flush()
+            try:
+                self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+                self._file.flush()
+            except OSError:
+                with contextlib.suppress(OSError, ValueError):
+                    print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()

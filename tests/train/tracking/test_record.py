@@ -118,3 +118,13 @@ def test_run_log_appends_lines_with_the_time(tmp_path: Path) -> None:
         assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d  {line}", last)
         log.close()
     assert len((tmp_path / "run" / "log.txt").read_text("utf-8").splitlines()) == 2
+
+
+def test_a_notice_that_a_full_disk_has_no_room_for_is_said_all_the_same(capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is always full")
+    log = RunLog("/dev/full")
+    log("the disk is full")
+    log("and still is")
+    log.close()
+    assert capsys.readouterr().err == "the disk is full\nand still is\n"
