@@ -153,7 +153,7 @@ def started(run: Path, process: subprocess.Popen, meanwhile: Callable[[], object
         saved = any(run.glob("checkpoints/step-*/manifest.json"))
         return process.poll() is not None or saved and max(losses(run), default=0) > 4
 
-    wait_for(on, 90)
+    wait_for(on, 200)
     assert process.poll() is None
 
 
