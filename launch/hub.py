@@ -58,7 +58,7 @@ class Export:
     @property
     def shard(self) -> int:
         """Bytes; 0 for what is no size."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B|)", str(self.max_shard).upper())
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]B|)", str(self.max_shard).upper())
         return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 

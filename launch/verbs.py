@@ -250,7 +250,8 @@ farspan trains hybrid linear-attention / softmax / mixture-of-experts language m
 
 {lines}
 
-farspan VERB --help says more; with overrides, --cfg prints the configuration that they make. --version: which one.
+farspan VERB --help says more; with overrides, --cfg prints the configuration that they make.
+farspan --version says which one this is.
 Example:  farspan train experiment=smoke cluster=none run.name=first
 """
 
