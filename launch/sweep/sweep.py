@@ -118,13 +118,15 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
     swept, members = sweep_members.expand(overrides)
     first = _composed(members[0], members[0].overrides)
     sweep_members.name(swept, members, first)
+    ours = not (first["run"]["name"] or first["run"]["dir"])  # checking gives the first member a name of its own
     name, folder = rundir.reserved(first["run"])
     try:
         return _checked_all(Sweep(folder, name, overrides, swept, members, os.getcwd()), first, say)
     except (UserError, KeyboardInterrupt):
-        if not (first["run"]["name"] or first["run"]["dir"]):  # the empty folder is ours
+        if ours:
             with suppress(OSError):
                 folder.rmdir()
+                rundir.RUNS.rmdir()  # where nothing else is in it
         raise
 
 
