@@ -10,7 +10,7 @@ from tests import fuzz
 
 
 @pytest.mark.composes
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(number=st.integers(0, 1_000_000))
 def test_no_value_of_a_key_ends_in_a_traceback(number, tmp_path_factory):
     place = tmp_path_factory.getbasetemp() / "fuzz"
