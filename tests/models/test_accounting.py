@@ -45,6 +45,10 @@ def single(mixer: str, dtype: torch.dtype = torch.float64) -> LM:
     return model
 
 
+def named(make) -> str:
+    return make.args[0] if isinstance(make, partial) else make.__name__
+
+
 def on_meta(make) -> Account:
     with torch.device("meta"):
         return account(make())
@@ -75,7 +79,7 @@ def square(costs: Account, tokens: int) -> int:
     return sum(layer.flops * tokens**2 for layer in costs.attention)
 
 
-@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in sorted(MIXERS))], ids=str)
+@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in sorted(MIXERS))], ids=named)
 def test_flops_are_those_that_a_real_run_multiplies(make):
     costs = on_meta(make)
     forward, backward = counted(make(), T)
@@ -89,7 +93,7 @@ def test_flops_are_those_that_a_real_run_multiplies(make):
     assert costs.per_token.recompute == costs.per_token.forward - 2 * VOCABULARY * 32
 
 
-@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in sorted(MIXERS))], ids=str)
+@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in sorted(MIXERS))], ids=named)
 def test_state_is_what_a_real_run_leaves(make):
     memory = Memory()
     model = make()
