@@ -82,7 +82,7 @@ def _one_budget(read: list[Read], config: dict[Any, Any]) -> None:
     whole = next((each.parts.value() for each in read if each.name == "train"), None)
     texts |= {f"train.{key}": str(value) for key, value in whole.items()} if isinstance(whole, dict) else {}
     tokens, train = texts.get("train.tokens"), config.get("train")
-    if tokens is None or not isinstance(train, dict) or train.get("steps") is None:
+    if tokens in (None, "null") or not isinstance(train, dict) or train.get("steps") is None:
         return
     if "train.steps" in texts:
         raise UserError(
