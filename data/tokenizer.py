@@ -6,7 +6,8 @@ all of that, `DOCUMENT`, which opens every document; as a target, it closes the 
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,18 +156,21 @@ class Json:
         return True
 
     def encode(self, content: bytes) -> Ids:
-        """Token ids, uint16 or int32 [T]; no special token is added."""
+        """Token ids, uint16 or int32 [T]; no special token is added. Raises ValueError where the backend gives up."""
         return next(iter(self.encode_batch([content])))
 
     def encode_batch(self, contents: Sequence[bytes]) -> Iterable[Ids]:
         """`encode` of each. One call for many: the package's own batches cost less than as many single ones."""
         texts = [content.decode() for content in contents]
-        for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False):
+        with sound():
+            found = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        for encoding in found:
             yield np.array(encoding.ids, dtype=self.dtype)
 
     def unknown(self, text: str) -> str | None:
         """The first character of a text that no token spells: `encode` drops it, or makes the unknown token of it."""
-        encoding = self._encoder.encode(text, add_special_tokens=False)
+        with sound():
+            encoding = self._encoder.encode(text, add_special_tokens=False)
         spelled = np.zeros(len(text) + 1, dtype=bool)
         for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
             spelled[begin:end] |= token != self.unknown_id
@@ -194,16 +198,29 @@ class Json:
         return False
 
 
+@contextmanager
+def sound(said: str = "the tokenizer gave up on a text") -> Iterator[None]:
+    """What the `tokenizers` package raises becomes a ValueError of one line, `said` and the reason.
+
+    It has no class of its own for errors, and a panic of its Rust is no `Exception`: an expression of a tokenizer.json
+    that backtracks without end ends in one, at the limit of the package's regular expressions.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{said} ({' '.join(str(error).split())[:200]})") from None
+
+
 def loaded(text: str) -> Any:
     """A backend of the `tokenizers` package that adds, cuts and pads nothing. Raises ValueError."""
     try:
         from tokenizers import Tokenizer as Backend
     except ImportError:
         raise ValueError("needs the tokenizers package, which is not installed") from None
-    try:
+    with sound("is no tokenizer.json"):
         backend = Backend.from_str(text)
-    except Exception as error:  # it raises no class of its own
-        raise ValueError(f"is no tokenizer.json ({error})") from None
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -221,7 +238,8 @@ def _deaf(text: str, backend: Any, special: set[int]) -> Any:
         parsed(text)["model"].get("type", "BPE") == "BPE"
     ):  # which makes words by merges: most have no way to a special token
         probes = [probe for name in names.values() for probe in (name, f"a{name}b", f" {name} ")]
-        found = {i for each in backend.encode_batch(probes, add_special_tokens=False) for i in each.ids}
+        with sound():
+            found = {i for each in backend.encode_batch(probes, add_special_tokens=False) for i in each.ids}
         if not special & found - {unknown_of(text, backend)}:
             return backend
     told = json.loads(text)

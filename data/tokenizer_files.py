@@ -13,7 +13,7 @@ from typing import Any
 from data import reading
 from data.roles import Roles
 from data.spelling import LETTERS, parsed
-from data.tokenizer import CLOSING, DOCUMENT_NAME, Bytes, Json, from_card, loaded, unknown_of
+from data.tokenizer import CLOSING, DOCUMENT_NAME, Bytes, Json, from_card, loaded, sound, unknown_of
 
 PROBE = "The mixer reads what a span leaves behind: größer, 长 3.14\n\tdef f(x):  return x\n".encode()
 BESIDE = (  # tokenizer.json: what is kept as it came
@@ -176,8 +176,9 @@ def around(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that a backend puts before a text and behind it, where special tokens are asked for."""
     words = (word for word in backend.get_vocab() if word.isalnum())
     for text in ("a", "the", *(word for word, _ in zip(words, range(64), strict=False))):
-        inner = backend.encode(text, add_special_tokens=False).ids
-        whole = backend.encode(text, add_special_tokens=True)
+        with sound():
+            inner = backend.encode(text, add_special_tokens=False).ids
+            whole = backend.encode(text, add_special_tokens=True)
         if inner:
             lead = next((n for n, special in enumerate(whole.special_tokens_mask) if not special), 0)
             return tuple(whole.ids[:lead]), tuple(whole.ids[lead + len(inner) :])

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from launch import nodes, package, preflight
+from launch import nodes, package, preflight, rundir
 from launch.user import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def prepare(overrides: list[str]) -> int:
     from train.construct import construct
 
     config = preflight.configure(overrides)
+    _keep_out(config["data"])
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     with preflight.refusals(config):
         data = construct(config["data"])
@@ -53,6 +54,16 @@ def prepare(overrides: list[str]) -> int:
             verify(Store(folder))
     print("\n\n".join("\n".join(lines(folder, left)) for folder, left in stores))
     return 0
+
+
+def _keep_out(section: dict[str, Any], key: str = "data") -> None:
+    """Raises UserError for a store, a copy of one, or an index beside one that would lie in a checkpoint."""
+    for name in ("store", "local"):
+        value = section.get(name)
+        if isinstance(value, str) and "://" not in value:
+            rundir.keep_out(Path(value).expanduser(), f"{key}.{name}")
+    for name, source in (section.get("sources") or {}).items():
+        _keep_out(source["data"], f"{key}.sources.{name}.data")
 
 
 def _stores(data: Any, found: Any) -> list[tuple[str, Any, Path]]:
@@ -78,6 +89,7 @@ def batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say: Cal
         if tokens is not None and vocabulary < tokens:
             raise ValueError(f"model.vocabulary={vocabulary}: the tokenizer has {tokens} tokens; must be at least that")
 
+    _keep_out(config["data"])
     data = construct(config["data"])
     data.check()
     if hasattr(data, "vocabulary_size"):

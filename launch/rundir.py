@@ -104,9 +104,10 @@ def _job_lines(path: Path) -> list[dict[str, Any]]:
 
 def keep_out(folder: Path, key: str) -> None:
     """Raises UserError for a folder below a checkpoint: nothing is ever written there."""
-    place = Path(folder).absolute()
+    place = Path(os.path.realpath(str(folder).replace("\0", "")))  # a NUL is refused where the folder is made
     for above in (place, *place.parents):
-        if re.fullmatch(r"step-\d+", above.name) and is_checkpoint(above):
+        named = re.fullmatch(r"step-\d+", above.name)
+        if is_checkpoint(above) and (named or has(above, ".metadata")):  # others have a manifest.json, too
             raise UserError(f"{key}={folder}: must not lie in a checkpoint, {above}")
 
 

@@ -15,10 +15,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data import reading
 
 CHECKED_BYTES = 64 << 20  # of an array, at every opening: some 50 ms
 BLOCK = 1 << 16  # documents, or other rows, that are looked at together
@@ -79,11 +82,13 @@ class Index:
     """
 
     def __init__(self, folder: Path) -> None:
-        card = json.loads((folder / "index.json").read_text())
-        self.folder, self.facts = folder, card["facts"]
+        card = reading.json_object(folder / "index.json")
+        self.folder, self.facts = folder, dict(card["facts"])
         self._arrays: dict[str, Ints] = {}
         for name, count in card["counts"].items():
             path = folder / f"{name}.bin"
+            if path.parent != folder or not S_ISREG(path.stat().st_mode):
+                raise ValueError(f"{path}: must be a regular file of the index")
             if path.stat().st_size != 8 * count:
                 raise ValueError(f"{path}: must have {8 * count:,} bytes")
             self._arrays[name] = np.memmap(path, dtype="<i8", mode="r") if count else np.empty(0, np.int64)

@@ -7,6 +7,7 @@ and copies, not against people. A store that was made before there were any has 
 import hashlib
 import json
 import random
+import stat
 import time
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from data import reading
 
 CHECKSUMS = "checksums.json"
 PART_BYTES = 64 << 20
@@ -117,16 +120,17 @@ def _pieces(store: Any, at: str) -> list[Piece]:
     step, known = PART_BYTES, {}
     if (path := store.folder / CHECKSUMS).exists():
         try:
-            told = json.loads(path.read_text())
+            told = reading.json_object(path)
             step, known = told["part_bytes"], told["files"]
-            right = step > 0 and all(isinstance(crc, int) for name in known for crc in known[name])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            right = type(step) is int and step > 0 and isinstance(known, dict)
+            right = right and all(isinstance(sums, list) and all(map(_is_count, sums)) for sums in known.values())
+        except (ValueError, KeyError):
             right = False
         if not right or TOKENS not in known:
             raise ValueError(f"{at}: {CHECKSUMS} is damaged{_way_out(store)}")
     found = []
     for name in sorted({*known, TOKENS, "offsets.npy"} - {CHECKSUMS}, key=lambda name: (name == TOKENS, name)):
-        size, sums = _path(store, name).stat().st_size, known.get(name)
+        size, sums = _size(_path(store, name), at), known.get(name)
         begins = range(0, size, step)
         if sums is not None and len(sums) != len(begins):
             raise ValueError(f"{at}: {name} is not of the size that {CHECKSUMS} says{_way_out(store)}")
@@ -137,8 +141,19 @@ def _pieces(store: Any, at: str) -> list[Piece]:
     return found
 
 
+def _size(path: Path, at: str) -> int:
+    """The bytes of a regular file: a device or a pipe may have no end. Raises ValueError."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{at}: {path.name} cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{at}: {path.name} is no regular file")
+    return found.st_size
+
+
 def _path(store: Any, name: str) -> Path:
-    if Path(name).name != name:
+    if Path(name).name != name or "\0" in name:
         raise ValueError(f"data.store={store.folder}: {CHECKSUMS} names a file elsewhere ({name})")
     return Path(f"{store.card['at']}.bin") if name == TOKENS and "at" in store.card else store.folder / name
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data import reading
 from data.stores.checks import Sums
 from data.stores.indexed import BLOCK, write_index
 
@@ -58,7 +59,7 @@ class Merge:
         self.facts: dict[str, Any] = {"parts": 0, "documents": 0, "tokens": 0, "bytes": 0, "names": 0, "named": 0}
         self.facts |= {"largest": -1, "skipped": {}, "last": None, "unknown": 0}
         if (journal := folder / JOURNAL).exists():
-            self.facts |= json.loads(journal.read_text())
+            self.facts |= reading.json_object(journal)
         count = self.facts["documents"]
         self.offsets = Column(folder / "offsets.npy", "<i8", count + 1 if count else 0)
         if not count:
@@ -157,6 +158,8 @@ class Merge:
 
 def _reopened(path: Path, size: int) -> IO[bytes]:
     """A file of which the first `size` bytes are kept. Raises ValueError where it has fewer, but for a header."""
+    if path.is_symlink() or not path.is_file():  # it would be written through, or waited for
+        path.unlink(missing_ok=True)
     stream = open(path, "r+b" if path.exists() else "w+b")
     if stream.seek(0, os.SEEK_END) < size and size != _HEADER:
         stream.close()

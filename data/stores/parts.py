@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data import reading
 from data.corpora.corpus import Corpus
 from data.corpora.files import Part, hashed
 from data.roles import roles_of
@@ -53,6 +54,8 @@ class Job:
         if self.finished(number) is not None:
             return number
         place = self.folder / f"{number:06}"
+        for kind in (".json", ".npy", ".bin", ".partial"):  # a link that was put there would be written through
+            place.with_suffix(kind).unlink(missing_ok=True)
         skipped: Counter[str] = Counter()
         tables: list[NDArray[Any]] = []
         names: list[str] = []
@@ -99,10 +102,14 @@ class Job:
         """
         place = self.folder / f"{number:06}"
         try:
-            facts = json.loads(place.with_suffix(".json").read_text())
-            documents = np.load(place.with_suffix(".npy"))
+            facts = reading.json_object(place.with_suffix(".json"))
+            with reading.opened(place.with_suffix(".npy")) as file:
+                documents = np.lib.format.read_array(file, allow_pickle=False)  # not np.load, which opens archives too
             written = place.with_suffix(".bin").stat().st_size
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, MemoryError):
+            return None
+        kinds = {"bytes": int, "largest": int, "skipped": dict, "names": list}
+        if documents.dtype != DOCUMENTS or not all(isinstance(facts.get(key), kind) for key, kind in kinds.items()):
             return None
         tokens = int(documents["length"].sum()) if self.tokens is None else 0
         return {**facts, "documents": documents} if written == tokens * self.dtype.itemsize else None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data import reading
 from data.corpora.corpus import Corpus
 from data.corpora.files import Part
 from data.corpora.megatron import Megatron
@@ -104,7 +105,7 @@ def _merge(folder: Path, job: Job, tokens: Path | None) -> Merge:
     """What has been put together so far; from the first part again where the disk has lost some of that."""
     try:
         return Merge(folder, job.folder, job.dtype, tokens)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         (folder / JOURNAL).unlink()
         return Merge(folder, job.folder, job.dtype, tokens)
 
@@ -112,8 +113,8 @@ def _merge(folder: Path, job: Job, tokens: Path | None) -> Merge:
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
     """Keeps what was begun under the same plan, and clears what was begun under another, or cannot be gone on with."""
     try:
-        known = json.loads((folder / "plan.json").read_text()) == plan
-    except (OSError, ValueError):
+        known = reading.json_object(folder / "plan.json") == plan
+    except ValueError:
         known = False
     if not known:
         shutil.rmtree(folder, ignore_errors=True)
@@ -131,7 +132,7 @@ def _tokenizer(folder: Path, corpus: Corpus, parts: list[Part], tokenizer: Any) 
     if isinstance(tokenizer, Untrained):
         if path.exists():
             try:
-                return from_card(json.loads(path.read_text()))
+                return from_card(reading.json_object(path))
             except ValueError:
                 pass  # cut short while it was written: nothing has been tokenised by it
         tokenizer = tokenizer.trained(_sample(corpus, parts))

@@ -17,7 +17,6 @@ A store is made in a hidden folder beside its place, where an interrupted one go
 """
 
 import fcntl
-import json
 import os
 import shutil
 import stat
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data import reading
 from data.corpora.corpus import Corpus
 from data.roles import roles_of
 from data.stores import prepare
@@ -55,7 +55,7 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            self.card = checked_card(json.loads(regular(self.folder / "card.json").read_text()))
+            self.card = checked_card(reading.json_object(self.folder / "card.json"))
             if self.card["version"] != VERSION:
                 raise ValueError(f"of version {self.card['version']}, expected {VERSION}")
             for name, size in self.card["files"].items():
@@ -68,7 +68,7 @@ class Store:
             self.offsets: NDArray[np.int64] = column(self.folder / "offsets.npy", "<i8")
             self.hashes: NDArray[np.uint64] = column(self.folder / "hashes.npy", "<u8")
             self.sources: NDArray[np.uint32] = column(self.folder / "sources.npy", "<u4")
-            self.tokenizer: Any = from_card(json.loads((self.folder / "tokenizer.json").read_text()))
+            self.tokenizer: Any = from_card(reading.json_object(self.folder / "tokenizer.json"))
             self.opened = "at" not in self.card and roles_of(self.tokenizer).joint
             sizes = {"tokens": len(self.tokens), "documents": len(self.hashes)}
             whole = len(self.offsets) == len(self) + 1 and len(self.sources) == len(self)

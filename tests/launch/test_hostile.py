@@ -19,10 +19,11 @@ from launch import preflight, rundir
 from launch.cli import main
 from launch.hub import export
 from launch.jobs import logs, status, stop
+from launch.prepare import prepare
 from launch.train import _turn_away
 from launch.user import UserError
 from tests.jobs import overrides
-from tests.train.test_hostile import WATCHED
+from tests.watched import WATCHED
 from train import checkpoint
 from train.construct import construct
 
@@ -260,6 +261,16 @@ def test_what_is_no_run_is_not_taken_for_one(run, tmp_path) -> None:
         rundir.claim({"run": {"name": None, "dir": "run/checkpoints/step-2/new"}}, resumed=False)
     with pytest.raises(UserError, match="must not lie in a checkpoint"):
         export(["run", "run/checkpoints/step-2/out"])
+    shutil.copytree("run/checkpoints/step-2", "best")
+    Path("link").symlink_to("run/checkpoints")
+    for place in ("run/checkpoints/step-2/made", "run/checkpoints/step-2", "best/made", "link/step-2/made"):
+        before = listing(tmp_path)
+        for overrides_ in ([f"data.store={place}"], ["data=store", "data.store=some", f"data.local={place}"]):
+            with pytest.raises(
+                UserError, match=r"^data\.(store|local)=.*: must not lie in a checkpoint, .*/(step-2|best)$"
+            ):
+                prepare([*overrides_, "data.path=texts"])
+        assert listing(tmp_path) == before
     for word in ("run/checkpoints/step-2", "project"):
         for verb in (status, logs, stop):
             with pytest.raises(UserError, match="expected a run|is no run"):

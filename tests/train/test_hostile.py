@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from tests.watched import WATCHED
 from train import checkpoint, stored
 from train.inert import parsed
 from train.stored import DamagedError
@@ -353,26 +353,6 @@ def test_json_nested_without_end_and_numbers_without_end(tmp_path: Path) -> None
     ):
         (path / checkpoint.MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
         refused(path)
-
-
-DANGEROUS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect")
-
-
-class Watched:
-    """Notes what runs a command or unpickles, while it is on: an audit hook cannot be taken back."""
-
-    def __init__(self) -> None:
-        self.on, self.seen = False, list[str]()
-        sys.addaudithook(self.hear)
-
-    def hear(self, event: str, args: tuple) -> None:
-        if self.on and (
-            event in DANGEROUS or event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
-        ):
-            self.seen.append(f"{event} {args}")
-
-
-WATCHED = Watched()
 
 
 @settings(max_examples=60, deadline=10_000, suppress_health_check=list(HealthCheck))
