@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launch import rundir
+from launch import preflight, rundir
 from launch.generate import checkpoint_of, has_average
 from launch.shell import command, override
 from launch.user import UserError
@@ -142,7 +142,9 @@ def written(found: Path, dest: Path, request: Export | None = None) -> list[str]
     request = request or Export()
     if request.weights == "average" and not has_average(found):
         raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
-    saved = Saved(found, rundir.saved_config(found), average=request.weights == "average")
+    config = rundir.saved_config(found)
+    preflight.model_of(config["model"])  # refuses what only a file from elsewhere says
+    saved = Saved(found, config, average=request.weights == "average")
     files, told = _files(found, saved)
     dtype = None if request.dtype is None else getattr(torch, _DTYPES[request.dtype])
     with _told("writing") as watch, _disk(dest, "DEST"):

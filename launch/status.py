@@ -7,7 +7,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data import reading
 from launch import rundir
@@ -17,6 +17,7 @@ from launch.user import UserError
 from train.patience import LEAST_S, STEPS
 from train.settings import ClusterSettings, TrainSettings, section
 
+_Kind = TypeVar("_Kind")
 _RATE_STEPS = 32  # the rate is that over this many steps
 
 
@@ -66,7 +67,7 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
     config = rundir.saved_config(folder)
     if "train" not in config:
         raise UserError(f"{folder}: is an import and has trained nothing")
-    train = section(TrainSettings, config["train"])
+    train = _section(folder, config, "train", TrainSettings)
     records = tail(folder / "metrics.jsonl")
     last: dict[str, Any] = records[-1] if records else {}
     heldout = next(((r["heldout_loss"], r["step"]) for r in reversed(records) if r.get("heldout_loss")), None)
@@ -90,8 +91,17 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
         seconds_since=time.time() - last["time"] if last else None,
         checkpoint=saved,
         restarts=max(0, last.get("attempt", 1) - 1),
-        still=_still(attempt, section(ClusterSettings, config["cluster"]).timeout) if running else None,
+        still=_still(attempt, _section(folder, config, "cluster", ClusterSettings).timeout) if running else None,
     )
+
+
+def _section(folder: Path, config: dict[str, Any], name: str, kind: type[_Kind]) -> _Kind:
+    """A section of a run's configuration, which may come from elsewhere. Raises UserError."""
+    try:
+        return section(kind, config[name])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        why = str(error) if type(error) is ValueError else f"{name} holds values of other kinds: {error}"
+        raise UserError(f"{folder}: config.yaml: {' '.join(why.split())[:300]}") from None
 
 
 def _newest(folder: Path) -> tuple[int, str, float] | None:

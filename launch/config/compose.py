@@ -109,9 +109,13 @@ def _last_choices(read: list[Read]) -> list[Read]:
 def _placed(model: dict[str, Any]) -> list[str]:
     """Makes a model one of Hydra's options, its positions one of theirs each, and chooses it: so that overrides of its
     keys, and other positions for its layers, find what they change. Returns the overrides that choose."""
+    if not isinstance(model.get("blocks"), dict):
+        raise UserError("model.blocks: must be blocks by their names")
     store, entries, blocks = ConfigStore.instance(), [], dict(model["blocks"])
     for name, block in blocks.items():
-        mixer = block["mixer"]
+        mixer = block.get("mixer") if isinstance(block, dict) else None
+        if not isinstance(mixer, dict):
+            raise UserError(f"model.blocks.{name}: must be a block with a mixer")
         if isinstance(mixer.get("positions"), dict):
             store.store(group="positions", name=f"{_OTHER}_{name}", node=mixer["positions"])
             entries.append({f"/positions@blocks.{name}.mixer.positions": f"{_OTHER}_{name}"})

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.tokenizer import Bytes
-from launch import preflight, rundir
+from launch import evaluate, preflight, rundir
 from launch.cli import main
 from launch.hub import export
 from launch.jobs import logs, status, stop
@@ -342,6 +342,82 @@ def test_a_sweep_or_a_chain_from_elsewhere(tmp_path) -> None:
         (tmp_path / "sweep.json").write_text(json.dumps(told))
         with pytest.raises(UserError, match="is no folder of it"):
             Sweep.load(tmp_path)
+
+
+def checks(run: Path) -> dict[str, object]:
+    """By verb, the checks that it makes in this process before anything starts."""
+
+    def resume() -> None:
+        preflight.clear(preflight.configure([f"resume={run}"]), lambda line: None, device="cpu")
+
+    def init_from() -> None:
+        preflight.clear(preflight.configure([f"init_from={run}", "train.steps=2"]), lambda line: None, device="cpu")
+
+    def evaluated() -> None:
+        found = run / "checkpoints" / "step-4"
+        evaluate.clear(evaluate.configured(found, []), found, str(run), lambda line: None)
+        evaluate.trained_on(found)
+
+    return {
+        "resume": resume,
+        "init_from": init_from,
+        "evaluate": evaluated,
+        "status": lambda: status([str(run)]),
+        "export": lambda: export([str(run), str(run.with_name("out"))]),
+    }
+
+
+def with_config(run: Path, path: tuple, value) -> None:
+    """Has another value at one place of the configuration of a run and of its checkpoints, of right checksums."""
+    whole = yaml.safe_load((run / "config.yaml").read_text())
+    node = whole
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    for folder in (run, *(run / "checkpoints").iterdir()):
+        (folder / "config.yaml").write_text(yaml.safe_dump(whole))
+        if folder != run:
+            resealed(folder)
+
+
+ODD = [
+    ("status", ("train", "keep"), None),
+    ("status", ("train", "guard", "skips"), ["x"]),
+    ("status", ("train", "average"), float("nan")),
+    ("status", ("train",), -1),
+    ("status", ("train", "batch_tokens"), {"a": 1}),
+    ("init_from", ("model", "blocks", "gdn"), None),
+    ("init_from", ("model", "blocks", "gla", "mixer"), [[1, 2]]),
+    ("init_from", ("model", "blocks"), 5),
+    ("resume", ("optimizer", "lr"), {"a": 1}),
+    ("evaluate", ("model", "pattern"), 1.5),
+    ("export", ("model", "dim"), "x"),
+]
+
+
+@pytest.mark.parametrize(("verb", "path", "value"), ODD)
+def test_a_value_of_another_kind_in_a_configuration_is_one_line(run, verb: str, path: tuple, value) -> None:
+    with_config(run, path, value)
+    with pytest.raises(UserError) as error:
+        checks(run)[verb]()
+    assert "\n" not in str(error.value) and str(error.value)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_leaf_of_a_configuration_may_be_of_another_kind(made, tmp_path_factory, data) -> None:
+    run = Path(shutil.copytree(made, tmp_path_factory.mktemp("leaf") / "run"))
+    node, path = yaml.safe_load((run / "config.yaml").read_text()), ()
+    while isinstance(node, dict | list) and node:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        node, path = node[key], (*path, key)
+    kinds = (None, True, -1, 10**30, 1.5, "x", [], ["x"], {}, {"a": 1}, [[1, 2]])
+    with_config(run, path, data.draw(st.sampled_from([each for each in kinds if type(each) is not type(node)])))
+    verb = data.draw(st.sampled_from(["resume", "init_from", "evaluate", "status", "export"]))
+    try:
+        checks(run)[verb]()
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 VALUES = st.recursive(

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from tests.published_tokens import KINDS, TEXTS  # noqa: E402
 
 PROMPT = "the words of"
+RARELY = ("qwen3", "gemma", "deepseek")  # the other kinds that are measured, each some ten seconds
 
 
 def published(folder: Path, kind: str) -> dict:
@@ -66,7 +67,7 @@ def test_a_folder_is_prompted_and_given_back_as_transformers_has_it(kind, tmp_pa
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("kind", ["llama2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["llama2", "llama3", *(pytest.param(each, marks=pytest.mark.slow) for each in RARELY)])
 def test_documents_cost_what_transformers_says_of_them(kind, tmp_path, monkeypatch, capsys):
     """Behind the begin that the folder puts there, and no other token; a first token without one is not scored."""
     monkeypatch.chdir(tmp_path)
