@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.config.check import checked_model
 from launch.config.compose import checked, composed, groups
 from launch.rundir import is_checkpoint, latest, run_folder, saved_config
 from launch.user import UserError
@@ -183,15 +184,16 @@ def refusals(config: dict[str, Any]):
 
 
 def model_of(node: dict[str, Any]) -> Any:
-    """The model on the meta device. Raises ValueError for one that does not build."""
+    """The model on the meta device. Raises ValueError for one that does not build, UserError for keys and values that
+    its constructors do not know."""
     import torch
 
     from train.construct import construct
 
     with torch.device("meta"):
         try:
-            return construct(node)
-        except (ArithmeticError, RuntimeError, TypeError) as error:
+            return construct(checked_model(node))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             raise ValueError(f"model: cannot be built: {error}") from None
 
 

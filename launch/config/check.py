@@ -74,6 +74,12 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def checked_model(node: dict[str, Any]) -> dict[str, Any]:
+    """A `model` section, complete, every value of a kind that its constructor accepts: one that is read by itself may
+    come from elsewhere. Raises UserError."""
+    return _node("model", node)
+
+
 def _top(key: str, value: Any) -> Any:
     if key in SECTIONS:
         return fields(key, value, SECTIONS[key])

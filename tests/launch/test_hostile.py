@@ -363,6 +363,7 @@ def checks(run: Path) -> dict[str, object]:
         "init_from": init_from,
         "evaluate": evaluated,
         "status": lambda: status([str(run)]),
+        "generate": lambda: preflight.model_of(rundir.saved_config(run)["model"]),
         "export": lambda: export([str(run), str(run.with_name("out"))]),
     }
 
@@ -392,6 +393,8 @@ ODD = [
     ("resume", ("optimizer", "lr"), {"a": 1}),
     ("evaluate", ("model", "pattern"), 1.5),
     ("export", ("model", "dim"), "x"),
+    ("export", ("model", "blocks", "attn", "mixer", "positions"), [[1, 2]]),
+    ("generate", ("model", "blocks", "gdn", "norm_eps"), [[1, 2]]),
 ]
 
 
