@@ -15,7 +15,7 @@ from launch.cli import main
 from tests import warm
 from tests.jobs import overrides
 from tests.wandb_file import config, history, summary
-from train import tracking
+from train import checkpoint, tracking
 
 pytestmark = pytest.mark.e2e
 
@@ -174,6 +174,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(place, uninterrupted):
     assert [r["attempt"] for r in records(run)] == [1] * 20 + [2] * 4
     written = tracking.records(run / "metrics.jsonl", every_attempt=True)  # nothing is taken out of the record
     assert [(r["step"], r["attempt"]) for r in written[20:]] == [(s, a) for a in (1, 2) for s in range(21, 25)]
+
+
+def test_a_run_without_a_whole_checkpoint_begins_anew_where_it_is_told_to(place, uninterrupted):
+    run = place / "anew"
+    shutil.copytree(uninterrupted[0], run)
+    held = sorted(path.name for path in (run / "checkpoints").iterdir())
+    for path in (run / "checkpoints").iterdir():
+        for victim in path.glob("*.distcp"):
+            victim.write_bytes(victim.read_bytes()[:-9])
+    assert "run.anew=true" in finish(start(place, "train", f"resume={run}"), 2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == held
+    said = finish(start(place, "train", f"resume={run}", "run.anew=true"))
+    assert all(f"{name} is now {name}.aside" in said for name in held)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(
+        [*held, *(f"{h}.aside" for h in held)]
+    )
+    assert [(r["step"], r["attempt"]) for r in records(run)] == [(step, 2) for step in range(1, 25)]
+    assert numbers(run) == numbers(uninterrupted[0])
+    assert _weights(run) == _weights(uninterrupted[0])
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -356,7 +375,7 @@ def _weights(run: Path) -> dict:
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    last = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    last = max(checkpoint.complete(run / "checkpoints"), key=checkpoint.step_of)
     dcp_to_torch_save(last, run / "whole.pt")
     state = torch.load(run / "whole.pt", weights_only=True)
     return {

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from data.tokenizer import Bytes
 from launch import evaluate, preflight, rundir
 from launch.cli import main
+from launch.extend.check import _parent
 from launch.hub import export
 from launch.jobs import logs, status, stop
 from launch.prepare import prepare
@@ -342,6 +343,24 @@ def test_a_sweep_or_a_chain_from_elsewhere(tmp_path) -> None:
         (tmp_path / "sweep.json").write_text(json.dumps(told))
         with pytest.raises(UserError, match="is no folder of it"):
             Sweep.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, altered])
+def test_a_chain_begins_from_no_damaged_checkpoint(run, capsys, damage) -> None:
+    """Named, or as the newest of a run, whose older one is then taken instead."""
+    chain = "stages=[{length: 192, tokens: 1000}]"
+    damage(run / "checkpoints" / "step-4")
+    before = listing(run)
+    code, line = told(capsys, "plan", "init_from=run/checkpoints/step-4", chain)
+    assert (
+        code == 2 and line.count("\n") == 1 and "init_from=run/checkpoints/step-4: this checkpoint is damaged" in line
+    )
+    config = preflight.configure(["init_from=run", chain])
+    assert _parent(config).path.name == "step-2"
+    damage(run / "checkpoints" / "step-2")
+    with pytest.raises(UserError, match="^init_from=run: has no complete checkpoint$"):
+        _parent(config)
+    assert listing(run) == before
 
 
 def checks(run: Path) -> dict[str, object]:
