@@ -68,7 +68,10 @@ class Job:
             for batch in _batched(self._documents(part, skipped)):
                 contents = [content for _, content in batch]
                 pieces, documents = [], []
-                every = list(self._encoded(contents))
+                try:
+                    every = list(self._encoded(contents))
+                except ValueError as error:
+                    raise ValueError(f"data.tokenizer: {error}") from None
                 unknown += unknown_of(self.tokenizer, contents, every) if self.tokens is None else 0
                 for (name, content), ids in zip(batch, every, strict=True):
                     if not len(ids) + len(opening):  # nothing of it is spelled, and nothing says that it begins

@@ -26,7 +26,7 @@ from data.stores import checks
 from data.stores.indexed import MAGIC, write_index
 from data.stores.store import Store, build
 from data.tokenizer import Bytes, Json, from_card
-from tests.data import store_of
+from tests.data import store_of, write
 from tests.watched import inert
 
 CONTENTS = [b"one", b"two and more", b"three", b"4" * 300]
@@ -330,6 +330,14 @@ def test_an_expression_that_backtracks_without_end_is_bounded(pattern: str, wher
     found = Json(bpe(**{where: told}))
     for act in (found.encode, lambda text: found.unknown(text.decode())):
         assert "gave up on a text" in refused(lambda act=act: act(b"a" * 3000 + b"!"))  # type: ignore[misc]
+
+
+def test_a_corpus_that_a_tokenizer_gives_up_on_is_one_line(tmp_path: Path) -> None:
+    told = {"type": "Split", "pattern": {"Regex": BACKTRACKS[0]}, "behavior": "Isolated", "invert": False}
+    corpus = Text(path=str(write(tmp_path / "texts", [b"ab", b"a" * 3000 + b"!"])))
+    with pytest.raises(ValueError, match=r"^data\.tokenizer: the tokenizer gave up on a text \(.*retry-limit.*\)$"):
+        build(corpus, Json(bpe(pre_tokenizer=told)), tmp_path / "store")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
 def test_a_word_that_nothing_spells_is_one_line() -> None:
