@@ -83,7 +83,7 @@ def test_every_member_can_be_composed():
 
 def test_folders_are_short_safe_and_say_what_differs():
     def folders(*given: str) -> list[str]:
-        swept, members = expand([*given, "data=text", "data.path=/tmp"])
+        swept, members = expand(["data=text", "data.path=/tmp", *given])
         name(swept, members, composed(members[0].overrides))
         return [member.folder for member in members]
 
@@ -92,8 +92,8 @@ def test_folders_are_short_safe_and_say_what_differs():
     assert folders("train.clip=1,2") == ["1-clip=1", "2-clip=2"]
     assert folders("scheduler=static", "seed=1,1") == ["1-seed=1", "2-seed=1"]
     assert folders("model.pattern=[gla,attn],[gdn]")[0] == "1-pattern=gla_attn"
-    assert folders("tracking.project='a/../b','c d;rm'") == ["1-project=a_.._b", "2-project=c_d_rm"]
-    long = folders(f"tracking.project={'x' * 300},{'x' * 301}")
+    assert folders("data=jsonl", "data.field='a/../b','c d;rm'") == ["1-field=a_.._b", "2-field=c_d_rm"]
+    long = folders("data=jsonl", f"data.field={'x' * 300},{'x' * 301}")
     assert max(map(len, long)) <= 80 and len(set(long)) == 2
     for folder in folders(LR, MIXER):  # what the last line prints must work as an override
         assert composed([f"init_from=runs/a/{folder}"])["init_from"] == f"runs/a/{folder}"
