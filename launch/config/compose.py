@@ -191,7 +191,9 @@ def _check_option(override: str, parts: Override) -> None:
     group, value = parts.key_or_group, parts.value()
     if group not in groups():
         known = groups() if parts.package is not None else [*groups(), *_paths()]
-        raise UserError(f"{override.lstrip('+')}: {group} is no group{nearest(group.replace('/', '.'), known)}")
+        dotted = group.replace("/", ".")
+        near = f"; nearest: {dotted}" if dotted != group and dotted in known else nearest(dotted, known)
+        raise UserError(f"{override.lstrip('+')}: {group} is no group{near}")
     optional = conf.defaults().get(group) == "null" and parts.package is None
     options = [*groups()[group], *(["null"] if optional else [])]
     if parts.is_delete():

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.composes
 KUBE = ["cluster=kuberay", "cluster.template.image=registry/farspan:1", "cluster.template.claim=runs"]
 LOCAL = ["cluster=ray_up", "cluster.template.head_ip=10.0.0.9", "cluster.template.worker_ips=[10.0.0.10]"]
 ALL = (["cluster=slurm"], KUBE, [*KUBE, "cluster.template.resource=RayCluster"], LOCAL)
-HARD = ['run.name=it\'s "one"; $(touch x) `y`', "tracking.project=a b\nc: d", "model.pattern=[gla,attn]"]
+HARD = ['run.name=it\'s "one"; $(touch x) `y`', "init_from=a b\nc: d", "model.pattern=[gla,attn]"]
 
 
 @cache

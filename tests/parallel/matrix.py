@@ -42,7 +42,7 @@ ATTENTION = {  # Ulysses splits a head a rank, or copies one; USP has rows and c
     "attention, one key head": {"heads": 12, "kv_heads": 1, "head_dim": 4},
     "attention, window": {"heads": 12, "kv_heads": 1, "head_dim": 4, "window": 9, "sinks": 3, "qk_norm": True},
 }
-# Titans: a dense A, a convolution, and weights of seed 0 that fp32 can solve; of five Gated DeltaNets none in 100 are.
+# Titans: a dense A, a convolution, and weights that fp32 can solve; of five Gated DeltaNets none in 100 are.
 OPTIONS = {"lact": {"chunk": 64}, "mom": {"memories": 3, "inner": partial(MIXERS["titans"], heads=2)}}
 # In fp64 only: Newton-Schulz enlarges small singular values, and with them what fp32 leaves there, to some 1e-4.
 ENLARGING = {"lact"}
@@ -51,7 +51,7 @@ LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
 # of summation: see `conditioned`.
 SEEDS = {
     "deltanet": 4, "gated_deltanet": 74, "gated_deltaproduct": 25, "gla": 11, "hgrn2": 1, "kda": 37, "lru": 25,
-    "mamba2": 51, "mlstm": 3, "retnet": 55, "rwkv6": 8, "rwkv7": 1,
+    "mamba2": 51, "mlstm": 3, "mom": 3, "retnet": 55, "rwkv6": 8, "rwkv7": 1,
 }  # fmt: skip
 UNEQUAL = {2: (3,), 3: (40, 43), 4: (30, 31, 65)}  # a rank shorter than a convolution, one of a single token
 
