@@ -257,7 +257,8 @@ BAD = {
     "model.pattern=[gla,foo]": "'foo' is not one of the blocks",
     "model.vocabulary=100": "model.vocabulary=100: the tokenizer has 257 tokens",
     "parallel.sequence=3": "parallel.sequence=3: must divide cluster.workers=2",
-    "cluster.workers=385": "parallel.sequence=385: must be at most 384, the tokens that such a group of ranks has to",
+    "cluster.workers=25 data.max_length=24 train.batch_tokens=24": "parallel.sequence=25: must be at most 24, the "
+    "tokens that such a group of ranks has to",
     "cluster.workers=6 parallel.transport.attention=ulysses": "ulysses: must share out heads=4, kv_heads=2 to 6 ranks, "
     "and cannot; gather, ring and usp can",
     "cluster.device=cuda": "cluster.device=cuda: this machine has no CUDA device",

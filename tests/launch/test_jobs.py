@@ -148,9 +148,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     os.environ.update({k: two.env[k] for k in before})
     try:
         two.start()
-        wait_for(lambda: two.alive() == 1, 60)
+        wait_for(lambda: two.alive() == 1, 120)
         two.start()
-        wait_for(lambda: two.alive() == 2, 60)
+        wait_for(lambda: two.alive() == 2, 120)
         yield two
     finally:
         for node in reversed(two.nodes):

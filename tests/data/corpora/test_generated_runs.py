@@ -66,7 +66,7 @@ def test_a_run_on_text_with_needles_and_copies_beside_it(tmp_path, capfd, monkey
     lines = [json.loads(line) for line in Path("runs/mixed/metrics.jsonl").read_text().splitlines()]
     drawn = lines[-1]["drawn"]
     assert all(any(name.startswith(source) for name in drawn) for source in ("new", "old", "needles", "copies"))
-    assert lines[-1]["tokens"] == 4096 and lines[-1]["heldout_loss"] < 6
+    assert lines[-2]["tokens"] < 4096 <= lines[-1]["tokens"] and lines[-1]["heldout_loss"] < 6  # padding is no token
 
 
 @pytest.mark.parametrize(
