@@ -93,6 +93,9 @@ def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) 
         path = (package or key).split(".")
         if path[0] == "experiment" or override.startswith("~"):
             raise UserError(f"{override}: cannot be changed of a run; give the keys that should differ")
+        if path == ["cluster"] and saved["cluster"].get("kind") == asked["cluster"]["kind"]:
+            saved["cluster"]["address"] = asked["cluster"]["address"]
+            continue  # it was there before: its workers, threads and limits are its own
         _copy(asked, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
     if any(override.lstrip("+").startswith("train.tokens=") for override in overrides):
         saved["train"]["steps"] = asked["train"]["steps"]  # of the two budgets, the one that is given now

@@ -31,7 +31,7 @@ from train import checkpoint
 
 FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 RAY = str(Path(sys.executable).parent / "ray")
-STEPS = 24
+STEPS = 40
 
 
 def free_port() -> int:

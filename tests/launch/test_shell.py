@@ -85,6 +85,18 @@ def test_the_budget_that_is_given_counts(capsys):
 
 
 @pytest.mark.composes
+def test_a_cluster_that_is_named_again_keeps_what_the_run_has():
+    """`submit resume=RUN` names it: two workers by default, and as many threads as cores, would be other sums."""
+    saved = composed(["cluster=ray", "cluster.workers=8", "cluster.threads=1", "cluster.address=http://10.0.0.1:8265"])
+    words = ["cluster=ray", "cluster.restarts=5"]
+    overlay(saved, composed(words), words)
+    kept = {key: saved["cluster"][key] for key in ("workers", "threads", "restarts", "address")}
+    assert kept == {"workers": 8, "threads": 1, "restarts": 5, "address": None}
+    overlay(saved, composed(["cluster=none"]), ["cluster=none"])
+    assert saved["cluster"] == composed(["cluster=none"])["cluster"]
+
+
+@pytest.mark.composes
 def test_a_home_folder_is_meant_by_its_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = composed(["run.dir=~/x", "init_from=~/base", "run.plot=~/p.png"])
