@@ -22,7 +22,7 @@ Epoch = tuple[int, int]  # of a part, by its place in `found.parts`
 
 
 def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 0) -> list[str]:
-    """What was found, a line each. Raises AssertionError with what is wrong, ValueError for a store that is damaged."""
+    """Returns the findings, a line each. Raises AssertionError for a wrong batch, ValueError for a damaged store."""
     stores = [getattr(source.store, "whole", source.store) for source in batches.sources]
     verified = sum(verify(store)[0] for store in stores if isinstance(store, Store))
     parts: dict[int, tuple[int, Part]] = {}

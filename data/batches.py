@@ -176,7 +176,7 @@ class Batches:
         return found
 
     def told(self) -> list[str]:
-        """What there is to say of the split, a line each: a document that is cut, or less than a window held out."""
+        """Describes the split, a line each: a document that is cut, or less than a window held out."""
         found, longest = [], self.sequencing.max_length
         for source, held in zip(self.sources, self.heldout_documents, strict=True):
             at = f"data.sources.{source.name}.data.path" if source.name else "data.path"

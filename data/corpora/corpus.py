@@ -47,7 +47,7 @@ class Corpus(Protocol):
         """(name of its source, content) of the part's documents; those left out are counted by reason."""
 
     def left_out(self) -> dict[str, int]:
-        """What lies beside the documents and is not read, by reason."""
+        """Counts files beside the documents that are not read, by reason."""
 
     def nothing(self) -> ValueError:
         """What to raise where no part has a document."""
@@ -99,7 +99,7 @@ class Text(Reader):
                 yield name, content
 
     def left_out(self) -> dict[str, int]:
-        """What a walk skips, by reason; files that are no text are found where they are read."""
+        """Counts files that a walk skips, by reason; `read` counts files that are no text."""
         left: Counter[str] = Counter()
         for _ in self._walk(left):
             pass

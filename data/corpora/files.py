@@ -17,7 +17,7 @@ PART_BYTES = 8 << 20  # of a corpus, read by one process at a time
 ON_ERROR = ("stop", "skip")
 KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
 
-# What a walk leaves out, as a card and a run's first lines say it behind the number.
+# Reasons why a walk leaves files out; a card and a run's first lines print them behind the number.
 LINKED, HIDDEN, OURS = "linked folders", "hidden files or folders", "folders of runs, stores, models or caches"
 NO_FILE, OTHER, EMPTY = "links to nothing, devices or pipes", "files with another suffix", "empty"
 BESIDE = frozenset({LINKED, HIDDEN, OURS, NO_FILE, OTHER})  # may change while the documents do not
@@ -44,7 +44,7 @@ class Reader:
         raise NotImplementedError
 
     def left_out(self) -> dict[str, int]:
-        """What lies beside the documents and is not read, by reason; what `read` leaves out comes on top."""
+        """Counts files beside the documents that are not read, by reason; `read` counts its own on top."""
         return {}
 
     def nothing(self) -> ValueError:
@@ -93,7 +93,7 @@ def files(root: Path, outside: frozenset[str] = frozenset(), left: Counter[str] 
 
 
 def is_there(key: str, path: Path) -> bool:
-    """Whether a regular file or a folder is there. Raises ValueError, one line that opens with the key, for anything
+    """True where a regular file or a folder is there. Raises ValueError, one line that opens with the key, for anything
     else, which may have no end, and for a name that no file system takes."""
     try:
         mode = path.stat().st_mode
@@ -109,7 +109,7 @@ def is_there(key: str, path: Path) -> bool:
 
 
 def told(left: dict[str, int]) -> str:
-    """What was left out, as an end of a line; nothing where there is nothing."""
+    """Formats the counts as the end of a line; empty where nothing was left out."""
     return f" (left out: {counted(left)})" if left else ""
 
 
@@ -124,8 +124,8 @@ def _short(path: Path) -> str:
 
 
 def guarded(values: Iterable[T], said: str) -> Iterator[T]:
-    """The values. What reading them raises becomes a ValueError of one line, `said` and the reason: every container has
-    errors of its own, and a file that cannot be opened is among them."""
+    """Yields the values. An error in reading them becomes a ValueError of one line, `said` and the
+    reason: every container has errors of its own, and a file that cannot be opened is among them."""
     try:
         yield from values
     except Exception as error:

@@ -160,7 +160,7 @@ def _builder(file: Path) -> str | None:
 
 
 def _is_path(path: str) -> bool:
-    """Whether it can be no name on the hub, which is NAME or OWNER/NAME."""
+    """True for text that is no name on the hub: neither NAME nor OWNER/NAME."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in {*BUILDERS, *PACKED}
 
 
