@@ -1,0 +1,238 @@
+"""What a micro-step costs, from what its layers do: seconds and bytes, by the sizes of its groups and what they hold.
+
+A group of g ranks that holds sequences of s tokens takes, in one micro-step of training (forward and backward),
+
+    sum over s of [ layers · (pair · pairs(s) + token · s) / g / speed ]      computing
+    sum over s of [ layers · bytes · s / g ] / bandwidth(g)                   keys, values, queries, outputs
+    layers · (calls · latency(g) + states(g) / bandwidth(g))                  states, whatever the lengths are
+    launch                                                                    what a micro-step costs at all
+
+where pairs(s) is s²/2 for full softmax attention, and w·s - w²/2 for a window of w < s tokens, and none for a linear
+mixer, whose states are sent once a layer, whatever is packed: (g-1) states gathered, or one with a scan. Nothing is
+sent in a group of one. Experts cost by tokens and belong to `Layer.token`.
+
+All ranks are in lockstep (FSDP gathers each layer's weights on all of them), so a micro-step takes as long as its
+slowest group. Where experts are spread over ranks of several groups (`Model.meets`), groups meet in every layer, and
+a micro-step is the sum over the kinds of layers of the slowest group's time in that kind.
+
+Seconds and bytes throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+STATE_TRANSPORTS = ("gather", "scan")
+
+
+class Wire(NamedTuple):
+    """What a rank's messages cost in a group: `latency` seconds a call, and one second for every `bandwidth` bytes."""
+
+    bandwidth: float
+    latency: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`count` layers of one kind, each with its feed-forward or experts.
+
+    pair: seconds a pair of a query and a key. token: seconds a token. window: tokens that a query sees; None: all.
+    token_bytes: bytes that a group sends for each of its tokens, in both directions, where it has several ranks.
+    state_bytes: bytes of a state; states: `gather` (each rank receives those of all others) or `scan` (one).
+    calls: messages a layer, in both directions, where a group has several ranks.
+    """
+
+    count: int
+    pair: float = 0.0
+    token: float = 0.0
+    window: int | None = None
+    token_bytes: float = 0.0
+    state_bytes: float = 0.0
+    states: str = "scan"
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        if self.states not in STATE_TRANSPORTS:
+            raise ValueError(f"states={self.states}: must be one of {', '.join(STATE_TRANSPORTS)}")
+
+    def pairs(self, lengths: Floats) -> Floats:
+        """Pairs of a query and a key that it sees, of a causal layer."""
+        if self.window is None:
+            return lengths * lengths / 2
+        inside = np.minimum(lengths, self.window)
+        return inside * inside / 2 + (lengths - inside) * self.window
+
+    def state_traffic(self, size: int) -> float:
+        """Bytes of states that a rank receives in one layer, forward and backward."""
+        if size == 1:
+            return 0.0
+        return 2 * self.state_bytes * (size - 1 if self.states == "gather" else 1)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What a backward pass may compute again. activations: bytes kept, over those with nothing computed again.
+    tokens, pairs: seconds, over those with nothing computed again."""
+
+    name: str
+    activations: float = 1.0
+    tokens: float = 1.0
+    pairs: float = 1.0
+
+
+NONE = Recompute("none")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model's layers cost on one rank of speed 1.
+
+    launch: seconds of a micro-step that do not depend on its tokens. state_bytes: parameters, gradients and moments
+    of the whole model, sharded over all ranks. resident_bytes: on each rank whatever the sharding (gathered layers,
+    buffers). activation_bytes: a token's, kept for the backward pass. logit_bytes: a token's, never recomputed.
+    recompute: the choices that a group has, NONE first. meets: experts are spread over ranks of several groups.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    launch: float
+    state_bytes: float
+    activation_bytes: float
+    logit_bytes: float = 0.0
+    resident_bytes: float = 0.0
+    recompute: tuple[Recompute, ...] = (NONE,)
+    meets: bool = False
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`ranks` of `memory` bytes each. wires: from this group size on, up to the next one given.
+
+    speeds, memories: a rank's own, of `ranks` entries; None: all ranks are alike (speed 1, `memory` bytes).
+    """
+
+    name: str
+    ranks: int
+    memory: float
+    wires: dict[int, Wire] = field(hash=False)
+    speeds: tuple[float, ...] | None = None
+    memories: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks}: must be at least 1")
+        if 1 not in self.wires:
+            raise ValueError(f"wires={sorted(self.wires)}: must say what a group of 1 has")
+        for name in ("speeds", "memories"):
+            values = getattr(self, name)
+            if values is not None and (len(values) != self.ranks or min(values) <= 0):
+                raise ValueError(f"{name}={list(values)}: must be {self.ranks} positive numbers, one a rank")
+
+    @classmethod
+    def of_machines(
+        cls, name: str, machines: int, per_machine: int, memory: float, inside: Wire, across: Wire
+    ) -> Cluster:
+        """Equal machines. Aligned groups whose size divides a machine's ranks stay inside of one; others do not."""
+        ranks = machines * per_machine
+        wires = {s: inside if per_machine % s == 0 else across for s in powers(ranks)}
+        return cls(name, ranks, memory, wires)
+
+    def wire(self, size: int) -> Wire:
+        return self.wires[max(s for s in self.wires if s <= size)]
+
+
+def powers(ranks: int) -> list[int]:
+    """The sizes of groups: powers of two up to `ranks`."""
+    return [1 << i for i in range(ranks.bit_length())]
+
+
+class Costs:
+    """What groups on this cluster cost with this model.
+
+    sizes: of groups, powers of two, or `sizes` of them. Raises ValueError where the model's states alone fill a rank.
+    """
+
+    def __init__(self, model: Model, cluster: Cluster, sizes: Sequence[int] | None = None):
+        self.model, self.cluster = model, cluster
+        self.sizes = list(sizes) if sizes is not None else powers(cluster.ranks)
+        self.names = [choice.name for choice in model.recompute]
+        n = cluster.ranks
+        self.speeds = np.array(cluster.speeds or (1.0,) * n)
+        memories = np.array(cluster.memories or (cluster.memory,) * n)
+        self.states = model.state_bytes / n + model.resident_bytes
+        free = memories - self.states
+        if free.min() <= 0:
+            raise ValueError(
+                f"model {model.name} takes {self.states / 2**30:.1f} GiB of states on each of {n} ranks, and a rank "
+                f"has {memories.min() / 2**30:.1f}: more ranks or more memory would change that"
+            )
+        self.token_bytes = np.array(
+            [model.activation_bytes * choice.activations + model.logit_bytes for choice in model.recompute]
+        )
+        self.rank_tokens = free[None] / self.token_bytes[:, None]
+        """[recompute, ranks], tokens that a rank may hold."""
+        self._messages = {size: (self._sending(size), self._fixed(size)) for size in self.sizes}
+
+    @property
+    def alike(self) -> bool:
+        return bool(np.ptp(self.speeds) == 0 and np.ptp(self.rank_tokens[0]) == 0)
+
+    def room(self, choice: int, first: int, size: int) -> float:
+        """Tokens that ranks [first, first + size) may hold together, spread evenly."""
+        return float(self.rank_tokens[choice, first : first + size].min()) * size
+
+    def computing(self, lengths: Sequence[int] | Floats, choice: int = 0) -> Floats:
+        """Seconds [kinds of layers, sequences] on one rank of speed 1."""
+        tokens, how = np.asarray(lengths, dtype=np.float64), self.model.recompute[choice]
+        return np.stack(
+            [
+                layer.count * (layer.pair * how.pairs * layer.pairs(tokens) + layer.token * how.tokens * tokens)
+                for layer in self.model.layers
+            ]
+        )
+
+    def sending(self, size: int) -> Floats:
+        """Seconds [kinds of layers] for each token of a sequence on a group of `size`."""
+        return self._messages[size][0]
+
+    def fixed(self, size: int) -> Floats:
+        """Seconds [kinds of layers] that a group's messages take whatever it holds."""
+        return self._messages[size][1]
+
+    def _sending(self, size: int) -> Floats:
+        wire = self.cluster.wire(size)
+        volumes = [layer.count * layer.token_bytes / size / wire.bandwidth for layer in self.model.layers]
+        return np.array(volumes) * (size > 1)
+
+    def _fixed(self, size: int) -> Floats:
+        wire = self.cluster.wire(size)
+        return np.array(
+            [
+                layer.count * (layer.calls * wire.latency + layer.state_traffic(size) / wire.bandwidth) * (size > 1)
+                for layer in self.model.layers
+            ]
+        )
+
+    def group(self, lengths: Sequence[int], first: int, size: int, choice: int = 0) -> Floats:
+        """Seconds [kinds of layers] of a group on ranks [first, first + size), the launch left out."""
+        tokens = np.asarray(lengths, dtype=np.float64)
+        speed = self.speeds[first : first + size].min()
+        return (
+            self.computing(tokens, choice).sum(1) / size / speed
+            + self.sending(size) * tokens.sum()
+            + self.fixed(size) * bool(len(tokens))
+        )
+
+    def micro_step(self, groups: Sequence[Floats]) -> float:
+        """Seconds of a micro-step from those of its groups."""
+        if not groups:
+            return self.model.launch
+        held = np.stack(list(groups))
+        return self.model.launch + float(held.max(0).sum() if self.model.meets else held.sum(1).max())

@@ -1,0 +1,68 @@
+"""What a packing would take on its cluster: seconds, how busy ranks are, how full. No GPU, no process group.
+
+`Timing` reads the costs of `cost.py` and nothing of any planner, so that all schedulers are compared alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel.schedule.adaptive.cost import Costs, Floats
+from parallel.schedule.adaptive.packing import Packing, Share
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one step. micro_steps: seconds of each. busy: [ranks], seconds in which a rank computes or sends, launches
+    included. loads: [ranks], the same without launches. peak: [ranks], bytes."""
+
+    micro_steps: tuple[float, ...]
+    busy: Floats
+    loads: Floats
+    peak: Floats
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.micro_steps)
+
+    @property
+    def utilisation(self) -> float:
+        """The mean rank's busy share of the step."""
+        return float(self.busy.mean()) / self.seconds
+
+    @property
+    def imbalance(self) -> float:
+        """The largest over the mean load of ranks."""
+        return float(self.loads.max() / self.loads.mean())
+
+
+def timing(costs: Costs, packing: Packing, lengths: Sequence[int]) -> Timing:
+    """lengths: of the sequences, in tokens."""
+    ranks, launch = costs.cluster.ranks, costs.model.launch
+    loads, peak = np.zeros(ranks), np.full(ranks, costs.states)
+    micro_steps = []
+    for shares in packing.micro_steps:
+        groups = []
+        for share in shares:
+            held = [lengths[s] for s in share.sequences]
+            choice = costs.names.index(share.recompute)
+            own = slice(share.first, share.first + share.size)
+            groups.append(costs.group(held, share.first, share.size, choice))
+            loads[own] += groups[-1].sum()
+            kept = costs.states + costs.token_bytes[choice] * sum(held) / share.size
+            peak[own] = np.maximum(peak[own], kept)
+        micro_steps.append(costs.micro_step(groups))
+    return Timing(tuple(micro_steps), loads + launch * len(micro_steps), loads, peak)
+
+
+def seconds(costs: Costs, packing: Packing, lengths: Sequence[int]) -> float:
+    """Of the whole step."""
+    return timing(costs, packing, lengths).seconds
+
+
+def rows(shares: tuple[Share, ...]) -> list[Share]:
+    """The groups of a micro-step in the order of their ranks."""
+    return sorted(shares, key=lambda share: share.first)
