@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,10 @@ from parallel.schedule.adaptive.improve import improve
 from parallel.schedule.adaptive.packing import Packing, Share, place
 from parallel.schedule.adaptive.simulate import seconds
 
-_GRID = 10
+_GRID = (10, 3, 2)  # times that are tried for the first, second, third micro-step, and again between the best
+_DEEP = (12, 4, 3, 1)  # with more micro-steps than this, the first, second, third and all that follow are alike
 _HALVINGS = 7
+_FEW = 128  # sequences, up to which a wider search costs little
 _CLOSE = 1e-3  # of a micro-step's time: a finer bisection is lost in the packing
 
 
@@ -60,6 +63,9 @@ class _Packed:
     classes: list[_Class]
     left: list[int]  # counts of items that found no place
     work: float  # rank-seconds at least, of those
+
+
+_Steps = list[_Packed] | None
 
 
 class _Search:
@@ -95,6 +101,21 @@ class _Search:
         work = np.stack([np.array(self.seconds[g]).min(1) * size for g, size in enumerate(self.sizes)])
         self.work = np.where(np.isfinite(alone), work, np.inf).min(0).tolist()
         self.total_tokens = float(max(room) * self.ranks)
+
+    def without(self, smallest: int) -> _Search:
+        """The same where no group is smaller than sizes[smallest]."""
+        other = copy(self)
+        other.alone = [[math.inf] * len(row) if g < smallest else row for g, row in enumerate(self.alone)]
+        other.fastest = np.min(other.alone, axis=0).tolist()
+        return other
+
+    def least_work(self, counts: list[int]) -> float:
+        """Rank-seconds."""
+        return sum(n * w for n, w in zip(counts, self.work, strict=True))
+
+    def longest(self, counts: list[int]) -> float:
+        """Seconds that the sequence which takes longest needs alone."""
+        return max(f for f, n in zip(self.fastest, counts, strict=True) if n)
 
     def needed(self, counts: list[int]) -> int:
         """Micro-steps at least, by tokens."""
@@ -177,8 +198,8 @@ class _Search:
         if best is None:
             return None
         low = max(
-            max(f for f, n in zip(self.fastest, counts, strict=True) if n),
-            sum(n * w for n, w in zip(counts, self.work, strict=True)) / self.ranks,
+            self.longest(counts),
+            self.least_work(counts) / self.ranks,
         )
         for _ in range(_HALVINGS):
             if best.seconds - low <= _CLOSE * best.seconds:
@@ -222,61 +243,92 @@ class Planner:
         return Planned(packing, seconds(self.costs, packing, held), bound)
 
     def _search(self, search: _Search) -> list[_Packed]:
-        launch, counts = self.costs.model.launch, search.counts
-        best, best_seconds = None, math.inf
-        fewest = search.needed(counts)
+        """The best of some numbers of micro-steps; where sequences are few, of smallest groups allowed as well."""
+        found = self._counts(search, math.inf)
+        assert found is not None  # every sequence fits a group, so each in a micro-step of its own does
+        if sum(search.counts) <= _FEW:
+            for floor in range(1, len(search.sizes)):
+                found = self._counts(search.without(floor), self._seconds(found)) or found
+        return found
+
+    def _seconds(self, found: list[_Packed]) -> float:
+        return sum(packed.seconds + self.costs.model.launch for packed in found)
+
+    def _counts(self, search: _Search, below: float) -> _Steps:
+        best: _Steps = None
+        fewest = search.needed(search.counts)
         m = fewest
-        while m <= fewest + self.more or best is None:
-            found = self._micro_steps(search, counts, m, best_seconds, _GRID)
+        while m <= fewest + self.more or (best is None and math.isinf(below)):
+            found = self._micro_steps(search, search.counts, m, below)
             if found is not None:
-                best, best_seconds = found, sum(p.seconds + launch for p in found)
+                best, below = found, self._seconds(found)
             m += 1
-        assert best is not None
         return best
 
-    def _micro_steps(self, search: _Search, counts: list[int], m: int, below: float, grid: int) -> list[_Packed] | None:
+    def _micro_steps(self, search: _Search, counts: list[int], m: int, below: float, depth: int = 0) -> _Steps:
         """`counts` in m micro-steps that take less than `below` seconds; None where none are found."""
         launch, ranks = self.costs.model.launch, search.ranks
-        work = sum(n * w for n, w in zip(counts, search.work, strict=True)) / ranks
-        longest = max(f for f, n in zip(search.fastest, counts, strict=True) if n)
+        work, longest = search.least_work(counts) / ranks, search.longest(counts)
         if max(work, longest) + m * launch >= below:
             return None
         if m == 1:
-            top = (
-                below - launch
-                if math.isfinite(below)
-                else sum(n * f for n, f in zip(counts, search.fastest, strict=True))
-            )
-            packed = search.last(counts, top)
+            every = 2 * sum(n * f for n, f in zip(counts, search.fastest, strict=True))  # one group of all ranks
+            packed = search.last(counts, min(below - launch, every))
             return None if packed is None or packed.seconds + launch >= below else [packed]
-        best: list[_Packed] | None = None
+        if m > _DEEP[depth]:
+            return self._alike(search, counts, m, below)
         low = max(longest, work / m)
-        high = below - m * launch if math.isfinite(below) else max(2.5 * work, 1.5 * longest)
-        high = min(high, max(1.6 * work, 1.2 * longest))
-        points = [low + (high - low) * (i / (grid - 1)) ** 2 for i in range(grid)]
-        seen: dict[float, float] = {}
-        for stage in (0, 1):
-            for point in points:
+        high = max(1.6 * work, 1.2 * longest)
+        high = min(high, below - m * launch) if math.isfinite(below) else high
+        grid = _GRID[depth] if m < 6 else _GRID[depth] // 2
+        points = [low + (high - low) * (i / (grid - 1)) ** 2 for i in range(grid)]  # closer where steps are alike
+        best: _Steps = None
+        for refined in (False, True):
+            nearest = 0
+            for i, point in enumerate(points):
                 first = search.pack(point, counts, all_or_none=False)
                 assert first is not None
-                if first.seconds + first.work / ranks + m * launch >= below:
+                left = below - first.seconds - launch
+                if first.work / ranks + (m - 1) * launch >= left:
                     continue
-                if not any(first.left):
-                    rest: list[_Packed] | None = []
-                else:
-                    rest = self._micro_steps(
-                        search, first.left, m - 1, below - first.seconds - launch, max(2, grid // 3)
-                    )
+                rest = self._micro_steps(search, first.left, m - 1, left, depth + 1) if any(first.left) else []
                 if rest is not None:
-                    best = [first, *rest]
-                    below = sum(p.seconds + launch for p in best)
-                    seen[point] = below
-            if best is None or stage:
+                    best, nearest = [first, *rest], i
+                    below = self._seconds(best)
+            if best is None or refined:
                 break
-            centre = min(seen, key=seen.__getitem__)
-            i = points.index(centre)
-            left, right = points[max(i - 1, 0)], points[min(i + 1, grid - 1)]
-            points = [left + (right - left) * (j + 0.5) / 6 for j in range(6)]
+            begin, end = points[max(nearest - 1, 0)], points[min(nearest + 1, grid - 1)]
+            points = [begin + (end - begin) * (j + 0.5) / 6 for j in range(6)]
+        return best
+
+    def _alike(self, search: _Search, counts: list[int], m: int, below: float) -> _Steps:
+        """m micro-steps within the same time, by bisection of that."""
+        work, longest = search.least_work(counts) / search.ranks, search.longest(counts)
+        best: _Steps = None
+        low = max(longest, work / m)
+        high = max(2 * low, work)
+        if math.isfinite(below):
+            high = min(high, below - m * self.costs.model.launch)
+        limit = high
+        for _ in range(_HALVINGS):
+            found: list[_Packed] = []
+            left = counts
+            while any(left) and len(found) < m:
+                packed = search.pack(limit, left, all_or_none=False)
+                assert packed is not None
+                found.append(packed)
+                left = packed.left
+            if any(left):
+                if limit == high:
+                    return None
+                low = limit
+            else:
+                high = max(packed.seconds for packed in found)
+                if self._seconds(found) < below:
+                    best, below = found, self._seconds(found)
+            limit = (low + high) / 2
+            if high - low <= _CLOSE * high:
+                break
         return best
 
     def _ranks(self, search: _Search, found: list[_Packed], padded: np.ndarray) -> Packing:
