@@ -1,7 +1,11 @@
 """Adaptive groups: every batch gets the sequence-parallel groups that suit its lengths. Pure Python and NumPy.
 
-cost        what a micro-step costs, from layers, wires and memory     profiles  published models and clusters
-packing     which sequences run where in one step                      simulate  how long that takes, how full ranks are
-planner     the fast planner, improve its rounds, bound its bound      rivals    other schedulers, for comparison
-    exact       the exact planner, which needs highspy                     buckets   few lengths for many
+    cost      what a micro-step costs, from layers, wires and memory; fit: its constants from measured times
+    profiles  published models and clusters
+    packing   which sequences run where in one step
+    planner   the fast planner; improve: its last rounds; bound: what no plan can undercut
+    exact     the exact planner, which needs highspy; buckets: few lengths for many
+    simulate  how long a packing takes, and how full ranks are
+    auto      the simpler of two plans where it is enough
+    rivals    other schedulers, for comparison; compare: all of them in one table
 """

@@ -214,3 +214,42 @@ class WorkByPairs:
             else:
                 left.append(s)
         return [(ranks, taken)], left
+
+
+class Balanced:
+    """Megatron-core's `BalancedCPScheduler`, its own code, where megatron-core is installed; ImportError elsewhere.
+
+    It runs a group's sequences one after another, each forward and backward, so that only the longest must fit a rank;
+    here they share one launch, which flatters it, and the memory of all of them counts in `Timing.peak`, which does
+    not.
+    """
+
+    def __init__(self, costs: Costs, rank_tokens: int | None = None):
+        from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPScheduler
+
+        self.costs = costs
+        most = int(costs.rank_tokens[0].min()) if rank_tokens is None else rank_tokens
+        self._megatron = BalancedCPScheduler(most, _Ranks(costs.cluster.ranks))
+
+    def pack(self, lengths: Sequence[int]) -> Packing:
+        _, micro_steps = self._megatron.get_groups_and_subsamples(list(enumerate(lengths)), None)
+        packed = []
+        for by_rank in micro_steps:
+            shares: list[Share] = []
+            for rank, held in enumerate(map(tuple, by_rank)):
+                if held and shares and shares[-1].sequences == held:
+                    shares[-1] = Share(shares[-1].first, shares[-1].size + 1, held)
+                elif held:
+                    shares.append(Share(rank, 1, held))
+            packed.append(tuple(shares))
+        return Packing(tuple(packed))
+
+
+class _Ranks:
+    """All that Megatron's scheduler asks of a process group."""
+
+    def __init__(self, ranks: int):
+        self._ranks = ranks
+
+    def size(self) -> int:
+        return self._ranks
