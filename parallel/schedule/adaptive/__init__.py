@@ -1,4 +1,4 @@
-"""Adaptive groups: every batch gets the sequence-parallel groups that suit its lengths. Pure Python and NumPy.
+"""Adaptive groups: every batch gets the sequence-parallel groups that suit its lengths.
 
     cost      what a micro-step costs, from layers, wires and memory; fit: its constants from measured times
     profiles  published models and clusters
@@ -8,4 +8,6 @@
     simulate  how long a packing takes, and how full ranks are
     auto      the simpler of two plans where it is enough
     rivals    other schedulers, for comparison; compare: all of them in one table
+
+Pure Python and NumPy: a plan needs no process group and no GPU.
 """
