@@ -1,4 +1,4 @@
-"""The simulator (`parallel.schedule.simulate`) beside what papers measured; writes a section of docs/transports.md.
+"""Clocks of ranks (`transport_clocks`) beside what papers measured; writes a section of docs/transports.md.
 
     python -m tests.benchmarks.published
 
@@ -9,8 +9,8 @@ fitted to the rest. The numbers of that paper are from a transcription of its ta
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.schedule.simulate import Wires, Work, allscan, gather, no_crossing, relay, ring, start, step
 from tests.benchmarks.section import write
+from tests.benchmarks.transport_clocks import Wires, Work, allscan, gather, no_crossing, relay, ring, start, step
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/transports.md"
 STATE = 32 * 128 * 128 * 4.0  # bytes: d = 4096, 32 heads, fp32
@@ -96,7 +96,7 @@ def text() -> str:
     alone = OPERATOR["none"]
     beyond = {n: f"{(OPERATOR[n] - alone) / (one[n] - alone):.0f}" for n in one}
     return f"""
-Simulated by `parallel/schedule/simulate.py`; `python -m tests.benchmarks.published` writes this section. Assumed: every
+Simulated by `tests/benchmarks/transport_clocks.py`; `tests.benchmarks.published` writes this section. Assumed: every
 wire is the same; a message costs a call of 0.1 ms, 5.8 µs and its bytes at 64 GB/s, three constants fitted by hand to
 the four times of 2507.01004 marked so; All-Scan's state of 2 MiB goes in {BLOCKS} blocks; of a layer's work a tenth
 makes the effect, and half of the rest runs beside the crossing. For 2502.07563: A100s at 125 TFLOP/s and 25 GB/s, 16

@@ -4,7 +4,7 @@
     profiles  published models and clusters
     packing   which sequences run where in one step
     planner   the fast planner; improve: its last rounds; bound: what no plan can undercut
-    exact     the exact planner, which needs highspy; buckets: few lengths for many
+    exact     the exact planner, which needs highspy; buckets: few lengths for many; offline: a tighter bound
     simulate  how long a packing takes, and how full ranks are
     auto      the simpler of two plans where it is enough
     rivals    other schedulers, for comparison; compare: all of them in one table

@@ -83,6 +83,7 @@ class _Search:
             np.stack([c / size + costs.sending(size).sum() * tokens for c in computing], axis=1).tolist()
             for size in self.sizes
         ]
+        self.firsts = [[rows[k][0] for rows in self.seconds] for k in range(len(lengths))]
         self.fixed = [float(costs.fixed(size).sum()) for size in self.sizes]
         room = costs.rank_tokens.min(axis=1)
         self.room = [[float(room[choice]) * size for choice in self.choices] for size in self.sizes]
@@ -130,23 +131,25 @@ class _Search:
         open_: list[list[_Class]] = [[] for _ in self.sizes]  # by the time that is left, the tightest first
         times: list[list[float]] = [[] for _ in self.sizes]  # that is left, of those
         for k, n in enumerate(counts):
-            tokens = self.lengths[k]
+            tokens, firsts = self.lengths[k], self.firsts[k]
             while n:
                 found, tightest = None, math.inf
                 for g, own in enumerate(times):
-                    first = self.seconds[g][k][0]
-                    if not own or own[-1] < first:
+                    if not own or own[-1] < firsts[g]:
                         continue
                     room = self.room[g][0] - tokens
-                    for i in range(bisect_left(own, first), len(own)):
+                    for i in range(bisect_left(own, firsts[g]), len(own)):
                         if own[i] >= tightest:
                             break
                         if open_[g][i].tokens <= room or (several and self._fits(slack, open_[g][i], k)):
                             found, tightest = (g, i), own[i]
                             break
                 if found is None:
-                    g = next((g for g, alone in enumerate(self.alone) if alone[k] <= slack), -1)
-                    many = free // self.sizes[g] if g >= 0 else 0
+                    many = 0
+                    for g, alone in enumerate(self.alone):
+                        if alone[k] <= slack:
+                            many = free // self.sizes[g]
+                            break
                     if not many:
                         if all_or_none:
                             return None
@@ -157,7 +160,7 @@ class _Search:
                     g, i = found
                     c = open_[g].pop(i)
                     times[g].pop(i)
-                each = min(self._fits(slack, c, k), n)
+                each = max(1, min(self._fits(slack, c, k), n))  # 1: found to fit, before rounding
                 full = min(c.many, n // each)
                 if found is None:
                     free -= full * self.sizes[g]
@@ -180,6 +183,10 @@ class _Search:
 
     def _fits(self, slack: float, c: _Class, k: int) -> int:
         """How many of item k fit a group of this class."""
+        if len(c.used) == 1:
+            by_time = (slack - c.used[0]) / self.seconds[c.size][k][0]
+            by_room = (self.room[c.size][0] - c.tokens) / self.lengths[k]
+            return int(by_time if by_time < by_room else by_room)
         fits = 0
         for used, own, room in zip(c.used, self.seconds[c.size][k], self.room[c.size], strict=True):
             by_time, by_room = (slack - used) / own, (room - c.tokens) / self.lengths[k]
@@ -187,6 +194,8 @@ class _Search:
         return fits
 
     def _time(self, c: _Class) -> float:
+        if len(c.used) == 1:
+            return c.used[0]
         return min(c.used[choice] for choice in self.choices if c.tokens <= self.room[c.size][choice])
 
     def choice(self, c: _Class) -> int:

@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 
-from parallel.schedule.simulate import Wires, Work, allscan, backwards, gather, no_crossing, relay, ring, start, ulysses
 from tests.benchmarks import published
+from tests.benchmarks.transport_clocks import (
+    Wires,
+    Work,
+    allscan,
+    backwards,
+    gather,
+    no_crossing,
+    relay,
+    ring,
+    start,
+    ulysses,
+)
 
 WIRES = Wires(latency=1.0, bandwidth=2.0)
 IDLE = Work(0.0, 0.0, 0.0)
