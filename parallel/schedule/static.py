@@ -55,19 +55,21 @@ class Static:
         return Plan(step, tuple(lengths), tuple(micro_steps))
 
     def _group(self, ranks: tuple[int, ...], sequences: list[int], lengths: list[int]) -> list[Group]:
-        total, size = sum(lengths[s] for s in sequences), len(ranks)
-        divides = total % (2 * size) == 0
-        if self.layout == "zigzag" and not divides:
-            raise ValueError(f"scheduler.layout=zigzag: {total:,} tokens do not divide into {2 * size} equal spans")
-        spans: tuple[tuple[Span, ...], ...]
-        if size > 1 and divides and self.layout != "contiguous":
-            cuts = [total * i // (2 * size) for i in range(2 * size + 1)]
-            pieces = list(zip(cuts, cuts[1:], strict=False))
-            spans = tuple((pieces[r], pieces[-1 - r]) for r in range(size))
-        else:
-            cuts = [total * i // size for i in range(size + 1)]
-            spans = tuple(((b, e),) if e > b else () for b, e in zip(cuts, cuts[1:], strict=False))
-        return [Group(ranks, tuple(sequences), spans)]
+        total = sum(lengths[s] for s in sequences)
+        return [Group(ranks, tuple(sequences), lay_out(total, len(ranks), self.layout))]
+
+
+def lay_out(total: int, size: int, layout: str) -> tuple[tuple[Span, ...], ...]:
+    """The spans of each of `size` ranks that hold `total` tokens. Raises ValueError where zigzag does not divide."""
+    divides = total % (2 * size) == 0
+    if layout == "zigzag" and not divides:
+        raise ValueError(f"scheduler.layout=zigzag: {total:,} tokens do not divide into {2 * size} equal spans")
+    if size > 1 and divides and layout != "contiguous":
+        cuts = [total * i // (2 * size) for i in range(2 * size + 1)]
+        pieces = list(zip(cuts, cuts[1:], strict=False))
+        return tuple((pieces[r], pieces[-1 - r]) for r in range(size))
+    cuts = [total * i // size for i in range(size + 1)]
+    return tuple(((b, e),) if e > b else () for b, e in zip(cuts, cuts[1:], strict=False))
 
 
 def _idle(ranks: tuple[int, ...]) -> list[Group]:

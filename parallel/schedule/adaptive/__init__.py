@@ -7,6 +7,7 @@
     exact     the exact planner, which needs highspy; buckets: few lengths for many; offline: a tighter bound
     simulate  how long a packing takes, and how full ranks are
     auto      the simpler of two plans where it is enough
+    stragglers  how fast each rank is, from what its steps took
     rivals    other schedulers, for comparison; compare: all of them in one table
 
 Pure Python and NumPy: a plan needs no process group and no GPU.

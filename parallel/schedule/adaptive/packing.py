@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from parallel.schedule.plan import Group, MicroStep, Plan
+from parallel.schedule.static import lay_out
+
 
 @dataclass(frozen=True)
 class Share:
@@ -33,6 +36,19 @@ class Packing:
         run = sorted(s for shares in self.micro_steps for share in shares for s in share.sequences)
         if run != list(range(sequences)):
             raise ValueError(f"the packing runs {len(run)} sequences of {sequences}, or some of them twice")
+
+    def plan(self, step: int, lengths: Sequence[int], ranks: int, layout: str = "auto") -> Plan:
+        """What each rank does: spans as `Static` lays them out; ranks without a group are idle."""
+        micro_steps = []
+        for shares in self.micro_steps:
+            groups = []
+            for share in sorted(shares, key=lambda share: share.first):
+                spans = lay_out(sum(lengths[s] for s in share.sequences), share.size, layout)
+                groups.append(Group(tuple(range(share.first, share.first + share.size)), share.sequences, spans))
+            busy = {rank for group in groups for rank in group.ranks}
+            groups += [Group((rank,), (), ((),)) for rank in range(ranks) if rank not in busy]
+            micro_steps.append(MicroStep(tuple(groups)))
+        return Plan(step, tuple(lengths), tuple(micro_steps))
 
 
 def place(sizes: Sequence[int], speeds: Sequence[float]) -> list[int]:
