@@ -1,6 +1,7 @@
 """Adaptive groups: every batch gets the sequence-parallel groups that suit its lengths.
 
-    cost      what a micro-step costs, from layers, wires and memory; fit: its constants from measured times
+    cost      what a micro-step costs, from layers, wires and memory; fit: its constants from measured times,
+              shapes: from what a model multiplies and sends
     profiles  published models and clusters
     packing   which sequences run where in one step
     planner   the fast planner; improve: its last rounds; bound: what no plan can undercut

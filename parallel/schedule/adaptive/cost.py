@@ -3,13 +3,14 @@
 A group of g ranks that holds sequences of s tokens takes, in one micro-step of training (forward and backward),
 
     sum over s of [ layers · (pair · pairs(s) + token · s) / g / speed ]      computing
-    sum over s of [ layers · bytes · s / g ] / bandwidth(g)                   keys, values, queries, outputs
+    sum over s of [ layers · bytes(g) · s ] / bandwidth(g)                    keys, values, queries, outputs
     layers · (calls · latency(g) + states(g) / bandwidth(g))                  states, whatever the lengths are
     launch                                                                    what a micro-step costs at all
 
 where pairs(s) is s²/2 for full softmax attention, and w·s - w²/2 for a window of w < s tokens, and none for a linear
-mixer, whose states are sent once a layer, whatever is packed: (g-1) states gathered, or one with a scan. Nothing is
-sent in a group of one. Experts cost by tokens and belong to `Layer.token`.
+mixer, whose states are sent once a layer, whatever is packed: (g-1) states gathered, or one with a scan. A rank
+receives bytes(g) for each token of its group: a g-th of a token's where heads are exchanged. `shapes.py` reads both off
+`comm_volume` for any transport. Nothing is sent in a group of one. Experts cost by tokens and belong to `Layer.token`.
 
 All ranks are in lockstep (FSDP gathers each layer's weights on all of them), so a micro-step takes as long as its
 slowest group. Where experts are spread over ranks of several groups (`Model.meets`), groups meet in every layer, and
@@ -39,6 +40,15 @@ class Wire(NamedTuple):
     latency: float = 0.0
 
 
+class Messages(NamedTuple):
+    """What a rank of a group receives in one layer, forward and backward: `fixed` bytes whatever the group holds,
+    `token` bytes more for every token of the group, in `calls` messages."""
+
+    fixed: float
+    token: float
+    calls: float
+
+
 @dataclass(frozen=True)
 class Layer:
     """`count` layers of one kind, each with its feed-forward or experts.
@@ -46,7 +56,8 @@ class Layer:
     pair: seconds a pair of a query and a key. token: seconds a token. window: tokens that a query sees; None: all.
     token_bytes: bytes that a group sends for each of its tokens, in both directions, where it has several ranks.
     state_bytes: bytes of a state; states: `gather` (each rank receives those of all others) or `scan` (one).
-    calls: messages a layer, in both directions, where a group has several ranks.
+    calls: messages a layer, in both directions, where a group has several ranks. by_size: the messages of each size of
+    group instead of those four.
     """
 
     count: int
@@ -57,6 +68,7 @@ class Layer:
     state_bytes: float = 0.0
     states: str = "scan"
     calls: int = 0
+    by_size: tuple[tuple[int, Messages], ...] = ()
 
     def __post_init__(self) -> None:
         if self.states not in STATE_TRANSPORTS:
@@ -69,11 +81,14 @@ class Layer:
         inside = np.minimum(lengths, self.window)
         return inside * inside / 2 + (lengths - inside) * self.window
 
-    def state_traffic(self, size: int) -> float:
-        """Bytes of states that a rank receives in one layer, forward and backward."""
+    def messages(self, size: int) -> Messages:
+        """Raises KeyError for a size that `by_size` does not have."""
         if size == 1:
-            return 0.0
-        return 2 * self.state_bytes * (size - 1 if self.states == "gather" else 1)
+            return Messages(0, 0, 0)
+        if self.by_size:
+            return dict(self.by_size)[size]
+        states = size - 1 if self.states == "gather" else 1
+        return Messages(2 * self.state_bytes * states, self.token_bytes / size, self.calls)
 
 
 @dataclass(frozen=True)
@@ -207,18 +222,12 @@ class Costs:
         return self._messages[size][1]
 
     def _sending(self, size: int) -> Floats:
-        wire = self.cluster.wire(size)
-        volumes = [layer.count * layer.token_bytes / size / wire.bandwidth for layer in self.model.layers]
-        return np.array(volumes) * (size > 1)
+        bandwidth = self.cluster.wire(size).bandwidth
+        return np.array([layer.count * layer.messages(size).token / bandwidth for layer in self.model.layers])
 
     def _fixed(self, size: int) -> Floats:
-        wire = self.cluster.wire(size)
-        return np.array(
-            [
-                layer.count * (layer.calls * wire.latency + layer.state_traffic(size) / wire.bandwidth) * (size > 1)
-                for layer in self.model.layers
-            ]
-        )
+        wire, sent = self.cluster.wire(size), [(layer.count, layer.messages(size)) for layer in self.model.layers]
+        return np.array([n * (each.calls * wire.latency + each.fixed / wire.bandwidth) for n, each in sent])
 
     def group(self, lengths: Sequence[int], first: int, size: int, choice: int = 0) -> Floats:
         """Seconds [kinds of layers] of a group on ranks [first, first + size), the launch left out."""
