@@ -46,7 +46,7 @@ class Portion:
         """What a sampler asks of it. Raises ValueError for a value out of range, with the full key."""
         at = f"data.sources.{name}"
         if not isinstance(self.data, Data):
-            raise ValueError(f"{at}.data: must be a data.loader.Data")
+            raise ValueError(f"{at}.data: must be a data.Data")
         lines = self.weight if isinstance(self.weight, list | tuple) else [[0, self.weight]]
         weight = _lines(f"{at}.weight", self.weight, lines)
         if not weight or weight[0][0] != 0:
@@ -79,7 +79,7 @@ def _lines(key: str, given: Any, lines: Sequence[Any]) -> tuple[tuple[int, Fract
 class Mixture:
     """Several corpora, drawn from by weight; the order of each is its own. What each gave is in every record (`drawn`).
 
-    sources: by name, `data.mixture.Portion`s. replay: the share of the run's tokens that the old ones have together,
+    sources: by name, `data.Portion`s. replay: the share of the run's tokens that the old ones have together,
     from 0 to 1, the others having the rest (2403.08763), and weights dividing each of the two; null for weights alone.
     max_length, packing, min_length, overlong, document_mask, heldout, audit:
     as of one corpus. heldout_tokens: how many held-out tokens an evaluation reads, the same of each. Raises ValueError,
@@ -102,7 +102,7 @@ class Mixture:
     ) -> None:
         for name, portion in sources.items():
             if not isinstance(portion, Portion) or "/" in name:
-                raise ValueError(f"data.sources.{name}: must be a data.mixture.Portion, under a name without /")
+                raise ValueError(f"data.sources.{name}: must be a data.Portion, under a name without /")
         found = [portion.source(name) for name, portion in sources.items()]
         for token in sorted({token for source in found for token, _ in source.weight}) or [0]:
             if not any(source.weight_at(token) for source in found):

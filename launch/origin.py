@@ -55,7 +55,7 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
         run_folder("init_from", value, config["cluster"])  # which says what there is
     theirs = own_tokens(saved_config(latest(found)), latest(found)).get("data", {}) if found else {}
     portion = sources[name]
-    if theirs.get("_target_") == "data.loader.Data":
+    if theirs.get("_target_") == "data.Data":
         own = {name: {**portion, "data": theirs}}
     elif theirs.get("sources"):
         weights = _last_weights(theirs)

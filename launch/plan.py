@@ -193,7 +193,7 @@ def _memory(flight: Flight, built: LM, costs: Account, held: int, spans: int) ->
     """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward. held: tokens
     of a span in time."""
     from train.construct import construct
-    from train.optimizer import moments
+    from train.optim.build import moments
     from train.precision import dtypes
 
     compute, master = dtypes(flight.config["precision"]["compute"], flight.device)
@@ -237,9 +237,9 @@ def _traffic(flight: Flight, model: LM, first: Plan, batch: Any) -> list[str]:
 
     from models.axes import declarations
     from parallel.schedule.volume import How, Traffic, of_plan, of_weights
-    from train import optimizer
     from train.asked import asked, weight_units
     from train.construct import construct
+    from train.optim.build import build_optimizer
     from train.precision import dtypes
 
     transport, engine, workers = flight.config["parallel"]["transport"], flight.config["engine"], flight.cluster.workers
@@ -254,7 +254,7 @@ def _traffic(flight: Flight, model: LM, first: Plan, batch: Any) -> list[str]:
     units = weight_units(model, itemsize=master.itemsize, reshard=engine.get("reshard_after_forward", True))
     weights = of_weights(units, workers, len(first.micro_steps))
     total, most = Counter[str](), Counter[str]()
-    stepping: Any = optimizer.build(construct(flight.config["optimizer"]), model, declarations(model))
+    stepping: Any = build_optimizer(construct(flight.config["optimizer"]), model, declarations(model))
     if hasattr(stepping, "received"):
         for rank, traffic in enumerate(stepping.received(workers, master, flight.device)):
             found.setdefault(rank, Traffic()).include(traffic)

@@ -253,7 +253,7 @@ def _optimizer(config: dict[str, Any], precision: PrecisionSettings, device: str
     """Builds it for one weight as the run has them. Raises ValueError."""
     import torch
 
-    from train.optimizer import tried
+    from train.optim.build import tried
 
     on_host = config["engine"].get("offload_optimizer", False)
     dtype = torch.float64 if precision.compute == "fp64" else torch.float32

@@ -16,7 +16,7 @@ class Block(nn.Module):
     """Any mixer goes with any feed-forward.
 
     mixer: how a token sees those before it: a class of `models.mixers`. ffn: what is then done to each token by itself:
-    `models.moe.MoE`, or the dense `models.ffn.SwiGLU` or `models.ffn.ChannelMix`, which take `hidden`, their width;
+    `models.MoE`, or the dense `models.SwiGLU` or `models.ChannelMix`, which take `hidden`, their width;
     null for none, and no norm before it: a layer that is its mixer alone, as Mamba's are (2312.00752).
     norm_eps: what the norms before the two add to the mean square.
 

@@ -55,7 +55,7 @@ class Routing(NamedTuple):
 
 
 class Router(Linear):
-    """x [B, T, D] -> weights [B, T, X], fp32 or better, and the Routing. Arguments as in `models.moe.MoE`, valid."""
+    """x [B, T, D] -> weights [B, T, X], fp32 or better, and the Routing. Arguments as in `models.MoE`, valid."""
 
     selection_bias: Tensor | None
     loads: Tensor | None

@@ -68,7 +68,7 @@ TREES = [
     "[[[1]]]",
     "[true]",
 ]
-TREES += ["{}", "{a: 1}", "{_target_: os.system}", "{_target_: data.loader.Data}", "{_target_: null}", "{_target_: 3}"]
+TREES += ["{}", "{a: 1}", "{_target_: os.system}", "{_target_: data.Data}", "{_target_: null}", "{_target_: 3}"]
 TREES += ["{_target_: models.mixers.gla.GLA}", "{_target_: torch.optim.SGD}", "{_partial_: true}", "[{_target_: 1}]"]
 TREES += ["{null: 1}", "{1: 2}", "{_target_: train.settings.TrainSettings, tokens: -1}", "{_args_: [1]}"]
 LINKS = ["${seed}", "${nope}", "${run}", "${oc.env:HOME}", "${oc.env:NOPE}", "${model}", "${", "${a:b}", "$", "${..}"]

@@ -20,9 +20,8 @@ from models.serial import Serial
 from parallel.memory import give_back
 from parallel.mesh import Groups, everyone
 from parallel.schedule.volume import Ask
-from train import checkpoint, communication, moments, optimizer
+from train import checkpoint, communication
 from train.asked import asked
-from train.average import Average
 from train.construct import construct
 from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
@@ -30,6 +29,9 @@ from train.guard import Guard
 from train.layout import dependences
 from train.loop import Trainer
 from train.observe import Phases, Utilisation, matmul_peak
+from train.optim import carry_over
+from train.optim.average import Average
+from train.optim.build import build_optimizer
 from train.patience import Patience
 from train.precision import dtypes
 from train.settings import ClusterSettings, ParallelSettings, TrainSettings, section
@@ -61,7 +63,7 @@ def build(order: dict[str, Any]) -> Trainer:
     declared = declarations(model)
     utilisation = _utilisation(model, order["device"], say) if first else None
     construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
-    adamw = optimizer.build(construct(config["optimizer"]), model, declared)
+    adamw = build_optimizer(construct(config["optimizer"]), model, declared)
 
     train = section(TrainSettings, config["train"])
     state, facts = _start(order, model, adamw, train.init_optimizer)
@@ -144,7 +146,7 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
         if order["config"]["train"].get("init_weights") == "average":
             checkpoint.load_average(Path(order["init_from"]), model)
         if keep != "reset":
-            moments.load(Path(order["init_from"]), model, adamw, keep)
+            carry_over.load(Path(order["init_from"]), model, adamw, keep)
     state.attempt = _attempt(order, state.attempt)
     return state, facts
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data import reading
+from train.renamed import with_canonical_names
 
 CONFIG = "config.yaml"
 LONGEST = 1 << 19  # bytes; a run's has some thousand
@@ -15,9 +16,9 @@ ROOMS = {
     "curriculum": ("data.",),
     "scheduler": ("parallel.schedule.",),
     "engine": ("train.engines.",),
-    "optimizer": ("torch.optim.", "train.adamw.", "train.muon.", "train.optimizer."),
-    "schedule": ("train.schedule.",),
-    "tracking": ("train.tracking.Tracking", "train.tracking.options."),
+    "optimizer": ("torch.optim.", "train.optim."),
+    "schedule": ("train.schedules.",),
+    "tracking": ("train.tracking.Tracking",),
     "cluster": ("launch.templates.",),
 }
 
@@ -30,7 +31,7 @@ def read(folder: Path) -> dict[str, Any]:
     section's.
     """
     try:
-        found = _read(reading.text(folder / CONFIG, LONGEST))
+        found = with_canonical_names(_read(reading.text(folder / CONFIG, LONGEST)))
     except ValueError as error:
         line = " ".join(str(error).split())
         raise ValueError(line if line.startswith(CONFIG) else f"{CONFIG}: {line}") from None

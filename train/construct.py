@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from train.renamed import with_canonical_names
+
 ROOMS = ("data.", "models.", "parallel.", "train.", "launch.templates.", "torch.optim.")
 
 
@@ -17,7 +19,7 @@ def is_class(target: str) -> bool:
     if not allowed(target):
         return False
     try:
-        found = vars(import_module(room)).get(name)
+        found = getattr(import_module(room), name, None)
     except ImportError:
         return False
     return isinstance(found, type) and allowed(f"{found.__module__}.")
@@ -31,6 +33,7 @@ def construct(node: Any) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
+    node = with_canonical_names(node)
     for target in _targets(node):
         if not is_class(target):
             raise ValueError(f"_target_={target}: must be a class of {', '.join(ROOMS)}")

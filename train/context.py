@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from models.rope import RoPE
+from models.positions import RoPE
 
 
 def rebase(model: nn.Module, base: float | None) -> None:

@@ -20,14 +20,14 @@ from parallel.collectives import LEDGER
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
 from train import checkpoint, communication, rescue
-from train.average import Average
-from train.clip import clip, layer_norms
 from train.context import rebase
 from train.evaluate import Heldout, drift, heldout
 from train.execute import Executor, Tally
 from train.guard import Guard, apply
 from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
-from train.optimizer import set_rate
+from train.optim.average import Average
+from train.optim.build import set_rate
+from train.optim.clip import clip, layer_norms
 from train.patience import Patience
 from train.settings import TrainSettings
 from train.state import State

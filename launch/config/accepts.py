@@ -13,7 +13,7 @@ GIVEN = ("dim", "slot", "depth", "params")  # what the program itself gives to a
 
 
 def accepts(target: str, key: str) -> list[str]:
-    """The values that a class ("train.engines.fsdp.FSDP") takes for a key; [] where they are open."""
+    """The values that a class ("train.engines.FSDP") takes for a key; [] where they are open."""
     module, owner = _class(target)
     for function in owner.body if owner else ():
         if not isinstance(function, ast.FunctionDef):
@@ -69,6 +69,10 @@ def _class(target: str) -> tuple[str, ast.ClassDef | None]:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
                     return _class(f"{node.module}.{alias.name}")
+        if isinstance(node, ast.Assign) and _name(node.targets[0]) == "HOMES" and isinstance(node.value, ast.Dict):
+            homes = ast.literal_eval(node.value)
+            if name in homes:
+                return _class(f"{homes[name]}.{name}")
     return module, None
 
 

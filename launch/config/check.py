@@ -21,6 +21,7 @@ from launch.config.accepts import GIVEN
 from launch.extend.stage import Stage
 from launch.user import UserError
 from train.construct import ROOMS, allowed, construct
+from train.renamed import canonical
 from train.settings import (
     ClusterSettings,
     EvaluateSettings,
@@ -95,7 +96,7 @@ def build(config: dict[str, Any]) -> Any:
     """The model of a checked configuration, on the meta device, and its optimizer tried. Raises ValueError."""
     import torch
 
-    from train.optimizer import tried
+    from train.optim.build import tried
 
     with torch.device("meta"):
         try:
@@ -153,6 +154,7 @@ def class_of(path: str, target: Any) -> type:
     """The class that a `_target_` names. Raises UserError."""
     if not isinstance(target, str) or not allowed(target):
         raise UserError(f"{path}={_shown(target)}: must be a class of {', '.join(ROOMS)}")
+    target = canonical(target)
     room, _, name = target.rpartition(".")
     try:
         module = import_module(room)
@@ -162,10 +164,11 @@ def class_of(path: str, target: Any) -> type:
         raise UserError(f"{path}={target}: {error.name} is not installed here") from None
     except ImportError as error:
         raise UserError(f"{path}={target}: cannot be imported: {error}") from None
-    classes = {k: v for k, v in vars(module).items() if isinstance(v, type) and allowed(f"{v.__module__}.")}
+    named = [*vars(module), *getattr(module, "HOMES", ())]
+    classes = {k for k in named if isinstance(v := getattr(module, k), type) and allowed(f"{v.__module__}.")}
     if name not in classes:
         raise UserError(f"{path}={target}: no such class{nearest(name, classes, prefix=f'{room}.')}")
-    return classes[name]
+    return getattr(module, name)
 
 
 def nearest(word: str, known: Iterable[str], *, prefix: str = "") -> str:
@@ -185,7 +188,9 @@ def _node(path: str, node: Any, kind: Any = object) -> dict[str, Any]:
         raise UserError(f"{path}._target_: missing; it names the class to build")
     target = class_of(f"{path}._target_", node["_target_"])
     if isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and not issubclass(target, kind):
-        raise UserError(f"{path}._target_={node['_target_']}: must be a {kind.__module__}.{kind.__qualname__}")
+        from models.hub.architecture import target as name_of
+
+        raise UserError(f"{path}._target_={node['_target_']}: must be a {name_of(kind)}")
     head = {"_target_": node["_target_"]}
     if "_partial_" in node:
         head["_partial_"] = _typed(f"{path}._partial_", node["_partial_"], bool)

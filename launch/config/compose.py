@@ -35,6 +35,7 @@ from launch.config.conf import CONF, groups
 from launch.paths import at_home
 from launch.shell import override, quote
 from launch.user import UserError
+from train.renamed import with_canonical_names
 
 __all__ = ["CONF", "checked", "composed", "fields", "groups"]
 
@@ -70,7 +71,7 @@ def composed(overrides: list[str], model: dict[str, Any] | None = None) -> dict[
     assert isinstance(resolved, dict)
     _one_budget(read, resolved)
     try:
-        return at_home(checked({str(key): value for key, value in resolved.items()}))
+        return at_home(checked(with_canonical_names({str(key): value for key, value in resolved.items()})))
     except UserError as error:
         raise UserError(_as_given(str(error), read)) from None
 

@@ -14,7 +14,7 @@ from launch.evaluate import trained_on
 from launch.extend.compose import configured
 from launch.extend.stage import Stage
 from launch.user import UserError
-from models.rope import NoPE, Positions
+from models.positions import NoPE, Positions
 
 if TYPE_CHECKING:
     from launch.preflight import Flight

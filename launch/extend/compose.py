@@ -7,7 +7,7 @@ from launch.config.accepts import parameters
 from launch.config.check import nearest
 from launch.extend.stage import Stage
 from models.hub.architecture import Node, layers, node, target
-from models.rope import NoPE, RoPE
+from models.positions import NoPE, RoPE
 
 
 def configured(config: dict[str, Any], stage: Stage, number: int, model: Node) -> dict[str, Any]:

@@ -9,10 +9,10 @@ class Stage:
     """A run of a chain. Keys that a stage does not have are those of the configuration.
 
     length: its data.max_length, in tokens; at least that of the stage before. tokens: its budget. positions: the rule
-    of rotary positions of every softmax layer that has some, an object of `models.rope`, or only its keys that change;
-    null for the rule as it is. lr: the learning rate that its schedule multiplies; null for optimizer.lr. weights: of
-    data=mixture, by source its weight in this stage; null for those that the sources have. batch_tokens: tokens of a
-    step; null for train.batch_tokens, or for the length where that is more.
+    of rotary positions of every softmax layer that has some, an object of `models.positions`, or only its keys that
+    change; null for the rule as it is. lr: the learning rate that its schedule multiplies; null for optimizer.lr.
+    weights: of data=mixture, by source its weight in this stage; null for those that the sources have. batch_tokens:
+    tokens of a step; null for train.batch_tokens, or for the length where that is more.
     """
 
     length: int

@@ -3,17 +3,25 @@
 What a rendered job runs is `farspan train` again, with `cluster=ray` and where that Ray is. What the template's own
 keys have said by then (which machines, how many workers) is given explicitly; the user's other words travel as they
 were written.
+
+HOMES: the module of each class that a configuration names as `launch.templates.NAME`.
 """
 
 import re
 import shlex
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import yaml
 
 from launch.placement import Node
 
+HOMES = {
+    "KubeRay": "launch.templates.kuberay",
+    "RayUp": "launch.templates.ray_up",
+    "Slurm": "launch.templates.slurm",
+}
 PATH = "cluster.template"  # where the keys of these classes are in a configuration
 LINE = r"[^\x00-\x1f\x7f]+"  # text that stays on its line
 
@@ -117,3 +125,9 @@ def matching(key: str, value: Any, pattern: str, accepts: str) -> str:
 def on_lines(key: str, lines: list[str] | None) -> list[str]:
     """A list of shell lines. Raises ValueError naming the one that is not a line."""
     return [matching(f"{key}[{i}]", line, LINE, "one line of shell") for i, line in enumerate(lines or [])]
+
+
+def __getattr__(name: str) -> Any:
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

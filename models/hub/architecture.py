@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -106,7 +107,12 @@ UNBOUNDED = {  # whole numbers that no tensor has for a size
 
 
 def target(kind: type) -> str:
-    """A class as `_target_` names it."""
+    """A class as `_target_` names it: by the outermost package that hands it on, else by its own module."""
+    parts = kind.__module__.split(".")
+    for length in range(1, len(parts)):
+        package = import_module(".".join(parts[:length]))
+        if getattr(package, kind.__name__, None) is kind:
+            return f"{package.__name__}.{kind.__name__}"
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

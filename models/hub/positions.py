@@ -7,7 +7,7 @@ from typing import Any
 
 from models.hub.architecture import Config, Node, node, target
 from models.hub.values import ABOVE_ZERO, FLAG, NUMBER, WORD, Kind, check, optional, shown, whole
-from models.rope import Interpolated, Llama3, RoPE, YaRN
+from models.positions import Interpolated, Llama3, RoPE, YaRN
 
 # By `rope_type`, our rule and its keys under their published names.
 RULES: dict[str, tuple[type[RoPE], dict[str, str]]] = {

@@ -10,7 +10,7 @@ from models.axes import positive
 from models.linear import Linear
 from models.mixers import heads as sizes
 from models.norm import RMSNorm, checked
-from models.rope import Positions, RoPE, turn
+from models.positions import Positions, RoPE, turn
 from models.sequence import Sequence
 
 ROPE = RoPE()
@@ -25,7 +25,7 @@ class Attention(nn.Module):
     of the document, how many remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453).
     qk_norm: whether each head's queries and keys are normalised, before they are rotated. gate: whether each
     channel of the output is multiplied by a sigmoid of the input. positions: how a token's place in its document
-    enters: a rule of `models.rope`. norm_eps: what the norms of queries and keys add to the mean square.
+    enters: a rule of `models.positions`. norm_eps: what the norms of queries and keys add to the mean square.
 
     x [B, T, D] -> [B, T, D].
     """

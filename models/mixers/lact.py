@@ -19,8 +19,8 @@ from models.kernels import fast_weights
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.norm import RMSNorm, checked, l2_normalise
+from models.positions import RoPE, turn
 from models.precision import wide
-from models.rope import RoPE, turn
 from models.sequence import Sequence
 from models.serial import Ran, Serial
 

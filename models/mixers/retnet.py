@@ -11,9 +11,9 @@ from models.axes import positive
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.norm import GatedRMSNorm, checked
+from models.positions import rotate
 from models.precision import wide
 from models.recurrence import Scalar
-from models.rope import rotate
 from models.sequence import Sequence
 
 

@@ -22,10 +22,10 @@ from models.lm import LM
 from parallel.apply import parallelise
 from parallel.mesh import everyone
 from tests.world import run_world
-from train import optimizer
-from train.adamw import AdamW
 from train.construct import construct
-from train.muon import Muon
+from train.optim.adamw import AdamW
+from train.optim.build import build_optimizer
+from train.optim.muon import Muon
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
 KINDS: dict[str, Callable[..., Optimizer]] = {
@@ -50,7 +50,7 @@ def sharded(overrides: list[str]) -> tuple[LM, dict]:
 def times(overrides: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of a step of each kind, in turn; the first round warms up and is not counted."""
     model, declared = sharded(overrides)
-    kinds = {name: optimizer.build(make, model, declared) for name, make in KINDS.items()}
+    kinds = {name: build_optimizer(make, model, declared) for name, make in KINDS.items()}
     for p in model.parameters():
         p.grad = p.detach().clone()
     found: dict[str, list[float]] = {name: [] for name in kinds}

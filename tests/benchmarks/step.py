@@ -52,7 +52,7 @@ def ours_model() -> Any:
     from models.mixers.attention import Attention
     from models.mixers.gated_deltanet import GatedDeltaNet
     from models.moe import MoE
-    from models.rope import RoPE
+    from models.positions import RoPE
 
     experts = {"num_experts": EXPERTS, "top_k": CHOSEN, "hidden": HIDDEN}
     ffn = partial(MoE, **experts, shared_hidden=HIDDEN, shared_gate=True)

@@ -10,14 +10,14 @@ from data.stores import card
 from launch import origin, prepare
 from train import checkpoint
 
-KEYS = {"_target_": "data.loader.Data", "max_length": 64, "heldout_tokens": 128}
+KEYS = {"_target_": "data.Data", "max_length": 64, "heldout_tokens": 128}
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> tuple[Any, list[str]]:
     """The batches of a run on such data, and the lines before its first step."""
     monkeypatch.setattr(card, "draw", lambda *_: None)
     lines: list[str] = []
-    config = {"data": {**KEYS, **keys}, "curriculum": {"_target_": "data.curriculum.Curriculum"}}
+    config = {"data": {**KEYS, **keys}, "curriculum": {"_target_": "data.Curriculum"}}
     return prepare.batches(config, 128, 257, lines.append), lines
 
 
@@ -40,8 +40,8 @@ def test_a_run_says_what_is_left_out_and_how_a_text_is_divided(tmp_path: Path, m
     (folder / "linked").unlink()
     (folder / ".hidden").touch()
     assert said(monkeypatch, **keys)[0] == "data: left out: 1 not text, 1 hidden files or folders"
-    mixed = {"a": {"_target_": "data.mixture.Portion", "data": {**KEYS, **keys}}}
-    lines = said(monkeypatch, _target_="data.mixture.Mixture", sources=mixed)
+    mixed = {"a": {"_target_": "data.Portion", "data": {**KEYS, **keys}}}
+    lines = said(monkeypatch, _target_="data.Mixture", sources=mixed)
     assert lines[0] == "data.sources.a.data: left out: 1 not text, 1 hidden files or folders"
     assert lines[1].startswith("data.sources.a.data.path: too few documents")
 

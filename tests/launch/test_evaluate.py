@@ -74,7 +74,7 @@ def test_what_is_wrong_costs_one_line_before_a_process_starts(run, capsys, tmp_p
         ("cluster=ray",): "cluster=ray: must be none or local",
         ("cluster.workers=3", "parallel.data=2"): "parallel.data=2: must divide cluster.workers=3",
         ("model.dim=64",): f"RUN={run}: holds another model: ",
-        ("model.blocks.attn.mixer.positions._target_=models.rope.Randomized",
+        ("model.blocks.attn.mixer.positions._target_=models.positions.Randomized",
          "+model.blocks.attn.mixer.positions.longest=200",
          "evaluate.length=256"): "evaluate.length=256: must be at most 200, the positions that the model knows",
         ("data.tokenizer=bpe", f"data.store={tmp_path / 'bpe'}", "data.vocabulary=257"): "data.tokenizer=json: must",

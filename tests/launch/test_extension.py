@@ -193,7 +193,7 @@ def test_a_stop_while_a_stage_is_measured_and_a_stage_that_fails_say_how_to_go_o
 
 def test_a_folder_of_hugging_faces_is_extended_and_written_back_longer(place, tmp_path, capsys):
     write(tmp_path / "llama", LLAMA)
-    yarn = "{_target_: models.rope.YaRN, factor: 2, trained_length: 512}"
+    yarn = "{_target_: models.positions.YaRN, factor: 2, trained_length: 512}"
     asked = [
         *given(place),
         "experiment=extend_context",
@@ -221,7 +221,7 @@ def refused(capsys, verb, *arguments):
     return err.removeprefix(f"farspan {verb}: ")
 
 
-YARN = "_target_: models.rope.YaRN, factor: 2, trained_length: 96"
+YARN = "_target_: models.positions.YaRN, factor: 2, trained_length: 96"
 REFUSED = {
     "stages=[{length: 64, tokens: 100}]": "stages[0].length=64: must be at least 96, as those of init_from=",
     "stages=[{length: 384, tokens: 1000}, {length: 192, tokens: 1000}]": "stages[1].length=192: must be at least 384",
@@ -229,10 +229,10 @@ REFUSED = {
     "stages=[{length: 192}]": "stages[0].tokens: missing",
     "stages=[{length: 192, tokens: 100, rope: 1}]": "stages[0].rope: no such key",
     f"stages=[{{length: 384, tokens: 1000, positions: {{{YARN}}}}}]": "stages[0].positions=YaRN(",
-    "stages=[{length: 192, tokens: 1000, positions: {_target_: models.rope.Interpolated, factor: 1.5}}]": (
+    "stages=[{length: 192, tokens: 1000, positions: {_target_: models.positions.Interpolated, factor: 1.5}}]": (
         "stages[0].positions=Interpolated("
     ),
-    "stages=[{length: 192, tokens: 1000, positions: {_target_: models.rope.Randomized, longest: 100}}]": (
+    "stages=[{length: 192, tokens: 1000, positions: {_target_: models.positions.Randomized, longest: 100}}]": (
         "stages[0].positions=Randomized("
     ),
     "stages=[{length: 192, tokens: 1000, positions: {bsae: 5}}]": (

@@ -65,9 +65,9 @@ def test_other_positions_for_an_imported_model(here):
     found = configure(
         ["init_from=source", f"positions@{place}=yarn", f"{place}.factor=8", f"{place}.trained_length=512"]
     )
-    assert found["model"]["blocks"]["attn"]["mixer"]["positions"]["_target_"] == "models.rope.YaRN"
+    assert found["model"]["blocks"]["attn"]["mixer"]["positions"]["_target_"] == "models.positions.YaRN"
     assert configure(["init_from=source", f"{place}.base=1e6"])["model"]["blocks"]["attn"]["mixer"]["positions"] == {
-        "_target_": "models.rope.RoPE",
+        "_target_": "models.positions.RoPE",
         "base": 1e6,
         "fraction": 1.0,
     }

@@ -31,13 +31,16 @@ from train import checkpoint
 
 FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 RAY = str(Path(sys.executable).parent / "ray")
-STEPS = 40
+STEPS = 100
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+ASK = "import sys; from launch import nodes; print(len(nodes.nodes(sys.argv[1])))"
 
 
 @dataclass
@@ -97,13 +100,24 @@ class Cluster:
         return node
 
     def alive(self) -> int:
-        from launch import nodes
+        """How many machines Ray has. A child process asks: pytest's own may hold the token of an earlier Ray."""
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK, f"http://127.0.0.1:{self.dashboard}"],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.answer = asked.stdout + asked.stderr
+        return int(asked.stdout) if asked.returncode == 0 else 0
 
-        nodes.nodes.cache_clear()
+    def wait_for(self, machines: int) -> None:
+        """Wait until Ray has so many machines; fails with the last answer and with what its nodes printed."""
         try:
-            return len(nodes.nodes(f"http://127.0.0.1:{self.dashboard}"))
-        except UserError:
-            return 0
+            wait_for(lambda: self.alive() == machines, 120)
+        except AssertionError as error:
+            logs = "\n".join(each.read_text() for each in sorted(self.place.glob("node-*.log")))
+            raise AssertionError(f"{error}\n{self.answer}\n{logs}") from None
 
     def end(self, node: subprocess.Popen) -> None:
         node.terminate()
@@ -148,9 +162,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     os.environ.update({k: two.env[k] for k in before})
     try:
         two.start()
-        wait_for(lambda: two.alive() == 1, 120)
+        two.wait_for(1)
         two.start()
-        wait_for(lambda: two.alive() == 2, 120)
+        two.wait_for(2)
         yield two
     finally:
         for node in reversed(two.nodes):

@@ -118,15 +118,15 @@ def test_meanings_are_found_in_a_docstring_and_nothing_else_is_lost(style):
 
 def test_accepted_values_are_read_from_the_source():
     assert accepts("train.settings.ClusterSettings", "device") == ["auto", "cpu", "cuda"]  # a constant beside it
-    assert accepts("train.engines.fsdp.FSDP", "recompute") == ["none", "full", "selective"]  # one that is imported
+    assert accepts("train.engines.FSDP", "recompute") == ["none", "full", "selective"]  # one that is imported
     assert accepts("train.settings.TransportSettings", "attention") == [
         "gather",
         "ring",
         "ulysses",
         "usp",
     ]  # a dict of dicts, by key
-    assert accepts("data.loader.Data", "corpus")[:2] == ["stdlib", "text"]  # of the class that it is handed on to
-    assert accepts("data.loader.Data", "on_error") == ["stop", "skip"]
+    assert accepts("data.Data", "corpus")[:2] == ["stdlib", "text"]  # of the class that it is handed on to
+    assert accepts("data.Data", "on_error") == ["stop", "skip"]
     assert "offline" in accepts("train.tracking.Tracking", "mode")  # a class that its package hands on
     assert accepts("train.settings.TrainSettings", "tokens") == accepts("torch.optim.AdamW", "lr") == []
     assert parameters("train.settings.TransportSettings") == {"recurrence": "str", "attention": "str", "blocks": "int"}

@@ -131,7 +131,7 @@ REFUSED = {
     "cluster.template.gpus_per_node=0; accepts auto or cpu",
     "cluster=slurm model.dim=0": "model.dim=0: must be at least 1",
     "cluster=slurm train.tokns=3": "train.tokns: no such key; nearest: train.tokens",
-    "cluster=slurm cluster.template._target_=train.engines.fsdp.FSDP cluster.template.nodes=2": "cluster.template.",
+    "cluster=slurm cluster.template._target_=train.engines.FSDP cluster.template.nodes=2": "cluster.template.",
     "cluster=kuberay": "cluster.template.image=null: must name one that holds farspan",
 }
 

@@ -8,7 +8,7 @@ from models.axes import initialise
 from models.kernels.softmax import Piece, _squares, attend_pieces, parts_of, pieces_of
 from models.kernels.tiles import ROWS, Fused, Plain
 from models.mixers.attention import Attention
-from models.rope import RoPE
+from models.positions import RoPE
 from models.sequence import Memory, Whole
 
 H, G, K, V = 4, 2, 8, 12

@@ -12,7 +12,7 @@ from models.hub import of_config, of_model, positions, tensors
 from models.hub.architecture import fold, node, ratio
 from models.hub.rows import ABOUT_ZERO, Entry, Rows, experts, joined, parts, published, whole
 from models.mixers.attention import Attention
-from models.rope import Interpolated, Llama3, RoPE, Truncated, YaRN
+from models.positions import Interpolated, Llama3, RoPE, Truncated, YaRN
 
 
 def test_rows_of_a_span_are_found_in_the_pieces_that_make_it_up():
@@ -88,7 +88,7 @@ def test_positions_come_back(kind):
 def test_positions_as_they_were_written_before_version_5():
     old = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 256}
     found = positions.read(old | {"original_max_position_embeddings": 64}, 16)
-    assert found["_target_"] == "models.rope.YaRN" and (found["base"], found["trained_length"]) == (1e6, 64)
+    assert found["_target_"] == "models.positions.YaRN" and (found["base"], found["trained_length"]) == (1e6, 64)
     with pytest.raises(ValueError, match="rope_type=longrope: must be one of default, linear, yarn, llama3"):
         positions.read({"rope_scaling": {"rope_type": "longrope"}}, 16)
     with pytest.raises(ValueError, match="config.json: truncate=false: must be true"):
@@ -231,14 +231,14 @@ def test_a_config_json_without_a_size_is_refused():
         ({"window": 8}, "model.blocks.attn.mixer.window=8: must be null, as in LlamaForCausalLM"),
         ({"gate": True}, "model.blocks.attn.mixer.gate=true: must be false, as in LlamaForCausalLM"),
         (
-            {"positions": {"_target_": "models.rope.NoPE"}},
+            {"positions": {"_target_": "models.positions.NoPE"}},
             "model.blocks.attn.mixer.positions=NoPE: must be one of RoPE",
         ),
         (
             {"positions": node(Truncated, partial=False, high=1.0, low=0.1, middle=0.5)},
             "model.blocks.attn.mixer.positions=Truncated: must be one of RoPE, Interpolated, YaRN, Llama3 for Llama",
         ),
-        ({"_target_": "models.mixers.kda.KimiDeltaAttention"}, "model.pattern=[attn]: none of LlamaForCausalLM, "),
+        ({"_target_": "models.mixers.KimiDeltaAttention"}, "model.pattern=[attn]: none of LlamaForCausalLM, "),
     ],
 )
 def test_a_model_that_nobody_has_is_refused_with_what_stands_in_the_way(change, line):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from models.rope import Randomized, YaRN
+from models.positions import Randomized, YaRN
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
 from parallel.sequence.effects import AllScan, Relay

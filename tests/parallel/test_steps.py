@@ -20,9 +20,9 @@ from parallel.sequence.effects import AllScan, GatherEffects
 from parallel.sequence.keys import GatherKeys, Ring
 from tests.parallel.test_parity import BATCH, static, unequal
 from tests.parity import BALANCE, DTYPE, Sample, assert_close, small_model, spread, truth
-from train import optimizer
 from train.execute import Executor
 from train.loss import sums
+from train.optim.build import build_optimizer
 
 pytestmark = pytest.mark.dist
 
@@ -41,7 +41,7 @@ def batch(step: int) -> list[Sample]:
 
 
 def adamw(model: nn.Module, declared: dict) -> Optimizer:
-    return optimizer.build(lambda groups: AdamW(groups, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1), model, declared)
+    return build_optimizer(lambda groups: AdamW(groups, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1), model, declared)
 
 
 def descend(model: nn.Module, declared: dict, accumulate: Callable[[int], None]) -> None:

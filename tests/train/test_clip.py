@@ -8,7 +8,7 @@ from torch.distributed.tensor import distribute_tensor
 from parallel.apply import parallelise, parameter_name
 from parallel.mesh import Groups, everyone
 from tests.parity import small_model
-from train.clip import clip
+from train.optim.clip import clip
 from train.settings import TrainSettings
 
 LIMITS = [

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import AdamW
 
 from tests.jobs import order
-from train import checkpoint, moments
+from train import checkpoint
 from train.build import build
+from train.optim import carry_over
 
 pytestmark = pytest.mark.dist
 
@@ -89,7 +90,7 @@ def taken_over(folder: Path) -> tuple[bool, list, dict[str, list]]:
     for kind in ("keep", "reset_mean", "reset_moments"):
         other = Small()
         child = adamw(other, 0.3)
-        moments.load(path, other, child, kind)
+        carry_over.load(path, other, child, kind)
         assert [group["weight_decay"] for group in child.param_groups] == [0.3, 0.0], "the new run's settings hold"
         found[kind] = state(other, child)
     return checkpoint.has_moments(path), state(model, parent), found

@@ -20,8 +20,9 @@ from parallel.apply import parallelise, parameter_name
 from parallel.collectives import LEDGER, Entry
 from parallel.mesh import everyone
 from parallel.owners import PURPOSE
-from train import muon, optimizer
-from train.muon import Muon
+from train.optim import muon
+from train.optim.build import build_optimizer
+from train.optim.muon import Muon
 
 STEPS, LR, DECAY, MOMENTUM = 5, 0.02, 0.1, 0.9
 SETTINGS: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "momentum": MOMENTUM}
@@ -54,7 +55,7 @@ def gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
 
 def five_steps(built: nn.Module, declared: dict[str, Declared]) -> dict[str, np.ndarray]:
     """The parameters after steps along gradients that depend on step and name alone."""
-    steps = optimizer.build(partial(Muon, **SETTINGS), built, declared)
+    steps = build_optimizer(partial(Muon, **SETTINGS), built, declared)
     for step in range(STEPS):
         for name, p in built.named_parameters():
             whole = gradient(parameter_name(name), tuple(p.shape), step).to(p.dtype)
@@ -151,7 +152,7 @@ def test_every_matrix_steps_as_a_plain_loop_does():
 
 def test_the_rest_steps_as_adamw_does():
     built = initialise(model().double(), seed=1)
-    steps = optimizer.build(partial(Muon, **SETTINGS), built, declarations(built))
+    steps = build_optimizer(partial(Muon, **SETTINGS), built, declarations(built))
     taken = {id(p) for group in steps.param_groups if group["muon"] for p in group["params"]}
     names = {name for name, p in built.named_parameters() if id(p) in taken}
     assert names == {name for name, p in built.named_parameters() if matrices(name, p.detach())}
@@ -172,7 +173,7 @@ def test_the_rest_steps_as_adamw_does():
 
 @pytest.mark.dist
 def test_what_is_received_is_foretold_byte_for_byte_on_every_rank(run):
-    foretold = optimizer.build(partial(Muon, **SETTINGS), built := model(), declarations(built))
+    foretold = build_optimizer(partial(Muon, **SETTINGS), built := model(), declarations(built))
     told = foretold.received(3, torch.float64, "cpu")
     found = run(3, counted)
     assert found == [(STEPS * each.bytes[PURPOSE], STEPS * each.calls[PURPOSE]) for each in told]

@@ -14,9 +14,10 @@ from models.axes import declarations, initialise
 from parallel.apply import parallelise, parameter_name
 from parallel.mesh import everyone
 from tests.parity import small_model
-from train import fused, optimizer
-from train.adamw import AdamW
-from train.muon import Muon
+from train.optim import apex_adam
+from train.optim.adamw import AdamW
+from train.optim.build import build_optimizer, moments, set_rate
+from train.optim.muon import Muon
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1}
 STEPS = 4
@@ -78,14 +79,14 @@ def stepped(make, folder: Path | None = None, *, shard: bool, continued: bool = 
         )
     else:
         initialise(built, seed=1)
-    steps = optimizer.build(partial(AdamW, **SETTINGS, fused="none") if continued else make, built, declared)
+    steps = build_optimizer(partial(AdamW, **SETTINGS, fused="none") if continued else make, built, declared)
     generator = torch.Generator().manual_seed(0)
     for step in range(STEPS):
         if continued and step == STEPS // 2:
             state = steps.state_dict()
-            steps = optimizer.build(make, built, declared)
+            steps = build_optimizer(make, built, declared)
             steps.load_state_dict(state)
-        optimizer.set_rate(steps, 0.02 / (step + 1))
+        set_rate(steps, 0.02 / (step + 1))
         for p in built.parameters():
             whole = torch.randn(p.shape, generator=generator)
             p.grad = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None) if shard else whole
@@ -139,7 +140,7 @@ def test_apexs_kernel_steps_shards(run, apex):
 
 
 def test_where_apex_cannot_be(apex, tmp_path):
-    assert fused.fused_adam() is not None
+    assert apex_adam.fused_adam() is not None
     weight = nn.Parameter(torch.zeros(1))
     with pytest.raises(
         ValueError, match="optimizer.fused=apex: must be auto, torch or none where weights are on the c"
@@ -156,14 +157,14 @@ def test_the_package_of_that_name_on_pypi_is_another_one(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert fused.fused_adam() is None
+    assert apex_adam.fused_adam() is None
     with pytest.raises(ValueError, match="optimizer.fused=apex: NVIDIA's apex is not installed here"):
         AdamW([nn.Parameter(torch.zeros(1))], **SETTINGS, fused="apex")
 
 
 @pytest.mark.gpu
 def test_nvidias_apex_itself():
-    if fused.fused_adam() is None:
+    if apex_adam.fused_adam() is None:
         pytest.skip("NVIDIA's apex is not installed")
     weights = [nn.Parameter(torch.ones(7, 5, device="cuda")) for _ in range(2)]
     pair = [AdamW([w], **SETTINGS, fused=kind) for w, kind in zip(weights, ("apex", "none"), strict=True)]
@@ -178,8 +179,8 @@ def test_nvidias_apex_itself():
 def groups_of(**options) -> dict[str, tuple[float, float]]:
     """By name of a parameter: weight decay, and the rate where the schedule says 1."""
     built = small_model()
-    steps = optimizer.build(partial(AdamW, **SETTINGS, **options), built, declarations(built))
-    optimizer.set_rate(steps, 1.0)
+    steps = build_optimizer(partial(AdamW, **SETTINGS, **options), built, declarations(built))
+    set_rate(steps, 1.0)
     names = {p: name for name, p in built.named_parameters()}
     found = {names[p]: (g["weight_decay"], g["lr"]) for g in steps.param_groups for p in g["params"]}
     assert found.keys() == set(names.values())
@@ -191,7 +192,7 @@ def test_only_what_declares_it_decays():
     declared = declarations(built)
     for name, (decay, rate) in groups_of().items():
         assert decay == (0.1 if declared[name].decay else 0.0) and rate == 1.0
-    plain = optimizer.build(partial(AdamW, **SETTINGS), built, declared)
+    plain = build_optimizer(partial(AdamW, **SETTINGS), built, declared)
     assert len(plain.param_groups) == 2, "as checkpoints have them"
 
 
@@ -209,7 +210,7 @@ def test_axes_without_decay_and_with_rates_of_their_own():
 def test_muon_takes_the_axes_that_adamw_is_not_given():
     def taken(**options) -> set[str]:
         built = small_model()
-        steps = optimizer.build(partial(Muon, **SETTINGS, **options), built, declarations(built))
+        steps = build_optimizer(partial(Muon, **SETTINGS, **options), built, declarations(built))
         names = {p: name for name, p in built.named_parameters()}
         return {names[p] for g in steps.param_groups if g["muon"] for p in g["params"]}
 
@@ -225,8 +226,8 @@ def test_muon_takes_the_axes_that_adamw_is_not_given():
 def test_moments_are_counted_as_they_are_kept():
     for make in (partial(AdamW, **SETTINGS), partial(Muon, **SETTINGS)):
         built = small_model()
-        counted = optimizer.moments(make, built)
-        steps = optimizer.build(make, built, declarations(built))
+        counted = moments(make, built)
+        steps = build_optimizer(make, built, declarations(built))
         for p in built.parameters():
             p.grad = torch.zeros_like(p)
         steps.step()

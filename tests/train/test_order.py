@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.rope import RoPE
+from models.positions import RoPE
 from tests.jobs import order
 from train.build import build
 

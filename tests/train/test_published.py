@@ -63,7 +63,7 @@ def read_by_rank(folder):
 
     with torch.device("meta"):
         model = construct(found.model)
-    engine = construct({"_target_": "train.engines.fsdp.FSDP"})
+    engine = construct({"_target_": "train.engines.FSDP"})
     model = engine.prepare(model, init_device_mesh("cpu", (2,)), seed=0, dtype=torch.float32)
     tensors.rows = counted
     checkpoint.load(folder, model, None)

@@ -22,7 +22,7 @@ from models.mixers.gated_deltanet import GatedDeltaNet
 from models.mixers.gla import GatedLinearAttention
 from models.mixers.mamba2 import Mamba2
 from models.moe import MoE
-from models.rope import Interpolated, Llama3, NoPE, NTKAware, RoPE, YaRN
+from models.positions import Interpolated, Llama3, NoPE, NTKAware, RoPE, YaRN
 from models.sequence import Whole
 from tests.train.test_hub import NO_TOKENS, close, loaded, saved
 from train.construct import construct

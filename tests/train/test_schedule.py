@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.phases import COOLDOWNS, TAILS, Schedule
-from train.schedule import WSD, Anneal, Constant, Cosine, Infinite, Phases, Power
+from train.schedules import WSD, Anneal, Constant, Cosine, Infinite, Phases, Power
 
 BUDGET = 1000
 

@@ -30,8 +30,8 @@ PLACES = (("path", ""), ("store", "-store"))
 
 def beside(name: str, weight: float) -> str:
     """A source of a mixture, as it is written on the command line."""
-    corpus = f"_target_: data.loader.Data, corpus: {name}, documents: 200, lengths: [128, 512], store: {name}"
-    return f"+data.sources.{name}={{_target_: data.mixture.Portion, weight: {weight}, data: {{{corpus}}}}}"
+    corpus = f"_target_: data.Data, corpus: {name}, documents: 200, lengths: [128, 512], store: {name}"
+    return f"+data.sources.{name}={{_target_: data.Portion, weight: {weight}, data: {{{corpus}}}}}"
 
 
 def test_needles_are_prepared(tmp_path, capfd, monkeypatch):

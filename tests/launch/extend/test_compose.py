@@ -25,7 +25,7 @@ def test_a_stage_is_the_configuration_with_what_it_says(config):
     weights = {name: portion["weight"] for name, portion in found["data"]["sources"].items()}
     assert weights == {"new": 3, "old": 0.5}
     assert found["model"]["blocks"]["attn"]["mixer"]["positions"] == {
-        "_target_": "models.rope.RoPE",
+        "_target_": "models.positions.RoPE",
         "base": 5e5,
         "fraction": 1.0,
     }
@@ -45,20 +45,22 @@ def test_what_a_stage_does_not_say_is_as_it_was(config):
 
 
 def test_a_rule_keeps_base_and_fraction_and_keys_alone_keep_the_rule(config):
-    yarn = {"_target_": "models.rope.YaRN", "factor": 4.0, "trained_length": 4096}
+    yarn = {"_target_": "models.positions.YaRN", "factor": 4.0, "trained_length": 4096}
     model = positioned(config["model"], yarn | {"base": 2e4})
     assert rules_of(model) == {"attn": {**yarn, "base": 2e4, "fraction": 1.0}}
     longer = rules_of(positioned(model, {"factor": 8.0}))["attn"]
-    assert longer["_target_"] == "models.rope.YaRN" and longer["factor"] == 8.0 and longer["base"] == 2e4
-    again = rules_of(positioned(model, {"_target_": "models.rope.RoPE"}))["attn"]
-    assert again == {"_target_": "models.rope.RoPE", "base": 2e4, "fraction": 1.0}
-    none = positioned(model, {"_target_": "models.rope.NoPE"})
-    assert none["blocks"]["attn"]["mixer"]["positions"] == {"_target_": "models.rope.NoPE"} and rules_of(none) == {}
+    assert longer["_target_"] == "models.positions.YaRN" and longer["factor"] == 8.0 and longer["base"] == 2e4
+    again = rules_of(positioned(model, {"_target_": "models.positions.RoPE"}))["attn"]
+    assert again == {"_target_": "models.positions.RoPE", "base": 2e4, "fraction": 1.0}
+    none = positioned(model, {"_target_": "models.positions.NoPE"})
+    assert (
+        none["blocks"]["attn"]["mixer"]["positions"] == {"_target_": "models.positions.NoPE"} and rules_of(none) == {}
+    )
 
 
 def test_only_layers_with_rotary_positions_have_a_rule(config):
     blocks = dict(config["model"]["blocks"])
-    attn = {**blocks["attn"], "mixer": {**blocks["attn"]["mixer"], "positions": {"_target_": "models.rope.NoPE"}}}
+    attn = {**blocks["attn"], "mixer": {**blocks["attn"]["mixer"], "positions": {"_target_": "models.positions.NoPE"}}}
     assert rules_of(config["model"]).keys() == {"attn"}
     none = {**config["model"], "blocks": blocks | {"attn": attn}}
     assert rules_of(none) == {} and positioned(none, None) is none

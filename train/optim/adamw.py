@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from train.fused import Apex, fused_adam
-from train.optimizer import refined
+from train.optim.apex_adam import Apex, fused_adam
+from train.optim.build import refined
 
 FUSED = ("auto", "torch", "apex", "none")
 HAVE_FUSED = ("cpu", "cuda")  # devices of torch's fused kernel

@@ -20,8 +20,8 @@ from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
 from parallel.owners import Cut, Owners, cuts, local, received
 from parallel.schedule.volume import Traffic
-from train.adamw import AdamW
-from train.optimizer import axes, refined
+from train.optim.adamw import AdamW
+from train.optim.build import axes, refined
 
 RMS = 0.2  # of the entries of AdamW's updates, as 2502.16982 has measured them (section 2.2)
 

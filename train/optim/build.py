@@ -14,7 +14,7 @@ from train.construct import construct
 Make = Callable[..., Optimizer]
 
 
-def build(make: Make, model: nn.Module, declared: dict[str, Declared]) -> Optimizer:
+def build_optimizer(make: Make, model: nn.Module, declared: dict[str, Declared]) -> Optimizer:
     """`make` on two groups of the model's parameters; only the declared ones decay.
 
     Each parameter carries its declaration as `.declared` from here on: sharding has made new ones.
@@ -75,7 +75,7 @@ def moments(make: Make, model: nn.Module) -> int:
 
     model: before it is sharded.
     """
-    groups = build(make, model, declarations(model)).param_groups
+    groups = build_optimizer(make, model, declarations(model)).param_groups
     return sum((1 if group.get("muon") else 2) * p.numel() for group in groups for p in group["params"])
 
 
