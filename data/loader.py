@@ -7,8 +7,8 @@ from data.curriculum import Curriculum
 from data.samplers.sampler import Source
 from data.stores.parts import Runner
 from data.stores.prepare import Watch
+from data.stores.settings import Storing
 from data.stores.store import Store
-from data.stores.storing import Storing
 
 
 class Data:

@@ -91,7 +91,7 @@ class Json:
     Text that looks like a special token is spelled like any other text: no document can end another. text: the file's
     content. document: the token that opens documents; null for the first of `CLOSING` that it has, and where it has
     none, a new id behind its own. roles: of a tokenizer from elsewhere, the tokens that stand before and behind a
-    document, as its folder has them (`data.tokenizer_files`), in the place of one that does both. files: the other
+    document, as its folder has them (`data.hf_tokenizer`), in the place of one that does both. files: the other
     files of that folder, by name their text. ids: the special ids of its config.json, None where it has none. Raises
     ValueError, without a key, for what is no tokenizer.json or has no such token.
     """
@@ -377,7 +377,7 @@ TOKENIZERS: dict[str, type] = {Bytes.name: Bytes, Json.name: Json, Given.name: G
 def from_file(path: str | Path, document: str | None = None) -> Any:
     """The tokenizer of a tokenizer.json, or of a folder: a store's, a run's, or one of Hugging Face's. Raises
     ValueError."""
-    from data.tokenizer_files import named, read
+    from data.hf_tokenizer import named, read
 
     file = Path(path).expanduser()
     card = file / "tokenizer.json" if file.is_dir() else file

@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 
-from launch import apart, stopping, terminal
-from launch.user import UserError
+from launch import apart, terminal
+from launch.errors import UserError
+from launch.run import signals
 from launch.verbs import VERBS, Verb, help_of, usage
 
 TRACEBACK = "FARSPAN_TRACEBACK"  # set, an error that nobody has foreseen is shown whole
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(arguments)
     apart.shield()
     terminal.outlive()
-    heard = stopping.signals()
+    heard = signals.stop_signals()
     for number in heard:
         signal.signal(number, _interrupt)
     try:
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
     _interrupted = True
-    stopping.interrupt(number, frame)
+    signals.interrupt(number, frame)
 
 
 def _run(arguments: list[str]) -> int:
@@ -53,7 +54,7 @@ def _run(arguments: list[str]) -> int:
             print(f"farspan {_version()}")
             return 0
         if name == "complete":  # asked by the shell, between two keys
-            from launch.config.complete import complete
+            from launch.commands.completion import complete
 
             return complete(rest)
         verb = _verb(name)
@@ -137,8 +138,9 @@ def _configuration(verb: Verb, overrides: list[str]) -> str:
     """The resolved configuration as YAML, checked, the model built on the meta device; of a sweep, one a run."""
     from omegaconf import OmegaConf
 
-    from launch import preflight
-    from launch.config import check
+    from launch.config import validate
+    from launch.preflight.configure import configure
+    from launch.preflight.refusals import refusals
 
     jobs = [verb.arguments(overrides)]
     if verb is VERBS["sweep"]:
@@ -147,9 +149,9 @@ def _configuration(verb: Verb, overrides: list[str]) -> str:
         jobs = [member.overrides for member in expand(overrides)[1]]
     texts = []
     for job in jobs:
-        config = preflight.configure(job)
-        with preflight.refusals(config):
-            check.build(config)
+        config = configure(job)
+        with refusals(config):
+            validate.build(config)
         texts.append(OmegaConf.to_yaml(OmegaConf.create(config)))
     return "---\n".join(texts)
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launch.user import UserError
+from launch.errors import UserError
 
 HOMES = ("resume", "init_from", "run.dir", "run.plot")
 _PLACES = ("path", "store", "tokenizer", "local")  # of a corpus
@@ -44,7 +44,7 @@ def at_home(config: dict[str, Any]) -> dict[str, Any]:
 def make_absolute(config: dict[str, Any]) -> None:
     """The paths of what a run reads, in its configuration itself, so that it goes on from any folder. `run.dir` and
     `resume` are where a run lies, which it does not need to be told."""
-    from launch.rundir import RUNS
+    pass
 
     data = config.get("data") or {}
     corpora = [data, *((source or {}).get("data") or {} for source in (data.get("sources") or {}).values())]
@@ -63,3 +63,6 @@ def absolute(value: Any, may_be_a_name: bool = False) -> Any:
     if not isinstance(value, str) or "://" in value or may_be_a_name and not Path(value).expanduser().exists():
         return value
     return str(Path(value).expanduser().absolute())
+
+
+RUNS = Path("runs")

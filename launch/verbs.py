@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from launch.config import conf
+from launch.config import files
 
 _WIDTH = 118
 _INDENT = 20  # of what stands behind a group's name
@@ -39,7 +39,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "train": Verb(
-        function="launch.train:train",
+        function="launch.commands.train:train",
         synopsis="[key=value ...]",
         line="train here: Ctrl-C saves and stops, resume=RUN goes on",
         overrides=True,
@@ -67,7 +67,7 @@ combination is a run with a folder of its own, inside the sweep's.
 """,
     ),
     "prepare": Verb(
-        function="launch.prepare:prepare",
+        function="launch.commands.prepare:prepare",
         synopsis="[key=value ...]",
         line="make a corpus into a token store, with its card",
         overrides=True,
@@ -80,7 +80,7 @@ command goes on. With cluster=ray cluster.address=auto, on one of its machines, 
 """,
     ),
     "plan": Verb(
-        function="launch.plan:plan",
+        function="launch.commands.plan:plan",
         synopsis="[key=value ...]",
         line="no training: mesh, parameters, memory per rank, the first plan",
         overrides=True,
@@ -91,7 +91,7 @@ The same overrides as train; nothing is trained and no process is started.
 """,
     ),
     "submit": Verb(
-        function="launch.submit:submit",
+        function="launch.runner.submit:submit",
         synopsis="[key=value ...]",
         line="the same job on a running cluster; prints its id",
         overrides=True,
@@ -105,7 +105,7 @@ cluster's. The job's id alone is printed to standard output.
 """,
     ),
     "status": Verb(
-        function="launch.jobs:status",
+        function="launch.commands.jobs:status",
         synopsis="JOB|RUN [cluster.address=http://HOST:8265]",
         line="step, tokens, loss, rate, time left, last checkpoint, restarts",
         text="""\
@@ -115,7 +115,7 @@ Of a job on a cluster, or of a run's folder here. The address is otherwise what 
 """,
     ),
     "logs": Verb(
-        function="launch.jobs:logs",
+        function="launch.commands.jobs:logs",
         synopsis="JOB [--follow] [cluster.address=http://HOST:8265]",
         line="what a job has said",
         text="""\
@@ -125,7 +125,7 @@ Of a job on a cluster, or of a run's folder here. The address is otherwise what 
 """,
     ),
     "stop": Verb(
-        function="launch.jobs:stop",
+        function="launch.commands.jobs:stop",
         synopsis="JOB|RUN [cluster.address=http://HOST:8265]",
         line="save a checkpoint, then end",
         text="""\
@@ -136,7 +136,7 @@ A job, or a run here, ends after the step that it is in, with a checkpoint to go
 """,
     ),
     "list": Verb(
-        function="launch.jobs:list_",
+        function="launch.commands.jobs:list_",
         synopsis="[cluster.address=http://HOST:8265]",
         line="the jobs of a cluster",
         text="""\
@@ -144,7 +144,7 @@ A job, or a run here, ends after the step that it is in, with a checkpoint to go
 """,
     ),
     "template": Verb(
-        function="launch.template:template",
+        function="launch.commands.template:template",
         synopsis="[key=value ...]",
         line="what starts the machines of a cluster, for a scheduler such as Slurm",
         overrides=True,
@@ -157,7 +157,7 @@ The same overrides as train, with a cluster that has a template. Prints a file t
 """,
     ),
     "generate": Verb(
-        function="launch.generate:generate",
+        function="launch.commands.generate:generate",
         synopsis="RUN [prompt=TEXT] [prompt_file=FILE] [tokens=300] [temperature=0.8] [top_p=1] [stop=TEXT] [seed=0] "
         "[samples=1] [weights=average] [cluster.workers=1]",
         line="continue prompts from a run's newest checkpoint",
@@ -173,7 +173,7 @@ a part of it each. weights=average: those that train.average kept.
 """,
     ),
     "evaluate": Verb(
-        function="launch.evaluate:evaluate",
+        function="launch.commands.evaluate:evaluate",
         synopsis="RUN [evaluate.parts=[loss,needle]] [cluster.workers=2] [key=value ...]",
         line="held-out loss by source, length, position; needles, recall, long range",
         text="""\
@@ -188,7 +188,7 @@ configuration is the run's; cluster, parallel and evaluate are what is given her
 """,
     ),
     "import": Verb(
-        function="launch.hub:import_",
+        function="launch.commands.convert:import_",
         synopsis="SOURCE [DEST] [extend_vocab=true] [vocabulary=N] [document=TOKEN]",
         line="a model from Hugging Face's format, to go on from with init_from",
         text="""\
@@ -201,7 +201,7 @@ come with it. Rows for more tokens than the folder has, on request: each is the 
 """,
     ),
     "export": Verb(
-        function="launch.hub:export",
+        function="launch.commands.convert:export",
         synopsis="RUN DEST [max_shard=5GB] [dtype=fp32|bf16|fp16]",
         line="a checkpoint in Hugging Face's format, for transformers and whatever reads it",
         text="""\
@@ -225,7 +225,7 @@ not looked up: ok, missing, or broken and why. Exit code 0: the default job can 
 """,
     ),
     "completion": Verb(
-        function="launch.config.complete:completion",
+        function="launch.commands.completion:completion",
         synopsis="SHELL",
         line="completion of verbs, keys and values by the shell",
         text="""\
@@ -267,16 +267,16 @@ def help_of(name: str, overrides: list[str]) -> str:
 def _choices(overrides: list[str]) -> str:
     """The groups with their options, and the keys with the values that they have under the chosen ones."""
     given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
-    tree, placed = conf.written(given)
+    tree, placed = files.written(given)
     lines = ["", "Groups and their options, the chosen ones in brackets:"]
-    for group, options in sorted(conf.groups().items(), key=lambda item: [*placed, item[0]].index(item[0])):
+    for group, options in sorted(files.groups().items(), key=lambda item: [*placed, item[0]].index(item[0])):
         if group in placed:
             lines += _wrapped(f"{group}=", [f"[{o}]" if o == placed[group] else o for o in options])
         else:
             places = [name.partition("@")[2] for name in placed if name.startswith(f"{group}@")]
             lines += _wrapped(f"{group}@PLACE=", [*options, f"(PLACE: {', '.join(places)})" if places else ""])
     lines += ["", "Keys and the values that they have there:"]
-    lines += _wrapped("", [f"{key}={conf.flow(value)}" for key, value in tree.items() if not isinstance(value, dict)])
+    lines += _wrapped("", [f"{key}={files.flow(value)}" for key, value in tree.items() if not isinstance(value, dict)])
     for section, node in tree.items():
         if isinstance(node, dict):
             lines += _wrapped(f"{section}.", [_key(k, v) for k, v in node.items() if not k.startswith("_")])
@@ -287,7 +287,7 @@ def _choices(overrides: list[str]) -> str:
 def _key(key: str, value: object) -> str:
     """A key with its value; the keys of an object one by one, but of objects by name only the names."""
     if not isinstance(value, dict) or not value:
-        return f"{key}={conf.flow(value)}".replace(", ", ",")
+        return f"{key}={files.flow(value)}".replace(", ", ",")
     if all(isinstance(child, dict) for child in value.values()):
         return " ".join(f"{key}.{name}.…" for name in value)
     return " ".join(_key(f"{key}.{name}", child) for name, child in value.items() if not name.startswith("_"))

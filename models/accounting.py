@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.dispatch import Sent
-from models.kept import Tape, kept
-from models.kernels.experts import mixture
+from models.kernels.grouped_ffn import mixture
 from models.lm import LM
 from models.mixers.mom import MixtureOfMemories
 from models.moe import Experts, MoE
+from models.recompute import Tape, kept
 from models.sequence import Memory, Whole
 
 TOKENS = 256  # that the model is run on: whole chunks of every kernel
@@ -159,7 +159,7 @@ def idle(model: nn.Module) -> int:
 
 class _Layer(NamedTuple):
     """What a layer did with TOKENS tokens: FLOPs, softmax attention, bytes kept for the backward, the dear ones of them
-    (`models.kept`), bytes of state."""
+    (`models.recompute`), bytes of state."""
 
     forward: int
     backward: int

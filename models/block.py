@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from models.depth import ALONE, Depth, told
+from models.cross_layer import ALONE, Depth, told
 from models.moe import Routing
 from models.norm import RMSNorm
 from models.sequence import Sequence
@@ -21,7 +21,7 @@ class Block(nn.Module):
     norm_eps: what the norms before the two add to the mean square.
 
     x [B, T, D] -> [B, T, D], where a mixture of experts sent its tokens, and what the layer hands to later ones that
-    couple with it (`models.depth`): None where it was `handed` that of an earlier one.
+    couple with it (`models.cross_layer`): None where it was `handed` that of an earlier one.
     """
 
     def __init__(

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.axes import constant, declare, positive, uniform
-from models.depth import ALONE, Depth
-from models.kept import unkept
+from models.cross_layer import ALONE, Depth
 from models.linear import Linear
+from models.recompute import unkept
 from models.sequence import Sequence
-from models.shift import orthogonal, previous, ramp
+from models.token_shift import orthogonal, previous, ramp
 
 
 def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.axes import Init, constant, declare, fan_in
-from models.kept import keeping, kept
+from models.recompute import keeping, kept
 
 
 class Linear(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.axes import declare, normal, positive
 from models.block import Factory
-from models.depth import Coupled, Depth
+from models.cross_layer import Coupled, Depth
 from models.kernels.cross_entropy import cross_entropy, score
 from models.linear import Linear
 from models.moe import Routing, balance

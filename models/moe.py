@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models.axes import declare, fan_in, positive
 from models.dispatch import Dispatch, Here, by_expert
 from models.ffn import SwiGLU
-from models.kernels.experts import IN_TURN, grouped_linear, mixture
+from models.kernels.grouped_ffn import IN_TURN, grouped_linear, mixture
 from models.linear import Linear
 from models.router import BALANCES, ROUTERS, Router, Routing, within_capacity
 from models.sequence import Sequence

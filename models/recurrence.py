@@ -37,18 +37,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from models.kernels import lightnet, stabilised
-from models.kernels.chunk import Begun, Effect
-from models.kernels.complex import rotor, wrap
+from models.kernels import lightnet, mlstm
+from models.kernels.chunking import Begun, Effect
+from models.kernels.complex_decay import rotor, wrap
 from models.kernels.registry import kernel
-from models.kernels.slices import Slices, Stretches
+from models.kernels.token_tiles import Slices, Stretches
 
 
 @dataclass(frozen=True)
 class Recurrence(ABC):
     """One kind of A. `rule` names the kernel that reduces a span; `scale` multiplies q, K^-½ where it is None.
 
-    A span of more than `tile` tokens (None: no limit) is reduced that many at a time: see `models.kernels.slices`.
+    A span of more than `tile` tokens (None: no limit) is reduced that many at a time: see `models.kernels.token_tiles`.
     `shared`: tensors that are the same for all tokens, which the kernel takes behind the others.
     """
 
@@ -181,7 +181,7 @@ class Complex(Recurrence):
 
 
 class Stabilised(Recurrence):
-    """S_t = e^{f_t}·S_{t-1} + e^{i_t} k_t v_tᵀ over e^{m_t}, see `models.kernels.stabilised` (mLSTM, 2405.04517)."""
+    """S_t = e^{f_t}·S_{t-1} + e^{i_t} k_t v_tᵀ over e^{m_t}, see `models.kernels.mlstm` (mLSTM, 2405.04517)."""
 
     stretch = 4096
 
@@ -189,10 +189,10 @@ class Stabilised(Recurrence):
         return then + first
 
     def apply(self, A: Tensor, state: Tensor) -> Tensor:
-        return stabilised.decay(A, state)
+        return mlstm.decay(A, state)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return stabilised.add(a, b)
+        return mlstm.add(a, b)
 
 
 class Normalised(Recurrence):

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models.kernels.softmax import Piece, attend_pieces, pieces_of
-from models.past import Past
+from models.kernels.packed_attention import Piece, attend_pieces, pieces_of
+from models.kv_cache import Past
+from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
-from models.serial import Serial
 
 
 class Identity(NamedTuple):

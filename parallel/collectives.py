@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from models.kept import kept
 from models.precision import wide
-from parallel.whereabouts import HERE, Marked, Wait
+from models.recompute import kept
+from parallel.liveness import HERE, Marked, Wait
 
 # torch 2.13 renamed both; 2.11 has only the old names.
 all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.collectives import LEDGER, Clock, Comm
+from parallel.liveness import TIMEOUT
 from parallel.schedule.plan import Plan
-from parallel.whereabouts import TIMEOUT
 
 
 def everyone(device: torch.device) -> DeviceMesh:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import main
-from launch.config import conf
+from launch.config import files
 from launch.config.compose import composed
-from launch.user import UserError
+from launch.errors import UserError
 from tests.jobs import overrides
 
 LIMIT_S = 20  # of a case, of this process's own time; of time on the wall six times as much
@@ -82,7 +82,7 @@ _OUTSIDE = ("cluster.address", "cluster.kind", "data.workers", "data.local")
 def choices() -> list[tuple[str, ...]]:
     """Overrides of groups under which, together, every key of the reference is there."""
     found: list[tuple[str, ...]] = [()]
-    for group, options in conf.groups().items():
+    for group, options in files.groups().items():
         if group == "mixer":
             found += [(f"mixer@model.blocks.gla.mixer={option}",) for option in options]
         elif group == "positions":

@@ -8,26 +8,26 @@ import torch
 
 import models.conv
 import models.recurrence
-import models.taken
-import parallel.apply
+import models.token_subset
 import parallel.collectives
-import parallel.data
-import parallel.sequence.chain
-import parallel.sequence.effects.gather
-import parallel.sequence.effects.relay
-import parallel.sequence.keys.fetch
-import parallel.sequence.keys.gather
-import parallel.sequence.keys.mesh
-import parallel.sequence.keys.visible
+import parallel.fsdp
+import parallel.parallelize
+import parallel.sequence.attention.all_gather
+import parallel.sequence.attention.ring_ulysses
+import parallel.sequence.attention.visibility
+import parallel.sequence.attention.window_fetch
+import parallel.sequence.nonlinear
 import parallel.sequence.place
-import parallel.sequence.serial
+import parallel.sequence.span_layout
 import parallel.sequence.spread
+import parallel.sequence.states.all_gather
+import parallel.sequence.states.relay
 import train.execute
 import train.loss
-from models.kernels.chunk import Begun
+from models.kernels.chunking import Begun
 from parallel.collectives import Comm
-from parallel.sequence.effects.post import Post
 from parallel.sequence.spread import Spread
+from parallel.sequence.states.p2p import Post
 
 
 def drop_the_halo() -> None:
@@ -84,16 +84,16 @@ def convolve_across_document_starts() -> None:
 
 
 def attend_to_no_key_of_an_earlier_span() -> None:
-    honest = parallel.sequence.keys.visible.meetings
+    honest = parallel.sequence.attention.visibility.meetings
 
     def own(chain, asking, asked):
         return honest(chain, asking, asked) if asking == asked else iter(())
 
-    parallel.sequence.keys.gather.meetings = parallel.sequence.keys.mesh.meetings = own
+    parallel.sequence.attention.all_gather.meetings = parallel.sequence.attention.ring_ulysses.meetings = own
 
 
 def forget_the_divide_factor() -> None:
-    parallel.data.sum_gradients = lambda model: None
+    parallel.fsdp.sum_gradients = lambda model: None
 
 
 def divide_by_local_targets() -> None:
@@ -112,8 +112,8 @@ def count_experts_on_this_rank_only() -> None:
 
 
 def order_spans_by_rank() -> None:
-    link = parallel.sequence.chain.Link
-    parallel.sequence.chain.Chain.links = property(
+    link = parallel.sequence.span_layout.Link
+    parallel.sequence.span_layout.Chain.links = property(
         lambda self: [link(b, e, r, i) for r, held in enumerate(self.spans) for i, (b, e) in enumerate(held)]
     )
 
@@ -150,7 +150,7 @@ def let_padding_count() -> None:
 def hand_states_to_the_span_before() -> None:
     honest = parallel.sequence.spread.cross
 
-    class Reversed(parallel.sequence.chain.Chain):
+    class Reversed(parallel.sequence.span_layout.Chain):
         @property
         def links(self):
             return sorted(super().links, reverse=True)
@@ -162,7 +162,7 @@ def hand_states_to_the_span_before() -> None:
 
 def carry_gradients_back_without_the_transpose() -> None:
     """A·G where it should be Aᵀ·G; a diagonal A would not notice."""
-    for transport in (parallel.sequence.effects.gather, parallel.sequence.effects.relay):
+    for transport in (parallel.sequence.states.all_gather, parallel.sequence.states.relay):
 
         def blind(recurrence, effect, state, grad, honest=transport.transpose):
             A, U, _ = honest(recurrence, effect, state, grad)
@@ -204,13 +204,15 @@ def lose_a_hop_of_the_keys_gradient() -> None:
 
 
 def fetch_one_token_less_than_the_window() -> None:
-    honest = parallel.sequence.keys.fetch.needed
-    parallel.sequence.keys.fetch.needed = lambda chain, link, window, sinks: honest(chain, link, window - 1, sinks)
+    honest = parallel.sequence.attention.window_fetch.needed
+    parallel.sequence.attention.window_fetch.needed = lambda chain, link, window, sinks: honest(
+        chain, link, window - 1, sinks
+    )
 
 
 def fetch_no_sinks() -> None:
-    honest = parallel.sequence.keys.fetch.needed
-    parallel.sequence.keys.fetch.needed = lambda chain, link, window, sinks: honest(chain, link, window, 0)
+    honest = parallel.sequence.attention.window_fetch.needed
+    parallel.sequence.attention.window_fetch.needed = lambda chain, link, window, sinks: honest(chain, link, window, 0)
 
 
 def lose_the_state_of_an_idle_memory() -> None:
@@ -218,7 +220,9 @@ def lose_the_state_of_an_idle_memory() -> None:
 
 
 def forget_the_tail_of_a_memory() -> None:
-    models.taken.Moved.finish = lambda self, state: 0 * (self.effect.U if state is None else state)[:, 0].to(self.dtype)
+    models.token_subset.Moved.finish = lambda self, state: (
+        0 * (self.effect.U if state is None else state)[:, 0].to(self.dtype)
+    )
 
 
 def run_spans_from_nothing() -> None:
@@ -228,7 +232,7 @@ def run_spans_from_nothing() -> None:
         def receive(self, n, like):
             return 0 * super().receive(n, like)
 
-    parallel.sequence.serial.Post = Lost
+    parallel.sequence.nonlinear.Post = Lost
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {

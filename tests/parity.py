@@ -16,11 +16,11 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Whole
-from parallel.apply import parallelise, parameter_name
 from parallel.mesh import Groups, everyone
+from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.plan import Plan
-from parallel.sequence.effects import GatherEffects, Transport
-from parallel.sequence.keys import GatherKeys, Keys
+from parallel.sequence.attention import GatherKeys, Keys
+from parallel.sequence.states import GatherEffects, Transport
 from train.execute import Executor
 from train.loss import sums
 

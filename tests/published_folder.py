@@ -8,7 +8,7 @@ import torch
 
 from models.hub import of_config, tensors
 from models.hub.rows import published
-from train.construct import construct
+from train.instantiate import construct
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,15 +8,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from launch.config import conf
-from launch.config.check import OBJECTS, build
+from launch.config import files
 from launch.config.compose import composed
-from launch.config.conf import CONF
+from launch.config.files import CONF
+from launch.config.validate import OBJECTS, build
 from models.mixers import MIXERS
 from parallel.schedule import SCHEDULERS
 from parallel.sequence import TRANSPORTS
-from train.construct import construct
 from train.engines import ENGINES
+from train.instantiate import construct
 
 pytestmark = pytest.mark.composes
 
@@ -34,11 +34,11 @@ MORE = {  # what else has to be given
 def overrides_for(file: Path) -> list[str]:
     """What puts a file into the default job: its group's option; of a group that is placed in another, there."""
     group, option = file.parts
-    placed = conf.written()[1]
+    placed = files.written()[1]
     place = next((name for name in placed if name.partition("@")[0] == group), None)
     assert place is not None, f"conf/{group}/ is in no defaults list: nothing can choose {file}.yaml"
     key = place.partition("@")[2] or group
-    missing = [name for name, value in conf.leaves(conf.option(group, option)).items() if value == "???"]
+    missing = [name for name, value in files.leaves(files.option(group, option)).items() if value == "???"]
     unknown = [name for name in missing if name not in REQUIRED]
     assert not unknown, f"conf/{file}.yaml: give this test a value for {unknown}"
     return [f"{place}={option}", *(f"{key}.{name}={REQUIRED[name]}" for name in missing), *MORE.get(str(file), [])]
@@ -69,7 +69,7 @@ def test_the_default_model_has_the_size_that_it_is_said_to_have():
 
 
 def test_every_registered_class_has_its_yaml_and_every_transport_its_name():
-    known = conf.groups()
+    known = files.groups()
     assert known["mixer"] == sorted(MIXERS)
     assert known["scheduler"] == sorted(SCHEDULERS) and known["engine"] == sorted(ENGINES)
     for kind, named in TRANSPORTS.items():
@@ -80,21 +80,21 @@ def test_every_registered_class_has_its_yaml_and_every_transport_its_name():
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_every_mixer_can_be_placed_in_a_model_by_name(mixer):
     place = "model.blocks.gla.mixer"
-    missing = [name for name, value in conf.option("mixer", mixer).items() if value == "???"]
+    missing = [name for name, value in files.option("mixer", mixer).items() if value == "???"]
     config = composed([f"mixer@{place}={mixer}", *(f"{place}.{name}={REQUIRED[name]}" for name in missing)])
     target = config["model"]["blocks"]["gla"]["mixer"]["_target_"]
-    assert target == f"{MIXERS[mixer].__module__}.{MIXERS[mixer].__qualname__}"
+    assert target == f"models.mixers.{MIXERS[mixer].__name__}"
     build(config)
 
 
 @pytest.mark.parametrize("file", [None, *FILES], ids=str)
 def test_plain_reading_of_the_files_says_what_hydra_composes(file, monkeypatch):
-    """`launch.config.conf`, which completion and help read, against Hydra: the same keys, the same values."""
-    monkeypatch.setattr(conf, "_load", lambda path: OmegaConf.to_container(OmegaConf.load(path)))
+    """`launch.config.files`, which completion and help read, against Hydra: the same keys, the same values."""
+    monkeypatch.setattr(files, "_load", lambda path: OmegaConf.to_container(OmegaConf.load(path)))
     chosen = overrides_for(file)[:1] if file else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         theirs = OmegaConf.to_container(compose("train", chosen), resolve=False)
     choices = dict(each.split("=", 1) for each in chosen)
-    ours, placed = conf.written(choices)
+    ours, placed = files.written(choices)
     assert ours == theirs
     assert choices.items() <= placed.items()

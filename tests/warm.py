@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 COLD = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 IMPORTS = (
     "launch.cli",
-    "launch.train",
-    "launch.local",
-    "launch.worker",
-    "launch.evaluate",
-    "launch.generate",
-    "launch.prepare",
+    "launch.runner.attempts",
+    "launch.world.spawn",
+    "launch.world.worker",
+    "launch.evaluation.measure",
+    "launch.commands.generate",
+    "launch.commands.prepare",
     "hydra.utils",
     "torch._dynamo",
     "torch.distributed.checkpoint",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_PRELOAD = ("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "parallel.apply")
+_PRELOAD = ("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "parallel.parallelize")
 _context.set_forkserver_preload([*_PRELOAD, "hydra.utils", "torch.utils.flop_counter", "train.build"])
 
 

@@ -11,32 +11,33 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from data.batch_ramp import opened
 from data.prefetch import Prefetched
-from data.ramp import opened
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
-from models.serial import Serial
-from parallel.memory import give_back
+from models.nonlinear_recurrence import Serial
+from parallel.activation_memory import give_back
 from parallel.mesh import Groups, everyone
-from parallel.schedule.volume import Ask
-from train import checkpoint, communication
-from train.asked import asked
-from train.construct import construct
+from parallel.schedule.comm_volume import Ask
+from train.checkpoints import checkpoint
 from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
-from train.guard import Guard
+from train.guards.hang_timeout import Patience
+from train.guards.step_guard import Guard
+from train.instantiate import construct
 from train.layout import dependences
 from train.loop import Trainer
-from train.observe import Phases, Utilisation, matmul_peak
+from train.metrics import comm_record
+from train.metrics.comm_trace import asked
+from train.metrics.timing import Phases, Utilisation, matmul_peak
 from train.optim import carry_over
 from train.optim.average import Average
 from train.optim.build import build_optimizer
-from train.patience import Patience
 from train.precision import dtypes
 from train.settings import ClusterSettings, ParallelSettings, TrainSettings, section
-from train.spans import Spans, SpansTold
 from train.state import State
+from train.time_spans import Spans, SpansTold
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
 
 
@@ -75,7 +76,7 @@ def build(order: dict[str, Any]) -> Trainer:
     batches = Prefetched(_batches(config, train))
     scheduler, spans = construct(config["scheduler"]), _spans(config, train)
     each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
-    kept = communication.settle(recurrence, asks, groups, sequence, each, device, facts, say)
+    kept = comm_record.settle(recurrence, asks, groups, sequence, each, device, facts, say)
     if spans is not None and device.type == "cpu" and config["engine"].get("recompute", "none") == "none":
         give_back(model.layers)  # as what is computed again does by itself
     executor = Executor(

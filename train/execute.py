@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from models.lm import Output
 from models.sequence import Memory
-from parallel.data import communicate_gradients
+from parallel.fsdp import communicate_gradients
 from parallel.mesh import Groups
-from parallel.schedule import time
+from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep, Plan
-from parallel.sequence.effects import Transport
-from parallel.sequence.keys import Keys
+from parallel.sequence.attention import Keys
 from parallel.sequence.place import Packed, Placed, place
+from parallel.sequence.states import Transport
 from train.loss import Sums, sums
-from train.spans import Passage, Spans
+from train.time_spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -158,8 +158,8 @@ class Executor:
     def _in_time(self, plan: Plan, micro: MicroStep) -> list[Group]:
         """This rank's group, whole or as spans in time: as many on every rank."""
         group = micro.group_of(self.groups.rank)
-        count = 1 if self.spans is None else time.count(micro, plan.lengths, self.spans.tokens)
-        return [group] if count == 1 else time.in_time(group, plan.lengths, count)
+        count = 1 if self.spans is None else time_spans.count(micro, plan.lengths, self.spans.tokens)
+        return [group] if count == 1 else time_spans.in_time(group, plan.lengths, count)
 
     def _micro_steps(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[bool, MicroStep]]:
         """Each micro-step, and whether it is the last. Raises ValueError for a plan that fails or is another's."""

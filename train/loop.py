@@ -19,16 +19,18 @@ from models.moe import mixtures
 from parallel.collectives import LEDGER
 from parallel.mesh import Groups
 from parallel.schedule.plan import MicroStep, Plan
-from train import checkpoint, communication, rescue
-from train.context import rebase
-from train.evaluate import Heldout, drift, heldout
+from train.checkpoints import checkpoint
+from train.evaluation.heldout import Heldout, drift, heldout
 from train.execute import Executor, Tally
-from train.guard import Guard, apply
-from train.observe import Phases, Utilisation, peak_memory_bytes, pieces
+from train.guards import rollback
+from train.guards.hang_timeout import Patience
+from train.guards.step_guard import Guard, apply
+from train.metrics import comm_record
+from train.metrics.timing import Phases, Utilisation, peak_memory_bytes, pieces
 from train.optim.average import Average
 from train.optim.build import set_rate
 from train.optim.clip import clip, layer_norms
-from train.patience import Patience
+from train.rope_base import rebase
 from train.settings import TrainSettings
 from train.state import State
 from train.tracking import Tracker
@@ -94,8 +96,8 @@ class Trainer:
             record, stopping = self.step()
             if "skipped" in record and not stopping:
                 self._log(record)
-                if rescue.due(self):
-                    rescue.go_back(self)
+                if rollback.due(self):
+                    rollback.go_back(self)
                 continue
             ended = stopping or self._complete()
             tokens = self.state.tokens - before
@@ -133,7 +135,7 @@ class Trainer:
         shared = self._share(tally, time.process_time() - cpu)
         if shared["held"]:
             loss = shared["cross_entropy"] / max(targets, 1)
-            return rescue.skip(self, plan, batch, loss, gradient_norm, rate), shared["stop"]
+            return rollback.skip(self, plan, batch, loss, gradient_norm, rate), shared["stop"]
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.step(tokens)
@@ -272,12 +274,12 @@ class Trainer:
         memory = float(peak_memory_bytes(str(self.executor.device)))
         own = torch.tensor([stop, memory, cpu, 0.0], dtype=torch.float64, device=self.executor.device)
         own[3] = self.guard.held  # without a word from the device to the host
-        received = torch.tensor(communication.taken(), dtype=torch.float64, device=self.executor.device)
+        received = torch.tensor(comm_record.taken(), dtype=torch.float64, device=self.executor.device)
         row = torch.cat([own, *(x.double().view(1) for x in sums), *loads, received])
         rows = self.groups.world_comm.all_gather(row, purpose="metrics")
         total = rows.sum(0)
         first = len(own) + len(sums)
-        *counts, received = total[first:].split([*(len(load) for load in loads), communication.COLUMNS])
+        *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])
         choices = dict(zip(layers, counts, strict=True))
         cross_entropy, balance, z, *left_out = total[len(own) : first].tolist()
         dropped = dict(zip(limited, left_out, strict=True))
@@ -290,7 +292,7 @@ class Trainer:
             "balance": balance,
             "z": z,
             "choices": choices,
-            "communication": communication.record(received.tolist()),
+            "communication": comm_record.record(received.tolist()),
             "dropped": {name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
         }
 

@@ -3,8 +3,8 @@
 Durations are tokens (whole numbers) or shares (below 1) of what is left of the run's budget where the schedule begins.
 
 Every schedule can go on from a checkpoint of any other. `begin` is the token of the run where it begins, `start` the
-multiplier there; null for both means those of the checkpoint that a run goes on from. `launch.continued` puts numbers
-in their place before the run starts, so that a run which is resumed later still has the same curve.
+multiplier there; null for both means those of the checkpoint that a run goes on from. `launch.preflight.continuation`
+puts numbers in their place before the run starts, so that a run which is resumed later still has the same curve.
 """
 
 import math

@@ -7,11 +7,11 @@ Constructors check values; the configuration's keys and types are checked agains
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from data.ramp import Ramp
+from data.batch_ramp import Ramp
 
 if TYPE_CHECKING:
-    from parallel.sequence.effects import Transport
-    from parallel.sequence.keys import Keys
+    from parallel.sequence.attention import Keys
+    from parallel.sequence.states import Transport
 
 Settings = TypeVar("Settings")
 

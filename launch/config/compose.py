@@ -18,8 +18,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.config import conf
-from launch.config.check import (
+from launch.config import files
+from launch.config.files import CONF, groups
+from launch.config.validate import (
     LISTS,
     OBJECTS,
     SCALARS,
@@ -31,10 +32,9 @@ from launch.config.check import (
     nearest,
     parameters_of,
 )
-from launch.config.conf import CONF, groups
+from launch.errors import UserError
 from launch.paths import at_home
 from launch.shell import override, quote
-from launch.user import UserError
 from train.renamed import with_canonical_names
 
 __all__ = ["CONF", "checked", "composed", "fields", "groups"]
@@ -195,14 +195,14 @@ def _check_option(override: str, parts: Override) -> None:
         dotted = group.replace("/", ".")
         near = f"; nearest: {dotted}" if dotted != group and dotted in known else nearest(dotted, known)
         raise UserError(f"{override.lstrip('+')}: {group} is no group{near}")
-    optional = conf.defaults().get(group) == "null" and parts.package is None
+    optional = files.defaults().get(group) == "null" and parts.package is None
     options = [*groups()[group], *(["null"] if optional else [])]
     if parts.is_delete():
         if not optional and parts.package is None:
             raise UserError(f"{override}: a run needs one; accepts {', '.join(options)}")
         return
-    if parts.package is None and group not in conf.defaults():
-        places = [name for name in conf.written()[1] if name.startswith(f"{group}@")]
+    if parts.package is None and group not in files.defaults():
+        places = [name for name in files.written()[1] if name.startswith(f"{group}@")]
         raise UserError(f"{override}: where? for example {places[0] if places else f'{group}@PLACE'}={value}")
     if isinstance(value, list) and not optional:
         raise UserError(f"{override.lstrip('+')}: takes one option; accepts {', '.join(options)}")
@@ -237,7 +237,7 @@ def _one_line(error: Exception, read: list[Read], model: dict[str, Any] | None =
         if place and model is not None and place.startswith("model."):
             return f"{match[1]}: the model is that of init_from, whose parts are what they are; its keys can be changed"
         if place:
-            return f"{match[1]}: there is no such place{nearest(match[1], conf.written()[1])}"
+            return f"{match[1]}: there is no such place{nearest(match[1], files.written()[1])}"
         return f"{match[1]}: {_linked(match[1], read) or f'no such key{_nearest_path(match[1], read, model)}'}"
     if match := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
         if match[1] in _paths(read):
@@ -298,7 +298,7 @@ def _tops() -> list[str]:
 
 
 def _written(read: list[Read] | None = None) -> dict[str, Any]:
-    return conf.written({each.name: str(each.parts.value()) for each in read or []})[0]
+    return files.written({each.name: str(each.parts.value()) for each in read or []})[0]
 
 
 def _paths(read: list[Read] | None = None) -> list[str]:

@@ -14,9 +14,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config import conf
-from launch.config.accepts import GIVEN, accepts
-from launch.config.check import LISTS, SCALARS, SECTIONS, class_of, hints_of, parameters_of, words
+from launch.config import files
+from launch.config.choices import GIVEN, accepts
+from launch.config.validate import LISTS, SCALARS, SECTIONS, class_of, hints_of, parameters_of, words
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -53,20 +53,20 @@ In the tables, a default is that of the option chosen by default; those that oth
 
 def page() -> str:
     """The whole text. Raises ValueError for a class without a docstring."""
-    tree, placed = conf.written()
+    tree, placed = files.written()
     tops = [name for name in placed if "@" not in name]
     inner = sorted({name.partition("@")[0] for name in placed if "@" in name})
     scalars = [key for key in tree if key in SCALARS or key in LISTS]
     sections = [key for key in tree if key in SECTIONS and key not in tops]
     parts = {}
     for group in tops:
-        parts[group] = _experiments() if conf.defaults()[group] == "null" else _group(group)
+        parts[group] = _experiments() if files.defaults()[group] == "null" else _group(group)
         if group == "model":
             for each in inner:
                 parts[each] = _placed(each, [name.partition("@")[2] for name in placed if name.startswith(f"{each}@")])
     parts[", ".join(scalars)] = _scalars(scalars)
     for key in sections:
-        said = conf.comments(conf.CONF / "train.yaml")
+        said = files.comments(files.CONF / "train.yaml")
         said = {k.removeprefix(f"{key}."): text for k, text in said.items() if k.startswith(f"{key}.")}
         parts[key] = _described(SECTIONS[key], {"": tree[key]}, f"{key}.", said)
     for key, hint in LISTS.items():
@@ -153,9 +153,9 @@ def documentation(constructor: type) -> str:
 
 def _group(group: str) -> str:
     """A group that is a key of its own: its options, then what they configure."""
-    default = conf.defaults()[group]
-    options = sorted(conf.groups()[group], key=lambda option: option != default)
-    nodes = {option: conf.written({group: option})[0][group] for option in options}
+    default = files.defaults()[group]
+    options = sorted(files.groups()[group], key=lambda option: option != default)
+    nodes = {option: files.written({group: option})[0][group] for option in options}
     if group in SECTIONS:
         text = _described(SECTIONS[group], nodes, f"{group}.", _comments(group, options))
     else:
@@ -197,7 +197,7 @@ def _inner(group: str, nodes: dict[str, dict[str, Any]]) -> str:
 
 def _objects(node: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects below a node, but for those that a group of their own describes."""
-    placed = {name.partition("@")[2] for name in conf.written()[1] if "@" in name}
+    placed = {name.partition("@")[2] for name in files.written()[1] if "@" in name}
     found = []
     for key, child in node.items():
         full = f"{path}.{key}"
@@ -209,16 +209,16 @@ def _objects(node: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]
 
 def _is_of_a_group(node: dict[str, Any]) -> bool:
     """Whether a group that is placed inside others has the class of this node."""
-    groups = {name.partition("@")[0] for name in conf.written()[1] if "@" in name}
-    targets = {conf.option(g, option).get("_target_") for g in groups for option in conf.groups()[g]}
+    groups = {name.partition("@")[0] for name in files.written()[1] if "@" in name}
+    targets = {files.option(g, option).get("_target_") for g in groups for option in files.groups()[g]}
     return node.get("_target_") in targets
 
 
 def _placed(group: str, places: list[str]) -> str:
     """A group whose options are put into a part of another."""
-    options = conf.groups()[group]
+    options = files.groups()[group]
     where = ", ".join(f"`{group}@{place}=OPTION`" for place in places)
-    nodes = {option: conf.option(group, option) for option in options}
+    nodes = {option: files.option(group, option) for option in options}
     said = f"Placed where one is wanted: {where}. Its keys are then below that place: `{places[0]}.KEY`.\n\n"
     return said + _options(group, options, None) + _by_class(group, nodes, "")
 
@@ -226,8 +226,8 @@ def _placed(group: str, places: list[str]) -> str:
 def _options(group: str, options: list[str], default: str | None) -> str:
     lines = []
     for option in options:
-        path = conf.CONF / group / f"{option}.yaml"
-        said = conf.head_comment(path)
+        path = files.CONF / group / f"{option}.yaml"
+        said = files.head_comment(path)
         mark = " (default)" if option == default else ""
         lines.append(f"- [`{group}={option}`](../conf/{group}/{option}.yaml){mark}{f': {said}' if said else ''}")
     return "\n".join(lines) + "\n\n"
@@ -235,16 +235,16 @@ def _options(group: str, options: list[str], default: str | None) -> str:
 
 def _experiments() -> str:
     lines = ["None by default. Each of them sets some keys at once.", ""]
-    for option in conf.groups()["experiment"]:
-        node = conf.option("experiment", option)
-        said = conf.head_comment(conf.CONF / "experiment" / f"{option}.yaml")
-        keys = " ".join(f"{key}={conf.flow(value)}" for key, value in conf.leaves(node).items())
+    for option in files.groups()["experiment"]:
+        node = files.option("experiment", option)
+        said = files.head_comment(files.CONF / "experiment" / f"{option}.yaml")
+        keys = " ".join(f"{key}={files.flow(value)}" for key, value in files.leaves(node).items())
         lines.append(f"- [`experiment={option}`](../conf/experiment/{option}.yaml): {said} `{keys}`")
     return "\n".join(lines) + "\n"
 
 
 def _scalars(keys: list[str]) -> str:
-    tree, comments = conf.written()[0], conf.comments(conf.CONF / "train.yaml")
+    tree, comments = files.written()[0], files.comments(files.CONF / "train.yaml")
     return (
         _table([(key, _kind({**SCALARS, **LISTS}[key]), f"`{tree[key]}`", comments.get(key, "")) for key in keys])
         + "\n"
@@ -308,7 +308,7 @@ def _comments(group: str, options: list[str], inside: str = "") -> dict[str, str
     start = f"{inside}." if inside else ""
     found: dict[str, str] = {}
     for option in reversed(options):
-        said = conf.comments(conf.CONF / group / f"{option}.yaml")
+        said = files.comments(files.CONF / group / f"{option}.yaml")
         found |= {key.removeprefix(start): text for key, text in said.items() if key.startswith(start)}
     return found
 
@@ -349,7 +349,7 @@ def _shown(value: Any) -> str:
         return f"`{value['_target_'].rpartition('.')[2]}`"
     if isinstance(value, dict) and any(isinstance(child, dict) for child in value.values()):
         return ", ".join(f"`{name}`" for name in value)
-    return "required" if value == "???" else f"`{conf.flow(value)}`" if value != "" else "`''`"
+    return "required" if value == "???" else f"`{files.flow(value)}`" if value != "" else "`''`"
 
 
 def _text(constructor: type, parameter: inspect.Parameter) -> str:

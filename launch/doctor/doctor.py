@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.doctor import machine, trials
-from launch.user import UserError
+from launch.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 45.0  # seconds that a trial may take; they take one to five
@@ -320,8 +320,8 @@ def _answer(address: str) -> str:
     """What answers at an address, within a few seconds. Raises UserError, OSError or ValueError where nothing does."""
     import socket
 
-    from launch.nodes import check_answers
-    from train.limits import within
+    from launch.cluster.nodes import check_answers
+    from train.timeout import within
 
     if address.startswith(("http://", "https://")):
         check_answers(address.rstrip("/"))

@@ -50,8 +50,8 @@ def try_kernels() -> None:
     """Which kernel each mixer gets on the device that runs would use, a fact a mixer."""
     import torch
 
+    from models.kernels.attention_tiles import Fused, tile_for
     from models.kernels.registry import chosen
-    from models.kernels.tiles import Fused, tile_for
     from models.mixers import MIXERS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +73,7 @@ def _matmul() -> str:
     """Whether bf16 is multiplied natively, and how much sooner a product of two matrices is there than in fp32."""
     import torch
 
-    from train.observe import matmul_peak
+    from train.metrics.timing import matmul_peak
     from train.precision import native_bf16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

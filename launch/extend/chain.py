@@ -13,17 +13,20 @@ from typing import Any
 
 from rich.console import Console
 
-from launch import paths, rundir, status
+from launch import paths
 from launch.config.compose import checked
-from launch.evaluate import clear, folder_of, measured
-from launch.extend import check
-from launch.extend.check import Leg, Parent
+from launch.errors import UserError
+from launch.evaluation.measure import check_evaluation, folder_of, measured
+from launch.extend import stages
 from launch.extend.record import Record
-from launch.preflight import configure
+from launch.extend.stages import Parent, StagePlan
+from launch.paths import RUNS
+from launch.preflight.configure import configure
+from launch.run import rundir, status
+from launch.run.signals import SignalLatch
+from launch.runner.dispatch import run
+from launch.runner.result import RunResult
 from launch.shell import command, override, quote
-from launch.sweep.sweep import Heard
-from launch.train import Ended, run
-from launch.user import UserError
 
 SHORTEST = 128  # tokens of a needle's text, in bytes, for it and its question to have room
 
@@ -37,14 +40,14 @@ def is_chain(config: dict[str, Any]) -> bool:
     return bool(config["stages"])
 
 
-def extend(config: dict[str, Any], overrides: list[str], console: Console) -> Ended:
+def extend(config: dict[str, Any], overrides: list[str], console: Console) -> RunResult:
     """Runs a chain, or goes on with it. Raises UserError before anything is written."""
 
     def say(line: str) -> None:
         console.print(line, markup=False)
 
     folder: Path | None = None
-    with Heard() as heard:
+    with SignalLatch() as heard:
         try:
             resumed = None if config["resume"] is None else Path(config["resume"])
             if resumed is not None:
@@ -52,7 +55,7 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> En
                 config["init_from"] = before["init_from"]
                 _same_stages(config["stages"], before["stages"], resumed)
                 overrides = [each for each in overrides if not _is_own(each)]
-            parent, legs = check.legs(config, overrides)
+            parent, legs = stages.legs(config, overrides)
             _check_folder(config, legs)
             code = rundir.code_version()
             folder, lock = rundir.claim(config, resumed=resumed is not None)
@@ -60,13 +63,13 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> En
                 paths.make_absolute(config)
                 rundir.write_config(folder, config, code)
                 say(f"chain {folder}: {len(legs)} stages, all checked before the first starts")
-                for line in check.table(parent, legs):
+                for line in stages.table(parent, legs):
                     say(line)
                 ended = Chain(config, overrides, folder, parent, legs, console, heard).run()
         except KeyboardInterrupt:
             if folder is None:
                 say("stopped before the chain started: nothing was written")
-            ended = Ended(0, folder, True)
+            ended = RunResult(0, folder, True)
     if folder is not None and (ended.code or ended.stopped):
         say(f"{command('train', override('resume', folder))} goes on with the stage that was reached")
     return ended
@@ -81,18 +84,18 @@ class Chain:
         overrides: list[str],
         folder: Path,
         parent: Parent,
-        legs: list[Leg],
+        legs: list[StagePlan],
         console: Console,
-        heard: Heard,
+        heard: SignalLatch,
     ):
         self.config, self.overrides, self.folder, self.parent, self.legs = config, overrides, folder, parent, legs
         self.console, self.heard = console, heard
         self.record = Record(folder, parent.trained, [leg.stage.length for leg in legs])
 
-    def run(self) -> Ended:
+    def run(self) -> RunResult:
         """The stages that are not done, and everything that is measured of them."""
         if code := self._measure("before", self.parent.path, self.parent.model, None):
-            return Ended(code, self.folder)
+            return RunResult(code, self.folder)
         source: Path = self.parent.path
         for leg in self.legs:
             place, began = self.folder / leg.name, time.monotonic()
@@ -104,17 +107,17 @@ class Chain:
                 self.record.took(leg.name, time.monotonic() - began)
             source = _checkpoint(place)
             if self.heard():
-                return Ended(0, self.folder, True)
+                return RunResult(0, self.folder, True)
             if code := self._measure(leg.name, source, leg.config["model"], leg):
-                return Ended(code, self.folder)
+                return RunResult(code, self.folder)
         self._end(source)
-        return Ended(0, self.folder)
+        return RunResult(0, self.folder)
 
     @property
     def _again(self) -> str:
         return command("train", override("resume", self.folder))
 
-    def _configured(self, leg: Leg, source: Path) -> dict[str, Any]:
+    def _configured(self, leg: StagePlan, source: Path) -> dict[str, Any]:
         """The configuration of a stage's run: from its folder, where it has begun."""
         place = self.folder / leg.name
         if (place / "config.yaml").exists():
@@ -126,12 +129,12 @@ class Chain:
             config["tracking"]["group"] = self.config["run"]["name"]
         return checked(config)
 
-    def _measure(self, name: str, found: Path, model: dict[str, Any], leg: Leg | None) -> int:
+    def _measure(self, name: str, found: Path, model: dict[str, Any], leg: StagePlan | None) -> int:
         """Evaluates a checkpoint at the chain's lengths, unless that is done. Returns the exit code."""
         if name in self.record:
             return 0
         config = asked(self.config, self.legs, self.parent, model)
-        device = clear(config, found, str(found), lambda line: None)
+        device = check_evaluation(config, found, str(found), lambda line: None)
         folder = self.folder / "evaluation" / name if leg is None else folder_of(found)
         folder.mkdir(parents=True, exist_ok=True)
         self.console.print(f"measuring {'what is extended' if leg is None else f'stage {leg.name}'}", markup=False)
@@ -142,7 +145,7 @@ class Chain:
 
     def _end(self, source: Path) -> None:
         """The table, the picture and the export."""
-        from launch.extend.picture import draw, table
+        from launch.extend.plot import draw, table
 
         print("\n".join(table(self.record.facts)))
         files = ["extension.json"]
@@ -158,7 +161,7 @@ class Chain:
 
     def _export(self, source: Path) -> bool:
         """Writes the last stage for `transformers`; whether there is something."""
-        from launch.hub import written
+        from launch.run.export import written
 
         dest = self.folder / "export"
         if dest.exists():
@@ -172,7 +175,7 @@ class Chain:
         return True
 
 
-def asked(config: dict[str, Any], legs: list[Leg], parent: Parent, model: dict[str, Any]) -> dict[str, Any]:
+def asked(config: dict[str, Any], legs: list[StagePlan], parent: Parent, model: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation is asked for: as the last stage reads documents, needles as long as each stage's sequences."""
     found = deepcopy(legs[-1].config)
     found["model"] = model
@@ -188,17 +191,17 @@ def asked(config: dict[str, Any], legs: list[Leg], parent: Parent, model: dict[s
 
 def _known(model: dict[str, Any]) -> list[int]:
     """The positions that layers know, of rules that draw them at random."""
-    from launch.preflight import model_of
-    from train.context import rotary
+    from launch.config.model import model_of
+    from train.rope_base import rotary
 
     found = (getattr(module.positions, "longest", None) for module in rotary(model_of(model)))
     return [longest for longest in found if longest is not None]
 
 
-def _check_folder(config: dict[str, Any], legs: list[Leg]) -> None:
+def _check_folder(config: dict[str, Any], legs: list[StagePlan]) -> None:
     """Raises UserError where another run has the folder of a stage."""
     name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
-    folder = Path(config["run"]["dir"]) if config["run"]["dir"] else rundir.RUNS / name if name else None
+    folder = Path(config["run"]["dir"]) if config["run"]["dir"] else RUNS / name if name else None
     if folder is None or config["resume"] is not None:
         return
     for leg in legs:
@@ -225,7 +228,7 @@ def _is_done(place: Path) -> bool:
 
 
 def _checkpoint(place: Path) -> Path:
-    from train import checkpoint
+    from train.checkpoints import checkpoint
 
     found = checkpoint.newest(place / "checkpoints", lambda line: None)
     if found is None:

@@ -3,9 +3,9 @@
 from copy import deepcopy
 from typing import Any
 
-from launch.config.accepts import parameters
-from launch.config.check import nearest
-from launch.extend.stage import Stage
+from launch.config.choices import parameters
+from launch.config.stage import Stage
+from launch.config.validate import nearest
 from models.hub.architecture import Node, layers, node, target
 from models.positions import NoPE, RoPE
 

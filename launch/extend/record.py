@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data import reading
-from launch.extend.check import Leg
-from launch.user import UserError
+from launch.errors import UserError
+from launch.extend.stages import StagePlan
 
 FILE = "extension.json"
 
@@ -32,7 +32,7 @@ class Record:
         """How long a stage's run was, here and now."""
         self._took[name] = seconds
 
-    def add(self, name: str, results: Path, leg: Leg | None) -> None:
+    def add(self, name: str, results: Path, leg: StagePlan | None) -> None:
         """What an evaluation has found after a stage; of the parent, without one."""
         found = json.loads(results.read_text())
         stage: dict[str, Any] = {"name": name, "length": self.facts["trained"] if leg is None else leg.stage.length}

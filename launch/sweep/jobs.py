@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch import nodes, status, stopping, submit
-from launch.inspection import PASSED
-from launch.job import REFUSED
-from launch.jobs import Jobs
+from launch.cluster import nodes
+from launch.cluster.inspection import PASSED
+from launch.cluster.jobs import Jobs
+from launch.cluster.package import REFUSED
+from launch.errors import UserError
+from launch.run import status
+from launch.run.signals import SignalCount
+from launch.runner import submit
 from launch.shell import command, override
 from launch.sweep.members import Member
 from launch.sweep.record import Sweep
-from launch.user import UserError
 from train.settings import ClusterSettings, section
 
 if TYPE_CHECKING:
-    from launch.sweep.sweep import Ready
+    from launch.sweep.members import CheckedMember
 
 POLL_S = 1.0
 SUMMARY_S = 60.0  # seconds between two summaries
 
 
-def run(found: Sweep, ready: list[Ready], following: list[Member], say: Callable[[str], None]) -> None:
+def run(found: Sweep, ready: list[CheckedMember], following: list[Member], say: Callable[[str], None]) -> None:
     """Hands the members over and waits for their ends. A stop signal stops all; a second one leaves them to it.
 
     following: members that are jobs already. A waiting job waits by itself, in a driver that takes memory on the head:
     so one more than the room holds is submitted, no more.
     """
     fleet = _Fleet(found, ready, following, say)
-    with _Counted() as signals:
+    with SignalCount() as signals:
         while fleet.busy:
             if signals.count > 1:
                 say(f"no longer following; {command('sweep', override('resume', found.folder))} takes it up again")
@@ -46,36 +46,12 @@ def run(found: Sweep, ready: list[Ready], following: list[Member], say: Callable
             time.sleep(POLL_S)
 
 
-class _Counted:
-    """While entered, stop signals are counted; the third raises, for a cluster that has stopped answering.
-
-    SIGHUP, which comes more than once, counts once.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._before: dict[int, Any] = {}
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.count = max(self.count, 1) if number == signal.SIGHUP else self.count + 1
-        if self.count > 2:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> _Counted:
-        if threading.current_thread() is threading.main_thread():
-            for number in stopping.signals():
-                self._before[number] = signal.signal(number, self._hear)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
 class _Fleet:
     """The members that wait for their turn, and those that are jobs."""
 
-    def __init__(self, found: Sweep, ready: list[Ready], following: list[Member], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, found: Sweep, ready: list[CheckedMember], following: list[Member], say: Callable[[str], None]
+    ) -> None:
         self._found, self._say = found, say
         self._waiting = list(ready)
         self._jobs = {member.number: (member, Jobs(member.address), 0) for member in following}
@@ -175,7 +151,7 @@ def end(found: Sweep, member: Member, cluster: Jobs, *, stopping: bool = False) 
     return ("stopped" if any(line.startswith("stopped") for line in logs) else "done"), None
 
 
-def _room(each: Ready) -> int:
+def _room(each: CheckedMember) -> int:
     """Workers that the cluster holds, whoever uses them now."""
     settings = section(ClusterSettings, each.config["cluster"])
     return sum(node.slots for node in nodes.room(settings, each.device))

@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import islice, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
@@ -18,8 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
-from launch.config.conf import CONF, groups
-from launch.user import UserError
+from launch.config.files import CONF, groups
+from launch.errors import UserError
 
 MOST = 1000  # members
 EXAMPLE = "optimizer.lr=1e-3,3e-3 seed=range(0,3)"
@@ -179,3 +179,12 @@ def _values(override: str, parts: Override) -> list[str]:
     if len(values) > MOST:
         raise UserError(f"{override}: more than {MOST:,} values: a sweep has {MOST:,} members at most")
     return values
+
+
+class CheckedMember(NamedTuple):
+    """A checked member. elsewhere: the overrides that resume it where only the cluster sees its folder."""
+
+    member: Member
+    config: dict[str, Any]
+    device: str
+    elsewhere: list[str] | None = None

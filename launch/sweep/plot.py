@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from launch.figures import ALARM, FAINT, INK, LOOK, NAMES
 from launch.sweep.members import Swept, plain
 from launch.sweep.table import Result, best, ranked
 
-NAMES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#555555")
 STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.3)), (0, (5, 1.5, 1, 1.5)))
-INK, FAINT, ALARM = "#222222", "#9a9a9a", "#B3261E"
 _SMOOTH = 40  # the running mean is over this part of a curve's points
 _START = 20  # the first part of the curves, this small, may leave the panel: it is the same for all, and steep
 _FAR = 1.5  # a held-out loss this many times the best is drawn at the top, with its value, where few are
@@ -27,29 +26,6 @@ _POINTS = 50_000  # up to which matplotlib looks for the emptiest corner, which 
 _ROWS = 40  # members of a dot plot
 _DECADE = 10.0
 _LETTER = 0.02  # of a panel's width
-
-LOOK: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#ececec",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "legend.fontsize": 8,
-}
 
 
 def draw(path: Path, title: str, swept: list[Swept], results: list[Result]) -> None:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data import reading
+from launch.errors import UserError
 from launch.sweep import table as sweep_table
 from launch.sweep.members import Member, Swept
 from launch.sweep.table import Result
-from launch.user import UserError
 
 FILE = "sweep.json"
 OPEN = ("waiting", "running", "stopped", "failed")  # states that `resume` takes up again

@@ -7,41 +7,34 @@ cluster as many at a time as it holds (`launch.sweep.jobs`). One that fails is n
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
-from launch import nodes, preflight, rundir, status, stopping, submit
+from launch.cluster import nodes
 from launch.config import compose
-from launch.progress import duration
+from launch.errors import UserError
+from launch.paths import RUNS
+from launch.preflight.check import check_run
+from launch.preflight.configure import configure
+from launch.run import rundir, status
+from launch.run.progress import duration
+from launch.run.signals import SignalLatch
+from launch.runner import submit
+from launch.runner.dispatch import run
 from launch.shell import command, override, quote
 from launch.sweep import members as sweep_members
 from launch.sweep import table as sweep_table
-from launch.sweep.members import Member
+from launch.sweep.members import CheckedMember, Member
 from launch.sweep.record import FILE, OPEN, Sweep
-from launch.train import run
-from launch.user import UserError
-from launch.world import SIGNALS
 
 PLOT = "sweep.png"
-_NOTHING = "stopped before the sweep started: nothing was written"
-
-
-class Ready(NamedTuple):
-    """A checked member. elsewhere: the overrides that resume it where only the cluster sees its folder."""
-
-    member: Member
-    config: dict[str, Any]
-    device: str
-    elsewhere: list[str] | None = None
+NOTHING_WRITTEN = "stopped before the sweep started: nothing was written"
 
 
 def sweep(overrides: list[str]) -> int:
@@ -52,14 +45,14 @@ def sweep(overrides: list[str]) -> int:
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    with Heard() as heard:
+    with SignalLatch() as heard:
         try:
             if any(_is_resume(each) for each in overrides):
                 found, lock, ready = _reopened(overrides, say)
             else:
                 found, lock, ready = _new(overrides, say)
         except KeyboardInterrupt:
-            say(_NOTHING)
+            say(NOTHING_WRITTEN)
             return 0
         with lock:
             try:
@@ -77,43 +70,7 @@ def sweep(overrides: list[str]) -> int:
             return _ended(found, console, began)
 
 
-class Heard:
-    """While entered, calling it says whether a stop signal has come, whoever has dealt with it since.
-
-    A run has its own handlers for the time that it trains, and a Ctrl-C in its last step changes nothing about it: the
-    sweep would go on with the next member. Outside of a run they raise KeyboardInterrupt.
-    """
-
-    def __enter__(self) -> Heard:
-        self._heard = False
-        self._main = threading.current_thread() is threading.main_thread()
-        self._ours, self._theirs = socket.socketpair()
-        self._ours.setblocking(False)
-        self._theirs.setblocking(False)
-        if self._main:
-            self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-            others = [number for number in stopping.signals() if number != signal.SIGINT]
-            self._before = {number: signal.signal(number, stopping.interrupt) for number in others}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._main:
-            signal.set_wakeup_fd(self._wakeup)
-            for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._ours.close()
-        self._theirs.close()
-
-    def __call__(self) -> bool:
-        try:
-            while numbers := self._ours.recv(4096):
-                self._heard |= bool(SIGNALS & set(numbers))
-        except BlockingIOError:
-            pass
-        return self._heard
-
-
-def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[Ready]]:
+def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[CheckedMember]]:
     """A sweep whose members have been checked, its folder made and locked."""
     swept, members = sweep_members.expand(overrides)
     first = _composed(members[0], members[0].overrides)
@@ -126,11 +83,13 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
         if ours:
             with suppress(OSError):
                 folder.rmdir()
-                rundir.RUNS.rmdir()  # where nothing else is in it
+                RUNS.rmdir()  # where nothing else is in it
         raise
 
 
-def _checked_all(found: Sweep, first: dict[str, Any], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[Ready]]:
+def _checked_all(
+    found: Sweep, first: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Sweep, TextIO, list[CheckedMember]]:
     """The sweep with its members checked, in its folder. Raises UserError."""
     folder, members = found.folder, found.members
     if (folder / FILE).exists():
@@ -150,17 +109,17 @@ def _checked_all(found: Sweep, first: dict[str, Any], say: Callable[[str], None]
     return found, lock, ready
 
 
-def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[Ready]]:
+def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[CheckedMember]]:
     """A sweep to go on with: its unfinished members, checked. `running` ones are still followed on their cluster."""
     others = [each for each in overrides if not _is_resume(each)]
     for each in others:
         if each.lstrip("+~").partition("=")[0].split(".")[0] != "cluster":
             raise UserError(f"{each}: a resumed sweep takes resume=RUN and cluster keys only: its members are set")
     value = compose.composed([each for each in overrides if _is_resume(each)])["resume"]
-    folder = next((f for f in (Path(value or ""), rundir.RUNS / (value or "")) if (f / FILE).exists()), None)
+    folder = next((f for f in (Path(value or ""), RUNS / (value or "")) if (f / FILE).exists()), None)
     if folder is None:
-        known = sorted(path.parent.name for path in rundir.RUNS.glob(f"*/{FILE}"))
-        has = f"; {rundir.RUNS}/ has {', '.join(known[-5:])}" if known else ""
+        known = sorted(path.parent.name for path in RUNS.glob(f"*/{FILE}"))
+        has = f"; {RUNS}/ has {', '.join(known[-5:])}" if known else ""
         raise UserError(f"resume={value}: no such sweep; expected the folder of one{has}")
     _, lock = rundir.claim({"run": {"name": None, "dir": str(folder)}}, resumed=True)
     try:
@@ -187,7 +146,7 @@ def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, 
         raise
 
 
-def _checked_again(found: Sweep, member: Member, others: list[str]) -> Ready:
+def _checked_again(found: Sweep, member: Member, others: list[str]) -> CheckedMember:
     """A member to resume from its folder, or to start where it has none."""
     folder = found.place(member)
     if (folder / "config.yaml").exists():
@@ -200,12 +159,12 @@ def _checked_again(found: Sweep, member: Member, others: list[str]) -> Ready:
 
 def _composed(member: Member, overrides: list[str]) -> dict[str, Any]:
     try:
-        return preflight.configure(overrides)
+        return configure(overrides)
     except UserError as error:
         raise UserError(f"member {member.number} ({member.words}): {error}") from None
 
 
-def _checked(found: Sweep, member: Member, config: dict[str, Any]) -> Ready:
+def _checked(found: Sweep, member: Member, config: dict[str, Any]) -> CheckedMember:
     """A member's configuration with its own name, folder and group, checked as far as that can be done from here."""
     if config["resume"] is None:
         config["run"] = {"name": f"{found.name}/{member.folder}", "dir": str(found.place(member))}
@@ -213,14 +172,14 @@ def _checked(found: Sweep, member: Member, config: dict[str, Any]) -> Ready:
             config["tracking"]["group"] = found.name
     try:
         remote = _remote(config)
-        check = submit.check if remote else preflight.clear
+        check = submit.check if remote else check_run
         flight = check(config, lambda line: None)  # the run itself says it again
     except UserError as error:
         raise UserError(f"member {member.number} ({member.words}): {error}") from None
-    return Ready(member, config, flight.device)
+    return CheckedMember(member, config, flight.device)
 
 
-def _run_here(found: Sweep, ready: list[Ready], console: Console, heard: Heard) -> None:
+def _run_here(found: Sweep, ready: list[CheckedMember], console: Console, heard: SignalLatch) -> None:
     """One member after another, until a signal asks for the end."""
     for each in ready:
         found.mark(each.member, "running")
@@ -234,7 +193,7 @@ def _run_here(found: Sweep, ready: list[Ready], console: Console, heard: Heard) 
             return
 
 
-def _one(found: Sweep, each: Ready, console: Console) -> tuple[str, str | None]:
+def _one(found: Sweep, each: CheckedMember, console: Console) -> tuple[str, str | None]:
     """Runs a member to its end. Returns its state and, where it failed, why; nothing that it raises ends the sweep."""
     try:
         ended = run(each.config, console, brief=True)
@@ -270,7 +229,7 @@ def _caught_up(found: Sweep, member: Member) -> tuple[str, str | None] | None:
     """The state of an unfinished member after the last sweep was left; None where it is a job that goes on."""
     if member.state != "running" or member.job is None:
         return settled(found, member)
-    from launch.jobs import Jobs
+    from launch.cluster.jobs import Jobs
     from launch.sweep import jobs as sweep_jobs
 
     cluster = Jobs(member.address)
@@ -314,7 +273,7 @@ def _remote(config: dict[str, Any]) -> bool:
     return settings["kind"] == "ray" and nodes.is_remote(nodes.address_of(settings["address"]))
 
 
-def _one_place(ready: list[Ready]) -> None:
+def _one_place(ready: list[CheckedMember]) -> None:
     """Refuses a sweep over clusters: who runs here waits for its turn, who is a job does not."""
     places = {nodes.address_of(e.config["cluster"]["address"]) if _remote(e.config) else "here" for e in ready}
     if len(places) > 1:

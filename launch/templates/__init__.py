@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from launch.placement import Node
+from launch.cluster.placement import Node
 
 HOMES = {
     "KubeRay": "launch.templates.kuberay",

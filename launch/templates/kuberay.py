@@ -121,8 +121,7 @@ class KubeRay(Machines):
         return commented(*head, *then) + as_yaml(resource)
 
     def _job(self, config: dict[str, Any], words: list[str], run: str) -> dict[str, Any]:
-        from launch.driver import TRAIN_ENVIRONMENT
-        from launch.package import JOB_ENVIRONMENT
+        from launch.cluster.package import JOB_ENVIRONMENT, TRAIN_ENVIRONMENT
 
         start = ["farspan", "train", *self.cluster_words(config, "auto")]
         # A next set of pods, and a job that the operator submits once more, find the run of the one before.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.placement import natural
+from launch.cluster.placement import natural
 from launch.templates import LINE, PATH, Machines, as_yaml, at_least, command, commented, matching, on_lines, own_words
 
 PROVIDERS = ("local", "aws")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.kernels.chunk import Segments
+from models.kernels.chunking import Segments
 
 SMALL = 16  # blocks up to this many tokens are one masked matmul: smaller ones cost more to cut out than to multiply
 SMALL_STATE = 128 * 64  # numbers of a head's state

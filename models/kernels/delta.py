@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.chunk import Effect, chunks, scaled, seen_in, unchunks
+from models.kernels.chunk_scan import Replace
+from models.kernels.chunking import Effect, chunks, scaled, seen_in, unchunks
 from models.kernels.decay import chunk_size, decayed
-from models.kernels.stream import Streamed
-from models.kernels.sweep import Replace
+from models.kernels.tiled_scan import Streamed
 from models.precision import wide
 
 

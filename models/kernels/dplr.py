@@ -7,8 +7,8 @@ to read, another to write back, and a write of its own. What the reads of a chun
     p_t = Σ_{s<t} (a'_t·b_s) p_s + (a'_t·k_s) v_s + a'_t S,  a' = a e^{-g},
 
 with the decays of `models.kernels.decay` in every product: one triangular system, and the chunk writes b pᵀ + k vᵀ,
-twice its tokens for `models.kernels.sweep`. Nothing overflows while e^{-g} does not; RWKV-7 forgets at most e^{-0.61} a
-token.
+twice its tokens for `models.kernels.chunk_scan`. Nothing overflows while e^{-g} does not; RWKV-7 forgets at most
+e^{-0.61} a token.
 """
 
 from functools import partial
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import delta
-from models.kernels.chunk import chunks, scaled, seen_in, unchunks
+from models.kernels.chunk_scan import Replace
+from models.kernels.chunking import chunks, scaled, seen_in, unchunks
 from models.kernels.decay import chunk_size, decayed
-from models.kernels.stream import Streamed
-from models.kernels.sweep import Replace
+from models.kernels.tiled_scan import Streamed
 from models.precision import wide
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.chunk import Begun, Effect
+from models.kernels.chunking import Begun, Effect
 from models.precision import wide
 
 NUMBERS = 1 << 20  # of a tile: 4 MB in fp32

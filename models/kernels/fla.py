@@ -5,7 +5,7 @@ All take one packed batch: rows and documents become the N sequences between `cu
 with the row's state, and the last one's final state is the row's.
 
 A state forgets by decays alone, or by matrices too. By decays, a span's effect and what its outputs lack of S are
-products over its tokens (`models.kernels.span`), and the kernel runs from a zero state while S is on its way. By
+products over its tokens (`models.kernels.span_effect`), and the kernel runs from a zero state while S is on its way. By
 matrices, the effect comes of that pass: values are given K columns more, zeros, and the state as many, the identity,
 which turn into A, and their outputs into what S is to be multiplied by.
 
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from models.kernels import span
-from models.kernels.chunk import Begun, Effect
+from models.kernels import span_effect
+from models.kernels.chunking import Begun, Effect
 from models.precision import wide
 
 WIDEST = 256  # columns of a key that the delta rules' kernels hold
@@ -137,7 +137,7 @@ class Packed(Begun):
     @property
     def effect(self) -> Effect:
         if not self.call.dense:
-            return span.effect(self.k, self.v, self.g, self.starts)
+            return span_effect.effect(self.k, self.v, self.g, self.starts)
         state, V = self._opened()[1], self.v.shape[-1]
         return Effect(state[..., V:], state[..., :V], (~self.starts.any(1)).to(state.dtype))
 
@@ -153,5 +153,5 @@ class Packed(Begun):
         if self.call.dense:
             past = (wide(out[..., V:]).transpose(1, 2) @ wide(state)).transpose(1, 2)
         else:
-            past = span.past(wide(self.q) * self.scale, self.g, self.starts, state)
+            past = span_effect.past(wide(self.q) * self.scale, self.g, self.starts, state)
         return (out[..., :V] + past).to(self.v.dtype)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.chunk import Begun, Effect
-from models.kernels.diagonal import Span
+from models.kernels.chunking import Begun, Effect
 from models.kernels.elementwise import Scanned, chunked
-from models.kernels.stabilised import ABSENT
+from models.kernels.gated_linear import Span
+from models.kernels.mlstm import ABSENT
 from models.precision import wide
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.kernels.chunk import Begun, Effect, scaled
+from models.kernels.chunking import Begun, Effect, scaled
 from models.kernels.elementwise import steps
 from models.precision import wide
 

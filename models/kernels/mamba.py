@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.kernels.chunk import Begun, Effect, scaled
+from models.kernels.chunking import Begun, Effect, scaled
 from models.kernels.elementwise import steps
 from models.kernels.longhorn import blocks, inside, outer, read
 from models.precision import wide

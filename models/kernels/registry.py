@@ -10,38 +10,38 @@ import torch
 from torch import Tensor
 
 from models.kernels import (
-    complex,
+    complex_decay,
     delta,
-    diagonal,
+    delta_product,
     dplr,
     elementwise,
     fla,
+    gated_linear,
     lightnet,
     longhorn,
     mamba,
-    product,
-    stabilised,
+    mlstm,
     titans,
 )
-from models.kernels.chunk import Begun
+from models.kernels.chunking import Begun
 
 Kernel = Callable[..., Begun]
 
 REFERENCE: dict[str, Kernel] = {
-    "linear": diagonal.Span,
-    "simple_gla": diagonal.Span,
-    "gla": diagonal.Span,
+    "linear": gated_linear.Span,
+    "simple_gla": gated_linear.Span,
+    "gla": gated_linear.Span,
     "delta_rule": delta.Span,
     "gated_delta_rule": delta.Span,
     "kda": delta.Span,
     "dplr": dplr.Span,
     "titans": titans.Span,
-    "gated_delta_product": product.Product,
+    "gated_delta_product": delta_product.Product,
     "elementwise": elementwise.Scanned,
     "longhorn": longhorn.Blocks,
     "mamba": mamba.Blocks,
-    "complex": complex.Scanned,
-    "mlstm": stabilised.Chunks,
+    "complex": complex_decay.Scanned,
+    "mlstm": mlstm.Chunks,
     "lightnet": lightnet.Normalised,
 }
 HALF = (torch.bfloat16, torch.float16)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.stabilised import ABSENT
-from models.serial import masked, starts_of
+from models.kernels.mlstm import ABSENT
+from models.nonlinear_recurrence import masked, starts_of
 
 
 def run(x_BTH4K: Tensor, R_HK4K: Tensor, positions_BT: Tensor, state_BH4K: Tensor) -> tuple[Tensor, Tensor]:

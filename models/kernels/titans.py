@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels import delta
-from models.kernels.chunk import Segments, chunks, scaled, seen_in, unchunks
+from models.kernels.chunking import Segments, chunks, scaled, seen_in, unchunks
 from models.kernels.decay import chunk_size
-from models.kernels.stream import Streamed
+from models.kernels.tiled_scan import Streamed
 from models.precision import wide
 
 

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, fan_in, positive
-from models.kernels import fast_weights
+from models.kernels import lact
 from models.linear import Linear
 from models.mixers.heads import head_dim
+from models.nonlinear_recurrence import Ran, Serial
 from models.norm import RMSNorm, checked, l2_normalise
 from models.positions import RoPE, turn
 from models.precision import wide
 from models.sequence import Sequence
-from models.serial import Ran, Serial
 
 ROPE = RoPE()
 RATE = -6.9073  # softplus⁻¹(1e-3)
@@ -31,7 +31,7 @@ RATE = -6.9073  # softplus⁻¹(1e-3)
 @dataclass(frozen=True)
 class Learner(Serial):
     """xs: q, k, v [B, T, H, K], rates [B, T, H, 3], momenta [B, T, H]; shared: the first weights. See
-    `models.kernels.fast_weights`."""
+    `models.kernels.lact`."""
 
     chunk: int = 2048
 
@@ -44,7 +44,7 @@ class Learner(Serial):
     def run(self, xs: tuple[Tensor, ...], shared: tuple[Tensor, ...], positions: Tensor, state: Tensor) -> Ran:
         q, k, v, rates, mu = xs
         W0, W1, W2 = shared
-        return fast_weights.run(q, k, v, rates, mu, (W0, W1, W2), positions, state, self.chunk)
+        return lact.run(q, k, v, rates, mu, (W0, W1, W2), positions, state, self.chunk)
 
 
 class LaCT(nn.Module):

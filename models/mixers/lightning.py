@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import positive
-from models.depth import ALONE, Depth
+from models.cross_layer import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.norm import RMSNorm, checked

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.axes import constant
-from models.depth import Coupling
+from models.cross_layer import Coupling
 from models.precision import wide
 
 

@@ -7,8 +7,8 @@ of the shared one's. Here a memory is a whole mixer: it has its own queries and 
 shares between memories, so that any linear mixer can be one.
 
 Over ranks an idle memory sends the identity of its recurrence, so what travels depends on the number of memories E and
-never on where tokens went (`models.taken`): with a convolution 2E crossings a layer, one by one, beside the shared
-memory's and that of the counts of tokens.
+never on where tokens went (`models.token_subset`): with a convolution 2E crossings a layer, one by one, beside the
+shared memory's and that of the counts of tokens.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from models.precision import wide
 from models.recurrence import Recurrence
 from models.router import Router
 from models.sequence import Sequence
-from models.taken import places, take
+from models.token_subset import places, take
 
 
 class MixtureOfMemories(nn.Module):

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import Init, constant, declare, positive, uniform
-from models.depth import ALONE, Depth
+from models.cross_layer import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.recurrence import Diagonal
 from models.sequence import Sequence
-from models.shift import orthogonal, previous, ramp
+from models.token_shift import orthogonal, previous, ramp
 
 STRONGEST = 10.0  # of w: e^{-e^10} is 0, and e^w overflows not far above
 

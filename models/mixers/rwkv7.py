@@ -5,9 +5,9 @@ w = exp(-e^{-½}·σ(w0 + B tanh(A x))), so that no channel forgets more than 0.
 κ̂ = (k ⊙ k_k) / ‖k ⊙ k_k‖ of each head, k̃ = k ⊙ (1 + (a - 1) ⊙ k_a).
 
 Values are mixed with those of the first such layer, v + (v_first - v) ⊙ σ(v0 + B A x): the value residual, which is
-handed from layer to layer (`models.depth`). What enters each projection is the token mixed with the one before it.
-Projections, shares, decays and ranks start as in the authors' code; flash-linear-attention's ranks grow with the width
-of a head, too.
+handed from layer to layer (`models.cross_layer`). What enters each projection is the token mixed with the one before
+it. Projections, shares, decays and ranks start as in the authors' code; flash-linear-attention's ranks grow with the
+width of a head, too.
 """
 
 import math
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import Init, constant, declare, positive, uniform
-from models.depth import ALONE, Depth
+from models.cross_layer import ALONE, Depth
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
-from models.shift import orthogonal, previous, ramp
+from models.token_shift import orthogonal, previous, ramp
 
 MIXED = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # what is mixed, and the exponent of its ramp
 FASTEST = math.exp(-0.5)  # the largest -log w

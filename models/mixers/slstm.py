@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from models.axes import Init, constant, declare, positive
 from models.conv import short_conv
-from models.depth import ALONE, Depth
+from models.cross_layer import ALONE, Depth
 from models.kernels import slstm
 from models.linear import Linear
 from models.mixers.heads import head_dim
+from models.nonlinear_recurrence import Ran, Serial
 from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.sequence import Sequence
-from models.serial import Ran, Serial
 
 
 @dataclass(frozen=True)

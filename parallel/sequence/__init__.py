@@ -1,7 +1,7 @@
 """Sequence parallelism: a packed sequence over ranks, and the transports that join its spans."""
 
-from parallel.sequence.effects import AllScan, Auto, GatherEffects, Relay
-from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.states import AllScan, Auto, GatherEffects, Relay
 
 TRANSPORTS: dict[str, dict[str, type]] = {
     "recurrence": {"allscan": AllScan, "auto": Auto, "gather": GatherEffects, "relay": Relay},

@@ -11,10 +11,10 @@ from torch import Tensor
 from models.sequence import Identity, Memory, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
-from parallel.sequence.chain import Chain
-from parallel.sequence.effects import Transport
-from parallel.sequence.keys import Keys
+from parallel.sequence.attention import Keys
+from parallel.sequence.span_layout import Chain
 from parallel.sequence.spread import Spread
+from parallel.sequence.states import Transport
 
 NO_TARGET = -100
 COLUMNS = {"tokens": np.int64, "targets": np.int64, "positions": np.int64, "counted": np.bool_}
@@ -57,8 +57,8 @@ def place(
     """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
 
     `step` is that of the training; None where nothing is to be random. `memory`: the group's spans are one of several
-    spans in time, see `parallel.schedule.time`; what it leaves to the next and has from the one before is there. Raises
-    ValueError for a sequence that begins inside a document: it would be one with what is joined before it.
+    spans in time, see `parallel.schedule.time_spans`; what it leaves to the next and has from the one before is there.
+    Raises ValueError for a sequence that begins inside a document: it would be one with what is joined before it.
     """
     tokens, targets, positions, counted = (
         np.concatenate([np.empty(0, dtype), *(getattr(batch[s], name) for s in group.sequences)])

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
 from models.sequence import Tokens
-from models.serial import Serial
 from parallel.collectives import gather, sum_over
-from parallel.sequence import in_time, serial
-from parallel.sequence.chain import Chain
-from parallel.sequence.effects import Transport, cross
-from parallel.sequence.keys import Keys
+from parallel.sequence import nonlinear, time_spans
+from parallel.sequence.attention import Keys
+from parallel.sequence.span_layout import Chain
+from parallel.sequence.states import Transport, cross
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class Spread(Tokens):
     def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
         """The halo, from as many spans back as `width` needs: spans may be shorter than a convolution."""
         halos = self.halos(x, width, slot=slot)
-        return halos if self.memory is None else in_time.with_past(self, halos, slot=f"{slot}/before")
+        return halos if self.memory is None else time_spans.with_past(self, halos, slot=f"{slot}/before")
 
     def halos(self, x: Tensor, width: int, *, slot: str) -> Tensor:
         """The last `width` inputs before each span of this rank [B, width, ...] from the chain alone, zeros before it;
@@ -55,10 +55,10 @@ class Spread(Tokens):
 
     def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
         if isinstance(recurrence, Serial):
-            return serial.passed(self, recurrence, *xs, slot=slot)
+            return nonlinear.passed(self, recurrence, *xs, slot=slot)
         begun = recurrence.begin(*xs, starts=self.starts)
         if self.memory is not None:
-            return begun.finish(in_time.entering(self, recurrence, begun.effect, slot=slot))
+            return begun.finish(time_spans.entering(self, recurrence, begun.effect, slot=slot))
         entering = cross(self.recurrence, self.chain.of(slot), recurrence, begun.effect)
         begun.ahead()
         return begun.finish(entering())
@@ -67,7 +67,7 @@ class Spread(Tokens):
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
     ) -> Tensor:
         if self.memory is not None:
-            return in_time.attend(self, q, k, v, slot=slot, window=window, sinks=sinks)
+            return time_spans.attend(self, q, k, v, slot=slot, window=window, sinks=sinks)
         return self.attention.attend(self.chain.of(slot), q, k, v, self.pieces, window=window, sinks=sinks)
 
     def sum(self, x: Tensor) -> Tensor:

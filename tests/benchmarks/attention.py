@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.softmax import Piece, attend_pieces
+from models.kernels.packed_attention import Piece, attend_pieces
 
 T, H, K = 4096, 4, 64
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from launch.sweep.plot import INK, LOOK, NAMES
+from launch.figures import INK, LOOK, NAMES
 from train.tracking.record import records
 
 ARMS = {"Cosine": "re-warmed", "Anneal": "at its last rate"}  # by the class of the schedule

@@ -26,7 +26,7 @@ from models.ffn import SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
 from tests.benchmarks import section
-from train.generate import Decoder, Read, Sampling
+from train.inference.decode import Decoder, Read, Sampling
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/decoding.md"
 DIM, HEADS, VOCABULARY = 128, 4, 257

@@ -19,8 +19,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from models.accounting import account
-from train.construct import construct
-from train.observe import pieces
+from train.instantiate import construct
+from train.metrics.timing import pieces
 from train.tracking.record import records
 
 

@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.kernels.chunk import Effect
+from models.kernels.chunking import Effect
 from models.recurrence import Diagonal
 from parallel.collectives import LEDGER, Comm
-from parallel.sequence.chain import Chain
-from parallel.sequence.effects import AllScan, GatherEffects, Relay, cross
-from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses, mesh
-from parallel.sequence.keys import gather as gathered
+from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses, ring_ulysses
+from parallel.sequence.attention import all_gather as gathered
+from parallel.sequence.span_layout import Chain
 from parallel.sequence.spread import Spread
+from parallel.sequence.states import AllScan, GatherEffects, Relay, cross
 from tests.benchmarks.published import DOCUMENT
 from tests.benchmarks.section import write
 
@@ -156,12 +156,12 @@ def leaf_state(B: int) -> Tensor:
 @contextlib.contextmanager
 def blank() -> Iterator[None]:
     """Attention that is asked for in here computes nothing, its backward neither."""
-    honest = mesh.tile_for
-    mesh.tile_for = gathered.tile_for = lambda device: Blank  # type: ignore[assignment, return-value]
+    honest = ring_ulysses.tile_for
+    ring_ulysses.tile_for = gathered.tile_for = lambda device: Blank  # type: ignore[assignment, return-value]
     try:
         yield
     finally:
-        mesh.tile_for = gathered.tile_for = honest
+        ring_ulysses.tile_for = gathered.tile_for = honest
 
 
 def ranks_part(rank: int, space: str, report: Any) -> None:

@@ -76,13 +76,13 @@ def step(model: Any, tokens: int, *, chunk: int | None = None, tile: int | None 
     chunk: None for the plain way, which makes all logits and then their cross-entropy.
     """
     from models.sequence import Whole
-    from parallel import memory
+    from parallel import activation_memory
     from train.loss import sums
 
     model.loss_chunk = chunk
     if tile is not None:
-        memory.tile(model, tile)
-    memory.recompute(model.layers, recompute)
+        activation_memory.tile(model, tile)
+    activation_memory.recompute(model.layers, recompute)
     ids = torch.randint(0, len(model.embedding), (1, tokens + 1), generator=torch.Generator().manual_seed(0))
     seq = Whole.of((torch.arange(tokens) % (tokens // 2)).unsqueeze(0))
     output = model(ids[:, :-1], seq, *([] if chunk is None else [ids[:, 1:]]))
@@ -90,7 +90,7 @@ def step(model: Any, tokens: int, *, chunk: int | None = None, tile: int | None 
 
 
 def measure(model: Any, tokens: int, **choice: Any) -> Measured:
-    from parallel.apply import parameter_name
+    from parallel.parallelize import parameter_name
 
     with Held() as held:
         loss = step(model, tokens, **choice)
@@ -109,7 +109,7 @@ def resident_peak() -> int:
 def default_model() -> Any:
     from launch.config.compose import composed
     from models.axes import initialise
-    from train.construct import construct
+    from train.instantiate import construct
 
     return initialise(construct(composed([])["model"]), 0)
 

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from launch.config.compose import composed
 from models.axes import declarations
 from models.lm import LM
-from parallel.apply import parallelise
 from parallel.mesh import everyone
+from parallel.parallelize import parallelise
 from tests.world import run_world
-from train.construct import construct
+from train.instantiate import construct
 from train.optim.adamw import AdamW
 from train.optim.build import build_optimizer
 from train.optim.muon import Muon

@@ -96,8 +96,8 @@ def peer_model() -> Any:
 def ours(length: int, dtype: torch.dtype, *, lean: bool = False) -> Step:
     """Our training step; lean: layers are computed again in the backward pass."""
     from models.sequence import Whole
-    from parallel.memory import recompute
-    from train.construct import construct
+    from parallel.activation_memory import recompute
+    from train.instantiate import construct
     from train.loss import sums
 
     model, tokens = ours_model(), text(length)

@@ -39,7 +39,7 @@ def plain(order: dict[str, Any], steps: int) -> float:
 
     from models.axes import initialise
     from models.sequence import Whole
-    from train.construct import construct
+    from train.instantiate import construct
     from train.loss import sums
     from train.precision import dtypes
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import tokenizer_files
+from data import hf_tokenizer
 from data.corpora.corpus import Text
 from data.corpora.megatron import Megatron
 from data.corpora.records import Jsonl, Parquet
@@ -366,10 +366,10 @@ def test_a_folder_that_asks_for_its_code_is_read_without_it(tmp_path: Path, monk
         (folder / name).write_text("import os; os.mkdir('ran')")
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Planted(Path("ran"))))
     with inert():
-        found = tokenizer_files.read(folder)
+        found = hf_tokenizer.read(folder)
         again = from_card(json.loads(json.dumps(found.card())))
         assert again.encode(b"abba").tolist() == [0, 1, 1, 0]
-        written = tokenizer_files.files(found.card(), None)
+        written = hf_tokenizer.files(found.card(), None)
     assert written["chat_template.jinja"] == KEYS["chat_template"]
     assert not Path("ran").exists()
 
@@ -398,9 +398,9 @@ def test_any_value_of_any_key_of_a_tokenizers_folder_is_read_or_refused(tmp_path
         (folder / each).write_text(json.dumps(told), errors="replace")
     with inert():
         try:
-            card = tokenizer_files.read(folder).card()
+            card = hf_tokenizer.read(folder).card()
             from_card(json.loads(json.dumps(card))).encode(b"abba")
-            tokenizer_files.files(card, 100)
-            tokenizer_files.ids_of(card)
+            hf_tokenizer.files(card, 100)
+            hf_tokenizer.ids_of(card)
         except ValueError as error:
             assert "\n" not in str(error)

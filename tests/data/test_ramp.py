@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.audit import audit
+from data.batch_ramp import Ramp, Ramped, opened
 from data.curriculum import Curriculum
-from data.ramp import Ramp, Ramped, opened
 from data.tasks import Copy
 from tests.data.fake import batches
 

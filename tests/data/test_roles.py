@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from data.hf_tokenizer import card_of, files, ids_of, read
 from data.loader import Data
 from data.pack import NO_TARGET
 from data.roles import Roles, roles_of
 from data.tokenizer import Bytes, Json, Symbols, from_card, from_file
-from data.tokenizer_files import card_of, files, ids_of, read
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -287,7 +287,7 @@ def test_a_store_of_theirs_is_held_against_its_checksums(tmp_path) -> None:
 
 def test_a_run_that_is_older_keeps_the_tokens_that_it_has_read(tmp_path) -> None:
     """Its files say more of the tokens around a text now than it has known."""
-    from launch.origin import own_tokens
+    from launch.preflight.init_from import own_tokens
 
     KINDS["llama2"](tmp_path / "folder")
     run, text = tmp_path / "run", (tmp_path / "folder/tokenizer.json").read_text()

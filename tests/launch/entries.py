@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.watch import Watch
+from launch.world.watchdog import Watch
 from parallel.collectives import Comm
-from parallel.whereabouts import HERE, Wait, Whereabouts
-from train.patience import Patience
+from parallel.liveness import HERE, Wait, Whereabouts
+from train.guards.hang_timeout import Patience
 
 
 class UserError(Exception):

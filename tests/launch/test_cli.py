@@ -15,7 +15,8 @@ from launch.cli import main
 from tests import warm
 from tests.jobs import overrides
 from tests.wandb_file import config, history, summary
-from train import checkpoint, tracking
+from train import tracking
+from train.checkpoints import checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -278,9 +279,9 @@ BAD = {
 @pytest.mark.parametrize("mistake", BAD)
 def test_a_mistake_costs_one_line_and_no_process(place, tmp_path, monkeypatch, capsys, mistake):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launch.local.warm", lambda *modules: None)
-    monkeypatch.setattr("launch.local.spawn", None)
-    monkeypatch.setattr("launch.cluster.fit", None)
+    monkeypatch.setattr("launch.world.spawn.warm", lambda *modules: None)
+    monkeypatch.setattr("launch.world.spawn.spawn", None)
+    monkeypatch.setattr("launch.cluster.controller.fit", None)
     assert main(["train", *overrides(place), *mistake.split()]) == 2
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and BAD[mistake] in said.err, said.err

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import _judge, fit
-from launch.driver import Report
-from launch.outcome import Failure, Outcome
+from launch.cluster.controller import _judge, fit
+from launch.cluster.driver import Report
+from launch.run.failure import Failure, Outcome
 from tests.launch.processes import all_gone, interrupt, launcher, listening, mentioning, pids, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -115,7 +115,7 @@ def test_unusable_arguments_are_refused_before_ray_starts(tmp_path: Path) -> Non
 
 def test_each_ray_of_ours_has_a_secret_of_its_own(tmp_path):
     """Whoever is on this machine may reach its ports: without its token nobody may hand it work."""
-    from launch.driver import _RAY_ENVIRONMENT, _token
+    from launch.cluster.driver import _RAY_ENVIRONMENT, _token
 
     (one, two) = (tmp_path / name for name in ("one", "two"))
     secrets = set()

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.config import conf
-from launch.config.complete import SCRIPTS, candidates
+from launch.commands.completion import SCRIPTS, candidates
+from launch.config import files
 from launch.verbs import VERBS
 
 BASH = shutil.which("bash")
@@ -69,9 +69,9 @@ def test_what_is_offered(words, tmp_path, monkeypatch):
 
 
 def test_every_key_of_the_default_job_is_offered():
-    from launch.config import conf
+    from launch.config import files
 
-    for key in conf.leaves(conf.written()[0]):
+    for key in files.leaves(files.written()[0]):
         if not key.rpartition(".")[2].startswith("_"):
             assert f"{key}=" in candidates(["train", key[:-1]]), key
 
@@ -168,7 +168,7 @@ def path(tmp_path_factory):
 # A line and what bash, which cuts words at = : and @, is to put behind the last cut.
 REPLIES = {
     "farspan tra": ["train"],
-    "farspan train data=": conf.groups()["data"],
+    "farspan train data=": files.groups()["data"],
     "farspan train data=t": ["text"],
     "farspan train parallel.transport.rec": ["parallel.transport.recurrence="],
     "farspan train mixer@model.blocks.gla.mixer=gated_deltan": ["gated_deltanet"],

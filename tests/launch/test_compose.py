@@ -6,14 +6,14 @@ import pytest
 import yaml
 
 from launch.cli import main
-from launch.config import conf
-from launch.config.check import words
+from launch.config import files
 from launch.config.compose import composed, fields
+from launch.config.validate import words
 from launch.verbs import VERBS, usage
 
 pytestmark = pytest.mark.composes
 
-NAMED = {group: ", ".join(options) for group, options in conf.groups().items()}
+NAMED = {group: ", ".join(options) for group, options in files.groups().items()}
 
 GLA = "model.blocks.gla"
 TRANSPORT = "parallel.transport"
@@ -344,7 +344,7 @@ def test_help(name, capsys):
     assert said.startswith(f"farspan {name} ") and max(map(len, said.splitlines())) <= 120
     assert f"  farspan {name} " in said or name == "completion"
     if VERBS[name].overrides:
-        for group, options in conf.groups().items():
+        for group, options in files.groups().items():
             told = re.search(rf"^  {group}(=|@PLACE=) ((?:.*\n)(?: {{20}}.*\n)*)", said, re.MULTILINE)
             assert told and set(options) <= set(re.findall(r"\w+", told[2]))
         for part in ("seed=0", "tokens=720_000", "transport.attention=gather", "layers=4"):

@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from launch import continued, curve, paths, preflight
+from launch import paths
 from launch.cli import main
+from launch.commands import schedule_plot
+from launch.preflight import continuation
+from launch.preflight.checked import CheckedRun
+from launch.preflight.configure import configure
 from tests.jobs import overrides
-from train import checkpoint
-from train.construct import construct
+from train.checkpoints import checkpoint
+from train.instantiate import construct
+from train.settings import ClusterSettings, TrainSettings, section
 
 pytestmark = pytest.mark.composes
 
@@ -29,12 +34,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flight(place: Path, *more: str, **found: Path) -> tuple[Any, list[str]]:
     """A configured run as the checks before these leave it, settled; and what it was told."""
-    config = preflight.configure([*overrides(place), *SHORT, *more])
+    config = configure([*overrides(place), *SHORT, *more])
     said: list[str] = []
-    train = preflight.section(preflight.TrainSettings, config["train"])
-    cluster = preflight.section(preflight.ClusterSettings, config["cluster"])
-    made = preflight.Flight(config, train, cluster, "cpu", 1, 1, {}, None, **found)
-    continued.settle(made, said.append)
+    train = section(TrainSettings, config["train"])
+    cluster = section(ClusterSettings, config["cluster"])
+    made = CheckedRun(config, train, cluster, "cpu", 1, 1, {}, None, **found)
+    continuation.settle(made, said.append)
     return made, said
 
 
@@ -44,7 +49,7 @@ def parent(place: Path) -> Path:
     path = place / "parent" / "checkpoints" / "step-25"
     path.mkdir(parents=True)
     more = ["optimizer.lr=1e-2", "schedule=cosine", "schedule.warmup=0", "schedule.floor=0.1"]
-    config = preflight.configure([*overrides(place), *SHORT, *more])
+    config = configure([*overrides(place), *SHORT, *more])
     (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     facts = {"format": checkpoint.FORMAT, "step": 25, "tokens": 9600, "model": {}, "files": {}}
     (path / checkpoint.MANIFEST).write_text(json.dumps(facts))
@@ -67,7 +72,7 @@ def test_a_resumed_run_begins_where_the_checkpoint_stands_and_keeps_its_numbers(
     rate = 2e-2 * construct(node).multiplier(9600, made.train.total_tokens)
     assert rate == pytest.approx(RATE, rel=1e-12), "no jump"
     kept = dict(node)
-    continued.settle(made, said.append)
+    continuation.settle(made, said.append)
     assert made.config["schedule"] == kept, "resumed again, it has the same curve"
 
 
@@ -109,7 +114,7 @@ def test_a_plan_tells_and_draws_schedule_and_batch_size(place, capsys):
 
 def test_the_curve_is_that_of_the_steps_to_come(place, parent):
     made, _ = flight(place, "schedule=anneal", "train.batch_tokens=[[0,96],[9600,192]]", resume=parent)
-    tokens, rates, sizes = curve.points(made)
+    tokens, rates, sizes = schedule_plot.points(made)
     assert tokens[0] == 9600 and tokens[-1] == 19_200 and rates[0] == pytest.approx(RATE) and rates[-1] == 0
     assert set(sizes) == {192}
 

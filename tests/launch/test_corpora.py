@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from data.stores import card
-from launch import origin, prepare
-from train import checkpoint
+from launch.preflight import init_from
+from launch.preflight.corpus import open_batches
+from train.checkpoints import checkpoint
 
 KEYS = {"_target_": "data.Data", "max_length": 64, "heldout_tokens": 128}
 
@@ -18,7 +19,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> tuple[Any, list[str]
     monkeypatch.setattr(card, "draw", lambda *_: None)
     lines: list[str] = []
     config = {"data": {**KEYS, **keys}, "curriculum": {"_target_": "data.Curriculum"}}
-    return prepare.batches(config, 128, 257, lines.append), lines
+    return open_batches(config, 128, 257, lines.append), lines
 
 
 def said(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[str]:
@@ -70,7 +71,7 @@ def test_weights_that_were_trained_on_what_would_be_held_out_are_refused(
         facts["order"].pop("data.heldout")  # as of an earlier version: the cut alone has to tell
         (tmp_path / checkpoint.MANIFEST).write_text(json.dumps(facts))
         if not refused:
-            origin.still_held_out(tmp_path, batches, print)
+            init_from.still_held_out(tmp_path, batches, print)
             continue
         with pytest.raises(ValueError, match=r"^data\.heldout=0\.2: must be .* was trained on what it would hold out"):
-            origin.still_held_out(tmp_path, batches, print)
+            init_from.still_held_out(tmp_path, batches, print)

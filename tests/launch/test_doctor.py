@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import nodes
 from launch.cli import main
+from launch.cluster import nodes
 from launch.doctor import doctor, machine
 from launch.doctor.doctor import Fact, package
 from models.mixers import MIXERS

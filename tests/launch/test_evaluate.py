@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from launch.cli import main
-from launch.evaluate import configured, folder_of
-from launch.evaluated import draw, table
+from launch.evaluation.measure import configured, folder_of
+from launch.evaluation.report import draw, table
 from tests.launch.test_cli import finish, overrides, start
 from train.settings import PARTS
 

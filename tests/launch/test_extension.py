@@ -9,13 +9,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from launch import preflight
 from launch.cli import main
-from launch.generate import checkpoint_of
+from launch.preflight.check import check_run
+from launch.preflight.configure import configure
+from launch.run.checkpoints import checkpoint_of
 from tests.jobs import overrides
 from tests.launch.test_cli import finish, numbers, records, start, wait_for_step
 from tests.published_folder import LLAMA, write
-from train import checkpoint
+from train.checkpoints import checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -66,9 +67,9 @@ def test_a_chain_is_a_run_a_stage_each_from_the_one_before(extended, place):
     assert [r["tokens"] for r in records(run / "2-384")][-1] == 1920
     last = run / "2-384" / "checkpoints" / "step-5"
     assert checkpoint_of(str(run)) == last  # of generate, evaluate and export
-    child = preflight.configure([*given(place), f"init_from={run}", "train.steps=1"])
+    child = configure([*given(place), f"init_from={run}", "train.steps=1"])
     assert child["model"]["blocks"]["attn"]["mixer"]["positions"]["base"] == 40000
-    assert preflight.clear(child, lambda line: None).init_from == last
+    assert check_run(child, lambda line: None).init_from == last
     assert "2 stages, all checked before the first starts" in said
     assert "1-192: the slowest pair turns by" in said and "base 10,000 becomes 40,000" in said
     assert "base 40,000 as before" in said and "exact)" in said
@@ -113,7 +114,7 @@ def test_what_is_measured_before_and_after_each_stage(extended):
 def test_the_export_has_the_last_length_and_the_last_positions_and_the_same_logits(extended):
     transformers = pytest.importorskip("transformers", minversion="5")
     from models.sequence import Whole
-    from train.construct import construct
+    from train.instantiate import construct
 
     run, _ = extended
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32).eval()
@@ -181,7 +182,7 @@ def test_a_stop_while_a_stage_is_measured_and_a_stage_that_fails_say_how_to_go_o
     assert main(["train", *chain(place, one, "evaluate.parts=[positions]", f"run.dir={run}")]) == 0
     on = f"farspan train resume={run} goes on with the stage that was reached"
     assert on in capsys.readouterr().err and len(calls) == 2 and not (run / "2-192").exists()
-    monkeypatch.setattr(chains, "run", lambda *given, **more: chains.Ended(1, run / "2-192", False, "broke"))
+    monkeypatch.setattr(chains, "run", lambda *given, **more: chains.RunResult(1, run / "2-192", False, "broke"))
     assert main(["train", f"resume={run}"]) == 1
     assert on in capsys.readouterr().err and calls[2] == calls[1]  # what was stopped, and no stage again
     monkeypatch.setattr(chains, "run", trained)

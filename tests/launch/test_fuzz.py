@@ -4,8 +4,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch import generate, hub, jobs
-from launch.user import UserError
+from launch.commands import convert, generate
+from launch.commands.jobs import _parse
+from launch.errors import UserError
+from launch.run.export import Export
 from tests import fuzz
 
 
@@ -29,17 +31,17 @@ def _asked(verb: str, key: str, value: str) -> None:
     if verb == "generate":
         generate._parse(["RUN", word])[1].prompts()
     elif verb == "import":
-        hub._parse("import", ["SOURCE", word], hub.Import, ("SOURCE", "DEST"), least=1)
+        convert._parse("import", ["SOURCE", word], convert.Import, ("SOURCE", "DEST"), least=1)
     elif verb == "export":
-        hub._parse("export", ["RUN", "DEST", word], hub.Export, ("RUN", "DEST"), least=2)
+        convert._parse("export", ["RUN", "DEST", word], Export, ("RUN", "DEST"), least=2)
     else:
-        jobs._parse("status", ["JOB", word])
+        _parse("status", ["JOB", word])
 
 
 KEYS = {
     "generate": [*generate.Request.__dataclass_fields__, "cluster.workers", "generate.seed", "x"],
-    "import": [*hub.Import.__dataclass_fields__, "run.dir", "x"],
-    "export": [*hub.Export.__dataclass_fields__, "x"],
+    "import": [*convert.Import.__dataclass_fields__, "run.dir", "x"],
+    "export": [*Export.__dataclass_fields__, "x"],
     "status": ["cluster.address", "x"],
 }
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from launch.cli import main
-from launch.generate import Shown, _parse
+from launch.commands.generate import Shown, _parse
 from tests.launch.test_cli import finish, overrides, start
 
 RATES = ["temperature=0.7", "top_p=0.9", "tokens=40", "seed=3"]

@@ -15,18 +15,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.tokenizer import Bytes
-from launch import evaluate, preflight, rundir
 from launch.cli import main
-from launch.extend.check import _parent
-from launch.hub import export
-from launch.jobs import logs, status, stop
-from launch.prepare import prepare
-from launch.train import _turn_away
-from launch.user import UserError
+from launch.commands.convert import export
+from launch.commands.jobs import logs, status, stop
+from launch.commands.prepare import prepare
+from launch.config.compose import composed
+from launch.config.model import model_of
+from launch.errors import UserError
+from launch.evaluation import measure
+from launch.extend.stages import _parent
+from launch.preflight.check import check_run
+from launch.preflight.configure import configure
+from launch.run import rundir
+from launch.runner.attempts import _turn_away
 from tests.jobs import overrides
 from tests.watched import WATCHED
-from train import checkpoint
-from train.construct import construct
+from train.checkpoints import checkpoint
+from train.instantiate import construct
 
 BOUND_S = 10.0
 
@@ -35,7 +40,7 @@ BOUND_S = 10.0
 def made(tmp_path_factory) -> Path:
     """A run as training leaves it, with two checkpoints, of weights that were never trained."""
     folder = tmp_path_factory.mktemp("hostile")
-    config = preflight.composed(overrides(folder))
+    config = composed(overrides(folder))
     run = folder / "run"
     run.mkdir()
     rundir.write_config(run, config, {"farspan": "0"})
@@ -240,7 +245,7 @@ def test_a_model_that_is_another_than_its_configuration_says_is_one_line(run, ca
 
 
 def test_going_on_from_a_named_checkpoint_works_in_its_run(run) -> None:
-    config = preflight.configure(["resume=run/checkpoints/step-2"])
+    config = configure(["resume=run/checkpoints/step-2"])
     assert config["run"]["dir"] == "run" and config["resume"] == "run/checkpoints/step-2"
 
 
@@ -248,7 +253,7 @@ def test_what_is_no_run_is_not_taken_for_one(run, tmp_path) -> None:
     Path("moved").mkdir()
     shutil.copytree(run / "checkpoints" / "step-2", "moved/step-2")
     with pytest.raises(UserError, match="without its run; init_from=moved/step-2"):
-        preflight.configure(["resume=moved/step-2"])
+        configure(["resume=moved/step-2"])
     with pytest.raises(UserError, match="is a checkpoint; expected a run; its run is"):
         rundir.run_folder("JOB", "run/checkpoints/step-2")
     Path("project").mkdir()
@@ -307,20 +312,20 @@ def test_records_that_are_none_are_passed_over(run, capsys) -> None:
 
 
 def test_what_a_run_turns_away_from_is_set_aside_and_kept(run) -> None:
-    class Flight:
+    class CheckedRun:
         config = {"resume": "run/checkpoints/step-2"}
         resume: Path | None = Path("run/checkpoints/step-2")
 
     said: list[str] = []
-    _turn_away(Flight, run, said.append, anew=False)  # type: ignore[arg-type]
+    _turn_away(CheckedRun, run, said.append, anew=False)  # type: ignore[arg-type]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-4.aside"]
     assert len(said) == 1 and "step-4.aside" in said[0]
     assert checkpoint.newest(run / "checkpoints", said.append) == run / "checkpoints" / "step-2"
     checkpoint.prune(run / "checkpoints", 2, keep=1)
     assert (run / "checkpoints" / "step-4.aside").exists()
     altered(run / "checkpoints" / "step-2")
-    Flight.config, Flight.resume = {"resume": "run"}, None
-    _turn_away(Flight, run, said.append, anew=True)  # type: ignore[arg-type]
+    CheckedRun.config, CheckedRun.resume = {"resume": "run"}, None
+    _turn_away(CheckedRun, run, said.append, anew=True)  # type: ignore[arg-type]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2.aside", "step-4.aside"]
 
 
@@ -355,7 +360,7 @@ def test_a_chain_begins_from_no_damaged_checkpoint(run, capsys, damage) -> None:
     assert (
         code == 2 and line.count("\n") == 1 and "init_from=run/checkpoints/step-4: this checkpoint is damaged" in line
     )
-    config = preflight.configure(["init_from=run", chain])
+    config = configure(["init_from=run", chain])
     assert _parent(config).path.name == "step-2"
     damage(run / "checkpoints" / "step-2")
     with pytest.raises(UserError, match="^init_from=run: has no complete checkpoint$"):
@@ -367,22 +372,22 @@ def checks(run: Path) -> dict[str, object]:
     """By verb, the checks that it makes in this process before anything starts."""
 
     def resume() -> None:
-        preflight.clear(preflight.configure([f"resume={run}"]), lambda line: None, device="cpu")
+        check_run(configure([f"resume={run}"]), lambda line: None, device="cpu")
 
     def init_from() -> None:
-        preflight.clear(preflight.configure([f"init_from={run}", "train.steps=2"]), lambda line: None, device="cpu")
+        check_run(configure([f"init_from={run}", "train.steps=2"]), lambda line: None, device="cpu")
 
     def evaluated() -> None:
         found = run / "checkpoints" / "step-4"
-        evaluate.clear(evaluate.configured(found, []), found, str(run), lambda line: None)
-        evaluate.trained_on(found)
+        measure.check_evaluation(measure.configured(found, []), found, str(run), lambda line: None)
+        measure.trained_on(found)
 
     return {
         "resume": resume,
         "init_from": init_from,
         "evaluate": evaluated,
         "status": lambda: status([str(run)]),
-        "generate": lambda: preflight.model_of(rundir.saved_config(run)["model"]),
+        "generate": lambda: model_of(rundir.saved_config(run)["model"]),
         "export": lambda: export([str(run), str(run.with_name("out"))]),
     }
 

@@ -10,18 +10,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from data.hf_tokenizer import card_of, differ, files
 from data.tokenizer import Bytes, Json, from_card
-from data.tokenizer_files import card_of, differ, files
 from launch.cli import main
-from launch.origin import same_tokens, sound
-from launch.preflight import configure
-from launch.user import UserError
+from launch.errors import UserError
+from launch.preflight.configure import configure
+from launch.preflight.init_from import same_tokens, sound
 from models.hub import tensors
 from tests import published_folder
 from tests.published_folder import LLAMA
-from train import checkpoint
-from train.construct import construct
-from train.published import Published
+from train.checkpoints import checkpoint
+from train.checkpoints.hf_reader import Published
+from train.instantiate import construct
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import package
-from launch.inspection import Sight
-from launch.submit import ENTRYPOINT
+from launch.cluster import package
+from launch.cluster.inspection import Sight
+from launch.runner.submit import ENTRYPOINT
 from tests.launch.processes import ROOT
 
 _RAYLET = """
@@ -46,15 +46,15 @@ def test_a_job_runs_in_the_interpreter_that_runs_ray(tmp_path: Path, folder: str
         ).stdout
 
     assert "\n" not in ENTRYPOINT
-    assert said("--gcs-address=x", told) == "ours -m launch.job\n"
+    assert said("--gcs-address=x", told) == "ours -m launch.runner.job_main\n"
     assert ('"' in told) is quoted
-    assert said() == "first -m launch.job\n"  # no Ray above: whatever there is
+    assert said() == "first -m launch.runner.job_main\n"  # no Ray above: whatever there is
 
 
 def test_what_the_interpreter_lacks_is_one_line(tmp_path: Path) -> None:
     """Without its site-packages it lacks everything."""
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "launch.job"],
+        [sys.executable, "-S", "-m", "launch.runner.job_main"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "FARSPAN_JOB_COPY": str(tmp_path / "copy")},
         capture_output=True,

@@ -23,11 +23,11 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.inspection import Sight, _folder, difference
-from launch.user import UserError
+from launch.cluster.inspection import Sight, _folder, difference
+from launch.errors import UserError
 from tests.jobs import overrides
 from tests.launch.processes import ROOT, wait_for
-from train import checkpoint
+from train.checkpoints import checkpoint
 
 FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 RAY = str(Path(sys.executable).parent / "ray")

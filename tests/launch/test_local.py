@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import spawn
-from launch.outcome import Failure, Outcome, verdict
+from launch.run.failure import Failure, Outcome, verdict
+from launch.world.spawn import spawn
 from tests.launch.processes import all_gone, interrupt, launcher, listening, mentioning, pids, wait_for
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(150)]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import ray
 
-from launch import driver, inspection
-from launch.cluster import _judge
-from launch.inspection import clear
-from launch.outcome import Failure, verdict
-from launch.user import UserError
-from launch.world import Job
+from launch.cluster import driver, inspection
+from launch.cluster.controller import _judge
+from launch.cluster.inspection import inspect_machines
+from launch.errors import UserError
+from launch.run.failure import Failure, verdict
+from launch.world.job import Job
 
 
 class Machines:
@@ -83,7 +83,7 @@ def test_a_machine_that_ray_still_counts_is_seen_to_be_lost_and_waited_for(machi
         lambda: machines.known.update({"b" * 8: False}),  # Ray finds out
         lambda: machines.come("c" * 8),  # another one comes
     )
-    assert clear(_job(tmp_path, patient=True), say)
+    assert inspect_machines(_job(tmp_path, patient=True), say)
     assert said[0] == "a machine was lost: n-b (bbbbbb); waiting until Ray has found out"
     assert said[1].startswith("waiting for machines: cluster.workers=2: the cluster has room for 1 (n-a: 1)")
     assert said[2].startswith("checks passed: 2 workers on 2 machines")
@@ -102,15 +102,15 @@ def test_a_machine_that_dies_while_it_is_looked_at_ends_no_patient_attempt(
 
     monkeypatch.setattr(inspection, "_compare", look)
     said, say = _then()
-    assert clear(_job(tmp_path, patient=True), say)
+    assert inspect_machines(_job(tmp_path, patient=True), say)
     assert said[0] == "waiting for machines: cluster.address: n-b (bbbbbb) was lost while it was looked at"
     assert len(looks) == 3 and len(said) == 2
     looks.clear()
     with pytest.raises(UserError, match="was lost while it was looked at"):
-        clear(_job(tmp_path, patient=False), say)
+        inspect_machines(_job(tmp_path, patient=False), say)
     looks.clear()
     said, say = _then((tmp_path / "stop").touch)
-    assert not clear(_job(tmp_path, patient=True), say)
+    assert not inspect_machines(_job(tmp_path, patient=True), say)
 
 
 def test_a_patient_attempt_waits_for_a_ray_whose_head_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

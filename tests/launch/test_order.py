@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from launch.cli import main
-from launch.preflight import _checkpoints
+from launch.preflight.check import _checkpoints
 from tests.jobs import overrides
-from train import checkpoint
+from train.checkpoints import checkpoint
 
 DECOMPOSED = ["data.packing=decomposition", "data.max_length=64", "data.min_length=16", "train.steps=30"]
 

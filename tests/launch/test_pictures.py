@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from launch import evaluated
+from launch.evaluation import report
 from launch.sweep.plot import _apart
 
 LENGTHS = [512 << i for i in range(16)]
@@ -15,10 +15,10 @@ DEPTHS = [i / 19 for i in range(20)]
 def drawn(monkeypatch, tmp_path):
     """The figure of a part, as it would be saved."""
     figures = []
-    monkeypatch.setattr(evaluated, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
 
     def draw(results):
-        evaluated.draw(tmp_path, results)
+        report.draw(tmp_path, results)
         figures[-1].canvas.draw()
         return figures[-1]
 

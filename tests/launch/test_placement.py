@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from launch.placement import Node, groups, natural, order, place
+from launch.cluster.placement import Node, groups, natural, order, place
 
 
 def cluster(*slots: int) -> list[Node]:

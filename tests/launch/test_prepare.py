@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from data.stores.store import Store
-from launch import prepare
 from launch.cli import main
+from launch.commands import prepare
 from tests.data.stores.test_prepare import content
 
 pytestmark = pytest.mark.e2e

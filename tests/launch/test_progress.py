@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.progress import Progress
-from launch.status import _steps
+from launch.run.progress import Progress
+from launch.run.status import _steps
 from train.settings import TrainSettings
 from train.tracking import Jsonl, RunLog
 
@@ -278,8 +278,8 @@ def test_a_terminal_starts_where_the_resumed_run_stands(tmp_path: Path) -> None:
 
 
 def test_an_attempt_shows_nothing_of_the_one_before_and_says_which_steps_the_record_lacks(tmp_path, monkeypatch):
-    from launch import train
-    from launch.outcome import Outcome
+    from launch.run.failure import Outcome
+    from launch.runner import attempts
 
     (tmp_path / "log.txt").write_text("old notice\n")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "time": 1.0, "loss": 3.0}\n{"step": 2, "tok')
@@ -291,25 +291,25 @@ def test_an_attempt_shows_nothing_of_the_one_before_and_says_which_steps_the_rec
         progress.tick()
         return Outcome(again, None if again else "a worker was lost", 0 if again else 1, lost=not again)
 
-    monkeypatch.setattr(train, "_launch", launch)
-    monkeypatch.setattr("train.checkpoint.manifest", lambda path: {"step": 4})
+    monkeypatch.setattr(attempts, "_launch", launch)
+    monkeypatch.setattr("train.checkpoints.checkpoint.manifest", lambda path: {"step": 4})
     flight = SimpleNamespace(
         cluster=SimpleNamespace(restarts=1), resume=None, train=SimpleNamespace(total_tokens=100), config={}
     )
     console = Console(file=io.StringIO(), width=200)
-    assert train._attempts(flight, tmp_path, {}, None, console, console.print).ok
+    assert attempts._attempts(flight, tmp_path, {}, None, console, console.print).ok
     said = console.file.getvalue()
     assert "old notice" not in said and said.count("new notice") == said.count("newer notice") == 1
     flight.resume = tmp_path / "checkpoints" / "step-4"
-    train._say_missing(flight, tmp_path, console.print)
+    attempts._say_missing(flight, tmp_path, console.print)
     assert "metrics.jsonl has no record of steps 2 to 4, which step-4 has been" in " ".join(
         console.file.getvalue().split()
     )
 
 
 def test_the_steps_of_a_run_with_padding_are_those_that_its_budget_takes_at_this_rate():
-    train = TrainSettings(tokens=3000, batch_tokens=384)
-    assert train.total_steps == _steps(train, 0, 0) == _steps(train, 4, 4 * 384) == 8
-    assert _steps(train, 4, 861) == 14 and not train.complete(8, 1700) and train.complete(15, 3100)
+    attempts = TrainSettings(tokens=3000, batch_tokens=384)
+    assert attempts.total_steps == _steps(attempts, 0, 0) == _steps(attempts, 4, 4 * 384) == 8
+    assert _steps(attempts, 4, 861) == 14 and not attempts.complete(8, 1700) and attempts.complete(15, 3100)
     by_steps = TrainSettings(steps=8, batch_tokens=384)
     assert _steps(by_steps, 4, 861) == 8 and by_steps.complete(8, 1700)

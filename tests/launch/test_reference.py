@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from launch.config import conf, reference
-from launch.config.accepts import accepts, nested, parameters
+from launch.config import files, reference
+from launch.config.choices import accepts, nested, parameters
 from launch.config.reference import PAGE, documentation, meanings, page
 
 
@@ -27,10 +27,10 @@ def test_it_is_the_same_twice_and_names_no_machine(text):
 
 
 def test_every_option_and_every_key_of_the_files_is_there(text):
-    for group, options in conf.groups().items():
+    for group, options in files.groups().items():
         for option in options:
             assert f"`{group}={option}`" in text, f"conf/{group}/{option}.yaml"
-    for key in conf.leaves(conf.written()[0]):
+    for key in files.leaves(files.written()[0]):
         name = key.rpartition(".")[2]
         if not name.startswith("_"):
             assert f"| `{key}` |" in text or f"| `{name}` |" in text, key
@@ -140,5 +140,5 @@ def test_comments_are_read_from_the_files(tmp_path):
     file.write_text(
         "# @package _global_\n# What it is,\n# in two lines.\n\na: 1 # one\nb:\n  c: ' ' # two # three\n  d: 2\n"
     )
-    assert conf.head_comment(file) == "What it is, in two lines."
-    assert conf.comments(file) == {"a": "one", "b.c": "two # three"}
+    assert files.head_comment(file) == "What it is, in two lines."
+    assert files.comments(file) == {"a": "one", "b.c": "two # three"}

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from launch.cli import main
 from launch.config.compose import _read, composed
 from launch.paths import make_absolute
-from launch.preflight import overlay
-from launch.rundir import reserved
+from launch.preflight.configure import overlay
+from launch.run.rundir import reserved
 from launch.shell import override, quote
 
 TEXTS = [
@@ -106,7 +106,7 @@ def test_a_home_folder_is_meant_by_its_sign(monkeypatch, tmp_path):
 
 def test_runs_without_a_name_have_folders_of_their_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launch.rundir.stamp", lambda: "20260101-000000")
+    monkeypatch.setattr("launch.run.rundir.stamp", lambda: "20260101-000000")
     names = [reserved({"name": None, "dir": None})[0] for _ in range(3)]
     assert names == ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
     assert reserved({"name": "a", "dir": None})[0] == reserved({"name": "a", "dir": None})[0] == "a"

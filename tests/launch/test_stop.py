@@ -21,13 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.stopping import Stopping
-from launch.sweep.jobs import _Counted
-from launch.sweep.sweep import Heard
+from launch.run.signals import SignalCount, SignalLatch, Stopping
 from launch.terminal import Lasting
 from tests.jobs import overrides
 from tests.launch.processes import mentioning, wait_for
-from train import checkpoint
+from train.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
@@ -240,10 +238,10 @@ def test_hang_ups_come_in_twos_and_count_once(tmp_path):
         assert not stopping.attend()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping.attend()
-    with _Counted() as counted:
+    with SignalCount() as counted:
         twice()
         assert counted.count == 1
-    with Heard() as heard:
+    with SignalLatch() as heard:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGHUP)

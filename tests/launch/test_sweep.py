@@ -16,19 +16,19 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch import rundir
 from launch.cli import main
 from launch.config.compose import composed
-from launch.stopping import Stopping
+from launch.errors import UserError
+from launch.run import rundir
+from launch.run.signals import Stopping
+from launch.runner.result import RunResult
 from launch.sweep import jobs as sweep_jobs
 from launch.sweep import members as sweep_members
 from launch.sweep import plot as sweep_plot
 from launch.sweep import sweep
 from launch.sweep import table as sweep_table
-from launch.sweep.members import expand, name
+from launch.sweep.members import CheckedMember, expand, name
 from launch.sweep.record import Sweep
-from launch.train import Ended
-from launch.user import UserError
 from tests import warm
 from tests.jobs import overrides
 
@@ -141,7 +141,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("mistake", BAD)
 def test_a_mistake_costs_one_line_and_no_process(place, tmp_path, monkeypatch, capsys, mistake):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("launch.local.spawn", None)
+    monkeypatch.setattr("launch.world.spawn.spawn", None)
     given = [] if mistake.startswith("resume=") else [*overrides(place), *QUICK]
     assert main(["sweep", *given, *mistake.split()]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("sweep runs")]
@@ -301,8 +301,8 @@ def played(place: Path, monkeypatch, endings: dict[int, object], *given: str) ->
             with Stopping(folder, lambda line: None):
                 signal.raise_signal(signal.SIGTERM)
         if isinstance(ending, int):
-            return Ended(ending, folder, False, "it broke" if ending else None)
-        return Ended(0, folder, ending != "late signal")
+            return RunResult(ending, folder, False, "it broke" if ending else None)
+        return RunResult(0, folder, ending != "late signal")
 
     monkeypatch.setattr(sweep, "run", run)
     return sweep.sweep([*overrides(place), *QUICK, *given])
@@ -413,7 +413,7 @@ def handed_over(tmp_path, monkeypatch, ray: Ray, members: int) -> Sweep:
     ready = []
     for member in found:
         config = {"run": {"dir": str(record.place(member))}, "cluster": {"kind": "ray", "workers": 1}}
-        ready.append(sweep.Ready(member, config, "cpu"))
+        ready.append(CheckedMember(member, config, "cpu"))
     lines: list[str] = []
     sweep_jobs.run(record, ready, [], lines.append)
     record.lines = lines  # type: ignore[attr-defined]

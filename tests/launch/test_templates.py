@@ -21,12 +21,12 @@ from jsonschema import Draft202012Validator
 from omegaconf import OmegaConf
 
 from launch.cli import main
+from launch.cluster.placement import place
+from launch.commands.template import machines
+from launch.commands.train import automatic
 from launch.config.compose import composed
-from launch.placement import place
-from launch.template import machines
+from launch.errors import UserError
 from launch.templates import command, commented, key_of, kuberay, own_words, ray_up, slurm
-from launch.train import automatic
-from launch.user import UserError
 from tests.jobs import overrides
 
 pytestmark = pytest.mark.composes
@@ -511,11 +511,11 @@ def test_an_old_pod_that_still_has_the_run_is_waited_for(tmp_path, monkeypatch):
     said: list[str] = []
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr("launch.train.LOCK_S", 0.2)
+        monkeypatch.setattr("launch.runner.attempts.LOCK_S", 0.2)
         began = time.monotonic()
         assert automatic([f"run.dir={tmp_path}", "resume=auto"], said.append) == [f"run.dir={tmp_path}"]
         assert 0.2 <= time.monotonic() - began < 10 and "in use by another run; 0 s at most" in said[0]
-        monkeypatch.setattr("launch.train.LOCK_S", 60.0)
+        monkeypatch.setattr("launch.runner.attempts.LOCK_S", 60.0)
         automatic([f"run.dir={tmp_path}", "resume=auto"], lambda line: lock.close())
     assert time.monotonic() - began < 30
     automatic([f"run.dir={tmp_path}", "resume=auto"], pytest.fail)

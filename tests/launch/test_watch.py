@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import spawn
-from launch.outcome import Failure, Outcome, verdict
-from launch.status import _still
-from launch.watch import Told, blame
-from parallel.whereabouts import TIMEOUT, Wait, Whereabouts
+from launch.run.failure import Failure, Outcome, verdict
+from launch.run.status import _still
+from launch.world.spawn import spawn
+from launch.world.watchdog import Told, blame
+from parallel.liveness import TIMEOUT, Wait, Whereabouts
 from tests.jobs import overrides
 from tests.launch.processes import all_gone, mentioning, pids, wait_for
 from tests.launch.test_stop import MARK, finish, losses, start
-from train.patience import FIRST_S, LEAST_S, Patience
+from train.guards.hang_timeout import FIRST_S, LEAST_S, Patience
 
 STATE = Wait("layers.3", "state", "all-gather")
 PAIR = Wait("layers.5", "keys and values", "receive", (2,))

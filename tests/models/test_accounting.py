@@ -9,19 +9,19 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from launch.config.check import build
 from launch.config.compose import composed
+from launch.config.validate import build
 from models.accounting import Account, Attention, Flops, account
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
-from models.kept import Tape
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
+from models.recompute import Tape
 from models.sequence import Memory, Whole
 from tests.parity import VOCABULARY, small_model
-from train.observe import Utilisation, matmul_peak, pieces
+from train.metrics.timing import Utilisation, matmul_peak, pieces
 from train.tracking.panels import scalars
 
 T = 192  # whole chunks of 64

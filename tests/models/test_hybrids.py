@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from launch.config import conf
-from launch.config.check import build
+from launch.config import files
 from launch.config.compose import composed
-from launch.user import UserError
+from launch.config.validate import build
+from launch.errors import UserError
 from models.accounting import idle
 from models.axes import initialise
 from models.block import Block
@@ -19,7 +19,7 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Memory, Whole
-from train.construct import construct
+from train.instantiate import construct
 
 LAYOUTS = {  # the mixer of every layer, and the layers that have experts
     "griffin_tiny": (["rglru", "rglru", "attention"] * 2, []),
@@ -87,7 +87,7 @@ def test_a_hybrid_reads_a_text_in_spans_as_at_once_and_learns_it(name):
 
 def placed(name: str, mixer: str) -> LM:
     """A Linear-MoE model with another mixer; some have no heads, attention wants those of its keys."""
-    keys, place = conf.option("mixer", mixer), "model.blocks.moe.mixer"
+    keys, place = files.option("mixer", mixer), "model.blocks.moe.mixer"
     more = [f"{place}.kv_heads={SHAPES[name][0] // 128}"] if "kv_heads" in keys else []
     more += [] if "heads" in keys else [f"~{place}.heads"]
     return model(name, f"mixer@{place}={mixer}", *more)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.kept import Tape, keeping, kept, unkept
 from models.linear import Linear
+from models.recompute import Tape, keeping, kept, unkept
 
 A, B = torch.arange(3.0), torch.arange(4.0)
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.axes import AXES, declarations, initial, initialise
-from models.depth import Coupled
+from models.cross_layer import Coupled
 from models.mixers import MIXERS
 from models.mixers.lower_bounds import bounds, log_forget
+from models.nonlinear_recurrence import Serial
 from models.sequence import Memory, Whole
-from models.serial import Serial
-from models.taken import Picked, Tail
+from models.token_subset import Picked, Tail
 from tests.models.rules import ORACLES, SERIAL
 
 DIM = 16

@@ -5,7 +5,7 @@ import torch
 
 from models.axes import initialise
 from models.dispatch import Here
-from models.kernels.experts import grouped_linear, loop, mixture
+from models.kernels.grouped_ffn import grouped_linear, loop, mixture
 from models.moe import MoE, balance
 from models.router import within_capacity
 from models.sequence import Whole

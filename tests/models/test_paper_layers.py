@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from models.axes import initialise
 from models.block import Block
-from models.depth import Depth
+from models.cross_layer import Depth
 from models.ffn import ChannelMix, SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.kernels.softmax import Piece
-from models.past import Growing, Past
+from models.kernels.packed_attention import Piece
+from models.kv_cache import Growing, Past
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (9, 0), (9, 2)])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.axes import initialise
-from models.kernels.complex import Scanned, wrap
+from models.kernels.complex_decay import Scanned, wrap
 from models.kernels.longhorn import Blocks
 from models.mixers import MIXERS
 from models.mixers.rglru import STEEPEST, BoundedSqrt

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.axes import initialise
-from models.kernels import fast_weights, slstm
+from models.kernels import lact, slstm
 from models.kernels.newton_schulz import FIVE, newton_schulz
 from models.mixers import MIXERS
 from models.sequence import Whole
@@ -79,7 +79,7 @@ def test_rows_of_fast_weights_keep_their_norms_and_a_step_is_orthogonal():
     first = tuple(torch.randn(2, 6, 6, generator=generator, dtype=torch.float64) for _ in range(3))
     sums = tuple(torch.randn(2, 6, 6, generator=generator, dtype=torch.float64) for _ in range(3))
     nothing, mu = tuple(torch.zeros_like(w) for w in first), torch.ones(2, dtype=torch.float64)
-    after = fast_weights.step(fast_weights.Learning(first, nothing, sums, mu), first, 8)
+    after = lact.step(lact.Learning(first, nothing, sums, mu), first, 8)
     for w, f in zip(after.weights, first, strict=True):
         torch.testing.assert_close(w.norm(dim=-1), f.norm(dim=-1), rtol=1e-4, atol=0)
     assert all(torch.equal(m, s) for m, s in zip(after.momenta, sums, strict=True)) and not any(

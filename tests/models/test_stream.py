@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.axes import initialise
-from models.kernels import complex, delta, diagonal, dplr, elementwise, stream, titans
+from models.kernels import complex_decay, delta, dplr, elementwise, gated_linear, tiled_scan, titans
 from models.kernels.registry import REFERENCE
 from models.mixers import MIXERS
 from models.sequence import Whole
@@ -19,7 +19,7 @@ from tests.models.rules import EXAMPLES, KINDS, ORACLES
 from tests.models.test_mixers import NEEDED
 from tests.models.test_recurrence import STARTS, close, entering, starting
 
-SPANS = (diagonal.Span, delta.Span, dplr.Span, titans.Span)
+SPANS = (gated_linear.Span, delta.Span, dplr.Span, titans.Span)
 STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in SPANS)
 T = 150  # three tiles, the last of them with a chunk that is partly empty
 
@@ -27,14 +27,14 @@ T = 150  # three tiles, the last of them with a chunk that is partly empty
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
     """Of 64 tokens in each of two spans; how many there were, a stream."""
-    honest, streamed = stream.Stream.forward, []
+    honest, streamed = tiled_scan.Stream.forward, []
 
     def counted(ctx, step, tile, starts, *rest):
         streamed.append(-(-starts.shape[1] // tile))
         return honest(ctx, step, tile, starts, *rest)
 
-    monkeypatch.setattr(stream, "TILE", 128)
-    monkeypatch.setattr(stream.Stream, "forward", staticmethod(counted))
+    monkeypatch.setattr(tiled_scan, "TILE", 128)
+    monkeypatch.setattr(tiled_scan.Stream, "forward", staticmethod(counted))
     return streamed
 
 
@@ -89,25 +89,25 @@ def test_the_rules_of_matrices_are_streamed():
 @pytest.mark.parametrize("rule", STREAMED)
 def test_several_tiles_equal_the_token_loop(rule, tiles):
     check(rule)
-    by_decays = REFERENCE[rule] is diagonal.Span  # their effect is no stream
+    by_decays = REFERENCE[rule] is gated_linear.Span  # their effect is no stream
     assert len(tiles) == (2 if by_decays else 3) * len(STARTS) and set(tiles) == {3}
 
 
 @pytest.mark.parametrize("rule", sorted(REFERENCE))
 def test_several_slices_equal_the_token_loop(rule):
-    """Of every rule; `engine.tile` cuts spans so, see `models.kernels.slices`."""
+    """Of every rule; `engine.tile` cuts spans so, see `models.kernels.token_tiles`."""
     check(rule, ways=(partial(effect_first, tile=60),), packings=("none", "many"))
 
 
-def forget_the_gradient_of_the_state_that_enters_a_tile(honest: stream.Step) -> stream.Step:
+def forget_the_gradient_of_the_state_that_enters_a_tile(honest: tiled_scan.Step) -> tiled_scan.Step:
     return lambda xs, starts, state, memo, **sizes: honest(xs, starts, state.detach() + 0 * state, memo, **sizes)
 
 
-def enter_every_tile_with_nothing(honest: stream.Step) -> stream.Step:
+def enter_every_tile_with_nothing(honest: tiled_scan.Step) -> tiled_scan.Step:
     return lambda xs, starts, state, memo, **sizes: honest(xs, starts, 0 * state, memo, **sizes)
 
 
-def let_documents_of_a_later_tile_run_on(honest: stream.Step) -> stream.Step:
+def let_documents_of_a_later_tile_run_on(honest: tiled_scan.Step) -> tiled_scan.Step:
     calls: list[bool] = []
 
     def step(xs, starts, state, memo, **sizes):
@@ -117,7 +117,7 @@ def let_documents_of_a_later_tile_run_on(honest: stream.Step) -> stream.Step:
     return step
 
 
-def keep_the_scores_of_the_first_tile_for_all(honest: stream.Step) -> stream.Step:
+def keep_the_scores_of_the_first_tile_for_all(honest: tiled_scan.Step) -> tiled_scan.Step:
     shared: list[torch.Tensor] = []
 
     def step(xs, starts, state, memo, **sizes):
@@ -140,7 +140,7 @@ STREAMING: dict[Callable, tuple[str, ...]] = {
 @pytest.mark.parametrize("mutation", STREAMING, ids=lambda f: f.__name__)
 def test_broken_streaming_is_caught(mutation, monkeypatch):
     for rule in STREAMING[mutation]:
-        module = diagonal if REFERENCE[rule] is diagonal.Span else delta
+        module = gated_linear if REFERENCE[rule] is gated_linear.Span else delta
         with monkeypatch.context() as patch, pytest.raises((AssertionError, RuntimeError, IndexError)):
             patch.setattr(module, "step", mutation(module.step))
             check(rule, ways=(state_first,), packings=("many",))
@@ -152,7 +152,7 @@ GATED = {name: ("A_log", "dt_bias") for name in ("gated_deltanet", "gated_deltap
 @pytest.mark.parametrize("name", GATED)
 def test_gradients_of_gates_are_as_good_as_fp32_can_be(name, monkeypatch):
     """All tokens of a head add to them, so what each loses to rounding would show."""
-    monkeypatch.setattr(stream, "TILE", 512)
+    monkeypatch.setattr(tiled_scan, "TILE", 512)
     documents = (1700, 1, 63, 1500, 832)
     positions = torch.cat([torch.arange(n) for n in documents])[None]
     generator = torch.Generator().manual_seed(0)
@@ -186,11 +186,11 @@ def test_bf16_inputs_keep_their_gradients(rule):
     close(outputs_and_gradients(torch.bfloat16), outputs_and_gradients(torch.float32), 2e-2)
 
 
-@pytest.mark.parametrize("rule", [name for name, kernel in REFERENCE.items() if kernel is diagonal.Span])
+@pytest.mark.parametrize("rule", [name for name, kernel in REFERENCE.items() if kernel is gated_linear.Span])
 def test_an_effect_by_decays_waits_for_no_output(rule, monkeypatch):
     """So that it is on its way while outputs are computed; and those are not computed twice when the state is there."""
-    steps, honest = [], diagonal.step
-    monkeypatch.setattr(diagonal, "step", lambda *xs, **options: steps.append(1) or honest(*xs, **options))
+    steps, honest = [], gated_linear.step
+    monkeypatch.setattr(gated_linear, "step", lambda *xs, **options: steps.append(1) or honest(*xs, **options))
     begun = KINDS[rule].begin(*EXAMPLES[rule](T, decay=0.1), starts=starting(T, "none"))
     effect = begun.effect
     assert not steps
@@ -224,7 +224,7 @@ def test_tiles_of_a_scan_equal_the_whole(rule, where, monkeypatch):
     want = found()
     counted, honest = [], elementwise.tiles
     monkeypatch.setattr(elementwise, "NUMBERS", 1)
-    for module in (elementwise, complex):
+    for module in (elementwise, complex_decay):
         monkeypatch.setattr(module, "tiles", lambda *xs, size: counted.append(1) or honest(*xs, size=size))
     close(found(), want, 1e-12)
     assert counted

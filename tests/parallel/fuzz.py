@@ -30,13 +30,13 @@ from models.lm import LM
 from models.sequence import Whole
 from parallel.mesh import Groups
 from parallel.schedule.plan import Group, MicroStep, Plan
-from parallel.sequence.effects import AllScan, GatherEffects, Relay
-from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.states import AllScan, GatherEffects, Relay
 from tests.parallel import matrix
 from tests.parity import BALANCE, Sample, differences, small_model
 from train.execute import Executor
 from train.loss import sums
-from train.spans import Spans
+from train.time_spans import Spans
 
 WORLD, PATIENCE = 4, 120.0  # seconds, the start of a world among them
 Z = 0.01

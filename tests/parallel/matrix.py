@@ -19,14 +19,14 @@ import torch
 from models.axes import initialise
 from models.lm import LM
 from models.mixers import MIXERS
+from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
 from models.sequence import Whole
-from models.serial import Serial
 from parallel.mesh import Groups
 from parallel.schedule.plan import Group, MicroStep, Plan, Span
-from parallel.sequence.effects import AllScan, GatherEffects, Relay
-from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
-from parallel.sequence.keys.mesh import divides
+from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.attention.ring_ulysses import divides
+from parallel.sequence.states import AllScan, GatherEffects, Relay
 from tests.parity import BALANCE, DTYPE, VOCABULARY, differences, mixer_model
 from train.execute import Executor
 from train.loss import sums

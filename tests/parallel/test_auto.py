@@ -10,14 +10,14 @@ from models.block import Block
 from models.ffn import SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
-from parallel.schedule.choice import Wire
-from parallel.schedule.volume import Attention, How, State, of_plan, of_weights
-from parallel.sequence.effects import Auto
+from parallel.schedule.comm_volume import Attention, How, State, of_plan, of_weights
+from parallel.schedule.transport_cost import Wire
+from parallel.sequence.states import Auto
 from tests.jobs import order
-from train import communication
-from train.asked import asked, weight_units
 from train.build import build
-from train.construct import construct
+from train.instantiate import construct
+from train.metrics import comm_record
+from train.metrics.comm_trace import asked, weight_units
 
 AUTO = "parallel.transport.recurrence=auto"
 
@@ -82,13 +82,13 @@ def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
 
 
 def test_a_record_names_what_it_knows_and_adds_up_the_rest():
-    total = [0.0] * communication.COLUMNS
-    total[0], total[len(communication.ENTRIES) - 1], total[len(communication.ENTRIES)] = 12.0, 5.0, 3.0
-    assert communication.record(total) == {
+    total = [0.0] * comm_record.COLUMNS
+    total[0], total[len(comm_record.ENTRIES) - 1], total[len(comm_record.ENTRIES)] = 12.0, 5.0, 3.0
+    assert comm_record.record(total) == {
         "comm_bytes": {"sequence/state": 12, "world/other": 5},
         "comm_calls": {"sequence/state": 3},
     }
-    assert communication.record([0.0] * communication.COLUMNS) == {}
+    assert comm_record.record([0.0] * comm_record.COLUMNS) == {}
 
 
 def test_a_model_is_asked_for_what_it_asks():

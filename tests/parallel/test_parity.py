@@ -8,8 +8,8 @@ import torch
 from models.positions import Randomized, YaRN
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
-from parallel.sequence.effects import AllScan, Relay
-from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.states import AllScan, Relay
 from tests.parity import Sample, assert_close, spread, truth
 
 pytestmark = pytest.mark.dist

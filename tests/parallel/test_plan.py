@@ -9,9 +9,9 @@ import torch
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
-from parallel.sequence.effects import GatherEffects
-from parallel.sequence.keys import GatherKeys
+from parallel.sequence.attention import GatherKeys
 from parallel.sequence.place import place
+from parallel.sequence.states import GatherEffects
 
 
 @pytest.mark.parametrize("layout", ["auto", "contiguous"])

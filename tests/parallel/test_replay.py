@@ -8,8 +8,8 @@ import pytest
 from models.lm import LM
 from parallel.collectives import LEDGER
 from parallel.schedule.plan import Group, MicroStep, Plan
-from parallel.sequence.effects import AllScan, GatherEffects, Relay
-from parallel.sequence.keys import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses
+from parallel.sequence.states import AllScan, GatherEffects, Relay
 from tests import parity
 from tests.parallel.matrix import layout_spans
 from tests.parity import Sample, small_model

@@ -11,13 +11,13 @@ from torch.optim import AdamW, Optimizer
 
 from models.axes import declarations, initialise
 from models.sequence import Whole
-from parallel.apply import parallelise, parameter_name
 from parallel.collectives import LEDGER
-from parallel.data import norm
+from parallel.fsdp import norm
 from parallel.mesh import Groups, everyone
+from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.plan import Plan
-from parallel.sequence.effects import AllScan, GatherEffects
-from parallel.sequence.keys import GatherKeys, Ring
+from parallel.sequence.attention import GatherKeys, Ring
+from parallel.sequence.states import AllScan, GatherEffects
 from tests.parallel.test_parity import BATCH, static, unequal
 from tests.parity import BALANCE, DTYPE, Sample, assert_close, small_model, spread, truth
 from train.execute import Executor

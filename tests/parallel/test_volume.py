@@ -15,19 +15,19 @@ from models.ffn import SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
-from parallel import memory
-from parallel.apply import parallelise
+from parallel import activation_memory
 from parallel.collectives import LEDGER
 from parallel.mesh import Groups, everyone
-from parallel.schedule.choice import Wire, choose, seconds
+from parallel.parallelize import parallelise
+from parallel.schedule.comm_volume import How, Traffic, of_plan, of_weights
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
-from parallel.schedule.volume import How, Traffic, of_plan, of_weights
+from parallel.schedule.transport_cost import Wire, choose, seconds
 from parallel.sequence import TRANSPORTS
-from parallel.sequence.effects.auto import measure
+from parallel.sequence.states.auto import measure
 from tests.parity import DTYPE, Sample
-from train.asked import asked, weight_units
 from train.execute import Executor
+from train.metrics.comm_trace import asked, weight_units
 
 DIM, HEADS, BLOCKS = 24, 2, 3
 LINEAR = ("gla", "gated_deltanet", "retnet", "linear", "lru", "rglru", "mlstm", "longhorn")
@@ -90,7 +90,7 @@ def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, shard
         parallelise(lm, everyone(device), seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
     else:
         initialise(lm.to(DTYPE[precision]), seed=1)
-        memory.recompute(lm.layers, remat)
+        activation_memory.recompute(lm.layers, remat)
     groups = Groups()
     executor = Executor(lm, groups, device, *transports(how), 0.05)
     LEDGER.take()
@@ -154,7 +154,7 @@ def recomputed():
     plan, how = plans(2)["zigzag"], How("relay", "ring")
     return {
         (precision, remat): counted(partial(model, 12, 12, FEW), plan, how, precision, remat)
-        for precision, remat in [("fp32", "selective"), *(("fp64", policy) for policy in memory.RECOMPUTE)]
+        for precision, remat in [("fp32", "selective"), *(("fp64", policy) for policy in activation_memory.RECOMPUTE)]
     }
 
 
@@ -164,7 +164,7 @@ def test_what_is_computed_again_is_asked_again(run):
     for precision, remat in measured[0]:
         want = predicted((12, 12, FEW), plans(2)["zigzag"], How("relay", "ring"), precision, remat)
         assert [got[precision, remat] for got in measured] == want, (precision, remat)
-    sent = {remat: sum(measured[0]["fp64", remat][1].values()) for remat in memory.RECOMPUTE}
+    sent = {remat: sum(measured[0]["fp64", remat][1].values()) for remat in activation_memory.RECOMPUTE}
     assert sent["none"] == sent["selective"] < sent["full"]
 
 

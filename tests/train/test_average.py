@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parallel.apply import parameter_name
+from parallel.parallelize import parameter_name
 from tests.jobs import order
-from train import checkpoint
 from train.build import build
-from train.evaluate import heldout
-from train.generate import Decoder
+from train.checkpoints import checkpoint
+from train.evaluation.heldout import heldout
+from train.inference.decode import Decoder
 
 STEPS, BATCH = 7, 384
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 3: ["cluster.workers=3", "parallel.data=3"]}

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from tests.jobs import order
 from tests.train.test_invariance import PRECISION, TOLERANCE
-from train import checkpoint
 from train.build import build
+from train.checkpoints import checkpoint
 
 BEFORE = 6
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 4: ["cluster.workers=4", "parallel.data=2"]}

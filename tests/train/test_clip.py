@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.distributed.tensor import distribute_tensor
 
-from parallel.apply import parallelise, parameter_name
 from parallel.mesh import Groups, everyone
+from parallel.parallelize import parallelise, parameter_name
 from tests.parity import small_model
 from train.optim.clip import clip
 from train.settings import TrainSettings

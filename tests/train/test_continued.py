@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from tests.jobs import order
-from train import checkpoint
 from train.build import build
+from train.checkpoints import checkpoint
 from train.optim import carry_over
 
 pytestmark = pytest.mark.dist

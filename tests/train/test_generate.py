@@ -14,8 +14,8 @@ from models.moe import MoE
 from models.sequence import Memory, Whole
 from tests.models.test_mixers import MORE, NEEDED
 from tests.parity import VOCABULARY, mixer_model, small_model
-from train import generate
-from train.generate import ALONE, Decoder, Sampling
+from train.inference import decode
+from train.inference.decode import ALONE, Decoder, Sampling
 
 CASES = [(name, {}) for name in sorted(MIXERS)] + [("attention", MORE["attention"][0]), ("attention", {"window": 5})]
 LIKELIEST = Sampling(temperature=0)
@@ -104,15 +104,15 @@ def test_logits_of_rows_equal_those_of_each_text_alone(options):
 def test_what_breaks_decoding_together_is_caught(broken, monkeypatch):
     """Each on purpose: the comparison above has to see it."""
     if broken == "aligned at begins":
-        honest_wide = generate._wide
+        honest_wide = decode._wide
         swapped = lambda x, sinks, length: honest_wide(x, sinks, length).roll(x.shape[1] - length, dims=1)  # noqa: E731
-        monkeypatch.setattr(generate, "_wide", swapped)
+        monkeypatch.setattr(decode, "_wide", swapped)
     elif broken == "one place for all":
         honest_of = Whole.of
         first = staticmethod(lambda positions, memory: honest_of(positions[:1].expand_as(positions), memory=memory))
-        monkeypatch.setattr(generate, "Whole", type("First", (), {"of": first}))
+        monkeypatch.setattr(decode, "Whole", type("First", (), {"of": first}))
     else:
-        monkeypatch.setattr(generate, "_joined", lambda values: {})
+        monkeypatch.setattr(decode, "_joined", lambda values: {})
     with pytest.raises(AssertionError):
         test_logits_of_rows_equal_those_of_each_text_alone({})
 

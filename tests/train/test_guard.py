@@ -12,20 +12,22 @@ import torch
 
 from data.audit import passed_over
 from data.pack import Packed
-from launch import plan, preflight
+from launch.commands import plan
+from launch.preflight.checked import CheckedRun
+from launch.preflight.configure import configure
 from models.axes import initialise
+from parallel.matrix_owners import local
 from parallel.mesh import Groups
-from parallel.owners import local
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
-from parallel.sequence.effects import GatherEffects
-from parallel.sequence.keys import GatherKeys
+from parallel.sequence.attention import GatherKeys
+from parallel.sequence.states import GatherEffects
 from tests.jobs import order, overrides
 from tests.parity import small_model
 from train.build import build
 from train.execute import Executor
-from train.guard import Guard, Watched, suspects
-from train.rescue import origin
+from train.guards.rollback import origin
+from train.guards.step_guard import Guard, Watched, suspects
 from train.settings import GuardSettings
 from train.state import State
 from train.tracking import records
@@ -213,9 +215,9 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
     assert kept["tokens"].shape == (192,) and kept["lengths"].tolist() == [96, 96]
 
     path = folder / "checkpoints" / f"step-{steps}"
-    config = preflight.configure([*overrides(tmp_path), *more])
+    config = configure([*overrides(tmp_path), *more])
     batches = preflight_batches(config)
-    flight = preflight.Flight(config, None, None, "cpu", 1, world, {}, batches, resume=path)  # type: ignore[arg-type]
+    flight = CheckedRun(config, None, None, "cpu", 1, world, {}, batches, resume=path)  # type: ignore[arg-type]
     if harm is poison:
         slots = batches.slots(poisoned)
         _, (s, begin) = [(s, a) for s, slot in enumerate(slots) for a, _ in slot.pieces(config["seed"]).tolist()][:2]
@@ -227,8 +229,8 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
 
 
 def preflight_batches(config: dict[str, Any]) -> Any:
-    from data.ramp import opened
-    from train.construct import construct
+    from data.batch_ramp import opened
+    from train.instantiate import construct
 
     return opened(construct(config["data"]), config["train"]["batch_tokens"], construct(config["curriculum"]))
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from tests.watched import WATCHED
-from train import checkpoint, stored
-from train.inert import parsed
-from train.stored import DamagedError
+from train.checkpoints import checkpoint, stored
+from train.checkpoints.inert import parsed
+from train.checkpoints.stored import DamagedError
 
 WEIGHTS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models.hub import tensors
 from tests.published_folder import LLAMA, write
 from tests.watched import inert
-from train.published import Published, is_folder
+from train.checkpoints.hf_reader import Published, is_folder
 
 ASKING = {
     "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},

@@ -8,15 +8,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
+from data.hf_tokenizer import card_of, files
 from data.tokenizer import Bytes, Json, Untrained, from_card
-from data.tokenizer_files import card_of, files
 from models.axes import initialise
 from models.hub import of_config, tensors
 from models.sequence import Whole
-from train import checkpoint
-from train.construct import construct
-from train.exchange import Saved, give, take
-from train.published import Published
+from train.checkpoints import checkpoint
+from train.checkpoints.hf_convert import Saved, give, take
+from train.checkpoints.hf_reader import Published
+from train.instantiate import construct
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

@@ -14,8 +14,8 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Memory, Whole
-from parallel import collectives, memory
-from parallel.apply import parallelise
+from parallel import activation_memory, collectives
+from parallel.parallelize import parallelise
 from parallel.schedule.static import Static
 from tests import parity
 from tests.benchmarks.memory import measure
@@ -63,7 +63,7 @@ def test_a_step_has_the_same_loss_and_gradients(name):
 def test_a_policy_asked_for_every_operator_is_the_same_step():
     """The way of devices that have kernels of their own."""
     want, asked = measure(small(), 192), small()
-    memory.recompute(asked.layers, "selective", device="cuda")
+    activation_memory.recompute(asked.layers, "selective", device="cuda")
     got = measure(asked, 192)
     assert abs(got.loss - want.loss) <= 1e-12 * want.loss and got.saved < want.saved
     for key, gradient in want.gradients.items():
@@ -77,7 +77,7 @@ def test_chunks_tiles_and_recomputation_hold_less_than_two_fifths():
 
 
 def test_selective_keeps_more_than_full_and_less_than_everything():
-    saved = {policy: measure(small(), 1024, recompute=policy).saved for policy in memory.RECOMPUTE}
+    saved = {policy: measure(small(), 1024, recompute=policy).saved for policy in activation_memory.RECOMPUTE}
     assert saved["full"] < saved["selective"] < saved["none"]
 
 
@@ -111,7 +111,7 @@ def test_a_tile_holds_its_inside_alone():
 @pytest.mark.parametrize("cuts", [[192], [70, 1, 121]])
 def test_a_recurrence_in_tiles_reads_documents_and_spans_as_at_once(cuts):
     whole, tiles = small(), small()
-    memory.tile(tiles, 32)
+    activation_memory.tile(tiles, 32)
     tokens = torch.randint(0, 32, (1, 192))
     positions = torch.cat([torch.arange(n) for n in (40, 1, 1, 100, 50)])[None]
     memories, at = (Memory(), Memory()), 0
@@ -161,7 +161,7 @@ def test_selective_sends_nothing_twice(run):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("remat", memory.RECOMPUTE)
+@pytest.mark.parametrize("remat", activation_memory.RECOMPUTE)
 def test_everything_at_once_equals_one_process(run, remat):
     more = {"tile": 24, "offload_activations": True, "offload_optimizer": True}
     want = parity.truth(BATCH, "fp64")
@@ -172,10 +172,12 @@ def test_everything_at_once_equals_one_process(run, remat):
 def test_what_a_layer_saves_goes_to_the_host_and_comes_back(monkeypatch):
     """There is no other device here, so that the journey itself is not made; which tensors would go is seen."""
     packed = []
-    monkeypatch.setattr(memory, "to_host", lambda x, held: packed.append(x.untyped_storage().data_ptr() in held) or x)
-    monkeypatch.setattr(memory, "from_host", lambda x: x)
+    monkeypatch.setattr(
+        activation_memory, "to_host", lambda x, held: packed.append(x.untyped_storage().data_ptr() in held) or x
+    )
+    monkeypatch.setattr(activation_memory, "from_host", lambda x: x)
     plain, moved = small(), small()
-    memory.offload(moved.layers)
+    activation_memory.offload(moved.layers)
     want, got = (measure(model, 96) for model in (plain, moved))
     assert any(packed) and not all(packed), "parameters are told from activations"
     assert got.loss == want.loss

@@ -15,11 +15,11 @@ from models.kernels.newton_schulz import newton_schulz
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
-from parallel import owners
-from parallel.apply import parallelise, parameter_name
+from parallel import matrix_owners
 from parallel.collectives import LEDGER, Entry
+from parallel.matrix_owners import PURPOSE
 from parallel.mesh import everyone
-from parallel.owners import PURPOSE
+from parallel.parallelize import parallelise, parameter_name
 from train.optim import muon
 from train.optim.build import build_optimizer
 from train.optim.muon import Muon
@@ -219,18 +219,18 @@ def test_torchs_own_muon_in_bf16_goes_the_same_way():
 
 
 def rows_of_the_first_rank() -> None:
-    owners._rows = lambda each, whole, rank: whole[: each.rows[rank]]
+    matrix_owners._rows = lambda each, whole, rank: whole[: each.rows[rank]]
 
 
 def each_ranks_rows_by_themselves() -> None:
     def apply(self, pieces, function, dtype):
         return [function(x.view(-1, *x.shape[-2:]).to(dtype)).view_as(x) if x.numel() else x for x in pieces]
 
-    owners.Owners.apply = apply  # type: ignore[method-assign]
+    matrix_owners.Owners.apply = apply  # type: ignore[method-assign]
 
 
 def parts_as_one_matrix() -> None:
-    muon.cuts = lambda shape, parts, along: owners.cuts(shape)  # type: ignore[assignment]
+    muon.cuts = lambda shape, parts, along: matrix_owners.cuts(shape)  # type: ignore[assignment]
 
 
 def no_second_mixing_of_the_gradient() -> None:

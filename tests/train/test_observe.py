@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from train.observe import PHASES, Phases, peak_memory_bytes
+from train.metrics.timing import PHASES, Phases, peak_memory_bytes
 
 
 class Clock:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
 from models.axes import declarations, initialise
-from parallel.apply import parallelise, parameter_name
 from parallel.mesh import everyone
+from parallel.parallelize import parallelise, parameter_name
 from tests.parity import small_model
 from train.optim import apex_adam
 from train.optim.adamw import AdamW

@@ -9,15 +9,15 @@ import torch
 
 from models.hub import tensors
 from tests import published_folder
-from train import checkpoint
-from train.construct import construct
-from train.published import Published
+from train.checkpoints import checkpoint
+from train.checkpoints.hf_reader import Published
+from train.instantiate import construct
 
 STREAM = """
 import sys
 from pathlib import Path
-from train.exchange import take
-from train.published import Published
+from train.checkpoints.hf_convert import take
+from train.checkpoints.hf_reader import Published
 
 def high():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024

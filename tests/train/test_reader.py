@@ -25,9 +25,9 @@ from models.moe import MoE
 from models.positions import Interpolated, Llama3, NoPE, NTKAware, RoPE, YaRN
 from models.sequence import Whole
 from tests.train.test_hub import NO_TOKENS, close, loaded, saved
-from train.construct import construct
-from train.exchange import Saved, give, take
-from train.published import Published
+from train.checkpoints.hf_convert import Saved, give, take
+from train.checkpoints.hf_reader import Published
+from train.instantiate import construct
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

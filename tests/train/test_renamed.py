@@ -2,11 +2,11 @@
 
 import pytest
 
-from launch.config.check import class_of
 from launch.config.compose import composed
+from launch.config.validate import class_of
 from models.hub.architecture import target
 from train import configuration
-from train.construct import construct, is_class
+from train.instantiate import construct, is_class
 from train.renamed import RENAMED
 
 OLD = """\

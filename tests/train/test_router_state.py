@@ -8,7 +8,7 @@ import pytest
 from models.moe import mixtures
 from tests.jobs import order
 from train.build import build
-from train.construct import construct
+from train.instantiate import construct
 
 pytestmark = pytest.mark.dist
 

@@ -8,19 +8,19 @@ from torch.utils._pytree import tree_leaves
 
 from models.block import Block
 from models.ffn import SwiGLU
+from models.kv_cache import Past
 from models.lm import LM
 from models.mixers import MIXERS
-from models.past import Past
 from models.sequence import DocumentSums
-from parallel.schedule import time
+from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep
 from parallel.schedule.static import Static
 from parallel.sequence import TRANSPORTS
 from tests import parity
 from tests.parity import Sample, assert_close, mixer_model, spread, truth
-from train import spans as spans_of
+from train import time_spans as spans_of
 from train.execute import Executor
-from train.spans import Borders, Spans, SpansTold
+from train.time_spans import Borders, Spans, SpansTold
 
 pytestmark = pytest.mark.dist
 
@@ -162,12 +162,12 @@ def test_borders_hold_keys_once():
 def test_spans_cut_groups_into_as_many_parts_and_repeat_no_token():
     micro = MicroStep((Group((0, 1), (0, 1), (((0, 11),), ((11, 22),))), Group((2, 3), (2,), (((0, 2),), ((2, 3),)))))
     lengths = (12, 10, 3)
-    assert time.count(micro, lengths, 4) == 3
+    assert time_spans.count(micro, lengths, 4) == 3
     for group in micro.groups:
-        held = [span for part in time.in_time(group, lengths, 3) for rank in part.spans for span in rank]
+        held = [span for part in time_spans.in_time(group, lengths, 3) for rank in part.spans for span in rank]
         assert held[0][0] == 0 and held[-1][1] == sum(lengths[s] for s in group.sequences)
         assert all(a[1] == b[0] for a, b in zip(held, held[1:], strict=False))
-    first, *rest = time.in_time(micro.groups[1], lengths, 3)
+    first, *rest = time_spans.in_time(micro.groups[1], lengths, 3)
     assert not any(first.spans) and all(rest[-1].spans), "who has less to do begins later"
 
 
@@ -178,7 +178,7 @@ def test_a_sum_with_a_gradient_is_refused():
 
 def test_a_long_step_says_how_far_it_is(monkeypatch):
     said, clock = [], iter([100.0, 110.0, 140.0, 150.0, 175.0])
-    monkeypatch.setattr("train.spans.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("train.time_spans.time.monotonic", lambda: next(clock))
     told = SpansTold(said.append)
     for done in range(1, 6):
         told(done, 9)

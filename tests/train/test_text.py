@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.text import Text
+from train.inference.stop_strings import Text
 
 
 def shown(pieces, stop=()):

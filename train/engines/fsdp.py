@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.lm import LM
-from parallel.apply import parallelise
-from parallel.memory import RECOMPUTE
+from parallel.activation_memory import RECOMPUTE
+from parallel.parallelize import parallelise
 
 
 class FSDP:

@@ -14,9 +14,9 @@ from data.tokenizer import writer
 from models.lm import LM
 from train.evaluation.score import Scorer
 from train.evaluation.texts import packed
-from train.generate import Decoder, Sampling
+from train.inference.decode import Decoder, Sampling
+from train.inference.stop_strings import Text
 from train.settings import EvaluateSettings
-from train.text import Text
 
 MISSING = "needs the lm-eval package, which is not installed (pip install lm-eval)"
 GENERATED = 256  # tokens of an answer, where a task does not say

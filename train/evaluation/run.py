@@ -11,16 +11,16 @@ import torch.distributed as dist
 from data.batches import Batches
 from models.lm import LM
 from parallel.mesh import Groups, everyone
-from train import checkpoint
-from train.construct import construct
-from train.context import rebase, rotary
+from train.checkpoints import checkpoint
 from train.evaluation import documents, examples
 from train.evaluation.score import Scorer, Told
 from train.evaluation.texts import texts
 from train.execute import Executor
+from train.instantiate import construct
 from train.precision import dtypes
+from train.rope_base import rebase, rotary
 from train.settings import EvaluateSettings, ParallelSettings, TrainSettings, section
-from train.spans import Spans
+from train.time_spans import Spans
 
 SHORTEST = 128  # of the lengths that are taken where none are given: a needle and its question in bytes
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.owners import local
+from parallel.matrix_owners import local
 
 
 def fused_adam() -> Any:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.apply import parameter_name
-from parallel.owners import local
+from parallel.matrix_owners import local
+from parallel.parallelize import parameter_name
 
 MEAN = "mean"  # under this name a checkpoint has the averaged weights
 Weights = dict[str, Tensor]

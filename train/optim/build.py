@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from models.axes import AXES, Declared, declarations
-from parallel.apply import parameter_name
-from train.construct import construct
+from parallel.parallelize import parameter_name
+from train.instantiate import construct
 
 Make = Callable[..., Optimizer]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from train import checkpoint
+from train.checkpoints import checkpoint
 
 MEANS = ("exp_avg", "momentum_buffer")  # of gradients, as torch.optim names them
 

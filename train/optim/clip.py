@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from parallel.apply import parameter_name
 from parallel.collectives import Comm
-from parallel.data import norm
-from parallel.owners import local
+from parallel.fsdp import norm
+from parallel.matrix_owners import local
+from parallel.parallelize import parameter_name
 
 PURPOSE = "gradient norms"
 

@@ -6,7 +6,7 @@ square 1 / max(M, N), so 0.2 sqrt(max(M, N)) of it is as large as what AdamW cha
 
 What is one matrix is what multiplies a vector: each expert's, and q, k and v, or the two halves of a SwiGLU, each by
 itself although they lie in one tensor (`models.axes.Declared.parts`). A matrix is spread over all ranks by rows, and
-whole on one of them while it is made orthogonal (`parallel.owners`).
+whole on one of them while it is made orthogonal (`parallel.matrix_owners`).
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
-from parallel.owners import Cut, Owners, cuts, local, received
-from parallel.schedule.volume import Traffic
+from parallel.matrix_owners import Cut, Owners, cuts, local, received
+from parallel.schedule.comm_volume import Traffic
 from train.optim.adamw import AdamW
 from train.optim.build import axes, refined
 

@@ -3,9 +3,9 @@
 import pytest
 
 from launch.config.compose import checked, composed
+from launch.config.stage import Stage
+from launch.errors import UserError
 from launch.extend.compose import configured, positioned, rules_of
-from launch.extend.stage import Stage
-from launch.user import UserError
 
 MIXTURE = ["data=mixture", "data.sources.new.data.path=texts", "data.sources.new.weight=3"]
 

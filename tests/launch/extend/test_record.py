@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.extend.picture import draw, table
+from launch.extend.plot import draw, table
 from launch.extend.record import Record
 
 NEEDLE = {"lengths": [512], "depths": [0.0, 1.0], "logprob": [[-4.0, -2.0]], "exact": [[0.0, 1.0]]}

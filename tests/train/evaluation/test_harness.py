@@ -56,8 +56,8 @@ def stand_in(calls):
 def asked():
     """On a rank: what the harness returned and was told."""
     from parallel.mesh import Groups
-    from parallel.sequence.effects import GatherEffects
-    from parallel.sequence.keys import GatherKeys
+    from parallel.sequence.attention import GatherKeys
+    from parallel.sequence.states import GatherEffects
     from train.evaluation.harness import harness
     from train.evaluation.score import Scorer
     from train.execute import Executor

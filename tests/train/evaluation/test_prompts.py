@@ -11,7 +11,7 @@ from train.evaluation.texts import packed, spelled
 
 pytest.importorskip("tokenizers")
 
-from data.tokenizer_files import read  # noqa: E402
+from data.hf_tokenizer import read  # noqa: E402
 from tests.published_tokens import KINDS  # noqa: E402
 from train.evaluation.harness import Answers  # noqa: E402
 

@@ -11,10 +11,10 @@ from launch.config.compose import composed
 from models.sequence import Whole
 from tests.jobs import SMALL, overrides
 from train.build import build
-from train.checkpoint import complete
+from train.checkpoints.checkpoint import complete
 from train.evaluation.run import open_batches, run
 from train.evaluation.texts import documents
-from train.generate import Decoder
+from train.inference.decode import Decoder
 
 pytestmark = pytest.mark.dist
 

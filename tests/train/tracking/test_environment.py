@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.rundir import reserved
+from launch.run.rundir import reserved
 from train.tracking import Tracking, obey_environment
 from train.tracking.wandb import mode_of
 

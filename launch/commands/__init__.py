@@ -1,0 +1,1 @@
+"""The verbs of `farspan`, one file each; `launch.verbs` has their help."""

@@ -1,0 +1,37 @@
+"""`farspan evaluate`: a checkpoint by its losses, its recall, and its tasks."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.errors import UserError
+from launch.evaluation.measure import check_evaluation, configured, folder_of, measured
+from launch.evaluation.report import draw, table
+from launch.run.checkpoints import checkpoint_of
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measures, prints a table, and leaves results.json and pictures in the run. Raises UserError."""
+    if not arguments or "=" in arguments[0] and not Path(arguments[0]).exists():
+        raise UserError("RUN: missing; expected a run folder (farspan evaluate RUN evaluate.parts=[loss])")
+    run, overrides = arguments[0], arguments[1:]
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    found = checkpoint_of(run)
+    config = configured(found, overrides)
+    device = check_evaluation(config, found, run, lambda line: console.print(line, markup=False))
+    folder = folder_of(found, config["evaluate"]["weights"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"RUN={run}: results cannot be written to {folder} ({error.strerror})") from None
+    workers = config["cluster"]["workers"]
+    console.print(f"evaluating {found} on {workers} {'worker' if workers == 1 else 'workers'} ({device})", markup=False)
+    if code := measured(config, found, folder, device, console):
+        return code
+    results = json.loads((folder / "results.json").read_text())
+    asked = [*config["evaluate"]["parts"], *(["tasks"] if config["evaluate"]["tasks"] else [])]
+    print("\n".join(table(results, asked)))
+    pictures = draw(folder, results)
+    console.print(f"in {folder}: results.json, {', '.join(pictures)}" if pictures else f"in {folder}: results.json")
+    return 0

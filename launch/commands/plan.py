@@ -1,0 +1,291 @@
+"""`farspan plan`: what a run would do, without training: mesh, parameters, FLOPs, memory, traffic, the first plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.cluster.placement import Node, place
+from launch.commands import schedule_plot
+from launch.errors import UserError
+from launch.preflight.check import check_run
+from launch.preflight.checked import CheckedRun
+from launch.preflight.configure import configure
+from launch.preflight.refusals import refusals
+from launch.templates import Machines
+
+if TYPE_CHECKING:  # torch is loaded once the configuration has been read
+    from models.accounting import Account
+    from models.lm import LM
+    from parallel.schedule.plan import Plan
+
+
+def plan(overrides: list[str]) -> int:
+    """Prints the plan of a run. Raises UserError."""
+    config = configure(overrides)
+    if config["stages"]:
+        from launch.extend import stages
+
+        print("\n".join(stages.table(*stages.legs(config, overrides))))
+        return 0
+    planned = _planned(config)
+    with refusals(config):
+        device = planned.device(config["cluster"]["device"]) if planned else None
+    flight = check_run(config, print, device=device)
+    with refusals(config):
+        print("\n".join(lines(flight, planned.nodes_planned(flight.device) if planned else _nodes(flight))))
+        if picture := config["run"]["plot"]:
+            schedule_plot.draw(flight, Path(picture))
+            print(f"picture     {picture}")
+        if steps := config["data"].get("audit"):
+            print("\n".join(_audit(flight, steps)))
+    return 0
+
+
+def _planned(config: dict[str, Any]) -> Machines | None:
+    """The machines of the cluster's template; None where there is none, or the cluster itself can be asked."""
+    from launch.cluster import nodes
+    from launch.commands import template
+
+    address = config["cluster"]["address"]
+    found = template.machines(config)
+    if found is None or address is None:
+        return found
+    try:
+        nodes.check_answers(nodes.address_of(address))
+    except UserError as error:
+        print(f"{error}; planned on the machines of cluster.template")
+        return found
+    return None
+
+
+def _nodes(flight: CheckedRun) -> list[Node]:
+    if flight.cluster.kind != "ray":
+        return [Node("this machine", "127.0.0.1", flight.cluster.workers)]
+    from launch.cluster.nodes import room
+
+    return room(flight.cluster, flight.device)
+
+
+def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
+    """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
+    from train.instantiate import construct
+    from train.layout import dependences
+    from train.metrics.timing import pieces
+
+    config, train = flight.config, flight.train
+    batch = flight.batches.batch(config["seed"], 0)
+    lengths = [len(s.tokens) for s in batch]
+    first = construct(config["scheduler"]).plan(0, lengths, data=flight.data, sequence=flight.sequence)
+    placement = place(flight.cluster.workers, nodes, flight.sizes)
+    model = _model(flight)
+    costs = _costs(flight, model)
+    held = max(
+        sum(end - begin for begin, end in spans)
+        for micro in first.micro_steps
+        for group in micro.groups
+        for spans in group.spans
+    )
+    spans = _spans(flight, first)
+    read = [n for s in batch for n in pieces(s.starts[s.counted])]
+    sizes = " to ".join(f"{size:,}" for size in sorted({train.ramp.sizes[0], train.ramp.sizes[-1]}))
+    return [
+        f"mesh        {flight.cluster.workers} workers on {flight.device}: data {flight.data} x sequence "
+        f"{flight.sequence}; parameters sharded over all of them",
+        *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
+        _budget(flight, sizes),
+        *schedule_plot.lines(flight),
+        f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
+        *_flops(costs, read, config["engine"].get("recompute", "none")),
+        *_order(flight),
+        *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
+        *_memory(flight, model, costs, -(-held // spans), spans),
+        f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
+        *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
+        *first.text().splitlines(),
+    ]
+
+
+def _budget(flight: CheckedRun, sizes: str) -> str:
+    """How many steps, and tokens."""
+    train, filled = flight.train, flight.batches.filled(flight.train.total_steps)
+    if filled == 1:
+        return f"budget      {train.total_steps:,} steps of {sizes} tokens = {train.total_tokens:,}"
+    share = f"steps of {sizes} places, of which {1 - filled:.1%} are padding"
+    if train.steps is not None:
+        return f"budget      {train.steps:,} {share}"
+    return f"budget      {train.total_tokens:,} tokens, in some {train.steps_at(filled):,} {share}"
+
+
+def _order(flight: CheckedRun) -> list[str]:
+    """What a step may consist of, and the shares of all steps."""
+    shapes = " | ".join(f"{len(lengths):,} x {lengths[0]:,}" for lengths in flight.batches.shapes())
+    drawn = flight.batches.drawn(flight.train.total_steps)
+    shares = [f"{name} {tokens / flight.train.total_tokens:.1%}" for name, tokens in drawn.items() if tokens]
+    return [f"sequences   {shapes} a step", *([f"            {', '.join(shares)}"] if len(shares) > 1 else [])]
+
+
+def _audit(flight: CheckedRun, steps: int) -> list[str]:
+    """Raises ValueError for what the audit finds wrong."""
+    from data.audit import audit, passed_over
+    from train.checkpoints import checkpoint
+
+    facts: dict[str, Any] = checkpoint.manifest(flight.resume) if flight.resume else {"step": 0, "skips": 0}
+    try:
+        found = audit(flight.batches, flight.config["seed"], steps, facts["step"], facts["skips"])
+        if flight.resume is not None:
+            trained = {
+                record["step"]: record["step"] - 1 + record.get("skips", 0) for record in _trained(flight.resume)
+            }
+            found.append(passed_over(facts.get("skipped", []), facts["step"], facts["skips"], trained))
+    except AssertionError as error:
+        raise ValueError(f"data.audit={steps}: {error}") from None
+    return [f"{'' if i else 'audit':<12}{line}" for i, line in enumerate(found)]
+
+
+def _trained(checkpoint: Path) -> list[dict[str, Any]]:
+    """The records of the steps that a run has made, of which the newest attempt's count."""
+    from train.tracking import records
+
+    return [r for r in records(checkpoint.parent.parent / "metrics.jsonl") if "skipped" not in r]
+
+
+def _model(flight: CheckedRun) -> LM:
+    """On the meta device, computing in what the run would."""
+    import torch
+
+    from train.instantiate import construct
+    from train.precision import dtypes
+
+    with torch.device("meta"):
+        model = construct(flight.config["model"])
+    model.compute = dtypes(flight.config["precision"]["compute"], flight.device)[0]
+    return model
+
+
+def _costs(flight: CheckedRun, model: LM) -> Account:
+    """Raises ValueError for a model whose costs are not known."""
+    from models.accounting import account
+
+    try:
+        return account(model, device=flight.device)
+    except NotImplementedError as error:
+        raise ValueError(f"model: {error}") from None
+
+
+def _flops(costs: Account, documents: list[int], recompute: str) -> list[str]:
+    """Of the first batch, its documents as they are: the work of attention depends on their lengths."""
+    flops, tokens = costs.flops(documents), sum(documents)
+    attention = 1 - sum(costs.per_token[:2]) * tokens / flops.model
+    again = f", again {_count(flops.recompute / tokens)} for what is recomputed" if recompute == "full" else ""
+    return [
+        f"FLOPs       a token {_count(flops.forward / tokens)} forward, {_count(flops.backward / tokens)} backward"
+        f"{again}; a step {_count(flops.model)}",
+        f"            {attention:.1%} of them are products of queries, keys and values in softmax attention",
+    ]
+
+
+def _spans(flight: CheckedRun, first: Plan) -> int:
+    """How many spans in time the longest micro-step takes."""
+    from parallel.schedule.time_spans import count
+
+    most = flight.train.span_tokens
+    return 1 if most is None else max(count(micro, first.lengths, most) for micro in first.micro_steps)
+
+
+def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int) -> list[str]:
+    """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward. held: tokens
+    of a span in time."""
+    from train.instantiate import construct
+    from train.optim.build import moments
+    from train.precision import dtypes
+
+    compute, master = dtypes(flight.config["precision"]["compute"], flight.device)
+    engine, model = flight.config["engine"], flight.config["model"]
+    share = master.itemsize / flight.cluster.workers
+    states = (2 * costs.parameters + moments(construct(flight.config["optimizer"]), built)) * share
+    averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
+    gathered = costs.parameters * master.itemsize
+    if engine["reshard_after_forward"]:
+        gathered = gathered * 2 // model["layers"]
+    kept = costs.activations
+    if engine["recompute"] != "none":  # every layer's input, and all of one layer while it runs again
+        kept = model["dim"] * compute.itemsize * model["layers"] + kept / model["layers"]
+    if engine["recompute"] == "selective":
+        kept += costs.dear
+    chunk = min(held, flight.config["train"].get("loss_chunk") or held)
+    parts = {
+        "weights, gradients, moments": states,
+        **({"averages of weights": averages * costs.parameters * share} if averages else {}),
+        "gathered weights": gathered,
+        "activations": kept * held,
+        f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] * (compute.itemsize + 8)
+        + held * model["dim"] * compute.itemsize,  # and its gradient of the head's input
+    }
+    if spans > 1 and flight.train.span_gradient == "exact":
+        parts[f"between {spans:,} spans in time"] = (spans - 1) * costs.state(held * flight.sequence)
+    step = "micro-step" if spans == 1 else "span in time"
+    return [
+        f"memory      {_size(sum(parts.values()))} a rank at {held:,} tokens a {step}, besides the runtime",
+        *(f"            {_size(value):>10}  {name}" for name, value in parts.items()),
+    ]
+
+
+def _traffic_in_time(flight: CheckedRun) -> list[str]:
+    return [] if flight.cluster.workers == 1 else ["traffic     of spans in time is not foretold: a run counts it"]
+
+
+def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str]:
+    """What ranks receive from others in the first step, by purpose, as the run's records will count it."""
+    from collections import Counter
+
+    from models.axes import declarations
+    from parallel.schedule.comm_volume import How, Traffic, of_plan, of_weights
+    from train.instantiate import construct
+    from train.metrics.comm_trace import asked, weight_units
+    from train.optim.build import build_optimizer
+    from train.precision import dtypes
+
+    transport, engine, workers = flight.config["parallel"]["transport"], flight.config["engine"], flight.cluster.workers
+    if workers == 1:
+        return []
+    auto = transport["recurrence"] == "auto"
+    how = How("gather" if auto else transport["recurrence"], transport["attention"], transport["blocks"])
+    starts = [s.starts.nonzero()[0].tolist() for s in batch]
+    asks = asked(model, device=flight.device) if flight.sequence > 1 else ()
+    found = of_plan(first, starts, asks, how, recompute=engine.get("recompute", "none"))
+    master = dtypes(flight.config["precision"]["compute"], flight.device)[1]
+    units = weight_units(model, itemsize=master.itemsize, reshard=engine.get("reshard_after_forward", True))
+    weights = of_weights(units, workers, len(first.micro_steps))
+    total, most = Counter[str](), Counter[str]()
+    stepping: Any = build_optimizer(construct(flight.config["optimizer"]), model, declarations(model))
+    if hasattr(stepping, "received"):
+        for rank, traffic in enumerate(stepping.received(workers, master, flight.device)):
+            found.setdefault(rank, Traffic()).include(traffic)
+    for traffic in found.values():
+        traffic.include(weights)
+        total.update(traffic.bytes)
+        most |= traffic.bytes
+    note = "; auto, as if it chose gather for states" if auto and flight.sequence > 1 else ""
+    return [
+        f"traffic     {_size(total.total())} a step between {workers} ranks, by what it is, and the most a rank "
+        f"receives{note}",
+        *(f"            {_size(n):>10}  {purpose}, {_size(most[purpose])}" for purpose, n in total.most_common()),
+    ]
+
+
+def _count(number: float) -> str:
+    """Three digits and a prefix: 12.3 M."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or unit == "P":
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    raise AssertionError
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,208 @@
+"""All stages of a chain, checked before the first one starts."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.config.compose import checked
+from launch.config.model import model_of
+from launch.config.stage import Stage
+from launch.errors import UserError
+from launch.evaluation.measure import trained_on
+from launch.extend.compose import configured
+from launch.preflight.check import check_run
+from launch.preflight.refusals import refusals
+from launch.run import rundir
+from models.positions import NoPE, Positions
+
+if TYPE_CHECKING:
+    from launch.preflight.checked import CheckedRun
+
+NUMBERED = ("train.tokens", "train.steps")  # of a chain, each stage has its own
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a chain extends. path: a checkpoint of ours, or a folder of Hugging Face's. trained: tokens of its longest
+    sequences; None where it does not say. model: its section."""
+
+    path: Path
+    trained: int | None
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage that may start. name: of its folder. positions: what becomes of them, in lines. flight: as checked, with
+    the parent in place of the stage before."""
+
+    stage: Stage
+    name: str
+    config: dict[str, Any]
+    positions: list[str]
+    flight: CheckedRun
+
+
+def legs(config: dict[str, Any], overrides: list[str]) -> tuple[Parent, list[StagePlan]]:
+    """The stages of a chain in their order, and what they extend. Raises UserError for what any of them is refused."""
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if key in NUMBERED:
+            raise UserError(f"{override}: must not be given with stages, which have each their own")
+    if config["cluster"]["kind"] == "ray":
+        raise UserError("cluster=ray: must be none or local with stages: a chain runs on this machine")
+    if config["evaluate"]["weights"] != "raw":
+        raise UserError(f"evaluate.weights={config['evaluate']['weights']}: must be raw with stages")
+    if stages := (config["curriculum"].get("context")):
+        raise UserError(f"curriculum.context={stages}: must be null with stages, which say lengths and positions")
+    parent = _parent(config)
+    found: list[StagePlan] = []
+    model, before = parent.model, parent.trained
+    for i, values in enumerate(config["stages"]):
+        try:
+            leg = _leg(config, Stage(**values), i + 1, parent, model, before)
+        except ValueError as error:
+            raise UserError(f"stages[{i}].{' '.join(str(error).split())}") from None
+        except UserError as error:
+            raise UserError(f"stages[{i}]: {error}") from None
+        found.append(leg)
+        model, before = leg.config["model"], leg.stage.length
+    return parent, found
+
+
+def _leg(
+    config: dict[str, Any], stage: Stage, number: int, parent: Parent, model: dict[str, Any], before: int | None
+) -> StagePlan:
+    if before is not None and stage.length < before:
+        what = f"those of init_from={config['init_from']}" if number == 1 else "the stage before"
+        raise ValueError(f"length={stage.length}: must be at least {before}, as {what}")
+    found = configured(config, stage, number, model)
+    if number > 1:  # from here on the chain goes on from itself
+        found["train"] |= {"init_optimizer": "keep", "init_weights": "raw"}
+    found = checked(found)
+    alone = deepcopy(found)
+    alone["init_from"] = str(parent.path)
+    if number > 1:
+        alone["train"]["init_optimizer"] = config["train"]["init_optimizer"]
+    said = _positions(stage, parent, model, found["model"], before)
+    flight = check_run(alone, lambda line: None)  # the run itself says it again
+    return StagePlan(stage, rundir.stage_name(number, stage.length), found, said, flight)
+
+
+def _parent(config: dict[str, Any]) -> Parent:
+    """Raises UserError."""
+    from train.checkpoints import checkpoint, hf_reader
+    from train.checkpoints.hf_convert import rebased
+
+    value = config["init_from"]
+    if value is None:
+        raise UserError("init_from: missing; stages extend a run, a checkpoint or a folder of Hugging Face's")
+    path = Path(value)
+    if hf_reader.is_folder(path):
+        with refusals(config):
+            return Parent(path, trained_on(path), config["model"])
+    if rundir.is_checkpoint(path):
+        try:
+            checkpoint.verify(path)
+        except checkpoint.DamagedError as error:
+            raise UserError(f"init_from={value}: this checkpoint is damaged ({error})") from None
+    else:
+        newest = checkpoint.newest(
+            rundir.latest(rundir.run_folder("init_from", value)) / "checkpoints", lambda line: None
+        )
+        if newest is None:
+            raise UserError(f"init_from={value}: has no complete checkpoint")
+        path = newest
+    base = checkpoint.manifest(path).get("rope_theta")  # what the parent's curriculum has made of it
+    return Parent(path, trained_on(path), rebased(config["model"], base) if base else config["model"])
+
+
+def _positions(
+    stage: Stage, parent: Parent, before: dict[str, Any], after: dict[str, Any], trained: int | None
+) -> list[str]:
+    """What becomes of rotary positions, a line each kind. Raises ValueError for a rule that does not reach."""
+    lines = []
+    for plain, was, now in zip(*(_layers(model) for model in (parent.model, before, after)), strict=True):
+        if isinstance(now.positions, NoPE):
+            lines += [] if isinstance(was.positions, NoPE) else [f"{type(was.positions).__name__} becomes NoPE"]
+            continue
+        original = (parent.trained or math.inf) / getattr(plain.positions, "factor", 1.0)
+        reaches = now.positions.reaches(original)
+        if reaches < min(stage.length, now.window or math.inf):  # behind a window nothing is farther away
+            rule = "null" if stage.positions is None else now.positions
+            raise ValueError(
+                f"positions={rule}: must reach length={stage.length}; "
+                f"{type(now.positions).__name__} reaches {math.floor(reaches)}"
+            )
+        lines.append(_turns(was, now, trained, stage.length))
+    return list(dict.fromkeys(lines)) or ["no layer has rotary positions"]
+
+
+def _layers(model: dict[str, Any]) -> list[Any]:
+    """The modules of a model that have positions, or could have."""
+    modules = model_of(model).modules()
+    return [module for module in modules if isinstance(getattr(module, "positions", None), Positions)]
+
+
+def _turns(was: Any, now: Any, trained: int | None, length: int) -> str:
+    """What the slowest pair of channels turns by over all of a document, before and after."""
+    old, new = (float(m.positions.frequencies(m.head_dim)[0].min()) for m in (was, now))
+    said = f"the slowest pair turns by {new * length:.3g} rad over {length:,} tokens"
+    if trained is not None:
+        times = new * length / (old * trained) if old else 0.0
+        far = f"{times:.3g} times as far" if times > 1 + 1e-9 else "no farther"
+        said += f", by {old * trained:.3g} over the {trained:,} before: {far}"
+    a, b = was.positions, now.positions
+    if type(a) is not type(b):
+        said += f"; {type(a).__name__} becomes {type(b).__name__}"
+    if a.base != b.base:
+        faster = ", so that pairs turn faster than was trained" if b.base < a.base else ""
+        return f"{said}; base {a.base:,.0f} becomes {b.base:,.0f}{faster}"
+    return f"{said}; base {b.base:,.0f} as before"
+
+
+def table(parent: Parent, found: list[StagePlan]) -> list[str]:
+    """The stages, for a person: a line each, and what becomes of positions."""
+    from launch.evaluation.report import columns
+
+    rows = [
+        [
+            leg.name,
+            f"{leg.stage.length:,}",
+            f"{leg.flight.train.total_tokens:,}",
+            f"{leg.config['train']['batch_tokens']:,}",
+            f"{leg.config['optimizer']['lr']:g}",
+            *_flops(leg),
+            _weights(leg.config),
+        ]
+        for leg in found
+    ]
+    head = ["length", "tokens", "a step", "lr", "FLOPs a token", "attention", "weights"]
+    known = "of unknown length" if parent.trained is None else f"trained on {parent.trained:,} tokens"
+    return [
+        f"extends     {parent.path}, {known}",
+        *columns(head, rows, "stage"),
+        *(f"{leg.name}: {line}" for leg in found for line in leg.positions),
+    ]
+
+
+def _flops(leg: StagePlan) -> list[str]:
+    """Of training on a document that fills the length, and the share of softmax attention's products."""
+    from models.accounting import account
+
+    try:
+        costs = account(model_of(leg.config["model"]), device=leg.flight.device)
+    except NotImplementedError:
+        return ["", ""]
+    flops = costs.flops([leg.stage.length])
+    a_token = flops.model / leg.stage.length
+    return [f"{a_token:.3g}", f"{1 - sum(costs.per_token[:2]) / a_token:.0%}"]
+
+
+def _weights(config: dict[str, Any]) -> str:
+    sources = config["data"].get("sources") or {}
+    return ", ".join(f"{name} {portion['weight']}" for name, portion in sources.items())

@@ -1,0 +1,31 @@
+"""A constructor's refusal as one line that starts with the whole key."""
+
+from contextlib import contextmanager
+from typing import Any
+
+from launch.errors import UserError
+
+
+@contextmanager
+def refusals(config: dict[str, Any]):
+    """Turns a constructor's ValueError into a UserError whose line starts with the full key."""
+    try:
+        yield
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        key, _, rest = line.partition("=")
+        value = rest.partition(":")[0]
+        found = (
+            None
+            if "." in key
+            else next((p for p, v in _leaves(config) if p.endswith(f".{key}") and str(v) == value), None)
+        )
+        raise UserError(f"{found}={rest}" if found else line) from None
+
+
+def _leaves(node: Any, path: str = ""):
+    if isinstance(node, dict):
+        for key, child in node.items():
+            yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node

@@ -1,0 +1,35 @@
+"""How a run ended, and the job that it may have been."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.shell import command, override
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. code: the exit code. folder: the run's, None where it was not made. stopped: asked to stop."""
+
+    code: int
+    folder: Path | None = None
+    stopped: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """What a job knows of itself: its id and the cluster's address as its user sees them, the device, the code."""
+
+    job: str
+    address: str
+    device: str
+    code: dict[str, Any]
+
+    @property
+    def again(self) -> str:
+        """The command that resumes it."""
+        return command("submit", override("resume", self.job), override("cluster.address", self.address))
+
+
+NOTHING_WRITTEN = "stopped before the run started: nothing was written"

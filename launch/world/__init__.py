@@ -1,0 +1,1 @@
+"""The processes of one torch.distributed world, and the watch over them."""

@@ -1,0 +1,54 @@
+"""Recurrences whose steps are no affine maps of the state: no span has an effect that is known before its state is.
+
+What such a span does can only be run, when the spans before it have been. Over ranks the state goes from one to the
+next, and its gradient the same way back (`parallel.sequence.nonlinear`): exact at any layout, and no faster than one
+rank, save for all that is done outside of it, which every rank does for its tokens at the same time.
+
+Legend: B spans, T tokens. A state is one tensor [B, ...] in at least fp32, zeros for a document that has not begun.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Serial(ABC):
+    """A rule of `models.mixers` that is run. `shared`: tensors that are the same for all tokens, weights among them."""
+
+    shared: tuple[Tensor, ...] = ()
+
+    rule: ClassVar[str]
+
+    @abstractmethod
+    def nothing(self, *xs: Tensor) -> Tensor:
+        """The state [B, ...] before any token."""
+
+    @abstractmethod
+    def run(self, xs: tuple[Tensor, ...], shared: tuple[Tensor, ...], positions: Tensor, state: Tensor) -> "Ran":
+        """The outputs [B, T, ...] of a span and the state that leaves it. xs are [B, T, ...], positions [B, T] those in
+        the document: 0 starts one, and what entered is forgotten."""
+
+    def begin(self, *xs: Tensor, positions: Tensor, state: Tensor | None) -> "Ran":
+        """The same with its own `shared`, from nothing where there is no state."""
+        return self.run(xs, self.shared, positions, self.nothing(*xs) if state is None else state)
+
+
+Ran = tuple[Tensor, Tensor]
+
+
+def starts_of(positions: Tensor) -> dict[int, Tensor]:
+    """By token at which a document starts in some row: in which rows [B]. None on the meta device."""
+    if positions.is_meta:
+        return {}
+    starts = positions == 0
+    at = starts.any(0).nonzero().flatten().tolist()
+    return {t: starts[:, t] for t in at}
+
+
+def masked(start: Tensor, x: Tensor, value: float = 0.0) -> Tensor:
+    """x [B, ...] with `value` in the rows that start [B]."""
+    return torch.where(start.view(-1, *(1,) * (x.dim() - 1)), value, x)

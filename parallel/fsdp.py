@@ -1,0 +1,95 @@
+"""Fully sharded data parallelism (FSDP2) over all data × sequence ranks, gradients summed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
+from parallel.liveness import HERE, Wait
+
+
+def shard(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    reshard_after_forward: bool,
+    on_host: bool = False,
+) -> None:
+    """Shards each block, then the rest with the root, over `mesh`; `on_host`: shards live there, gradients too."""
+    policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
+    sum_gradients(model)
+    count(model)
+
+
+class Counted:
+    """FSDP's own collectives, done as it does them, for the weights of one `layer`."""
+
+    def __init__(self, layer: str):
+        self.layer = layer
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @staticmethod
+    def count(group: dist.ProcessGroup, purpose: str, received: int) -> None:
+        if group.size() > 1:
+            LEDGER.add(group.group_name, purpose, received)
+
+
+class CountedGather(Counted):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        self.count(group, "weights", output_tensor.nbytes - input_tensor.nbytes)
+        with HERE.waiting(Wait(self.layer, "weights", "all-gather")):
+            return all_gather_into(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class CountedScatter(Counted):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        self.count(group, "weights gradient", input_tensor.nbytes - output_tensor.nbytes)
+        with HERE.waiting(Wait(self.layer, "weights gradient", "reduce-scatter")):
+            return reduce_scatter_into(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
+def count(model: nn.Module) -> None:
+    """Enters what FSDP gathers and reduces into the ledger."""
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(CountedGather(name))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(CountedScatter(name))  # type: ignore[arg-type]
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """The one place that sets how gradients are reduced: a sum. The loss is already divided by the global token count.
+
+    A true sum, and not a mean with factor 1: on gloo the divide factor alone fails in fp32 where fp64 passes.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def communicate_gradients(model: nn.Module, last: bool) -> None:
+    """Gradients of a step's micro-steps accumulate unsharded; only the last one reduces them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm over all (sharded) tensors together, the same plain scalar on every rank."""
+    total = nn.utils.get_total_norm(tensors)
+    return total.full_tensor() if hasattr(total, "full_tensor") else total

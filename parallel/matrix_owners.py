@@ -1,0 +1,246 @@
+"""Matrices whose rows are spread over ranks, each made whole on one of them for what needs all of it.
+
+Sharding gives a rank some rows of every parameter. A function of whole matrices (Muon's) would have to gather all of
+them on every rank, which would then all compute the same. Here every matrix has one owner: the ranks send it their
+rows, it computes, and sends each its rows of the result. Both ways are one all-to-all for many matrices together.
+
+A parameter holds one matrix or several: those of experts along its first dimension, and parts side by side.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from parallel.collectives import LEDGER
+from parallel.liveness import HERE, Wait
+from parallel.schedule.comm_volume import Traffic
+
+TOGETHER = 1 << 25  # elements of whole matrices that a rank holds at a time, unless one matrix alone has more
+PURPOSE = "matrices"
+
+Places = slice | list[int]
+Function = Callable[[Tensor], Tensor]  # [S, M, N] -> [S, M, N], of S matrices of one shape
+
+
+class Part(NamedTuple):
+    """Places of a dimension of `length`: `size` of them from `begin` on, and again after every `period`."""
+
+    begin: int
+    size: int
+    period: int
+    length: int
+
+    def before(self, place: int) -> int:
+        """How many of its places are below this one."""
+        rounds, rest = divmod(place, self.period)
+        return rounds * self.size + min(max(rest - self.begin, 0), self.size)
+
+    def between(self, begin: int, end: int) -> slice | list[int]:
+        """Its places in [begin, end), counted from `begin`."""
+        if self.period == self.length:
+            first = max(self.begin - begin, 0)
+            return slice(first, first + self.before(end) - self.before(begin))
+        return [p - begin for p in range(begin, end) if 0 <= p % self.period - self.begin < self.size]
+
+
+class Cut(NamedTuple):
+    """Where a matrix lies in its parameter: parameter[lead, rows, columns], `lead` None in one of two dimensions."""
+
+    lead: int | None
+    rows: Part
+    columns: Part
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.before(self.rows.length), self.columns.before(self.columns.length)
+
+
+def cuts(shape: Sequence[int], parts: Sequence[int] = (), along: int = 0) -> list[Cut]:
+    """The matrices of a parameter of two or three dimensions; parts, along: as `models.axes.Declared` has them."""
+    *leads, rows, columns = shape
+    sides = [[Part(0, length, length, length)] for length in (rows, columns)]
+    if parts:
+        begins, length = accumulate(parts, initial=0), shape[along]
+        several = [Part(b, size, sum(parts), length) for b, size in zip(begins, parts, strict=False)]
+        sides[along - len(leads)] = several
+    return [Cut(i, r, c) for i in (range(leads[0]) if leads else [None]) for r in sides[0] for c in sides[1]]
+
+
+class Placed(NamedTuple):
+    """A matrix of the parameter with this index, and its owner. rows: how many of its rows each rank holds."""
+
+    parameter: int
+    cut: Cut
+    owner: int
+    rows: tuple[int, ...]
+
+
+def assigned(begins: Sequence[Sequence[int]], matrices: Sequence[Sequence[Cut]], world: int) -> list[list[Placed]]:
+    """The matrices of each exchange. begins: of each parameter the first row of every rank, and how many it has."""
+    found = [(i, cut) for i, several in enumerate(matrices) for cut in several]
+    found.sort(key=lambda each: -_cost(each[1]))
+    busy, buckets = [0.0] * world, list[list[Placed]]()
+    size = TOGETHER * world + 1
+    for i, cut in found:
+        owner = min(range(world), key=busy.__getitem__)
+        busy[owner] += _cost(cut)
+        elements = cut.shape[0] * cut.shape[1]
+        if size + elements > TOGETHER * world:
+            buckets.append([])
+            size = 0
+        size += elements
+        buckets[-1].append(Placed(i, cut, owner, tuple(_held(begins[i], cut, r) for r in range(world))))
+    return buckets
+
+
+def received(lengths: Sequence[int], matrices: Sequence[Sequence[Cut]], world: int, itemsize: int) -> list[Traffic]:
+    """What each rank receives where `Owners.apply` is called, of parameters of so many rows that FSDP has sharded."""
+    found = [Traffic() for _ in range(world)]
+    for bucket in assigned([shares(length, world) for length in lengths], matrices, world):
+        for rank, traffic in enumerate(found):
+            there = sum((sum(m.rows) - m.rows[rank]) * m.cut.shape[1] for m in bucket if m.owner == rank)
+            back = sum(m.rows[rank] * m.cut.shape[1] for m in bucket if m.owner != rank)
+            traffic.add(PURPOSE, (there + back) * itemsize, 2 * (world > 1))
+    return found
+
+
+def shares(length: int, world: int) -> list[int]:
+    """The first row of each rank, and their number: FSDP cuts as torch.chunk does, and later ranks may get none."""
+    step = -(-length // world)
+    return [min(rank * step, length) for rank in range(world + 1)]
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of it."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+class Owners:
+    """Who owns which matrix of some parameters: the largest first, each by whoever has the least to compute so far.
+
+    parameters: whole, or sharded by rows over one mesh of one dimension. Raises NotImplementedError for another layout.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], matrices: Sequence[Sequence[Cut]]):
+        self.group, self.rank, self.world = _group(parameters)
+        self.begins = [_begins(p, self.world) for p in parameters]
+        self.buckets = assigned(self.begins, matrices, self.world)
+
+    def apply(self, pieces: Sequence[Tensor], function: Function, dtype: torch.dtype) -> list[Tensor]:
+        """`function` of every matrix in `dtype`, from this rank's rows of the parameters to its rows of the results.
+
+        Collective. What of a parameter is in no matrix is 0 in its result.
+        """
+        results = [torch.zeros_like(piece) for piece in pieces]
+        for bucket in self.buckets:
+            order = sorted(bucket, key=lambda each: each.owner)
+            sent = [_read(*self._place(pieces, each)).to(dtype).reshape(-1) for each in order]
+            mine = [each for each in bucket if each.owner == self.rank]
+            there = [sum(p.numel() for p, m in zip(sent, order, strict=True) if m.owner == r) for r in self._ranks()]
+            here = [sum(each.rows[r] * each.cut.shape[1] for each in mine) for r in self._ranks()]
+            received = self._exchange(torch.cat(sent), there, here)
+            made = _computed(self._whole(received, mine), function)
+            back = [_rows(*pair, r).reshape(-1) for r in self._ranks() for pair in zip(mine, made, strict=True)]
+            returned = self._exchange(torch.cat(back) if back else received, here, there)
+            for each, flat in zip(order, returned.split([p.numel() for p in sent]), strict=True):
+                _write(*self._place(results, each), flat.view(-1, each.cut.shape[1]))
+        return results
+
+    def _ranks(self) -> range:
+        return range(self.world)
+
+    def _place(self, pieces: Sequence[Tensor], each: Placed) -> tuple[Tensor, Places, Places]:
+        """Where this rank's rows of a matrix lie: in which tensor, in which of its rows and columns."""
+        piece, cut = pieces[each.parameter], each.cut
+        begin, end = self.begins[each.parameter][self.rank : self.rank + 2]
+        columns = cut.columns.between(0, cut.columns.length)
+        if cut.lead is None:
+            return piece, cut.rows.between(begin, end), columns
+        if not begin <= cut.lead < end:
+            return piece.new_empty(0, cut.columns.length), slice(0), columns
+        return piece[cut.lead - begin], cut.rows.between(0, cut.rows.length), columns
+
+    def _whole(self, received: Tensor, mine: list[Placed]) -> list[Tensor]:
+        """The matrices that this rank owns, from what every rank has sent of them."""
+        sizes = [each.rows[r] * each.cut.shape[1] for r in self._ranks() for each in mine]
+        flat = received.split(sizes) if mine else ()
+        return [torch.cat(flat[i :: len(mine)]).view(each.cut.shape) for i, each in enumerate(mine)]
+
+    def _exchange(self, parts: Tensor, there: list[int], here: list[int]) -> Tensor:
+        """There go so many elements to each rank, and here come so many from each."""
+        if self.group is None:
+            return parts
+        received = parts.new_empty(sum(here))
+        LEDGER.add(self.group.group_name, PURPOSE, (sum(here) - here[self.rank]) * parts.element_size())
+        with HERE.waiting(Wait("", PURPOSE, "all-to-all")):
+            dist.all_to_all_single(received, parts, here, there, group=self.group)
+        return received
+
+
+def _held(begins: Sequence[int], cut: Cut, rank: int) -> int:
+    """How many of a matrix's rows a rank holds."""
+    begin, end = begins[rank : rank + 2]
+    if cut.lead is not None:
+        return cut.shape[0] if begin <= cut.lead < end else 0
+    return cut.rows.before(end) - cut.rows.before(begin)
+
+
+def _read(piece: Tensor, rows: Places, columns: Places) -> Tensor:
+    return piece[rows][:, columns]
+
+
+def _write(piece: Tensor, rows: Places, columns: Places, values: Tensor) -> None:
+    if isinstance(rows, list) and isinstance(columns, slice):
+        piece[rows, columns] = values.to(piece.dtype)
+    else:
+        piece[rows][:, columns] = values.to(piece.dtype)
+
+
+def _rows(each: Placed, whole: Tensor, rank: int) -> Tensor:
+    """The rows of a whole matrix that a rank holds: ranks hold them in order."""
+    first = sum(each.rows[:rank])
+    return whole[first : first + each.rows[rank]]
+
+
+def _computed(matrices: list[Tensor], function: Function) -> list[Tensor]:
+    """`function` of each, those of one shape together."""
+    made: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(m.shape for m in matrices):
+        alike = [i for i, m in enumerate(matrices) if m.shape == shape]
+        made |= dict(zip(alike, function(torch.stack([matrices[i] for i in alike])).unbind(), strict=True))
+    return [made[i] for i in range(len(matrices))]
+
+
+def _cost(cut: Cut) -> float:
+    """Of the products of a matrix with itself."""
+    rows, columns = cut.shape
+    return float(rows * columns * min(rows, columns))
+
+
+def _group(parameters: Sequence[Tensor]) -> tuple[dist.ProcessGroup | None, int, int]:
+    """The ranks over which they are sharded: the group, this rank in it, its size; (None, 0, 1) on one."""
+    meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
+    if not meshes:
+        return None, 0, 1
+    if len(meshes) > 1 or next(iter(meshes)).ndim > 1:
+        raise NotImplementedError("whole matrices of parameters that are sharded over several meshes or dimensions")
+    mesh = meshes.pop()
+    return (None if mesh.size() == 1 else mesh.get_group()), mesh.get_local_rank(), mesh.size()
+
+
+def _begins(parameter: Tensor, world: int) -> list[int]:
+    """As `shares` of a parameter that lies as FSDP lays it."""
+    length = parameter.shape[0]
+    if not isinstance(parameter, DTensor):
+        return [0, length]
+    if parameter.placements != (Shard(0),):
+        raise NotImplementedError(f"whole matrices of a parameter that lies as {parameter.placements}")
+    begins = shares(length, world)
+    rank = parameter.device_mesh.get_local_rank()
+    assert begins[rank + 1] - begins[rank] == parameter.to_local().shape[0]
+    return begins

@@ -1,0 +1,106 @@
+"""`gather`: all keys and values on every rank, some heads at a time (LASP-2H, 2502.07563; the Llama-3 report,
+2407.21783, section 3.3.2). Documents may start anywhere and spans may differ in length.
+
+The gathered heads are let go once they have been seen, and gathered again in the backward pass, where their gradients
+return by a reduce-scatter: what a rank holds at a time does not grow with the number of heads.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.kernels.attention_tiles import Tile, tile_for
+from models.kernels.packed_attention import Piece
+from parallel.collectives import as_operator
+from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
+from parallel.sequence.attention.window_fetch import attend_in_window
+from parallel.sequence.span_layout import Chain
+
+
+class GatherKeys:
+    """`heads`: key/value heads gathered at a time."""
+
+    def __init__(self, heads: int = 1):
+        self.heads = heads
+
+    def attend(
+        self,
+        chain: Chain,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pieces: list[list[Piece]],
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> Tensor:
+        """See `Keys.attend`."""
+        if window is not None:
+            return attend_in_window(chain, q, k, v, pieces, window=window, sinks=sinks)
+        q, kv, scale = together(q, k, v)
+        out: Tensor = _Gathered.apply(chain, self.heads, tile_for(q.device), scale, q, kv)
+        return out[..., : v.shape[-1]]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, heads: int, tile: type[Tile], scale: float, q: Tensor, kv: Tensor) -> Tensor:
+        def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
+            outs, lses = [], []
+            for q_part, kv_part in _strides(q, kv, heads):
+                softmax = Softmax(q_part, tile, scale)
+                blocks = chain.comm.all_gather(_padded(chain, kv_part), purpose="keys and values")
+                for row, n in enumerate(chain.mine):
+                    for link in chain.links[: n + 1]:
+                        k, v = blocks[link.rank, link.row].chunk(2, dim=-1)
+                        for meeting in meetings(chain, chain.links[n], link):
+                            softmax.see(row, k, v, meeting)
+                outs.append(softmax.out.to(q.dtype))
+                lses.append(softmax.lse)
+            return [torch.cat(outs, dim=2), torch.cat(lses, dim=1)]
+
+        out, lse = as_operator(attend, q, kv)
+        ctx.save_for_backward(q, kv, out, lse)
+        ctx.chain, ctx.heads, ctx.tile, ctx.scale = chain, heads, tile, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        q, kv, out, lse = ctx.saved_tensors
+        chain = ctx.chain
+        dqs, dkvs, at = [], [], 0
+        for q_part, kv_part in _strides(q, kv, ctx.heads):
+            heads = slice(at, at := at + q_part.shape[2])
+            transpose = Transpose(q_part, out[:, :, heads], lse[:, heads], grad[:, :, heads], ctx.tile, ctx.scale)
+            blocks = chain.comm.all_gather(_padded(chain, kv_part), purpose="keys and values")
+            gradients = torch.zeros_like(blocks, dtype=lse.dtype)
+            for row, n in enumerate(chain.mine):
+                for link in chain.links[: n + 1]:
+                    k, v = blocks[link.rank, link.row].chunk(2, dim=-1)
+                    dk, dv = gradients[link.rank, link.row].chunk(2, dim=-1)
+                    for meeting in meetings(chain, chain.links[n], link):
+                        transpose.see(row, k, v, dk, dv, meeting)
+            part = chain.comm.reduce_scatter(gradients, purpose="keys and values gradient")
+            dqs.append(transpose.dq)
+            dkvs.append(part[: kv.shape[0], : kv.shape[1]])
+        return None, None, None, None, torch.cat(dqs, dim=2).to(q.dtype), torch.cat(dkvs, dim=2).to(kv.dtype)
+
+
+def _strides(q_BTHK: Tensor, kv_BTGW: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some key/value heads at a time, with the query heads that see them."""
+    shared = q_BTHK.shape[2] // kv_BTGW.shape[2]
+    for kv in kv_BTGW.split(heads, dim=2):
+        count = kv.shape[2] * shared
+        yield q_BTHK[:, :, :count], kv
+        q_BTHK = q_BTHK[:, :, count:]
+
+
+def _padded(chain: Chain, x: Tensor) -> Tensor:
+    """[B, T, ...] -> [rows, longest, ...], the same on every rank."""
+    B, T = x.shape[:2]
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, chain.longest - T, 0, chain.rows - B])

@@ -1,0 +1,112 @@
+"""Who sees whom, between spans: what every transport of keys and values asks."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.kernels.attention_tiles import Tile
+from models.kernels.packed_attention import Piece
+from parallel.sequence.span_layout import Chain, Link
+
+
+class Keys(Protocol):
+    """A way to attend to keys that lie on several ranks."""
+
+    def attend(
+        self,
+        chain: Chain,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pieces: list[list[Piece]],
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> Tensor:
+        """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] of this rank's spans -> [B,T,H,V]; see `Sequence.attend`."""
+        ...
+
+
+class Meeting(NamedTuple):
+    """Queries of one span that see keys of another: slices of the two spans' own tokens. `causal` within a span."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def meetings(chain: Chain, asking: Link, asked: Link) -> Iterator[Meeting]:
+    """Every stretch of `asking` that sees tokens of `asked`: those of its own documents, itself included."""
+    if asked.begin > asking.begin:
+        return
+    documents = chain.documents_of(asking)
+    if asked == asking:
+        for _, begin, end in documents:
+            yield Meeting(
+                slice(begin - asking.begin, end - asking.begin), slice(begin - asking.begin, end - asking.begin), True
+            )
+        return
+    first, begin, end = documents[0]  # only this one may have begun in an earlier span
+    low = max(first, asked.begin)
+    if low < asked.end:
+        yield Meeting(
+            slice(begin - asking.begin, end - asking.begin), slice(low - asked.begin, asked.end - asked.begin), False
+        )
+
+
+def together(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
+    """q, [k | v] for one message, and the scale: all of the wider one's width, since fused kernels know only one."""
+    scale, width = q.shape[-1] ** -0.5, max(q.shape[-1], v.shape[-1])
+    q, k, v = (F.pad(x, [0, width - x.shape[-1]]) if x.shape[-1] < width else x for x in (q, k, v))
+    return q, torch.cat((k, v), dim=-1), scale
+
+
+class Softmax:
+    """A softmax that is met in parts: out and logsumexp of what has been seen so far, in at least fp32.
+
+    Rows are spans: q [R, T, H, K]; a part is the keys of one other span.
+    """
+
+    def __init__(self, q: Tensor, tile: type[Tile], scale: float):
+        precise = torch.promote_types(q.dtype, torch.float32)
+        self.q, self.tile, self.scale = q, tile, scale
+        self.out = torch.zeros_like(q, dtype=precise)
+        self.lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=precise, device=q.device)
+
+    def see(self, row: int, k_TGK: Tensor, v_TGV: Tensor, meeting: Meeting) -> None:
+        """Row `row` meets the keys of a span."""
+        q, k, v = self._cut(self.q[row], k_TGK, v_TGV, meeting)
+        out, lse = self.tile.forward(q, k, v, meeting.causal, None, self.scale)
+        whole, total = self.out[row, meeting.queries].transpose(0, 1), self.lse[row, :, meeting.queries]
+        both = torch.logaddexp(total, lse[0])
+        whole.mul_((total - both).exp().unsqueeze(-1))
+        whole.addcmul_(out[0].to(whole.dtype), (lse[0] - both).exp().unsqueeze(-1))
+        total.copy_(both)
+
+    @staticmethod
+    def _cut(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, meeting: Meeting) -> tuple[Tensor, Tensor, Tensor]:
+        q = q_THK[meeting.queries].transpose(0, 1)[None]
+        k, v = (x[meeting.keys].transpose(0, 1)[None] for x in (k_TGK, v_TGV))
+        return q, k, v
+
+
+class Transpose:
+    """The gradients of a softmax that was met in parts, from its out and logsumexp; the parts simply add up."""
+
+    def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad: Tensor, tile: type[Tile], scale: float):
+        self.q, self.out, self.lse, self.grad = q, out, lse, grad.contiguous()
+        self.tile, self.scale = tile, scale
+        self.dq = torch.zeros_like(q, dtype=lse.dtype)
+
+    def see(self, row: int, k_TGK: Tensor, v_TGV: Tensor, dk_TGK: Tensor, dv_TGV: Tensor, meeting: Meeting) -> None:
+        """Adds to the gradients of the row's queries and of a span's keys and values."""
+        q, k, v = Softmax._cut(self.q[row], k_TGK, v_TGV, meeting)
+        g, o = (x[row, meeting.queries].transpose(0, 1)[None] for x in (self.grad, self.out))
+        lse = self.lse[row, :, meeting.queries][None]
+        dq, dk, dv = self.tile.backward(g, q, k, v, o, lse, meeting.causal, None, self.scale)
+        self.dq[row, meeting.queries] += dq[0].transpose(0, 1)
+        dk_TGK[meeting.keys] += dk[0].transpose(0, 1)
+        dv_TGV[meeting.keys] += dv[0].transpose(0, 1)

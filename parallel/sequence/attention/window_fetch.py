@@ -1,0 +1,128 @@
+"""Windows: a span needs no more keys than reach into its first token's window, and the first few of that document."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.kernels.packed_attention import Piece, attend_pieces
+from parallel.collectives import as_operator
+from parallel.sequence.span_layout import Chain, Link
+
+Range = tuple[int, int]  # tokens [begin, end) of the packed sequence
+
+
+def needed(chain: Chain, link: Link, window: int, sinks: int) -> list[Range]:
+    """What the span `link` sees of the tokens before it, ascending: its document's sinks, and a window's past."""
+    first, begin, _ = chain.documents_of(link)[0]
+    if first == begin:
+        return []
+    near = max(first, begin - window + 1)
+    ranges = [(first, min(first + sinks, near)), (near, begin)]
+    return [(a, b) for a, b in ranges if a < b]
+
+
+def attend_in_window(
+    chain: Chain, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]], *, window: int, sinks: int
+) -> Tensor:
+    """As `Keys.attend`, for a layer with a window, on any layout: every span asks for what it sees, and no more."""
+    wanted = [needed(chain, chain.links[n], window, sinks) for n in chain.mine]
+    past = _Fetch.apply(chain, window, sinks, torch.cat((k, v), dim=-1))
+    counts = [sum(b - a for a, b in ranges) for ranges in wanted]
+    longest = max(counts)
+    rows = []
+    for kept, count in zip(past.split(counts), counts, strict=True):  # the span's own tokens line up behind its past
+        rows.append(torch.cat((kept.new_zeros(longest - count, *kept.shape[1:]), kept)))
+    keys, values = (
+        torch.cat((before, own), dim=1)
+        for before, own in zip(torch.stack(rows).split((k.shape[-1], v.shape[-1]), dim=-1), (k, v), strict=True)
+    )
+    firsts = [longest - count for count in counts]
+    return attend_pieces(q, keys, values, pieces, [longest] * len(counts), window=window, sinks=sinks, firsts=firsts)
+
+
+def _parts(chain: Chain, ranges: list[Range]) -> list[tuple[Link, slice]]:
+    """Ranges cut by the spans that hold them."""
+    return [
+        (link, slice(max(a, link.begin) - link.begin, min(b, link.end) - link.begin))
+        for a, b in ranges
+        for link in chain.links
+        if link.begin < b and a < link.end
+    ]
+
+
+def _fetched(chain: Chain, orders: dict[int, list[tuple[Link, slice]]], x: Tensor) -> list[Tensor]:
+    """Sends what each rank ordered of x, and gives what this one did."""
+    me = chain.comm.rank
+    sent = []
+    for rank, parts in orders.items():
+        mine = [x[link.row, at] for link, at in parts if link.rank == me]
+        if mine and rank != me:
+            out = torch.cat(mine)
+            sent.append((chain.comm.send(out, rank, purpose="keys and values"), out))
+    arrived = {
+        source: chain.comm.receive(
+            x.new_empty(sum(at.stop - at.start for link, at in orders[me] if link.rank == source), *x.shape[2:]),
+            source,
+            purpose="keys and values",
+        )
+        for source in sorted({link.rank for link, _ in orders[me]} - {me})
+    }
+    found, taken = [], dict.fromkeys(arrived, 0)
+    for link, at in orders[me]:
+        if link.rank == me:
+            found.append(x[link.row, at])
+            continue
+        begin = taken[link.rank]
+        taken[link.rank] += at.stop - at.start
+        found.append(arrived[link.rank][begin : taken[link.rank]])
+    for work, _ in sent:
+        work.wait()
+    return [torch.cat(found) if found else x.new_empty(0, *x.shape[2:])]
+
+
+class _Fetch(torch.autograd.Function):
+    """x [B, T, ...] -> the tokens that this rank's spans ask for, [N, ...], row after row."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, window: int, sinks: int, x: Tensor) -> Tensor:
+        orders = {
+            rank: [
+                part
+                for link in chain.links
+                if link.rank == rank
+                for part in _parts(chain, needed(chain, link, window, sinks))
+            ]
+            for rank in range(chain.comm.size)
+        }
+        ctx.chain, ctx.orders, ctx.shape = chain, orders, x.shape
+        return as_operator(partial(_fetched, chain, orders), x)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        chain, orders, me = ctx.chain, ctx.orders, ctx.chain.comm.rank
+        total = grad.new_zeros(ctx.shape)
+        by_source: dict[int, list[Tensor]] = {}
+        for (link, at), part in zip(orders[me], grad.split([at.stop - at.start for _, at in orders[me]]), strict=True):
+            if link.rank == me:
+                total[link.row, at] += part
+            else:
+                by_source.setdefault(link.rank, []).append(part)
+        sent = []
+        for source, parts in sorted(by_source.items()):
+            out = torch.cat(parts)
+            sent.append((chain.comm.send(out, source, purpose="keys and values gradient"), out))
+        for rank, parts in orders.items():
+            mine = [(link, at) for link, at in parts if link.rank == me]
+            if rank == me or not mine:
+                continue
+            sizes = [at.stop - at.start for _, at in mine]
+            arrived = chain.comm.receive(
+                grad.new_empty(sum(sizes), *grad.shape[1:]), rank, purpose="keys and values gradient"
+            )
+            for (link, at), part in zip(mine, arrived.split(sizes), strict=True):
+                total[link.row, at] += part
+        for work, _ in sent:
+            work.wait()
+        return None, None, None, total

@@ -1,0 +1,119 @@
+"""One crossing of a chain of spans: effects in, entering states out, and the exact transpose of that.
+
+A transport is two plain functions of tensors. `states` brings to each span the state that enters it; `gradients` brings
+to each span the gradient of the state that leaves it, from those of the states that enter spans: the same chain, walked
+backwards, with A transposed. What is left is local, and the same for every transport: the gradient of `act`.
+
+Both run beside the main thread, between `depart` and `arrive`: what is computed between the two hides the way. In the
+backward pass autograd runs the same nodes in the opposite order, so that the gradient is on its way while what was
+computed between is differentiated. Both are operators, which a checkpointing policy may keep: computing a layer again
+then sends nothing.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.kernels.chunking import Effect
+from models.recurrence import Recurrence
+from parallel.collectives import as_operator
+from parallel.sequence.span_layout import Chain
+
+
+class Transport(Protocol):
+    """How states travel along a chain. Rows are this rank's spans; no autograd is asked of it."""
+
+    def states(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
+        """The states [B, ...] that enter this rank's spans, and what `gradients` will want to see again."""
+        ...
+
+    def gradients(
+        self, chain: Chain, recurrence: Recurrence, effect: Effect, entering: Tensor, kept: list[Tensor], grad: Tensor
+    ) -> Tensor:
+        """From the gradients [B, ...] of the entering states, those of the states that leave this rank's spans."""
+        ...
+
+
+class Crossing:
+    """A crossing on its way. One thread a process takes them, in the order of their departure, as every rank does."""
+
+    _thread = ThreadPoolExecutor(1, thread_name_prefix="crossing")
+
+    def __init__(self, transport: Transport, chain: Chain, recurrence: Recurrence):
+        self.transport, self.chain, self.recurrence = transport, chain, recurrence
+        self._coming: Future[Any] | None = None
+        self.local: Callable[[], tuple[Tensor, Tensor]] | None = None  # the gradients of A and U, once they arrive
+
+    def depart(self, way: Callable[..., Any], *args: Any) -> None:
+        self._coming = self._thread.submit(torch.no_grad()(way), self.chain, self.recurrence, *args)
+
+    def arrive(self) -> Any:
+        assert self._coming is not None
+        coming, self._coming = self._coming, None
+        with self.chain.comm.waiting():
+            return coming.result()
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, crossing: Crossing, A: Tensor, U: Tensor, alive: Tensor) -> Tensor:
+        ctx.crossing = crossing
+
+        def depart(*effect: Tensor) -> list[Tensor]:
+            crossing.depart(crossing.transport.states, Effect(*effect))
+            return [U.new_zeros(())]  # only a thread for autograd to follow
+
+        return as_operator(depart, A, U, alive)[0]
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.crossing.local(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, crossing: Crossing, departed: Tensor, A: Tensor, U: Tensor, alive: Tensor) -> Tensor:
+        def arrive(_: Tensor) -> list[Tensor]:
+            entering, kept = crossing.arrive()
+            return [entering, *kept]
+
+        entering, *kept = as_operator(arrive, departed)
+        ctx.crossing = crossing
+        ctx.save_for_backward(A, U, alive, entering, *kept)
+        return entering
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        A, U, alive, entering, *kept = ctx.saved_tensors
+        crossing: Crossing = ctx.crossing
+        effect = Effect(A.detach(), U.detach(), alive)
+        crossing.depart(crossing.transport.gradients, effect, entering, kept, grad)
+
+        def local() -> tuple[Tensor, Tensor]:
+            return transpose(crossing.recurrence, effect, entering, crossing.arrive())[:2]
+
+        crossing.local = local
+        return None, grad.new_zeros(()), None, None, None
+
+
+def transpose(recurrence: Recurrence, effect: Effect, state: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of A, U and the incoming `state` from that of the outgoing one: for linear kinds G·Sᵀ, G, Aᵀ·G."""
+    with torch.enable_grad():
+        A, U, state = (x.detach().requires_grad_() for x in (effect.A, effect.U, state))
+        out = recurrence.act(Effect(A, U, effect.alive), state)
+    return torch.autograd.grad(out, (A, U, state), grad, materialize_grads=True)  # type: ignore[return-value]
+
+
+def row(effect: Effect, i: int) -> Effect:
+    """One span's."""
+    return Effect(*(part[i : i + 1] for part in effect))
+
+
+def cross(transport: Transport, chain: Chain, recurrence: Recurrence, effect: Effect) -> Callable[[], Tensor]:
+    """Starts a crossing. What it returns waits for it, and gives the states that enter this rank's spans."""
+    crossing = Crossing(transport, chain, recurrence)
+    departed = _Depart.apply(crossing, *effect)
+    return lambda: _Arrive.apply(crossing, departed, *effect)

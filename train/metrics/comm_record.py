@@ -1,0 +1,90 @@
+"""What ranks receive from each other: in a step, for its record; and how fast, for a transport that is to be chosen."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from parallel.collectives import LEDGER, Entry
+from parallel.matrix_owners import PURPOSE
+from parallel.mesh import Groups
+from parallel.schedule.comm_volume import GRADIENT, Ask, State
+from parallel.schedule.transport_cost import Wire
+from parallel.sequence.states import Auto
+from parallel.sequence.states.auto import measure
+
+OTHER = Entry("world", "other")  # what has no name of its own in a record
+ENTRIES = (
+    *(
+        Entry("sequence", purpose + way)
+        for purpose in ("state", "halo", "queries", "keys and values", "outputs", "document sums")
+        for way in ("", GRADIENT)
+    ),
+    Entry("world", "weights"),
+    Entry("world", "weights" + GRADIENT),
+    Entry("world", PURPOSE),
+    OTHER,
+)
+COLUMNS = 2 * len(ENTRIES)
+
+
+def taken() -> list[float]:
+    """This rank's bytes, then its calls, of every entry since the ledger was last emptied."""
+    found = [dict.fromkeys(ENTRIES, 0.0) for _ in range(2)]
+    for columns, counts in zip(found, LEDGER.take(), strict=True):
+        for entry, count in counts.items():
+            columns[entry if entry in columns else OTHER] += count
+    return [count for columns in found for count in columns.values()]
+
+
+def record(total: Sequence[float]) -> dict[str, Any]:
+    """`comm_bytes` and `comm_calls` by "axis/purpose", from sums over ranks of what `taken` gave; zeros left out."""
+    names = ["/".join(entry).replace(" ", "_") for entry in ENTRIES]
+    halves = {"comm_bytes": total[: len(names)], "comm_calls": total[len(names) :]}
+    found = {key: {n: int(c) for n, c in zip(names, half, strict=True) if c} for key, half in halves.items()}
+    return {key: counts for key, counts in found.items() if counts}
+
+
+def settle(
+    recurrence: Any,
+    asks: Sequence[Ask],
+    groups: Groups,
+    sequence: int,
+    spans: int,
+    device: torch.device,
+    saved: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Gives `auto` its wire: what the checkpoint `saved` keeps of as many ranks, or measured now. Collective.
+
+    Says what is chosen for each kind among `asks`, with so many spans a rank. Returns what the next checkpoints keep.
+    """
+    if not isinstance(recurrence, Auto) or sequence == 1:
+        return {}
+    known = saved.get("wire", {})
+    if again := known.get("ranks") == sequence:
+        recurrence.wire = Wire(known["latency"], known["bandwidth"])
+    else:
+        everyone = [tuple(range(first, first + sequence)) for first in range(0, groups.world, sequence)]
+        groups.open(everyone)
+        own = groups.comm(everyone[groups.rank // sequence])
+        recurrence.wire = measure(own, groups.world_comm, device)
+    say(_chosen(recurrence, asks, sequence, spans) + (", as before" if again else ""))
+    return {"wire": {"ranks": sequence, **recurrence.wire._asdict()}}
+
+
+def _chosen(auto: Auto, asks: Sequence[Ask], sequence: int, spans: int) -> str:
+    """The line that says what is chosen, and from what."""
+    kinds: dict[str, list[str]] = {}
+    for ask in asks:
+        if isinstance(ask, State) and not ask.serial:
+            decay, state = (size * ask.itemsize for size in (ask.decay, ask.state))
+            name = auto.choice(sequence, decay, state, ask.extent, spans)
+            several = kinds.setdefault(ask.kind, [])
+            several += [] if name in several else [name]
+    latency, bandwidth = auto.wire
+    chosen = ", ".join(f"{kind} by {' and '.join(names)}" for kind, names in kinds.items()) or "no recurrence"
+    return (
+        f"parallel.transport.recurrence=auto: {chosen} ({sequence} ranks, {spans} spans each, "
+        f"{latency * 1e3:.3g} ms a message, {bandwidth / 1e6:.3g} MB/s)"
+    )

@@ -1,0 +1,93 @@
+"""What a model asks of its sequence, by shape: the part of `parallel.schedule.comm_volume` that the model knows.
+
+No module states it: the model runs once on the meta device, on a sequence that notes what it is asked.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.accounting import Traced, by_shape
+from models.lm import LM
+from models.nonlinear_recurrence import Serial
+from models.recurrence import Recurrence
+from parallel.schedule.comm_volume import Ask, Attention, DocumentSums, Halo, State, Unit
+
+TOKENS = 64
+
+
+def asked(model: LM, *, device: str = "cpu") -> tuple[Ask, ...]:
+    """What a forward pass of a model on the meta device asks, computing in `model.compute` on a `device`, in order.
+
+    Raises NotImplementedError for a model whose course depends on data.
+    """
+    seq: Any = _Noting.of_length(TOKENS)
+    tokens = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    try:
+        with by_shape(model, device):
+            model(tokens, seq)
+    except RuntimeError as error:  # what the meta device cannot do
+        raise NotImplementedError(f"what it asks: {(str(error).splitlines() or [''])[0]}") from error
+    return tuple(seq.asks)
+
+
+def check_heads(model: LM, attention: str, ranks: int) -> None:
+    """Raises ValueError where that transport of keys cannot share out the heads of a model on the meta device.
+
+    A window needs none of it; a model whose course depends on data is not known here, and speaks when it runs.
+    """
+    try:
+        asks = asked(model)
+    except NotImplementedError:
+        return
+    for ask in asks:
+        if isinstance(ask, Attention) and ask.window is None:
+            ask.split(ranks, attention)
+
+
+def weight_units(model: LM, *, itemsize: int, reshard: bool) -> list[Unit]:
+    """What FSDP gathers at a time, as `parallel.data.shard` wraps it: each layer, then the rest.
+
+    itemsize: bytes of a master weight. reshard: whether a layer's weights are let go between forward and backward.
+    """
+    layers = [dict(layer.named_parameters(prefix=f"layers.{n}")) for n, layer in model.layers.items()]
+    inside = {name for layer in layers for name in layer}
+    rest = {name: p for name, p in model.named_parameters() if name not in inside}
+
+    def unit(parameters: dict[str, torch.nn.Parameter], stays: bool) -> Unit:
+        return Unit(tuple((p.shape[0], p[0].numel()) for p in parameters.values()), itemsize, stays)
+
+    return [*(unit(layer, not reshard) for layer in layers), unit(rest, True)]
+
+
+@dataclass(kw_only=True)
+class _Noting(Traced):
+    asks: list[Ask] = field(default_factory=list)
+
+    def before(self, x: Tensor, width: int, *, slot: str) -> Tensor:
+        self.asks.append(Halo(width, x[0, 0].numel(), x.itemsize))
+        return super().before(x, width, slot=slot)
+
+    def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
+        if isinstance(recurrence, Serial):
+            out, left = recurrence.begin(*xs, positions=self.positions, state=None)
+            self.asks.append(State(recurrence.rule, 0, left[0].numel(), 1, left.itemsize, serial=True))
+            return out
+        begun = recurrence.begin(*xs, starts=self.starts)
+        A, U, _ = begun.effect
+        extent = U.shape[recurrence.block_axis]
+        self.asks.append(State(type(recurrence).__name__, A[0].numel(), U[0].numel(), extent, U.itemsize))
+        return begun.finish(None)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    ) -> Tensor:
+        (H, K), (G, V) = q.shape[2:], v.shape[2:]
+        self.asks.append(Attention(H, G, K, V, k.itemsize, window, sinks))
+        return super().attend(q, k, v, slot=slot, window=window, sinks=sinks)
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.asks.append(DocumentSums(x[0, 0].numel(), x.itemsize, x.requires_grad))
+        return super().sum(x)
