@@ -2,11 +2,11 @@
 
 import pytest
 
-from parallel.schedule import volume
+from parallel.schedule import comm_volume
 from parallel.schedule.adaptive.cost import Cluster, Costs, Wire
 from parallel.schedule.adaptive.packing import Packing, Share
 from parallel.schedule.adaptive.shapes import Pairs, Shapes, fitting, model_of
-from parallel.schedule.volume import Attention, Halo, How, State
+from parallel.schedule.comm_volume import Attention, Halo, How, State
 
 ASKS = [
     *[State("linear", decay=4, state=4 * 32 * 32, extent=32, itemsize=4)] * 3,
@@ -24,7 +24,7 @@ def test_traffic_is_what_a_plan_sends(recurrence, attention, size):
     how, tokens = How(recurrence, attention), 3 * 4096 * size
     model = model_of(SHAPES, ASKS, how, [1, 2, 4], rate=1e9, launch=0.0)
     plan = Packing(((Share(0, size, (0,)),),)).plan(0, [tokens], size, layout="contiguous")
-    received = volume.of_plan(plan, [[0]], ASKS, how)[size // 2]
+    received = comm_volume.of_plan(plan, [[0]], ASKS, how)[size // 2]
     expected = model.layers[-1].messages(size)
     assert expected.fixed + tokens * expected.token == pytest.approx(sum(received.bytes.values()), rel=1e-9)
     assert expected.calls == sum(received.calls.values())

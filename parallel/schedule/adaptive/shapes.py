@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from parallel.schedule.adaptive.cost import NONE, Layer, Messages, Model, Recompute
-from parallel.schedule.volume import Ask, Attention, How, Layout
+from parallel.schedule.comm_volume import Ask, Attention, How, Layout
 
 _SPAN = 4096  # tokens of a span, long beside any halo or window's overhang
 
