@@ -17,14 +17,16 @@ _PUBLISHED = {
 }
 _BANDWIDTH = {1: 1e10, 2: 119.54, 4: 104.07, 8: 96.5, 16: 10.33, 32: 5.94, 64: 4.87}
 
+MODELS = ("7b", "13b", "30b")
+
 MLP_AGAIN = Recompute("mlp", activations=0.5, tokens=1.222)
 """Assumed, not published: without the feed-forward's activations twice the tokens fit, for 22.2% more token time."""
 
 
 def flexsp(size: str, context_k: int = 192, *, recompute: bool = False) -> Model:
     """The published `7b`, `13b` or `30b` with positions for 4, 192 or 384 thousand tokens."""
-    if size not in _PUBLISHED:
-        raise ValueError(f"model {size}: must be one of {', '.join(_PUBLISHED)}")
+    if size not in MODELS:
+        raise ValueError(f"model {size}: must be one of {', '.join(MODELS)}")
     a1, a2, launch, activations, width, depth, parameters = _PUBLISHED[size]
     if context_k not in parameters:
         raise ValueError(f"{context_k}K tokens: must be one of {', '.join(map(str, parameters))}")
