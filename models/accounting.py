@@ -2,8 +2,8 @@
 
 No module states its cost, so none can state it wrong: the layers run, forward and backward, on the meta device, where
 nothing is computed and every matmul is seen with its shapes. A multiply-add counts as two FLOPs, and what is not a
-matmul counts nothing. Two answers depend on data and are given by shape instead: softmax attention notes what it was
-asked, since its work grows with the documents (`Attention`); and tokens are dealt evenly to experts and memories, since
+matmul counts nothing. Two answers depend on data and are given by shape instead: softmax attention notes its arguments,
+since its work grows with the documents (`AttentionCost`); and tokens are dealt evenly to experts and memories, since
 without a capacity each goes to `top_k` of them whatever the router says (`Evenly`). A recurrence counts as what its
 reference kernel multiplies, chunk by chunk; a fused kernel may do less or more and is credited the same.
 
@@ -38,7 +38,7 @@ from models.sequence import Memory, Whole
 TOKENS = 256  # that the model is run on: whole chunks of every kernel
 
 
-class Attention(NamedTuple):
+class AttentionCost(NamedTuple):
     """What one softmax layer does: FLOPs a pair of a query and a key, bytes that a token leaves to those after it.
 
     A query meets the last `window` keys of its document, its own included (None: all), and the first `sinks`.
@@ -84,7 +84,7 @@ class Account:
     embedding: int  # of them, rows that are looked up and multiply nothing; 0 where the head multiplies them too
     activated: int  # that act on a token: one row of such an embedding, of the experts those that it goes to
     per_token: Flops  # without what attention does on pairs of tokens
-    attention: tuple[Attention, ...]  # a softmax layer each
+    attention: tuple[AttentionCost, ...]  # a softmax layer each
     activations: float  # bytes a token that the layers keep for the backward
     dear: float  # bytes a token of the results that they keep besides their inputs where the rest is computed again
     recurrent: int  # bytes a sequence: states and convolution tails, whatever its length
@@ -163,7 +163,7 @@ class _Layer(NamedTuple):
 
     forward: int
     backward: int
-    attention: tuple[Attention, ...]
+    attention: tuple[AttentionCost, ...]
     kept: int
     dear: int
     recurrent: int
@@ -198,7 +198,7 @@ def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Lay
 class Traced(Whole):
     """One document on the meta device, which notes what softmax attention is asked."""
 
-    attention: list[Attention] = field(default_factory=list)
+    attention: list[AttentionCost] = field(default_factory=list)
 
     @classmethod
     def of_length(cls, tokens: int, memory: Memory | None = None) -> "Traced":
@@ -215,7 +215,7 @@ class Traced(Whole):
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
     ) -> Tensor:
         (H, K), (G, V) = q.shape[2:], v.shape[2:]
-        self.attention.append(Attention(2 * H * (K + V), G * (K + V) * k.itemsize, window, sinks))
+        self.attention.append(AttentionCost(2 * H * (K + V), G * (K + V) * k.itemsize, window, sinks))
         return _Attend.apply(q, k.clone(), v.clone())  # they are joined to those of the past, wherever that is
 
 

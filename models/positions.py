@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from models.precision import wide
-from models.sequence import Identity, Sequence
+from models.sequence import DocumentKey, Sequence
 
 
 class Positions(ABC):
@@ -333,7 +333,7 @@ def _trained(trained_length: int | None) -> int:
 
 
 @lru_cache(maxsize=32)  # the layers of a model ask for the same ones
-def _sample(seed: int, longest: int, identity: Identity) -> Tensor:
+def _sample(seed: int, longest: int, identity: DocumentKey) -> Tensor:
     """As many of range(longest) as the document has tokens, ascending: int64 [length] on the CPU."""
     if identity.length > longest:
         raise ValueError(f"longest={longest}: must be at least the {identity.length} tokens of a document")

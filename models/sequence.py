@@ -23,7 +23,7 @@ from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
 
 
-class Identity(NamedTuple):
+class DocumentKey(NamedTuple):
     """What names a document in training, at any layout, for a random choice to be keyed by; and how long it is."""
 
     step: int
@@ -39,7 +39,7 @@ class Sequence(Protocol):
     documents: Tensor  # [B, T] int64, index of the token's document in the packed sequence
     num_documents: int
     counted: Tensor  # [B, T] bool, False for a token that only fills a place: no statistic may count it
-    identities: list[Identity] | None  # of each document, in training; None where nothing is to be random
+    identities: list[DocumentKey] | None  # of each document, in training; None where nothing is to be random
 
     @property
     def pieces(self) -> list[list[Piece]]:
@@ -133,7 +133,7 @@ class Tokens:
     documents: Tensor
     num_documents: int
     counted: Tensor
-    identities: list[Identity] | None = None
+    identities: list[DocumentKey] | None = None
     memory: Memory | None = None
 
     @cached_property

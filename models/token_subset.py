@@ -24,18 +24,18 @@ from models.kernels.chunking import Begun, Effect
 from models.kernels.packed_attention import Piece, pieces_of
 from models.precision import wide
 from models.recurrence import Dense, Elementwise, Recurrence
-from models.sequence import Identity, Sequence
+from models.sequence import DocumentKey, Sequence
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """Which tokens of each span: `indices` [B, R] in order, of which the first `counts[b]` are meant."""
 
     indices: Tensor
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, mask_BT: Tensor, share: float) -> "Choice":
+    def of(cls, mask_BT: Tensor, share: float) -> "TokenChoice":
         """Where the mask is true. On the meta device, where nothing is known, the first tokens, by their `share`."""
         B, T = mask_BT.shape
         if mask_BT.is_meta:
@@ -59,10 +59,10 @@ class Choice:
         return y_BTD.flatten(0, 1).index_add(0, torch.cat(parts), values).view(B, T, -1)
 
 
-class Rows(Begun):
+class RaggedSpans(Begun):
     """Spans of unequal numbers of tokens, each begun by itself."""
 
-    def __init__(self, recurrence: Recurrence, choice: Choice, xs: tuple[Tensor, ...], starts: Tensor):
+    def __init__(self, recurrence: Recurrence, choice: TokenChoice, xs: tuple[Tensor, ...], starts: Tensor):
         self.recurrence, self.choice, self.length = recurrence, choice, xs[0].shape[1]
         index = starts.cumsum(1)
         at = choice.rows(index)
@@ -116,7 +116,7 @@ class Picked(Recurrence):
         return splits
 
     def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
-        return Rows(self.inner, self.choice, xs, starts)
+        return RaggedSpans(self.inner, self.choice, xs, starts)
 
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         product: Tensor = self.inner.multiply(then, first)
@@ -166,13 +166,13 @@ class Taken:
     """The `choice` of a sequence's tokens as a `Sequence`; positions [B, R] count those taken in the document."""
 
     seq: Sequence
-    choice: Choice
+    choice: TokenChoice
     positions: Tensor
 
     def __post_init__(self) -> None:
         self.documents, self.counted = self.choice.rows(self.seq.documents), self.choice.rows(self.seq.counted)
         self.num_documents: int = self.seq.num_documents
-        self.identities: list[Identity] | None = self.seq.identities
+        self.identities: list[DocumentKey] | None = self.seq.identities
 
     @cached_property
     def starts(self) -> Tensor:
@@ -216,7 +216,7 @@ def take(seq: Sequence, mask_BTE: Tensor, places_BTE: Tensor, share: float) -> l
     """For each of E choices of tokens, those of its mask; on the meta device, where masks are not known, a `share`."""
     found = []
     for mask, place in zip(mask_BTE.unbind(-1), places_BTE.unbind(-1), strict=True):
-        choice = Choice.of(mask, share)
+        choice = TokenChoice.of(mask, share)
         found.append(Taken(seq, choice, choice.rows(place)))
     return found
 

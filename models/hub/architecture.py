@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from models.hub.rows import Entries
-from models.hub.tensors import Stored
+from models.hub.tensors import StoredTensor
 from models.hub.values import USUAL, Kind, check, shown
 
 Config = dict[str, Any]
@@ -48,7 +48,7 @@ class Architecture:
     suits: Callable[[Node, set[str]], bool]
     aliases: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    unstacked: Callable[[dict[str, Stored]], dict[str, Stored]] = dict
+    unstacked: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] = dict
 
     def complete(self, config: Config) -> Config:
         """The same config.json under the names that we read, with what it leaves out. Raises ValueError."""
@@ -70,7 +70,7 @@ class Architecture:
         self.fits(full)
         return full
 
-    def bounded(self, config: Config, stored: Mapping[str, Stored]) -> None:
+    def bounded(self, config: Config, stored: Mapping[str, StoredTensor]) -> None:
         """Raises ValueError for sizes that no model of these tensors has, before anything is made in them."""
         full = self.complete(config)
         if full["num_hidden_layers"] > len(stored):

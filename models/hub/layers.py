@@ -10,8 +10,8 @@ from models.block import Block
 from models.ffn import SwiGLU
 from models.hub import positions
 from models.hub.architecture import Config, Node, fold, layers, must, node, one, target, told
-from models.hub.rows import PLAIN, Entries, Entry, Form, Rows, experts, joined, whole
-from models.hub.tensors import Stored, rows_of
+from models.hub.rows import PLAIN, Entries, Form, ParameterSource, PublishedRows, experts, joined, whole
+from models.hub.tensors import StoredTensor, rows_of
 from models.hub.values import FLAG, Kind, listed, optional
 from models.hub.values import whole as count
 from models.lm import LM
@@ -125,12 +125,12 @@ def attention_rows(ours: str, theirs: str, config: Config, *, gate: bool = False
     K = config["head_dim"] or D // H
     q, k, v, o = (f"{theirs}.{name}_proj.weight" for name in "qkvo")
     rows = {
-        f"{ours}.kv.weight": Entry(tuple(Rows(x, g * K, K) for g in range(G) for x in (k, v))),
+        f"{ours}.kv.weight": ParameterSource(tuple(PublishedRows(x, g * K, K) for g in range(G) for x in (k, v))),
         f"{ours}.out.weight": whole(o, D),
     }
     if gate:
-        rows[f"{ours}.q.weight"] = Entry(tuple(Rows(q, 2 * h * K, K) for h in range(H)))
-        rows[f"{ours}.gate.weight"] = Entry(tuple(Rows(q, (2 * h + 1) * K, K) for h in range(H)))
+        rows[f"{ours}.q.weight"] = ParameterSource(tuple(PublishedRows(q, 2 * h * K, K) for h in range(H)))
+        rows[f"{ours}.gate.weight"] = ParameterSource(tuple(PublishedRows(q, (2 * h + 1) * K, K) for h in range(H)))
     else:
         rows[f"{ours}.q.weight"] = whole(q, H * K)
     if norm is not None:
@@ -206,7 +206,7 @@ def ffn_keys(model: Node, who: str, **fixed: Any) -> Config:
     return keys | {"intermediate_size": hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
-def unstacked(stored: dict[str, Stored]) -> dict[str, Stored]:
+def unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Experts that lie stacked, as current versions of `transformers` hold them, expert by expert: gate_up_proj
     [E, 2I, D] and down_proj [E, D, I]."""
     found = {}

@@ -7,7 +7,7 @@ import math
 
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, target, told
-from models.hub.rows import PLAIN, TAPS, Entries, Entry, Form, Rows, whole
+from models.hub.rows import PLAIN, TAPS, Entries, Form, ParameterSource, PublishedRows, whole
 from models.hub.values import ABOVE_ZERO, FLAG, shown
 from models.hub.values import whole as whole_number
 from models.mixers.mamba2 import Mamba2
@@ -66,19 +66,19 @@ def _entries(config: Config) -> Entries:
     inner = H * config["head_dim"]
     rows = parts.ends(config, body="backbone", embed="embeddings", last="norm_f")
 
-    def split(source: str, start: int, form: Form = PLAIN) -> tuple[Entry, Entry]:
+    def split(source: str, start: int, form: Form = PLAIN) -> tuple[ParameterSource, ParameterSource]:
         """x, and B and C group by group, of a tensor that has x, all B, all C from a row on."""
         b = start + inner
-        groups = tuple(Rows(source, b + part * G * N + g * N, N) for g in range(G) for part in (0, 1))
-        return Entry((Rows(source, start, inner),), form), Entry(groups, form)
+        groups = tuple(PublishedRows(source, b + part * G * N + g * N, N) for g in range(G) for part in (0, 1))
+        return ParameterSource((PublishedRows(source, start, inner),), form), ParameterSource(groups, form)
 
     for i in range(config["num_hidden_layers"]):
         ours, theirs = f"layers.{i}.mixer", f"backbone.layers.{i}.mixer"
         into, conv = f"{theirs}.in_proj.weight", f"{theirs}.conv1d"
         rows[f"layers.{i}.mixer_norm.weight"] = whole(f"backbone.layers.{i}.norm.weight", D)
-        rows[f"{ours}.z.weight"] = Entry((Rows(into, 0, inner),))
+        rows[f"{ours}.z.weight"] = ParameterSource((PublishedRows(into, 0, inner),))
         rows[f"{ours}.x.weight"], rows[f"{ours}.bc.weight"] = split(into, inner)
-        rows[f"{ours}.dt.weight"] = Entry((Rows(into, 2 * inner + 2 * G * N, H),))
+        rows[f"{ours}.dt.weight"] = ParameterSource((PublishedRows(into, 2 * inner + 2 * G * N, H),))
         rows[f"{ours}.conv.weight"], rows[f"{ours}.bc_conv.weight"] = split(f"{conv}.weight", 0, TAPS)
         if config["use_conv_bias"]:
             rows[f"{ours}.conv.bias"], rows[f"{ours}.bc_conv.bias"] = split(f"{conv}.bias", 0)

@@ -7,7 +7,7 @@ Legend: H heads of keys, N heads of values, K and V their widths, D model width.
 from models.ffn import SwiGLU
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, target, told
-from models.hub.rows import ABOUT_ZERO, TAPS, Entries, Entry, Rows, whole
+from models.hub.rows import ABOUT_ZERO, TAPS, Entries, ParameterSource, PublishedRows, whole
 from models.hub.values import WORDS, optional
 from models.hub.values import whole as count
 from models.mixers.attention import Attention
@@ -102,14 +102,16 @@ def _delta_rows(ours: str, theirs: str, config: Config) -> Entries:
     each = N // H
     wide, qkvz, ba = 2 * K + 2 * each * V, f"{theirs}.in_proj_qkvz.weight", f"{theirs}.in_proj_ba.weight"
 
-    def rows(start: int, count: int) -> tuple[Rows, ...]:
-        return tuple(Rows(qkvz, h * wide + start, count) for h in range(H))
+    def rows(start: int, count: int) -> tuple[PublishedRows, ...]:
+        return tuple(PublishedRows(qkvz, h * wide + start, count) for h in range(H))
 
-    rates = [Rows(ba, h * 2 * each + part * each + i, 1) for h in range(H) for i in range(each) for part in (1, 0)]
+    rates = [
+        PublishedRows(ba, h * 2 * each + part * each + i, 1) for h in range(H) for i in range(each) for part in (1, 0)
+    ]
     return {
-        f"{ours}.qkv.weight": Entry(rows(0, K) + rows(K, K) + rows(2 * K, each * V)),
-        f"{ours}.gate.weight": Entry(rows(2 * K + each * V, each * V)),
-        f"{ours}.rates.weight": Entry(tuple(rates)),
+        f"{ours}.qkv.weight": ParameterSource(rows(0, K) + rows(K, K) + rows(2 * K, each * V)),
+        f"{ours}.gate.weight": ParameterSource(rows(2 * K + each * V, each * V)),
+        f"{ours}.rates.weight": ParameterSource(tuple(rates)),
         f"{ours}.conv.weight": whole(f"{theirs}.conv1d.weight", 2 * H * K + N * V, TAPS),
         f"{ours}.A_log": whole(f"{theirs}.A_log", N),
         f"{ours}.dt_bias": whole(f"{theirs}.dt_bias", N),

@@ -1,8 +1,8 @@
 """A parameter of ours as rows of published tensors, one after another.
 
 Whatever order a published tensor has its rows in (queries beside their gates, keys and values head by head), a
-parameter of ours is a concatenation of ranges of such rows: `Entry.pieces`. The same table read backwards says where a
-published tensor's rows lie in our parameters. What else differs is the shape of a row: `Form`.
+parameter of ours is a concatenation of ranges of such rows: `ParameterSource.pieces`. The same table read backwards
+says where a published tensor's rows lie in our parameters. What else differs is the shape of a row: `Form`.
 
 Legend: E experts, D model width, K columns, C channels, W taps.
 """
@@ -57,7 +57,7 @@ def experts(columns: int) -> Form:
     )
 
 
-class Rows(NamedTuple):
+class PublishedRows(NamedTuple):
     """`number` rows of the published tensor `source`, from `start` on."""
 
     source: str
@@ -65,38 +65,38 @@ class Rows(NamedTuple):
     number: int
 
 
-class Entry(NamedTuple):
+class ParameterSource(NamedTuple):
     """A parameter of ours: the published rows that make it up, in order, and their form."""
 
-    pieces: tuple[Rows, ...]
+    pieces: tuple[PublishedRows, ...]
     form: Form = PLAIN
 
 
-Entries = dict[str, Entry]  # by our parameter's name
+Entries = dict[str, ParameterSource]  # by our parameter's name
 
 
-def whole(source: str, rows: int, form: Form = PLAIN) -> Entry:
+def whole(source: str, rows: int, form: Form = PLAIN) -> ParameterSource:
     """All rows of one published tensor."""
-    return Entry((Rows(source, 0, rows),), form)
+    return ParameterSource((PublishedRows(source, 0, rows),), form)
 
 
-def joined(*sources: tuple[str, int], form: Form = PLAIN) -> Entry:
+def joined(*sources: tuple[str, int], form: Form = PLAIN) -> ParameterSource:
     """Several published tensors end to end: (name, rows) of each."""
-    return Entry(tuple(Rows(source, 0, rows) for source, rows in sources), form)
+    return ParameterSource(tuple(PublishedRows(source, 0, rows) for source, rows in sources), form)
 
 
-def parts(pieces: tuple[Rows, ...], begin: int, end: int) -> list[Rows]:
+def parts(pieces: tuple[PublishedRows, ...], begin: int, end: int) -> list[PublishedRows]:
     """The pieces of the rows [begin, end) of what they make up together."""
     found, at = [], 0
     for source, start, number in pieces:
         low, high = max(begin - at, 0), min(end - at, number)
         if low < high:
-            found.append(Rows(source, start + low, high - low))
+            found.append(PublishedRows(source, start + low, high - low))
         at += number
     return found
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where `number` rows of a published tensor lie: in our parameter `name` from its published row `start` on."""
 
     name: str
@@ -104,17 +104,17 @@ class Place(NamedTuple):
     number: int
 
 
-def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, tuple[Place, ...]]]:
+def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, tuple[RowPlace, ...]]]:
     """By published tensor its shape, and its rows in our parameters, in order. shapes: of our parameters.
 
     Raises ValueError where the tables do not fit the shapes, or name a row twice or never: a mistake in them.
     """
-    found: dict[str, list[tuple[int, Place]]] = {}
+    found: dict[str, list[tuple[int, RowPlace]]] = {}
     columns: dict[str, Shape] = {}
     for name, entry in entries.items():
         at, shape = 0, shapes[name]
         for source, start, number in entry.pieces:
-            found.setdefault(source, []).append((start, Place(name, at, number)))
+            found.setdefault(source, []).append((start, RowPlace(name, at, number)))
             columns[source] = entry.form.columns(shape)
             at += number
         if at != shape[0] * entry.form.unit(shape):

@@ -24,7 +24,7 @@ LONGEST_TEXT = 100_000_000  # bytes of a file of JSON
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """Where a tensor lies. begin: its first byte in the file."""
 
     file: Path
@@ -71,7 +71,7 @@ def parsed(text: bytes) -> dict[str, Any]:
     return found
 
 
-def header(path: Path) -> dict[str, Stored]:
+def header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, which must hold every byte of them, once. Raises ValueError."""
     size = regular(path)
     try:
@@ -98,7 +98,7 @@ def header(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
+def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     """A header's entry. Raises ValueError."""
     try:
         dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
@@ -109,16 +109,16 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
         raise ValueError(f"{path.name}: {name}: dtype {dtype[:20]} must be one of {', '.join(DTYPES)}")
     if not sound or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{path.name}: {name}: its shape and its bytes do not fit")
-    return Stored(path, DTYPES[dtype], shape, data + begin)
+    return StoredTensor(path, DTYPES[dtype], shape, data + begin)
 
 
-def rows_of(stored: Stored, start: int, number: int) -> Stored:
+def rows_of(stored: StoredTensor, start: int, number: int) -> StoredTensor:
     """Rows of a tensor [n, rows, ...], those of all n counted on, as a tensor of its own; no byte is moved."""
     each = math.prod(stored.shape[2:]) * stored.dtype.itemsize
-    return Stored(stored.file, stored.dtype, (number, *stored.shape[2:]), stored.begin + start * each)
+    return StoredTensor(stored.file, stored.dtype, (number, *stored.shape[2:]), stored.begin + start * each)
 
 
-def folder(path: Path) -> dict[str, Stored]:
+def folder(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder: of the files that its index names, or of its one file. Raises ValueError."""
     if (path / INDEX).exists():
         files = _indexed(path)
@@ -129,7 +129,7 @@ def folder(path: Path) -> dict[str, Stored]:
         if pickled:
             raise ValueError(f"{pickled[0]}: is pickled, and may run code when it is opened; expected {SINGLE}")
         raise ValueError(f"{SINGLE}: missing, and no {INDEX}")
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file, names in files.items():
         if not (path / file).exists():
             raise ValueError(f"{file}: missing")
@@ -156,7 +156,7 @@ def _indexed(path: Path) -> dict[str, set[str] | None]:
     return files
 
 
-def rows(stored: Stored, start: int, number: int) -> Tensor:
+def rows(stored: StoredTensor, start: int, number: int) -> Tensor:
     """`number` rows of a tensor from `start` on, [number, ...]; no other bytes are read. Raises ValueError."""
     each = math.prod(stored.shape[1:]) * stored.dtype.itemsize
     raw = torch.empty(number * each, dtype=torch.uint8)

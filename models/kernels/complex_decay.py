@@ -29,7 +29,7 @@ def rotor(g: Tensor, turns: Tensor) -> Tensor:
     return torch.polar(g.exp(), 2 * math.pi * turns)
 
 
-class Tile:
+class ComplexTile:
     """Some tokens of a span: u [B, T, ..., 2], g and turns [B, T, ...], starts [B, T]."""
 
     def __init__(self, size: int, u: Tensor, g: Tensor, turns: Tensor, starts: Tensor):
@@ -44,7 +44,7 @@ class Tile:
         self.whole = whole.masked_fill(starts.any(2), 0.0)
 
 
-class Scanned(Begun):
+class ComplexSpan(Begun):
     """A span. u [B, T, ..., 2] pairs, g and turns [B, T, ...], starts [B, T]; see `recurrence.Complex`.
 
     The outputs are the states, [B, T, ..., 2] in u's dtype; who reads them with a query does so outside. `scale`
@@ -53,7 +53,7 @@ class Scanned(Begun):
 
     def __init__(self, u: Tensor, g: Tensor, turns: Tensor, *, starts: Tensor, scale: float | None = None, size=64):
         self.dtype = u.dtype
-        self.tiles = [Tile(size, *parts) for parts in tiles(u, g, turns, starts, size=size)]
+        self.tiles = [ComplexTile(size, *parts) for parts in tiles(u, g, turns, starts, size=size)]
         self.alive = (~starts.any(1)).to(wide(g).dtype)
 
     @cached_property

@@ -53,7 +53,7 @@ def step(
     return unchunks(known.reads[0] @ before + known.scores[0] @ written, starts.shape[1]), state
 
 
-class Span(Streamed):
+class DeltaSpan(Streamed):
     """A span of q, k, v, perhaps g, and beta; see `recurrence.Dense`.
 
     One that waits for its state is streamed once too. The state is given K columns more, which start as the identity:

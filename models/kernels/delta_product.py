@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.chunking import Begun, Effect
-from models.kernels.delta import Span
+from models.kernels.delta import DeltaSpan
 
 
 class Product(Begun):
@@ -22,7 +22,9 @@ class Product(Begun):
     ):
         self.n = k.shape[2]
         k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-        self.steps = Span(self._at(q, self.n - 1), k, v, self._at(g, 0), beta, starts=self._at(starts, 0), scale=scale)
+        self.steps = DeltaSpan(
+            self._at(q, self.n - 1), k, v, self._at(g, 0), beta, starts=self._at(starts, 0), scale=scale
+        )
 
     def _at(self, x: Tensor, step: int) -> Tensor:
         """[B, T, ...] -> [B, T·n, ...]: x at one step of each token, zeros at the others."""

@@ -49,7 +49,7 @@ def step(
     return unchunks(out, starts.shape[1]), state
 
 
-class Span(delta.Span):
+class DPLRSpan(delta.DeltaSpan):
     """A span of q, k, v, g, a, b; see `recurrence.Dense`."""
 
     def __init__(self, *xs: Tensor, starts: Tensor, scale: float | None = None):

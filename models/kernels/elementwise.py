@@ -87,7 +87,7 @@ class Scan(torch.autograd.Function):
         return grad_a, None, grad_u, at
 
 
-class Tile:
+class ElementwiseTile:
     """Some tokens of a span: u, g [B, T, ...], starts [B, T]."""
 
     def __init__(self, size: int, u: Tensor, g: Tensor, starts: Tensor):
@@ -99,7 +99,7 @@ class Tile:
         self.whole = self.total.detach().exp().masked_fill(starts.any(2), 0.0)
 
 
-class Scanned(Begun):
+class ElementwiseSpan(Begun):
     """A span of h_t = e^{g_t}·h_{t-1} + u_t. u, g [B, T, ...] (g log decays), starts [B, T]: `recurrence.Elementwise`.
 
     The outputs are the states themselves, [B, T, ...] in u's dtype. There is no query, and `scale` multiplies nothing.
@@ -107,7 +107,7 @@ class Scanned(Begun):
 
     def __init__(self, u: Tensor, g: Tensor, *, starts: Tensor, scale: float | None = None, size: int = 64):
         self.dtype = u.dtype
-        self.tiles = [Tile(size, *parts) for parts in tiles(u, g, starts, size=size)]
+        self.tiles = [ElementwiseTile(size, *parts) for parts in tiles(u, g, starts, size=size)]
         self.alive = (~starts.any(1)).to(wide(g).dtype)
 
     @cached_property

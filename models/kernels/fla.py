@@ -58,7 +58,7 @@ def function(rule: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return getattr(module, call.function)
 
 
-class Packing(NamedTuple):
+class VarlenRows(NamedTuple):
     """Rows [B, T] as sequences one after another."""
 
     bounds: Tensor  # [N + 1] int64, where they begin, and the number of tokens
@@ -67,7 +67,7 @@ class Packing(NamedTuple):
     enters: Tensor  # [B] bool: the row's state enters it, as no document starts at its first token
 
     @classmethod
-    def of(cls, starts: Tensor) -> "Packing":
+    def of(cls, starts: Tensor) -> "VarlenRows":
         B, T = starts.shape
         begins = starts.clone()
         begins[:, 0] = True
@@ -79,14 +79,14 @@ class Packing(NamedTuple):
 _PACKINGS = WeakTensorKeyDictionary()  # how many sequences there are is a question to the GPU: ask once, not per layer
 
 
-def packing(starts: Tensor) -> Packing:
+def packing(starts: Tensor) -> VarlenRows:
     known = _PACKINGS.get(starts)
     if known is None or known[0] != starts._version:
-        known = _PACKINGS[starts] = (starts._version, Packing.of(starts))
+        known = _PACKINGS[starts] = (starts._version, VarlenRows.of(starts))
     return known[1]
 
 
-class Packed(Begun):
+class FLASpan(Begun):
     """A begun span. q, k [B,T,H,K], v [B,T,H,V], then the rule's gates, starts [B,T] bool; multiplied in q's dtype.
 
     Decays, states and effects are in fp32, outputs in v's dtype.

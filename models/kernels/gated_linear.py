@@ -28,7 +28,7 @@ def step(
     return unchunks(out, starts.shape[1]), state
 
 
-class Span(Streamed):
+class GatedLinearSpan(Streamed):
     """A span of q, k, v and perhaps g; see `recurrence.Identity`, `Scalar` and `Diagonal`. Its effect is on its way
     before any output is computed."""
 

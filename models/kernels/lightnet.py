@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.chunking import Begun, Effect
-from models.kernels.elementwise import Scanned, chunked
-from models.kernels.gated_linear import Span
+from models.kernels.elementwise import ElementwiseSpan, chunked
+from models.kernels.gated_linear import GatedLinearSpan
 from models.kernels.mlstm import ABSENT
 from models.precision import wide
 
@@ -71,11 +71,13 @@ class LogSum(torch.autograd.Function):
         k, starts, z = ctx.saved_tensors
         fall = F.pad(z[:, :-1] - z[:, 1:], [0, 0] * (z.dim() - 2) + [0, 1])
         ends = F.pad(starts[:, 1:], [0, 1])
-        later = Scanned(grad.flip(1), fall.masked_fill(_like(ends, z), 0.0).flip(1), starts=ends.flip(1)).finish(None)
+        later = ElementwiseSpan(
+            grad.flip(1), fall.masked_fill(_like(ends, z), 0.0).flip(1), starts=ends.flip(1)
+        ).finish(None)
         return later.flip(1) * (k - z).exp(), None, None
 
 
-class Normalised(Begun):
+class LightNetSpan(Begun):
     """A span. q [B,T,H,K], k [B,T,H,K] (logs of weights), v [B,T,H,V], starts [B,T] bool: `recurrence.Normalised`."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor, scale: float | None = None, size: int = 64):
@@ -99,7 +101,7 @@ class Normalised(Begun):
             z = torch.where(past, torch.logaddexp(z, z_before.unsqueeze(1)), z)
             entered = torch.where(past[:, :1] & seen.unsqueeze(1), z_before.unsqueeze(1) - z[:, :1], 0.0)
         g = torch.cat((entered, (z[:, :-1] - z[:, 1:]).masked_fill(_like(self.starts[:, 1:], z), 0.0)), dim=1)
-        return Span(self.q, (self.k - z).exp(), self.v, g, starts=self.starts, scale=self.scale).finish(S)
+        return GatedLinearSpan(self.q, (self.k - z).exp(), self.v, g, starts=self.starts, scale=self.scale).finish(S)
 
 
 def _like(flags_BT: Tensor, x: Tensor) -> Tensor:

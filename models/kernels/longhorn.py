@@ -50,7 +50,7 @@ def blocks(*xs: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(SIZE, dim=1) for x in xs), strict=True)
 
 
-class Pass(torch.autograd.Function):
+class LonghornPass(torch.autograd.Function):
     """(state [B,D,N], q, k [B,T,N], v, delta [B,T,D], starts [B,T]) -> y [B,T,D], the state after the last token."""
 
     @staticmethod
@@ -71,7 +71,7 @@ class Pass(torch.autograd.Function):
         borders, *xs = ctx.saved_tensors
         found, later = [], grad_state
         for border, block in reversed(list(zip(borders.unbind(0), blocks(grad_y, *xs), strict=True))):
-            *grads, later = Pass._backward(border, later, *block)
+            *grads, later = LonghornPass._backward(border, later, *block)
             found.append(grads)
         return later, *(torch.cat(x[::-1], dim=1) for x in zip(*found, strict=True)), None
 
@@ -93,7 +93,7 @@ class Pass(torch.autograd.Function):
         return grad_q, grad_k, delta * along_k, grad_delta, later
 
 
-class Blocks(Begun):
+class LonghornSpan(Begun):
     """A span. q, k [B,T,N], v, delta [B,T,D] with delta·‖k‖² < 1, starts [B,T] -> [B,T,D]; `recurrence.Elementwise`.
 
     The state is [B, D, N].
@@ -104,7 +104,7 @@ class Blocks(Begun):
         self.q, self.k, self.v, self.delta = (wide(x) for x in (scaled(q, scale), k, v, delta))
 
     def _run(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        return Pass.apply(state, self.q, self.k, self.v, self.delta, self.starts)
+        return LonghornPass.apply(state, self.q, self.k, self.v, self.delta, self.starts)
 
     @cached_property
     def _from_zero(self) -> tuple[Tensor, Tensor]:

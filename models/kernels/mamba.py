@@ -27,7 +27,7 @@ def walk(state: Tensor, A: Tensor, k: Tensor, v: Tensor, delta: Tensor, starts: 
     return a, S
 
 
-class Pass(torch.autograd.Function):
+class MambaPass(torch.autograd.Function):
     """(state [B,D,N], A [D,N], q, k [B,T,N], v, delta [B,T,D], starts [B,T]) -> y [B,T,D], the state after the last
     token."""
 
@@ -49,7 +49,7 @@ class Pass(torch.autograd.Function):
         borders, A, *xs = ctx.saved_tensors
         found, later, grad_A = [], grad_state, torch.zeros_like(A)
         for border, block in reversed(list(zip(borders.unbind(0), blocks(grad_y, *xs), strict=True))):
-            *grads, in_A, later = Pass._backward(border, later, A, *block)
+            *grads, in_A, later = MambaPass._backward(border, later, A, *block)
             grad_A += in_A
             found.append(grads)
         return later, grad_A, *(torch.cat(x[::-1], dim=1) for x in zip(*found, strict=True)), None
@@ -72,7 +72,7 @@ class Pass(torch.autograd.Function):
         return grad_q, grad_k, delta * along_k, grad_delta, (grad_log * delta.unsqueeze(-1)).sum((0, 1)), later
 
 
-class Blocks(Begun):
+class MambaSpan(Begun):
     """A span. q, k [B,T,N], v, delta [B,T,D], A [D,N] ≤ 0, starts [B,T] -> [B,T,D]; `recurrence.Elementwise`, with A
     what all tokens share.
 
@@ -87,7 +87,7 @@ class Blocks(Begun):
         self.A = A.to(self.delta.dtype)
 
     def _run(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        return Pass.apply(state, self.A, self.q, self.k, self.v, self.delta, self.starts)
+        return MambaPass.apply(state, self.A, self.q, self.k, self.v, self.delta, self.starts)
 
     @cached_property
     def _from_zero(self) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def decay(F_BH: Tensor, state: Tensor) -> Tensor:
     return torch.cat((kept, state[..., -2:-1] + drop.unsqueeze(-1), state[..., -1:]), dim=-1)
 
 
-class Chunks(Begun):
+class MLSTMSpan(Begun):
     """A span reduced chunk by chunk. q, k [B,T,H,K], v [B,T,H,V], i (log input gate) and f (log forget gate, ≤ 0)
     [B,T,H], starts [B,T]: `recurrence.Stabilised`."""
 

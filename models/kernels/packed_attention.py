@@ -40,7 +40,7 @@ def pieces_of(positions_BT: Tensor) -> list[list[Piece]]:
     return rows
 
 
-class Part(NamedTuple):
+class AttentionPart(NamedTuple):
     """Queries and keys of a row; see `tiles` for `causal` and `window`. `merged` with what the queries have so far."""
 
     queries: slice
@@ -50,31 +50,31 @@ class Part(NamedTuple):
     merged: bool = False
 
 
-def parts_of(run: Piece, key: int, first: int, *, window: int | None = None, sinks: int = 0) -> Iterator[Part]:
+def parts_of(run: Piece, key: int, first: int, *, window: int | None = None, sinks: int = 0) -> Iterator[AttentionPart]:
     """The parts of one run. Its token `begin` is at `key` on the key axis, its document's first token at `first`.
 
     `first` is only told apart from `key - past` where keys between the sinks and the window are no longer held.
     """
     begin, end, past = run
     if window is None or past + end - begin <= window:
-        yield Part(slice(begin, end), slice(key, key + end - begin))
+        yield AttentionPart(slice(begin, end), slice(key, key + end - begin))
         if past:
-            yield Part(slice(begin, end), slice(key - past, key), causal=False, merged=True)
+            yield AttentionPart(slice(begin, end), slice(key - past, key), causal=False, merged=True)
         return
     at = begin if past else begin + window
     if not past:
-        yield Part(slice(begin, at), slice(key, key + window))
+        yield AttentionPart(slice(begin, at), slice(key, key + window))
     for a in range(at, end, ROWS):
         b, seen = min(a + ROWS, end), min(past + a - begin, window - 1)
         here = key + a - begin
-        yield Part(slice(a, b), slice(here - seen, here + b - a), window=window)
+        yield AttentionPart(slice(a, b), slice(here - seen, here + b - a), window=window)
     # Sink p leaves the window of token p + window: from there on a triangle of them is seen, and at last all.
     leaves, gone = (max(begin, min(end, begin - past + window + p)) for p in (0, sinks))
     if leaves < gone:
         count = past + gone - begin - window
-        yield Part(slice(leaves, gone), slice(first, first + count), merged=True)
+        yield AttentionPart(slice(leaves, gone), slice(first, first + count), merged=True)
     if sinks and gone < end:
-        yield Part(slice(gone, end), slice(first, first + sinks), causal=False, merged=True)
+        yield AttentionPart(slice(gone, end), slice(first, first + sinks), causal=False, merged=True)
 
 
 def attend_pieces(
@@ -98,7 +98,7 @@ def attend_pieces(
     """
     rows = []
     for b, (runs, offset) in enumerate(zip(pieces, offsets, strict=True)):
-        row: list[Part] = []
+        row: list[AttentionPart] = []
         for run in runs:
             key = offset + run.begin
             if firsts is None:  # a span entered without its past sees what there is
@@ -117,7 +117,7 @@ def attend_pieces(
     return _Attend.apply(q_BTHK, k_BSGK, v_BSGV, rows, scale, tile or tile_for(q_BTHK.device))[..., :V]
 
 
-def _squares(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, rows: list[list[Part]]) -> Tensor:
+def _squares(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, rows: list[list[AttentionPart]]) -> Tensor:
     """Documents that are whole and see all of themselves: what a GPU's own kernels do best."""
     outs = []
     for b, parts in enumerate(rows):
@@ -134,7 +134,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: list[list[Part]], scale: float, tile: type[Tile]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: list[list[AttentionPart]], scale: float, tile: type[Tile]
     ) -> Tensor:
         out, lse = kept(lambda: _Attend.run(q, k, v, rows, scale, tile))
         ctx.save_for_backward(q, k, v, out, lse)
@@ -143,7 +143,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def run(
-        q: Tensor, k: Tensor, v: Tensor, rows: list[list[Part]], scale: float, tile: type[Tile]
+        q: Tensor, k: Tensor, v: Tensor, rows: list[list[AttentionPart]], scale: float, tile: type[Tile]
     ) -> tuple[Tensor, Tensor]:
         """out and lse."""
         merging = any(part.merged for parts in rows for part in parts)
@@ -190,7 +190,7 @@ class _Attend(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _cut(part: Part, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cut(part: AttentionPart, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A part's views [1, H or G, n or m, K] of row b of q, k, v."""
     q_part = q[b : b + 1, part.queries].transpose(1, 2)
     k_part, v_part = (x[b : b + 1, part.keys].transpose(1, 2) for x in (k, v))

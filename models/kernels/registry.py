@@ -28,42 +28,44 @@ from models.kernels.chunking import Begun
 Kernel = Callable[..., Begun]
 
 REFERENCE: dict[str, Kernel] = {
-    "linear": gated_linear.Span,
-    "simple_gla": gated_linear.Span,
-    "gla": gated_linear.Span,
-    "delta_rule": delta.Span,
-    "gated_delta_rule": delta.Span,
-    "kda": delta.Span,
-    "dplr": dplr.Span,
-    "titans": titans.Span,
+    "linear": gated_linear.GatedLinearSpan,
+    "simple_gla": gated_linear.GatedLinearSpan,
+    "gla": gated_linear.GatedLinearSpan,
+    "delta_rule": delta.DeltaSpan,
+    "gated_delta_rule": delta.DeltaSpan,
+    "kda": delta.DeltaSpan,
+    "dplr": dplr.DPLRSpan,
+    "titans": titans.TitansSpan,
     "gated_delta_product": delta_product.Product,
-    "elementwise": elementwise.Scanned,
-    "longhorn": longhorn.Blocks,
-    "mamba": mamba.Blocks,
-    "complex": complex_decay.Scanned,
-    "mlstm": mlstm.Chunks,
-    "lightnet": lightnet.Normalised,
+    "elementwise": elementwise.ElementwiseSpan,
+    "longhorn": longhorn.LonghornSpan,
+    "mamba": mamba.MambaSpan,
+    "complex": complex_decay.ComplexSpan,
+    "mlstm": mlstm.MLSTMSpan,
+    "lightnet": lightnet.LightNetSpan,
 }
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     name: str  # "PyTorch" or "fla"
     reason: str
 
 
-def chosen(rule: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = fla.WIDEST) -> Choice:
+def chosen(
+    rule: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = fla.WIDEST
+) -> KernelChoice:
     """The kernel of `rule` on `device`, and why. dtype: that of the queries. width: their columns a head."""
     if device.type != "cuda":
-        return Choice("PyTorch", f"Triton has no kernels for {device.type}")
+        return KernelChoice("PyTorch", f"Triton has no kernels for {device.type}")
     if rule not in fla.CALLS:
-        return Choice("PyTorch", "flash-linear-attention has none for packed documents of this rule")
+        return KernelChoice("PyTorch", "flash-linear-attention has none for packed documents of this rule")
     if dtype not in HALF:
-        return Choice("PyTorch", f"{dtype} is not to be rounded to TF32")
+        return KernelChoice("PyTorch", f"{dtype} is not to be rounded to TF32")
     if fla.CALLS[rule].dense and width > fla.WIDEST:
-        return Choice("PyTorch", f"flash-linear-attention's has keys of up to {fla.WIDEST}, these have {width}")
+        return KernelChoice("PyTorch", f"flash-linear-attention's has keys of up to {fla.WIDEST}, these have {width}")
     missing = _missing(rule)
-    return Choice("PyTorch", missing) if missing else Choice("fla", "flash-linear-attention's, in Triton")
+    return KernelChoice("PyTorch", missing) if missing else KernelChoice("fla", "flash-linear-attention's, in Triton")
 
 
 @cache
@@ -84,5 +86,5 @@ def _missing(rule: str) -> str | None:
 def kernel(rule: str, like: Tensor) -> Kernel:
     """The kernel of `rule` for a first input like this: `kernel(*xs, starts=, scale=)`."""
     if chosen(rule, like.device, like.dtype, like.shape[-1]).name == "fla":
-        return partial(fla.Packed, rule)
+        return partial(fla.FLASpan, rule)
     return REFERENCE[rule]

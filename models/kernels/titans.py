@@ -86,7 +86,7 @@ def _at_end(x: Tensor, T: int) -> Tensor:
     return x.movedim(3, 1)[torch.arange(len(x)), ends]
 
 
-class Span(delta.Span):
+class TitansSpan(delta.DeltaSpan):
     """A span of q, k, v, g, mu and beta; see `recurrence.Dense`. The state is [B, H, 2K, V], M above S."""
 
     def __init__(self, *xs: Tensor, starts: Tensor, scale: float | None = None):

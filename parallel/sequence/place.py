@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.sequence import Identity, Memory, Sequence, Whole
+from models.sequence import DocumentKey, Memory, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
 from parallel.sequence.attention import Keys
@@ -106,11 +106,11 @@ def place(
     return Placed(rows(tokens), rows(targets), seq)
 
 
-def _identities(group: Group, batch: Listed[Packed], step: int, idle: int) -> list[Identity]:
+def _identities(group: Group, batch: Listed[Packed], step: int, idle: int) -> list[DocumentKey]:
     """Of every document of the group in order, and of the one that masked tokens share."""
     found = []
     for s in group.sequences:
         starts = np.flatnonzero(batch[s].positions == 0)
         lengths = np.diff(starts, append=len(batch[s].positions))
-        found += [Identity(step, s, index, length) for index, length in enumerate(lengths.tolist())]
-    return [*found, Identity(step, len(batch), 0, idle)] if idle else found
+        found += [DocumentKey(step, s, index, length) for index, length in enumerate(lengths.tolist())]
+    return [*found, DocumentKey(step, len(batch), 0, idle)] if idle else found

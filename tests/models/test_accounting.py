@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from launch.config.compose import composed
 from launch.config.validate import build
-from models.accounting import Account, Attention, Flops, account
+from models.accounting import Account, AttentionCost, Flops, account
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
@@ -139,11 +139,11 @@ def test_pairs_are_those_of_a_causal_window_and_sinks(window, sinks):
     for length in (1, 2, 7, 13, 31):
         q, k = torch.arange(length)[:, None], torch.arange(length)
         seen = (k <= q) & ((k > q - (window or length)) | (k < sinks))
-        assert Attention(1, 1, window, sinks).pairs(length) == seen.sum()
+        assert AttentionCost(1, 1, window, sinks).pairs(length) == seen.sum()
 
 
 def test_documents_cost_what_their_tokens_and_pairs_do_however_they_are_packed():
-    layers = (Attention(10, 4, None), Attention(10, 4, None), Attention(100, 4, 2))
+    layers = (AttentionCost(10, 4, None), AttentionCost(10, 4, None), AttentionCost(100, 4, 2))
     costs = Account(
         parameters=0,
         embedding=0,

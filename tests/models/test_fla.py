@@ -145,11 +145,11 @@ def outputs_state_and_gradients(run, rule, where, T=40):
 @pytest.mark.parametrize("rule", RULES)
 def test_outputs_states_and_gradients_equal_the_token_loop(stand_in, rule, where, scale):
     def known(xs, starts, state):  # the state that enters is known before the span is run: no correction
-        last = KINDS[rule].act(fla.Packed(rule, *xs, starts=starts, scale=scale).effect, state)
-        return fla.Packed(rule, *xs, starts=starts, scale=scale).finish(state), last
+        last = KINDS[rule].act(fla.FLASpan(rule, *xs, starts=starts, scale=scale).effect, state)
+        return fla.FLASpan(rule, *xs, starts=starts, scale=scale).finish(state), last
 
     def waiting(xs, starts, state):
-        begun = fla.Packed(rule, *xs, starts=starts, scale=scale)
+        begun = fla.FLASpan(rule, *xs, starts=starts, scale=scale)
         last = KINDS[rule].act(begun.effect, state)
         return begun.finish(state), last
 
@@ -170,20 +170,20 @@ def test_effects_compose_and_no_state_is_a_zero_state(stand_in, rule):
     for where in STARTS:
         starts = starting(40, where)
         first, then = (
-            fla.Packed(rule, *(x[:, s] for x in xs), starts=starts[:, s]).effect for s in (slice(17), slice(17, None))
+            fla.FLASpan(rule, *(x[:, s] for x in xs), starts=starts[:, s]).effect for s in (slice(17), slice(17, None))
         )
-        whole = fla.Packed(rule, *xs, starts=starts)
+        whole = fla.FLASpan(rule, *xs, starts=starts)
         joined, state = recurrence.compose(first, then), entering(rule)
         assert torch.equal(joined.alive, whole.effect.alive)
         close([recurrence.act(joined, state)], [recurrence.act(whole.effect, state)], 1e-10)
         zero = torch.zeros_like(state)
-        close([whole.finish(None)], [fla.Packed(rule, *xs, starts=starts).finish(zero)], 1e-10)
+        close([whole.finish(None)], [fla.FLASpan(rule, *xs, starts=starts).finish(zero)], 1e-10)
 
 
 @pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "gla", "hgrn2", "kda", "linear", "mamba2", "retnet"])
 def test_mixers_run_on_it_as_on_the_reference(stand_in, name):
     """Through the registry, in spans with documents, as any layer would."""
-    stand_in.setattr(registry, "chosen", lambda *_: registry.Choice("fla", "told so"))
+    stand_in.setattr(registry, "chosen", lambda *_: registry.KernelChoice("fla", "told so"))
     stand_in.setitem(REFERENCE, test_mixers.build((name, {})).recurrence.rule, None)  # nothing falls back to it
     test_mixers.test_outputs_and_gradients_equal_the_same_mixer_over_a_token_loop((name, {}))
     test_mixers.test_any_split_into_spans_equals_the_whole((name, {}), [5, 1, 58, 11])
@@ -248,7 +248,7 @@ def test_the_kernels_themselves_equal_the_token_loop_in_bf16(rule, where):
 
     def streamed(leaves, starts, entered):
         begun = KINDS[rule].begin(*leaves, starts=starts)
-        assert isinstance(begun, fla.Packed)
+        assert isinstance(begun, fla.FLASpan)
         last = KINDS[rule].act(begun.effect, entered)
         return begun.finish(entered), last
 

@@ -10,21 +10,23 @@ import torch
 
 from models.hub import of_config, of_model, positions, tensors
 from models.hub.architecture import fold, node, ratio
-from models.hub.rows import ABOUT_ZERO, Entry, Rows, experts, joined, parts, published, whole
+from models.hub.rows import ABOUT_ZERO, ParameterSource, PublishedRows, experts, joined, parts, published, whole
 from models.mixers.attention import Attention
 from models.positions import Interpolated, Llama3, RoPE, Truncated, YaRN
 
 
 def test_rows_of_a_span_are_found_in_the_pieces_that_make_it_up():
-    pieces = (Rows("a", 4, 3), Rows("b", 0, 2), Rows("a", 0, 4))
+    pieces = (PublishedRows("a", 4, 3), PublishedRows("b", 0, 2), PublishedRows("a", 0, 4))
     assert parts(pieces, 0, 9) == list(pieces)
-    assert parts(pieces, 2, 6) == [Rows("a", 6, 1), Rows("b", 0, 2), Rows("a", 0, 1)]
-    assert parts(pieces, 4, 5) == [Rows("b", 1, 1)]
+    assert parts(pieces, 2, 6) == [PublishedRows("a", 6, 1), PublishedRows("b", 0, 2), PublishedRows("a", 0, 1)]
+    assert parts(pieces, 4, 5) == [PublishedRows("b", 1, 1)]
 
 
 def test_a_table_read_backwards_says_where_each_published_row_lies():
     entries = {
-        "kv": Entry((Rows("k", 0, 2), Rows("v", 0, 2), Rows("k", 2, 2), Rows("v", 2, 2))),
+        "kv": ParameterSource(
+            (PublishedRows("k", 0, 2), PublishedRows("v", 0, 2), PublishedRows("k", 2, 2), PublishedRows("v", 2, 2))
+        ),
         "experts": joined(("w0", 6), ("w1", 6), form=experts(6)),
     }
     found = published(entries, {"kv": (8, 5), "experts": (2, 5, 6)})
@@ -36,8 +38,14 @@ def test_a_table_read_backwards_says_where_each_published_row_lies():
     ("entries", "why"),
     [
         ({"a": whole("x", 3)}, "a: has 4 rows, its table 3"),
-        ({"a": Entry((Rows("x", 0, 2), Rows("x", 3, 2)))}, "x: row 2 is named twice or never"),
-        ({"a": Entry((Rows("x", 0, 3), Rows("x", 2, 1)))}, "x: row 2 is named twice or never"),
+        (
+            {"a": ParameterSource((PublishedRows("x", 0, 2), PublishedRows("x", 3, 2)))},
+            "x: row 2 is named twice or never",
+        ),
+        (
+            {"a": ParameterSource((PublishedRows("x", 0, 3), PublishedRows("x", 2, 1)))},
+            "x: row 2 is named twice or never",
+        ),
         ({}, "a: has no table"),
     ],
 )

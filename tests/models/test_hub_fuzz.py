@@ -54,7 +54,7 @@ def configs(draw):
 @given(configs())
 def test_any_value_of_a_config_json_is_read_or_refused_in_one_line(config):
     begun = time.monotonic()
-    stored = {f"t{i}": tensors.Stored(None, None, (40, 16), 0) for i in range(30)}
+    stored = {f"t{i}": tensors.StoredTensor(None, None, (40, 16), 0) for i in range(30)}
     try:
         architecture = of_config(config)
         architecture.complete(config)

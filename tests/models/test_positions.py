@@ -21,7 +21,7 @@ from models.positions import (
     rotate,
     turn,
 )
-from models.sequence import Identity, Whole
+from models.sequence import DocumentKey, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
 from parallel.sequence import TRANSPORTS
@@ -160,7 +160,7 @@ def test_every_set_of_positions_is_as_likely():
     drawn = torch.zeros(times, 20)
     for step in range(times):
         seq = Whole.of(torch.arange(5)[None])
-        seq.identities = [Identity(step, 0, 0, 5)]
+        seq.identities = [DocumentKey(step, 0, 0, 5)]
         drawn[step, Randomized(longest=20).places(seq)[0]] = 1
     together = drawn.T @ drawn / times
     assert ((together.diagonal() - 0.25).abs() < 5 * (0.25 * 0.75 / times) ** 0.5).all()

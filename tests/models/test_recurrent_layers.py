@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from models.axes import initialise
-from models.kernels.complex_decay import Scanned, wrap
-from models.kernels.longhorn import Blocks
+from models.kernels.complex_decay import ComplexSpan, wrap
+from models.kernels.longhorn import LonghornSpan
 from models.mixers import MIXERS
 from models.mixers.rglru import STEEPEST, BoundedSqrt
 from models.sequence import Whole
@@ -154,7 +154,7 @@ def test_angles_stay_exact_over_a_million_tokens():
     """A state of 1 that only turns. In fp32 radians, wrapped every 64 tokens, this is off by 0.09."""
     T, turns = 1_000_000, torch.rand(1, 1, 3, generator=torch.Generator().manual_seed(0))
     starts, u = torch.zeros(1, T, dtype=torch.bool), torch.zeros(1, T, 3, 2)
-    effect = Scanned(u, torch.zeros(1, T, 3), turns.expand(1, T, 3), starts=starts, size=1000).effect
+    effect = ComplexSpan(u, torch.zeros(1, T, 3), turns.expand(1, T, 3), starts=starts, size=1000).effect
     want = wrap(turns[0].double() * T)
     assert (wrap(effect.A[..., 1].double() - want) * 2 * math.pi).abs().max() < 1e-6
 
@@ -171,5 +171,5 @@ def test_longhorn_keeps_no_state_of_a_token():
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        Blocks(q, k, v, delta, starts=torch.zeros(1, T, dtype=torch.bool)).finish(None)
+        LonghornSpan(q, k, v, delta, starts=torch.zeros(1, T, dtype=torch.bool)).finish(None)
     assert sizes and max(sizes) <= T * max(D, N) < T * D * N // 4

@@ -19,7 +19,7 @@ from tests.models.rules import EXAMPLES, KINDS, ORACLES
 from tests.models.test_mixers import NEEDED
 from tests.models.test_recurrence import STARTS, close, entering, starting
 
-SPANS = (gated_linear.Span, delta.Span, dplr.Span, titans.Span)
+SPANS = (gated_linear.GatedLinearSpan, delta.DeltaSpan, dplr.DPLRSpan, titans.TitansSpan)
 STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in SPANS)
 T = 150  # three tiles, the last of them with a chunk that is partly empty
 
@@ -89,7 +89,7 @@ def test_the_rules_of_matrices_are_streamed():
 @pytest.mark.parametrize("rule", STREAMED)
 def test_several_tiles_equal_the_token_loop(rule, tiles):
     check(rule)
-    by_decays = REFERENCE[rule] is gated_linear.Span  # their effect is no stream
+    by_decays = REFERENCE[rule] is gated_linear.GatedLinearSpan  # their effect is no stream
     assert len(tiles) == (2 if by_decays else 3) * len(STARTS) and set(tiles) == {3}
 
 
@@ -140,7 +140,7 @@ STREAMING: dict[Callable, tuple[str, ...]] = {
 @pytest.mark.parametrize("mutation", STREAMING, ids=lambda f: f.__name__)
 def test_broken_streaming_is_caught(mutation, monkeypatch):
     for rule in STREAMING[mutation]:
-        module = gated_linear if REFERENCE[rule] is gated_linear.Span else delta
+        module = gated_linear if REFERENCE[rule] is gated_linear.GatedLinearSpan else delta
         with monkeypatch.context() as patch, pytest.raises((AssertionError, RuntimeError, IndexError)):
             patch.setattr(module, "step", mutation(module.step))
             check(rule, ways=(state_first,), packings=("many",))
@@ -186,7 +186,7 @@ def test_bf16_inputs_keep_their_gradients(rule):
     close(outputs_and_gradients(torch.bfloat16), outputs_and_gradients(torch.float32), 2e-2)
 
 
-@pytest.mark.parametrize("rule", [name for name, kernel in REFERENCE.items() if kernel is gated_linear.Span])
+@pytest.mark.parametrize("rule", [name for name, kernel in REFERENCE.items() if kernel is gated_linear.GatedLinearSpan])
 def test_an_effect_by_decays_waits_for_no_output(rule, monkeypatch):
     """So that it is on its way while outputs are computed; and those are not computed twice when the state is there."""
     steps, honest = [], gated_linear.step

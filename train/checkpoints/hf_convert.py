@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 
 from models.hub import of_model, tensors
 from models.hub.architecture import Config, layers
-from models.hub.rows import Place, published
+from models.hub.rows import RowPlace, published
 from parallel.activation_memory import give_back_large
 from train.checkpoints import checkpoint
 from train.checkpoints.hf_reader import CONFIG, Published
@@ -158,7 +158,7 @@ class Saved:
         found = torch.cat([self._rows(place) for place in places]) if len(places) > 1 else self._rows(places[0])
         return found.view(shape)
 
-    def _rows(self, place: Place) -> Tensor:
+    def _rows(self, place: RowPlace) -> Tensor:
         form = self._entries[place.name].form
         unit = form.unit(self.shapes[place.name])
         first, last = place.start // unit, -(-(place.start + place.number) // unit)

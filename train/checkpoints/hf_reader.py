@@ -35,7 +35,7 @@ VOCABULARY = ("embedding", "head.weight")  # parameters with a row a token
 MOST_ROWS = 1 << 24  # no tokenizer has as many tokens
 HEAD = "lm_head.weight"  # in every architecture
 
-Files = dict[str, tensors.Stored]
+Files = dict[str, tensors.StoredTensor]
 
 
 def is_folder(path: Path) -> bool:
@@ -226,7 +226,7 @@ def _untied(config: Config, stored: Files, entries: Entries) -> tuple[Config, Fi
     return {**config, "tie_word_embeddings": False}, stored, [line]
 
 
-def _same(one: tensors.Stored, other: tensors.Stored) -> bool:
+def _same(one: tensors.StoredTensor, other: tensors.StoredTensor) -> bool:
     """Whether two tensors hold the same numbers."""
     if one.shape != other.shape:
         return False
