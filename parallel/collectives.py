@@ -37,7 +37,7 @@ NAMESPACE = "farspan"  # of the operators that communicate
 Clock = Callable[[], AbstractContextManager[None]]
 
 
-class Entry(NamedTuple):
+class LedgerEntry(NamedTuple):
     """What was communicated, over which axis of the mesh, and why."""
 
     axis: str
@@ -51,17 +51,17 @@ class Ledger:
     a norm or to write a checkpoint is not."""
 
     axes: dict[str, str] = field(default_factory=dict)  # by the name of the process group; others are of the world
-    calls: Counter[Entry] = field(default_factory=Counter)
-    bytes: Counter[Entry] = field(default_factory=Counter)
+    calls: Counter[LedgerEntry] = field(default_factory=Counter)
+    bytes: Counter[LedgerEntry] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # effects cross beside the main thread
 
     def add(self, group: str, purpose: str, received: int) -> None:
-        entry = Entry(self.axes.get(group, "world"), purpose)
+        entry = LedgerEntry(self.axes.get(group, "world"), purpose)
         with self._lock:
             self.calls[entry] += 1
             self.bytes[entry] += received
 
-    def take(self) -> tuple[Counter[Entry], Counter[Entry]]:
+    def take(self) -> tuple[Counter[LedgerEntry], Counter[LedgerEntry]]:
         """Bytes and calls since the last time."""
         with self._lock:
             bytes, calls = self.bytes, self.calls

@@ -27,7 +27,7 @@ Places = slice | list[int]
 Function = Callable[[Tensor], Tensor]  # [S, M, N] -> [S, M, N], of S matrices of one shape
 
 
-class Part(NamedTuple):
+class PeriodicRange(NamedTuple):
     """Places of a dimension of `length`: `size` of them from `begin` on, and again after every `period`."""
 
     begin: int
@@ -48,43 +48,45 @@ class Part(NamedTuple):
         return [p - begin for p in range(begin, end) if 0 <= p % self.period - self.begin < self.size]
 
 
-class Cut(NamedTuple):
+class MatrixCut(NamedTuple):
     """Where a matrix lies in its parameter: parameter[lead, rows, columns], `lead` None in one of two dimensions."""
 
     lead: int | None
-    rows: Part
-    columns: Part
+    rows: PeriodicRange
+    columns: PeriodicRange
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.before(self.rows.length), self.columns.before(self.columns.length)
 
 
-def cuts(shape: Sequence[int], parts: Sequence[int] = (), along: int = 0) -> list[Cut]:
+def cuts(shape: Sequence[int], parts: Sequence[int] = (), along: int = 0) -> list[MatrixCut]:
     """The matrices of a parameter of two or three dimensions; parts, along: as `models.axes.Declared` has them."""
     *leads, rows, columns = shape
-    sides = [[Part(0, length, length, length)] for length in (rows, columns)]
+    sides = [[PeriodicRange(0, length, length, length)] for length in (rows, columns)]
     if parts:
         begins, length = accumulate(parts, initial=0), shape[along]
-        several = [Part(b, size, sum(parts), length) for b, size in zip(begins, parts, strict=False)]
+        several = [PeriodicRange(b, size, sum(parts), length) for b, size in zip(begins, parts, strict=False)]
         sides[along - len(leads)] = several
-    return [Cut(i, r, c) for i in (range(leads[0]) if leads else [None]) for r in sides[0] for c in sides[1]]
+    return [MatrixCut(i, r, c) for i in (range(leads[0]) if leads else [None]) for r in sides[0] for c in sides[1]]
 
 
-class Placed(NamedTuple):
+class OwnedMatrix(NamedTuple):
     """A matrix of the parameter with this index, and its owner. rows: how many of its rows each rank holds."""
 
     parameter: int
-    cut: Cut
+    cut: MatrixCut
     owner: int
     rows: tuple[int, ...]
 
 
-def assigned(begins: Sequence[Sequence[int]], matrices: Sequence[Sequence[Cut]], world: int) -> list[list[Placed]]:
+def assigned(
+    begins: Sequence[Sequence[int]], matrices: Sequence[Sequence[MatrixCut]], world: int
+) -> list[list[OwnedMatrix]]:
     """The matrices of each exchange. begins: of each parameter the first row of every rank, and how many it has."""
     found = [(i, cut) for i, several in enumerate(matrices) for cut in several]
     found.sort(key=lambda each: -_cost(each[1]))
-    busy, buckets = [0.0] * world, list[list[Placed]]()
+    busy, buckets = [0.0] * world, list[list[OwnedMatrix]]()
     size = TOGETHER * world + 1
     for i, cut in found:
         owner = min(range(world), key=busy.__getitem__)
@@ -94,11 +96,13 @@ def assigned(begins: Sequence[Sequence[int]], matrices: Sequence[Sequence[Cut]],
             buckets.append([])
             size = 0
         size += elements
-        buckets[-1].append(Placed(i, cut, owner, tuple(_held(begins[i], cut, r) for r in range(world))))
+        buckets[-1].append(OwnedMatrix(i, cut, owner, tuple(_held(begins[i], cut, r) for r in range(world))))
     return buckets
 
 
-def received(lengths: Sequence[int], matrices: Sequence[Sequence[Cut]], world: int, itemsize: int) -> list[Traffic]:
+def received(
+    lengths: Sequence[int], matrices: Sequence[Sequence[MatrixCut]], world: int, itemsize: int
+) -> list[Traffic]:
     """What each rank receives where `Owners.apply` is called, of parameters of so many rows that FSDP has sharded."""
     found = [Traffic() for _ in range(world)]
     for bucket in assigned([shares(length, world) for length in lengths], matrices, world):
@@ -126,7 +130,7 @@ class Owners:
     parameters: whole, or sharded by rows over one mesh of one dimension. Raises NotImplementedError for another layout.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], matrices: Sequence[Sequence[Cut]]):
+    def __init__(self, parameters: Sequence[Tensor], matrices: Sequence[Sequence[MatrixCut]]):
         self.group, self.rank, self.world = _group(parameters)
         self.begins = [_begins(p, self.world) for p in parameters]
         self.buckets = assigned(self.begins, matrices, self.world)
@@ -154,7 +158,7 @@ class Owners:
     def _ranks(self) -> range:
         return range(self.world)
 
-    def _place(self, pieces: Sequence[Tensor], each: Placed) -> tuple[Tensor, Places, Places]:
+    def _place(self, pieces: Sequence[Tensor], each: OwnedMatrix) -> tuple[Tensor, Places, Places]:
         """Where this rank's rows of a matrix lie: in which tensor, in which of its rows and columns."""
         piece, cut = pieces[each.parameter], each.cut
         begin, end = self.begins[each.parameter][self.rank : self.rank + 2]
@@ -165,7 +169,7 @@ class Owners:
             return piece.new_empty(0, cut.columns.length), slice(0), columns
         return piece[cut.lead - begin], cut.rows.between(0, cut.rows.length), columns
 
-    def _whole(self, received: Tensor, mine: list[Placed]) -> list[Tensor]:
+    def _whole(self, received: Tensor, mine: list[OwnedMatrix]) -> list[Tensor]:
         """The matrices that this rank owns, from what every rank has sent of them."""
         sizes = [each.rows[r] * each.cut.shape[1] for r in self._ranks() for each in mine]
         flat = received.split(sizes) if mine else ()
@@ -182,7 +186,7 @@ class Owners:
         return received
 
 
-def _held(begins: Sequence[int], cut: Cut, rank: int) -> int:
+def _held(begins: Sequence[int], cut: MatrixCut, rank: int) -> int:
     """How many of a matrix's rows a rank holds."""
     begin, end = begins[rank : rank + 2]
     if cut.lead is not None:
@@ -201,7 +205,7 @@ def _write(piece: Tensor, rows: Places, columns: Places, values: Tensor) -> None
         piece[rows][:, columns] = values.to(piece.dtype)
 
 
-def _rows(each: Placed, whole: Tensor, rank: int) -> Tensor:
+def _rows(each: OwnedMatrix, whole: Tensor, rank: int) -> Tensor:
     """The rows of a whole matrix that a rank holds: ranks hold them in order."""
     first = sum(each.rows[:rank])
     return whole[first : first + each.rows[rank]]
@@ -216,7 +220,7 @@ def _computed(matrices: list[Tensor], function: Function) -> list[Tensor]:
     return [made[i] for i in range(len(matrices))]
 
 
-def _cost(cut: Cut) -> float:
+def _cost(cut: MatrixCut) -> float:
     """Of the products of a matrix with itself."""
     rows, columns = cut.shape
     return float(rows * columns * min(rows, columns))

@@ -113,7 +113,7 @@ def count_experts_on_this_rank_only() -> None:
 
 def order_spans_by_rank() -> None:
     link = parallel.sequence.span_layout.Link
-    parallel.sequence.span_layout.Chain.links = property(
+    parallel.sequence.span_layout.SpanLayout.links = property(
         lambda self: [link(b, e, r, i) for r, held in enumerate(self.spans) for i, (b, e) in enumerate(held)]
     )
 
@@ -150,7 +150,7 @@ def let_padding_count() -> None:
 def hand_states_to_the_span_before() -> None:
     honest = parallel.sequence.spread.cross
 
-    class Reversed(parallel.sequence.span_layout.Chain):
+    class Reversed(parallel.sequence.span_layout.SpanLayout):
         @property
         def links(self):
             return sorted(super().links, reverse=True)

@@ -15,7 +15,7 @@ from parallel.mesh import Groups
 from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.sequence.attention import Keys
-from parallel.sequence.place import Packed, Placed, place
+from parallel.sequence.place import PackedSequence, Placed, place
 from parallel.sequence.states import Transport
 from train.loss import Sums, sums
 from train.time_spans import Passage, Spans
@@ -67,7 +67,7 @@ class Executor:
     spans: Spans | None = None
     passed: Callable[[int, int], None] = lambda done, of: None  # of spans in time, see `Passage`
 
-    def train(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
+    def train(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
         tokens, tally = sum(int(np.count_nonzero(s.counted)) for s in batch), self._empty()
@@ -82,7 +82,12 @@ class Executor:
         return tally
 
     def _run(
-        self, plan: Plan, micro: MicroStep, batch: Sequence[Packed], objective: Callable[[Sums], Tensor], last: bool
+        self,
+        plan: Plan,
+        micro: MicroStep,
+        batch: Sequence[PackedSequence],
+        objective: Callable[[Sums], Tensor],
+        last: bool,
     ) -> Iterator[Sums]:
         """Forward and backward of a micro-step, whole or span after span in time."""
         groups = self._in_time(plan, micro)
@@ -107,14 +112,14 @@ class Executor:
         yield from Passage(forward, tokens, objective, begin_backward, self.phase, self.passed).run(self.spans)
 
     @torch.no_grad()
-    def evaluate(self, plan: Plan, batch: Sequence[Packed]) -> Tally:
+    def evaluate(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Forward only."""
         tally = self._empty()
         for _, output in self._outputs(plan, batch):
             tally.add(sums(output))
         return tally
 
-    def score(self, plan: Plan, batch: Sequence[Packed]) -> tuple[Tensor, Tensor]:
+    def score(self, plan: Plan, batch: Sequence[PackedSequence]) -> tuple[Tensor, Tensor]:
         """Of every token of the batch, end to end: the nats of its target, fp64, and whether that is the likeliest
         token; 0 and False without a target. The same on every rank."""
 
@@ -126,7 +131,7 @@ class Executor:
         return nats, right > 0
 
     @torch.no_grad()
-    def by_token(self, plan: Plan, batch: Sequence[Packed], read: Callable[[Output], list[Tensor]]) -> Tensor:
+    def by_token(self, plan: Plan, batch: Sequence[PackedSequence], read: Callable[[Output], list[Tensor]]) -> Tensor:
         """What `read` takes of each micro-step, some values [B, T]: fp64 [values, N], of every token of the batch, end
         to end, the same on every rank. Forward only."""
         begins = np.cumsum([0, *plan.lengths])
@@ -144,7 +149,7 @@ class Executor:
         assert found is not None
         return self.groups.world_comm.all_reduce(found, purpose="evaluation")
 
-    def _outputs(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[Group, Output]]:
+    def _outputs(self, plan: Plan, batch: Sequence[PackedSequence]) -> Iterator[tuple[Group, Output]]:
         """What the model says of each micro-step, whole or span after span in time."""
         for _, micro in self._micro_steps(plan, batch):
             groups = self._in_time(plan, micro)
@@ -161,7 +166,7 @@ class Executor:
         count = 1 if self.spans is None else time_spans.count(micro, plan.lengths, self.spans.tokens)
         return [group] if count == 1 else time_spans.in_time(group, plan.lengths, count)
 
-    def _micro_steps(self, plan: Plan, batch: Sequence[Packed]) -> Iterator[tuple[bool, MicroStep]]:
+    def _micro_steps(self, plan: Plan, batch: Sequence[PackedSequence]) -> Iterator[tuple[bool, MicroStep]]:
         """Each micro-step, and whether it is the last. Raises ValueError for a plan that fails or is another's."""
         with self.phase("plan"):
             plan.check(self.groups.world)
@@ -172,7 +177,7 @@ class Executor:
             yield m == len(plan.micro_steps) - 1, micro
 
     def _place(
-        self, group: Group, batch: Sequence[Packed], step: int | None = None, memory: Memory | None = None
+        self, group: Group, batch: Sequence[PackedSequence], step: int | None = None, memory: Memory | None = None
     ) -> Placed:
         with self.phase("plan"):
             return place(

@@ -66,7 +66,7 @@ class How:
     heads: int = 1
 
 
-class Link(NamedTuple):
+class PlacedSpan(NamedTuple):
     """A span, the rank of the group that holds it, and as which of its rows."""
 
     begin: int
@@ -86,9 +86,9 @@ class Layout:
         return len(self.spans)
 
     @property
-    def links(self) -> list[Link]:
+    def links(self) -> list[PlacedSpan]:
         """All spans in the order of the sequence."""
-        return sorted(Link(b, e, r) for r, held in enumerate(self.spans) for b, e in held)
+        return sorted(PlacedSpan(b, e, r) for r, held in enumerate(self.spans) for b, e in held)
 
     @property
     def rows(self) -> int:
@@ -127,7 +127,7 @@ class Halo:
 
 
 @dataclass(frozen=True)
-class State:
+class ScanCall:
     """`Sequence.scan`: a span's effect, of `decay` and `state` numbers. extent: into how many blocks it can be cut.
     serial: a state that is handed from span to span whatever the transport."""
 
@@ -157,7 +157,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttendCall:
     """`Sequence.attend`: heads H, kv_heads G, widths key K and value V; window, sinks as there."""
 
     in_layer: ClassVar[bool] = True
@@ -243,7 +243,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class DocumentSums:
+class SumCall:
     """`Sequence.sum`, outside of the layers: `numbers` a document. graded: whether a gradient comes back."""
 
     in_layer: ClassVar[bool] = False

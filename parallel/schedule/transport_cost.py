@@ -12,14 +12,14 @@ from another rank (two in zigzag, where the last rank's follow each other):
 from typing import NamedTuple
 
 
-class Wire(NamedTuple):
+class LinkCost(NamedTuple):
     """What a message between two ranks costs: `latency` seconds, and one more for every `bandwidth` bytes."""
 
     latency: float
     bandwidth: float
 
 
-def seconds(ranks: int, decay: int, state: int, wire: Wire, blocks: int, spans: int = 1) -> dict[str, float]:
+def seconds(ranks: int, decay: int, state: int, wire: LinkCost, blocks: int, spans: int = 1) -> dict[str, float]:
     """By transport, forward and backward together, of a layer whose effect has `decay` and `state` bytes."""
     latency, bandwidth = wire
     hops = spans * (ranks - 1)
@@ -30,7 +30,7 @@ def seconds(ranks: int, decay: int, state: int, wire: Wire, blocks: int, spans: 
     }
 
 
-def choose(ranks: int, decay: int, state: int, wire: Wire, blocks: int, spans: int = 1) -> str:
+def choose(ranks: int, decay: int, state: int, wire: LinkCost, blocks: int, spans: int = 1) -> str:
     """The fastest, the simplest of equals."""
     found = seconds(ranks, decay, state, wire, blocks, spans)
     return min(found, key=found.__getitem__)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.nonlinear_recurrence import Serial
 from parallel.collectives import as_operator, gather
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 from parallel.sequence.states.p2p import Post
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Course(NamedTuple):
     """A recurrence along a chain; `xs` of its tensors are by token, the others shared."""
 
-    chain: Chain
+    chain: SpanLayout
     recurrence: Serial
     positions: Tensor  # [B, T]
     xs: int

@@ -12,7 +12,7 @@ from models.sequence import DocumentKey, Memory, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
 from parallel.sequence.attention import Keys
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 from parallel.sequence.spread import Spread
 from parallel.sequence.states import Transport
 
@@ -20,7 +20,7 @@ NO_TARGET = -100
 COLUMNS = {"tokens": np.int64, "targets": np.int64, "positions": np.int64, "counted": np.bool_}
 
 
-class Packed(Protocol):
+class PackedSequence(Protocol):
     """A packed sequence of the batch, int64 [L] each: tokens, targets (-100: none), positions in the document. counted,
     bool [L]: False for a token that only fills a place."""
 
@@ -45,7 +45,7 @@ class Placed:
 
 def place(
     group: Group,
-    batch: Listed[Packed],
+    batch: Listed[PackedSequence],
     comm: Comm,
     *,
     device: torch.device,
@@ -99,14 +99,14 @@ def place(
     else:
         seq = Spread(
             **where,
-            chain=Chain(comm, tuple(spans), tuple(np.flatnonzero(starting).tolist())),
+            chain=SpanLayout(comm, tuple(spans), tuple(np.flatnonzero(starting).tolist())),
             recurrence=recurrence,
             attention=attention,
         )
     return Placed(rows(tokens), rows(targets), seq)
 
 
-def _identities(group: Group, batch: Listed[Packed], step: int, idle: int) -> list[DocumentKey]:
+def _identities(group: Group, batch: Listed[PackedSequence], step: int, idle: int) -> list[DocumentKey]:
     """Of every document of the group in order, and of the one that masked tokens share."""
     found = []
     for s in group.sequences:

@@ -22,7 +22,7 @@ class Link(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chain:
+class SpanLayout:
     """Spans of all ranks of a group; `spans[r]` are rank r's, ascending. Lengths may differ between ranks.
 
     `starts`: where documents begin in the packed sequence, ascending; the first is 0.
@@ -42,7 +42,7 @@ class Chain:
         """Where this rank's rows stand in `links`, by row."""
         return [n for n, link in enumerate(self.links) if link.rank == self.comm.rank]
 
-    def of(self, layer: str) -> "Chain":
+    def of(self, layer: str) -> "SpanLayout":
         """The same, as the slot `layer` asks for it: who waits in it can say for what."""
         return replace(self, comm=replace(self.comm, layer=layer))
 

@@ -16,7 +16,7 @@ from models.sequence import Tokens
 from parallel.collectives import gather, sum_over
 from parallel.sequence import nonlinear, time_spans
 from parallel.sequence.attention import Keys
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 from parallel.sequence.states import Transport, cross
 
 
@@ -24,7 +24,7 @@ from parallel.sequence.states import Transport, cross
 class Spread(Tokens):
     """Rows are this rank's spans of one packed sequence."""
 
-    chain: Chain
+    chain: SpanLayout
     recurrence: Transport
     attention: Keys
 

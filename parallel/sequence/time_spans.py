@@ -18,7 +18,7 @@ from models.kernels.packed_attention import Piece, attend_pieces
 from models.kv_cache import Past
 from models.recurrence import Recurrence
 from parallel.collectives import gather
-from parallel.sequence.span_layout import Chain, Link
+from parallel.sequence.span_layout import Link, SpanLayout
 from parallel.sequence.states import cross
 from parallel.sequence.states.transport import row
 
@@ -112,7 +112,7 @@ def _window(seq: "Spread", kv_BTGW: Tensor, widths: tuple[int, int], width: int,
     return halos[:-1]
 
 
-def _pieces(chain: Chain) -> list[Piece]:
+def _pieces(chain: SpanLayout) -> list[Piece]:
     """The runs of the whole chain, as if it were one span."""
     begin, end = chain.links[0].begin, chain.links[-1].end
     return [Piece(a - begin, b - begin, a - first) for first, a, b in chain.documents_of(Link(begin, end, 0, 0))]

@@ -33,7 +33,7 @@ from models.recurrence import Diagonal
 from parallel.collectives import LEDGER, Comm
 from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses, ring_ulysses
 from parallel.sequence.attention import all_gather as gathered
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 from parallel.sequence.spread import Spread
 from parallel.sequence.states import AllScan, GatherEffects, Relay, cross
 from tests.benchmarks.published import DOCUMENT
@@ -111,7 +111,7 @@ def sequence(length: int, rank: int, recurrence: Any, attention: Any, comm: Comm
         documents=torch.zeros_like(positions),
         num_documents=1,
         counted=torch.ones_like(positions, dtype=torch.bool),
-        chain=Chain(comm, spans),
+        chain=SpanLayout(comm, spans),
         recurrence=recurrence or STATES["gather"],
         attention=attention or KEYS["gather"],
     )

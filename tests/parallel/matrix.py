@@ -67,7 +67,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """A packed sequence, int64 [T] each: see `parallel.sequence.place.Packed`."""
+    """A packed sequence, int64 [T] each: see `parallel.sequence.place.PackedSequence`."""
 
     tokens: np.ndarray
     targets: np.ndarray

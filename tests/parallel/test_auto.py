@@ -10,9 +10,9 @@ from models.block import Block
 from models.ffn import SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
-from parallel.schedule.comm_volume import Attention, How, State, of_plan, of_weights
-from parallel.schedule.transport_cost import Wire
-from parallel.sequence.states import Auto
+from parallel.schedule.comm_volume import AttendCall, How, ScanCall, of_plan, of_weights
+from parallel.schedule.transport_cost import LinkCost
+from parallel.sequence.states import AutoTransport
 from tests.jobs import order
 from train.build import build
 from train.instantiate import construct
@@ -52,12 +52,12 @@ def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
     with torch.device("meta"):
         model = construct(job["config"]["model"])
     asks = asked(model)
-    auto = Auto(wire=wire)
+    auto = AutoTransport(wire=wire)
     (spans,) = {len(held) for micro in plan.micro_steps for group in micro.groups for held in group.spans}
     names = {
         auto.choice(2, a.decay * a.itemsize, a.state * a.itemsize, a.extent, spans)
         for a in asks
-        if isinstance(a, State)
+        if isinstance(a, ScanCall)
     }
     found = of_plan(plan, starts, asks, How(*names))
     for traffic in found.values():
@@ -75,7 +75,7 @@ def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
     (path / "manifest.json").write_text(json.dumps(manifest))
     resumed = order(tmp_path, tmp_path / "again", AUTO, "train.steps=2", "cluster.workers=2", resume=str(path))
     assert (
-        run(2, chosen, resumed) == [(Wire(1e6, 1e6), "gather")] * 2
+        run(2, chosen, resumed) == [(LinkCost(1e6, 1e6), "gather")] * 2
         and auto.choice(64, 1 << 26, 1 << 26, 64) != "gather"
     )
     assert ", as before" in (tmp_path / "again" / "log.txt").read_text()
@@ -97,4 +97,4 @@ def test_a_model_is_asked_for_what_it_asks():
         block = partial(Block, mixer=mixer, ffn=partial(SwiGLU, hidden=8))
         model = LM(vocabulary=32, dim=12, layers=2, pattern=["a"], blocks={"a": block})
     model.compute = torch.bfloat16
-    assert asked(model) == (Attention(6, 2, 4, 4, 2, 5, 1),) * 2
+    assert asked(model) == (AttendCall(6, 2, 4, 4, 2, 5, 1),) * 2

@@ -6,13 +6,13 @@ from parallel.schedule import comm_volume
 from parallel.schedule.adaptive.cost import Cluster, Costs, Wire
 from parallel.schedule.adaptive.packing import Packing, Share
 from parallel.schedule.adaptive.shapes import Pairs, Shapes, fitting, model_of
-from parallel.schedule.comm_volume import Attention, Halo, How, State
+from parallel.schedule.comm_volume import AttendCall, Halo, How, ScanCall
 
 ASKS = [
-    *[State("linear", decay=4, state=4 * 32 * 32, extent=32, itemsize=4)] * 3,
+    *[ScanCall("linear", decay=4, state=4 * 32 * 32, extent=32, itemsize=4)] * 3,
     *[Halo(3, 128, 2)] * 3,
-    Attention(8, 4, 32, 32, 2),
-    Attention(8, 4, 32, 32, 2, window=512),
+    AttendCall(8, 4, 32, 32, 2),
+    AttendCall(8, 4, 32, 32, 2, window=512),
 ]
 SHAPES = Shapes("m", 6e6, (Pairs(1, 512.0), Pairs(1, 512.0, 512)), 1e6, 1000.0, again=2e6, kept_again=250.0)
 

@@ -22,7 +22,7 @@ from parallel.parallelize import parallelise
 from parallel.schedule.comm_volume import How, Traffic, of_plan, of_weights
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
-from parallel.schedule.transport_cost import Wire, choose, seconds
+from parallel.schedule.transport_cost import LinkCost, choose, seconds
 from parallel.sequence import TRANSPORTS
 from parallel.sequence.states.auto import measure
 from tests.parity import DTYPE, Sample
@@ -227,10 +227,10 @@ def test_what_sharding_sends_is_counted_and_predicted(run):
 
 
 def test_the_fastest_is_chosen_from_latency_bandwidth_ranks_and_kind():
-    far, near = Wire(1e-3, 1e9), Wire(1e-6, 1e9)
-    found = seconds(4, 100, 1000, Wire(0.5, 1000.0), 4)
+    far, near = LinkCost(1e-3, 1e9), LinkCost(1e-6, 1e9)
+    found = seconds(4, 100, 1000, LinkCost(0.5, 1000.0), 4)
     assert found == pytest.approx({"gather": 1 + 6.3, "relay": 9.0, "allscan": 9.0})
-    found = seconds(4, 100, 1000, Wire(0.5, 1000.0), 4, spans=2)
+    found = seconds(4, 100, 1000, LinkCost(0.5, 1000.0), 4, spans=2)
     assert found == pytest.approx({"gather": 1 + 12.6, "relay": 18.0, "allscan": 13.5})
     assert choose(8, 1 << 10, 1 << 16, far, 4) == "gather"  # latencies cost most, and it has two
     assert choose(64, 1 << 10, 1 << 20, near, 8) == "allscan"  # bytes do, and the hops of its blocks overlap

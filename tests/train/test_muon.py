@@ -16,7 +16,7 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from parallel import matrix_owners
-from parallel.collectives import LEDGER, Entry
+from parallel.collectives import LEDGER, LedgerEntry
 from parallel.matrix_owners import PURPOSE
 from parallel.mesh import everyone
 from parallel.parallelize import parallelise, parameter_name
@@ -88,7 +88,7 @@ def counted() -> tuple[int, int]:
     LEDGER.take()
     together()
     received, calls = LEDGER.take()
-    entry = Entry("world", PURPOSE)
+    entry = LedgerEntry("world", PURPOSE)
     return received[entry], calls[entry]
 
 

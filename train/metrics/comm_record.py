@@ -5,24 +5,24 @@ from typing import Any
 
 import torch
 
-from parallel.collectives import LEDGER, Entry
+from parallel.collectives import LEDGER, LedgerEntry
 from parallel.matrix_owners import PURPOSE
 from parallel.mesh import Groups
-from parallel.schedule.comm_volume import GRADIENT, Ask, State
-from parallel.schedule.transport_cost import Wire
-from parallel.sequence.states import Auto
+from parallel.schedule.comm_volume import GRADIENT, Ask, ScanCall
+from parallel.schedule.transport_cost import LinkCost
+from parallel.sequence.states import AutoTransport
 from parallel.sequence.states.auto import measure
 
-OTHER = Entry("world", "other")  # what has no name of its own in a record
+OTHER = LedgerEntry("world", "other")  # what has no name of its own in a record
 ENTRIES = (
     *(
-        Entry("sequence", purpose + way)
+        LedgerEntry("sequence", purpose + way)
         for purpose in ("state", "halo", "queries", "keys and values", "outputs", "document sums")
         for way in ("", GRADIENT)
     ),
-    Entry("world", "weights"),
-    Entry("world", "weights" + GRADIENT),
-    Entry("world", PURPOSE),
+    LedgerEntry("world", "weights"),
+    LedgerEntry("world", "weights" + GRADIENT),
+    LedgerEntry("world", PURPOSE),
     OTHER,
 )
 COLUMNS = 2 * len(ENTRIES)
@@ -59,11 +59,11 @@ def settle(
 
     Says what is chosen for each kind among `asks`, with so many spans a rank. Returns what the next checkpoints keep.
     """
-    if not isinstance(recurrence, Auto) or sequence == 1:
+    if not isinstance(recurrence, AutoTransport) or sequence == 1:
         return {}
     known = saved.get("wire", {})
     if again := known.get("ranks") == sequence:
-        recurrence.wire = Wire(known["latency"], known["bandwidth"])
+        recurrence.wire = LinkCost(known["latency"], known["bandwidth"])
     else:
         everyone = [tuple(range(first, first + sequence)) for first in range(0, groups.world, sequence)]
         groups.open(everyone)
@@ -73,11 +73,11 @@ def settle(
     return {"wire": {"ranks": sequence, **recurrence.wire._asdict()}}
 
 
-def _chosen(auto: Auto, asks: Sequence[Ask], sequence: int, spans: int) -> str:
+def _chosen(auto: AutoTransport, asks: Sequence[Ask], sequence: int, spans: int) -> str:
     """The line that says what is chosen, and from what."""
     kinds: dict[str, list[str]] = {}
     for ask in asks:
-        if isinstance(ask, State) and not ask.serial:
+        if isinstance(ask, ScanCall) and not ask.serial:
             decay, state = (size * ask.itemsize for size in (ask.decay, ask.state))
             name = auto.choice(sequence, decay, state, ask.extent, spans)
             several = kinds.setdefault(ask.kind, [])

@@ -13,7 +13,7 @@ from models.accounting import Traced, by_shape
 from models.lm import LM
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
-from parallel.schedule.comm_volume import Ask, Attention, DocumentSums, Halo, State, Unit
+from parallel.schedule.comm_volume import Ask, AttendCall, Halo, ScanCall, SumCall, Unit
 
 TOKENS = 64
 
@@ -43,7 +43,7 @@ def check_heads(model: LM, attention: str, ranks: int) -> None:
     except NotImplementedError:
         return
     for ask in asks:
-        if isinstance(ask, Attention) and ask.window is None:
+        if isinstance(ask, AttendCall) and ask.window is None:
             ask.split(ranks, attention)
 
 
@@ -73,21 +73,21 @@ class _Noting(Traced):
     def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
         if isinstance(recurrence, Serial):
             out, left = recurrence.begin(*xs, positions=self.positions, state=None)
-            self.asks.append(State(recurrence.rule, 0, left[0].numel(), 1, left.itemsize, serial=True))
+            self.asks.append(ScanCall(recurrence.rule, 0, left[0].numel(), 1, left.itemsize, serial=True))
             return out
         begun = recurrence.begin(*xs, starts=self.starts)
         A, U, _ = begun.effect
         extent = U.shape[recurrence.block_axis]
-        self.asks.append(State(type(recurrence).__name__, A[0].numel(), U[0].numel(), extent, U.itemsize))
+        self.asks.append(ScanCall(type(recurrence).__name__, A[0].numel(), U[0].numel(), extent, U.itemsize))
         return begun.finish(None)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
     ) -> Tensor:
         (H, K), (G, V) = q.shape[2:], v.shape[2:]
-        self.asks.append(Attention(H, G, K, V, k.itemsize, window, sinks))
+        self.asks.append(AttendCall(H, G, K, V, k.itemsize, window, sinks))
         return super().attend(q, k, v, slot=slot, window=window, sinks=sinks)
 
     def sum(self, x: Tensor) -> Tensor:
-        self.asks.append(DocumentSums(x[0, 0].numel(), x.itemsize, x.requires_grad))
+        self.asks.append(SumCall(x[0, 0].numel(), x.itemsize, x.requires_grad))
         return super().sum(x)

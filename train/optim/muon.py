@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
-from parallel.matrix_owners import Cut, Owners, cuts, local, received
+from parallel.matrix_owners import MatrixCut, Owners, cuts, local, received
 from parallel.schedule.comm_volume import Traffic
 from train.optim.adamw import AdamW
 from train.optim.build import axes, refined
@@ -127,7 +127,7 @@ class Muon(Optimizer):
         return received([p.shape[0] for p in parameters], matrices, world, _travels(dtype, device).itemsize)
 
 
-def _cuts(parameter: Tensor) -> list[Cut]:
+def _cuts(parameter: Tensor) -> list[MatrixCut]:
     """The matrices that lie in it."""
     declared = parameter.declared  # type: ignore[attr-defined]
     return cuts(parameter.shape, declared.parts, declared.along)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from parallel.schedule.adaptive.cost import NONE, Layer, Messages, Model, Recompute
-from parallel.schedule.comm_volume import Ask, Attention, How, Layout
+from parallel.schedule.comm_volume import Ask, AttendCall, How, Layout
 
 _SPAN = 4096  # tokens of a span, long beside any halo or window's overhang
 
@@ -73,7 +73,7 @@ def model_of(
 
 def fitting(asks: Iterable[Ask], how: How, sizes: Sequence[int]) -> list[int]:
     """The sizes that the transports can serve: heads are shared out to so many ranks only."""
-    heads = [ask for ask in asks if isinstance(ask, Attention) and ask.window is None]
+    heads = [ask for ask in asks if isinstance(ask, AttendCall) and ask.window is None]
 
     def served(size: int) -> bool:
         try:

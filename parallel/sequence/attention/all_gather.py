@@ -18,7 +18,7 @@ from models.kernels.packed_attention import Piece
 from parallel.collectives import as_operator
 from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 
 
 class GatherKeys:
@@ -29,7 +29,7 @@ class GatherKeys:
 
     def attend(
         self,
-        chain: Chain,
+        chain: SpanLayout,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -48,7 +48,9 @@ class GatherKeys:
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chain: Chain, heads: int, tile: type[Tile], scale: float, q: Tensor, kv: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, chain: SpanLayout, heads: int, tile: type[Tile], scale: float, q: Tensor, kv: Tensor
+    ) -> Tensor:
         def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
             outs, lses = [], []
             for q_part, kv_part in _strides(q, kv, heads):
@@ -100,7 +102,7 @@ def _strides(q_BTHK: Tensor, kv_BTGW: Tensor, heads: int) -> Iterator[tuple[Tens
         q_BTHK = q_BTHK[:, :, count:]
 
 
-def _padded(chain: Chain, x: Tensor) -> Tensor:
+def _padded(chain: SpanLayout, x: Tensor) -> Tensor:
     """[B, T, ...] -> [rows, longest, ...], the same on every rank."""
     B, T = x.shape[:2]
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, chain.longest - T, 0, chain.rows - B])

@@ -23,7 +23,7 @@ from models.kernels.packed_attention import Piece
 from parallel.collectives import as_operator
 from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
-from parallel.sequence.span_layout import Chain, Link
+from parallel.sequence.span_layout import Link, SpanLayout
 
 Arrival = Callable[[], list[Tensor]]
 
@@ -37,7 +37,7 @@ class MeshKeys:
 
     def attend(
         self,
-        chain: Chain,
+        chain: SpanLayout,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -82,7 +82,7 @@ def divides(split: int, heads: int, kv_heads: int) -> bool:
 class Mesh:
     """The ranks of a chain as rows that split heads and columns that are rings, `links[row]` a row's spans."""
 
-    def __init__(self, chain: Chain, split: int):
+    def __init__(self, chain: SpanLayout, split: int):
         self.chain, self.comm, self.split = chain, chain.comm, split
         self.row, self.column = divmod(chain.comm.rank, split)
         self.rows = chain.comm.size // split

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.kernels.attention_tiles import Tile
 from models.kernels.packed_attention import Piece
-from parallel.sequence.span_layout import Chain, Link
+from parallel.sequence.span_layout import Link, SpanLayout
 
 
 class Keys(Protocol):
@@ -17,7 +17,7 @@ class Keys(Protocol):
 
     def attend(
         self,
-        chain: Chain,
+        chain: SpanLayout,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -30,7 +30,7 @@ class Keys(Protocol):
         ...
 
 
-class Meeting(NamedTuple):
+class VisibleKeys(NamedTuple):
     """Queries of one span that see keys of another: slices of the two spans' own tokens. `causal` within a span."""
 
     queries: slice
@@ -38,21 +38,21 @@ class Meeting(NamedTuple):
     causal: bool
 
 
-def meetings(chain: Chain, asking: Link, asked: Link) -> Iterator[Meeting]:
+def meetings(chain: SpanLayout, asking: Link, asked: Link) -> Iterator[VisibleKeys]:
     """Every stretch of `asking` that sees tokens of `asked`: those of its own documents, itself included."""
     if asked.begin > asking.begin:
         return
     documents = chain.documents_of(asking)
     if asked == asking:
         for _, begin, end in documents:
-            yield Meeting(
+            yield VisibleKeys(
                 slice(begin - asking.begin, end - asking.begin), slice(begin - asking.begin, end - asking.begin), True
             )
         return
     first, begin, end = documents[0]  # only this one may have begun in an earlier span
     low = max(first, asked.begin)
     if low < asked.end:
-        yield Meeting(
+        yield VisibleKeys(
             slice(begin - asking.begin, end - asking.begin), slice(low - asked.begin, asked.end - asked.begin), False
         )
 
@@ -76,7 +76,7 @@ class Softmax:
         self.out = torch.zeros_like(q, dtype=precise)
         self.lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=precise, device=q.device)
 
-    def see(self, row: int, k_TGK: Tensor, v_TGV: Tensor, meeting: Meeting) -> None:
+    def see(self, row: int, k_TGK: Tensor, v_TGV: Tensor, meeting: VisibleKeys) -> None:
         """Row `row` meets the keys of a span."""
         q, k, v = self._cut(self.q[row], k_TGK, v_TGV, meeting)
         out, lse = self.tile.forward(q, k, v, meeting.causal, None, self.scale)
@@ -87,7 +87,7 @@ class Softmax:
         total.copy_(both)
 
     @staticmethod
-    def _cut(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, meeting: Meeting) -> tuple[Tensor, Tensor, Tensor]:
+    def _cut(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, meeting: VisibleKeys) -> tuple[Tensor, Tensor, Tensor]:
         q = q_THK[meeting.queries].transpose(0, 1)[None]
         k, v = (x[meeting.keys].transpose(0, 1)[None] for x in (k_TGK, v_TGV))
         return q, k, v
@@ -101,7 +101,7 @@ class Transpose:
         self.tile, self.scale = tile, scale
         self.dq = torch.zeros_like(q, dtype=lse.dtype)
 
-    def see(self, row: int, k_TGK: Tensor, v_TGV: Tensor, dk_TGK: Tensor, dv_TGV: Tensor, meeting: Meeting) -> None:
+    def see(self, row: int, k_TGK: Tensor, v_TGV: Tensor, dk_TGK: Tensor, dv_TGV: Tensor, meeting: VisibleKeys) -> None:
         """Adds to the gradients of the row's queries and of a span's keys and values."""
         q, k, v = Softmax._cut(self.q[row], k_TGK, v_TGV, meeting)
         g, o = (x[row, meeting.queries].transpose(0, 1)[None] for x in (self.grad, self.out))

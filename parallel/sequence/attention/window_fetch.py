@@ -8,12 +8,12 @@ from torch import Tensor
 
 from models.kernels.packed_attention import Piece, attend_pieces
 from parallel.collectives import as_operator
-from parallel.sequence.span_layout import Chain, Link
+from parallel.sequence.span_layout import Link, SpanLayout
 
 Range = tuple[int, int]  # tokens [begin, end) of the packed sequence
 
 
-def needed(chain: Chain, link: Link, window: int, sinks: int) -> list[Range]:
+def needed(chain: SpanLayout, link: Link, window: int, sinks: int) -> list[Range]:
     """What the span `link` sees of the tokens before it, ascending: its document's sinks, and a window's past."""
     first, begin, _ = chain.documents_of(link)[0]
     if first == begin:
@@ -24,7 +24,7 @@ def needed(chain: Chain, link: Link, window: int, sinks: int) -> list[Range]:
 
 
 def attend_in_window(
-    chain: Chain, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]], *, window: int, sinks: int
+    chain: SpanLayout, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]], *, window: int, sinks: int
 ) -> Tensor:
     """As `Keys.attend`, for a layer with a window, on any layout: every span asks for what it sees, and no more."""
     wanted = [needed(chain, chain.links[n], window, sinks) for n in chain.mine]
@@ -42,7 +42,7 @@ def attend_in_window(
     return attend_pieces(q, keys, values, pieces, [longest] * len(counts), window=window, sinks=sinks, firsts=firsts)
 
 
-def _parts(chain: Chain, ranges: list[Range]) -> list[tuple[Link, slice]]:
+def _parts(chain: SpanLayout, ranges: list[Range]) -> list[tuple[Link, slice]]:
     """Ranges cut by the spans that hold them."""
     return [
         (link, slice(max(a, link.begin) - link.begin, min(b, link.end) - link.begin))
@@ -52,7 +52,7 @@ def _parts(chain: Chain, ranges: list[Range]) -> list[tuple[Link, slice]]:
     ]
 
 
-def _fetched(chain: Chain, orders: dict[int, list[tuple[Link, slice]]], x: Tensor) -> list[Tensor]:
+def _fetched(chain: SpanLayout, orders: dict[int, list[tuple[Link, slice]]], x: Tensor) -> list[Tensor]:
     """Sends what each rank ordered of x, and gives what this one did."""
     me = chain.comm.rank
     sent = []
@@ -86,7 +86,7 @@ class _Fetch(torch.autograd.Function):
     """x [B, T, ...] -> the tokens that this rank's spans ask for, [N, ...], row after row."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, window: int, sinks: int, x: Tensor) -> Tensor:
+    def forward(ctx: Any, chain: SpanLayout, window: int, sinks: int, x: Tensor) -> Tensor:
         orders = {
             rank: [
                 part

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from models.kernels.chunking import Effect
 from models.recurrence import Recurrence
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 from parallel.sequence.states.transport import transpose
 
 
 class GatherEffects:
     """`gather`: the fewest messages. For few ranks, and for small states."""
 
-    def states(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
+    def states(self, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
         packed = torch.cat([part.reshape(part.shape[0], -1) for part in effect], dim=1)
         gathered = chain.comm.all_gather(_padded(chain, packed), purpose="state")
         entering, state = [], None
@@ -27,7 +27,13 @@ class GatherEffects:
         return torch.cat(entering), [gathered]
 
     def gradients(
-        self, chain: Chain, recurrence: Recurrence, effect: Effect, entering: Tensor, kept: list[Tensor], grad: Tensor
+        self,
+        chain: SpanLayout,
+        recurrence: Recurrence,
+        effect: Effect,
+        entering: Tensor,
+        kept: list[Tensor],
+        grad: Tensor,
     ) -> Tensor:
         gathered = chain.comm.all_gather(_padded(chain, grad.flatten(1)), purpose="state gradient")
         spans = list(self._spans(chain, effect, kept[0], len(chain.links)))
@@ -43,7 +49,7 @@ class GatherEffects:
         return torch.cat([leaving[n] for n in chain.mine])
 
     @staticmethod
-    def _spans(chain: Chain, effect: Effect, gathered: Tensor, count: int) -> list[Effect]:
+    def _spans(chain: SpanLayout, effect: Effect, gathered: Tensor, count: int) -> list[Effect]:
         """The effects of the chain's first `count` spans."""
         shapes = [(1, *part.shape[1:]) for part in effect]
         sizes = [math.prod(shape) for shape in shapes]
@@ -53,5 +59,5 @@ class GatherEffects:
         ]
 
 
-def _padded(chain: Chain, rows: Tensor) -> Tensor:
+def _padded(chain: SpanLayout, rows: Tensor) -> Tensor:
     return F.pad(rows, [0, 0, 0, chain.rows - rows.shape[0]])

@@ -11,21 +11,21 @@ from torch import Tensor
 from models.kernels.chunking import Effect
 from models.recurrence import Recurrence
 from parallel.collectives import Comm
-from parallel.schedule.transport_cost import Wire, choose
-from parallel.sequence.span_layout import Chain
+from parallel.schedule.transport_cost import LinkCost, choose
+from parallel.sequence.span_layout import SpanLayout
 from parallel.sequence.states.all_gather import GatherEffects
 from parallel.sequence.states.relay import AllScan, Relay
 from parallel.sequence.states.transport import Transport
 
-UNMEASURED = Wire(latency=50e-6, bandwidth=1e9)
+UNMEASURED = LinkCost(latency=50e-6, bandwidth=1e9)
 SMALL, MIDDLE, LARGE = 4, 1 << 18, 1 << 22  # bytes of the messages that are timed
 SLOW = 2e-3  # seconds that a middle one may take for a large one to follow: all stays under 0.2 s
 
 
-class Auto:
+class AutoTransport:
     """`wire` must be the same on all ranks. The choice follows from it and from the shapes alone."""
 
-    def __init__(self, blocks: int = 4, wire: Wire = UNMEASURED):
+    def __init__(self, blocks: int = 4, wire: LinkCost = UNMEASURED):
         self.blocks, self.wire = blocks, wire
         self._ways: dict[str, Transport] = {"gather": GatherEffects(), "relay": Relay(), "allscan": AllScan(blocks)}
 
@@ -33,21 +33,27 @@ class Auto:
         """For effects of `decay` and `state` bytes, that can be cut into `extent` blocks, of so many spans a rank."""
         return choose(ranks, decay, state, self.wire, min(self.blocks, extent), spans)
 
-    def states(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
+    def states(self, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
         return self._way(chain, recurrence, effect).states(chain, recurrence, effect)
 
     def gradients(
-        self, chain: Chain, recurrence: Recurrence, effect: Effect, entering: Tensor, kept: list[Tensor], grad: Tensor
+        self,
+        chain: SpanLayout,
+        recurrence: Recurrence,
+        effect: Effect,
+        entering: Tensor,
+        kept: list[Tensor],
+        grad: Tensor,
     ) -> Tensor:
         return self._way(chain, recurrence, effect).gradients(chain, recurrence, effect, entering, kept, grad)
 
-    def _way(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> Transport:
+    def _way(self, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> Transport:
         decay, state = effect.A[0].nbytes, effect.U[0].nbytes
         extent = effect.U.shape[recurrence.block_axis]
         return self._ways[self.choice(chain.comm.size, decay, state, extent, chain.rows)]
 
 
-def measure(comm: Comm, world: Comm, device: torch.device) -> Wire:
+def measure(comm: Comm, world: Comm, device: torch.device) -> LinkCost:
     """What a message to the next rank of `comm` costs while all send, the worst of `world`: the same on every rank.
 
     Collective over `world`. Under 0.2 seconds on what is faster than 100 Mbit/s.
@@ -62,7 +68,7 @@ def measure(comm: Comm, world: Comm, device: torch.device) -> Wire:
     latency, size = ping(SMALL, 9), MIDDLE
     if (whole := ping(size, 3)) < SLOW:
         whole = ping(size := LARGE, 3)
-    return Wire(latency, size / max(whole - latency, whole / 2, 1e-9))
+    return LinkCost(latency, size / max(whole - latency, whole / 2, 1e-9))
 
 
 def _ping(comm: Comm, size: int, device: torch.device) -> float:

@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from parallel.liveness import Marked
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 
 
 class Post:
     """Sends go out without waiting; leaving the context waits until all have been taken."""
 
-    def __init__(self, chain: Chain, purpose: str):
+    def __init__(self, chain: SpanLayout, purpose: str):
         self.chain, self.purpose = chain, purpose
         self._out: list[tuple[Marked, Tensor]] = []
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.kernels.chunking import Effect
 from models.recurrence import Recurrence
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 from parallel.sequence.states.p2p import Post
 from parallel.sequence.states.transport import row, transpose
 
@@ -21,7 +21,7 @@ class Relay:
 
     blocks = 1
 
-    def states(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
+    def states(self, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
         entering: list[Tensor] = []
         leaving: dict[int, list[Tensor]] = {}
         with Post(chain, "state") as post:
@@ -41,7 +41,13 @@ class Relay:
         return torch.cat(entering), []
 
     def gradients(
-        self, chain: Chain, recurrence: Recurrence, effect: Effect, entering: Tensor, kept: list[Tensor], grad: Tensor
+        self,
+        chain: SpanLayout,
+        recurrence: Recurrence,
+        effect: Effect,
+        entering: Tensor,
+        kept: list[Tensor],
+        grad: Tensor,
     ) -> Tensor:
         leaving: dict[int, Tensor] = {}
         arriving: dict[int, list[Tensor]] = {}

@@ -20,18 +20,24 @@ from torch import Tensor
 from models.kernels.chunking import Effect
 from models.recurrence import Recurrence
 from parallel.collectives import as_operator
-from parallel.sequence.span_layout import Chain
+from parallel.sequence.span_layout import SpanLayout
 
 
 class Transport(Protocol):
     """How states travel along a chain. Rows are this rank's spans; no autograd is asked of it."""
 
-    def states(self, chain: Chain, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
+    def states(self, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
         """The states [B, ...] that enter this rank's spans, and what `gradients` will want to see again."""
         ...
 
     def gradients(
-        self, chain: Chain, recurrence: Recurrence, effect: Effect, entering: Tensor, kept: list[Tensor], grad: Tensor
+        self,
+        chain: SpanLayout,
+        recurrence: Recurrence,
+        effect: Effect,
+        entering: Tensor,
+        kept: list[Tensor],
+        grad: Tensor,
     ) -> Tensor:
         """From the gradients [B, ...] of the entering states, those of the states that leave this rank's spans."""
         ...
@@ -42,7 +48,7 @@ class Crossing:
 
     _thread = ThreadPoolExecutor(1, thread_name_prefix="crossing")
 
-    def __init__(self, transport: Transport, chain: Chain, recurrence: Recurrence):
+    def __init__(self, transport: Transport, chain: SpanLayout, recurrence: Recurrence):
         self.transport, self.chain, self.recurrence = transport, chain, recurrence
         self._coming: Future[Any] | None = None
         self.local: Callable[[], tuple[Tensor, Tensor]] | None = None  # the gradients of A and U, once they arrive
@@ -112,7 +118,7 @@ def row(effect: Effect, i: int) -> Effect:
     return Effect(*(part[i : i + 1] for part in effect))
 
 
-def cross(transport: Transport, chain: Chain, recurrence: Recurrence, effect: Effect) -> Callable[[], Tensor]:
+def cross(transport: Transport, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> Callable[[], Tensor]:
     """Starts a crossing. What it returns waits for it, and gives the states that enter this rank's spans."""
     crossing = Crossing(transport, chain, recurrence)
     departed = _Depart.apply(crossing, *effect)
