@@ -14,7 +14,7 @@ import numpy as np
 
 from data.batches import Batches
 from data.samplers.index import Ints
-from data.samplers.sampler import Part, Slot
+from data.samplers.sampler import Slot, SourcePart
 from data.stores.checks import verify
 from data.stores.store import Store
 
@@ -25,7 +25,7 @@ def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 
     """Returns the findings, a line each. Raises AssertionError for a wrong batch, ValueError for a damaged store."""
     stores = [getattr(source.store, "whole", source.store) for source in batches.sources]
     verified = sum(verify(store)[0] for store in stores if isinstance(store, Store))
-    parts: dict[int, tuple[int, Part]] = {}
+    parts: dict[int, tuple[int, SourcePart]] = {}
     pieces: dict[Epoch, list[Ints]] = defaultdict(list)
     places: dict[Epoch, list[int]] = defaultdict(list)
     before = batches.drawn(first, skips)
@@ -92,7 +92,7 @@ def _read(batches: Batches, slots: Sequence[Slot], found: list[Ints], seed: int,
             raise AssertionError(f"step {step} does not read what the store holds")
 
 
-def _epoch(part: Part, key: Epoch, pieces: list[Ints], places: list[int]) -> bool:
+def _epoch(part: SourcePart, key: Epoch, pieces: list[Ints], places: list[int]) -> bool:
     """Checks one epoch of a pool; whether it was seen to its end from its start."""
     if places != list(range(places[0], places[0] + len(places))):
         raise AssertionError(f"{part.name}, epoch {key[1]}: sequences are left out or come twice")

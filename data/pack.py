@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.samplers.index import Ints, Stored
+from data.samplers.index import Ints, StoredDocuments
 
 NO_TARGET = -100
 
@@ -46,7 +46,7 @@ class Packed:
         return int(np.count_nonzero(self.targets != NO_TARGET))
 
 
-def read(store: Stored, pieces: Ints, length: int, *, document: int, masked: bool = True) -> Packed:
+def read(store: StoredDocuments, pieces: Ints, length: int, *, document: int, masked: bool = True) -> Packed:
     """A sequence of `length` tokens of the store's pieces [n, 2], each [begin, end) inside a document.
 
     A token's target is the one after it in its document; that of a document's last is `document`, the token that opens

@@ -78,14 +78,14 @@ class Spelling:
             return b"".join(map(self.each, kept))
         return self._decode([self._backend.id_to_token(i) or "" for i in kept]).encode()
 
-    def writer(self, before: Sequence[int]) -> "Writer":
+    def writer(self, before: Sequence[int]) -> "SpellingWriter":
         """For the tokens that follow those of a text."""
         if self._decode is not None:
             return _Together(self, before)
-        return _Runs(self) if self.falls_back else Writer(self)
+        return _Runs(self) if self.falls_back else SpellingWriter(self)
 
 
-class Writer:
+class SpellingWriter:
     """Tells of each token that follows a text the bytes that it adds; `close` those that were held back."""
 
     def __init__(self, spell: Callable[[Sequence[int]], bytes]) -> None:
@@ -98,7 +98,7 @@ class Writer:
         return b""
 
 
-class _Runs(Writer):
+class _Runs(SpellingWriter):
     """Of a vocabulary that falls back on bytes: a run of them is text as a whole, or each is a mark of damage, as the
     `tokenizers` package has it."""
 
@@ -124,7 +124,7 @@ class _Runs(Writer):
         return held
 
 
-class _Together(Writer):
+class _Together(SpellingWriter):
     """Of tokens whose bytes depend on those before them."""
 
     def __init__(self, spell: Spelling, before: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from data import reading
 from data.roles import Roles
-from data.spelling import Spelling, Writer, parsed
+from data.spelling import Spelling, SpellingWriter, parsed
 from data.stores.indexed import smallest
 
 Ids = NDArray[np.integer]
@@ -184,7 +184,7 @@ class Json:
         found = self._spelling([int(i) for i in np.asarray(ids).reshape(-1)])
         return found[1:] if found[:1] == b" " and self._leads else found
 
-    def writer(self, before: Sequence[int] = ()) -> Writer:
+    def writer(self, before: Sequence[int] = ()) -> SpellingWriter:
         """For the tokens that follow those of a text."""
         return self._spelling.writer(before)
 
@@ -402,9 +402,9 @@ def encoded(tokenizer: Any, content: bytes) -> Ids:
     return tokenizer.encode(content)
 
 
-def writer(tokenizer: Any, before: Sequence[int]) -> Writer:
+def writer(tokenizer: Any, before: Sequence[int]) -> SpellingWriter:
     """For the tokens that follow those of a text."""
-    return tokenizer.writer(before) if isinstance(tokenizer, Json) else Writer(tokenizer.decode)
+    return tokenizer.writer(before) if isinstance(tokenizer, Json) else SpellingWriter(tokenizer.decode)
 
 
 def from_card(card: dict[str, Any]) -> Any:

@@ -97,8 +97,8 @@ def forget_the_divide_factor() -> None:
 
 
 def divide_by_local_targets() -> None:
-    honest = train.loss.Sums.objective
-    train.loss.Sums.objective = lambda self, targets, tokens, **weights: honest(
+    honest = train.loss.LossSums.objective
+    train.loss.LossSums.objective = lambda self, targets, tokens, **weights: honest(
         self, targets=targets // 2, tokens=tokens, **weights
     )
 

@@ -30,7 +30,7 @@ from train.layout import dependences
 from train.loop import Trainer
 from train.metrics import comm_record
 from train.metrics.comm_trace import asked
-from train.metrics.timing import Phases, Utilisation, matmul_peak
+from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
 from train.optim import carry_over
 from train.optim.average import Average
 from train.optim.build import build_optimizer
@@ -53,7 +53,7 @@ def build(order: dict[str, Any]) -> Trainer:
     compute, master = dtypes(config["precision"]["compute"], device.type)
     first = dist.get_rank() == 0
     say = RunLog(run_dir / "log.txt") if first else lambda line: None
-    phases = Phases()
+    phases = PhaseTimes()
     groups = Groups(waiting=lambda: phases("wait"))
 
     with torch.device("meta"):

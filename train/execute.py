@@ -17,7 +17,7 @@ from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.sequence.attention import Keys
 from parallel.sequence.place import PackedSequence, Placed, place
 from parallel.sequence.states import Transport
-from train.loss import Sums, sums
+from train.loss import LossSums, sums
 from train.time_spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -29,7 +29,7 @@ def _no_clock(phase: str) -> AbstractContextManager[None]:
 
 @dataclass
 class Tally:
-    """What a step adds up to over its micro-steps, on this rank: `train.loss.Sums`, without gradients.
+    """What a step adds up to over its micro-steps, on this rank: `train.loss.LossSums`, without gradients.
 
     correct: targets that were the likeliest token, counted by `Executor.evaluate` only.
     """
@@ -41,7 +41,7 @@ class Tally:
     dropped: dict[str, Tensor]
     correct: Tensor
 
-    def add(self, part: Sums) -> None:
+    def add(self, part: LossSums) -> None:
         self.cross_entropy = self.cross_entropy + part.cross_entropy.detach()
         self.balance = self.balance + part.balance.detach()
         self.z = self.z + part.z.detach()
@@ -72,7 +72,7 @@ class Executor:
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
         tokens, tally = sum(int(np.count_nonzero(s.counted)) for s in batch), self._empty()
 
-        def objective(part: Sums) -> Tensor:
+        def objective(part: LossSums) -> Tensor:
             weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
             return part.objective(targets=targets, tokens=tokens, **weights)
 
@@ -86,9 +86,9 @@ class Executor:
         plan: Plan,
         micro: MicroStep,
         batch: Sequence[PackedSequence],
-        objective: Callable[[Sums], Tensor],
+        objective: Callable[[LossSums], Tensor],
         last: bool,
-    ) -> Iterator[Sums]:
+    ) -> Iterator[LossSums]:
         """Forward and backward of a micro-step, whole or span after span in time."""
         groups = self._in_time(plan, micro)
         if self.spans is None or len(groups) == 1:
@@ -102,7 +102,7 @@ class Executor:
             return
         tokens = [sum(end - begin for held in g.spans for begin, end in held) for g in groups]
 
-        def forward(i: int, memory: Memory) -> Sums:
+        def forward(i: int, memory: Memory) -> LossSums:
             placed = self._place(groups[i], batch, step=plan.step, memory=memory)
             return sums(self.model(placed.tokens, placed.seq, placed.targets))
 

@@ -26,7 +26,7 @@ from train.guards import rollback
 from train.guards.hang_timeout import Patience
 from train.guards.step_guard import Guard, apply
 from train.metrics import comm_record
-from train.metrics.timing import Phases, Utilisation, peak_memory_bytes, pieces
+from train.metrics.timing import PhaseTimes, Utilisation, peak_memory_bytes, pieces
 from train.optim.average import Average
 from train.optim.build import set_rate
 from train.optim.clip import clip, layer_norms
@@ -55,7 +55,7 @@ class Trainer:
     sequence: int
     executor: Executor
     groups: Groups
-    phases: Phases
+    phases: PhaseTimes
     patience: Patience
     state: State
     say: Callable[[str], None]

@@ -9,7 +9,7 @@ from models.lm import Output
 from models.precision import wide
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over this rank's tokens of one micro-step; they add up over micro-steps and ranks."""
 
     cross_entropy: Tensor  # nats, scalar with gradient
@@ -25,15 +25,15 @@ class Sums(NamedTuple):
         return self.cross_entropy / max(targets, 1) + routers / max(tokens, 1)
 
 
-def sums(output: Output, targets_BT: Tensor | None = None) -> Sums:
+def sums(output: Output, targets_BT: Tensor | None = None) -> LossSums:
     """From an output with its cross-entropy, or from one with logits and the targets that they are held to.
 
     Targets of -100 do not count; a rank with none adds a zero that still reaches every parameter.
     """
     if output.cross_entropy is not None:
-        return Sums(output.cross_entropy, output.balance, output.load, output.z, output.dropped, output.correct)
+        return LossSums(output.cross_entropy, output.balance, output.load, output.z, output.dropped, output.correct)
     if targets_BT is None:
         raise ValueError("targets: needed for an output of logits")
     logits = wide(output.logits).flatten(0, 1)
     cross_entropy = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=-100, reduction="sum")
-    return Sums(cross_entropy, output.balance, output.load, output.z, output.dropped)
+    return LossSums(cross_entropy, output.balance, output.load, output.z, output.dropped)

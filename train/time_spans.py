@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from models.kv_cache import Past
 from models.sequence import DocumentSums, Memory
-from train.loss import Sums
+from train.loss import LossSums
 
 State = dict[str, Any]  # by slot
 
@@ -125,18 +125,18 @@ class Passage:
     micro-step's last. passed: is told after each span how much work is done, and of how much, in forward passes of a
     span; a backward pass counts as two."""
 
-    forward: Callable[[int, Memory], Sums]
+    forward: Callable[[int, Memory], LossSums]
     tokens: list[int]
-    objective: Callable[[Sums], Tensor]
+    objective: Callable[[LossSums], Tensor]
     begin_backward: Callable[[bool], None]
     phase: Callable[[str], AbstractContextManager[None]]
     passed: Callable[[int, int], None] = lambda done, of: None
 
-    def run(self, spans: Spans) -> Iterator[Sums]:
+    def run(self, spans: Spans) -> Iterator[LossSums]:
         """Accumulates the gradients; the sums of each span as it is done."""
         return self._exact(spans.on_host) if spans.gradient == "exact" else self._truncated()
 
-    def _truncated(self) -> Iterator[Sums]:
+    def _truncated(self) -> Iterator[LossSums]:
         memory = Memory(sums=DocumentSums())
         for i in range(len(self.tokens)):
             self.begin_backward(i == len(self.tokens) - 1)
@@ -148,7 +148,7 @@ class Passage:
             self.passed(i + 1, len(self.tokens))
             yield part
 
-    def _exact(self, on_host: bool) -> Iterator[Sums]:
+    def _exact(self, on_host: bool) -> Iterator[LossSums]:
         last, sums, borders = len(self.tokens) - 1, DocumentSums(), Borders(on_host)
         memory, asked = Memory(sums=sums), 0
         with torch.no_grad():
@@ -173,7 +173,7 @@ class Passage:
             self.passed(last + 3 * (len(self.tokens) - i), last + 3 * len(self.tokens))
             yield part
 
-    def _forward(self, i: int, memory: Memory) -> tuple[Sums, int]:
+    def _forward(self, i: int, memory: Memory) -> tuple[LossSums, int]:
         """A span's sums, and how many sums over documents it asked for: the model decides that, the same on all ranks.
 
         An idle span shares nothing with others."""

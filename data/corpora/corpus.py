@@ -8,8 +8,8 @@ from typing import Protocol
 
 from data.corpora.files import (
     HEAD,
-    Part,
-    Reader,
+    CorpusPart,
+    CorpusReader,
     files,
     grouped,
     guarded,
@@ -40,10 +40,10 @@ class Corpus(Protocol):
     def identity(self) -> dict[str, str | int]:
         """What tells this source from another, and from itself after a change, without reading it."""
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Pieces that can be read by themselves, in the order of the documents; the same for the same identity."""
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name of its source, content) of the part's documents; those left out are counted by reason."""
 
     def left_out(self) -> dict[str, int]:
@@ -56,7 +56,7 @@ class Corpus(Protocol):
         """(name of its source, content) of every document."""
 
 
-class Text(Reader):
+class Text(CorpusReader):
     """A file, or a folder's files at any depth in the order of their relative paths: one document each.
 
     Hidden files and folders are skipped, linked folders and those that farspan has written, and so is a file that is
@@ -82,11 +82,11 @@ class Text(Reader):
         """The resolved path, number and total size of the files, and a digest of their names, sizes and mtimes."""
         return {"corpus": self.name, "path": str(self.root.resolve()), **listing(named(self.root, self._walk()))}
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Whole files, some to a part."""
         return grouped(named(self.root, self._walk()))
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(path relative to the folder, content) of every file that is text and not empty."""
         for name, file in part.what:
             (content,) = guarded(map(Path.read_bytes, [Path(file)]), f"data.path={self.path}: {name} cannot be read")
@@ -112,7 +112,7 @@ class Text(Reader):
         return iter([self.root]) if self.root.is_file() else files(self.root, left=left)
 
 
-class Prepared(Reader):
+class Prepared(CorpusReader):
     """No source at all: the store of `data.store`, as `farspan prepare` has made it, here or elsewhere."""
 
     name = "store"

@@ -23,23 +23,23 @@ NO_FILE, OTHER, EMPTY = "links to nothing, devices or pipes", "files with anothe
 BESIDE = frozenset({LINKED, HIDDEN, OURS, NO_FILE, OTHER})  # may change while the documents do not
 
 
-class Part(NamedTuple):
+class CorpusPart(NamedTuple):
     """A piece of a corpus that can be read by itself: `what` its corpus makes of it, and its size in bytes, about."""
 
     what: Any
     size: int
 
 
-class Reader:
+class CorpusReader:
     """What corpora share: they are read in parts that depend on the corpus alone, never on who reads them."""
 
     name = ""
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """In the order of the documents."""
         raise NotImplementedError
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name, content) of the part's documents; those that are left out are counted by reason in `skipped`."""
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ def listing(found: Sequence[tuple[str, Path]]) -> dict[str, str | int]:
     }
 
 
-def grouped(found: Sequence[tuple[str, Path]]) -> Iterator[Part]:
+def grouped(found: Sequence[tuple[str, Path]]) -> Iterator[CorpusPart]:
     """Whole files, in their order, some to a part."""
     group: list[tuple[str, str]] = []
     size = 0
@@ -158,10 +158,10 @@ def grouped(found: Sequence[tuple[str, Path]]) -> Iterator[Part]:
         group.append((name, str(file)))
         size += file.stat().st_size
         if size >= PART_BYTES:
-            yield Part(group, size)
+            yield CorpusPart(group, size)
             group, size = [], 0
     if group:
-        yield Part(group, size)
+        yield CorpusPart(group, size)
 
 
 def hashed(content: bytes) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from data.corpora.files import PART_BYTES, Part, Reader, hashed
+from data.corpora.files import PART_BYTES, CorpusPart, CorpusReader, hashed
 from data.corpora.installed import Stdlib
 from data.tasks import Draw
 
@@ -36,7 +36,7 @@ def hay(root: Path) -> bytes:
     return b"".join(content if content.endswith(b"\n") else content + b"\n" for content in safe)
 
 
-class Generated(Reader):
+class Generated(CorpusReader):
     """Documents of generated text.
 
     documents: how many; null for 10,000. A larger number only adds some. lengths: [least, most] tokens of a document,
@@ -86,16 +86,16 @@ class Generated(Reader):
         library = {f"hay {key}": value for key, value in Stdlib().identity().items()}
         return {**told, "least": least, "most": most, **library}
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Ranges of numbers of documents."""
         least, most = self.lengths
         mean = (most - least) / math.log(most / least) if most > least else least
         step = max(int(PART_BYTES / mean), 1)
         for begin in range(0, self.documents, step):
             end = min(begin + step, self.documents)
-            yield Part((begin, end), int(mean * (end - begin)))
+            yield CorpusPart((begin, end), int(mean * (end - begin)))
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name of the corpus, text) of every number in the range."""
         for number in range(*part.what):
             yield self.name, self.document(number)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.corpora.files import OURS, PART_BYTES, Part, files, guarded, is_there
+from data.corpora.files import OURS, PART_BYTES, CorpusPart, files, guarded, is_there
 from data.corpora.outputs import is_inside
 from data.corpora.records import ROWS, Records
 
@@ -74,20 +74,20 @@ class HuggingFace(Records):
             told |= {"rows": len(opened), "digest": digest}
         return told
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Ranges of rows, or shards of a stream, whose size is not known before they are read."""
         opened = self._dataset()
         if self.streaming:
             for shard in range(opened.num_shards):
-                yield Part((shard, opened.num_shards), 0)
+                yield CorpusPart((shard, opened.num_shards), 0)
             return
         rows, size = len(opened), opened.data.nbytes
         step = max(rows * PART_BYTES // max(size, 1), 1)
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
-            yield Part((begin, end), size * (end - begin) // rows)
+            yield CorpusPart((begin, end), size * (end - begin) // rows)
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(path of the dataset, text) of every row."""
         opened, first = self._dataset(), part.what[0]
         if self.streaming:

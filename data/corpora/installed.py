@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.corpora.files import Part, Reader, files, grouped, named
+from data.corpora.files import CorpusPart, CorpusReader, files, grouped, named
 
 
-class Installed(Reader):
+class Installed(CorpusReader):
     """Files of something that is installed, one document each, in the order of their relative paths.
 
     root: the folder that they are in, None if there is none. without: what `check` says where there are no files.
@@ -41,11 +41,11 @@ class Installed(Reader):
             "newest": max((stat.st_mtime_ns for stat in stats), default=0),
         }
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Whole files, some to a part."""
         return grouped(named(self.root, self.walk())) if self.root is not None else iter(())
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(path relative to the root, source) of every file that is not empty."""
         for name, file in part.what:
             if content := Path(file).read_bytes():
@@ -117,7 +117,7 @@ class Headers(Installed):
                     if file.suffix == ".h" and file.name not in self.declarations:
                         yield file
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(path relative to torch/include, source) of every file that is neither empty nor written by a program."""
         for name, content in super().read(part, skipped):
             if any(mark in content[: self.head].lower() for mark in self.marks):

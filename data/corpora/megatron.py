@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpora.files import PART_BYTES, Part, Reader, is_there
-from data.stores.indexed import Index
+from data.corpora.files import PART_BYTES, CorpusPart, CorpusReader, is_there
+from data.stores.indexed import TokenIndex
 
 SAMPLE = 1000  # documents looked at for the token that closes them
 
 
-class Megatron(Reader):
+class Megatron(CorpusReader):
     """The documents of PATH.bin and PATH.idx; a document's content is its tokens' bytes."""
 
     name = "megatron"
 
     def __init__(self, *, path: str | None = None) -> None:
         self.path = path
-        self._index: Index | None = None
+        self._index: TokenIndex | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_index": None}  # else pickling would copy it
@@ -41,10 +41,10 @@ class Megatron(Reader):
         return self.prefix.with_name(f"{self.prefix.name}.idx")
 
     @property
-    def index(self) -> Index:
+    def index(self) -> TokenIndex:
         if self._index is None:
             try:
-                self._index = Index(self.idx)
+                self._index = TokenIndex(self.idx)
             except ValueError as error:
                 raise ValueError(f"data.path={self.path}: {error}") from None
         return self._index
@@ -74,7 +74,7 @@ class Megatron(Reader):
             told |= {f"{file.suffix[1:]}_bytes": stat.st_size, f"{file.suffix[1:]}_mtime": stat.st_mtime_ns}
         return told
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Ranges of documents."""
         try:
             self.index.check()
@@ -89,10 +89,10 @@ class Megatron(Reader):
                 full = (self.index.offset(middle) - begin) * itemsize >= PART_BYTES
                 low, high = (low, middle) if full else (middle + 1, high)
             end = self.index.offset(low)
-            yield Part((first, low), (end - begin) * itemsize)
+            yield CorpusPart((first, low), (end - begin) * itemsize)
             first, begin = low, end
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name of the corpus, its tokens' bytes) of every document. Empty ones keep their place."""
         tokens = np.memmap(self.bin, dtype=self.index.dtype, mode="r")
         begin = self.index.offset(part.what[0])

@@ -21,8 +21,8 @@ from data.corpora.files import (
     OTHER,
     OURS,
     PART_BYTES,
-    Part,
-    Reader,
+    CorpusPart,
+    CorpusReader,
     files,
     guarded,
     is_there,
@@ -46,7 +46,7 @@ def _zstd(file: str, mode: str) -> Any:
 UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 
 
-class Records(Reader):
+class Records(CorpusReader):
     """A file, a folder or a pattern of files of records. What is wrong with one ends the reading with a line that
     says where, or, `on_error="skip"`, leaves it out and counts it."""
 
@@ -147,15 +147,15 @@ class Jsonl(Records):
         if packed is not None and find_spec("pyarrow") is None:
             raise ValueError(f"data.path={self.path}: {packed} needs pyarrow, which is not installed")
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Stretches of bytes of a file; a line belongs to the one that it begins in."""
         for name, file in self._files():
             size = file.stat().st_size
             step = max(size, 1) if file.suffix.lower() in UNPACKED else PART_BYTES
             for begin in range(0, size, step):
-                yield Part((name, str(file), begin, min(begin + step, size)), min(step, size - begin))
+                yield CorpusPart((name, str(file), begin, min(begin + step, size)), min(step, size - begin))
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name of the file, text) of every line; lines of blanks are none. Raises ValueError for a bad one."""
         name, file, begin, end = part.what
         damaged = f"data.path={self.path}: {name} cannot be read: it is cut short, damaged, or no such file"
@@ -234,7 +234,7 @@ class Parquet(Records):
             if not kind.endswith(("string", "binary", "string_view", "binary_view")):
                 raise ValueError(f"data.field={self.field}: must be text, {name} has {kind} there")
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Row groups, some to a part."""
         for name, file in self._files():
             facts = _opened(self.path, name, file).metadata
@@ -242,10 +242,10 @@ class Parquet(Records):
             for group in range(facts.num_row_groups):
                 size += facts.row_group(group).total_byte_size
                 if size >= PART_BYTES or group + 1 == facts.num_row_groups:
-                    yield Part((name, str(file), first, group + 1), size)
+                    yield CorpusPart((name, str(file), first, group + 1), size)
                     first, size = group + 1, 0
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """(name of the file, text) of every row."""
         import pyarrow as pa
 

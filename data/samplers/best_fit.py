@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from data.samplers.documents import Documents
-from data.samplers.index import Ints, Writer
+from data.samplers.index import IndexWriter, Ints
 from data.samplers.pool import Cut, Key, Pool
 
 
@@ -63,7 +63,7 @@ class Bins(Pool):
         super().__init__(documents, length, len(self._edges) - 1, len(documents))
 
     @staticmethod
-    def _write(documents: Documents, length: int, writer: Writer) -> None:
+    def _write(documents: Documents, length: int, writer: IndexWriter) -> None:
         writer.append("edges", [0])
         written = 0
         for block in documents.blocks():

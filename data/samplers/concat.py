@@ -14,7 +14,7 @@ from data.samplers.permute import number
 from data.samplers.pool import Cut, Key, Pool
 
 
-class Chunks(Pool):
+class DocumentChunks(Pool):
     """Chunks of a row of documents."""
 
     def __init__(self, documents: Documents, length: int) -> None:
@@ -32,7 +32,7 @@ class Chunks(Pool):
 def chunks(documents: Documents, cut: Cut) -> list[Pool]:
     """One pool. Raises ValueError if the documents do not fill a chunk."""
     too_few(documents, cut.longest, len(documents) // cut.longest)
-    return [Chunks(documents, cut.longest)]
+    return [DocumentChunks(documents, cut.longest)]
 
 
 def too_few(documents: Documents, length: int, found: Any) -> None:

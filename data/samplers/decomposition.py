@@ -6,7 +6,7 @@ import numpy as np
 
 from data.samplers import decompose
 from data.samplers.documents import Documents
-from data.samplers.index import Ints, Writer
+from data.samplers.index import IndexWriter, Ints
 from data.samplers.pool import Cut, Key, Pool
 
 
@@ -35,7 +35,7 @@ def buckets(documents: Documents, cut: Cut) -> list[Pool]:
     return list(pools)
 
 
-def _write(documents: Documents, cut: Cut, writer: Writer) -> None:
+def _write(documents: Documents, cut: Cut, writer: IndexWriter) -> None:
     low, high = cut.shortest.bit_length() - 1, cut.longest.bit_length() - 1
     for begins, lengths in documents.blocks():
         for k, found in decompose.split(begins, lengths, low, high, cut.overlong):

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.samplers.index import Ints, Stored
+from data.samplers.index import Ints, StoredDocuments
 
 FEW = 128  # documents: of more, data.heldout can be chosen so that some are held out
 
 
 class Divided:
-    """A store one of whose documents is two: `Stored`, and what else a store has.
+    """A store one of whose documents is two: `StoredDocuments`, and what else a store has.
 
     cut: (the document, how many of its tokens are trained on). cuts: where in the tokens the two meet, of every copy:
     there the begin does not know what follows, which is held out.
@@ -48,7 +48,7 @@ class Divided:
         return self.whole.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
-def divided(store: Stored, heldout: float) -> Any:
+def divided(store: StoredDocuments, heldout: float) -> Any:
     """The store, as it is or `Divided` where it needs that: one of fewer than `FEW` documents, all on one side."""
     count = len(store.hashes)
     if not 0 < count < FEW:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data.samplers.index import BLOCK, Index, Ints, Stored, Writer, index
+from data.samplers.index import BLOCK, IndexWriter, Ints, SamplerIndex, StoredDocuments, index
 from data.samplers.permute import Permutation
 
 VERSION = 1
@@ -21,7 +21,7 @@ class Documents:
     """
 
     def __init__(
-        self, store: Stored, *, side: str, heldout: float, lengths: tuple[int, int | None] = (0, None)
+        self, store: StoredDocuments, *, side: str, heldout: float, lengths: tuple[int, int | None] = (0, None)
     ) -> None:
         self.store = store
         self.spec: dict[str, Any] = {
@@ -38,7 +38,7 @@ class Documents:
     def __len__(self) -> int:
         return int(self.edges[-1])
 
-    def _write(self, writer: Writer) -> None:
+    def _write(self, writer: IndexWriter) -> None:
         count, (least, below) = len(self.store.hashes), self.spec["lengths"]
         limit, held = np.uint64(int(self.spec["heldout"] * 2**64)), self.spec["side"] == "heldout"
         order = Permutation(count, "documents") if not held and count else None
@@ -65,7 +65,7 @@ class Documents:
         high = begins + np.minimum(end, edges[1:]) - edges[:-1]
         return np.stack([low, high], axis=1)
 
-    def derived(self, spec: dict[str, Any], write: Callable[[Writer], None]) -> Index:
+    def derived(self, spec: dict[str, Any], write: Callable[[IndexWriter], None]) -> SamplerIndex:
         """An index of the same documents, cut somehow."""
         return index(self.store, {**self.spec, **spec}, write)
 

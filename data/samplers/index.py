@@ -28,7 +28,7 @@ BLOCK = 1 << 16  # documents, or other rows, that are looked at together
 Ints = NDArray[np.int64]
 
 
-class Stored(Protocol):
+class StoredDocuments(Protocol):
     """What an index and a sampler ask of a store: document i is tokens[offsets[i]:offsets[i + 1]].
 
     opened: whether every document opens with the token that closes the one before; where not, nothing predicts what
@@ -47,7 +47,7 @@ class Stored(Protocol):
     def hashes(self) -> NDArray[np.uint64]: ...
 
 
-class Writer:
+class IndexWriter:
     """Arrays that grow on disk, int64, by their names; and `facts`, small numbers to keep beside them."""
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class Writer:
             file.close()
 
 
-class Index:
+class SamplerIndex:
     """An index on disk: `index["name"]` is an array int64, mapped; empty for a name that has none. `facts` as written.
 
     Raises ValueError if its files are not what its card says: in size, and, up to `CHECKED_BYTES` of each, in content.
@@ -104,7 +104,7 @@ _EMPTY = np.empty(0, np.int64)
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # or there is none
 
 
-def index(store: Stored, spec: dict[str, Any], write: Callable[[Writer], None]) -> Index:
+def index(store: StoredDocuments, spec: dict[str, Any], write: Callable[[IndexWriter], None]) -> SamplerIndex:
     """The index of a store under `spec`, which says all that decides it: the one that is there, or what `write` makes.
 
     Raises OSError where neither place can be written.
@@ -113,7 +113,7 @@ def index(store: Stored, spec: dict[str, Any], write: Callable[[Writer], None]) 
     places = list(_places(store.folder))
     for place in places:
         with suppress(*_DAMAGED):
-            return Index(place / name)
+            return SamplerIndex(place / name)
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -140,20 +140,20 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _build(place: Path, name: str, write: Callable[[Writer], None]) -> Index:
+def _build(place: Path, name: str, write: Callable[[IndexWriter], None]) -> SamplerIndex:
     with _alone(place / f".{name}.lock"), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=place) as aside:
         with suppress(*_DAMAGED):
-            return Index(place / name)  # built by another process while this one waited
+            return SamplerIndex(place / name)  # built by another process while this one waited
         new = Path(aside, "new")
         new.mkdir()
-        writer = Writer(new)
+        writer = IndexWriter(new)
         write(writer)
         writer.close()
         try:
             new.rename(place / name)
         except OSError:  # a rival's where locks fail, whose bytes are the same, or a damaged one
             with suppress(*_DAMAGED):
-                return Index(place / name)
+                return SamplerIndex(place / name)
             shutil.rmtree(place / name, ignore_errors=True)
             new.rename(place / name)
-    return Index(place / name)
+    return SamplerIndex(place / name)

@@ -15,7 +15,7 @@ from data.curriculum import Buckets, Curriculum
 from data.samplers import PACKINGS
 from data.samplers.apportion import Shares
 from data.samplers.documents import Documents
-from data.samplers.index import Ints, Stored
+from data.samplers.index import Ints, StoredDocuments
 from data.samplers.pool import Cut, Key, Pool
 
 
@@ -30,7 +30,7 @@ class Source:
     """
 
     name: str
-    store: Stored
+    store: StoredDocuments
     weight: tuple[tuple[int, Fraction], ...] = ((0, Fraction(1)),)
     epochs: Fraction | None = None
     long: tuple[tuple[int, Fraction], ...] = ()
@@ -57,7 +57,7 @@ class Source:
         return next(weight for begin, weight in reversed(self.weight) if begin <= token)
 
 
-class Part(NamedTuple):
+class SourcePart(NamedTuple):
     """name: source, lengths of documents if there are several classes, length of sequences. weight: in its source."""
 
     name: str
@@ -74,7 +74,7 @@ class Part(NamedTuple):
 class Lane(NamedTuple):
     length: int
     per_step: int
-    parts: list[Part]
+    parts: list[SourcePart]
     shares: Shares
 
 
@@ -82,7 +82,7 @@ class Lane(NamedTuple):
 class Slot:
     """One sequence of a batch: sequence `index` of the endless row of a part's epochs."""
 
-    part: Part
+    part: SourcePart
     index: int
 
     def pieces(self, seed: int) -> Ints:
@@ -161,7 +161,7 @@ class Sampler:
         return found
 
 
-def _parts(source: Source, packing: str, cut: Cut, heldout: float, key: Key) -> list[Part]:
+def _parts(source: Source, packing: str, cut: Cut, heldout: float, key: Key) -> list[SourcePart]:
     found = [
         (documents.spec["lengths"][0], pool, pool.tokens * factor)
         for documents, factor in source.documents("train", heldout)
@@ -169,7 +169,7 @@ def _parts(source: Source, packing: str, cut: Cut, heldout: float, key: Key) -> 
     ]
     total = sum(weight for *_, weight in found)
     return [
-        Part(
+        SourcePart(
             "/".join(filter(None, [source.name, f"from {least}" if source.long else "", str(pool.length)])),
             source,
             pool,

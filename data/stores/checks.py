@@ -27,7 +27,7 @@ TOKENS = "tokens.bin"
 COUNTS = ("documents", "duplicates", "tokens", "bytes", "sources", "vocabulary")
 
 
-class Sums:
+class BlockChecksums:
     """The crc32 of every `PART_BYTES` of what is given block by block."""
 
     def __init__(self) -> None:
@@ -48,12 +48,12 @@ class Sums:
         return list(self._sums)
 
 
-def write(folder: Path, names: list[str], tokens: Sums) -> None:
+def write(folder: Path, names: list[str], tokens: BlockChecksums) -> None:
     """Writes the checksums of a store's files: those of its tokens as they were given, wherever those lie."""
     files = {TOKENS: tokens.values()}
     for name in names:
         if name not in (TOKENS, CHECKSUMS):
-            sums = Sums()
+            sums = BlockChecksums()
             for block in _blocks(folder / name):
                 sums.update(block)
             files[name] = sums.values()
@@ -89,7 +89,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-class Piece(NamedTuple):
+class FilePiece(NamedTuple):
     """Bytes begin..end of a file, and their crc32, None where it is not known."""
 
     name: str
@@ -115,7 +115,7 @@ def verify(store: Any, seconds: float | None = None) -> tuple[int, int]:
     return len(pieces), len(pieces)
 
 
-def _pieces(store: Any, at: str) -> list[Piece]:
+def _pieces(store: Any, at: str) -> list[FilePiece]:
     """Of the small files first, then of the tokens, in random order."""
     step, known = PART_BYTES, {}
     if (path := store.folder / CHECKSUMS).exists():
@@ -134,7 +134,7 @@ def _pieces(store: Any, at: str) -> list[Piece]:
         begins = range(0, size, step)
         if sums is not None and len(sums) != len(begins):
             raise ValueError(f"{at}: {name} is not of the size that {CHECKSUMS} says{_way_out(store)}")
-        parts = [Piece(name, b, min(b + step, size), sums[i] if sums else None) for i, b in enumerate(begins)]
+        parts = [FilePiece(name, b, min(b + step, size), sums[i] if sums else None) for i, b in enumerate(begins)]
         if name == TOKENS:
             random.shuffle(parts)
         found += parts
@@ -158,7 +158,7 @@ def _path(store: Any, name: str) -> Path:
     return Path(f"{store.card['at']}.bin") if name == TOKENS and "at" in store.card else store.folder / name
 
 
-def _verify(store: Any, piece: Piece, at: str) -> None:
+def _verify(store: Any, piece: FilePiece, at: str) -> None:
     if piece.sum is not None:
         crc = 0
         for block in _blocks(_path(store, piece.name), piece.begin, piece.end):

@@ -21,7 +21,7 @@ from data.stores.store import Store, alone, column, regular, sync
 SHARD_BYTES = 64 << 20
 
 
-class Place:
+class StoreAddress:
     """A folder to read from: a path, or an address that fsspec understands (s3://…, gs://…).
 
     Raises ValueError, one line that opens with the key, where it does not answer.
@@ -69,7 +69,7 @@ def fetch(store: str, local: str | Path) -> Path:
     Processes of this machine that ask at once wait for the one that copies. Raises ValueError for a store that is not
     complete or not as its card says, and for a full disk: then the next call goes on.
     """
-    place = Place(store)
+    place = StoreAddress(store)
     card = place.card()
     if "at" in card:
         raise ValueError(f"data.local={local}: a Megatron corpus is used where it lies ({card['at']}); must be null")
@@ -107,7 +107,7 @@ def _is_copy(folder: Path, card: dict[str, Any]) -> bool:
         return False
 
 
-def _copy(place: Place, card: dict[str, Any], aside: Path) -> None:
+def _copy(place: StoreAddress, card: dict[str, Any], aside: Path) -> None:
     """Every file of the store; the card last. Raises ValueError unless tokens and offsets have its fingerprint."""
     digest = hashlib.sha256()
     sizes = dict(sorted(card["files"].items(), key=lambda file: file[0] != "tokens.bin"))  # their order in the digest

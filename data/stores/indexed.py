@@ -32,7 +32,7 @@ def smallest(size: int) -> np.dtype:
     return np.dtype("<u2" if size < 65500 else "<i4")
 
 
-class Index:
+class TokenIndex:
     """An .idx file, memory-mapped: `dtype` of the tokens, `lengths` int32 [S], `pointers` int64 [S] in bytes, and
     `documents` int64 [D].
 

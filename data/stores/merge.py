@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import reading
-from data.stores.checks import Sums
+from data.stores.checks import BlockChecksums
 from data.stores.indexed import BLOCK, write_index
 
 JOURNAL = "journal.json"
@@ -69,7 +69,7 @@ class Merge:
         self.names = _reopened(folder / "sources.txt", self.facts["named"])
         written = 0 if tokens else self.facts["tokens"] * dtype.itemsize
         self.tokens = None if tokens else _reopened(folder / "tokens.bin", written)
-        self.digest, self.sums = hashlib.sha256(), Sums()
+        self.digest, self.sums = hashlib.sha256(), BlockChecksums()
         if written:
             self._read(folder / "tokens.bin", written)
         self._told = time.monotonic()

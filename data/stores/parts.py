@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from data import reading
 from data.corpora.corpus import Corpus
-from data.corpora.files import Part, hashed
+from data.corpora.files import CorpusPart, hashed
 from data.roles import roles_of
 from data.stores.indexed import smallest
 from data.unknown import unknown as unknown_of
@@ -41,7 +41,7 @@ class PartLostError(ValueError):
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizeJob:
     """What every part needs. tokens: the type of a corpus that is tokenised already; its tokens are not written."""
 
     corpus: Corpus
@@ -49,7 +49,7 @@ class Job:
     folder: Path
     tokens: np.dtype | None = None
 
-    def __call__(self, number: int, part: Part) -> int:
+    def __call__(self, number: int, part: CorpusPart) -> int:
         """Makes a part, unless it is finished, and returns its number. Raises ValueError for a bad document."""
         if self.finished(number) is not None:
             return number
@@ -122,7 +122,7 @@ class Job:
         """Of the tokens."""
         return smallest(self.tokenizer.size) if self.tokens is None else self.tokens
 
-    def _documents(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def _documents(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """What the corpus reads of a part, save what is no text where the tokenizer spells nothing else."""
         for name, content in self.corpus.read(part, skipped):
             if self.tokens is None and not self.tokenizer.spells(content):
@@ -156,10 +156,10 @@ def _batched(documents: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str,
 
 
 # Runs a job on (number, part) pairs, and yields the numbers in their order as the parts are finished.
-Runner = Callable[[Job, Iterable[tuple[int, Part]]], Iterator[int]]
+Runner = Callable[[TokenizeJob, Iterable[tuple[int, CorpusPart]]], Iterator[int]]
 
 
-def here(job: Job, parts: Iterable[tuple[int, Part]]) -> Iterator[int]:
+def here(job: TokenizeJob, parts: Iterable[tuple[int, CorpusPart]]) -> Iterator[int]:
     """A runner: in this process, one after another."""
     for number, part in parts:
         yield job(number, part)
@@ -171,7 +171,7 @@ class Processes:
 
     workers: int
 
-    def __call__(self, job: Job, parts: Iterable[tuple[int, Part]]) -> Iterator[int]:
+    def __call__(self, job: TokenizeJob, parts: Iterable[tuple[int, CorpusPart]]) -> Iterator[int]:
         spawn = multiprocessing.get_context("spawn")
         before = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.workers, mp_context=spawn, initializer=_start, initargs=(job, os.getpid()))
@@ -191,7 +191,7 @@ class Processes:
 
 
 def in_order(
-    submit: Callable[[int, Part], Callable[[], int]], parts: Iterable[tuple[int, Part]], ahead: int
+    submit: Callable[[int, CorpusPart], Callable[[], int]], parts: Iterable[tuple[int, CorpusPart]], ahead: int
 ) -> Iterator[int]:
     """The results of what `submit` returns, in the order of the parts; `ahead` of them are under way at a time."""
     waiting: deque[Callable[[], int]] = deque()
@@ -203,10 +203,10 @@ def in_order(
         yield waiting.popleft()()
 
 
-_job: Job | None = None
+_job: TokenizeJob | None = None
 
 
-def _start(job: Job, parent: int) -> None:
+def _start(job: TokenizeJob, parent: int) -> None:
     """A process begins: Ctrl-C is its parent's, it has one core, and it does not outlive whom it works for."""
     global _job
     _job = job
@@ -221,6 +221,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(number: int, part: Part) -> int:
+def _work(number: int, part: CorpusPart) -> int:
     assert _job is not None
     return _job(number, part)

@@ -18,11 +18,11 @@ import numpy as np
 
 from data import reading
 from data.corpora.corpus import Corpus
-from data.corpora.files import Part
+from data.corpora.files import CorpusPart
 from data.corpora.megatron import Megatron
 from data.stores import card, checks
 from data.stores.merge import JOURNAL, Merge
-from data.stores.parts import Job, PartLostError, Processes, Runner, here
+from data.stores.parts import PartLostError, Processes, Runner, TokenizeJob, here
 from data.tokenizer import Given, Untrained, from_card
 
 VERSION = 2
@@ -34,7 +34,7 @@ SMALL_BYTES = 48 << 20  # of corpus, for which starting processes does not pay
 _SAMPLED = 64  # places of the corpus that a sample comes from
 
 
-class Progress(NamedTuple):
+class PrepareProgress(NamedTuple):
     """How far it is. done, total: bytes of the corpus, as far as their number is known before they are read."""
 
     done: int
@@ -45,7 +45,7 @@ class Progress(NamedTuple):
     tokens: int
 
 
-Watch = Callable[[Progress], None]
+Watch = Callable[[PrepareProgress], None]
 
 
 def fill(
@@ -67,7 +67,7 @@ def fill(
     _begin(folder, {**source, "version": VERSION, "parts": _digest(parts)})
     tokenizer = _tokenizer(folder, corpus, parts, tokenizer)
     tokens = corpus.index.dtype if isinstance(corpus, Megatron) else None
-    job = Job(corpus, tokenizer, folder / "parts", tokens)
+    job = TokenizeJob(corpus, tokenizer, folder / "parts", tokens)
     merge = _merge(folder, job, corpus.bin if isinstance(corpus, Megatron) else None)
     try:
         total = sum(part.size for part in parts)
@@ -83,7 +83,7 @@ def fill(
             done += parts[number].size
             if watch is not None:
                 facts = merge.facts
-                watch(Progress(done, total, number + 1, len(parts), facts["documents"], facts["tokens"]))
+                watch(PrepareProgress(done, total, number + 1, len(parts), facts["documents"], facts["tokens"]))
         if not merge.facts["documents"]:
             raise corpus.nothing()
         merge.journal()
@@ -101,7 +101,7 @@ def fill(
     (folder / "plan.json").unlink()  # nothing is left to go on with
 
 
-def _merge(folder: Path, job: Job, tokens: Path | None) -> Merge:
+def _merge(folder: Path, job: TokenizeJob, tokens: Path | None) -> Merge:
     """What has been put together so far; from the first part again where the disk has lost some of that."""
     try:
         return Merge(folder, job.folder, job.dtype, tokens)
@@ -122,11 +122,11 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     (folder / "plan.json").write_text(json.dumps(plan))
 
 
-def _digest(parts: list[Part]) -> str:
+def _digest(parts: list[CorpusPart]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _tokenizer(folder: Path, corpus: Corpus, parts: list[Part], tokenizer: Any) -> Any:
+def _tokenizer(folder: Path, corpus: Corpus, parts: list[CorpusPart], tokenizer: Any) -> Any:
     """The tokenizer, trained if it has to be, and once only: its card is beside what it has been used for."""
     path = folder / "tokenizer.json"
     if isinstance(tokenizer, Untrained):
@@ -142,7 +142,7 @@ def _tokenizer(folder: Path, corpus: Corpus, parts: list[Part], tokenizer: Any) 
     return tokenizer
 
 
-def _sample(corpus: Corpus, parts: list[Part]) -> Iterator[bytes]:
+def _sample(corpus: Corpus, parts: list[CorpusPart]) -> Iterator[bytes]:
     """Documents from all over a corpus, `SAMPLE_BYTES` of them at most: the same whoever reads them."""
     step = max(len(parts) // _SAMPLED, 1)
     chosen = parts[::step][:_SAMPLED]

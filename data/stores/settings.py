@@ -15,7 +15,7 @@ from data.corpora.corpus import CORPORA, Prepared
 from data.corpora.files import BESIDE, ON_ERROR, is_there
 from data.corpora.generated import SAFE, Generated
 from data.corpora.megatron import Megatron
-from data.stores.fetch import Place, fetch, is_address
+from data.stores.fetch import StoreAddress, fetch, is_address
 from data.stores.parts import Runner
 from data.stores.prepare import VERSION, Watch
 from data.stores.store import Store, build
@@ -92,7 +92,7 @@ class Storing:
                 raise ValueError(f"data.local=null: must be a folder that {self.store} can be copied to")
             if not is_address(self.store):
                 is_there("data.store", Path(self.store).expanduser())
-            Place(self.store).card()
+            StoreAddress(self.store).card()
             return
         self._tokenizer(source)
         if self.store is None:

@@ -34,7 +34,7 @@ from data.corpora.corpus import Corpus
 from data.roles import roles_of
 from data.stores import prepare
 from data.stores.checks import checked_card
-from data.stores.indexed import Index
+from data.stores.indexed import TokenIndex
 from data.stores.parts import NO_ROOM, PartLostError, Runner
 from data.stores.prepare import FILES, PICTURE, VERSION, Watch
 from data.tokenizer import from_card
@@ -63,7 +63,7 @@ class Store:
                     raise ValueError(f"{name} has {found:,} bytes, its card says {size:,}")
             self.fingerprint: str = self.card["fingerprint"]
             prefix = self.card.get("at") or str(self.folder / "tokens")
-            self.dtype = Index(regular(Path(f"{prefix}.idx"))).dtype
+            self.dtype = TokenIndex(regular(Path(f"{prefix}.idx"))).dtype
             self.tokens: NDArray[np.integer] = np.memmap(regular(Path(f"{prefix}.bin")), dtype=self.dtype, mode="r")
             self.offsets: NDArray[np.int64] = column(self.folder / "offsets.npy", "<i8")
             self.hashes: NDArray[np.uint64] = column(self.folder / "hashes.npy", "<u8")

@@ -231,24 +231,24 @@ def _trainer(job: Job) -> Any:
     from ray.train.backend import Backend, BackendConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    class Meeting(TorchConfig):
+    class RendezvousBackend(TorchConfig):
         """Leaves the process group to `launch.cluster.rendezvous`, which numbers the ranks by machine."""
 
         @property
         def backend_cls(self) -> type[Backend[BackendConfig]]:
             return Backend
 
-    class Trainer(TorchTrainer):
+    class LeanTrainer(TorchTrainer):
         """Without the actors that hand out datasets and clean up on clusters: half a gigabyte, a second at the end."""
 
         def _create_default_callbacks(self) -> list[Any]:
             unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
             return [each for each in super()._create_default_callbacks() if type(each).__name__ not in unused]
 
-    return Trainer(
+    return LeanTrainer(
         _work,
         train_loop_config={"job": job},
-        torch_config=Meeting(backend=job.backend),
+        torch_config=RendezvousBackend(backend=job.backend),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": 1}
         ),

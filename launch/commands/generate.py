@@ -171,7 +171,7 @@ def write(
         return
     prompts = [each for each in prompts for _ in range(request.samples)]
     tokens = [each for each in tokens for _ in range(request.samples)]
-    shown = Shown(prompts, tokenizer, request.stop, tokens)
+    shown = ContinuationPrinter(prompts, tokenizer, request.stop, tokens)
 
     def take(text: int, token: int) -> bool:
         return shown.take(text, token) and not (stop is not None and stop.exists())
@@ -204,7 +204,7 @@ def _say_beyond(config: dict[str, Any], longest: int, more: int) -> None:
         )
 
 
-class Shown:
+class ContinuationPrinter:
     """Continuations as they appear on standard output: of several one after another, each as far as it is at its turn.
 
     A text ends at a stop, at a token that ends texts, or where it is told to. tokens: those of the prompts, where the
@@ -214,11 +214,11 @@ class Shown:
     def __init__(self, prompts: list[bytes], tokenizer: Any, stop: Sequence[str], tokens: Sequence[Sequence[int]] = ()):
         from data.roles import roles_of
         from data.tokenizer import writer
-        from train.inference.stop_strings import Text
+        from train.inference.stop_strings import StreamedText
 
         self.ends = roles_of(tokenizer).stop
         self.spell = [writer(tokenizer, tokens[i] if tokens else ()) for i in range(len(prompts))]
-        self.texts = [Text(stop) for _ in prompts]
+        self.texts = [StreamedText(stop) for _ in prompts]
         self.waiting = [prompt.decode("utf-8", "replace") for prompt in prompts]  # to be written at a text's turn
         self.done = [False] * len(prompts)
         self.turn = -1

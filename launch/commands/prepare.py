@@ -22,9 +22,9 @@ from launch.preflight.corpus import _keep_out, _stores, _told
 from launch.preflight.refusals import refusals
 
 if TYPE_CHECKING:
-    from data.corpora.files import Part
-    from data.stores.parts import Job, Runner
-    from data.stores.prepare import Progress, Watch
+    from data.corpora.files import CorpusPart
+    from data.stores.parts import Runner, TokenizeJob
+    from data.stores.prepare import PrepareProgress, Watch
 
 _AHEAD = 2  # parts under way for each core of a cluster
 _SHOWN_PARTS = 100  # of a preparation whose progress goes to no terminal, a line about every so many-th
@@ -82,14 +82,14 @@ def watching(console: Console) -> Iterator[Watch]:
     with Bar(*columns, console=console, expand=True) as bar:
         task = bar.add_task("reading", total=None)
 
-        def watch(progress: Progress) -> None:
+        def watch(progress: PrepareProgress) -> None:
             total, done = (progress.total, progress.done) if progress.total else (progress.of, progress.parts)
             bar.update(task, total=total, completed=done, description=_told(progress))
 
         yield watch
 
 
-def _say(console: Console, progress: Progress) -> None:
+def _say(console: Console, progress: PrepareProgress) -> None:
     step = max(progress.of // _SHOWN_PARTS, 1)
     if progress.parts % step == 0 or progress.parts == progress.of:
         console.print(f"part {progress.parts:,} of {progress.of:,}: {_told(progress)}", markup=False)
@@ -135,7 +135,7 @@ class RayTasks:
 
     ahead: int
 
-    def __call__(self, job: Job, parts: Iterable[tuple[int, Part]]) -> Iterator[int]:
+    def __call__(self, job: TokenizeJob, parts: Iterable[tuple[int, CorpusPart]]) -> Iterator[int]:
         import ray
         from ray.exceptions import RayTaskError
 
@@ -144,7 +144,7 @@ class RayTasks:
         shared = ray.put(job)
         make = ray.remote(num_cpus=1)(_make)
 
-        def submit(number: int, part: Part) -> Any:
+        def submit(number: int, part: CorpusPart) -> Any:
             made = make.remote(shared, number, part)
             return lambda: ray.get(made)
 
@@ -154,5 +154,5 @@ class RayTasks:
             raise error.cause from None
 
 
-def _make(job: Job, number: int, part: Part) -> int:
+def _make(job: TokenizeJob, number: int, part: CorpusPart) -> int:
     return job(number, part)

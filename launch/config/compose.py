@@ -44,7 +44,7 @@ _KEY = r"\+*[A-Za-z_][\w.@/]*"
 _OTHER = "of_init_from"  # the option that a model from elsewhere becomes
 
 
-class Read(NamedTuple):
+class ParsedOverride(NamedTuple):
     """An override that has been understood: its text without `+`, its parts, and whether it had a `+`."""
 
     text: str
@@ -76,7 +76,7 @@ def composed(overrides: list[str], model: dict[str, Any] | None = None) -> dict[
         raise UserError(_as_given(str(error), read)) from None
 
 
-def _one_budget(read: list[Read], config: dict[Any, Any]) -> None:
+def _one_budget(read: list[ParsedOverride], config: dict[Any, Any]) -> None:
     """Of tokens and steps the one that is given counts, whatever an option says of the other. Raises UserError where
     both are."""
     texts = {each.name: each.text.partition("=")[2] for each in read if not each.parts.is_delete()}
@@ -92,7 +92,7 @@ def _one_budget(read: list[Read], config: dict[Any, Any]) -> None:
     train["steps"] = None
 
 
-def _as_given(line: str, read: list[Read]) -> str:
+def _as_given(line: str, read: list[ParsedOverride]) -> str:
     """A refusal of a value that stands on the command line shows it as it stands there: `1e3`, not 1000.0."""
     for name, _, text in ((*each.text.partition("="),) for each in read):
         shown = re.match(rf"{re.escape(name)}=(.+?): expected text(.*); as text: ", line)
@@ -101,7 +101,7 @@ def _as_given(line: str, read: list[Read]) -> str:
     return line
 
 
-def _last_choices(read: list[Read]) -> list[Read]:
+def _last_choices(read: list[ParsedOverride]) -> list[ParsedOverride]:
     """Without those that a later `group=null` takes back: Hydra knows no null there."""
     none = {each.name: i for i, each in enumerate(read) if each.name in groups() and each.parts.value() is None}
     return [each for i, each in enumerate(read) if i > none.get(each.name, -1)]
@@ -126,7 +126,7 @@ def _placed(model: dict[str, Any]) -> list[str]:
     return [f"model={_OTHER}"]
 
 
-def _compose(read: list[Read], model: dict[str, Any] | None) -> DictConfig:
+def _compose(read: list[ParsedOverride], model: dict[str, Any] | None) -> DictConfig:
     """Hydra's composition. A key that is not in the files is added where the constructor of its parent knows it."""
     base = [] if model is None else _placed(model)
     texts = [each.text for each in read]
@@ -146,7 +146,7 @@ def _compose(read: list[Read], model: dict[str, Any] | None) -> DictConfig:
                 texts[i] = ("++" if read[i].parts.package is None else "+") + texts[i]
 
 
-def _read(given: str) -> Read:
+def _read(given: str) -> ParsedOverride:
     """Understands one override and refuses what Hydra would misunderstand. Raises UserError."""
     plain = given.lstrip("+")
     if plain.startswith("-"):
@@ -166,7 +166,7 @@ def _read(given: str) -> Read:
         _check_option(given, parts)
     elif not plain.startswith("~") and not plain.partition("=")[2].strip():
         raise UserError(f"{given}: expected a value behind the =; null for none")
-    return Read(parts.input_line or plain, parts, given.startswith("+"))
+    return ParsedOverride(parts.input_line or plain, parts, given.startswith("+"))
 
 
 def _parsed(given: str) -> Override:
@@ -214,7 +214,7 @@ def _check_option(override: str, parts: Override) -> None:
             raise UserError(f"{override.lstrip('+')}: no such option; accepts {', '.join(options)}{near}")
 
 
-def _is_known(key: str, read: list[Read]) -> bool:
+def _is_known(key: str, read: list[ParsedOverride]) -> bool:
     """Whether the constructor that a key belongs to has a parameter of that name."""
     parent, _, name = key.rpartition(".")
     node: Any = _written(read)
@@ -229,7 +229,7 @@ def _is_known(key: str, read: list[Read]) -> bool:
     return isinstance(constructor, type) and name in parameters_of(constructor)[0]
 
 
-def _one_line(error: Exception, read: list[Read], model: dict[str, Any] | None = None) -> str:
+def _one_line(error: Exception, read: list[ParsedOverride], model: dict[str, Any] | None = None) -> str:
     """Hydra's errors as one line with the nearest spelling. model: what the run starts from has, where that decides."""
     text = " ".join(str(error).split())
     if match := re.match(r"Could not override '([^']+)'", text):
@@ -267,7 +267,7 @@ def _unresolved(error: OmegaConfBaseException, config: DictConfig) -> str:
     return f"{key}={node}: {re.sub(r'^[A-Za-z]+ raised while resolving interpolation: ', '', why)}"
 
 
-def _linked(key: str, read: list[Read]) -> str | None:
+def _linked(key: str, read: list[ParsedOverride]) -> str | None:
     """What to say of a key below one that is a link to another."""
     node: Any = _written(read)
     for i, part in enumerate(key.split(".")):
@@ -278,7 +278,7 @@ def _linked(key: str, read: list[Read]) -> str | None:
     return None
 
 
-def _nearest_path(key: str, read: list[Read] | None = None, model: dict[str, Any] | None = None) -> str:
+def _nearest_path(key: str, read: list[ParsedOverride] | None = None, model: dict[str, Any] | None = None) -> str:
     """The nearest full key, never the key itself; first of those that end alike: `lr` is optimizer.lr."""
     paths = _paths_of(_written(read) | ({} if model is None else {"model": model}))
     paths = [path for path in paths if path != key]
@@ -297,11 +297,11 @@ def _tops() -> list[str]:
     return sorted({*groups(), *SECTIONS, *SCALARS, *LISTS, *OBJECTS})
 
 
-def _written(read: list[Read] | None = None) -> dict[str, Any]:
+def _written(read: list[ParsedOverride] | None = None) -> dict[str, Any]:
     return files.written({each.name: str(each.parts.value()) for each in read or []})[0]
 
 
-def _paths(read: list[Read] | None = None) -> list[str]:
+def _paths(read: list[ParsedOverride] | None = None) -> list[str]:
     return _paths_of(_written(read))
 
 

@@ -30,7 +30,10 @@ def measured(config: dict[str, Any], found: Path, folder: Path, device: str, con
     """Writes what `evaluate.parts` ask of a checkpoint to results.json in a folder. Returns the exit code; raises
     UserError where the workers refuse it, KeyboardInterrupt where it is stopped."""
     workers = config["cluster"]["workers"]
-    with tempfile.TemporaryDirectory(prefix="farspan-evaluate-") as place, Shown(Path(place), console) as shown:
+    with (
+        tempfile.TemporaryDirectory(prefix="farspan-evaluate-") as place,
+        EvaluationProgress(Path(place), console) as shown,
+    ):
         order = {
             "config": config,
             "checkpoint": str(found.resolve()),
@@ -153,7 +156,7 @@ def folder_of(found: Path, weights: str = "raw") -> Path:
     return found.with_name(f"{found.resolve().name}-evaluation{suffix}")
 
 
-class Shown:
+class EvaluationProgress:
     """How far an evaluation is, part by part: a bar in a terminal, else a line as each part begins."""
 
     def __init__(self, place: Path, console: Console):
@@ -163,7 +166,7 @@ class Shown:
         self._bar = Progress(*columns, console=console, transient=True) if console.is_interactive else None
         self._task = self._bar.add_task("starting", total=None) if self._bar else None
 
-    def __enter__(self) -> "Shown":
+    def __enter__(self) -> "EvaluationProgress":
         if self._bar:
             self._bar.start()
         return self

@@ -65,7 +65,7 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> Ru
                 say(f"chain {folder}: {len(legs)} stages, all checked before the first starts")
                 for line in stages.table(parent, legs):
                     say(line)
-                ended = Chain(config, overrides, folder, parent, legs, console, heard).run()
+                ended = StagedRun(config, overrides, folder, parent, legs, console, heard).run()
         except KeyboardInterrupt:
             if folder is None:
                 say("stopped before the chain started: nothing was written")
@@ -75,7 +75,7 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> Ru
     return ended
 
 
-class Chain:
+class StagedRun:
     """A chain that has been checked, in its folder."""
 
     def __init__(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launch.run import rundir
 
 if TYPE_CHECKING:
-    from data.stores.prepare import Progress, Watch
+    from data.stores.prepare import PrepareProgress, Watch
 
 
 _TOLD_S = 10.0  # seconds between two lines about a corpus that a run waits for
@@ -69,7 +69,7 @@ def open_batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say
 def _now_and_then(say: Callable[[str], None]) -> Watch:
     told = time.monotonic()
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: PrepareProgress) -> None:
         nonlocal told
         if time.monotonic() - told > _TOLD_S:
             told = time.monotonic()
@@ -78,5 +78,5 @@ def _now_and_then(say: Callable[[str], None]) -> Watch:
     return watch
 
 
-def _told(progress: Progress) -> str:
+def _told(progress: PrepareProgress) -> str:
     return f"{progress.documents:,} documents, {progress.tokens:,} tokens"

@@ -26,7 +26,7 @@ from models.ffn import SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
 from tests.benchmarks import section
-from train.inference.decode import Decoder, Read, Sampling
+from train.inference.decode import Decoder, Prefilled, Sampling
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/decoding.md"
 DIM, HEADS, VOCABULARY = 128, 4, 257
@@ -51,12 +51,12 @@ def build(name: str) -> LM:
     return initialise(model, 0)
 
 
-def context(decoder: Decoder, length: int) -> Read:
+def context(decoder: Decoder, length: int) -> Prefilled:
     generator = torch.Generator().manual_seed(length)
     return decoder.read(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
 
 
-def written(decoder: Decoder, read: Read, tokens: int) -> list[float]:
+def written(decoder: Decoder, read: Prefilled, tokens: int) -> list[float]:
     """Processor time of each token but the first, whose logits are there."""
     times = [0.0]
 
@@ -78,7 +78,7 @@ def rates(name: str, contexts: list[int], tokens: int) -> list[Rate]:
     return [Rate(statistics.median(found[n]), numbers(reads[n])) for n in contexts]
 
 
-def numbers(read: Read) -> int:
+def numbers(read: Prefilled) -> int:
     return sum(x.numel() for x in tree_leaves(read.entering) if isinstance(x, torch.Tensor))
 
 

@@ -25,7 +25,7 @@ from data.corpora.records import Jsonl, Parquet
 from data.stores import card
 from data.stores.checks import verify
 from data.stores.fetch import fetch
-from data.stores.indexed import Index
+from data.stores.indexed import TokenIndex
 from data.stores.prepare import DATA
 from data.stores.store import Store, build
 from data.tokenizer import Bytes, Given
@@ -226,6 +226,6 @@ def test_a_damaged_corpus_of_megatrons(whole: Path, damaged: Path, asked: list[C
 def test_an_index_of_any_bytes(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.idx").write_bytes(b"MMIDIDX\0\0" + content)
     try:
-        Index(tmp_path / "x.idx").check()
+        TokenIndex(tmp_path / "x.idx").check()
     except ValueError as error:
         assert "\n" not in str(error)

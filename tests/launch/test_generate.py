@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from launch.cli import main
-from launch.commands.generate import Shown, _parse
+from launch.commands.generate import ContinuationPrinter, _parse
 from tests.launch.test_cli import finish, overrides, start
 
 RATES = ["temperature=0.7", "top_p=0.9", "tokens=40", "seed=3"]
@@ -130,7 +130,7 @@ def test_of_several_texts_each_is_written_whole_and_in_turn(capsys):
         def decode(self, tokens):
             return bytes(tokens)
 
-    shown = Shown([b"p", b"q", b"r"], Letters(), ["!!"])
+    shown = ContinuationPrinter([b"p", b"q", b"r"], Letters(), ["!!"])
     assert shown.take(0, ord("a")) and shown.take(1, ord("b")) and shown.take(2, ord("c"))
     assert capsys.readouterr().out == "--- 1 of 3\npa"
     assert shown.take(1, ord("!")) and not shown.take(1, ord("!")) and not shown.take(0, 0)

@@ -110,7 +110,7 @@ CONFIGS = {
     "around itself": "model: &a {b: *a}\n",
     "python": "model: !!python/object/apply:os.system ['touch ran']\n",
     "another class": "model: {_target_: os.system, command: touch ran}\n",
-    "a class that writes": "model: {_target_: train.tracking.record.Jsonl, path: ran}\n",
+    "a class that writes": "model: {_target_: train.tracking.record.JsonlWriter, path: ran}\n",
     "a class of the wrong room": "model: {_target_: train.tracking.Tracking}\n",
     "class of a number": "model: {_target_: 5}\n",
     "interpolation": "model: {_target_: models.LM, dim: '${oc.env:HOME}'}\n",

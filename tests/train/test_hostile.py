@@ -111,7 +111,7 @@ def test_an_entry_of_bytes_that_is_a_tensor_of_the_right_shape_runs_nothing(tmp_
     with pytest.raises(DamagedError, match="it has no tensor model.a"):
         checkpoint.read({"model": {"a": torch.zeros(2, 3)}}, path, alone=True)
     with pytest.raises(DamagedError, match="never loaded"):
-        stored.Planner().load_bytes(type("Item", (), {"dest_index": MetadataIndex("model.a")}), content)
+        stored.TensorLoadPlanner().load_bytes(type("Item", (), {"dest_index": MetadataIndex("model.a")}), content)
     assert not ran.exists()
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from train.metrics.timing import PHASES, Phases, peak_memory_bytes
+from train.metrics.timing import PHASES, PhaseTimes, peak_memory_bytes
 
 
 class Clock:
@@ -19,13 +19,13 @@ class Clock:
         return self.now
 
 
-def spent(phases: Phases) -> dict[str, float]:
+def spent(phases: PhaseTimes) -> dict[str, float]:
     return {name: seconds for name, seconds in phases.take().items() if seconds}
 
 
 def test_a_nested_phase_stops_the_outer_clock() -> None:
     clock = Clock()
-    phases = Phases(clock=clock)
+    phases = PhaseTimes(clock=clock)
     clock.now += 50  # nobody's
     with phases("backward"):
         clock.now += 1
@@ -42,7 +42,7 @@ def test_a_nested_phase_stops_the_outer_clock() -> None:
 
 def test_a_phase_may_be_nested_in_itself() -> None:
     clock = Clock()
-    phases = Phases(clock=clock)
+    phases = PhaseTimes(clock=clock)
     with phases("wait"):
         clock.now += 1
         with phases("wait"):
@@ -53,7 +53,7 @@ def test_a_phase_may_be_nested_in_itself() -> None:
 
 def test_take_inside_an_open_phase_splits_it() -> None:
     clock = Clock()
-    phases = Phases(clock=clock)
+    phases = PhaseTimes(clock=clock)
     with phases("forward"):
         clock.now += 1
         with phases("logging"):
@@ -66,7 +66,7 @@ def test_take_inside_an_open_phase_splits_it() -> None:
 
 def test_take_names_every_phase_and_starts_afresh() -> None:
     clock = Clock()
-    phases = Phases(clock=clock)
+    phases = PhaseTimes(clock=clock)
     with phases("data"):
         clock.now += 1
     assert phases.take() == {**dict.fromkeys(PHASES, 0.0), "data": 1.0}
@@ -75,7 +75,7 @@ def test_take_names_every_phase_and_starts_afresh() -> None:
 
 def test_an_exception_leaves_the_phase() -> None:
     clock = Clock()
-    phases = Phases(clock=clock)
+    phases = PhaseTimes(clock=clock)
     with pytest.raises(RuntimeError), phases("data"):
         clock.now += 1
         raise RuntimeError
@@ -85,11 +85,11 @@ def test_an_exception_leaves_the_phase() -> None:
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'foward'.*forward, backward"):
-        Phases()("foward")
+        PhaseTimes()("foward")
 
 
 def test_a_phase_is_cheap() -> None:
-    phases = Phases()
+    phases = PhaseTimes()
     best = float("inf")
     for _ in range(20):  # the best of many: other processes share the cores
         start = time.perf_counter()

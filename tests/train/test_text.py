@@ -2,12 +2,12 @@
 
 import pytest
 
-from train.inference.stop_strings import Text
+from train.inference.stop_strings import StreamedText
 
 
 def shown(pieces, stop=()):
     """What each piece shows, the end's last, and whether it ended."""
-    text, found = Text(stop), []
+    text, found = StreamedText(stop), []
     for piece in pieces:
         found.append(text.add(piece))
         if text.ended:

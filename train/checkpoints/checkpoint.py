@@ -37,7 +37,7 @@ from parallel.parallelize import parameter_name
 from train.checkpoints import stored
 from train.checkpoints.hf_reader import Published, PublishedReader, is_folder
 from train.checkpoints.stored import METADATA, DamagedError
-from train.checkpoints.stored import Reader as _Reader
+from train.checkpoints.stored import CheckpointReader as _Reader
 from train.facts import wrong
 
 MANIFEST, FORMAT = "manifest.json", 1
@@ -208,7 +208,7 @@ def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> Non
     reader = _reader(checkpoint)
     _check_saved(state, reader.read_metadata())
     try:
-        dcp.load(state, storage_reader=reader, planner=stored.Planner(), no_dist=alone)
+        dcp.load(state, storage_reader=reader, planner=stored.TensorLoadPlanner(), no_dist=alone)
     except CheckpointException as error:
         told = [each for each, _ in error.failures.values() if isinstance(each, DamagedError | ValueError)]
         raise told[0] if told else error from None

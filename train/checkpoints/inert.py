@@ -29,7 +29,7 @@ class Made:
 
 
 @dataclass(eq=False)
-class Pairs:
+class InertDict:
     """A dict, as pairs: its keys may be anything."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
@@ -109,7 +109,7 @@ def _parsed(content: bytes) -> Any:
         elif name == "EMPTY_LIST":
             stack.append([])
         elif name == "EMPTY_DICT":
-            stack.append(Pairs())
+            stack.append(InertDict())
         elif name in ("APPEND", "APPENDS"):
             more = marked() if name == "APPENDS" else [stack.pop()]
             stack[-1].extend(more)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from data import reading
-from train.checkpoints.inert import Elsewhere, Made, Name, Pairs, parsed
+from train.checkpoints.inert import Elsewhere, InertDict, Made, Name, parsed
 
 METADATA = ".metadata"
 LONGEST, LEAST = 1 << 28, 1 << 20  # bytes of a .metadata, whatever it says
@@ -61,7 +61,7 @@ class DamagedError(ValueError):
         return str(self)
 
 
-class Reader(dcp.FileSystemReader):
+class CheckpointReader(dcp.FileSystemReader):
     """Of a checkpoint that may come from elsewhere. Raises DamagedError for one that is not what torch has saved."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -70,7 +70,7 @@ class Reader(dcp.FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         folder = Path(self.path)
         for item in sorted(plan.items, key=lambda item: self.storage_data[item.storage_index].relative_path):
-            piece: Piece = self.storage_data[item.storage_index]
+            piece: StoredPiece = self.storage_data[item.storage_index]
             target = planner.resolve_tensor(item).detach()
             with reading.opened(folder / piece.relative_path) as file:
                 whole = _piece(file, piece, item.storage_index.fqn)
@@ -83,14 +83,14 @@ class Reader(dcp.FileSystemReader):
         return done
 
 
-class Planner(dcp.DefaultLoadPlanner):
+class TensorLoadPlanner(dcp.DefaultLoadPlanner):
     """Asks for tensors alone."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         raise DamagedError(f"{read_item.dest_index.fqn}: is an entry of bytes, which is never loaded")
 
 
-class Piece(NamedTuple):
+class StoredPiece(NamedTuple):
     """Where a piece of a tensor lies, what it is of, and its shape. The first three are torch's `_StorageInfo`."""
 
     relative_path: str
@@ -168,7 +168,7 @@ def _metadata(folder: Path, node: Any) -> Metadata:
                 sizes[path] = size_in(folder, path)
             if begin + length > sizes[path] or math.prod(extent) * dtype.itemsize > length:
                 raise ValueError(f"says that {name} lies beyond the end of {path}")
-            where[MetadataIndex(name, offsets)] = Piece(path, begin, length, dtype, extent)
+            where[MetadataIndex(name, offsets)] = StoredPiece(path, begin, length, dtype, extent)
         found[name] = TensorStorageMetadata(
             TensorProperties(dtype=dtype),
             torch.Size(shape),
@@ -258,7 +258,7 @@ def _fields(node: Any, kind: str) -> dict[str, Any]:
 
 
 def _pairs(node: Any, what: str) -> Iterable[tuple[Any, Any]]:
-    if not isinstance(node, Pairs):
+    if not isinstance(node, InertDict):
         raise ValueError(f"has no {what}")
     return node.items
 
@@ -281,7 +281,7 @@ def _size(name: str, node: Any) -> tuple[int, ...]:
     return found
 
 
-def _piece(file: BinaryIO, piece: Piece, name: str) -> Tensor:
+def _piece(file: BinaryIO, piece: StoredPiece, name: str) -> Tensor:
     """A piece of a tensor, from what `torch.save` wrote of it: a zip file, uncompressed, of its bytes and a pickle that
     says their shape. Raises DamagedError."""
     try:
@@ -295,7 +295,7 @@ def _piece(file: BinaryIO, piece: Piece, name: str) -> Tensor:
         raise DamagedError(f"{piece.relative_path}: {name} cannot be read: {why}") from None
 
 
-def _unzipped(archive: zipfile.ZipFile, piece: Piece) -> Tensor:
+def _unzipped(archive: zipfile.ZipFile, piece: StoredPiece) -> Tensor:
     (head,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
     root = head.filename.removesuffix("data.pkl")
     if head.file_size > _HEAD:

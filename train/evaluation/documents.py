@@ -10,7 +10,7 @@ from data.batches import Batches
 from data.pack import NO_TARGET, Packed
 from data.roles import roles_of
 from train.evaluation.score import Score, Scorer, Told
-from train.evaluation.texts import Text, documents, hay, natural, packed, spelled
+from train.evaluation.texts import EvaluationText, documents, hay, natural, packed, spelled
 
 RISES = 1.1  # times the loss within the trained length: from there on a loss beyond it counts as risen
 
@@ -36,7 +36,7 @@ class Mean:
         return found | {"loss": self.nats / count, "accuracy": self.right / count}
 
 
-def loss(found: Sequence[tuple[Text, Score]], tokenizer: Any) -> dict[str, Any]:
+def loss(found: Sequence[tuple[EvaluationText, Score]], tokenizer: Any) -> dict[str, Any]:
     """Of all, of each source, and of documents by length, from powers of two."""
     everything, sources, buckets = Mean(), dict[str, Mean](), dict[int, Mean]()
     size = 0
@@ -56,7 +56,7 @@ def loss(found: Sequence[tuple[Text, Score]], tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def positions(found: Sequence[tuple[Text, Score]]) -> list[dict[str, Any]]:
+def positions(found: Sequence[tuple[EvaluationText, Score]]) -> list[dict[str, Any]]:
     """By how many tokens of its document a target has before it, from powers of two."""
     sums = np.zeros((3, 64))
     for text, score in found:

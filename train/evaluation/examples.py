@@ -22,7 +22,7 @@ from train.evaluation.texts import alphabet, hay, packed
 SEED, NEEDLE, RECALL, COPY = 0, 0, 1, 2  # what the draws are keyed by
 
 
-class Needles:
+class NeedleExamples:
     """Needles in hay of a run's vocabulary."""
 
     def __init__(self, batches: Any, longest: int):
@@ -76,7 +76,7 @@ def needle(
     """By length and depth: the mean log-probability of the answer, and how often all of it is the likeliest text.
     Lengths without room for a needle are left out, unless all have to fit."""
     places = [d / max(depths - 1, 1) for d in range(depths)]
-    needles = Needles(batches, max(lengths))
+    needles = NeedleExamples(batches, max(lengths))
     lengths = [length for length in lengths if all_fit or needles.fits(length)]
     cells = [(length, depth, n) for length in lengths for depth in places for n in range(samples)]
     examples = [needles.example(Draw(SEED, NEEDLE, length, n), length, depth) for length, depth, n in cells]

@@ -15,7 +15,7 @@ from models.lm import LM
 from train.evaluation.score import Scorer
 from train.evaluation.texts import packed
 from train.inference.decode import Decoder, Sampling
-from train.inference.stop_strings import Text
+from train.inference.stop_strings import StreamedText
 from train.settings import EvaluateSettings
 
 MISSING = "needs the lm-eval package, which is not installed (pip install lm-eval)"
@@ -69,7 +69,7 @@ class Answers:
         found = []
         for context, options in asked:
             until = options.get("until") or []
-            text = Text([until] if isinstance(until, str) else [stop for stop in until if stop])
+            text = StreamedText([until] if isinstance(until, str) else [stop for stop in until if stop])
             count = int(options.get("max_gen_toks", GENERATED))
             sampled = bool(options.get("do_sample", False))
             sampling = Sampling(options.get("temperature") or 0.8 if sampled else 0, options.get("top_p") or 1.0)
@@ -78,7 +78,9 @@ class Answers:
             parts: list[str] = []
             write = writer(self.tokenizer, tokens)
 
-            def take(row: int, token: int, text: Text = text, parts: list[str] = parts, write: Any = write) -> bool:
+            def take(
+                row: int, token: int, text: StreamedText = text, parts: list[str] = parts, write: Any = write
+            ) -> bool:
                 if token in self.roles.stop:
                     return False
                 parts.append(text.add(write(token)))

@@ -96,7 +96,7 @@ def check(settings: EvaluateSettings, batches: Any, model: LM) -> None:
             key = "length" if asked == length else "lengths"
             raise ValueError(f"evaluate.{key}={asked}: must be at most {most}, the positions that the model knows")
     if "needle" in settings.parts and settings.lengths is not None:
-        needles = examples.Needles(batches, max(settings.lengths))
+        needles = examples.NeedleExamples(batches, max(settings.lengths))
         for each in settings.lengths:
             needles.example(examples.Draw(0, 0), each, 0.0)
 

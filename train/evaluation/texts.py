@@ -18,7 +18,7 @@ from data.tokenizer import Given
 
 
 @dataclass(frozen=True)
-class Text:
+class EvaluationText:
     """A document. length: its tokens, of which `packed` may have fewer, from its begin."""
 
     source: str
@@ -37,12 +37,15 @@ def packed(tokens: Any, scored: slice = slice(None)) -> Packed:
     return Packed(tokens=tokens, targets=targets, starts=starts)
 
 
-def texts(batches: Any, tokens: int, length: int) -> list[Text]:
+def texts(batches: Any, tokens: int, length: int) -> list[EvaluationText]:
     """Documents of each source, at most `length` tokens of each, until there are `tokens` of the source; of a generated
     task as many of its held-out examples."""
     if not isinstance(batches, Batches):
         examples = [example for example in batches.heldout() if len(example.tokens) <= length]
-        return [Text(batches.task.name, len(e.tokens), e) for e in examples[: -(-tokens // batches.task.max_length)]]
+        return [
+            EvaluationText(batches.task.name, len(e.tokens), e)
+            for e in examples[: -(-tokens // batches.task.max_length)]
+        ]
     found, roles = [], roles_of(batches.tokenizer)
     for source, held in zip(batches.sources, batches.heldout_documents, strict=True):
         read = 0
@@ -50,7 +53,7 @@ def texts(batches: Any, tokens: int, length: int) -> list[Text]:
             if read >= tokens:
                 break
             if len(document) > 1:
-                found.append(Text(source.name or "corpus", len(document), _text(document[:length], roles)))
+                found.append(EvaluationText(source.name or "corpus", len(document), _text(document[:length], roles)))
                 read += min(len(document), length)
     return found
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from data.pack import Packed
 from parallel.schedule.static import Static
 from train.checkpoints import checkpoint
-from train.guards.step_guard import Piece, Watched, first_parameter, name, save_batch, suspects
+from train.guards.step_guard import TokenRun, Watched, first_parameter, name, save_batch, suspects
 from train.state import State
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def _first(trainer: Trainer, plan: Plan, batch: Any) -> tuple[str, str]:
 
 
 def origin(
-    executor: Executor, watched: Watched, batch: Any, group: list[Piece], step: int, split: tuple[int, int]
-) -> Piece:
+    executor: Executor, watched: Watched, batch: Any, group: list[TokenRun], step: int, split: tuple[int, int]
+) -> TokenRun:
     """Which of a group's documents is not finite by itself, the first where none of the first few is: inside a chunk of
     tokens, a zero times what is not finite reaches its neighbours on either side. Collective.
 

@@ -151,7 +151,7 @@ class Watched:
         return self.names[len(self.names) + 1 - depth] if depth > 1 else None
 
 
-class Piece(NamedTuple):
+class TokenRun(NamedTuple):
     """Tokens [begin, end) of a sequence of the batch, of one document."""
 
     sequence: int
@@ -159,7 +159,7 @@ class Piece(NamedTuple):
     end: int
 
 
-def suspects(plan: Plan, batch: Any, bad: Any) -> list[list[Piece]]:
+def suspects(plan: Plan, batch: Any, bad: Any) -> list[list[TokenRun]]:
     """In each group of the plan the documents that have tokens which are not finite, in its order; none of padding.
 
     bad: bool [N], of the tokens of the batch, end to end.
@@ -170,12 +170,12 @@ def suspects(plan: Plan, batch: Any, bad: Any) -> list[list[Piece]]:
         for s in group.sequences:
             held, counted = bad[begins[s] : begins[s + 1]], int(batch[s].counted.sum())
             edges = [*np.flatnonzero(batch[s].starts[:counted]).tolist(), counted]
-            own += [Piece(s, a, b) for a, b in pairwise(edges) if held[a:b].any()]
+            own += [TokenRun(s, a, b) for a, b in pairwise(edges) if held[a:b].any()]
         found.append(own)
     return [own for own in found if own]
 
 
-def name(piece: Piece, packed: Any, held: Any) -> str:
+def name(piece: TokenRun, packed: Any, held: Any) -> str:
     """Of a document: its number in its store, where there is one.
 
     held: the sequence's store, that one's name, and its pieces [n, 2] there; None of a generated task.

@@ -76,7 +76,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Read:
+class Prefilled:
     """What reading a text has left. entering: by slot. tokens: how many. logits: [vocabulary] of what follows, None on
     ranks that do not hold the text's end."""
 
@@ -109,12 +109,12 @@ class Decoder:
         return cls(built)
 
     @torch.no_grad()
-    def read(self, tokens: list[int], comm: Comm = ALONE) -> Read:
+    def read(self, tokens: list[int], comm: Comm = ALONE) -> Prefilled:
         """Reads a text of at least one token. With several ranks each takes a part of every span, and all of them have
         what the text leaves; a text of fewer tokens than ranks is read by each of them. Collective."""
         if len(tokens) < comm.size:
             found = self.read(tokens)
-            return found if comm.rank == comm.size - 1 else Read(found.entering, found.tokens, None)
+            return found if comm.rank == comm.size - 1 else Prefilled(found.entering, found.tokens, None)
         group = Group(tuple(range(comm.size)), (0,), ((),) * comm.size)
         spans = time_spans.count(MicroStep((group,)), (len(tokens),), self.span)
         text, memory = _packed(tokens), Memory()
@@ -130,12 +130,12 @@ class Decoder:
             )
             logits = self.model(placed.tokens, placed.seq, last=1).logits[0, -1]
             memory.advance()
-        return Read(memory.entering, len(tokens), logits if comm.rank == comm.size - 1 else None)
+        return Prefilled(memory.entering, len(tokens), logits if comm.rank == comm.size - 1 else None)
 
     @torch.no_grad()
     def extend(
         self,
-        texts: Sequence[Read],
+        texts: Sequence[Prefilled],
         count: int,
         sampling: Sampling,
         take: Callable[[int, int], bool],

@@ -4,7 +4,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Sequence
 
 
-class Text:
+class StreamedText:
     """What may be shown of a continuation so far.
 
     `add` takes the bytes of the next token and returns the characters that are certain: a character may take several

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a process may ask for its peak of memory without loading to
 PHASES = ("data", "plan", "forward", "backward", "optimizer", "evaluate", "checkpoint", "logging", "wait")
 
 
-class Phases:
+class PhaseTimes:
     """Exclusive wall time of each named phase, in seconds.
 
     One clock runs at a time: entering a phase stops that of the phase around it until the inner one ends. The phases
@@ -68,7 +68,7 @@ class _Phase:
 
     __slots__ = ("_name", "_phases")
 
-    def __init__(self, phases: Phases, name: str):
+    def __init__(self, phases: PhaseTimes, name: str):
         self._phases = phases
         self._name = name
 

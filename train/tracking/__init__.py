@@ -15,8 +15,8 @@ thread of its own: whatever happens to them, training neither waits nor ends.
 
 from train.tracking.facts import Facts, without_credentials
 from train.tracking.options import Tracking, obey_environment
-from train.tracking.record import Jsonl, RunLog, newest_attempt, records
+from train.tracking.record import JsonlWriter, RunLog, newest_attempt, records
 from train.tracking.tracker import Tracker
 
-__all__ = ["Facts", "Jsonl", "RunLog", "Tracker", "Tracking", "newest_attempt", "obey_environment", "records"]
+__all__ = ["Facts", "JsonlWriter", "RunLog", "Tracker", "Tracking", "newest_attempt", "obey_environment", "records"]
 __all__ += ["without_credentials"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from train.tracking.facts import Facts
-from train.tracking.record import Jsonl
+from train.tracking.record import JsonlWriter
 from train.tracking.tensorboard import TensorBoard
 from train.tracking.tracker import Sink, Tracker
 from train.tracking.wandb import PROJECT, WandB, mode_of
@@ -128,7 +128,7 @@ class Tracking:
 
         Continues the metrics.jsonl of the run's folder. Raises OSError where it cannot be written.
         """
-        log = Jsonl(facts.run_dir / "metrics.jsonl")
+        log = JsonlWriter(facts.run_dir / "metrics.jsonl")
         sinks: list[Sink] = [TensorBoard(facts, with_histograms=self.histograms)] if self.tensorboard else []
         if mode_of(self.mode) != "disabled":
             sinks.append(WandB(self, facts, say))

@@ -21,7 +21,7 @@ from data import reading
 BLOCK_BYTES = 1 << 20  # read at a time; holds the last records of any run
 
 
-class Jsonl:
+class JsonlWriter:
     """One JSON object a line, each flushed whole, so that a reader who follows the file sees whole records.
 
     Opening continues an existing file; a last line that a crash has cut is removed. `lines` is how many there are.

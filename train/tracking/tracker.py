@@ -9,7 +9,7 @@ from pathlib import Path
 from queue import Full, Queue
 from typing import Any, Protocol
 
-from train.tracking.record import Jsonl
+from train.tracking.record import JsonlWriter
 
 
 class Sink(Protocol):
@@ -46,7 +46,7 @@ class Tracker:
 
     def __init__(
         self,
-        log: Jsonl,
+        log: JsonlWriter,
         sinks: Sequence[Sink] = (),
         *,
         queue: int = 1024,

@@ -76,7 +76,7 @@ def test_evaluation_asks_in_the_same_form(number: int, monkeypatch: pytest.Monke
     draws = iter([int(told[1]) - 10_000, 0])
     draw: Any = SimpleNamespace(below=lambda limit, count: np.array([next(draws)]))
     depth = told.start() / max(len(around), 1)
-    example = examples.Needles(SimpleNamespace(tokenizer=Bytes()), 700).example(draw, len(text) + 1, depth)
+    example = examples.NeedleExamples(SimpleNamespace(tokenizer=Bytes()), 700).example(draw, len(text) + 1, depth)
     assert example.tokens[0] == Bytes.DOCUMENT and bytes(example.tokens[1:].astype(np.uint8)) == text
 
 
@@ -112,7 +112,7 @@ def test_training_numbers_come_from_other_draws_than_evaluations(monkeypatch: py
     ours = [TOLD.findall(text)[0][0] for text in documents(Needles, 300)]
     letters = np.zeros(4096, np.int64)
     monkeypatch.setattr(examples, "hay", lambda batches, tokens: letters)
-    needles = examples.Needles(SimpleNamespace(tokenizer=Bytes()), 4096)
+    needles = examples.NeedleExamples(SimpleNamespace(tokenizer=Bytes()), 4096)
     for length in (256, 4096):
         draws = [examples.Draw(examples.SEED, examples.NEEDLE, length, n) for n in range(300)]
         told = [bytes(needles.example(d, length, 0.5).tokens[1:].astype(np.uint8)) for d in draws]

@@ -11,7 +11,7 @@ from data.pack import NO_TARGET
 from data.samplers import PACKINGS
 from data.samplers.best_fit import Bins, best_fit, split
 from data.samplers.documents import Documents
-from data.samplers.index import Index
+from data.samplers.index import SamplerIndex
 from data.samplers.pool import Cut
 from tests.data.fake import Store, batches
 
@@ -180,7 +180,7 @@ def test_an_index_is_built_once_and_again_where_it_is_damaged(tmp_path: Path) ->
     ids = row.ids.tolist()
     (folder / "ids.bin").write_bytes(b"short")
     with pytest.raises(ValueError, match="must have"):
-        Index(folder)
+        SamplerIndex(folder)
     assert documents(tmp_path, [50, 60, 70]).ids.tolist() == ids
     assert indices(tmp_path / "store.index") == [folder]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.corpora.corpus import Text
-from data.stores.indexed import Index, smallest, write_index
+from data.stores.indexed import TokenIndex, smallest, write_index
 from data.stores.store import build
 from data.tokenizer import Bytes
 from tests.data import prose, store_of, write
@@ -30,7 +30,7 @@ def test_an_index_has_the_bytes_of_the_public_layout(tmp_path: Path) -> None:
 def test_what_is_written_is_read(tmp_path: Path, dtype: str, code: int) -> None:
     offsets = np.array([0, 5, 6, 106])
     write_index(tmp_path / "x.idx", offsets, dtype)
-    index = Index(tmp_path / "x.idx")
+    index = TokenIndex(tmp_path / "x.idx")
     index.check()
     assert (tmp_path / "x.idx").read_bytes()[17] == code
     assert index.dtype == np.dtype(dtype) and index.tokens == 106
@@ -46,7 +46,7 @@ def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
         + struct.pack("<3q", 0, 8, 20)
         + struct.pack("<3q", 0, 2, 3)
     )
-    index = Index(tmp_path / "x.idx")
+    index = TokenIndex(tmp_path / "x.idx")
     index.check()
     assert [index.offset(document) for document in range(3)] == [0, 5, 9]
 
@@ -66,7 +66,7 @@ def test_another_head_is_refused(tmp_path: Path, place: int, value: bytes, line:
     content[place : place + len(value)] = value
     (tmp_path / "x.idx").write_bytes(content)
     with pytest.raises(ValueError, match=line):
-        Index(tmp_path / "x.idx")
+        TokenIndex(tmp_path / "x.idx")
 
 
 def test_an_index_cut_short_is_refused(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_an_index_cut_short_is_refused(tmp_path: Path) -> None:
     for size in range(len(content)):
         (tmp_path / "x.idx").write_bytes(content[:size])
         with pytest.raises(ValueError):
-            Index(tmp_path / "x.idx")
+            TokenIndex(tmp_path / "x.idx")
 
 
 def test_sequences_that_do_not_lie_end_to_end_are_found(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_sequences_that_do_not_lie_end_to_end_are_found(tmp_path: Path) -> None:
     for pointers, documents in (((0, 8), (0, 1, 2)), ((2, 8), (0, 1, 2)), ((0, 6), (0, 2, 1)), ((0, 6), (1, 1, 2))):
         (tmp_path / "x.idx").write_bytes(head + struct.pack("<2q", *pointers) + struct.pack("<3q", *documents))
         with pytest.raises(ValueError, match="its index has"):
-            Index(tmp_path / "x.idx").check()
+            TokenIndex(tmp_path / "x.idx").check()
 
 
 def test_types_are_those_that_megatron_takes() -> None:

@@ -18,12 +18,12 @@ import pytest
 
 from data.corpora import files, records
 from data.corpora.corpus import Stdlib, Text
-from data.corpora.files import Part
+from data.corpora.files import CorpusPart
 from data.corpora.records import Jsonl
 from data.stores import merge, prepare
 from data.stores.indexed import smallest
 from data.stores.parts import Processes
-from data.stores.prepare import Progress
+from data.stores.prepare import PrepareProgress
 from data.stores.store import Store, build
 from data.tokenizer import Bytes, Given, Untrained
 from tests.data import prose, write
@@ -94,7 +94,7 @@ class Cut(Jsonl):
     at = -1
     read_parts: list[Any] = []
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         if len(self.read_parts) == self.at:
             raise KeyboardInterrupt
         self.read_parts.append(part.what)
@@ -171,7 +171,7 @@ def _killed(path: str, folder: Path) -> None:
     merge.JOURNAL_S = 0.0
     os.setsid()
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: PrepareProgress) -> None:
         if progress.parts == 4:
             time.sleep(0.3)  # others are under way
             os.kill(os.getpid(), signal.SIGKILL)
@@ -257,7 +257,7 @@ def _dying(job, parts) -> Iterator[int]:
 
 
 class _Dying:
-    def __call__(self, number: int, part: Part) -> int:
+    def __call__(self, number: int, part: CorpusPart) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
         return number
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data.corpora.corpus import Text
-from data.corpora.files import Part
+from data.corpora.files import CorpusPart
 from data.stores.prepare import FILES
 from data.stores.store import Store, build
 from data.tokenizer import Bytes
@@ -71,7 +71,7 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
 class Unread(Text):
     """A corpus that fails after its first document, as a build cut short would."""
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         yield "first", b"first"
         raise KeyboardInterrupt
 
@@ -163,7 +163,7 @@ def test_processes_that_build_at_once_all_end_with_a_good_store(tmp_path: Path) 
 class Overtaken(Text):
     """A corpus whose store a rival finishes while it is being read."""
 
-    def read(self, part: Part, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def read(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
         assert self.path is not None
         self.rival = inode(build(Text(path=self.path), Bytes(), Path(self.path).parent / "store"))
         yield from super().read(part, skipped)

@@ -10,7 +10,7 @@ from data.samplers.sampler import Source
 from tests.data import fake
 from train.evaluation import documents
 from train.evaluation.score import Score
-from train.evaluation.texts import Text, alphabet, hay, packed, texts
+from train.evaluation.texts import EvaluationText, alphabet, hay, packed, texts
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_hay_is_of_no_generated_document(batches):
 def scored(source, length, nats):
     """A document whose targets cost these nats; those below 1 are right."""
     nats = np.array([*nats, 0.0])
-    text = Text(source, length, packed(np.arange(len(nats))))
+    text = EvaluationText(source, length, packed(np.arange(len(nats))))
     return text, Score(nats, (nats < 1) & (text.packed.targets != NO_TARGET))
 
 

@@ -10,7 +10,7 @@ from data.pack import NO_TARGET
 from data.tasks import Draw
 from data.tokenizer import Bytes
 from train.evaluation import examples
-from train.evaluation.examples import Needles
+from train.evaluation.examples import NeedleExamples
 from train.evaluation.score import Score
 
 SYMBOLS = SimpleNamespace(task=SimpleNamespace(symbols=20), tokenizer=SimpleNamespace(DOCUMENT=0))
@@ -41,7 +41,7 @@ def knowing(*known):
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 def test_a_needle_of_text_lies_at_its_depth_and_is_asked_for_at_the_end(texts, depth):
-    needles = Needles(texts, 512)
+    needles = NeedleExamples(texts, 512)
     for number, length in enumerate((150, 400, 512)):
         example = needles.example(Draw(0, number), length, depth)
         assert len(example.tokens) == length and example.tokens[0] == Bytes.DOCUMENT and example.starts.sum() == 1
@@ -59,7 +59,7 @@ def test_a_needle_of_text_lies_at_its_depth_and_is_asked_for_at_the_end(texts, d
 
 
 def test_a_needle_of_symbols_is_a_mark_a_key_and_an_answer():
-    example = Needles(SYMBOLS, 64).example(Draw(0, 3), 40, 0.5)
+    example = NeedleExamples(SYMBOLS, 64).example(Draw(0, 3), 40, 0.5)
     tokens = example.tokens.tolist()
     marks = [i for i, token in enumerate(tokens) if token == 0]
     assert marks[0] == 0 and marks[2] == 40 - 6 and len(marks) == 3
