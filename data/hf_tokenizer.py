@@ -77,6 +77,20 @@ def card_of(folder: Path, document: str | None = None) -> dict[str, Any] | None:
         raise ValueError(str(error) if named_already else f"tokenizer.json: {error}") from None
 
 
+def from_file(path: str | Path, document: str | None = None) -> Any:
+    """The tokenizer of a tokenizer.json, or of a folder: a store's, a run's, or one of Hugging Face's. Raises
+    ValueError."""
+    file = Path(path).expanduser()
+    card = file / "tokenizer.json" if file.is_dir() else file
+    try:
+        found = reading.json_object(card)
+        if found.get("name") == Json.name:
+            return named(from_card(found), document)
+    except ValueError:
+        pass  # no store's
+    return read(file, document)
+
+
 def read(path: Path, document: str | None = None) -> Json | Bytes:
     """The tokenizer of a folder of Hugging Face's, or of a tokenizer.json, with the files beside it.
 

@@ -9,13 +9,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data import reading
 from data.roles import Roles
 from data.spelling import Spelling, SpellingWriter, parsed
 from data.stores.indexed import smallest
@@ -372,22 +370,6 @@ class Symbols:
 
 
 TOKENIZERS: dict[str, type] = {Bytes.name: Bytes, Json.name: Json, Given.name: Given}
-
-
-def from_file(path: str | Path, document: str | None = None) -> Any:
-    """The tokenizer of a tokenizer.json, or of a folder: a store's, a run's, or one of Hugging Face's. Raises
-    ValueError."""
-    from data.hf_tokenizer import named, read
-
-    file = Path(path).expanduser()
-    card = file / "tokenizer.json" if file.is_dir() else file
-    try:
-        found = reading.json_object(card)
-        if found.get("name") == Json.name:
-            return named(from_card(found), document)
-    except ValueError:
-        pass  # no store's
-    return read(file, document)
 
 
 def encoded(tokenizer: Any, content: bytes) -> Ids:

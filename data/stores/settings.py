@@ -15,11 +15,12 @@ from data.corpora.corpus import CORPORA, Prepared
 from data.corpora.files import BESIDE, ON_ERROR, is_there
 from data.corpora.generated import SAFE, Generated
 from data.corpora.megatron import Megatron
+from data.hf_tokenizer import from_file
 from data.stores.fetch import StoreAddress, fetch, is_address
 from data.stores.parts import Runner
 from data.stores.prepare import VERSION, Watch
 from data.stores.store import Store, build
-from data.tokenizer import Bytes, Given, Untrained, from_file
+from data.tokenizer import Bytes, Given, Untrained
 
 VOCABULARY = 8192  # of a bpe, where none is asked for
 _OF_A_CORPUS = (  # keys that some corpora have

@@ -6,18 +6,15 @@ a checkpointing policy may keep: computing a layer again then sends nothing. Mes
 next one's begin, on every rank, in the order of the chain.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.nonlinear_recurrence import Serial
 from parallel.collectives import as_operator, gather
-from parallel.sequence.span_layout import SpanLayout
+from parallel.sequence.span_layout import Chained, SpanLayout
 from parallel.sequence.states.p2p import Post
-
-if TYPE_CHECKING:
-    from parallel.sequence.spread import Spread
 
 
 class Course(NamedTuple):
@@ -86,7 +83,7 @@ class _Passed(torch.autograd.Function):
         return None, arriving.get(0, torch.zeros_like(d_left[:1])), *gradients
 
 
-def passed(seq: "Spread", recurrence: Serial, *xs: Tensor, slot: str) -> Tensor:
+def passed(seq: Chained, recurrence: Serial, *xs: Tensor, slot: str) -> Tensor:
     """The outputs of this rank's spans. Between spans in time, what leaves the chain lies on every rank alike."""
     chain, state = seq.chain.of(slot), seq.recall(slot)
     if state is None:

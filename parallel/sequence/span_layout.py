@@ -1,9 +1,12 @@
 """The chain of spans: which rank holds which part of a packed sequence, in the order of its tokens."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
 
 from parallel.collectives import Comm
 
@@ -64,3 +67,17 @@ class SpanLayout:
     @property
     def longest(self) -> int:
         return max(link.length for link in self.links)
+
+
+class Chained(Protocol):
+    """States how much of a `Spread` the operators over its chain use, so that they need not import it.
+
+    positions: int64 [B, T], of this rank's spans. recall, leave: as `models.sequence.Tokens` has them.
+    """
+
+    chain: SpanLayout
+    positions: Tensor
+
+    def recall(self, slot: str) -> Any: ...
+
+    def leave(self, slot: str, value: Callable[[], Any]) -> None: ...

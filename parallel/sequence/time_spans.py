@@ -7,7 +7,7 @@ their gradients. A rank's chain then needs no more than its first span entered w
 Legend: B spans of this rank, T tokens, G key/value heads, W widths of a key and a value together, S the chain's tokens.
 """
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,23 @@ from models.kernels.packed_attention import Piece, attend_pieces
 from models.kv_cache import Past
 from models.recurrence import Recurrence
 from parallel.collectives import gather
-from parallel.sequence.span_layout import Link, SpanLayout
-from parallel.sequence.states import cross
+from parallel.sequence.span_layout import Chained, Link, SpanLayout
+from parallel.sequence.states import Transport, cross
 from parallel.sequence.states.transport import row
 
-if TYPE_CHECKING:
-    from parallel.sequence.spread import Spread
+
+class SpreadInTime(Chained, Protocol):
+    """States how much of a `Spread` the functions here use: its chain, its transport of states, its runs and halos."""
+
+    recurrence: Transport
+
+    @property
+    def pieces(self) -> list[list[Piece]]: ...
+
+    def halos(self, x: Tensor, width: int, *, slot: str) -> Tensor: ...
 
 
-def with_past(seq: "Spread", halos: Tensor, *, slot: str) -> Tensor:
+def with_past(seq: SpreadInTime, halos: Tensor, *, slot: str) -> Tensor:
     """The inputs [B, width, ...] before this rank's spans, from those of the chain alone: `halos` [B + 1, width, ...],
     zeros before its begin, and last those before its end."""
     halos = _behind(seq, halos, seq.recall(slot))
@@ -34,7 +42,7 @@ def with_past(seq: "Spread", halos: Tensor, *, slot: str) -> Tensor:
     return halos[:-1]
 
 
-def _behind(seq: "Spread", halos: Tensor, past: Tensor | None) -> Tensor:
+def _behind(seq: SpreadInTime, halos: Tensor, past: Tensor | None) -> Tensor:
     """`halos` with `past` [1, width, ...], the inputs before the chain, where they reach there."""
     chain, width = seq.chain, halos.shape[1]
     if past is not None:
@@ -45,7 +53,7 @@ def _behind(seq: "Spread", halos: Tensor, past: Tensor | None) -> Tensor:
     return halos
 
 
-def entering(seq: "Spread", recurrence: Recurrence, effect: Effect, *, slot: str) -> Tensor:
+def entering(seq: SpreadInTime, recurrence: Recurrence, effect: Effect, *, slot: str) -> Tensor:
     """The states that enter this rank's spans, those that entered the chain among them."""
     chain, state = seq.chain.of(slot), seq.recall(slot)
     first, last = chain.links[0], chain.links[-1]
@@ -70,7 +78,7 @@ def _placed(x: Tensor, at: int, one: Tensor) -> Tensor:
 
 
 def attend(
-    seq: "Spread", q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    seq: SpreadInTime, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
 ) -> Tensor:
     """As `Sequence.attend`. Within a window, the keys and values before a span are inputs like any other; else the
     chain's are gathered, and join those that it was entered with."""
@@ -100,7 +108,7 @@ def attend(
     return attend_pieces(q, held.k, held.v, seq.pieces, [offset], window=window, sinks=sinks, firsts=firsts)
 
 
-def _window(seq: "Spread", kv_BTGW: Tensor, widths: tuple[int, int], width: int, slot: str) -> Tensor:
+def _window(seq: SpreadInTime, kv_BTGW: Tensor, widths: tuple[int, int], width: int, slot: str) -> Tensor:
     """The keys and values [B, width, G, W] before this rank's spans; leaves those before the end, as `Whole` does."""
     held: Past | None = seq.recall(slot)
     past = None

@@ -29,7 +29,7 @@ OURS = """
 import sys
 from data.corpora.records import Jsonl
 from data.stores.store import build
-from data.tokenizer import from_file
+from data.hf_tokenizer import from_file
 source, tokenizer, folder, workers = sys.argv[1:]
 print(build(Jsonl(path=source), from_file(tokenizer), folder + "/store", workers=int(workers)).card["tokens"])
 """

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data.hf_tokenizer import card_of, files, ids_of, read
+from data.hf_tokenizer import card_of, files, from_file, ids_of, read
 from data.loader import Data
 from data.pack import NO_TARGET
 from data.roles import Roles, roles_of
-from data.tokenizer import Bytes, Json, Symbols, from_card, from_file
+from data.tokenizer import Bytes, Json, Symbols, from_card
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tokenizer import CLOSING, Bytes, Given, Json, Untrained, from_card, from_file
+from data.hf_tokenizer import from_file
+from data.tokenizer import CLOSING, Bytes, Given, Json, Untrained, from_card
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from train.tracking.facts import Facts
 from train.tracking.record import JsonlWriter
 from train.tracking.tensorboard import TensorBoard
 from train.tracking.tracker import Sink, Tracker
-from train.tracking.wandb import PROJECT, WandB, mode_of
+from train.tracking.wandb import PROJECT, WandB, WandBOptions, mode_of
 
 LONGEST_S, MOST_RECORDS = 24 * 3600, 1 << 24
 MODES = ("auto", "offline", "online", "disabled")
@@ -123,6 +124,9 @@ class Tracking:
         self.system = system
         self.tensorboard = tensorboard
 
+    def _for_wandb(self) -> WandBOptions:
+        return WandBOptions(**{option.name: getattr(self, option.name) for option in fields(WandBOptions)})
+
     def open(self, facts: Facts, say: Callable[[str], None]) -> Tracker:
         """The tracker of a run, for rank 0; its sinks start in their own threads, and `say` takes lines from these.
 
@@ -131,5 +135,5 @@ class Tracking:
         log = JsonlWriter(facts.run_dir / "metrics.jsonl")
         sinks: list[Sink] = [TensorBoard(facts, with_histograms=self.histograms)] if self.tensorboard else []
         if mode_of(self.mode) != "disabled":
-            sinks.append(WandB(self, facts, say))
+            sinks.append(WandB(self._for_wandb(), facts, say))
         return Tracker(log, sinks, queue=self.queue, timeout=self.timeout, say=say)

@@ -14,10 +14,11 @@ import secrets
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from data import reading
@@ -25,10 +26,6 @@ from train.tracking.facts import Facts, artifact_name
 from train.tracking.panels import histograms, scalars
 from train.tracking.record import records
 from train.tracking.tracker import reason
-
-if TYPE_CHECKING:
-    from train.tracking.options import Tracking
-
 
 PROJECT = "farspan"  # where nobody says another
 
@@ -43,6 +40,23 @@ def mode_of(mode: str) -> str:
     return spellings.get(os.environ.get("WANDB_MODE", ""), "auto")
 
 
+@dataclass(frozen=True, kw_only=True)
+class WandBOptions:
+    """Holds what `Tracking` says to W&B, key by key; see there."""
+
+    project: str | None = None
+    mode: str = "auto"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: Sequence[str] | None = None
+    timeout: float = 15
+    artifacts: bool = True
+    alerts: bool = True
+    histograms: bool = True
+    system: bool = False
+
+
 class WandB:
     """The sink. wandb is imported by `start`.
 
@@ -54,7 +68,7 @@ class WandB:
 
     name = "W&B"
 
-    def __init__(self, options: Tracking, facts: Facts, say: Callable[[str], None]):
+    def __init__(self, options: WandBOptions, facts: Facts, say: Callable[[str], None]):
         self.patience = 4 * options.timeout + 15
         self._options = options
         self._facts = facts
