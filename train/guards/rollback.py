@@ -17,8 +17,8 @@ from train.state import State
 if TYPE_CHECKING:
     from parallel.schedule.plan import Plan
     from train.execute import Executor
-    from train.loop import Trainer
 
+Trainer = Any  # until hooks give this file its parts
 ALERT = "guard"
 NAMED, PROBED = 3, 16  # groups of which a document is named, and documents that are looked at for it
 
