@@ -4,19 +4,19 @@ Gates as in flash-linear-attention: g = -e^{A_log}Â·softplus(W_a x + dt_bias), Î
 """
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
-from models.conv import short_conv
+from models.axes import declare, log_uniform_rate, softplus_inverse_of_log_uniform
 from models.linear import Linear
-from models.mixers.heads import head_dim, repeat_heads
+from models.mixers.heads import repeat_heads
+from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(QKVMixer):
     """A value head's state is a matrix of dim * expand_k / heads by dim * expand_v / value_heads numbers, `dim` the
     model's.
 
@@ -47,29 +47,24 @@ class GatedDeltaNet(nn.Module):
         norm_eps: float = 1e-5,
         conv_bias: bool = False,
     ):
-        super().__init__()
-        positive(dim=dim)
-        keys, values = int(dim * expand_k), int(dim * expand_v)
-        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        if value_heads is None:
-            head_dim(values, heads, what="dim * expand_v")
-            value_heads = heads
-        elif value_heads < 1 or value_heads % heads or values % value_heads:
-            raise ValueError(
-                f"value_heads={value_heads}: must be a multiple of heads={heads} and divide dim * expand_v={values}"
-            )
-        self.value_dim, self.each = values // value_heads, value_heads // heads
-        self.widths = (keys, keys, values)
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            expand_k=expand_k,
+            expand_v=expand_v,
+            value_heads=value_heads,
+            conv=conv,
+            conv_bias=conv_bias,
+            silu=True,
+        )
         self.strongest = 2.0 if negative_eigenvalues else 1.0
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
-        self.rates = Linear(dim, 2 * value_heads, axes=("heads", "embed"), parts=(1, 1))
-        self.A_log = declare(value_heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
+        self.rates = Linear(dim, 2 * self.value_heads, axes=("heads", "embed"), parts=(1, 1))
+        self.A_log = declare(self.value_heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
-        self.dt_bias = declare(value_heads, axes=("heads",), init=dt, decay=False)
-        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.dt_bias = declare(self.value_heads, axes=("heads",), init=dt, decay=False)
+        self.gate = Linear(dim, self.values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
-        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("gated_delta_rule")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
@@ -77,10 +72,9 @@ class GatedDeltaNet(nn.Module):
 
     def read(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         """What each head reads, before the norm: [B, T, N, V]."""
-        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
-        q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
-        q_BTHK, k_BTHK = repeat_heads(q_BTHK, self.each), repeat_heads(k_BTHK, self.each)
-        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
+        q_BTHK, k_BTHK = l2_normalise(q_BTHK), l2_normalise(k_BTHK)
+        q_BTHK, k_BTHK = repeat_heads(q_BTHK, self.shared_by), repeat_heads(k_BTHK, self.shared_by)
         dt_BTH, beta_BTH = wide(self.rates(x_BTD)).unflatten(-1, (-1, 2)).unbind(-1)
         g_BTH = -wide(self.A_log).exp() * F.softplus(dt_BTH + wide(self.dt_bias))
         beta_BTH = self.strongest * beta_BTH.sigmoid()
@@ -88,5 +82,4 @@ class GatedDeltaNet(nn.Module):
 
     def close(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         """The output of what the heads have read: [B, T, D]."""
-        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
-        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
+        return self.output(o_BTHV, self.gate(x_BTD))

@@ -6,12 +6,11 @@ norm are Gated DeltaNet's; two steps and β in (0, 2) are the defaults of flash-
 """
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
-from models.conv import short_conv
 from models.linear import Linear
-from models.mixers.heads import head_dim
+from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
@@ -20,7 +19,7 @@ from models.sequence import Sequence
 MOST_STEPS = 64  # of a token: each has projections of its own
 
 
-class GatedDeltaProduct(nn.Module):
+class GatedDeltaProduct(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
     heads: how many; must divide dim * expand_k and dim * expand_v. steps: how often a token erases and writes, each
@@ -47,35 +46,35 @@ class GatedDeltaProduct(nn.Module):
         conv_bias: bool = False,
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
         positive(dim=dim, steps=steps)
         if steps > MOST_STEPS:
             raise ValueError(f"steps={steps}: must be at most {MOST_STEPS}")
-        keys, values = int(dim * expand_k), int(dim * expand_v)
-        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        self.value_dim = head_dim(values, heads, what="dim * expand_v")
-        self.widths, self.steps = (keys, steps * keys, steps * values), steps
-        self.strongest = 2.0 if negative_eigenvalues else 1.0
-        parts = (keys, *steps * (keys,), *steps * (values,))
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=parts)
-        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            expand_k=expand_k,
+            expand_v=expand_v,
+            writes=steps,
+            conv=conv,
+            conv_bias=conv_bias,
+            silu=True,
+        )
+        self.steps, self.strongest = steps, 2.0 if negative_eigenvalues else 1.0
         self.dt = Linear(dim, heads, axes=("heads", "embed"))
         self.beta = Linear(dim, steps * heads, axes=("heads", "embed"), parts=steps * (heads,))
         self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1e-4, 16.0), decay=False)
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(heads, axes=("heads",), init=dt, decay=False)
-        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.gate = Linear(dim, self.values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
-        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("gated_delta_product")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
-        q_BTHK = l2_normalise(q.unflatten(-1, (-1, self.key_dim)))
-        k_BTnHK = l2_normalise(k.unflatten(-1, (self.steps, -1, self.key_dim)))
-        v_BTnHV = v.unflatten(-1, (self.steps, -1, self.value_dim))
+        q_BTHK, k, v = self.project(x_BTD, seq, slot=slot)
+        k_BTnHK, v_BTnHV = (x.unflatten(2, (self.steps, -1)) for x in (k, v))
+        q_BTHK, k_BTnHK = l2_normalise(q_BTHK), l2_normalise(k_BTnHK)
         g_BTH = -wide(self.A_log).exp() * F.softplus(wide(self.dt(x_BTD)) + wide(self.dt_bias))
         beta_BTnH = self.strongest * wide(self.beta(x_BTD)).sigmoid().unflatten(-1, (self.steps, -1))
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTnHK, v_BTnHV, g_BTH, beta_BTnH, slot=slot)
-        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
-        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
+        return self.output(o_BTHV, self.gate(x_BTD))

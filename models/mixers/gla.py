@@ -5,12 +5,10 @@ convolution on q, k, v is flash-linear-attention's option of the same name.
 """
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.axes import positive
-from models.conv import short_conv
 from models.linear import Linear
-from models.mixers.heads import head_dim
+from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked
 from models.precision import wide
 from models.recurrence import Diagonal
@@ -20,7 +18,7 @@ GATE_RANK, GATE_TEMPERATURE = 16, 16.0
 FEATURES = {"identity": lambda x: x, "elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu}
 
 
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
@@ -45,28 +43,20 @@ class GatedLinearAttention(nn.Module):
         feature: str = "identity",
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
-        positive(dim=dim)
         if feature not in FEATURES:
             raise ValueError(f"feature={feature}: must be one of {', '.join(FEATURES)}")
-        keys, values = int(dim * expand_k), int(dim * expand_v)
-        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        self.value_dim = head_dim(values, heads, what="dim * expand_v")
-        self.widths, self.feature = (keys, keys, values), FEATURES[feature]
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias, off=False)
+        super().__init__(dim=dim, heads=heads, expand_k=expand_k, expand_v=expand_v, conv=conv, conv_bias=conv_bias)
+        self.feature = FEATURES[feature]
         self.decay_in = Linear(dim, GATE_RANK, axes=(None, "embed"))
-        self.decay_out = Linear(GATE_RANK, keys, axes=("heads", None), bias=True)
-        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.decay_out = Linear(GATE_RANK, self.keys, axes=("heads", None), bias=True)
+        self.gate = Linear(dim, self.values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
-        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Diagonal("gla")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
-        q_BTHK, k_BTHK = (self.feature(x).unflatten(-1, (-1, self.key_dim)) for x in (q, k))
-        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
+        q_BTHK, k_BTHK = self.feature(q_BTHK), self.feature(k_BTHK)
         g_BTHK = F.logsigmoid(wide(self.decay_out(self.decay_in(x_BTD)))).unflatten(-1, (-1, self.key_dim))
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTHK / GATE_TEMPERATURE, slot=slot)
-        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
-        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
+        return self.output(o_BTHV, self.gate(x_BTD))

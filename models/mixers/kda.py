@@ -7,19 +7,18 @@ of the output is gated by a sigmoid.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.axes import declare, log_uniform_rate, positive, softplus_inverse_of_log_uniform
-from models.conv import short_conv
+from models.axes import declare, log_uniform_rate, softplus_inverse_of_log_uniform
 from models.linear import Linear
-from models.mixers.heads import head_dim
+from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
 
 
-class KimiDeltaAttention(nn.Module):
+class KimiDeltaAttention(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
@@ -46,33 +45,26 @@ class KimiDeltaAttention(nn.Module):
         conv_bias: bool = False,
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
-        positive(dim=dim)
-        keys, values = int(dim * expand_k), int(dim * expand_v)
-        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        self.value_dim = head_dim(values, heads, what="dim * expand_v")
-        self.widths = (keys, keys, values)
+        super().__init__(
+            dim=dim, heads=heads, expand_k=expand_k, expand_v=expand_v, conv=conv, conv_bias=conv_bias, silu=True
+        )
         self.strongest = 2.0 if negative_eigenvalues else 1.0
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
         self.decay_in = Linear(dim, self.value_dim, axes=(None, "embed"))
-        self.decay_out = Linear(self.value_dim, keys, axes=("heads", None))
+        self.decay_out = Linear(self.value_dim, self.keys, axes=("heads", None))
         self.A_log = declare(heads, axes=("heads",), init=log_uniform_rate(1.0, 16.0), decay=False)
-        self.dt_bias = declare(keys, axes=("heads",), init=softplus_inverse_of_log_uniform(1e-3, 0.1), decay=False)
+        self.dt_bias = declare(self.keys, axes=("heads",), init=softplus_inverse_of_log_uniform(1e-3, 0.1), decay=False)
         self.beta = Linear(dim, heads, axes=("heads", "embed"))
         self.gate_in = Linear(dim, self.value_dim, axes=(None, "embed"))
-        self.gate_out = Linear(self.value_dim, values, axes=("heads", None), bias=True)
+        self.gate_out = Linear(self.value_dim, self.values, axes=("heads", None), bias=True)
         self.norm = GatedRMSNorm(self.value_dim, activation=torch.sigmoid, eps=checked(norm_eps), axis=None)
-        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("kda")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
-        q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
-        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
+        q_BTHK, k_BTHK = l2_normalise(q_BTHK), l2_normalise(k_BTHK)
         dt = F.softplus(wide(self.decay_out(self.decay_in(x_BTD))) + wide(self.dt_bias))
         g_BTHK = -wide(self.A_log).exp().unsqueeze(-1) * dt.unflatten(-1, (-1, self.key_dim))
         beta_BTH = self.strongest * wide(self.beta(x_BTD)).sigmoid()
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, slot=slot)
-        gate_BTHV = self.gate_out(self.gate_in(x_BTD)).unflatten(-1, (-1, self.value_dim))
-        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
+        return self.output(o_BTHV, self.gate_out(self.gate_in(x_BTD)))

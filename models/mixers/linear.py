@@ -6,11 +6,10 @@ away as well; flash-linear-attention therefore leaves it out by default, and so 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.axes import positive
 from models.linear import Linear
-from models.mixers.heads import head_dim
+from models.mixers.qkv import QKVMixer
 from models.norm import RMSNorm, checked
 from models.recurrence import Identity
 from models.sequence import Sequence
@@ -19,7 +18,7 @@ FEATURES = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x:
 EPS = 1e-10
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
     heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
@@ -42,28 +41,21 @@ class LinearAttention(nn.Module):
         normalise: bool = False,
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
-        positive(dim=dim)
         if feature not in FEATURES:
             raise ValueError(f"feature={feature}: must be one of {', '.join(FEATURES)}")
-        keys, values = int(dim * expand_k), int(dim * expand_v)
-        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        self.value_dim = head_dim(values, heads, what="dim * expand_v")
-        self.widths = (keys, keys, values)
+        super().__init__(dim=dim, heads=heads, expand_k=expand_k, expand_v=expand_v)
         self.feature, self.normalise = FEATURES[feature], normalise
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.norm = RMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
-        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Identity("linear")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q, k, v = self.qkv(x_BTD).split(self.widths, dim=-1)
-        q_BTHK, k_BTHK = (self.feature(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
-        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
+        q_BTHK, k_BTHK = self.feature(q_BTHK), self.feature(k_BTHK)
         if self.normalise:  # the sum is what a value of one would give
             v_BTHV = torch.cat((v_BTHV, torch.ones_like(v_BTHV[..., :1])), dim=-1)
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, slot=slot)
         if self.normalise:
             o_BTHV, sum_BTH1 = o_BTHV.split((self.value_dim, 1), dim=-1)
             o_BTHV = o_BTHV / (sum_BTH1 + EPS)
-        return self.out(self.norm(o_BTHV).flatten(-2))
+        return self.output(o_BTHV)

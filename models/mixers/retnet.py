@@ -5,11 +5,10 @@ max(|Σ scores|, 1) is left out, as in flash-linear-attention: the norm of each 
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.axes import positive
 from models.linear import Linear
-from models.mixers.heads import head_dim
+from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked
 from models.positions import rotate
 from models.precision import wide
@@ -17,7 +16,7 @@ from models.recurrence import Scalar
 from models.sequence import Sequence
 
 
-class RetNet(nn.Module):
+class RetNet(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
     heads: how many, each forgetting half as fast as the one before; must divide dim * expand_k into even parts, and
@@ -38,31 +37,25 @@ class RetNet(nn.Module):
         rope_base: float = 10_000.0,
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
-        positive(dim=dim)
-        keys, values = int(dim * expand_k), int(dim * expand_v)
-        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        self.value_dim = head_dim(values, heads, what="dim * expand_v")
+        super().__init__(dim=dim, heads=heads, expand_k=expand_k, expand_v=expand_v)
         if self.key_dim % 2:
-            raise ValueError(f"heads={heads}: must divide dim * expand_k={keys} into even parts, rotary needs pairs")
+            raise ValueError(
+                f"heads={heads}: must divide dim * expand_k={self.keys} into even parts, rotary needs pairs"
+            )
         if rope_base <= 0:
             raise ValueError(f"rope_base={rope_base}: must be above 0")
         self.rope_base = rope_base
-        self.widths = (keys, keys, values)
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.gate = Linear(dim, self.values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
-        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Scalar("simple_gla")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q, k, v = self.qkv(x_BTD).split(self.widths, dim=-1)
-        q_BTHK, k_BTHK = (rotate(x.unflatten(-1, (-1, self.key_dim)), seq.positions, self.rope_base) for x in (q, k))
-        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
+        q_BTHK, k_BTHK = (rotate(x, seq.positions, self.rope_base) for x in (q_BTHK, k_BTHK))
         g_BTH = log_decays(v_BTHV).expand(v_BTHV.shape[:3])
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, slot=slot)
-        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
-        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
+        return self.output(o_BTHV, self.gate(x_BTD))
 
 
 def log_decays(like_BTHV: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ every step's eigenvalues in the unit disc. Convolution, norm and gate are Gated 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.axes import declare, positive
-from models.conv import short_conv
+from models.axes import declare
 from models.linear import Linear
-from models.mixers.heads import head_dim
+from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
 from models.recurrence import Dense
@@ -26,7 +25,7 @@ def slow(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.tensor([-4.5, 0.0, 0.0]).expand(shape).clone()
 
 
-class Titans(nn.Module):
+class Titans(QKVMixer):
     """A head's state is two matrices of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's:
     its memory, and the momentum of that.
 
@@ -50,28 +49,21 @@ class Titans(nn.Module):
         conv_bias: bool = False,
         norm_eps: float = 1e-5,
     ):
-        super().__init__()
-        positive(dim=dim)
-        keys, values = int(dim * expand_k), int(dim * expand_v)
-        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
-        self.value_dim = head_dim(values, heads, what="dim * expand_v")
-        self.widths = (keys, keys, values)
-        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
-        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias)
+        super().__init__(
+            dim=dim, heads=heads, expand_k=expand_k, expand_v=expand_v, conv=conv, conv_bias=conv_bias, silu=True
+        )
         self.rates = Linear(dim, 3 * heads, axes=("heads", "embed"), parts=(1, 1, 1))
         self.rates_bias = declare(heads, 3, axes=("heads", None), init=slow, decay=False)
-        self.gate = Linear(dim, values, axes=("heads", "embed"))
+        self.gate = Linear(dim, self.values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
-        self.out = Linear(values, dim, axes=("embed", "heads"))
+        self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("titans")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
-        q_BTHK, k_BTHK = (l2_normalise(x.unflatten(-1, (-1, self.key_dim))) for x in (q, k))
-        v_BTHV = v.unflatten(-1, (-1, self.value_dim))
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
+        q_BTHK, k_BTHK = l2_normalise(q_BTHK), l2_normalise(k_BTHK)
         rates_BTH3 = wide(self.rates(x_BTD)).unflatten(-1, (-1, 3)) + wide(self.rates_bias)
         alpha_BTH, eta_BTH, theta_BTH = rates_BTH3.unbind(-1)
         g_BTH, mu_BTH, beta_BTH = F.logsigmoid(-alpha_BTH), F.logsigmoid(eta_BTH), theta_BTH.sigmoid()
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, mu_BTH, beta_BTH, slot=slot)
-        gate_BTHV = self.gate(x_BTD).unflatten(-1, (-1, self.value_dim))
-        return self.out(self.norm(o_BTHV, gate_BTHV).flatten(-2))
+        return self.output(o_BTHV, self.gate(x_BTD))

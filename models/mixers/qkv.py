@@ -1,0 +1,69 @@
+"""Queries, keys and values that come from one matrix, through a short convolution, in heads: the plumbing that linear
+mixers share. Each mixer's own file has its gates, its recurrence and its norm.
+"""
+
+from torch import Tensor, nn
+
+from models.axes import positive
+from models.conv import short_conv
+from models.linear import Linear
+from models.mixers.heads import head_dim
+from models.sequence import Sequence
+
+
+class QKVMixer(nn.Module):
+    """The base of a mixer that projects with `qkv` and `conv`; it adds `norm` and `out` itself.
+
+    dim: the model's width. expand_k, expand_v: widths of the keys and of the values of all heads together, in multiples
+    of dim. value_heads: null for `heads`; else each head of keys serves `shared_by` heads of values. writes: how many
+    keys and values a token has in each head. conv, conv_bias: the short causal convolution, whose result passes silu;
+    null for none. silu: whether silu stays without one.
+
+    Raises ValueError for widths that the heads do not divide.
+    """
+
+    norm: nn.Module
+    out: nn.Module
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expand_k: float,
+        expand_v: float,
+        value_heads: int | None = None,
+        writes: int = 1,
+        conv: int | None = None,
+        conv_bias: bool = False,
+        silu: bool = False,
+    ):
+        super().__init__()
+        positive(dim=dim)
+        self.keys, self.values = keys, values = int(dim * expand_k), int(dim * expand_v)
+        self.key_dim = head_dim(keys, heads, what="dim * expand_k")
+        if value_heads is None:
+            value_heads = heads
+            head_dim(values, heads, what="dim * expand_v")
+        elif value_heads < 1 or value_heads % heads or values % value_heads:
+            raise ValueError(
+                f"value_heads={value_heads}: must be a multiple of heads={heads} and divide dim * expand_v={values}"
+            )
+        self.value_dim, self.value_heads = values // value_heads, value_heads
+        self.shared_by = value_heads // heads
+        self.widths = (keys, writes * keys, writes * values)
+        parts = (keys, *writes * (keys,), *writes * (values,))
+        self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=parts)
+        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias, off=silu)
+
+    def project(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> queries [B, T, H, K], keys [B, T, writes·H, K], values [B, T, writes·N, V], in x's dtype."""
+        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
+        q_BTHK, k_BTHK = (x.unflatten(-1, (-1, self.key_dim)) for x in (q, k))
+        return q_BTHK, k_BTHK, v.unflatten(-1, (-1, self.value_dim))
+
+    def output(self, o_BTNV: Tensor, gate: Tensor | None = None) -> Tensor:
+        """out(norm(o)), the norm of each head gated by `gate` [B, T, N·V] where it has one: [B, T, D]."""
+        gates = () if gate is None else (gate.unflatten(-1, (-1, self.value_dim)),)
+        y: Tensor = self.out(self.norm(o_BTNV, *gates).flatten(-2))
+        return y
