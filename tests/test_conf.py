@@ -1,6 +1,10 @@
 """Every YAML file in conf/ composes, is accepted whole, and builds: a new one is covered on the day it is written."""
 
+import copy
+import os
+import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from launch.config import compose as composing
 from launch.config import files
 from launch.config.compose import composed
 from launch.config.files import CONF
@@ -87,10 +92,16 @@ def test_every_mixer_can_be_placed_in_a_model_by_name(mixer):
     build(config)
 
 
+@cache
+def _with_types(path: Path) -> object:
+    """A file as Hydra reads it, not as text."""
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
 @pytest.mark.parametrize("file", [None, *FILES], ids=str)
 def test_plain_reading_of_the_files_says_what_hydra_composes(file, monkeypatch):
     """`launch.config.files`, which completion and help read, against Hydra: the same keys, the same values."""
-    monkeypatch.setattr(files, "_load", lambda path: OmegaConf.to_container(OmegaConf.load(path)))
+    monkeypatch.setattr(files, "_load", lambda path: copy.deepcopy(_with_types(path)))
     chosen = overrides_for(file)[:1] if file else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         theirs = OmegaConf.to_container(compose("train", chosen), resolve=False)
@@ -98,3 +109,54 @@ def test_plain_reading_of_the_files_says_what_hydra_composes(file, monkeypatch):
     ours, placed = files.written(choices)
     assert ours == theirs
     assert choices.items() <= placed.items()
+
+
+GLA = "model.blocks.gla"
+TOGETHER = [  # options and values in one command line, in any order
+    ["optimizer.lr=1e-3", "optimizer=muon", "optimizer.lr=2e-3", "seed=3"],
+    ["model=mamba2_tiny", "model.dim=64", "~train.guard"],
+    [f"{GLA}.mixer.heads=2", f"mixer@{GLA}.mixer=gla", f"+{GLA}.mixer.gate_low_rank=8"],
+    ["experiment=smoke", "train={steps: 3}", "++run.name=x"],
+    ["schedule.warmup=0.1", "schedule=cosine"],
+]
+
+
+@pytest.mark.parametrize("overrides", TOGETHER, ids=" ".join)
+def test_options_before_values_are_what_hydra_composes_at_once(overrides):
+    """`composed` keeps what a choice of options composes, and sets values in a copy of it."""
+    read = [composing._read(text) for text in overrides]
+    for _ in range(2):  # the second from the copy that the first left
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            try:
+                theirs = OmegaConf.to_container(compose("train", overrides))
+            except Exception as error:
+                with pytest.raises(type(error)) as ours:
+                    composing._hydra([], overrides, read)
+                assert str(ours.value) == str(error)
+                continue
+        assert OmegaConf.to_container(composing._hydra([], overrides, read)) == theirs
+
+
+def test_an_edited_or_new_file_is_seen_by_the_process_that_read_the_old_one(tmp_path, monkeypatch):
+    conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
+    monkeypatch.setattr(files, "CONF", conf)
+    monkeypatch.setattr(composing, "CONF", conf)
+    before = composed([])["optimizer"]["lr"]
+    assert composed([])["optimizer"]["lr"] == before
+    file = conf / "optimizer" / f"{files.defaults()['optimizer']}.yaml"
+    text, times = file.read_text(), file.stat()
+    written = next(line for line in text.splitlines() if line.startswith("lr:")).split()[1]
+    assert float(written) == before
+    file.write_text(text.replace(f"lr: {written}", "lr: 7e-4"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert composed([])["optimizer"]["lr"] == 7e-4
+    assert files.written()[0]["optimizer"]["lr"] == "7e-4"
+    (conf / "optimizer" / "mine.yaml").write_text(text.replace(f"lr: {written}", "lr: 5e-4"))
+    assert "mine" in files.groups()["optimizer"] and composed(["optimizer=mine"])["optimizer"]["lr"] == 5e-4
+
+
+def test_changing_a_configuration_changes_no_later_one():
+    config = composed([])
+    config["model"]["blocks"]["gla"]["mixer"].clear()
+    files.written()[0]["model"]["blocks"].clear()
+    assert composed([])["model"]["blocks"]["gla"]["mixer"] and files.written()[0]["model"]["blocks"]["gla"]

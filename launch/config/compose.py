@@ -5,11 +5,14 @@ Hydra composes the files of conf/ and the overrides; `check` holds the result ag
 Hydra would let through or explain at length is found here, and costs one line.
 """
 
+import copy
 import re
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -131,10 +134,8 @@ def _compose(read: list[ParsedOverride], model: dict[str, Any] | None) -> DictCo
     base = [] if model is None else _placed(model)
     texts = [each.text for each in read]
     while True:
-        GlobalHydra.instance().clear()
         try:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                return compose("train", [*base, *texts])
+            return _hydra(base, texts, read)
         except (HydraException, OmegaConfBaseException) as error:
             refused = re.match(r"Could not override '([^']+)'", str(error))
             name = refused[1] if refused else None
@@ -144,6 +145,39 @@ def _compose(read: list[ParsedOverride], model: dict[str, Any] | None) -> DictCo
                 raise UserError(_one_line(error, read, model)) from None
             for i in new:
                 texts[i] = ("++" if read[i].parts.package is None else "+") + texts[i]
+
+
+def _hydra(base: list[str], texts: list[str], read: list[ParsedOverride]) -> DictConfig:
+    """What Hydra composes from `base` and `texts`, which are those of `read`, perhaps with a `+`.
+
+    Hydra chooses options first and sets values in the result, so that a choice of options is composed once.
+    """
+    options = [_is_option(each.parts) for each in read]
+    chosen = tuple(text for text, is_option in zip(texts, options, strict=True) if is_option)
+    if base:  # the option of ConfigStore is another one at each call
+        config = _chosen((*base, *chosen))
+    else:
+        config = copy.deepcopy(_chosen_before((*base, *chosen), files.stamp()))
+    parser = OverridesParser.create()
+    values = [text for text, is_option in zip(texts, options, strict=True) if not is_option]
+    ConfigLoaderImpl._apply_overrides_to_config(parser.parse_overrides(values), config)
+    return config
+
+
+def _is_option(parts: Override) -> bool:
+    """Whether an override chooses an option of a group: all others set a value in what is chosen."""
+    return parts.package is not None or parts.key_or_group in groups()
+
+
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(choices))
+
+
+@lru_cache(maxsize=64)
+def _chosen_before(choices: tuple[str, ...], stamp: files.Stamp) -> DictConfig:
+    return _chosen(choices)
 
 
 def _read(given: str) -> ParsedOverride:

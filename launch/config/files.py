@@ -4,17 +4,36 @@
 test holds `written` against what Hydra composes.
 """
 
+import copy
+import os
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+Stamp = tuple[tuple[str, int, int], ...]
 OVERRIDE = "override "  # opens an entry that chooses for one placed further down
+
+
+def stamp() -> Stamp:
+    """When each file of conf/ last changed, and its size: another value where one is edited, added or removed."""
+    with os.scandir(CONF) as entries:
+        folders = [entry.path for entry in entries if entry.is_dir()]
+    found = []
+    for folder in (str(CONF), *folders):
+        with os.scandir(folder) as entries:
+            found += [(entry.path, *_version(entry.stat())) for entry in entries if entry.name.endswith(".yaml")]
+    return tuple(sorted(found))
 
 
 def groups() -> dict[str, list[str]]:
     """Each configuration group and its options."""
+    return {group: list(options) for group, options in _groups(stamp()).items()}
+
+
+@lru_cache(maxsize=1)
+def _groups(now: Stamp) -> dict[str, list[str]]:
     return {
         folder.name: sorted(p.stem for p in folder.glob("*.yaml"))
         for folder in sorted(CONF.iterdir())
@@ -131,15 +150,19 @@ def _is_global(group: str, name: str) -> bool:
     return (CONF / group / f"{name}.yaml").read_text(encoding="utf-8").startswith("# @package _global_")
 
 
-@cache
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
 def _load(path: Path) -> dict[str, Any]:
+    return copy.deepcopy(_parsed(path, _version(path.stat())))
+
+
+def _version(found: os.stat_result) -> tuple[int, int]:
+    return found.st_mtime_ns, found.st_size
+
+
+@cache
+def _parsed(path: Path, version: tuple[int, int]) -> dict[str, Any]:
     import yaml
 
-    return yaml.load(_text(path), getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}
 
 
 def _at(tree: dict[str, Any], package: str) -> dict[str, Any]:

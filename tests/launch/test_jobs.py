@@ -40,7 +40,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-ASK = "import sys; from launch import nodes; print(len(nodes.nodes(sys.argv[1])))"
+ASK = "import sys; from launch.cluster import nodes; print(len(nodes.nodes(sys.argv[1])))"
 
 
 @dataclass
