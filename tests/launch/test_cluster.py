@@ -36,7 +36,7 @@ def _nobody_else_gets_in(mark: str) -> None:
 
 def test_ray_runs_quietly_and_stops_after_the_step(tmp_path: Path) -> None:
     (tmp_path / "stop").touch()  # of an earlier attempt
-    process = launcher("cluster", "fit", "add_and_step", tmp_path)
+    process = launcher("cluster.controller", "fit", "add_and_step", tmp_path)
     try:
         wait_for(lambda: len(list(tmp_path.glob("left-*"))) == 2, 180)
         if sys.platform == "linux":
@@ -55,7 +55,7 @@ def test_ray_runs_quietly_and_stops_after_the_step(tmp_path: Path) -> None:
 
 
 def test_ray_names_a_killed_rank(tmp_path: Path) -> None:
-    process = launcher("cluster", "fit", "die", tmp_path)
+    process = launcher("cluster.controller", "fit", "die", tmp_path)
     try:
         wait_for(lambda: len(pids(tmp_path)) == 2, 180)
         killed = time.monotonic()
@@ -70,7 +70,7 @@ def test_ray_names_a_killed_rank(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_while_ray_starts_ends_it_at_once(tmp_path: Path) -> None:
-    process = launcher("cluster", "fit", "stuck", tmp_path)
+    process = launcher("cluster.controller", "fit", "stuck", tmp_path)
     try:
         wait_for(lambda: "gcs_server" in " ".join(mentioning(f"FARSPAN_TEST_LAUNCHER={tmp_path}")), 60)
         interrupt(process, signal.SIGTERM)

@@ -111,7 +111,7 @@ def test_a_failing_tick_leaves_no_worker(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step(tmp_path: Path, number: int) -> None:
-    process = launcher("local", "spawn", "steps", tmp_path)
+    process = launcher("world.spawn", "spawn", "steps", tmp_path)
     try:
         wait_for(lambda: len(pids(tmp_path)) == 2, 60)
         if sys.platform == "linux":
@@ -128,7 +128,7 @@ def test_a_signal_stops_after_the_step(tmp_path: Path, number: int) -> None:
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    process = launcher("local", "spawn", "stuck", tmp_path)
+    process = launcher("world.spawn", "spawn", "stuck", tmp_path)
     try:
         wait_for(lambda: len(pids(tmp_path)) == 2, 60)
         interrupt(process)
@@ -142,7 +142,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
-    process = launcher("local", "spawn", "steps", tmp_path)
+    process = launcher("world.spawn", "spawn", "steps", tmp_path)
     try:
         wait_for(lambda: len(pids(tmp_path)) == 2, 60)
     finally:
