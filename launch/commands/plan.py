@@ -28,6 +28,12 @@ def plan(overrides: list[str]) -> int:
 
         print("\n".join(stages.table(*stages.legs(config, overrides))))
         return 0
+    if steps := config["scheduler"].get("simulate"):
+        from launch.commands.simulate import simulated
+
+        with refusals(config):
+            print("\n".join(simulated(config, steps)))
+        return 0
     planned = _planned(config)
     with refusals(config):
         device = planned.device(config["cluster"]["device"]) if planned else None

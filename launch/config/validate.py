@@ -20,6 +20,7 @@ from launch.config import files
 from launch.config.choices import GIVEN
 from launch.config.stage import Stage
 from launch.errors import UserError
+from parallel.schedule.adaptive.settings import SimulationSettings
 from train.instantiate import ROOMS, allowed, construct
 from train.renamed import canonical
 from train.settings import (
@@ -39,6 +40,7 @@ SECTIONS: dict[str, type] = {
     "cluster": ClusterSettings,
     "precision": PrecisionSettings,
     "evaluate": EvaluateSettings,
+    "simulation": SimulationSettings,
 }
 SCALARS: dict[str, Any] = {"seed": int, "init_from": str | None, "resume": str | None}
 LISTS: dict[str, Any] = {"stages": list[Stage]}  # of sections

@@ -12,10 +12,14 @@ class Static:
     layout: how a sequence lies on its ranks. contiguous gives each one span, lengths differing by at most one token;
     the last rank then has the most causal attention to do. zigzag cuts twice as many equal spans as ranks and gives
     rank r the r-th and the r-th from the end, which balances it. auto is zigzag where the lengths divide, contiguous
-    elsewhere. The loss is the same in all.
+    elsewhere. The loss is the same in all. simulate: of `farspan plan`, over how many steps it compares all schedulers
+    on the cluster of `simulation`; null for the run's plan; no run reads it.
     """
 
-    def __init__(self, *, tokens_per_rank: int | None = None, layout: str = "auto"):
+    def __init__(self, *, tokens_per_rank: int | None = None, layout: str = "auto", simulate: int | None = None):
+        if simulate is not None and not 1 <= simulate <= 100_000:
+            raise ValueError(f"scheduler.simulate={simulate}: must be at least 1, and at most 100,000, or null")
+        self.simulate = simulate
         if layout not in LAYOUTS:
             raise ValueError(f"scheduler.layout={layout}: must be one of {', '.join(LAYOUTS)}")
         self.layout = layout

@@ -40,6 +40,10 @@ class Wire(NamedTuple):
     latency: float = 0.0
 
 
+class NoRoomError(ValueError):
+    """A model's states alone fill a rank."""
+
+
 class Messages(NamedTuple):
     """What a rank of a group receives in one layer, forward and backward: `fixed` bytes whatever the group holds,
     `token` bytes more for every token of the group, in `calls` messages."""
@@ -171,7 +175,7 @@ def powers(ranks: int) -> list[int]:
 class Costs:
     """What groups on this cluster cost with this model.
 
-    sizes: of groups, powers of two, or `sizes` of them. Raises ValueError where the model's states alone fill a rank.
+    sizes: of groups, powers of two, or `sizes` of them. Raises NoRoomError where the model's states alone fill a rank.
     """
 
     def __init__(self, model: Model, cluster: Cluster, sizes: Sequence[int] | None = None):
@@ -184,7 +188,7 @@ class Costs:
         self.states = model.state_bytes / n + model.resident_bytes
         free = memories - self.states
         if free.min() <= 0:
-            raise ValueError(
+            raise NoRoomError(
                 f"model {model.name} takes {self.states / 2**30:.1f} GiB of states on each of {n} ranks, and a rank "
                 f"has {memories.min() / 2**30:.1f}: more ranks or more memory would change that"
             )

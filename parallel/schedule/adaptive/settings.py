@@ -107,10 +107,10 @@ class SimulationSettings:
             wires = Cluster.of_machines(name, self.machines, self.per_machine, 1.0, inside, across).wires
         return Cluster(name, self.ranks, self.memory * _GIB, wires, speeds)
 
-    def costs(self, run: Callable[[SimulationSettings, Cluster], Costs]) -> Costs:
-        """run: the configured model's costs. Raises ValueError where its states alone fill a rank."""
+    def costs(self, run: Callable[[Cluster], Costs]) -> Costs:
+        """run: the configured model's costs. Raises NoRoomError where its states alone fill a rank."""
         if self.model == RUN:
-            return run(self, self.cluster())
+            return run(self.cluster())
         return Costs(self.published(), self.cluster())
 
     def published(self) -> Model:
