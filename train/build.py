@@ -20,25 +20,32 @@ from models.nonlinear_recurrence import Serial
 from parallel.activation_memory import give_back
 from parallel.mesh import Groups, everyone
 from parallel.schedule.comm_volume import Ask
+from parallel.schedule.plan import Plan
 from train.checkpoints import checkpoint
+from train.checkpoints.hook import Checkpoints
+from train.evaluation.heldout import Evaluation
 from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
+from train.guards import rollback
 from train.guards.hang_timeout import Patience
 from train.guards.step_guard import Guard
+from train.hooks import Hooks
 from train.instantiate import construct
 from train.layout import dependences
 from train.loop import Trainer
-from train.metrics import comm_record
+from train.metrics.comm_record import TransportChoice
 from train.metrics.comm_trace import asked
+from train.metrics.plan_notes import PlanNotes
 from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
 from train.optim import carry_over
 from train.optim.average import Average
 from train.optim.build import build_optimizer
 from train.precision import dtypes
 from train.settings import ClusterSettings, ParallelSettings, TrainSettings, section
-from train.state import State
+from train.state import RunProgress, State
 from train.time_spans import Spans, SpansTold
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
+from train.tracking.hook import Recording
 
 
 def build(order: dict[str, Any]) -> Trainer:
@@ -76,7 +83,6 @@ def build(order: dict[str, Any]) -> Trainer:
     batches = Prefetched(_batches(config, train))
     scheduler, spans = construct(config["scheduler"]), _spans(config, train)
     each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
-    kept = comm_record.settle(recurrence, asks, groups, sequence, each, device, facts, say)
     if spans is not None and device.type == "cpu" and config["engine"].get("recompute", "none") == "none":
         give_back(model.layers)  # as what is computed again does by itself
     executor = Executor(
@@ -91,35 +97,89 @@ def build(order: dict[str, Any]) -> Trainer:
         spans,
         SpansTold(say),
     )
+    progress = RunProgress(train, state)
+
+    def plan(lengths: list[int]) -> Plan:
+        return scheduler.plan(progress.state.step + 1, lengths, data=data, sequence=sequence)
+
+    def tell(line: str) -> None:
+        say(line)
+        recording.alert(rollback.ALERT, line, "WARN")
+
+    recording = Recording(run_dir, progress, phases)
+    guard = Guard(train.guard, groups.world_comm, device)
+    average = _average(train, model, progress, say)
+    patience = Patience(section(ClusterSettings, config["cluster"]).timeout)
+    hooks = Hooks()
+    evaluation = Evaluation(
+        executor=executor,
+        batches=batches,
+        plan=plan,
+        progress=progress,
+        phases=phases,
+        seed=config["seed"],
+        log=recording.log,
+        average=average,
+        bytes_per_target=bytes_per_target(batches) if first else None,
+        replays=bool(order.get("init_from") and batches.sides),
+    )
+    checkpoints = Checkpoints(
+        folder=run_dir / "checkpoints",
+        model=model,
+        optimizer=adamw,
+        batches=batches,
+        progress=progress,
+        hooks=hooks,
+        phases=phases,
+        patience=patience,
+        say=say,
+        written=recording.checkpoint,
+        facts=_of_the_run(config, batches, facts),
+        companions=_companions(run_dir, batches) if first else (),
+    )
+    # They are called in this order on every rank: those that add to a record stand before the one that writes it.
+    hooks.add(guard)
+    hooks.add(TransportChoice(recurrence, asks, groups, sequence, each, device, say))
+    if average is not None:
+        hooks.add(average)
+    hooks.add(PlanNotes(run_dir / "plans" if first else None))
+    hooks.add(evaluation)
+    hooks.add(checkpoints)
+    hooks.add(recording)
+    # A transport is measured here: before a tracker has threads.
+    hooks.load(facts, Path(order["resume"]) if order.get("resume") else None)
+    recording.tracker = _tracker(order, say, model, utilisation) if first else None
     return Trainer(
-        settings=train,
+        progress=progress,
         seed=config["seed"],
         rate=config["optimizer"]["lr"],
-        run_dir=run_dir,
+        stop=run_dir / "stop",
         model=model,
         optimizer=adamw,
         schedule=construct(config["schedule"]),
         batches=batches,
-        scheduler=scheduler,
-        data=data,
-        sequence=sequence,
+        plan=plan,
         executor=executor,
         groups=groups,
         phases=phases,
-        patience=Patience(section(ClusterSettings, config["cluster"]).timeout),
-        state=state,
-        say=say,
-        tracker=_tracker(order, say, model, utilisation) if first else None,
-        norms=bool(config["tracking"].get("norms")),
-        bytes_per_target=bytes_per_target(batches) if first else None,
+        patience=patience,
+        guard=guard,
+        rollback=rollback.Rollback(
+            run_dir=run_dir,
+            progress=progress,
+            seed=config["seed"],
+            model=model,
+            optimizer=adamw,
+            batches=batches,
+            executor=executor,
+            groups=groups,
+            split=(data, sequence),
+            load=checkpoints.go_back,
+            tell=tell,
+        ),
+        hooks=hooks,
         utilisation=utilisation,
-        average=_average(order, model, train, facts, say),
-        companions=_companions(run_dir, batches) if first else (),
-        kept=kept,
-        replays=bool(order.get("init_from") and batches.sides or facts.get("before")),
-        before=facts.get("before"),
-        published=facts.get("published"),
-        guard=_guard(train, groups, device, facts),
+        norms=bool(config["tracking"].get("norms")),
     )
 
 
@@ -152,27 +212,19 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
     return state, facts
 
 
-def _average(
-    order: dict[str, Any], model: LM, train: TrainSettings, facts: dict[str, Any], say: Callable[[str], None]
-) -> Average | None:
-    """As the checkpoint that a run goes on from has it, else from the weights as they are. Collective."""
+def _average(train: TrainSettings, model: LM, progress: RunProgress, say: Callable[[str], None]) -> Average | None:
+    """The average that the settings ask for, of the weights as they are."""
     if train.average == "none":
         return None
     tokens = train.average_tokens or max(1, train.total_tokens // 20)
-    average = Average(model, train.average, tokens, train.average_count)
-    if order.get("resume"):
-        state = average.prepare(facts.get("average"))
-        if state is None:
-            say(f"train.average={train.average}: begins at step {facts['step']:,}: the checkpoint has no such average")
-        else:
-            checkpoint.read({"average": state}, Path(order["resume"]))
-    return average
+    return Average(model, progress, train.average, tokens, train.average_count, say)
 
 
-def _guard(train: TrainSettings, groups: Groups, device: torch.device, facts: dict[str, Any]) -> Guard:
-    guard = Guard(train.guard, groups.world_comm, device)
-    guard.restore(facts.get("guard") or {})
-    return guard
+def _of_the_run(config: dict[str, Any], batches: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    """What every checkpoint's manifest says of the run. published: the folder in Hugging Face's format that its weights
+    first came from, as the checkpoint that it goes on from has it."""
+    found = {"seed": config["seed"], "data": batches.fingerprint, "order": batches.order}
+    return found | ({} if facts.get("published") is None else {"published": facts["published"]})
 
 
 def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:

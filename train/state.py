@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from train.settings import TrainSettings
+
 
 @dataclass
 class State:
@@ -47,3 +49,48 @@ class State:
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass
+class RunProgress:
+    """How far a run is in its budget; the loop moves it, and everything else reads it.
+
+    state: what checkpoints keep of it. tokens: those of the last step, 0 for one that was skipped. stopping: a stop was
+    asked for in the last step.
+    """
+
+    settings: TrainSettings
+    state: State
+    tokens: int = 0
+    stopping: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return self.settings.complete(self.state.step, self.state.tokens)
+
+    @property
+    def ended(self) -> bool:
+        return self.stopping or self.complete
+
+    def stepped(self, tokens: int, places: int) -> None:
+        """Counts an optimizer step over so many tokens, in so many places."""
+        self.tokens = tokens
+        self.state.step += 1
+        self.state.tokens += tokens
+        self.state.places += places
+
+    def skipped(self) -> None:
+        """Counts a step that was held back: its batch is passed over."""
+        self.tokens = 0
+        self.state.skip(self.state.place + 1)
+
+    def due(self, every: int | None) -> bool:
+        """Returns whether the last step crossed a multiple of `every` tokens."""
+        before = self.state.tokens - self.tokens
+        return every is not None and self.state.tokens // every > before // every
+
+    def middle(self, tokens: int, places: int) -> float:
+        """Returns where the middle of the next step stands in the budget: in tokens, or in places where that is of
+        steps."""
+        by_steps = self.settings.steps is not None
+        return self.state.places + places / 2 if by_steps else self.state.tokens + tokens / 2

@@ -57,11 +57,13 @@ class Timed:
 def measure(order: dict[str, Any]) -> Cost:
     """Trains what is ordered, on this world."""
     from train.build import build
+    from train.tracking.hook import Recording
 
     process, children = time.process_time(), _children()
     trainer = build(order)
-    timed: Any = Timed(trainer.tracker)
-    trainer.tracker = timed
+    recording = trainer.hooks.of(Recording)
+    timed: Any = Timed(recording.tracker)
+    recording.tracker = timed
     thread = time.thread_time()
     trainer.fit()
     thread = time.thread_time() - thread

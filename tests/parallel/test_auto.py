@@ -15,6 +15,7 @@ from parallel.schedule.transport_cost import LinkCost
 from parallel.sequence.states import AutoTransport
 from tests.jobs import order
 from train.build import build
+from train.checkpoints.hook import Checkpoints
 from train.instantiate import construct
 from train.metrics import comm_record
 from train.metrics.comm_trace import asked, weight_units
@@ -28,7 +29,7 @@ def first_step(job):
     batch = trainer.batches.batch(trainer.seed, trainer.state.step, trainer.state.skips)
     plan = trainer.plan([len(s.tokens) for s in batch])
     record, _ = trainer.step()
-    trainer.save()
+    trainer.hooks.of(Checkpoints).save()
     return record, plan, [s.starts.nonzero()[0].tolist() for s in batch], trainer.executor.recurrence.wire
 
 

@@ -10,8 +10,10 @@ from parallel.parallelize import parameter_name
 from tests.jobs import order
 from train.build import build
 from train.checkpoints import checkpoint
-from train.evaluation.heldout import heldout
+from train.checkpoints.hook import Checkpoints
+from train.evaluation.heldout import Evaluation, heldout
 from train.inference.decode import Decoder
+from train.optim.average import Average
 
 STEPS, BATCH = 7, 384
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 3: ["cluster.workers=3", "parallel.data=3"]}
@@ -35,9 +37,9 @@ def steps(job, count: int) -> tuple[list[Weights], Weights]:
     trainer = build(job)
     found = []
     for _ in range(count):
-        trainer.step()
+        trainer.advance()
         found.append(raw(trainer))
-    return found, whole(trainer.average.averaged())
+    return found, whole(trainer.hooks.of(Average).averaged())
 
 
 def by_hand(kind: str, after: list[Weights]) -> Weights:
@@ -69,22 +71,22 @@ def saved(job, count: int, evaluate: bool) -> tuple[Weights, Weights, Weights, d
     """Raw weights before and after an evaluation of the averaged ones, their average, and what it said; saved."""
     trainer = build(job)
     for _ in range(count):
-        trainer.step()
+        trainer.advance()
     before = raw(trainer)
     scores = {}
     if evaluate:  # as the loop does: FSDP holds whole weights after the first
         scores["raw"] = heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss
-        scores |= trainer._averaged()
+        scores |= trainer.hooks.of(Evaluation).averaged()
         assert heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss == scores["raw"]
-    trainer.save()
-    return before, raw(trainer), whole(trainer.average.averaged()), scores
+    trainer.hooks.of(Checkpoints).save()
+    return before, raw(trainer), whole(trainer.hooks.of(Average).averaged()), scores
 
 
 def continued(job, count: int) -> tuple[Weights, Weights]:
     trainer = build(job)
     for _ in range(count):
-        trainer.step()
-    return raw(trainer), whole(trainer.average.averaged())
+        trainer.advance()
+    return raw(trainer), whole(trainer.hooks.of(Average).averaged())
 
 
 def initial(job) -> tuple[Weights, float]:

@@ -13,6 +13,7 @@ from tests.jobs import order
 from tests.train.test_invariance import PRECISION, TOLERANCE
 from train.build import build
 from train.checkpoints import checkpoint
+from train.checkpoints.hook import Checkpoints
 
 BEFORE = 6
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 4: ["cluster.workers=4", "parallel.data=2"]}
@@ -23,7 +24,7 @@ def save_then_go_on(job, steps):
     trainer = build(job)
     for _ in range(BEFORE):
         trainer.step()
-    trainer.save()
+    trainer.hooks.of(Checkpoints).save()
     return whole(trainer), [trainer.step()[0]["loss"] for _ in range(steps)]
 
 

@@ -13,6 +13,7 @@ from launch.config.compose import composed
 from models.sequence import Whole
 from tests.jobs import SMALL, corpus
 from train.build import build
+from train.checkpoints.hook import Checkpoints
 from train.tracking.record import records
 
 pytestmark = pytest.mark.dist
@@ -47,7 +48,7 @@ def parent(job: dict[str, Any]) -> str:
     trainer = build(job)
     for _ in range(3):
         trainer.step()
-    return str(trainer.save())
+    return str(trainer.hooks.of(Checkpoints).save())
 
 
 def trained(job: dict[str, Any], stop: int | None = None) -> dict[str, float]:
@@ -55,7 +56,7 @@ def trained(job: dict[str, Any], stop: int | None = None) -> dict[str, float]:
     whole."""
     trainer = build(job)
     if stop is not None:
-        trainer.settings = replace(trainer.settings, steps=stop)
+        trainer.progress.settings = replace(trainer.progress.settings, steps=stop)
     trainer.fit()
     if job["config"]["cluster"]["workers"] > 1:
         return {}

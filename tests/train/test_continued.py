@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from tests.jobs import order
 from train.build import build
 from train.checkpoints import checkpoint
+from train.checkpoints.hook import Checkpoints
 from train.optim import carry_over
 
 pytestmark = pytest.mark.dist
@@ -44,7 +45,7 @@ def whole_and_resumed(job: dict[str, Any]) -> tuple[list, list[list]]:
     for n in range(1, STEPS + 1):
         found += steps(trainer, 1)
         if n in SAVED:
-            path = trainer.save()
+            path = trainer.hooks.of(Checkpoints).save()
             resumed.append(steps(build({**job, "run_dir": f"{job['run_dir']}-{n}", "resume": str(path)}), 1))
     return found, resumed
 

@@ -62,13 +62,13 @@ def test_a_limit_is_so_many_deviations_of_a_window_that_is_half_full():
     one, values = guard(sigma=3.0, window=8), [2.0, 2.2, 1.9, 2.1]
     assert not any(decide(one, v, 100 * v) for v in values), "nothing is known yet"
     limit = np.mean(values) + 3 * np.std(values)
-    kept = one.facts()
+    kept = one.state()
     for factor, held in ((0.999, False), (1.001, True)):
-        one.restore(kept)
+        one.load(kept)
         assert decide(one, limit * factor, 200.0) is held
-        one.restore(kept)
+        one.load(kept)
         assert decide(one, 2.0, 100 * limit * factor) is held
-    one.restore(json.loads(json.dumps(kept)))
+    one.load(json.loads(json.dumps(kept)))
     assert [decide(one, 50.0, 200.0) for _ in range(3)] == [True] * 3, "one far off does not hide the next"
     assert np.nanmax(one.seen[0]) < 4
     assert not decide(one, 2.0, 200.0)
@@ -167,8 +167,8 @@ def fit(job: dict[str, Any], harm: Any = None, place: int = 0) -> dict[str, Any]
         harm(trainer, place)
     update, clean = trainer._update, []
 
-    def looked_at(tokens: int) -> Any:
-        found = update(tokens)
+    def looked_at(*given: Any) -> Any:
+        found = update(*given)
         clean.append(all(bool(torch.isfinite(local(p)).all()) for p in trainer.model.parameters()))
         return found
 

@@ -5,6 +5,7 @@ import pytest
 
 from tests.jobs import order
 from train.build import build
+from train.checkpoints.hook import Checkpoints
 
 BEFORE, AFTER = 3, 4
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 3: ["cluster.workers=3", "parallel.data=3"]}
@@ -25,7 +26,7 @@ def save_then_go_on(job):
     trainer = build(job)
     for _ in range(BEFORE):
         trainer.step()
-    trainer.save()
+    trainer.hooks.of(Checkpoints).save()
     return state(trainer), [trainer.step()[0]["loss"] for _ in range(AFTER)], state(trainer)
 
 

@@ -10,6 +10,7 @@ import pytest
 from models.positions import RoPE
 from tests.jobs import order
 from train.build import build
+from train.checkpoints.hook import Checkpoints
 
 pytestmark = pytest.mark.dist
 
@@ -45,7 +46,7 @@ def train(job: dict[str, Any], steps: int, save_at: int | None = None) -> Any:
         found.append((record["loss"], record["grad_norm"], longest, bases(trainer)))
         assert sum(record["drawn"].values()) == record["tokens"]
         if step == save_at:
-            saved = str(trainer.save())
+            saved = str(trainer.hooks.of(Checkpoints).save())
     return found, saved
 
 

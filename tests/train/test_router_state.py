@@ -8,6 +8,7 @@ import pytest
 from models.moe import mixtures
 from tests.jobs import order
 from train.build import build
+from train.checkpoints.hook import Checkpoints
 from train.instantiate import construct
 
 pytestmark = pytest.mark.dist
@@ -50,7 +51,7 @@ def train(job, steps, save_at=None):
         record, _ = trainer.step()
         losses.append([record[name] for name in ("loss", "grad_norm", "balance_loss", "z_loss")])
         if step == save_at:
-            saved = remembered(trainer), str(trainer.save())
+            saved = remembered(trainer), str(trainer.hooks.of(Checkpoints).save())
     return losses, remembered(trainer), saved
 
 

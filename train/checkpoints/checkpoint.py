@@ -57,12 +57,12 @@ def save(
     *,
     keep: int,
     companions: Sequence[Path] = (),
-    average: dict[str, Any] | None = None,
+    parts: dict[str, Any] | None = None,
 ) -> Path:
     """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective.
 
     companions: files that travel with it, so that it is of use without its run: configuration, tokenizer, corpus card.
-    average: what `train.average` has to go on from.
+    parts: tensors beside those of the model and the optimizer, by name.
     """
     final = folder / f"step-{facts['step']}"
     aside = final.with_suffix(".partial")
@@ -74,7 +74,7 @@ def save(
             for companion in companions:
                 shutil.copyfile(companion, aside / companion.name)
         dist.barrier()
-        files = _write_tensors(aside, model, optimizer, average, [companion.name for companion in companions])
+        files = _write_tensors(aside, model, optimizer, parts or {}, [companion.name for companion in companions])
         if first:
             named = model.named_parameters()
             tensors = {parameter_name(n): [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in named}
@@ -95,16 +95,15 @@ def save(
 
 
 def _write_tensors(
-    aside: Path, model: nn.Module, optimizer: Optimizer, average: dict[str, Any] | None, names: list[str]
+    aside: Path, model: nn.Module, optimizer: Optimizer, parts: dict[str, Any], names: list[str]
 ) -> dict[str, Any]:
     """Writes this rank's part, and returns what the manifest says of all ranks' files. Collective.
 
     Raises on every rank what any of them has met.
     """
     weights, moments = get_state_dict(model, optimizer)
-    averaged = {} if average is None else {"average": average}
     state = {"state": moments["state"]}  # its settings, which are no tensors, are the run's own and never read again
-    dcp.save({"model": weights, "optimizer": state, **averaged}, checkpoint_id=str(aside))
+    dcp.save({"model": weights, "optimizer": state, **parts}, checkpoint_id=str(aside))
     rank = dist.get_rank()
     own = {METADATA, *names} if rank == 0 else set()
     mine = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or p.name in own]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,61 +15,140 @@ from data.pack import Packed
 from parallel.schedule.static import Static
 from train.checkpoints import checkpoint
 from train.guards.step_guard import TokenRun, Watched, first_parameter, name, save_batch, suspects
-from train.state import State
+from train.state import RunProgress, State
 
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from parallel.mesh import Groups
     from parallel.schedule.plan import Plan
     from train.execute import Executor
+    from train.hooks import Record
 
-Trainer = Any  # until hooks give this file its parts
 ALERT = "guard"
 NAMED, PROBED = 3, 16  # groups of which a document is named, and documents that are looked at for it
 
 
-def skip(trainer: Trainer, plan: Plan, batch: Any, loss: float, norm: float, rate: float) -> dict[str, Any]:
-    """Passes over the batch of a step that was held back, and returns the step's record. Collective."""
-    state = trainer.state
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    where, whose = (None, "") if finite else _first(trainer, plan, batch)
-    trainer.optimizer.zero_grad()
-    step, place = state.step + 1, state.place
-    state.skip(place + 1)
-    why = f"loss {loss:.4g}, gradient norm {norm:.4g}" + (f": not finite first in {where}{whose}" if where else "")
-    line = f"step {step}: batch {place} passed over, {why}"
-    record: dict[str, Any] = {
-        "step": step,
-        "tokens": state.tokens,
-        "attempt": state.attempt,
-        "loss": loss,
-        "grad_norm": norm,
-    }
-    record |= {"lr": rate, "skips": state.skips, "skipped": {"batch": place, "finite": finite}}
-    if where is not None:
-        record["skipped"]["first"] = where + whose
-    if trainer.groups.rank == 0:
-        saved = save_batch(trainer.run_dir / "skipped", f"batch-{place}", batch)
-        line += f"; saved as {saved.relative_to(trainer.run_dir)}"
-    _tell(trainer, line)
-    return record
+@dataclass(kw_only=True)
+class Rollback:
+    """Passes over batches, and takes a run back to a checkpoint.
 
+    split: data groups, and ranks of a sequence. load: fills everything from a checkpoint and returns its manifest.
+    tell: takes a line for people; silent but on rank 0.
+    """
 
-def _first(trainer: Trainer, plan: Plan, batch: Any) -> tuple[str, str]:
-    """Where something was first not finite: forward, whose layers run again, and of which documents; else backward, by
-    what it has left. Collective."""
-    parameter = first_parameter(trainer.model, trainer.groups.world_comm)
-    layers = {f"layers.{name}": layer for name, layer in trainer.model.layers.items()}  # type: ignore[operator, union-attr]
-    with Watched(layers) as watched:
-        (depths,) = trainer.executor.by_token(plan, batch, watched.read)
-        deepest = int(depths.max())
-        if not deepest:
-            return (f"the gradient of {parameter}" if parameter else "the loss"), ""
-        groups = suspects(plan, batch, (depths == deepest).cpu().numpy())
-        split = (trainer.data, trainer.sequence)
-        found = [origin(trainer.executor, watched, batch, group, plan.step, split) for group in groups[:NAMED]]
-    held = _held(trainer)
-    names = [name(piece, batch[piece.sequence], held and held[piece.sequence]) for piece in found]
-    more = [f"{len(groups) - NAMED} more"] if len(groups) > NAMED else []
-    return watched.name(deepest) or "the loss", "".join(f", {each}" for each in (*names, *more))
+    run_dir: Path
+    progress: RunProgress
+    seed: int
+    model: nn.Module
+    optimizer: Optimizer
+    batches: Any
+    executor: Executor
+    groups: Groups
+    split: tuple[int, int]
+    load: Callable[[Path], dict[str, Any]]
+    tell: Callable[[str], None]
+
+    def skip(self, plan: Plan, batch: Any, loss: float, norm: float, rate: float) -> Record:
+        """Passes over the batch of a step that was held back, and returns the step's record. Collective."""
+        state = self.progress.state
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        where, whose = (None, "") if finite else self._first(plan, batch)
+        self.optimizer.zero_grad()
+        step, place = state.step + 1, state.place
+        self.progress.skipped()
+        why = f"loss {loss:.4g}, gradient norm {norm:.4g}" + (f": not finite first in {where}{whose}" if where else "")
+        line = f"step {step}: batch {place} passed over, {why}"
+        record: Record = {
+            "step": step,
+            "tokens": state.tokens,
+            "attempt": state.attempt,
+            "loss": loss,
+            "grad_norm": norm,
+        }
+        record |= {"lr": rate, "skips": state.skips, "skipped": {"batch": place, "finite": finite}}
+        if where is not None:
+            record["skipped"]["first"] = where + whose
+        if self.groups.rank == 0:
+            saved = save_batch(self.run_dir / "skipped", f"batch-{place}", batch)
+            line += f"; saved as {saved.relative_to(self.run_dir)}"
+        self.tell(line)
+        return record
+
+    def due(self) -> bool:
+        """Returns whether as many of the last batches were passed over as are too many."""
+        own, state = self.progress.settings.guard, self.progress.state
+        since = max(state.place - own.window, state.since)
+        return sum(max(end - max(begin, since), 0) for begin, end in state.skipped) >= own.skips
+
+    def go_back(self) -> None:
+        """Loads the newest checkpoint from before the batches that were passed over, and passes over all data up to
+        here.
+
+        Raises FloatingPointError where there is none, or the run went back too often. Collective.
+        """
+        own, state = self.progress.settings.guard, self.progress.state
+        place = state.place
+        many = f"{own.skips} of the last {own.window} batches were passed over"
+        if state.rollbacks >= own.rollbacks:
+            raise FloatingPointError(
+                f"{many}, and the run went back {state.rollbacks} times: step {state.step} is its end"
+            )
+        begin = next(begin for begin, end in state.skipped if end > max(place - own.window, state.since))
+        found: list[Any] = [self._good(begin) if self.groups.rank == 0 else None]
+        dist.broadcast_object_list(found)
+        if found[0] is None:
+            raise FloatingPointError(f"{many}, and there is no checkpoint from before batch {begin} to go back to")
+        facts = self.load(found[0])
+        self.progress.state = back = State.of(facts)
+        back.attempt, back.rollbacks = state.attempt + 1, state.rollbacks + 1
+        back.scale = facts.get("scale", 1.0) * own.backoff ** (back.rollbacks - facts.get("rollbacks", 0))
+        back.padding = state.padding  # all batches up to here were read
+        back.skip(place)
+        back.since = place
+        if self.groups.rank == 0:  # those that came later are of what went wrong
+            checkpoint.prune(self.run_dir / "checkpoints", back.step, keep=self.progress.settings.keep)
+        self.tell(
+            f"{many}: back to {found[0].name}, batches {back.skipped[-1][0]} to {place - 1} passed over, learning rate "
+            f"times {back.scale:g}"
+        )
+
+    def _first(self, plan: Plan, batch: Any) -> tuple[str, str]:
+        """Returns where something was first not finite: forward, whose layers run again, and of which documents; else
+        backward, by what it has left. Collective."""
+        parameter = first_parameter(self.model, self.groups.world_comm)
+        layers = {f"layers.{name}": layer for name, layer in self.model.layers.items()}  # type: ignore[operator, union-attr]
+        with Watched(layers) as watched:
+            (depths,) = self.executor.by_token(plan, batch, watched.read)
+            deepest = int(depths.max())
+            if not deepest:
+                return (f"the gradient of {parameter}" if parameter else "the loss"), ""
+            groups = suspects(plan, batch, (depths == deepest).cpu().numpy())
+            found = [origin(self.executor, watched, batch, group, plan.step, self.split) for group in groups[:NAMED]]
+        held = self._held()
+        names = [name(piece, batch[piece.sequence], held and held[piece.sequence]) for piece in found]
+        more = [f"{len(groups) - NAMED} more"] if len(groups) > NAMED else []
+        return watched.name(deepest) or "the loss", "".join(f", {each}" for each in (*names, *more))
+
+    def _held(self) -> list[Any] | None:
+        """Returns each sequence's store, that one's name, and its pieces; None of a generated task."""
+        if not hasattr(self.batches, "slots"):
+            return None
+        slots = self.batches.slots(self.progress.state.step, self.progress.state.skips)
+        return [(slot.part.source.store, slot.part.source.name, slot.pieces(self.seed)) for slot in slots]
+
+    def _good(self, begin: int) -> Path | None:
+        """Returns the newest whole checkpoint that has read nothing from batch `begin` on."""
+        for path in reversed(checkpoint.complete(self.run_dir / "checkpoints")):
+            try:
+                checkpoint.verify(path)
+                facts = checkpoint.manifest(path)
+            except checkpoint.DamagedError:
+                continue
+            if facts["step"] + facts["skips"] <= begin:
+                return path
+        return None
 
 
 def origin(
@@ -85,72 +167,3 @@ def origin(
         if executor.by_token(plan, [alone], watched.read).any():
             return piece
     return group[0]
-
-
-def _held(trainer: Trainer) -> list[Any] | None:
-    """Of each sequence of the batch its store, that one's name, and its pieces; None of a generated task."""
-    if not hasattr(trainer.batches, "slots"):
-        return None
-    slots = trainer.batches.slots(trainer.state.step, trainer.state.skips)
-    return [(slot.part.source.store, slot.part.source.name, slot.pieces(trainer.seed)) for slot in slots]
-
-
-def due(trainer: Trainer) -> bool:
-    """Whether as many of the last batches were passed over as are too many."""
-    own, place = trainer.settings.guard, trainer.state.place
-    since = max(place - own.window, trainer.state.since)
-    return sum(max(end - max(begin, since), 0) for begin, end in trainer.state.skipped) >= own.skips
-
-
-def go_back(trainer: Trainer) -> None:
-    """Loads the newest checkpoint from before the batches that were passed over, and passes over all data up to here.
-
-    Raises FloatingPointError where there is none, or the run went back too often. Collective.
-    """
-    own, state, place = trainer.settings.guard, trainer.state, trainer.state.place
-    many = f"{own.skips} of the last {own.window} batches were passed over"
-    if state.rollbacks >= own.rollbacks:
-        raise FloatingPointError(f"{many}, and the run went back {state.rollbacks} times: step {state.step} is its end")
-    begin = next(begin for begin, end in state.skipped if end > max(place - own.window, trainer.state.since))
-    found: list[Any] = [_good(trainer, begin) if trainer.groups.rank == 0 else None]
-    dist.broadcast_object_list(found)
-    if found[0] is None:
-        raise FloatingPointError(f"{many}, and there is no checkpoint from before batch {begin} to go back to")
-    with trainer.phases("checkpoint"), trainer.patience.during("going back to a checkpoint"):
-        facts = checkpoint.load(found[0], trainer.model, trainer.optimizer)
-        average = trainer.average.prepare(facts.get("average")) if trainer.average else None
-        if average is not None:
-            checkpoint.read({"average": average}, found[0])
-    trainer.state = back = State.of(facts)
-    back.attempt, back.rollbacks = state.attempt + 1, state.rollbacks + 1
-    back.scale = facts.get("scale", 1.0) * own.backoff ** (back.rollbacks - facts.get("rollbacks", 0))
-    back.padding = state.padding  # all batches up to here were read
-    back.skip(place)
-    back.since = place
-    if trainer.groups.rank == 0:  # those that came later are of what went wrong
-        checkpoint.prune(trainer.run_dir / "checkpoints", back.step, keep=trainer.settings.keep)
-    trainer.guard.restore(facts.get("guard") or {})
-    _tell(
-        trainer,
-        f"{many}: back to {found[0].name}, batches {back.skipped[-1][0]} to {place - 1} passed over, learning rate "
-        f"times {back.scale:g}",
-    )
-
-
-def _good(trainer: Trainer, begin: int) -> Any:
-    """The newest whole checkpoint that has read nothing from batch `begin` on."""
-    for path in reversed(checkpoint.complete(trainer.run_dir / "checkpoints")):
-        try:
-            checkpoint.verify(path)
-            facts = checkpoint.manifest(path)
-        except checkpoint.DamagedError:
-            continue
-        if facts["step"] + facts["skips"] <= begin:
-            return path
-    return None
-
-
-def _tell(trainer: Trainer, line: str) -> None:
-    trainer.say(line)
-    if trainer.tracker is not None:
-        trainer.tracker.alert(ALERT, line, "WARN")

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from parallel.collectives import Comm
 from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
 from parallel.schedule.plan import Plan
+from train.hooks import Hook
 from train.settings import GuardSettings
 
 LEAST = 1e-3  # of the mean: a window that hardly moves has at least this standard deviation
@@ -33,9 +34,11 @@ ROWS = ("tokens", "targets", "starts")
 
 
 @dataclass
-class Guard:
+class Guard(Hook):
     """settings: `train.guard`. comm: all ranks. seen: the window's losses and gradient norms, float64 [2, W], NaN where
     it is not filled; `decided` counts what has entered. held: whether the last step was held back, bool []."""
+
+    key: ClassVar[str] = "guard"
 
     settings: GuardSettings
     comm: Comm
@@ -76,18 +79,18 @@ class Guard:
         limits = mean + sigma * torch.maximum(spread.sqrt(), LEAST * mean.abs())
         return torch.where(2 * count >= self.settings.window, limits, math.inf)
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the window; {} where there is none."""
+    def state(self) -> dict[str, Any]:
+        """Returns the window; {} where there is none."""
         if self.settings.sigma is None:
             return {}
         return {"decided": self.decided, "seen": [[x if x == x else None for x in row] for row in self.seen.tolist()]}
 
-    def restore(self, facts: dict[str, Any]) -> None:
-        """The window of a checkpoint; a fresh one where that has none, or one of another length."""
-        rows = facts.get("seen") or []
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes the window of a checkpoint; begins a fresh one where that has none, or one of another length."""
+        rows = state.get("seen") or []
         if rows and len(rows[0]) == self.settings.window:
             self.seen.copy_(torch.tensor([[math.nan if x is None else x for x in row] for row in rows]).double())
-            self.decided = facts["decided"]
+            self.decided = state["decided"]
         else:
             self.seen.fill_(math.nan)
             self.decided = 0

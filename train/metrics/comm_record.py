@@ -1,7 +1,7 @@
 """What ranks receive from each other: in a step, for its record; and how fast, for a transport that is to be chosen."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,6 +12,7 @@ from parallel.schedule.comm_volume import GRADIENT, Ask, ScanCall
 from parallel.schedule.transport_cost import LinkCost
 from parallel.sequence.states import AutoTransport
 from parallel.sequence.states.auto import measure
+from train.hooks import Hook
 
 OTHER = LedgerEntry("world", "other")  # what has no name of its own in a record
 ENTRIES = (
@@ -45,32 +46,45 @@ def record(total: Sequence[float]) -> dict[str, Any]:
     return {key: counts for key, counts in found.items() if counts}
 
 
-def settle(
-    recurrence: Any,
-    asks: Sequence[Ask],
-    groups: Groups,
-    sequence: int,
-    spans: int,
-    device: torch.device,
-    saved: dict[str, Any],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Gives `auto` its wire: what the checkpoint `saved` keeps of as many ranks, or measured now. Collective.
+class TransportChoice(Hook):
+    """Gives `auto` its wire: that of a checkpoint of as many ranks, or one that is measured now. Collective.
 
-    Says what is chosen for each kind among `asks`, with so many spans a rank. Returns what the next checkpoints keep.
+    Says what is chosen for each kind among `asks`, with so many `spans` a rank of `sequence`. A run keeps the wire that
+    it began with also where it goes back to a checkpoint.
     """
-    if not isinstance(recurrence, AutoTransport) or sequence == 1:
-        return {}
-    known = saved.get("wire", {})
-    if again := known.get("ranks") == sequence:
-        recurrence.wire = LinkCost(known["latency"], known["bandwidth"])
-    else:
-        everyone = [tuple(range(first, first + sequence)) for first in range(0, groups.world, sequence)]
-        groups.open(everyone)
-        own = groups.comm(everyone[groups.rank // sequence])
-        recurrence.wire = measure(own, groups.world_comm, device)
-    say(_chosen(recurrence, asks, sequence, spans) + (", as before" if again else ""))
-    return {"wire": {"ranks": sequence, **recurrence.wire._asdict()}}
+
+    key: ClassVar[str] = "wire"
+
+    def __init__(
+        self,
+        recurrence: Any,
+        asks: Sequence[Ask],
+        groups: Groups,
+        sequence: int,
+        spans: int,
+        device: torch.device,
+        say: Callable[[str], None],
+    ):
+        self._auto = recurrence if isinstance(recurrence, AutoTransport) and sequence > 1 else None
+        self._asks, self._groups, self._sequence, self._spans = asks, groups, sequence, spans
+        self._device, self._say, self._settled = device, say, False
+
+    def state(self) -> dict[str, Any] | None:
+        return None if self._auto is None else {"ranks": self._sequence, **self._auto.wire._asdict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if self._auto is None or self._settled:
+            return
+        self._settled = True
+        if again := state.get("ranks") == self._sequence:
+            self._auto.wire = LinkCost(state["latency"], state["bandwidth"])
+        else:
+            groups, size = self._groups, self._sequence
+            everyone = [tuple(range(first, first + size)) for first in range(0, groups.world, size)]
+            groups.open(everyone)
+            own = groups.comm(everyone[groups.rank // size])
+            self._auto.wire = measure(own, groups.world_comm, self._device)
+        self._say(_chosen(self._auto, self._asks, self._sequence, self._spans) + (", as before" if again else ""))
 
 
 def _chosen(auto: AutoTransport, asks: Sequence[Ask], sequence: int, spans: int) -> str:

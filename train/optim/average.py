@@ -8,9 +8,9 @@ Everything is elementwise, on shards as they lie: no rank needs another's.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,23 @@ from torch.distributed.fsdp import FSDPModule
 
 from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
+from train.hooks import Hook, Record
+from train.state import RunProgress
 
 MEAN = "mean"  # under this name a checkpoint has the averaged weights
 Weights = dict[str, Tensor]
 
 
-class Average:
-    """The average of a model's parameters. kind: ema or last. tokens, count: see above."""
+class Average(Hook):
+    """The average of a model's parameters. kind: ema or last. tokens, count: see above. say: takes a notice."""
 
-    def __init__(self, model: nn.Module, kind: str, tokens: int, count: int):
+    key: ClassVar[str] = "average"
+
+    def __init__(
+        self, model: nn.Module, progress: RunProgress, kind: str, tokens: int, count: int, say: Callable[[str], None]
+    ):
         self.model, self.kind, self.tokens, self.count = model, kind, tokens, count
+        self._progress, self._say = progress, say
         self.mean = _copied(self.weights) if kind == "ema" else {}
         self.snapshots: list[Weights] = []
         self.seen = self.taken = 0
@@ -40,6 +47,9 @@ class Average:
             if isinstance(module, FSDPModule):
                 module.reshard()
         return {parameter_name(name): p.detach() for name, p in self.model.named_parameters()}
+
+    def after_step(self, record: Record) -> None:
+        self.step(self._progress.tokens)
 
     @torch.no_grad()
     def step(self, tokens: int) -> None:
@@ -78,23 +88,24 @@ class Average:
         finally:
             _fill(self.weights, own)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: the averaged weights, and what they are made of."""
+    def tensors(self) -> dict[str, Any]:
+        """Returns the averaged weights, and what they are made of."""
         return {MEAN: self.averaged(), "snapshots": {str(i): each for i, each in enumerate(self.snapshots)}}
 
-    def facts(self) -> dict[str, Any]:
-        """What its manifest says."""
+    def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "seen": self.seen, "taken": self.taken, "snapshots": len(self.snapshots)}
 
-    def prepare(self, facts: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The state to be filled from a checkpoint whose manifest says `facts`; None where it has none of this kind.
+    def load(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Goes on from the average of a checkpoint, or as it is where that has none of this kind.
 
         Snapshots that are more than are now asked for, or fewer, begin anew.
         """
-        if not facts or facts["kind"] != self.kind or facts["snapshots"] != min(facts["taken"], self.count):
+        if not state or state["kind"] != self.kind or state["snapshots"] != min(state["taken"], self.count):
+            if not self.seen and (step := self._progress.state.step):
+                self._say(f"train.average={self.kind}: begins at step {step:,}: the checkpoint has no such average")
             return None
-        self.seen, self.taken = facts["seen"], facts["taken"]
-        self.snapshots = [_copied(self.weights) for _ in range(facts["snapshots"])]
+        self.seen, self.taken = state["seen"], state["taken"]
+        self.snapshots = [_copied(self.weights) for _ in range(state["snapshots"])]
         parts = {"snapshots": {str(i): each for i, each in enumerate(self.snapshots)}}
         return parts if self.kind == "last" else {MEAN: self.mean}
 

@@ -1,0 +1,64 @@
+"""What the ranks tell each other at the end of a step, in one all-gather."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import Comm
+from train.execute import Tally
+from train.metrics import comm_record
+from train.metrics.timing import peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over all ranks, the same on each.
+
+    stop, held: whether any rank was asked to stop, or held the step back. memory: the largest peak of a rank, bytes.
+    cpu: seconds of processor time. choices: by layer, how many tokens each expert got, [E]. dropped: by layer, the
+    share of these that an expert had no room for. communication: as `comm_record.record` has it.
+    """
+
+    stop: bool
+    held: bool
+    memory: int
+    cpu: float
+    cross_entropy: float
+    balance: float
+    z: float
+    choices: dict[str, Tensor]
+    dropped: dict[str, float]
+    communication: dict[str, Any]
+
+
+def totals(tally: Tally, held: Tensor, stop: bool, cpu: float, device: torch.device, comm: Comm) -> StepTotals:
+    """Adds up what this rank found in a step with that of the others. held: bool []. Collective."""
+    layers, limited = sorted(tally.load), sorted(tally.dropped)
+    loads = [tally.load[name].double() for name in layers]
+    sums = [tally.cross_entropy, tally.balance, tally.z, *(tally.dropped[name] for name in limited)]
+    memory = float(peak_memory_bytes(str(device)))
+    own = torch.tensor([float(stop), memory, cpu, 0.0], dtype=torch.float64, device=device)
+    own[3] = held  # without a word from the device to the host
+    received = torch.tensor(comm_record.taken(), dtype=torch.float64, device=device)
+    row = torch.cat([own, *(x.double().view(1) for x in sums), *loads, received])
+    rows = comm.all_gather(row, purpose="metrics")
+    total = rows.sum(0)
+    first = len(own) + len(sums)
+    *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])
+    choices = dict(zip(layers, counts, strict=True))
+    cross_entropy, balance, z, *left_out = total[len(own) : first].tolist()
+    dropped = dict(zip(limited, left_out, strict=True))
+    return StepTotals(
+        stop=bool(total[0] > 0),
+        held=bool(total[3] > 0),
+        memory=int(rows[:, 1].max()),
+        cpu=total[2].item(),
+        cross_entropy=cross_entropy,
+        balance=balance,
+        z=z,
+        choices=choices,
+        dropped={name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
+        communication=comm_record.record(received.tolist()),
+    )
