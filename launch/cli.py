@@ -1,7 +1,6 @@
 """The command line: `farspan VERB [arguments]`. `launch.verbs` lists the verbs, and what each of them runs."""
 
 import os
-import signal
 import sys
 import traceback
 from difflib import get_close_matches
@@ -28,14 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(arguments)
     apart.shield()
     terminal.outlive()
-    heard = signals.stop_signals()
-    for number in heard:
-        signal.signal(number, _interrupt)
-    try:
+    with signals.interrupted(_interrupt):
         return _run(sys.argv[1:])
-    finally:
-        for number in heard:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -6,7 +6,6 @@ Ray deletes that folder when the first driver in it ends, and a run may need sev
 
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -48,24 +47,21 @@ def _run() -> int:
     from launch.runner.attempts import here
     from launch.runner.result import JobContext, RunResult
 
-    for number in signals.stop_signals():  # SIGTERM is what `farspan stop` sends
-        signal.signal(number, signals.interrupt)
-    apart.shield()
-    terminal.outlive(output=True)
-    order = package.read_order()
-    console = Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=True, width=200)
-    try:
-        config = checked(order["config"]) if "config" in order else configure(order["overrides"])
-        hosted = JobContext(order["job"], order["address"], order["device"], order["code"])
-        ended: RunResult = here(config, console, hosted)
-    except UserError as error:
-        ended = RunResult(2, reason=str(error))
-    if ended.code == 2:
-        console.print(f"{REFUSED}{ended.reason}", markup=False)
-    return ended.code
+    with signals.interrupted():  # SIGTERM is what `farspan stop` sends
+        apart.shield()
+        terminal.outlive(output=True)
+        order = package.read_order()
+        console = Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=True, width=200)
+        try:
+            config = checked(order["config"]) if "config" in order else configure(order["overrides"])
+            hosted = JobContext(order["job"], order["address"], order["device"], order["code"])
+            ended: RunResult = here(config, console, hosted)
+        except UserError as error:
+            ended = RunResult(2, reason=str(error))
+        if ended.code == 2:
+            console.print(f"{REFUSED}{ended.reason}", markup=False)
+        return ended.code
 
 
 if __name__ == "__main__":
-    code = main()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is decided
-    sys.exit(code)
+    sys.exit(main())
