@@ -213,7 +213,7 @@ the run trained at, and the tokenizer. A model that none of the architectures ca
 """,
     ),
     "doctor": Verb(
-        function="launch.doctor.doctor:doctor",
+        function="launch.commands.doctor:doctor",
         synopsis="[run.dir=FOLDER] [cluster.address=ADDRESS]",
         line="what this machine has, and whether it works",
         text="""\

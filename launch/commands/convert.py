@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launch.commands.arguments import positional
 from launch.errors import UserError
 from launch.paths import RUNS
 from launch.run import rundir
@@ -40,7 +40,9 @@ def import_(arguments: list[str]) -> int:
     from train.checkpoints.hf_convert import take
     from train.checkpoints.hf_reader import CONFIG
 
-    (source, *rest), request = _parse("import", arguments, Import, ("SOURCE", "DEST"), least=1)
+    (source, *rest), request = positional(
+        "import", arguments, Import, ("SOURCE", "DEST"), least=1, text=("document",), also=("run.dir",)
+    )
     folder = Path(source).expanduser()
     run = Path(rest[0]).expanduser() if rest else RUNS / folder.resolve().name
     if not folder.is_dir():
@@ -91,7 +93,7 @@ def _read(folder: Path, request: Import) -> tuple[dict[str, Any] | None, Publish
 
 def export(arguments: list[str]) -> int:
     """Writes a checkpoint as a folder that transformers loads. Raises UserError before anything is written."""
-    (run, to), request = _parse("export", arguments, Export, ("RUN", "DEST"), least=2)
+    (run, to), request = positional("export", arguments, Export, ("RUN", "DEST"), least=2, text=("document",))
     dest = Path(to).expanduser()
     _free(dest, "DEST")
     with _refusals(f"RUN={run}"):
@@ -100,38 +102,6 @@ def export(arguments: list[str]) -> int:
     for line in lines:
         _say(line)
     return 0
-
-
-def _parse(verb: str, arguments: list[str], kind: Any, names: tuple[str, ...], *, least: int) -> tuple[list[str], Any]:
-    """The positional arguments, at least so many, and the others as a `kind`. Raises UserError."""
-    from launch.config.compose import fields
-
-    positional = [word for word in arguments if not re.match(r"[a-z_.]+=", word)]
-    values = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if word in positional:
-            continue
-        if key == "run.dir" and verb == "import":
-            positional.append(value)
-        else:
-            values[key] = value if key == "document" else _value(value)
-    if not least <= len(positional) <= len(names):
-        missing = names[len(positional)] if len(positional) < least else positional[len(names)]
-        what = "missing" if len(positional) < least else "one too many"
-        raise UserError(f"{missing}: {what}; expected farspan {verb} {' '.join(names)} [key=value ...]")
-    try:
-        return positional, kind(**fields("", values, kind))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _value(text: str) -> Any:
-    """As YAML has it; what is none, and numbers of thousands of digits, are text."""
-    try:
-        return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
-        return text
 
 
 def _free(path: Path, key: str) -> None:

@@ -1,10 +1,10 @@
 """`farspan evaluate`: a checkpoint by its losses, its recall, and its tasks."""
 
 import json
-from pathlib import Path
 
 from rich.console import Console
 
+from launch.commands.arguments import run_and_rest
 from launch.errors import UserError
 from launch.evaluation.measure import check_evaluation, configured, folder_of, measured
 from launch.evaluation.report import draw, table
@@ -13,9 +13,7 @@ from launch.run.checkpoints import checkpoint_of
 
 def evaluate(arguments: list[str]) -> int:
     """Measures, prints a table, and leaves results.json and pictures in the run. Raises UserError."""
-    if not arguments or "=" in arguments[0] and not Path(arguments[0]).exists():
-        raise UserError("RUN: missing; expected a run folder (farspan evaluate RUN evaluate.parts=[loss])")
-    run, overrides = arguments[0], arguments[1:]
+    run, overrides = run_and_rest(arguments, "evaluate RUN evaluate.parts=[loss]")
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     found = checkpoint_of(run)
     config = configured(found, overrides)

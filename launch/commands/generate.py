@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.commands import arguments
 from launch.errors import UserError
 from launch.preflight.checked import cores
 from launch.run.checkpoints import checkpoint_of, has_average, tokenizer_of
@@ -74,11 +74,11 @@ class Request:
         return found or [b"import "]
 
 
-def generate(arguments: list[str]) -> int:
+def generate(given: list[str]) -> int:
     """Streams the continuations to standard output. Raises UserError."""
     from train.checkpoints.stored import DamagedError
 
-    run, request = _parse(arguments)
+    run, request = _parse(given)
     found = checkpoint_of(run)
     config = saved_config(found)
     if request.weights == "average" and not has_average(found):
@@ -277,13 +277,10 @@ def _encoded(tokenizer: Any, prompt: bytes) -> list[int]:
         raise UserError(f"prompt={shown}: {error}") from None
 
 
-def _parse(arguments: list[str]) -> tuple[str, Request]:
-    from launch.config.compose import fields
-
-    if not arguments or "=" in arguments[0] and not Path(arguments[0]).exists():
-        raise UserError("RUN: missing; expected a run folder (farspan generate RUN prompt=TEXT)")
+def _parse(given: list[str]) -> tuple[str, Request]:
+    run, rest = arguments.run_and_rest(given, "generate RUN prompt=TEXT")
     values: dict[str, Any] = {}
-    for argument in arguments[1:]:
+    for argument in rest:
         key, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"{argument}: expected key=value")
@@ -292,15 +289,8 @@ def _parse(arguments: list[str]) -> tuple[str, Request]:
         elif key in _LISTS:
             values.setdefault(key, []).append(value)
         else:
-            key = key.removeprefix("generate.")
-            values[next((field for field, name in _NAMES.items() if name == key), key)] = _number(value)
-    try:
-        return arguments[0], Request(**fields("", values, Request))
-    except UserError as error:
-        key, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-        raise UserError(f"{_NAMES.get(key, key)}{rest}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+            values[key.removeprefix("generate.")] = arguments.number(value)
+    return run, arguments.request(Request, values, _NAMES)
 
 
 def _stops(value: str) -> list[str]:
@@ -312,14 +302,3 @@ def _stops(value: str) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise UserError(f'stop={value}: must be a text, or a list such as \'["\\n\\n", "def "]\'')
     return found
-
-
-def _number(text: str) -> object:
-    if len(text) > 40:  # Python reads no number of 5,000 digits
-        return text
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"null": None, "true": True, "false": False}.get(text, text)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cluster.jobs import _CHATTER, _POLL_S, Follow, Jobs
+from launch.commands.arguments import job_arguments
 from launch.errors import UserError
 from launch.paths import RUNS
 from launch.run import rundir
@@ -22,7 +23,7 @@ _TAIL = 12  # last lines of the log that `status` shows where the run folder can
 
 def status(arguments: list[str]) -> int:
     """Prints how a job, or a run here, stands."""
-    word, address, _ = _parse("status", arguments)
+    word, address, _ = job_arguments("status", arguments)
     folder = _here(word)
     if folder is not None and address is None:
         print("\n".join(read(folder).lines()))
@@ -52,7 +53,7 @@ def _log(path: Path) -> str:
 
 def logs(arguments: list[str]) -> int:
     """Prints what a job has said; with --follow, on to its end."""
-    word, address, follow = _parse("logs", arguments, flags=("--follow", "-f"))
+    word, address, follow = job_arguments("logs", arguments, flags=("--follow", "-f"))
     folder = _here(word)
     if folder is not None and address is None:
         address = rundir.last_job(folder)[1]
@@ -76,7 +77,7 @@ def logs(arguments: list[str]) -> int:
 
 def stop(arguments: list[str]) -> int:
     """Asks a job, or a run here, to save and end, and waits until it has."""
-    word, address, _ = _parse("stop", arguments)
+    word, address, _ = job_arguments("stop", arguments)
     folder = _here(word)
     if folder is not None and address is None:
         job, address = rundir.last_job(folder)
@@ -110,7 +111,7 @@ def _stop_here(folder: Path) -> int:
 
 def list_(arguments: list[str]) -> int:
     """Prints the jobs of a cluster, oldest first."""
-    _, address, _ = _parse("list", arguments, word=False)
+    _, address, _ = job_arguments("list", arguments, word=False)
     cluster = Jobs(address)
     table = Table("job", "state", "started", "run", box=None, pad_edge=False)
     for each in cluster.list():
@@ -120,28 +121,6 @@ def list_(arguments: list[str]) -> int:
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     console.print(table if table.row_count else f"no jobs at {cluster.address}")
     return 0
-
-
-def _parse(
-    verb: str, arguments: list[str], *, flags: tuple[str, ...] = (), word: bool = True
-) -> tuple[str, str | None, bool]:
-    """(the job, cluster.address where given, whether one of `flags` was). Raises UserError."""
-    words, address, flagged = [], None, False
-    for argument in arguments:
-        if argument in flags:
-            flagged = True
-        elif argument.startswith("cluster.address="):
-            address = argument.partition("=")[2]
-        elif argument.startswith("-") or "=" in argument:
-            accepted = ", ".join(["cluster.address=http://HOST:8265", *flags[:1]])
-            raise UserError(f"{argument}: not understood; accepts {accepted}")
-        else:
-            words.append(argument)
-    if word and len(words) != 1:
-        raise UserError(f"JOB: expected one, got {len(words)} (farspan {verb} JOB; farspan list shows them)")
-    if not word and words:
-        raise UserError(f"{words[0]}: {verb} takes no job")
-    return "".join(words), address, flagged
 
 
 def _here(word: str) -> Path | None:

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.commands import convert, generate
-from launch.commands.jobs import _parse
+from launch.commands.arguments import job_arguments, positional
 from launch.errors import UserError
 from launch.run.export import Export
 from tests import fuzz
@@ -31,11 +31,11 @@ def _asked(verb: str, key: str, value: str) -> None:
     if verb == "generate":
         generate._parse(["RUN", word])[1].prompts()
     elif verb == "import":
-        convert._parse("import", ["SOURCE", word], convert.Import, ("SOURCE", "DEST"), least=1)
+        positional("import", ["SOURCE", word], convert.Import, ("SOURCE", "DEST"), least=1, also=("run.dir",))
     elif verb == "export":
-        convert._parse("export", ["RUN", "DEST", word], Export, ("RUN", "DEST"), least=2)
+        positional("export", ["RUN", "DEST", word], Export, ("RUN", "DEST"), least=2)
     else:
-        _parse("status", ["JOB", word])
+        job_arguments("status", ["JOB", word])
 
 
 KEYS = {
