@@ -19,7 +19,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -246,18 +246,33 @@ class Planner:
         values, counts = np.unique(padded, return_counts=True)
         search = _Search(self.costs, values[::-1].tolist(), counts[::-1].tolist())
         bound = lower_bound(self.costs, search.lengths, search.counts)
-        packing = self._ranks(search, self._search(search), padded)
+        found = self._search(search, math.inf)
+        assert found is not None  # every sequence fits a group, so each in a micro-step of its own does
+        if len(self.costs.names) > 1 and (plain := self._plain(search)) is not None:
+            better = self._search(plain, self._seconds(found))
+            search, found = (search, found) if better is None else (plain, better)
+        packing = self._ranks(search, found, padded)
         held: list[int] = padded.tolist()
         packing = improve(self.costs, packing, held, self.rounds if self.costs.alike else self.rounds * 16)
         return Planned(packing, seconds(self.costs, packing, held), bound)
 
-    def _search(self, search: _Search) -> list[_Packed]:
+    def _plain(self, search: _Search) -> _Search | None:
+        """The same with nothing computed again, where that may be better: where it takes as many micro-steps."""
+        model = replace(self.costs.model, recompute=self.costs.model.recompute[:1])
+        only = Costs(model, self.costs.cluster, self.costs.sizes)
+        try:
+            plain = _Search(only, search.lengths, search.counts)
+        except TooLongError:
+            return None
+        return plain if plain.needed(plain.counts) == search.needed(search.counts) else None
+
+    def _search(self, search: _Search, below: float) -> _Steps:
         """The best of some numbers of micro-steps; where sequences are few, of smallest groups allowed as well."""
-        found = self._counts(search, math.inf)
-        assert found is not None  # every sequence fits a group, so each in a micro-step of its own does
+        found = self._counts(search, below)
         if sum(search.counts) <= _FEW:
             for floor in range(1, len(search.sizes)):
-                found = self._counts(search.without(floor), self._seconds(found)) or found
+                limit = below if found is None else self._seconds(found)
+                found = self._counts(search.without(floor), limit) or found
         return found
 
     def _seconds(self, found: list[_Packed]) -> float:
