@@ -1,4 +1,4 @@
-"""What is computed, as if one device held everything. Nothing here knows a rank or imports torch.distributed.
+"""The computation of a model, as if one device held everything. Nothing here knows a rank or imports torch.distributed.
 
 HOMES: the module of each class that a configuration names as `models.NAME`.
 """

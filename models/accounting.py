@@ -1,4 +1,4 @@
-"""What a model costs, read off the model: parameters, matmul FLOPs, bytes kept for the backward, bytes of state.
+"""The cost of a model, read off the model: parameters, matmul FLOPs, bytes kept for the backward, bytes of state.
 
 No module states its cost, so none can state it wrong: the layers run, forward and backward, on the meta device, where
 nothing is computed and every matmul is seen with its shapes. A multiply-add counts as two FLOPs, and what is not a
@@ -39,7 +39,7 @@ TOKENS = 256  # that the model is run on: whole chunks of every kernel
 
 
 class AttentionCost(NamedTuple):
-    """What one softmax layer does: FLOPs a pair of a query and a key, bytes that a token leaves to those after it.
+    """The work of one softmax layer: FLOPs a pair of a query and a key, bytes that a token leaves to those after it.
 
     A query meets the last `window` keys of its document, its own included (None: all), and the first `sinks`.
     """
@@ -72,7 +72,7 @@ class Flops(NamedTuple):
 
     @property
     def model(self) -> float:
-        """What training needs, however it is run."""
+        """Counts the FLOPs that training needs, without recomputation."""
         return self.forward + self.backward
 
 
@@ -90,7 +90,7 @@ class Account:
     recurrent: int  # bytes a sequence: states and convolution tails, whatever its length
 
     def flops(self, lengths: Iterable[int]) -> Flops:
-        """Of documents of these lengths, packed in any way."""
+        """FLOPs of documents of these lengths, packed in any way."""
         documents, layers = Counter(lengths), Counter(self.attention)
         on_pairs = sum(
             times * layer.flops * count * layer.pairs(length)
@@ -158,8 +158,8 @@ def idle(model: nn.Module) -> int:
 
 
 class _Layer(NamedTuple):
-    """What a layer did with TOKENS tokens: FLOPs, softmax attention, bytes kept for the backward, the dear ones of them
-    (`models.recompute`), bytes of state."""
+    """The work of a layer on TOKENS tokens: FLOPs, softmax attention, bytes kept for the backward, the dear ones of
+    them (`models.recompute`), bytes of state."""
 
     forward: int
     backward: int
@@ -267,7 +267,7 @@ def by_shape(layer: nn.Module, device: str) -> Iterator[None]:
 
 
 def _in_turn(experts: Experts, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Evenly) -> Tensor:
-    """What `Experts` do on a CPU."""
+    """Runs one expert after another, as `Experts` do on a CPU."""
     sent = dispatch.send(x_ND, choices_NX, experts.num_experts)
     sizes = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).tolist()
     weights = (experts.gate_up.to(x_ND.dtype), experts.down.to(x_ND.dtype))

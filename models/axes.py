@@ -20,7 +20,7 @@ Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Declared:
-    """What a parameter declares: one axis name (or None) a dimension, its initial value, and weight decay.
+    """The declaration of a parameter: one axis name (or None) a dimension, its initial value, and weight decay.
 
     matrix: whether its last two dimensions are a matrix that multiplies vectors: filters are none. parts: sizes of the
     matrices that lie side by side in it, as q, k and v do, along the dimension `along`, again and again where they take

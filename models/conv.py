@@ -31,7 +31,7 @@ class ShortConv(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """What stands in the place of a convolution that is switched off: silu(x), or x without an activation."""
+    """The stand-in for a convolution that is switched off: silu(x), or x without an activation."""
 
     def __init__(self, *, activation: bool = True):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What layers know of one another: where they stand in the stack, and the parameters that couple them.
+"""Links between layers: their places in the stack, and the parameters that couple them.
 
 A coupling is a parameter [layers, width] with a row for each layer that asks for it. It belongs to the model and not to
 a layer, since every row depends on all of them: sharding by layers then gathers it once, for the whole forward pass,
@@ -36,7 +36,7 @@ def told(build: Callable[..., nn.Module], *, dim: int, **facts: Any) -> nn.Modul
 
 @dataclass(frozen=True)
 class Coupling:
-    """What a mixer asks for in its attribute `couplings`: its forward gets its layer's row as the argument `name`.
+    """A request of a mixer, in its attribute `couplings`: its forward gets its layer's row as the argument `name`.
 
     `rows` makes of the parameter [layers, width] the rows, one a layer in the order of depth: a Tensor [width] each,
     or None where the layer needs none.
@@ -66,7 +66,7 @@ class Coupled(nn.Module):
             self.register_parameter(key, declare(len(found), first.width, axes=axes, init=first.init, decay=False))
 
     def forward(self) -> dict[str, dict[str, Tensor | None]]:
-        """By layer, its rows by argument."""
+        """Returns for each layer its rows, by argument."""
         given: dict[str, dict[str, Tensor | None]] = {}
         for key, found in self.asking.items():
             _, first = found[0]

@@ -1,4 +1,4 @@
-"""How a token reaches its experts: the contract between the router, the experts, and whoever placed the experts.
+"""The way of a token to its experts: the contract between the router, the experts, and whoever placed the experts.
 
 Legend: N tokens, D model width, E experts, X choices a token (top-k), M = N·X rows in expert order.
 """

@@ -28,13 +28,14 @@ class Past(NamedTuple):
         return self._replace(k=torch.cat((self.k, k_BTGK), dim=1), v=torch.cat((self.v, v_BTGV), dim=1))
 
     def firsts(self, pieces: list[list[Piece]]) -> list[int] | None:
-        """By row, where the first token of the document that enters the span stands; None if before its other ones."""
+        """Finds, by row, the first token of the document that enters the span; None if before its other ones."""
         length = self.k.shape[1]
         pasts = [runs[0].past for runs in pieces]
         return [length - past if past <= length - self.sinks else 0 for past in pasts] if self.sinks else None
 
     def kept(self, pieces: list[list[Piece]], firsts: list[int] | None, window: int | None, sinks: int) -> "Past":
-        """What the next span may need of these, the span of `pieces` at their end, entered with `firsts`."""
+        """Selects the keys and values that the next span may need: `pieces` is the span at their end, entered with
+        `firsts`."""
         length = self.k.shape[1]
         offset = length - pieces[0][-1].end
         begins = []  # by row, where the document that goes on begins

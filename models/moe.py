@@ -139,14 +139,14 @@ class MoE(nn.Module):
         return y_BTD, routing
 
     def capacity(self, tokens_B: Tensor) -> Tensor:
-        """How many choices an expert takes of spans of so many counted tokens, [B] int64."""
+        """The most choices that an expert accepts from spans of so many counted tokens, [B] int64."""
         assert self.capacity_factor is not None
         fair_B = self.capacity_factor * tokens_B.double() * self.top_k / self.num_experts
         return (fair_B - 1e-9).ceil().long()
 
 
 class Routed(NamedTuple):
-    """What the routers of all layers add up to over this device's counted tokens."""
+    """Sums of the routers of all layers over this device's counted tokens."""
 
     balance: Tensor  # scalar with gradient, mean over layers; 1 a token when balanced
     load: dict[str, Tensor]  # by layer, choices of each expert [E] int64
@@ -177,7 +177,7 @@ def balance(routings: dict[str, Routing], seq: Sequence) -> Routed:
 
 
 def _of_documents(chosen: dict[str, Tensor], seq: Sequence) -> dict[str, Tensor]:
-    """By layer [B, T, E]: how many choices of each expert a token of the same document makes on average."""
+    """Average choices of each expert by a token of the same document, for each layer [B, T, E]."""
     if not chosen:
         return {}
     several = list(chosen.values())

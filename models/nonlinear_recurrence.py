@@ -41,7 +41,7 @@ Ran = tuple[Tensor, Tensor]
 
 
 def starts_of(positions: Tensor) -> dict[int, Tensor]:
-    """By token at which a document starts in some row: in which rows [B]. None on the meta device."""
+    """Maps each token at which a document starts to a mask [B] of the rows concerned. None on the meta device."""
     if positions.is_meta:
         return {}
     starts = positions == 0

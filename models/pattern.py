@@ -20,7 +20,7 @@ def unroll(pattern: list[str], layers: int, vocabulary: list[str]) -> list[str]:
 
 
 def dense_front(first_k_dense: int, dense: Any, layers: int) -> dict[int, dict[str, Any]]:
-    """By layer, what it is built with besides its block's own: `dense` as the feed-forward of the first few.
+    """Maps each of the first layers to its extra arguments: `dense` as its feed-forward.
 
     Raises ValueError where there are not as many layers, or no `dense`.
     """

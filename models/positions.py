@@ -25,7 +25,7 @@ from models.sequence import DocumentKey, Sequence
 
 
 class Positions(ABC):
-    """How a token's place in its document enters softmax attention."""
+    """A rule by which a token's place in its document enters softmax attention."""
 
     @abstractmethod
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
@@ -72,7 +72,7 @@ class RoPE(Positions):
         self.base, self.fraction = base, fraction
 
     def rotated(self, head_dim: int) -> int:
-        """How many channels of a head turn. Raises ValueError for an odd number."""
+        """The number of a head's channels that rotate. Raises ValueError for an odd number."""
         channels = int(head_dim * self.fraction)
         if channels < 2 or channels % 2:
             raise ValueError(f"head_dim={head_dim}: must have pairs to rotate, fraction={self.fraction} is {channels}")
@@ -160,7 +160,7 @@ class YaRN(RoPE):
         channels = self.rotated(head_dim)
 
         def pair(turns: float) -> float:
-            """Where on the axis of pairs one turns this often in trained_length."""
+            """The place on the axis of pairs of one that turns this often in trained_length."""
             return channels * math.log(self.trained_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
 
         low, high = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), channels - 1)
@@ -334,7 +334,7 @@ def _trained(trained_length: int | None) -> int:
 
 @lru_cache(maxsize=32)  # the layers of a model ask for the same ones
 def _sample(seed: int, longest: int, identity: DocumentKey) -> Tensor:
-    """As many of range(longest) as the document has tokens, ascending: int64 [length] on the CPU."""
+    """Draws from range(longest) as many numbers as the document has tokens, ascending: int64 [length] on the CPU."""
     if identity.length > longest:
         raise ValueError(f"longest={longest}: must be at least the {identity.length} tokens of a document")
     digest = hashlib.sha256(f"{seed}/{identity.step}/{identity.sequence}/{identity.document}".encode()).digest()

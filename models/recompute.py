@@ -20,7 +20,7 @@ T = TypeVar("T", Tensor, tuple[Tensor, ...], list[Tensor])
 
 @dataclass
 class Tape:
-    """What one pass of a layer kept, in the order in which it was computed; each is handed out once."""
+    """Results saved by one pass of a layer, in the order of their computation; each is handed out once."""
 
     results: deque[tuple[bool, tuple[Tensor, ...], tuple[int, ...]]] = field(default_factory=deque)
     replaying: bool = False
@@ -54,7 +54,7 @@ class Tape:
 
     @property
     def bytes(self) -> int:
-        """Of all that is kept."""
+        """Bytes of all saved results."""
         return sum(x.numel() * x.itemsize for _, tensors, _ in self.results for x in tensors)
 
 
@@ -71,7 +71,7 @@ def _on(tape: Tape | None) -> Iterator[None]:
 
 
 def keeping() -> bool:
-    """Whether results are kept or handed out here."""
+    """True where results are saved or handed out."""
     return _current.get() is not None
 
 

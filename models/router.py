@@ -23,7 +23,7 @@ from models.precision import wide
 
 
 class Scores(NamedTuple):
-    """What a token thinks of each expert, [B, T, E] each."""
+    """Scores of each expert for a token, [B, T, E] each."""
 
     log: Tensor  # a softmax of it over some experts is their scores divided by their sum, however small they all are
     scores: Tensor
@@ -45,7 +45,7 @@ BALANCES = ("document", "batch", "none")
 
 
 class Routing(NamedTuple):
-    """Where a layer sent its tokens, and what its losses need."""
+    """The choices of a layer's router, and the inputs of its losses."""
 
     probabilities: Tensor  # [B, T, E], they sum to 1
     choices: Tensor  # [B, T, X] int64

@@ -1,4 +1,4 @@
-"""How a token sees the tokens before it: the contract between the mixers and whoever placed the sequence.
+"""Access of a token to the tokens before it: the contract between the mixers and whoever placed the sequence.
 
 A mixer is written once, as `mixer(x, seq)`. It never knows a rank; it asks `seq` for the inputs before a span, runs its
 recurrence through `seq`, attends through `seq`, sums over documents through `seq`. `Whole` answers when one device
@@ -24,7 +24,8 @@ from models.recurrence import Recurrence
 
 
 class DocumentKey(NamedTuple):
-    """What names a document in training, at any layout, for a random choice to be keyed by; and how long it is."""
+    """The name of a document in training, the same at any layout: keys of random choices contain it. length: its
+    tokens."""
 
     step: int
     sequence: int  # its sequence's index in the step's global batch
@@ -33,7 +34,7 @@ class DocumentKey(NamedTuple):
 
 
 class Sequence(Protocol):
-    """What a module may ask about the sequence it works on. All collectives, if any, happen inside these methods."""
+    """Questions that a module may ask about its sequence. All collectives, if any, happen inside these methods."""
 
     positions: Tensor  # [B, T] int64, position within the document; 0 starts one
     documents: Tensor  # [B, T] int64, index of the token's document in the packed sequence
@@ -108,7 +109,7 @@ class DocumentSums:
 
 
 class Memory:
-    """What a span leaves to the next one, by slot: recurrent states, convolution tails, keys and values.
+    """State that a span leaves to the next one, by slot: recurrent states, convolution tails, keys and values.
 
     Reads see what the previous span left until `advance()`, so that running a layer again (activation checkpointing)
     reads the same state; what it writes then is not kept. `last`: no span follows, and nothing is left. `sums`: those
@@ -127,7 +128,7 @@ class Memory:
 
 @dataclass(kw_only=True)
 class Tokens:
-    """Where the tokens of this device stand in their documents."""
+    """Places of this device's tokens in their documents."""
 
     positions: Tensor
     documents: Tensor
@@ -154,7 +155,7 @@ class Tokens:
         return part() if self.memory is None or self.memory.sums is None else self.memory.sums(part)
 
     def recall(self, slot: str) -> Any:
-        """What the span before this one in time left there; None without one."""
+        """Returns the state that the span before this one in time left there; None without one."""
         return None if self.memory is None else self.memory.entering.get(slot)
 
     def leave(self, slot: str, value: Callable[[], Any]) -> None:
@@ -169,7 +170,7 @@ class Whole(Tokens):
 
     @classmethod
     def of(cls, positions: Tensor, *, memory: Memory | None = None) -> "Whole":
-        """From [B, T] positions alone: documents are numbered from their starts and every token counts."""
+        """Builds it from [B, T] positions alone: documents are numbered from their starts and every token counts."""
         flat = (positions == 0).flatten()
         documents = (flat.cumsum(0) - flat[0].long()).view_as(positions)
         return cls(

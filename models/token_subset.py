@@ -29,14 +29,15 @@ from models.sequence import DocumentKey, Sequence
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Which tokens of each span: `indices` [B, R] in order, of which the first `counts[b]` are meant."""
+    """Chosen tokens of each span: `indices` [B, R] in order, of which the first `counts[b]` are meant."""
 
     indices: Tensor
     counts: tuple[int, ...]
 
     @classmethod
     def of(cls, mask_BT: Tensor, share: float) -> "TokenChoice":
-        """Where the mask is true. On the meta device, where nothing is known, the first tokens, by their `share`."""
+        """Chooses the tokens where the mask is true. On the meta device, where nothing is known, the first tokens, by
+        their `share`."""
         B, T = mask_BT.shape
         if mask_BT.is_meta:
             counts = (max(int(T * share), 1),) * B
@@ -132,7 +133,7 @@ class Picked(Recurrence):
 
 
 class Moved(Begun):
-    """What a span leaves in a tail, and as its output the tail that it was entered with, [B, W, D]."""
+    """The tail that a span leaves; its output is the tail that it was entered with, [B, W, D]."""
 
     def __init__(self, x_BRD: Tensor, counts: tuple[int, ...], width: int):
         x = F.pad(wide(x_BRD), (0, 0, width, 0))
@@ -205,7 +206,7 @@ class Taken:
 
 
 def places(seq: Sequence, mask_BTE: Tensor, *, slot: str) -> Tensor:
-    """How many tokens of its document before it are true in the mask, for each token [B, T, E] int64."""
+    """Counts for each token [B, T, E] int64 the tokens of its document before it that are true in the mask."""
     taken = mask_BTE.double()  # whole numbers to 2^53; fp32 would lose count at 16 million
     with torch.no_grad():
         counts = seq.scan(Elementwise("elementwise"), taken, torch.zeros_like(taken), slot=f"{slot}/places")

@@ -1,4 +1,4 @@
-"""What an architecture is: a name, a config.json read and written, and the rows of its tensors."""
+"""A published architecture: a name, a config.json read and written, and the rows of its tensors."""
 
 import inspect
 import math
@@ -94,7 +94,7 @@ class Architecture:
         return config
 
     def rows(self, config: Config) -> Entries:
-        """Of a config.json, the rows of every parameter of ours."""
+        """Returns the published rows of every parameter of ours, from a config.json."""
         return self.entries(self.complete(config))
 
 

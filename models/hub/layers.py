@@ -43,7 +43,7 @@ def block(mixer: Node, ffn: Node | None, eps: float) -> Node:
 
 
 def shapes(model: Node, who: str) -> Config:
-    """What a config.json says of the model as a whole. Raises ValueError."""
+    """The keys of a config.json for the model as a whole. Raises ValueError."""
     return {
         "vocab_size": model["vocabulary"],
         "hidden_size": model["dim"],
@@ -53,7 +53,7 @@ def shapes(model: Node, who: str) -> Config:
 
 
 def eps_of(model: Node, who: str, mixers: Mapping[str, type] = {}) -> float:  # noqa: B006 it is read only
-    """What all norms add to the mean square, those of these mixers too, by `_target_`. Raises ValueError where they
+    """The eps of all norms, those of these mixers too, by `_target_`. Raises ValueError where they
     differ."""
     found = [("model.norm_eps", model.get("norm_eps", 1e-5))]
     for name, block in layers(model):
@@ -98,7 +98,7 @@ def heads_fit(config: Config, *, divided: bool = False) -> None:
 
 
 def attention_keys(model: Node, who: str, *, partial: bool = False, **fixed: Any) -> Config:
-    """What a config.json says of all attention layers, {} without any. partial: as in `positions.write`. Raises
+    """The keys of a config.json for all attention layers, {} without any. partial: as in `positions.write`. Raises
     ValueError where they differ, or for another `fixed`."""
     found = []
     for name, section in layers(model):
@@ -142,7 +142,7 @@ def attention_rows(ours: str, theirs: str, config: Config, *, gate: bool = False
 
 
 def sparse(config: Config) -> list[bool]:
-    """Which layers have experts, of `decoder_sparse_step` and `mlp_only_layers`."""
+    """Finds the layers that have experts, from `decoder_sparse_step` and `mlp_only_layers`."""
     step, dense = config["decoder_sparse_step"], set(config["mlp_only_layers"] or ())
     layers = range(config["num_hidden_layers"])
     return [config["num_experts"] > 0 and i not in dense and (i + 1) % step == 0 for i in layers]
@@ -185,7 +185,8 @@ def mixture(config: Config, **shared: Any) -> Node:
 
 
 def ffn_keys(model: Node, who: str, **fixed: Any) -> Config:
-    """What a config.json says of all feed-forwards, experts or not. Raises ValueError. fixed: keys of the experts."""
+    """The keys of a config.json for all feed-forwards, experts or not. Raises ValueError. fixed: keys of the
+    experts."""
     dense, found, wide = [], [], []
     for i, (name, section) in enumerate(layers(model)):
         path, ffn = f"model.blocks.{name}.ffn", section["ffn"]

@@ -54,7 +54,7 @@ def _fits(config: Config) -> None:
 
 
 def _suits(model: Node, mixers: set[str]) -> bool:
-    """What is attention alone and no Llama, without a gate, which would be Qwen3-Next's."""
+    """Accepts attention alone that is no Llama, without a gate, which would be Qwen3-Next's."""
     return mixers == {parts.ATTENTION} and not any(block["mixer"].get("gate") for _, block in layers(model))
 
 

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Form:
-    """How a parameter's rows are published.
+    """The published form of a parameter's rows.
 
     unit: of our shape, how many published rows make up one index of the first dimension. columns: of our shape, the
     shape of a published row. here: published rows [n·unit, *columns] to our [n, …]; there: and back.
@@ -97,7 +97,7 @@ def parts(pieces: tuple[PublishedRows, ...], begin: int, end: int) -> list[Publi
 
 
 class RowPlace(NamedTuple):
-    """Where `number` rows of a published tensor lie: in our parameter `name` from its published row `start` on."""
+    """The place of `number` rows of a published tensor: in our parameter `name` from its published row `start` on."""
 
     name: str
     start: int
@@ -105,7 +105,7 @@ class RowPlace(NamedTuple):
 
 
 def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, tuple[RowPlace, ...]]]:
-    """By published tensor its shape, and its rows in our parameters, in order. shapes: of our parameters.
+    """Maps each published tensor to its shape and to its rows in our parameters, in order. shapes: of our parameters.
 
     Raises ValueError where the tables do not fit the shapes, or name a row twice or never: a mistake in them.
     """

@@ -25,7 +25,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies. begin: its first byte in the file."""
+    """The place of a tensor. begin: its first byte in the file."""
 
     file: Path
     dtype: torch.dtype
@@ -143,7 +143,7 @@ def folder(path: Path) -> dict[str, StoredTensor]:
 
 
 def _indexed(path: Path) -> dict[str, set[str] | None]:
-    """By file, the tensors that an index says it has. Raises ValueError."""
+    """Groups the tensors of an index by file. Raises ValueError."""
     try:
         told = table(path / INDEX)["weight_map"]
         files: dict[str, set[str] | None] = {}

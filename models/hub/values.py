@@ -1,5 +1,5 @@
-"""What a key of a config.json may be. JSON has one kind of number, and a folder may come from anywhere: `"64"`, `4.0`
-and `true` are no whole numbers here, as they are none for `transformers`."""
+"""The values that a key of a config.json may have. JSON has one kind of number, and a folder may come from anywhere:
+`"64"`, `4.0` and `true` are no whole numbers here, as they are none for `transformers`."""
 
 import math
 from collections.abc import Callable, Mapping

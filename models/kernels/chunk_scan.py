@@ -1,4 +1,4 @@
-"""From chunk to chunk: the one loop that is sequential, with its gradient written out.
+"""The scan over chunks: the one loop that is sequential, with its gradient written out.
 
 Legend: N chunks, B spans, H heads, C tokens a chunk, K key width, W columns of the state: V values, and K more where
 the effect of the span on an incoming state is wanted too.

@@ -1,4 +1,4 @@
-"""What the chunked kernels share: folding time into chunks, and who sees whom inside one.
+"""Parts that the chunked kernels share: they fold time into chunks, and mask tokens inside one.
 
 Legend: B spans, T tokens, H heads, N chunks, C tokens a chunk. Kernels work on [B, H, N, C, ...] or
 [N, B, H, C, ...].
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Effect(NamedTuple):
-    """What a span does to the state that enters it: S_out = alive·A·S_in + U."""
+    """The action of a span on the state that enters it: S_out = alive·A·S_in + U."""
 
     A: Tensor  # [B, ...], as the kind of recurrence keeps it
     U: Tensor  # [B, H, K, V], or what else the kind's state is
@@ -24,7 +24,7 @@ class Begun(Protocol):
 
     @property
     def effect(self) -> Effect:
-        """What the span does to a state; worked out when first asked for."""
+        """The action of the span on a state, computed at its first use."""
         ...
 
     def ahead(self) -> None:

@@ -48,7 +48,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _missing(targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Where there is no target [C] bool, and the targets to gather by [C, 1], 0 there."""
+    """A mask [C] bool of places without a target, and the targets to gather by [C, 1], 0 there."""
     return targets_C == NO_TARGET, targets_C.clamp_min(0).unsqueeze(-1)
 
 
@@ -66,8 +66,8 @@ def cross_entropy(x: Tensor, weight_VD: Tensor, targets: Tensor, *, chunk: int |
 
 
 class Scored(NamedTuple):
-    """Of some targets: their nats, summed; how many are the likeliest token, int64; and both of each, of the targets'
-    shape, 0 and False where there is none."""
+    """The scores of some targets: their nats, summed; how many are the likeliest token, int64; and both of each, of the
+    targets' shape, 0 and False where there is none."""
 
     total: Tensor
     correct: Tensor

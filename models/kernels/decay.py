@@ -1,4 +1,4 @@
-"""What decays do inside a chunk: scores between tokens, reads of the state that enters, writes to the one that leaves.
+"""Decays inside a chunk: scores between tokens, reads of the state that enters, writes to the one that leaves.
 
 With G_t the sum of the log decays of a chunk's tokens up to t, for a reader r (a query, or a key that looks back):
 
@@ -30,8 +30,8 @@ SMALL_STATE = 128 * 64  # numbers of a head's state
 
 
 def chunk_size(k: Tensor, v: Tensor, g: Tensor | None) -> int:
-    """How many tokens to a chunk. Decays by channel are worked on once for every doubling of it, so it is smaller for
-    them, unless states are so large that passing over one for each chunk costs more. k, v and g [B, T, H, ...]."""
+    """Returns the tokens of a chunk. Decays by channel are worked on once for every doubling of it, so it is smaller
+    for them, unless states are so large that passing over one for each chunk costs more. k, v and g [B, T, H, ...]."""
     by_channel = g is not None and g.dim() == k.dim()
     size = 32 if by_channel and k.shape[-1] * v.shape[-1] <= SMALL_STATE else 64
     return min(size, 1 << (k.shape[1] - 1).bit_length())
@@ -238,7 +238,7 @@ def _times(stacked: Tensor, factor: Tensor) -> Tensor:
 
 
 def _scores(readers: Sequence[Tensor], k: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:
-    """What each reader reads of each key, [..., C, C]; levels as `_levels` gives them."""
+    """Scores of each reader with each key, [..., C, C]; levels as `_levels` gives them."""
     C, n = k.shape[-2], len(readers)
     size = min(C, SMALL)
     outs = [k.new_zeros(*k.shape[:-1], C) for _ in readers]

@@ -29,7 +29,7 @@ WIDEST = 256  # columns of a key that the delta rules' kernels hold
 
 
 class Call(NamedTuple):
-    """Where a rule's kernel is, the names of its inputs behind q, k and v, and whether its A is dense."""
+    """The place of a rule's kernel, the names of its inputs behind q, k and v, and whether its A is dense."""
 
     module: str
     function: str

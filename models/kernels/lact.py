@@ -120,7 +120,7 @@ def _packed(now: Learning) -> Tensor:
 
 
 def _unpacked(state: Tensor, first: Three) -> Learning:
-    """Of one span [H, S]; the first weights where no document has begun."""
+    """Splits the state of one span [H, S]; the first weights where no document has begun."""
     sizes = [w[0].numel() for w in first] * 3
     *parts, mu, begun = state.split([*sizes, 1, 1], -1)
     nine = [part.view_as(first[i % 3]) for i, part in enumerate(parts)]

@@ -89,7 +89,8 @@ class MLSTMSpan(Begun):
 
     @cached_property
     def _inside(self) -> tuple[Tensor, Tensor]:
-        """Of each token: the largest weight in its chunk, [B,H,N,C], and over that what it reads there, [.., V+1]."""
+        """For each token the largest weight in its chunk, [B,H,N,C], and what it reads there, divided by that, [..,
+        V+1]."""
         top = self.weights.detach().amax(-1)
         return top, ((self.q @ self.k.transpose(-1, -2)) * (self.weights - top.unsqueeze(-1)).exp()) @ self.v
 

@@ -1,4 +1,4 @@
-"""Which kernel computes a rule: the only place that knows. The reference in PyTorch runs everywhere and is the oracle
+"""The table of rules and their kernels. The reference in PyTorch runs everywhere and is the oracle
 of the others. On CUDA flash-linear-attention's take over where they exist, for what is multiplied in 16 bits: in fp32
 they round to TF32, which the reference does not."""
 

@@ -32,7 +32,7 @@ def effect(k: Tensor, v: Tensor, g: Tensor | None, starts: Tensor) -> Effect:
 
 
 def past(q: Tensor, g: Tensor | None, starts: Tensor, state: Tensor) -> Tensor:
-    """What the outputs [B,T,H,V] gain when `state` [B,H,K,V] enters. q [B,T,H,K], already scaled."""
+    """The gain of the outputs [B,T,H,V] when `state` [B,H,K,V] enters. q [B,T,H,K], already scaled."""
     q = wide(q)
     if g is not None:
         q = q * _by_key(wide(g).cumsum(1), q).exp()

@@ -85,7 +85,7 @@ class Streamed(Begun):
 
     @abstractmethod
     def _past(self, state: Tensor) -> Tensor:
-        """What `state` adds to the outputs from zero, [B, T, H, V]."""
+        """The gain of the outputs [B, T, H, V] from `state`."""
 
     def finish(self, state: Tensor | None) -> Tensor:
         if self._open is None:

@@ -28,7 +28,7 @@ from models.precision import wide
 
 
 class Known(NamedTuple):
-    """What is in M and S after each token of a chunk, in numbers a head: [N, B, H, C] or [N, B, H, C, C]."""
+    """The decays of M and S after each token of a chunk, in numbers a head: [N, B, H, C] or [N, B, H, C, C]."""
 
     memory: Tensor  # a, of the M that enters in M
     momentum: Tensor  # b, of the S that enters in M
@@ -38,7 +38,7 @@ class Known(NamedTuple):
 
 
 def known(g: Tensor, mu: Tensor, seen: Segments) -> Known:
-    """From log α and log η [N, B, H, C]."""
+    """Computes them from log α and log η [N, B, H, C]."""
     # Differences of long sums cancel; see decay.py.
     sums = [x.double().cumsum(-1) for x in (g, mu)]
     keep, move = (

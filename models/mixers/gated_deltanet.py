@@ -71,7 +71,7 @@ class GatedDeltaNet(QKVMixer):
         return self.close(self.read(x_BTD, seq, slot=slot), x_BTD)
 
     def read(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        """What each head reads, before the norm: [B, T, N, V]."""
+        """The reads of each head, before the norm: [B, T, N, V]."""
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
         q_BTHK, k_BTHK = l2_normalise(q_BTHK), l2_normalise(k_BTHK)
         q_BTHK, k_BTHK = repeat_heads(q_BTHK, self.shared_by), repeat_heads(k_BTHK, self.shared_by)

@@ -90,7 +90,7 @@ class MixtureOfMemories(nn.Module):
         return self.closing.close(y_BTN.unflatten(-1, (-1, self.closing.value_dim)), x_BTD)  # type: ignore[operator]
 
     def _read(self, memory: nn.Module, x_BTD: Tensor, seq: Any, *, slot: str) -> Tensor:
-        """What a memory adds: its output, or what its heads read, side by side."""
+        """Returns a memory's contribution: its output, or the reads of its heads, side by side."""
         if self.closing is None:
             return memory(x_BTD, seq, slot=slot)  # type: ignore[no-any-return]
         return memory.read(x_BTD, seq, slot=slot).flatten(-2)  # type: ignore[operator, no-any-return]

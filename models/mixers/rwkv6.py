@@ -86,7 +86,8 @@ class RWKV6(nn.Module):
         self.recurrence = Diagonal("gla", scale=1.0)
 
     def mixed(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> list[Tensor]:
-        """What enters w, k, v, r and the gate: x + (μ + W2 tanh(W1 (x + μ_x δ))) δ, δ what the token before adds."""
+        """Computes the inputs of w, k, v, r and the gate: x + (μ + W2 tanh(W1 (x + μ_x δ))) δ, δ what the token before
+        adds."""
         delta_BTD = previous(x_BTD, seq, slot=slot) - x_BTD
         low = self.mix_in(x_BTD + delta_BTD * self.mix.to(x_BTD.dtype)).tanh().unflatten(-1, (5, -1))
         moved = torch.einsum("btnr,nrd->nbtd", low, self.mix_out.to(x_BTD.dtype))
