@@ -59,7 +59,7 @@ def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 
 
 
 def passed_over(skipped: list[list[int]], step: int, skips: int, trained: dict[int, int]) -> str:
-    """What a run has passed over, in words.
+    """Formats the batches that a run has passed over.
 
     skipped: [begin, end) of batches, by their place in the order, as a checkpoint at `step` lists them. trained: of
     each step the place of its batch, by the run's own record. Raises AssertionError where a batch up to here was

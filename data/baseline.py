@@ -1,4 +1,4 @@
-"""What counting alone achieves: byte n-gram models, the bar that a trained model has to clear.
+"""Baselines by counting alone: byte n-gram models, the bar that a trained model has to clear.
 
 Interpolated Witten-Bell smoothing (Witten and Bell 1991; Chen and Goodman 1998, section 2.4), down to the uniform
 distribution over the 256 bytes. For a context h seen c(h) times with t(h) distinct bytes after it,
@@ -56,7 +56,8 @@ class _Examples:
         self.reach = positions[self.places] + 1
 
     def of(self, order: int) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-        """Which examples have `order` symbols before them, bool [examples]; of those, the contexts and the bytes."""
+        """Selects the examples that have `order` symbols before them, bool [examples]; for those, the contexts and the
+        bytes."""
         has_context = self.reach >= order
         places = self.places[has_context]
         contexts = np.zeros(len(places), dtype=np.int64)

@@ -29,7 +29,7 @@ class Ramp:
 
     @classmethod
     def of(cls, batch_tokens: Any) -> "Ramp":
-        """What `train.batch_tokens` says: a number of tokens, or lines of [token, number]."""
+        """Reads `train.batch_tokens`: a number of tokens, or lines of [token, number]."""
         if isinstance(batch_tokens, int) and not isinstance(batch_tokens, bool):
             batch_tokens = [[0, batch_tokens]]
         try:
@@ -113,7 +113,7 @@ class Ramped:
         return self.ramp.size(step + skips)
 
     def slots(self, step: int, skips: int = 0) -> list[Any]:
-        """Which sequences a step has."""
+        """Chooses the sequences of a step."""
         return [slot for unit in self._range(step + skips) for slot in self._units.slots(unit)]
 
     def batch(self, seed: int, step: int, skips: int = 0) -> list[Packed]:
@@ -139,7 +139,7 @@ class Ramped:
         return [lengths * (size // self.ramp.unit) for size in self.ramp.sizes]
 
     def card(self) -> dict[str, Any]:
-        """What a run and its checkpoints keep of their corpus."""
+        """The card of the corpus that a run and its checkpoints save."""
         return {**self._units.card(), "order": self.order, "batches": self.fingerprint}
 
 

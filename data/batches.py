@@ -24,7 +24,7 @@ VERSION = 2  # of the order: any change of what a step holds
 
 @dataclass(frozen=True, kw_only=True)
 class Sequencing:
-    """How documents become sequences, and which are held out: the keys that `Data` and `Mixture` share.
+    """Rules by which documents become sequences or are held out: the keys that `Data` and `Mixture` share.
 
     Raises ValueError, one line that opens with the key, for a value out of range.
     """
@@ -198,7 +198,8 @@ class Batches:
         return [lane for _, sampler, _ in self.stages for lane in sampler.lanes]
 
     def card(self) -> dict[str, Any]:
-        """What a run and its checkpoints keep of their corpus: the stores' cards, and how they are split and cut."""
+        """The card of the corpus that a run and its checkpoints save: the stores' cards, and how they are split and
+        cut."""
         counts = [
             (sum(len(d.ids) for d, _ in source.documents("train", self.sequencing.heldout)), len(held.ids))
             for source, held in zip(self.sources, self.heldout_documents, strict=True)
@@ -222,7 +223,7 @@ class Batches:
         }
 
     def slots(self, step: int, skips: int = 0) -> list[Slot]:
-        """Which sequences a step has."""
+        """Chooses the sequences of a step."""
         begin, sampler, _ = self._stage(step + skips)
         return sampler.slots(step + skips - begin)
 
@@ -271,7 +272,7 @@ class Batches:
 
     @property
     def sides(self) -> dict[str, bool]:
-        """Of each source of a run that replays one, whether it is old; {} where none is."""
+        """Maps each source of a run that replays one to True where it is old; {} where none is."""
         sides = {source.name: source.old for source in self.sources}
         return sides if any(sides.values()) else {}
 
@@ -313,7 +314,7 @@ def checked_audit(steps: int | None) -> int | None:
 
 
 def changed(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
-    """What is another in the second `order` than in the first, None of an order that was not kept."""
+    """Lists the differences between two `order`s; None for an order that was not saved."""
     if before is None:
         return "its corpus, data.max_length or train.batch_tokens, or it is of another version of farspan"
     found = []

@@ -1,4 +1,4 @@
-"""Which length a step has: odds of the buckets over a cycle, and a longest length that grows with the tokens.
+"""The length of each step: odds of the buckets over a cycle, and a longest length that grows with the tokens.
 
 A step's sequences all have one length. Buckets give steps by their tokens; a curriculum multiplies that by odds, so
 that a bucket with high ones comes early and has given its part of the cycle before the others: it leaves, and they
@@ -52,7 +52,7 @@ class Curriculum:
                 raise ValueError(f"curriculum.context={context}: must begin with token 0 and go on with later ones")
 
     def odds_of(self, buckets: int) -> list[int]:
-        """By bucket, the shortest first."""
+        """The odds of each bucket, the shortest first."""
         if self.odds == "grow_linear":
             return list(range(buckets, 0, -1))
         base = {"uniform": 1, "grow_p2": 2}.get(self.odds, 100)
@@ -73,7 +73,7 @@ def _stage(line: Any) -> tuple[int, int, float | None]:
 
 
 class Buckets:
-    """Which bucket each step takes.
+    """Chooses the bucket of each step.
 
     phases, caps: as of `Shares`, in steps, the weights being buckets' tokens. odds: by bucket. cycle: steps of one.
     """
@@ -100,14 +100,14 @@ class Buckets:
         return bucket, given[bucket] + more
 
     def before(self, step: int) -> tuple[int, ...]:
-        """How many steps each bucket gave before this one."""
+        """Counts the steps of each bucket before this one."""
         if self.cycle is None:
             return self.shares.before(step)
         given, inner, place = self._within(step)
         return tuple(a + b for a, b in zip(given, inner.before(place), strict=True))
 
     def _within(self, step: int) -> tuple[tuple[int, ...], Shares, int]:
-        """What was given before a step's cycle, how the cycle is shared out, and the step's place in it."""
+        """Counts before a step's cycle, the shares of the cycle, and the step's place in it."""
         assert self.cycle is not None
         if step < 0 or self.total is not None and step > self.total:
             raise IndexError(f"step {step} of {self.total}")

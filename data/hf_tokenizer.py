@@ -26,7 +26,7 @@ ENDS = CLOSING[: CLOSING.index("<|begin_of_text|>")]  # those that are no begin
 
 
 def files(card: dict[str, Any], max_length: int | None) -> dict[str, str]:
-    """By name, the text of the files of a checkpoint's tokenizer; {} where it is not known what tokens spell.
+    """Texts of the files of a checkpoint's tokenizer, by name; {} where the bytes of tokens are not known.
 
     max_length: the longest text that the model is for, in tokens. Raises ValueError for a tokenizer that no
     tokenizer.json can say.
@@ -153,7 +153,7 @@ def _stopping(tokenizer: Json, end: int | None = None) -> Json:
 
 
 def _roles(text: str, backend: Any, beside: dict[str, str], told: dict[str, dict[str, Any]]) -> Roles:
-    """What a folder says of its special tokens: what its own tokenizer would put around a text, and the ids that end
+    """Reads a folder's special tokens: those that its own tokenizer would put around a text, and the ids that end
     one that is written, those of its generation_config.json before those of its config.json."""
     settings = told.get("tokenizer_config.json", {})
     if "special_tokens_map.json" in beside:
@@ -262,7 +262,7 @@ def _listed(ids: Any) -> list[int]:
 
 
 def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the tokenizers of two cards make other tokens of a text, or open a document with another one."""
+    """True where the tokenizers of two cards make other tokens of a text, or open a document with another one."""
     if one == other:
         return False
     try:

@@ -43,7 +43,7 @@ class Portion:
         self.data, self.weight, self.epochs, self.long, self.order, self.old = data, weight, epochs, long, order, old
 
     def source(self, name: str, store: Any = None) -> Source:
-        """What a sampler asks of it. Raises ValueError for a value out of range, with the full key."""
+        """Builds the source that a sampler reads. Raises ValueError for a value out of range, with the full key."""
         at = f"data.sources.{name}"
         if not isinstance(self.data, Data):
             raise ValueError(f"{at}.data: must be a data.Data")

@@ -31,7 +31,7 @@ class Packed:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens do more than fill a place."""
+        """Counts the tokens that are no padding."""
         return len(self.tokens) - self.padding
 
     @property
@@ -42,7 +42,7 @@ class Packed:
 
     @property
     def num_targets(self) -> int:
-        """How many tokens have a target."""
+        """Counts the tokens that have a target."""
         return int(np.count_nonzero(self.targets != NO_TARGET))
 
 

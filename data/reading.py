@@ -71,7 +71,8 @@ def json_lines(path: Path, most: int = JSON_BYTES) -> list[dict[str, Any]]:
 
 
 def is_step(record: Any) -> bool:
-    """Whether a line of metrics.jsonl is the record of a step: one from elsewhere may have anything in its place."""
+    """True for a line of metrics.jsonl that is the record of a step: one from elsewhere may have anything in its
+    place."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
     return all(

@@ -42,7 +42,7 @@ class Roles:
 
     @property
     def closing(self) -> tuple[int, ...]:
-        """What a document's last tokens are, of its own."""
+        """The tokens that close a document, by its own tokenizer."""
         return () if self.joint or self.end is None else (self.end,)
 
     @property
@@ -52,7 +52,8 @@ class Roles:
 
     @property
     def entry(self) -> tuple[int, ...]:
-        """What a text is read behind where something has to be: its begin, else the end of another; () without both."""
+        """The tokens to read a text behind where there must be some: its begin, else the end of another; () without
+        both."""
         return self.begin or self.closing
 
     @property
@@ -62,6 +63,6 @@ class Roles:
 
 
 def roles_of(tokenizer: Any) -> Roles:
-    """Of one that names a `DOCUMENT` and nothing else, that is all of them."""
+    """The roles of a tokenizer's special tokens; a tokenizer that names a `DOCUMENT` alone uses it for all of them."""
     found = getattr(tokenizer, "roles", None)
     return Roles.of(tokenizer.DOCUMENT) if found is None else found

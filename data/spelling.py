@@ -14,7 +14,7 @@ _SPLITS = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}  # which drop bl
 
 
 class Spelling:
-    """What ids of a backend of the `tokenizers` package spell.
+    """Bytes that ids of a backend of the `tokenizers` package spell.
 
     Of a byte-level vocabulary and of SentencePiece's, each token has bytes of its own, so that half a character is half
     of its bytes. Of all others (WordPiece, BPE with ends of words, whole words) the folder's own decoder says it, for
@@ -42,7 +42,7 @@ class Spelling:
             self._decode = self._whole(model, bool(steps), bool(splits & _SPLITS))
 
     def _whole(self, model: dict[str, Any], decoder: bool, splits: bool) -> Callable[[list[str]], str] | None:
-        """How several tokens are spelled together; None where each is spelled by itself."""
+        """Finds the way in which several tokens are spelled together; None where each is spelled by itself."""
         from tokenizers import decoders
 
         if decoder:
@@ -55,7 +55,7 @@ class Spelling:
         return " ".join if splits or model.get("type") == "WordLevel" else None
 
     def is_byte(self, token: int) -> bool:
-        """Whether a token is a byte that text without a token of its own falls back on."""
+        """True for a token that is a byte, on which text without a token of its own falls back."""
         return _BYTE.fullmatch(self._backend.id_to_token(token) or "") is not None
 
     def each(self, token: int) -> bytes:
@@ -72,7 +72,7 @@ class Spelling:
         return text.encode()
 
     def __call__(self, ids: Sequence[int]) -> bytes:
-        """Of tokens one after another."""
+        """Spells tokens one after another."""
         kept = [i for i in ids if i not in self.silent]
         if self._decode is None:
             return b"".join(map(self.each, kept))
@@ -99,8 +99,8 @@ class SpellingWriter:
 
 
 class _Runs(SpellingWriter):
-    """Of a vocabulary that falls back on bytes: a run of them is text as a whole, or each is a mark of damage, as the
-    `tokenizers` package has it."""
+    """The writer for a vocabulary that falls back on bytes: a run of them is text as a whole, or each is a mark of
+    damage, as the `tokenizers` package has it."""
 
     def __init__(self, spell: Spelling) -> None:
         super().__init__(spell)
@@ -125,7 +125,7 @@ class _Runs(SpellingWriter):
 
 
 class _Together(SpellingWriter):
-    """Of tokens whose bytes depend on those before them."""
+    """The writer for tokens whose bytes depend on those before them."""
 
     def __init__(self, spell: Spelling, before: Sequence[int]) -> None:
         super().__init__(spell)
@@ -146,7 +146,7 @@ class _Together(SpellingWriter):
 
 @lru_cache(maxsize=2)
 def parsed(text: str) -> dict[str, Any]:
-    """What a tokenizer.json says, to be read and not changed: those of large vocabularies take long to parse."""
+    """Parses a tokenizer.json, to be read and not changed: those of large vocabularies take long to parse."""
     return json.loads(text)
 
 

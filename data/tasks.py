@@ -76,7 +76,7 @@ class Questions:
         self.fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def card(self) -> dict[str, Any]:
-        """What a run and its checkpoints keep of their task."""
+        """The card of the task that a run and its checkpoints save."""
         return {
             "task": self.task.name,
             "version": self.task.version,
@@ -121,7 +121,7 @@ class Questions:
 
 
 class Task:
-    """What `conf/data/*.yaml` builds for a generated task: its sizes, and how an example is drawn.
+    """A generated task, as `conf/data/*.yaml` builds it: its sizes, and the drawing of an example.
 
     `example(draw)` -> tokens and targets, int64 [L]. A `version` counts changes of what is drawn.
     """

@@ -35,10 +35,10 @@ class Tokenizer(Protocol):
     def identity(self) -> str: ...
 
     def card(self) -> dict[str, Any]:
-        """What a checkpoint keeps of its tokenizer: all that `from_card` needs, and what the special ids mean."""
+        """The card that a checkpoint saves: all that `from_card` needs, and the meaning of the special ids."""
 
     def spells(self, content: bytes) -> bool:
-        """Whether these bytes are what `encode` takes: UTF-8, for most."""
+        """True for bytes that `encode` takes: UTF-8, for most."""
 
     def encode(self, content: bytes) -> Ids:
         """Token ids of UTF-8 text [T]; no token of `roles` is added."""
@@ -63,7 +63,7 @@ class Bytes:
         return self.name
 
     def card(self) -> dict[str, Any]:
-        """What a checkpoint keeps of its tokenizer: all that `from_card` needs, and what the special ids mean."""
+        """The card that a checkpoint saves: all that `from_card` needs, and the meaning of the special ids."""
         return {"name": self.name, "size": self.size, "special": {"document": self.DOCUMENT}}
 
     def spells(self, content: bytes) -> bool:
@@ -133,13 +133,13 @@ class Json:
 
     @property
     def identity(self) -> str:
-        """Of all that it is made of, so that a changed file makes another store."""
+        """A digest of all its parts, so that a changed file makes another store."""
         if self.of_folder:
             return f"json-{hashlib.sha256(json.dumps(self.card(), sort_keys=True).encode()).hexdigest()[:16]}"
         return f"json-{hashlib.sha256(f'{self.document} {self.text}'.encode()).hexdigest()[:16]}"
 
     def card(self) -> dict[str, Any]:
-        """What a checkpoint keeps of its tokenizer: all of it."""
+        """The card that a checkpoint saves: all of the tokenizer."""
         head = {"name": self.name, "size": self.size}
         if not self.of_folder:
             return {**head, "special": {"document": self.DOCUMENT}, "document": self.document, "json": self.text}
@@ -188,7 +188,7 @@ class Json:
 
     @cached_property
     def _leads(self) -> bool:
-        """Whether `encode` puts a blank in front of a text."""
+        """True where `encode` puts a blank in front of a text."""
         tokens = (token.lstrip("\u2581\u0120") for token in self._backend.get_vocab())
         for text in ("a", "the", "0", *(token for token, _ in zip(tokens, range(64), strict=False))):
             if text and text[0].isalnum() and self.unknown(text) is None:
@@ -198,7 +198,7 @@ class Json:
 
 @contextmanager
 def sound(said: str = "the tokenizer gave up on a text") -> Iterator[None]:
-    """What the `tokenizers` package raises becomes a ValueError of one line, `said` and the reason.
+    """Turns an error of the `tokenizers` package into a ValueError of one line, `said` and the reason.
 
     It has no class of its own for errors, and a panic of its Rust is no `Exception`: an expression of a tokenizer.json
     that backtracks without end ends in one, at the limit of the package's regular expressions.
@@ -332,7 +332,7 @@ class Given:
         return found
 
     def card(self) -> dict[str, Any]:
-        """What a checkpoint keeps of them."""
+        """The card that a checkpoint saves."""
         return {"name": self.name, "size": self.size, "special": {"document": self.DOCUMENT}}
 
     def spells(self, content: bytes) -> bool:
@@ -365,7 +365,7 @@ class Symbols:
         self.size = size
 
     def card(self) -> dict[str, Any]:
-        """What a checkpoint keeps of them. `from_card` refuses it: there is no text to make tokens of."""
+        """The card that a checkpoint saves. `from_card` refuses it: there is no text to make tokens of."""
         return {"name": self.name, "size": self.size, "special": {"document": self.DOCUMENT}}
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def unknown(tokenizer: Any, contents: Sequence[bytes], ids: Sequence[NDArray[np.integer]]) -> int:
-    """How many tokens of `ids`, what `contents` were encoded to, stand for text that the tokenizer does not know; of
+    """Counts the tokens of `ids`, the encoding of `contents`, that stand for text that the tokenizer does not know; of
     one that drops such text, how many characters it has dropped."""
     mark, text = getattr(tokenizer, "unknown_id", None), getattr(tokenizer, "text", None)
     if mark is not None:
@@ -21,7 +21,7 @@ def unknown(tokenizer: Any, contents: Sequence[bytes], ids: Sequence[NDArray[np.
 
 
 def _dropped(text: str, content: bytes) -> int:
-    """How many characters, blanks apart, no token spells."""
+    """Counts the characters, blanks apart, that no token spells."""
     shown = content.decode(errors="replace")
     spelled = np.zeros(len(shown) + 1, dtype=bool)
     for begin, end in _backend(text).encode(shown, add_special_tokens=False).offsets:
@@ -42,6 +42,6 @@ def _backend(text: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _drops(text: str) -> bool:
-    """Whether a tokenizer.json without an unknown token has no tokens for single bytes, either."""
+    """True for a tokenizer.json without an unknown token that has no tokens for single bytes, either."""
     told = json.loads(text)
     return not told["model"].get("byte_fallback") and '"ByteLevel"' not in json.dumps(told.get("pre_tokenizer"))

@@ -1,1 +1,1 @@
-"""Where each part of the computation happens. Knows sequences, recurrences and dispatch; never a concrete mixer."""
+"""The placement of each part of the computation. Knows sequences, recurrences and dispatch; never a concrete mixer."""

@@ -1,4 +1,4 @@
-"""What a step keeps for its backward pass, and where: recomputation, tiles of tokens, the host's memory.
+"""Memory of a step's backward pass: recomputation, tiles of tokens, the host's memory.
 
 Every choice changes memory and time, never a number beyond rounding. Recomputing a layer repeats its collectives, in
 the same order on every rank, since all ranks run the same layers; the policy `selective` keeps their results and sends
@@ -78,7 +78,7 @@ def _after(trim: Any, *_: Any) -> None:
 
 
 def taped() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What a layer's first pass runs in, and its second."""
+    """Contexts of a layer's first pass and of its second."""
     tape = Tape()
     return tape.recording(), tape.replay()
 

@@ -38,7 +38,7 @@ Clock = Callable[[], AbstractContextManager[None]]
 
 
 class LedgerEntry(NamedTuple):
-    """What was communicated, over which axis of the mesh, and why."""
+    """A kind of communication: the axis of the mesh, and its purpose."""
 
     axis: str
     purpose: str

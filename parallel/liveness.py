@@ -1,4 +1,4 @@
-"""Where this process is: the collective it waits in, and for which layer. Whoever finds it silent can say so.
+"""Marks of this process: the collective that it waits in, and the layer. A watchdog that finds it silent reports them.
 
 Every wait for other ranks is entered here, by whichever thread waits, and each entry and exit is a sign of life. A
 watch (`launch.world.watchdog`) reads it from a thread of its own; nothing here communicates.

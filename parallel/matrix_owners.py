@@ -36,7 +36,7 @@ class PeriodicRange(NamedTuple):
     length: int
 
     def before(self, place: int) -> int:
-        """How many of its places are below this one."""
+        """Counts its places below this one."""
         rounds, rest = divmod(place, self.period)
         return rounds * self.size + min(max(rest - self.begin, 0), self.size)
 
@@ -49,7 +49,7 @@ class PeriodicRange(NamedTuple):
 
 
 class MatrixCut(NamedTuple):
-    """Where a matrix lies in its parameter: parameter[lead, rows, columns], `lead` None in one of two dimensions."""
+    """The place of a matrix in its parameter: parameter[lead, rows, columns], `lead` None in one of two dimensions."""
 
     lead: int | None
     rows: PeriodicRange
@@ -103,7 +103,7 @@ def assigned(
 def received(
     lengths: Sequence[int], matrices: Sequence[Sequence[MatrixCut]], world: int, itemsize: int
 ) -> list[Traffic]:
-    """What each rank receives where `Owners.apply` is called, of parameters of so many rows that FSDP has sharded."""
+    """Traffic that each rank receives in `Owners.apply`, for parameters of so many rows that FSDP has sharded."""
     found = [Traffic() for _ in range(world)]
     for bucket in assigned([shares(length, world) for length in lengths], matrices, world):
         for rank, traffic in enumerate(found):
@@ -159,7 +159,7 @@ class Owners:
         return range(self.world)
 
     def _place(self, pieces: Sequence[Tensor], each: OwnedMatrix) -> tuple[Tensor, Places, Places]:
-        """Where this rank's rows of a matrix lie: in which tensor, in which of its rows and columns."""
+        """Finds this rank's rows of a matrix: the tensor, and the rows and columns in it."""
         piece, cut = pieces[each.parameter], each.cut
         begin, end = self.begins[each.parameter][self.rank : self.rank + 2]
         columns = cut.columns.between(0, cut.columns.length)
@@ -187,7 +187,7 @@ class Owners:
 
 
 def _held(begins: Sequence[int], cut: MatrixCut, rank: int) -> int:
-    """How many of a matrix's rows a rank holds."""
+    """Counts a matrix's rows on a rank."""
     begin, end = begins[rank : rank + 2]
     if cut.lead is not None:
         return cut.shape[0] if begin <= cut.lead < end else 0
@@ -221,7 +221,7 @@ def _computed(matrices: list[Tensor], function: Function) -> list[Tensor]:
 
 
 def _cost(cut: MatrixCut) -> float:
-    """Of the products of a matrix with itself."""
+    """The FLOPs, up to a factor, of a matrix's products with itself."""
     rows, columns = cut.shape
     return float(rows * columns * min(rows, columns))
 
@@ -238,7 +238,7 @@ def _group(parameters: Sequence[Tensor]) -> tuple[dist.ProcessGroup | None, int,
 
 
 def _begins(parameter: Tensor, world: int) -> list[int]:
-    """As `shares` of a parameter that lies as FSDP lays it."""
+    """The first rows of `shares`, checked against a parameter that FSDP has sharded."""
     length = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return [0, length]

@@ -1,1 +1,1 @@
-"""Where documents come from: files of text, records, Hugging Face datasets, a tokenised corpus of Megatron's."""
+"""Sources of documents: files of text, records, Hugging Face datasets, a tokenised corpus of Megatron's."""

@@ -38,7 +38,7 @@ class Corpus(Protocol):
         """Raises ValueError, one line that opens with the key at fault, if there is nothing to read. Quick."""
 
     def identity(self) -> dict[str, str | int]:
-        """What tells this source from another, and from itself after a change, without reading it."""
+        """Facts that differ between this source and another, or itself after a change, found without reading it."""
 
     def parts(self) -> Iterator[CorpusPart]:
         """Pieces that can be read by themselves, in the order of the documents; the same for the same identity."""
@@ -50,7 +50,7 @@ class Corpus(Protocol):
         """Counts files beside the documents that are not read, by reason."""
 
     def nothing(self) -> ValueError:
-        """What to raise where no part has a document."""
+        """Makes the error to raise where no part has a document."""
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         """(name of its source, content) of every document."""

@@ -31,7 +31,7 @@ class CorpusPart(NamedTuple):
 
 
 class CorpusReader:
-    """What corpora share: they are read in parts that depend on the corpus alone, never on who reads them."""
+    """Base class of corpora, which are read in parts that depend on the corpus alone, never on who reads them."""
 
     name = ""
 
@@ -48,7 +48,7 @@ class CorpusReader:
         return {}
 
     def nothing(self) -> ValueError:
-        """What to raise where no part has a document."""
+        """Makes the error to raise where no part has a document."""
         return ValueError(f"data.corpus={self.name}: holds no documents")
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
@@ -176,7 +176,7 @@ def opens_as_text(file: Path) -> bool:
 
 
 def is_text(content: bytes, final: bool) -> bool:
-    """Whether bytes are UTF-8 without NUL; if not `final`, the last character may be cut."""
+    """True for bytes that are UTF-8 without NUL; if not `final`, the last character may be cut."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(content, final)
     except UnicodeDecodeError:

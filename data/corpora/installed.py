@@ -52,7 +52,7 @@ class Installed(CorpusReader):
                 yield name, content
 
     def version(self) -> dict[str, str | int]:
-        """Of what is installed, by its name."""
+        """The version of the installed package, with its name."""
         raise NotImplementedError
 
     def walk(self) -> Iterator[Path]:

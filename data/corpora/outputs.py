@@ -16,7 +16,8 @@ CACHES = (  # variables that name a cache of a library that a run uses
 
 
 def is_cache(folder: str | Path, names: Collection[str]) -> bool:
-    """Whether a folder of these entries calls itself a cache (bford.info/cachedir), or the environment does."""
+    """True for a folder of these entries that calls itself a cache (bford.info/cachedir), or that the environment names
+    as one."""
     if "CACHEDIR.TAG" in names:
         return True
     base = os.path.basename(folder)
@@ -25,8 +26,8 @@ def is_cache(folder: str | Path, names: Collection[str]) -> bool:
 
 
 def is_output(folder: Path, names: Collection[str]) -> bool:
-    """Whether a folder of these entries is a run's or a checkpoint's, a sweep's, a token store, an index of one, or a
-    model's in safetensors."""
+    """True for a folder of these entries that is a run's or a checkpoint's, a sweep's, a token store, an index of one,
+    or a model's in safetensors."""
     if "config.yaml" in names and _matches(folder / "config.yaml", rb"^model:", rb"^code:"):
         return True
     if "sweep.json" in names and _matches(folder / "sweep.json", rb'"members"'):
@@ -50,7 +51,7 @@ def _matches(file: Path, *patterns: bytes) -> bool:
 
 
 def is_inside(file: Path, root: Path) -> bool:
-    """Whether a folder between `root` and a file below it, `root` itself among them, is an output."""
+    """True where a folder between `root` and a file below it, `root` itself among them, is an output."""
     for folder in file.parents:
         try:
             names = [entry.name for entry in folder.iterdir()]

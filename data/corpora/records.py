@@ -203,7 +203,7 @@ def _lines(file: str, begin: int, end: int) -> Iterator[bytes]:
 
 
 def _before(file: str, begin: int) -> int:
-    """How many lines begin before a stretch: counted only when a line has to be named."""
+    """Counts the lines before a stretch; called only when an error names a line."""
     count, place = 0, 0
     if begin:
         with open(file, "rb") as stream:

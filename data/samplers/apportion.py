@@ -1,4 +1,4 @@
-"""Who is next? Draws shared out by weights that may change, so that what each gave before any draw is a closed form.
+"""Weighted draws in closed form: what each source has given before draw n is computed, not stored.
 
 Let C_k(t) be the cumulated weight of k, as a share, over the first t draws: piecewise linear, summing to t. The j-th
 item of k, from 0, is due when C_k(t) = j + 1/2, and draws are the items in the order in which they fall due. With fixed
@@ -19,7 +19,7 @@ HALF = Fraction(1, 2)
 
 
 class _Segment(NamedTuple):
-    """From draw `start` on, C grows from `begun` by `rates` a draw."""
+    """A stretch of draws: from `start` on, C grows from `begun` by `rates` a draw."""
 
     start: Fraction
     begun: tuple[Fraction, ...]
@@ -75,7 +75,7 @@ class Shares:
         return at, given, False
 
     def before(self, draw: int) -> tuple[int, ...]:
-        """How many each has given before this draw; they sum to `draw`. Raises IndexError behind the last."""
+        """Counts the draws of each before this draw; they sum to `draw`. Raises IndexError behind the last."""
         return self._run(draw, 0)[0]
 
     def draws(self, first: int, count: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from data.samplers.pool import Cut, Key, Pool
 
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
-    """Which bin each piece of 1..capacity tokens goes into, int64 [n]; bins are numbered from 0 as they are opened.
+    """Assigns each piece of 1..capacity tokens to a bin, int64 [n]; bins are numbered from 0 as they are opened.
 
     Best-fit decreasing. The rooms that open bins have are the bits of one number, so the smallest that is large enough
     is found by a shift.

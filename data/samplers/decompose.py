@@ -57,7 +57,7 @@ def _draw(seeds: NDArray[np.uint64], draw: int, low: int, high: int) -> Ints:
 
 @dataclass(frozen=True)
 class Table:
-    """How many sequences of which length there are: what a decomposed corpus is to a schedule, and its costs."""
+    """Counts of sequences by length, as a schedule sees a decomposed corpus, and its costs."""
 
     lengths: Sequence[int]
     sequences: Sequence[int]
@@ -68,7 +68,7 @@ class Table:
 
     @property
     def mean_length(self) -> float:
-        """Of the sequence that a token is in."""
+        """The mean length of the sequence that a token is in."""
         return sum(n * length * length for n, length in zip(self.sequences, self.lengths, strict=True)) / self.tokens
 
     def attention_saved(self, length: int) -> float:
@@ -76,7 +76,7 @@ class Table:
         return length / self.mean_length
 
     def cycle(self, tokens: int, cycles: int, unit: int, odds: Sequence[int]) -> "Cycle":
-        """What each bucket gives in each of `cycles` cycles of a run of `tokens`, in whole units of `unit` tokens.
+        """Shares of each bucket in each of `cycles` cycles of a run of `tokens`, in whole units of `unit` tokens.
 
         By the authors' rule: a bucket's share is rounded to whole units, and the longest bucket takes what is missing
         to a whole number of them. odds: by bucket, of a curriculum.
@@ -91,7 +91,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Cycle:
-    """Of one cycle: sequences by bucket, the weights that buckets are drawn by, tokens."""
+    """One cycle: sequences by bucket, the weights that buckets are drawn by, tokens."""
 
     sequences: list[int]
     weights: list[int]

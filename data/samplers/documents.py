@@ -1,4 +1,4 @@
-"""Which documents of a store, in which order: the side that is trained on and the one that is held out."""
+"""The documents of a store, in order: the side that is trained on and the one that is held out."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 
 class StoredDocuments(Protocol):
-    """What an index and a sampler ask of a store: document i is tokens[offsets[i]:offsets[i + 1]].
+    """The part of a store that an index and a sampler use: document i is tokens[offsets[i]:offsets[i + 1]].
 
     opened: whether every document opens with the token that closes the one before; where not, nothing predicts what
     follows one.

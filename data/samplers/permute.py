@@ -29,11 +29,11 @@ class Permutation:
         self._keys = np.frombuffer(digest(*key, count=ROUNDS), dtype="<u8").astype(np.uint64)
 
     def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
-        """What stands at these places, int64 of their shape. Raises ValueError for a place outside 0..size-1."""
+        """The values at these places, int64 of their shape. Raises ValueError for a place outside 0..size-1."""
         return self._walk(places, self._keys)
 
     def inverse(self, values: ArrayLike) -> NDArray[np.int64]:
-        """Where these values stand."""
+        """The places of these values."""
         return self._walk(values, self._keys[::-1], backwards=True)
 
     def _walk(self, places: ArrayLike, keys: NDArray[np.uint64], backwards: bool = False) -> NDArray[np.int64]:

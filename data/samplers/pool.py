@@ -13,8 +13,8 @@ Key = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Cut:
-    """How documents become sequences: at most `longest` tokens, of buckets at least `shortest`, both powers of two
-    there; `overlong`: what becomes of a document above twice the longest bucket's length."""
+    """Lengths of the sequences that documents become: at most `longest` tokens, of buckets at least `shortest`, both
+    powers of two there; `overlong`: what becomes of a document above twice the longest bucket's length."""
 
     longest: int
     shortest: int = 256

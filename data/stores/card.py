@@ -24,7 +24,7 @@ def lengths_of(offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def percentile(lengths: NDArray[np.int64], counts: NDArray[np.int64], p: float) -> int:
-    """As np.percentile of all of them, rounded down: between the two nearest, linearly."""
+    """Computes np.percentile of all of them, rounded down: between the two nearest, linearly."""
     ends = np.cumsum(counts)
     rank = p / 100 * (ends[-1] - 1)
     low, high = (int(lengths[np.searchsorted(ends, place, side="right")]) for place in (int(rank), -int(-rank // 1)))
@@ -32,7 +32,8 @@ def percentile(lengths: NDArray[np.int64], counts: NDArray[np.int64], p: float) 
 
 
 def duplicates(hashes: NDArray[np.uint64]) -> int:
-    """How many documents have the content of an earlier one: exact, by 64 bits of sha256, in rounds of `HASHES`."""
+    """Counts the documents that have the content of an earlier one: exact, by 64 bits of sha256, in rounds of
+    `HASHES`."""
     rounds = max(-(-len(hashes) // HASHES), 1)
     width = np.uint64(-(-(2**64) // rounds) if rounds > 1 else 2**64 - 1)
     found = 0

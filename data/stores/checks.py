@@ -1,4 +1,5 @@
-"""Whether a store is what was written: a checksum of every part of its files, offsets that ascend, tokens in range.
+"""Checks of a store against its writer's record: a checksum of every part of its files, offsets that ascend, tokens in
+range.
 
 `checksums.json` has, of each file, the crc32 of every `PART_BYTES` of it: as in gzip, zip and Parquet, against disks
 and copies, not against people. A store that was made before there were any has its fingerprint alone.
@@ -116,7 +117,7 @@ def verify(store: Any, seconds: float | None = None) -> tuple[int, int]:
 
 
 def _pieces(store: Any, at: str) -> list[FilePiece]:
-    """Of the small files first, then of the tokens, in random order."""
+    """Lists the pieces of the small files first, then those of the tokens, in random order."""
     step, known = PART_BYTES, {}
     if (path := store.folder / CHECKSUMS).exists():
         try:
@@ -198,7 +199,8 @@ def _document(store: Any, place: int) -> str:
 
 
 def _fingerprint(store: Any, at: str, until: float | None) -> None:
-    """Of a store without checksums: its fingerprint, as far as there is time. Raises ValueError for another one."""
+    """Checks the fingerprint of a store without checksums, as far as there is time. Raises ValueError for another
+    one."""
     digest = hashlib.sha256()
     for block in _blocks(_path(store, TOKENS)):
         digest.update(block)

@@ -59,7 +59,7 @@ class StoreAddress:
 
 
 def is_address(store: str) -> bool:
-    """Whether a store is named by an address, not by a path."""
+    """True for a store named by an address, not by a path."""
     return "://" in store
 
 

@@ -61,11 +61,11 @@ class TokenIndex:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the .bin file must hold."""
+        """The number of tokens that the .bin file must hold."""
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1]) if len(self.lengths) else 0
 
     def offset(self, document: int) -> int:
-        """Where a document begins, in tokens; of the number of documents, where the last ends."""
+        """The first token of a document; for the number of documents, the end of the last."""
         sequence = int(self.documents[document])
         return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self.pointers) else self.tokens
 

@@ -42,7 +42,8 @@ class PartLostError(ValueError):
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """What every part needs. tokens: the type of a corpus that is tokenised already; its tokens are not written."""
+    """The task that every part shares. tokens: the type of a corpus that is tokenised already; its tokens are not
+    written."""
 
     corpus: Corpus
     tokenizer: Any
@@ -99,7 +100,7 @@ class TokenizeJob:
         return number
 
     def finished(self, number: int) -> dict[str, Any] | None:
-        """What is told of a finished part, its `documents` among that; None for one that is not whole.
+        """Reads the facts of a finished part, its `documents` among them; None for one that is not whole.
 
         A machine that lost its power may have kept the name of a file and not its content.
         """
@@ -119,11 +120,11 @@ class TokenizeJob:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens."""
+        """The dtype of the tokens."""
         return smallest(self.tokenizer.size) if self.tokens is None else self.tokens
 
     def _documents(self, part: CorpusPart, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
-        """What the corpus reads of a part, save what is no text where the tokenizer spells nothing else."""
+        """Reads a part's documents, leaving out those that are no text where the tokenizer spells nothing else."""
         for name, content in self.corpus.read(part, skipped):
             if self.tokens is None and not self.tokenizer.spells(content):
                 skipped["not text"] += 1

@@ -1,4 +1,4 @@
-"""From a corpus to the files of a store: tokens, index, sidecar and card, in a folder that can be gone on with.
+"""Makes the files of a store from a corpus: tokens, index, sidecar and card, in a folder that can be gone on with.
 
 Memory: this process holds a part's documents at a time (20 bytes each); every process that makes parts holds a batch
 of `BATCH_BYTES` of text, its tokens, and the largest document. Neither grows with the corpus (a packed file of JSON
@@ -35,7 +35,8 @@ _SAMPLED = 64  # places of the corpus that a sample comes from
 
 
 class PrepareProgress(NamedTuple):
-    """How far it is. done, total: bytes of the corpus, as far as their number is known before they are read."""
+    """The progress of `prepare`. done, total: bytes of the corpus, as far as their number is known before they are
+    read."""
 
     done: int
     total: int
@@ -102,7 +103,7 @@ def fill(
 
 
 def _merge(folder: Path, job: TokenizeJob, tokens: Path | None) -> Merge:
-    """What has been put together so far; from the first part again where the disk has lost some of that."""
+    """Continues the merge; from the first part again where the disk has lost some of it."""
     try:
         return Merge(folder, job.folder, job.dtype, tokens)
     except (ValueError, KeyError, TypeError):

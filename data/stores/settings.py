@@ -1,4 +1,4 @@
-"""How a corpus becomes a store: the keys that say so, checked, and the store itself."""
+"""Settings of a store: the keys that decide how a corpus becomes one, checked, and the store itself."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ _OF_A_CORPUS = (  # keys that some corpora have
 
 @dataclass(frozen=True, kw_only=True)
 class Storing:
-    """Where documents come from, how they become tokens, and where those are kept: the keys that `Data` has for it.
+    """The source of documents, their tokenizer and their store: the keys that `Data` has for these.
 
     Raises ValueError, one line that opens with the key, for a value out of range.
     """
@@ -134,7 +134,7 @@ class Storing:
         return fetch(store, self.local) if self.local is not None else Path(store).expanduser()
 
     def left_out(self, folder: Path) -> dict[str, int]:
-        """What is not in a store of `prepare`, by reason, and how many of its tokens stand for text that the tokenizer
+        """Counts documents left out by `prepare`, by reason, and the tokens that stand for text that the tokenizer
         does not know. Files that lie beside the corpus are counted as they are now."""
         store = Store(folder)
         found = dict(store.card["skipped"])
@@ -153,7 +153,7 @@ class Storing:
         return found(**{key: getattr(self, key) for key in ("path", *_OF_A_CORPUS) if key in known})
 
     def vocabulary_size(self) -> int | None:
-        """How many tokens there may be, where that is known before any are made."""
+        """The size of the vocabulary, where it is known before any tokens are made."""
         source = self.source
         return None if isinstance(source, Prepared) else self._tokenizer(source).size or None
 

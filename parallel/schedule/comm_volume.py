@@ -1,4 +1,4 @@
-"""What a rank receives from the others: bytes and calls by purpose, from a plan and the shapes that layers ask with.
+"""The traffic that a rank receives: bytes and calls by purpose, from a plan and the shapes that layers ask with.
 
 The formulas are those of the transports in `parallel/sequence`, message by message; `tests/parallel/test_volume.py`
 holds every one to what a world has counted, byte for byte. With P ranks of R spans each, elements received by a rank,
@@ -50,7 +50,7 @@ class Traffic:
 
 
 class Both(NamedTuple):
-    """What one layer's forward and backward pass receive."""
+    """Traffic of one layer's forward and backward pass."""
 
     forward: Traffic
     backward: Traffic
@@ -76,7 +76,7 @@ class PlacedSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a group's packed sequence lies: each rank's spans, where documents start; none of either is empty."""
+    """The layout of a group's packed sequence: each rank's spans, where documents start; none of either is empty."""
 
     spans: tuple[tuple[Span, ...], ...]
     starts: tuple[int, ...] = (0,)
@@ -105,7 +105,7 @@ class Ask(Protocol):
     in_layer: ClassVar[bool]  # so that a backward pass that computes all of its layer again asks again
 
     def received(self, layout: Layout, rank: int, how: How) -> Both:
-        """By the rank of that index in its group of at least two."""
+        """Traffic that the rank of that index in its group (of at least two) receives."""
         ...
 
 
@@ -262,7 +262,7 @@ class SumCall:
 def of_plan(
     plan: Plan, starts: Sequence[Sequence[int]], asks: Iterable[Ask], how: How, *, recompute: str = "none"
 ) -> dict[int, Traffic]:
-    """What each rank receives on the sequence axis in a step of training.
+    """Traffic that each rank receives on the sequence axis in a step of training.
 
     starts: of each of the batch's sequences, where its documents begin; the first is 0. recompute: `engine.recompute`.
     """
@@ -305,7 +305,8 @@ class Unit(NamedTuple):
 
 
 def of_weights(units: Iterable[Unit], ranks: int, micro_steps: int) -> Traffic:
-    """What each rank receives of weights and their gradients in a step: FSDP shards rows, padded to the ranks."""
+    """Traffic of weights and their gradients that each rank receives in a step: FSDP shards rows, padded to the
+    ranks."""
     total = Traffic()
     for unit in units:
         shard = sum(-(-rows // ranks) * rest for rows, rest in unit.shapes) * unit.itemsize

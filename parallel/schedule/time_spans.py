@@ -8,7 +8,7 @@ from parallel.schedule.plan import Group, MicroStep, Span
 
 
 def count(micro: MicroStep, lengths: tuple[int, ...], tokens: int) -> int:
-    """How many spans in time a micro-step takes of at most `tokens` tokens a rank."""
+    """Counts the spans in time of a micro-step, each of at most `tokens` tokens a rank."""
     return max(-(-_total(group, lengths) // (tokens * len(group.ranks))) or 1 for group in micro.groups)
 
 

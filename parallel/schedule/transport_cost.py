@@ -13,14 +13,15 @@ from typing import NamedTuple
 
 
 class LinkCost(NamedTuple):
-    """What a message between two ranks costs: `latency` seconds, and one more for every `bandwidth` bytes."""
+    """The cost of a message between two ranks: `latency` seconds, and one more for every `bandwidth` bytes."""
 
     latency: float
     bandwidth: float
 
 
 def seconds(ranks: int, decay: int, state: int, wire: LinkCost, blocks: int, spans: int = 1) -> dict[str, float]:
-    """By transport, forward and backward together, of a layer whose effect has `decay` and `state` bytes."""
+    """Seconds of each transport, forward and backward together, for a layer whose effect has `decay` and `state`
+    bytes."""
     latency, bandwidth = wire
     hops = spans * (ranks - 1)
     return {

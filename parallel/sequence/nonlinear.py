@@ -1,5 +1,5 @@
-"""What is no affine map, over ranks: each span is run when the state that enters it has come, and hands on the one that
-leaves it. Backward the gradient of the state goes from the last span to the first.
+"""Recurrences that are no affine map, over ranks: each span is run when the state that enters it has come, and hands on
+the one that leaves it. Backward the gradient of the state goes from the last span to the first.
 
 A span is run again in its backward pass, so that only the state that entered it is kept. The way is one operator, which
 a checkpointing policy may keep: computing a layer again then sends nothing. Messages of one layer are over before the

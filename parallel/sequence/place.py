@@ -1,4 +1,4 @@
-"""From a plan's group to what this rank computes on: its tokens, its targets, and the sequence that joins them."""
+"""Builds this rank's inputs from a plan's group: its tokens, its targets, and the sequence that joins them."""
 
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ def place(
 
 
 def _identities(group: Group, batch: Listed[PackedSequence], step: int, idle: int) -> list[DocumentKey]:
-    """Of every document of the group in order, and of the one that masked tokens share."""
+    """Keys of every document of the group in order, and of the one that masked tokens share."""
     found = []
     for s in group.sequences:
         starts = np.flatnonzero(batch[s].positions == 0)

@@ -42,7 +42,7 @@ class SpanLayout:
 
     @cached_property
     def mine(self) -> list[int]:
-        """Where this rank's rows stand in `links`, by row."""
+        """Indices of this rank's rows in `links`."""
         return [n for n, link in enumerate(self.links) if link.rank == self.comm.rank]
 
     def of(self, layer: str) -> "SpanLayout":

@@ -80,8 +80,8 @@ def _placed(x: Tensor, at: int, one: Tensor) -> Tensor:
 def attend(
     seq: SpreadInTime, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
 ) -> Tensor:
-    """As `Sequence.attend`. Within a window, the keys and values before a span are inputs like any other; else the
-    chain's are gathered, and join those that it was entered with."""
+    """Implements `Sequence.attend`. Within a window, the keys and values before a span are inputs like any other; else
+    the chain's are gathered, and join those that it was entered with."""
     kv_BTGW = torch.cat((k, v), dim=-1)
     widths = (k.shape[-1], v.shape[-1])
     if window is not None and not sinks:

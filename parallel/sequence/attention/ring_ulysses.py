@@ -75,7 +75,7 @@ class Ulysses(MeshKeys):
 
 
 def divides(split: int, heads: int, kv_heads: int) -> bool:
-    """Whether query heads can be split so, and key/value heads too, or be shared by several ranks each."""
+    """True where query heads can be split so, and key/value heads too, or several ranks can share each of them."""
     return heads % split == 0 and (kv_heads % split == 0 or split % kv_heads == 0)
 
 

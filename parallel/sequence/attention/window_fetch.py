@@ -14,7 +14,7 @@ Range = tuple[int, int]  # tokens [begin, end) of the packed sequence
 
 
 def needed(chain: SpanLayout, link: Link, window: int, sinks: int) -> list[Range]:
-    """What the span `link` sees of the tokens before it, ascending: its document's sinks, and a window's past."""
+    """Ranges of tokens before the span `link` that it sees, ascending: its document's sinks, and a window's past."""
     first, begin, _ = chain.documents_of(link)[0]
     if first == begin:
         return []
@@ -26,7 +26,8 @@ def needed(chain: SpanLayout, link: Link, window: int, sinks: int) -> list[Range
 def attend_in_window(
     chain: SpanLayout, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]], *, window: int, sinks: int
 ) -> Tensor:
-    """As `Keys.attend`, for a layer with a window, on any layout: every span asks for what it sees, and no more."""
+    """Implements `Keys.attend` for a layer with a window, on any layout: every span fetches the tokens that it sees, no
+    more."""
     wanted = [needed(chain, chain.links[n], window, sinks) for n in chain.mine]
     past = _Fetch.apply(chain, window, sinks, torch.cat((k, v), dim=-1))
     counts = [sum(b - a for a, b in ranges) for ranges in wanted]

@@ -22,12 +22,12 @@ class Post:
                 work.wait()
 
     def send(self, n: int, x: Tensor) -> None:
-        """To the rank of span n, if there is such a span and it is another rank's."""
+        """Sends to the rank of span n, if there is such a span and it is another rank's."""
         links = self.chain.links
         if 0 <= n < len(links) and links[n].rank != self.chain.comm.rank:
             x = x.contiguous()
             self._out.append((self.chain.comm.send(x, links[n].rank, purpose=self.purpose), x))
 
     def receive(self, n: int, like: Tensor) -> Tensor:
-        """From the rank of span n."""
+        """Receives a tensor from the rank of span n."""
         return self.chain.comm.receive(like, self.chain.links[n].rank, purpose=self.purpose)

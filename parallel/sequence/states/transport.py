@@ -24,7 +24,7 @@ from parallel.sequence.span_layout import SpanLayout
 
 
 class Transport(Protocol):
-    """How states travel along a chain. Rows are this rank's spans; no autograd is asked of it."""
+    """A way to send states along a chain. Rows are this rank's spans; it needs no autograd."""
 
     def states(self, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> tuple[Tensor, list[Tensor]]:
         """The states [B, ...] that enter this rank's spans, and what `gradients` will want to see again."""
@@ -39,7 +39,8 @@ class Transport(Protocol):
         kept: list[Tensor],
         grad: Tensor,
     ) -> Tensor:
-        """From the gradients [B, ...] of the entering states, those of the states that leave this rank's spans."""
+        """Returns the gradients [B, ...] of the states that leave this rank's spans, from those of the entering
+        states."""
         ...
 
 
