@@ -15,7 +15,7 @@ from rich.console import Console
 from launch.run.progress import RunProgress
 from launch.run.status import _steps
 from train.settings import TrainSettings
-from train.tracking import Jsonl, RunLog
+from train.tracking import JsonlWriter, RunLog
 
 TOTAL = 600_000
 
@@ -139,7 +139,7 @@ def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_says_so(tmp_path: Path) -> None:
     run = Watched(tmp_path)
-    Jsonl(run.metrics).log(record(1, loss=float("nan"), heldout_loss=float("inf")))
+    JsonlWriter(run.metrics).log(record(1, loss=float("nan"), heldout_loss=float("inf")))
     assert "  loss not finite  held-out not finite  " in run.tick()
 
 
@@ -152,7 +152,7 @@ def test_log_lines_are_shown_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_is_followed_from_the_end(tmp_path: Path) -> None:
-    log, notices = Jsonl(tmp_path / "metrics.jsonl"), RunLog(tmp_path / "log.txt")
+    log, notices = JsonlWriter(tmp_path / "metrics.jsonl"), RunLog(tmp_path / "log.txt")
     for step in range(1, 11):
         log.log(record(step))
     notices("old")
@@ -165,22 +165,22 @@ def test_a_resumed_run_is_followed_from_the_end(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_that_ends_at_once_shows_nothing_old(tmp_path: Path) -> None:
-    Jsonl(tmp_path / "metrics.jsonl").log(record(1))
+    JsonlWriter(tmp_path / "metrics.jsonl").log(record(1))
     assert Watched(tmp_path, from_end=True).close() == ""
 
 
-def replaced(path: Path, step: int) -> Jsonl:
+def replaced(path: Path, step: int) -> JsonlWriter:
     """The file as another one that ends with `step`: restored from a copy, say."""
     aside = path.with_suffix(".aside")
     aside.write_text("".join(path.read_text().splitlines(keepends=True)[:step]))
     aside.replace(path)
-    return Jsonl(path)
+    return JsonlWriter(path)
 
 
 @pytest.mark.parametrize("from_end", [False, True])
 def test_steps_trained_again_are_shown(tmp_path: Path, from_end: bool) -> None:
     """They are appended: the file has them twice, the second time with another attempt."""
-    log = Jsonl(tmp_path / "metrics.jsonl")
+    log = JsonlWriter(tmp_path / "metrics.jsonl")
     if from_end:
         for step in range(1, 11):
             log.log(record(step, attempt=1))
@@ -201,7 +201,7 @@ def test_steps_trained_again_are_shown(tmp_path: Path, from_end: bool) -> None:
 @pytest.mark.parametrize("from_end", [False, True])
 @pytest.mark.parametrize("ticked", [False, True], ids=["longer again", "shorter"])
 def test_a_replaced_file_shows_what_is_new_in_it(tmp_path: Path, from_end: bool, ticked: bool) -> None:
-    log = Jsonl(tmp_path / "metrics.jsonl")
+    log = JsonlWriter(tmp_path / "metrics.jsonl")
     if from_end:
         for step in range(1, 11):
             log.log(record(step))
@@ -219,7 +219,7 @@ def test_a_replaced_file_shows_what_is_new_in_it(tmp_path: Path, from_end: bool,
 
 
 def test_the_end_of_a_long_file_is_found(tmp_path: Path) -> None:
-    log = Jsonl(tmp_path / "metrics.jsonl")
+    log = JsonlWriter(tmp_path / "metrics.jsonl")
     for step in range(1, 31):
         log.log(record(step, padding="x" * 100_000))
     run = Watched(tmp_path, from_end=True)
@@ -270,7 +270,7 @@ def test_a_terminal_shows_one_bar_and_the_notices_above_it(tmp_path: Path) -> No
 
 
 def test_a_terminal_starts_where_the_resumed_run_stands(tmp_path: Path) -> None:
-    log = Jsonl(tmp_path / "metrics.jsonl")
+    log = JsonlWriter(tmp_path / "metrics.jsonl")
     log.log(record(73))
     drawn = Watched(tmp_path, terminal=True, width=30, from_end=True).tick().splitlines()[-1]
     done, rest = drawn.split("╺")

@@ -15,7 +15,7 @@ from tests.train.tracking.test_tensorboard import events, files, values
 from tests.wandb_file import config, history, of_kind, offline_files, summary
 from train.build import build
 from train.loop import Trainer
-from train.tracking import Jsonl, records
+from train.tracking import JsonlWriter, records
 
 pytestmark = pytest.mark.dist
 TRACKED = ["tracking.mode=offline", "tracking.tensorboard=true", "cluster.workers=1"]
@@ -137,7 +137,7 @@ def numbers(*jobs: dict[str, Any]) -> list[int]:
 def test_every_rank_has_the_same_attempt_and_none_comes_twice(run, tmp_path: Path) -> None:
     jobs = [order(tmp_path, tmp_path / "new"), order(tmp_path, tmp_path / "new", attempt=7)]
     died = order(tmp_path, tmp_path / "died")  # twice, before a first checkpoint
-    log = Jsonl(tmp_path / "died" / "metrics.jsonl")
+    log = JsonlWriter(tmp_path / "died" / "metrics.jsonl")
     for attempt in (1, 2):
         log.log({"step": 1, "tokens": 1, "attempt": attempt})
     jobs += [died, {**died, "attempt": 3}, {**died, "attempt": 9}, {**died, "attempt": 1}]

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tests.train.tracking.common import read, record
-from train.tracking import Jsonl, RunLog, newest_attempt, records
+from train.tracking import JsonlWriter, RunLog, newest_attempt, records
 
 
 def test_a_reader_sees_whole_lines_at_once(tmp_path: Path) -> None:
-    log = Jsonl(tmp_path / "run" / "metrics.jsonl")
+    log = JsonlWriter(tmp_path / "run" / "metrics.jsonl")
     for step in (1, 2):
         assert log.log(record(step)) == record(step)
         assert read(tmp_path / "run" / "metrics.jsonl") == [record(s) for s in range(1, step + 1)]
@@ -25,7 +25,7 @@ def test_a_reader_sees_whole_lines_at_once(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
-    log = Jsonl(tmp_path / "m.jsonl")
+    log = JsonlWriter(tmp_path / "m.jsonl")
     log.log({"loss": math.nan, "grad_norm": -math.inf, "expert_load": {"layers.0": [0.5, math.nan]}, "lr": 0.1})
     log.log({"loss": 1.0})
     first, second = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "m.jsonl").open())
@@ -40,7 +40,7 @@ def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
 
 
 def test_tensors_and_arrays_are_numbers(tmp_path: Path) -> None:
-    log = Jsonl(tmp_path / "m.jsonl")
+    log = JsonlWriter(tmp_path / "m.jsonl")
     log.log({"loss": torch.tensor(0.5), "load": torch.tensor([1, 2]), "n": np.int64(3), "x": np.float32("inf")})
     assert read(tmp_path / "m.jsonl") == [{"loss": 0.5, "load": [1, 2], "n": 3, "x": None, "nonfinite": ["x"]}]
 
@@ -50,7 +50,7 @@ def test_a_cut_last_line_is_removed(tmp_path: Path, cut: bytes) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + cut)
     assert [r["step"] for r in records(path)] == [1, 2]
-    log = Jsonl(path)
+    log = JsonlWriter(path)
     assert log.lines == 2
     log.log({"step": 3})
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
@@ -59,13 +59,13 @@ def test_a_cut_last_line_is_removed(tmp_path: Path, cut: bytes) -> None:
 def test_a_file_of_one_cut_line_starts_over(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step"')
-    Jsonl(path).log({"step": 1})
+    JsonlWriter(path).log({"step": 1})
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
 def written(path: Path, *attempts: tuple[int, list[int]]) -> list[tuple[int, int]]:
     """Write (attempt, its steps) in turn, and read (step, attempt) of what counts."""
-    log = Jsonl(path)
+    log = JsonlWriter(path)
     for attempt, steps in attempts:
         for step in steps:
             log.log({"step": step, "attempt": attempt})
@@ -104,7 +104,7 @@ def test_what_is_no_steps_record_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_the_newest_attempt_of_a_long_file_is_found_at_its_end(tmp_path: Path) -> None:
-    log = Jsonl(tmp_path / "m.jsonl")
+    log = JsonlWriter(tmp_path / "m.jsonl")
     for step in range(30):
         log.log({"step": step, "attempt": 1 + step // 10, "padding": "x" * 100_000})
     assert newest_attempt(tmp_path / "m.jsonl") == 3

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.train.tracking.common import read, record, until
-from train.tracking import Jsonl, Tracker
+from train.tracking import JsonlWriter, Tracker
 
 
 class Listener:
@@ -58,7 +58,7 @@ def said() -> list[str]:
 
 
 def tracker(path: Path, said: list[str], *sinks: Any, **options: Any) -> Tracker:
-    return Tracker(Jsonl(path / "metrics.jsonl"), sinks, say=said.append, **options)
+    return Tracker(JsonlWriter(path / "metrics.jsonl"), sinks, say=said.append, **options)
 
 
 def test_a_sink_that_blocks_forever_costs_nothing_and_is_given_up(tmp_path: Path, said: list[str]) -> None:

@@ -15,7 +15,7 @@ from tests.train.tracking.common import KEY, facts, read, record, track, until
 from tests.train.tracking.conftest import closed_port
 from tests.wandb_file import config, history, of_kind, offline_files, summary
 from tests.wandb_server import Server
-from train.tracking import Jsonl, Tracker, Tracking
+from train.tracking import JsonlWriter, Tracker, Tracking
 from train.tracking.wandb import WandB, WandBOptions
 
 
@@ -287,7 +287,7 @@ def test_a_server_that_hangs_at_the_end_is_left_in_time(
 def test_a_failure_of_log_is_said_once_and_the_record_goes_on(tmp_path: Path) -> None:
     said: list[str] = []
     sink = WandB(WandBOptions(mode="offline"), facts(tmp_path), said.append)
-    tracker = Tracker(Jsonl(tmp_path / "metrics.jsonl"), [sink], say=said.append)
+    tracker = Tracker(JsonlWriter(tmp_path / "metrics.jsonl"), [sink], say=said.append)
     until(lambda: said)
     attempts: list[int] = []
 
