@@ -145,7 +145,7 @@ def _configuration(verb: Verb, overrides: list[str]) -> str:
         config = configure(job)
         with refusals(config):
             validate.build(config)
-        texts.append(OmegaConf.to_yaml(OmegaConf.create(config)))
+        texts.append(OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
     return "---\n".join(texts)
 
 

@@ -1,10 +1,13 @@
 """Paths in a configuration: home folders behind `~`, and absolute ones in what a run keeps, which is read elsewhere."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launch.errors import UserError
+from train.run_config import ObjectConfig, RunConfig
 
 HOMES = ("resume", "init_from", "run.dir", "run.plot")
 _PLACES = ("path", "store", "tokenizer", "local")  # of a corpus
@@ -31,31 +34,40 @@ def home(key: str, text: str) -> str:
         ) from None
 
 
-def at_home(config: dict[str, Any]) -> dict[str, Any]:
+def at_home(config: RunConfig) -> RunConfig:
     """The configuration with the home folder in the place of `~`. Raises UserError."""
-    for key in HOMES:
-        *above, last = key.split(".")
-        node = config[above[0]] if above else config
-        if isinstance(value := node.get(last), str):
-            node[last] = home(key, value)
-    return config
+    own = {key: value if value is None else home(key, value) for key in HOMES for value in [_value(config, key)]}
+    run = replace(config.run, dir=own["run.dir"], plot=own["run.plot"])
+    return replace(config, resume=own["resume"], init_from=own["init_from"], run=run)
 
 
-def make_absolute(config: dict[str, Any]) -> None:
-    """The paths of what a run reads, in its configuration itself, so that it goes on from any folder. `run.dir` and
+def _value(config: RunConfig, key: str) -> str | None:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths of what the run reads, so that it goes on from any folder. `run.dir` and
     `resume` are where a run lies, which it does not need to be told."""
-    pass
+    data = ObjectConfig(_moved(config.data.values))
+    if sources := data.get("sources"):
+        data = data.having(sources={name: {**each, "data": _moved(each["data"])} for name, each in sources.items()})
+    start = config.init_from
+    if start is not None:
+        named = not Path(start).exists() and (RUNS / start).exists()
+        start = absolute(str(RUNS / start) if named else start)
+    return replace(config, data=data, init_from=start)
 
-    data = config.get("data") or {}
-    corpora = [data, *((source or {}).get("data") or {} for source in (data.get("sources") or {}).values())]
-    for corpus in corpora:
-        for key in _PLACES:
-            if key in corpus:
-                may_be_a_name = key == "tokenizer" or key == "path" and corpus.get("corpus") == "hf"
-                corpus[key] = absolute(corpus[key], may_be_a_name)
-    if isinstance(told := config.get("init_from"), str):
-        named = not Path(told).exists() and (RUNS / told).exists()
-        config["init_from"] = absolute(str(RUNS / told) if named else told)
+
+def _moved(corpus: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(corpus)
+    for key in _PLACES:
+        if key in corpus:
+            may_be_a_name = key == "tokenizer" or key == "path" and corpus.get("corpus") == "hf"
+            found[key] = absolute(corpus[key], may_be_a_name)
+    return found
 
 
 def absolute(value: Any, may_be_a_name: bool = False) -> Any:

@@ -97,7 +97,7 @@ def choices() -> list[tuple[str, ...]]:
 def keys(chosen: tuple[str, ...]) -> list[str]:
     """Every full key of a job under `chosen`; those of the chosen part alone, where one is chosen."""
     try:
-        found = list(_paths(composed(list(chosen))))
+        found = list(_paths(composed(list(chosen)).to_dict()))
     except UserError:  # an option that takes a value of the user's
         return ["model"]
     place = chosen[-1].partition("=")[0].rpartition("@")[2] if chosen else ""

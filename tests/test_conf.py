@@ -62,11 +62,11 @@ def nodes(tree: object) -> Iterator[dict]:
 def test_every_file_composes_is_accepted_and_builds(file):
     config = composed(overrides_for(file))
     with torch.device("meta"):
-        built = [construct(node) for node in nodes(config)]
+        built = [construct(node) for node in nodes(config.to_dict())]
     assert len(built) >= len(OBJECTS)
     parameters = list(build(config).parameters())
     assert parameters and all(p.device.type == "meta" for p in parameters)
-    construct(config["optimizer"])(parameters)
+    config.optimizer.build()(parameters)
 
 
 def test_the_default_model_has_the_size_that_it_is_said_to_have():
@@ -87,7 +87,7 @@ def test_every_mixer_can_be_placed_in_a_model_by_name(mixer):
     place = "model.blocks.gla.mixer"
     missing = [name for name, value in files.option("mixer", mixer).items() if value == "???"]
     config = composed([f"mixer@{place}={mixer}", *(f"{place}.{name}={REQUIRED[name]}" for name in missing)])
-    target = config["model"]["blocks"]["gla"]["mixer"]["_target_"]
+    target = config.model["blocks"]["gla"]["mixer"]["_target_"]
     assert target == f"models.mixers.{MIXERS[mixer].__name__}"
     build(config)
 

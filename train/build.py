@@ -30,7 +30,6 @@ from train.guards import rollback
 from train.guards.hang_timeout import Patience
 from train.guards.step_guard import Guard
 from train.hooks import Hooks
-from train.instantiate import construct
 from train.layout import dependences
 from train.loop import Trainer
 from train.metrics.comm_record import TransportChoice
@@ -41,7 +40,8 @@ from train.optim import carry_over
 from train.optim.average import Average
 from train.optim.build import build_optimizer
 from train.precision import dtypes
-from train.settings import ClusterSettings, ParallelSettings, TrainSettings, section
+from train.run_config import RunConfig
+from train.settings import TrainSettings
 from train.state import RunProgress, State
 from train.time_spans import Spans, SpansTold
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
@@ -51,39 +51,39 @@ from train.tracking.hook import Recording
 def build(order: dict[str, Any]) -> Trainer:
     """A Trainer from what the launcher ordered.
 
-    order: `config` (resolved), `run_dir`, `device`, and optionally `resume` (a verified checkpoint to continue, with
+    order: `config` (a RunConfig), `run_dir`, `device`, and optionally `resume` (a verified checkpoint to continue, with
     the optimizer's state and the step), `init_from` (one to take weights from), `attempt` (which start of the run this
     is, by the launcher's count, from 1) and `code` (what `Facts` says of it).
     """
-    config, run_dir = order["config"], Path(order["run_dir"])
+    config: RunConfig = order["config"]
+    train, run_dir = config.train, Path(order["run_dir"])
     device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
-    compute, master = dtypes(config["precision"]["compute"], device.type)
+    compute, master = dtypes(config.precision.compute, device.type)
     first = dist.get_rank() == 0
     say = RunLog(run_dir / "log.txt") if first else lambda line: None
     phases = PhaseTimes()
     groups = Groups(waiting=lambda: phases("wait"))
 
     with torch.device("meta"):
-        model = construct(config["model"])
+        model = config.model.build()
     model.compute = compute
-    _announce(model, section(TrainSettings, config["train"]), say)
+    _announce(model, train, say)
     asks = _asks(model, config, order["device"])
     declared = declarations(model)
     utilisation = _utilisation(model, order["device"], say) if first else None
-    construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
-    adamw = build_optimizer(construct(config["optimizer"]), model, declared)
+    config.engine.build().prepare(model, everyone(device), seed=config.seed, dtype=master)
+    adamw = build_optimizer(config.optimizer.build(), model, declared)
 
-    train = section(TrainSettings, config["train"])
     state, facts = _start(order, model, adamw, train.init_optimizer)
 
-    parallel = section(ParallelSettings, config["parallel"])
+    parallel = config.parallel
     model.loss_chunk = train.loss_chunk
     data, sequence = parallel.sizes(dist.get_world_size())
     recurrence, attention = parallel.transport.build()
     batches = Prefetched(_batches(config, train))
-    scheduler, spans = construct(config["scheduler"]), _spans(config, train)
+    scheduler, spans = config.scheduler.build(), _spans(config, train)
     each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
-    if spans is not None and device.type == "cpu" and config["engine"].get("recompute", "none") == "none":
+    if spans is not None and device.type == "cpu" and config.engine.get("recompute", "none") == "none":
         give_back(model.layers)  # as what is computed again does by itself
     executor = Executor(
         model,
@@ -109,7 +109,7 @@ def build(order: dict[str, Any]) -> Trainer:
     recording = Recording(run_dir, progress, phases)
     guard = Guard(train.guard, groups.world_comm, device)
     average = _average(train, model, progress, say)
-    patience = Patience(section(ClusterSettings, config["cluster"]).timeout)
+    patience = Patience(config.cluster.timeout)
     hooks = Hooks()
     evaluation = Evaluation(
         executor=executor,
@@ -117,7 +117,7 @@ def build(order: dict[str, Any]) -> Trainer:
         plan=plan,
         progress=progress,
         phases=phases,
-        seed=config["seed"],
+        seed=config.seed,
         log=recording.log,
         average=average,
         bytes_per_target=bytes_per_target(batches) if first else None,
@@ -151,12 +151,12 @@ def build(order: dict[str, Any]) -> Trainer:
     recording.tracker = _tracker(order, say, model, utilisation) if first else None
     return Trainer(
         progress=progress,
-        seed=config["seed"],
-        rate=config["optimizer"]["lr"],
+        seed=config.seed,
+        rate=config.optimizer["lr"],
         stop=run_dir / "stop",
         model=model,
         optimizer=adamw,
-        schedule=construct(config["schedule"]),
+        schedule=config.schedule.build(),
         batches=batches,
         plan=plan,
         executor=executor,
@@ -167,7 +167,7 @@ def build(order: dict[str, Any]) -> Trainer:
         rollback=rollback.Rollback(
             run_dir=run_dir,
             progress=progress,
-            seed=config["seed"],
+            seed=config.seed,
             model=model,
             optimizer=adamw,
             batches=batches,
@@ -179,7 +179,7 @@ def build(order: dict[str, Any]) -> Trainer:
         ),
         hooks=hooks,
         utilisation=utilisation,
-        norms=bool(config["tracking"].get("norms")),
+        norms=bool(config.tracking.get("norms")),
     )
 
 
@@ -204,7 +204,7 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
     elif order.get("init_from"):
         told = checkpoint.load(Path(order["init_from"]), model, None)
         facts = {} if told.get("published") is None else {"published": told["published"]}
-        if order["config"]["train"].get("init_weights") == "average":
+        if order["config"].train.init_weights == "average":
             checkpoint.load_average(Path(order["init_from"]), model)
         if keep != "reset":
             carry_over.load(Path(order["init_from"]), model, adamw, keep)
@@ -220,16 +220,16 @@ def _average(train: TrainSettings, model: LM, progress: RunProgress, say: Callab
     return Average(model, progress, train.average, tokens, train.average_count, say)
 
 
-def _of_the_run(config: dict[str, Any], batches: Any, facts: dict[str, Any]) -> dict[str, Any]:
+def _of_the_run(config: RunConfig, batches: Any, facts: dict[str, Any]) -> dict[str, Any]:
     """What every checkpoint's manifest says of the run. published: the folder in Hugging Face's format that its weights
     first came from, as the checkpoint that it goes on from has it."""
-    found = {"seed": config["seed"], "data": batches.fingerprint, "order": batches.order}
+    found = {"seed": config.seed, "data": batches.fingerprint, "order": batches.order}
     return found | ({} if facts.get("published") is None else {"published": facts["published"]})
 
 
-def _asks(model: LM, config: dict[str, Any], device: str) -> tuple[Ask, ...]:
+def _asks(model: LM, config: RunConfig, device: str) -> tuple[Ask, ...]:
     """What a transport is chosen for, where one is to be; none of it where the model's shapes depend on data."""
-    if config["parallel"]["transport"]["recurrence"] != "auto":
+    if config.parallel.transport.recurrence != "auto":
         return ()
     try:
         return asked(model, device=device)
@@ -243,9 +243,9 @@ def _most_spans(scheduler: Any, shapes: Sequence[Sequence[int]], data: int, sequ
     return max(len(held) for plan in plans for micro in plan.micro_steps for g in micro.groups for held in g.spans)
 
 
-def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
+def _batches(config: RunConfig, train: TrainSettings) -> Any:
     """The batches of the run's corpus. Raises ValueError where machines have another one under the same name."""
-    batches = opened(construct(config["data"]), train.batch_tokens, construct(config["curriculum"]))
+    batches = opened(config.data.build(), train.batch_tokens, config.curriculum.build())
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (batches.fingerprint, socket.gethostname()))
     if others := [host for fingerprint, host in found if fingerprint != found[0][0]]:
@@ -253,11 +253,11 @@ def _batches(config: dict[str, Any], train: TrainSettings) -> Any:
     return batches
 
 
-def _spans(config: dict[str, Any], train: TrainSettings) -> Spans | None:
+def _spans(config: RunConfig, train: TrainSettings) -> Spans | None:
     """What lies between spans in time waits where activations do."""
     if train.span_tokens is None:
         return None
-    return Spans(train.span_tokens, train.span_gradient, bool(config["engine"].get("offload_activations")))
+    return Spans(train.span_tokens, train.span_gradient, bool(config.engine.get("offload_activations")))
 
 
 def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisation | None:
@@ -299,7 +299,7 @@ def _attempt(order: dict[str, Any], saved: int) -> int:
 def _tracker(order: dict[str, Any], say: Callable[[str], None], model: LM, utilisation: Utilisation | None) -> Tracker:
     counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
     counts |= {"activated": utilisation.account.activated} if utilisation else {}
-    return construct(order["config"]["tracking"]).open(replace(Facts.of(order), parameters=counts), say)
+    return order["config"].tracking.build().open(replace(Facts.of(order), parameters=counts), say)
 
 
 def run(order: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """The folder of a run that may be known to a cluster alone."""
 
 from pathlib import Path
-from typing import Any
 
 from launch.run import rundir
+from train.settings import ClusterSettings
 
 
-def run_folder(key: str, value: str, cluster: dict[str, Any]) -> Path:
+def run_folder(key: str, value: str, cluster: ClusterSettings) -> Path:
     """The folder of a run given as a path, a name under runs/, or the id of a job. Raises UserError.
 
     An id is looked for in the runs here, then, with cluster=ray, among the cluster's jobs.
@@ -14,8 +14,8 @@ def run_folder(key: str, value: str, cluster: dict[str, Any]) -> Path:
     found = rundir.run_here(key, value)
     if found is not None:
         return found
-    if cluster["kind"] == "ray" and "/" not in value:
+    if cluster.kind == "ray" and "/" not in value:
         from launch.cluster import jobs
 
-        return jobs.folder_of(value, cluster["address"], key)
+        return jobs.folder_of(value, cluster.address, key)
     raise rundir.no_such_run(key, value)

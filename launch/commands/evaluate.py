@@ -17,18 +17,18 @@ def evaluate(arguments: list[str]) -> int:
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     found = checkpoint_of(run)
     config = configured(found, overrides)
-    device = check_evaluation(config, found, run, lambda line: console.print(line, markup=False))
-    folder = folder_of(found, config["evaluate"]["weights"])
+    config, device = check_evaluation(config, found, run, lambda line: console.print(line, markup=False))
+    folder = folder_of(found, config.evaluate.weights)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"RUN={run}: results cannot be written to {folder} ({error.strerror})") from None
-    workers = config["cluster"]["workers"]
+    workers = config.cluster.workers
     console.print(f"evaluating {found} on {workers} {'worker' if workers == 1 else 'workers'} ({device})", markup=False)
     if code := measured(config, found, folder, device, console):
         return code
     results = json.loads((folder / "results.json").read_text())
-    asked = [*config["evaluate"]["parts"], *(["tasks"] if config["evaluate"]["tasks"] else [])]
+    asked = [*config.evaluate.parts, *(["tasks"] if config.evaluate.tasks else [])]
     print("\n".join(table(results, asked)))
     pictures = draw(folder, results)
     console.print(f"in {folder}: results.json, {', '.join(pictures)}" if pictures else f"in {folder}: results.json")

@@ -80,17 +80,17 @@ def generate(given: list[str]) -> int:
 
     run, request = _parse(given)
     found = checkpoint_of(run)
-    config = saved_config(found)
+    saved = saved_config(found)
     if request.weights == "average" and not has_average(found):
         raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
     tokenizer = tokenizer_of(found, f"RUN={run}")
     prompts = request.prompts()
     tokens = [_encoded(tokenizer, prompt) for prompt in prompts]
-    _check_model(run, found, config["model"])
-    _say_beyond(config, max(map(len, tokens)), request.tokens)
+    _check_model(run, found, saved["model"])
+    _say_beyond(saved, max(map(len, tokens)), request.tokens)
     if request.workers == 1:
         try:
-            write(found, config["model"], request, prompts, tokens, tokenizer)
+            write(found, saved["model"], request, prompts, tokens, tokenizer)
         except DamagedError as error:
             raise UserError(f"RUN={run}: this checkpoint is damaged ({error})") from None
         except ValueError as error:
@@ -102,7 +102,7 @@ def generate(given: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="farspan-generate-") as place:
         outcome = spawn.spawn(
             ENTRY,
-            {"checkpoint": str(found.resolve()), "model": config["model"], "request": asdict(request)}
+            {"checkpoint": str(found.resolve()), "model": saved["model"], "request": asdict(request)}
             | {"prompts": prompts, "tokens": tokens, "place": place},
             workers=request.workers,
             run_dir=Path(place),
@@ -182,20 +182,20 @@ def write(
         shown.close()
 
 
-def _say_beyond(config: dict[str, Any], longest: int, more: int) -> None:
+def _say_beyond(saved: dict[str, Any], longest: int, more: int) -> None:
     """Says where texts will be longer than any that were trained on. Raises UserError where a model has no positions
     for them."""
     from launch.config.model import model_of
     from train.rope_base import rotary
 
-    known = [getattr(module.positions, "longest", None) for module in rotary(model_of(config["model"]))]
+    known = [getattr(module.positions, "longest", None) for module in rotary(model_of(saved["model"]))]
     most = min((each for each in known if each is not None), default=None)
     if most is not None and longest + more > most:
         room = f"at most {max(0, most - longest):,}"
         raise UserError(
             f"tokens={more}: must be {room}: the longest prompt has {longest:,} tokens, of {most:,} positions"
         )
-    trained = (config.get("data") or {}).get("max_length")
+    trained = (saved.get("data") or {}).get("max_length")
     if isinstance(trained, int) and longest + more > trained:
         print(
             f"the longest prompt has {longest:,} tokens and {more:,} may follow: the model was trained on texts of at "

@@ -13,6 +13,7 @@ from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
 from launch.preflight.refusals import refusals
 from launch.templates import Machines
+from train.run_config import RunConfig
 
 if TYPE_CHECKING:  # torch is loaded once the configuration has been read
     from models.accounting import Account
@@ -23,12 +24,12 @@ if TYPE_CHECKING:  # torch is loaded once the configuration has been read
 def plan(overrides: list[str]) -> int:
     """Prints the plan of a run. Raises UserError."""
     config = configure(overrides)
-    if config["stages"]:
+    if config.stages:
         from launch.extend import stages
 
         print("\n".join(stages.table(*stages.legs(config, overrides))))
         return 0
-    if steps := config["scheduler"].get("simulate"):
+    if steps := config.scheduler.get("simulate"):
         from launch.commands.simulate import simulated
 
         with refusals(config):
@@ -36,24 +37,24 @@ def plan(overrides: list[str]) -> int:
         return 0
     planned = _planned(config)
     with refusals(config):
-        device = planned.device(config["cluster"]["device"]) if planned else None
+        device = planned.device(config.cluster.device) if planned else None
     flight = check_run(config, print, device=device)
     with refusals(config):
         print("\n".join(lines(flight, planned.nodes_planned(flight.device) if planned else _nodes(flight))))
-        if picture := config["run"]["plot"]:
+        if picture := config.run.plot:
             schedule_plot.draw(flight, Path(picture))
             print(f"picture     {picture}")
-        if steps := config["data"].get("audit"):
+        if steps := config.data.get("audit"):
             print("\n".join(_audit(flight, steps)))
     return 0
 
 
-def _planned(config: dict[str, Any]) -> Machines | None:
+def _planned(config: RunConfig) -> Machines | None:
     """The machines of the cluster's template; None where there is none, or the cluster itself can be asked."""
     from launch.cluster import nodes
     from launch.commands import template
 
-    address = config["cluster"]["address"]
+    address = config.cluster.address
     found = template.machines(config)
     if found is None or address is None:
         return found
@@ -75,14 +76,13 @@ def _nodes(flight: CheckedRun) -> list[Node]:
 
 def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
-    from train.instantiate import construct
     from train.layout import dependences
     from train.metrics.timing import pieces
 
     config, train = flight.config, flight.train
-    batch = flight.batches.batch(config["seed"], 0)
+    batch = flight.batches.batch(config.seed, 0)
     lengths = [len(s.tokens) for s in batch]
-    first = construct(config["scheduler"]).plan(0, lengths, data=flight.data, sequence=flight.sequence)
+    first = config.scheduler.build().plan(0, lengths, data=flight.data, sequence=flight.sequence)
     placement = place(flight.cluster.workers, nodes, flight.sizes)
     model = _model(flight)
     costs = _costs(flight, model)
@@ -102,7 +102,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         _budget(flight, sizes),
         *schedule_plot.lines(flight),
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
-        *_flops(costs, read, config["engine"].get("recompute", "none")),
+        *_flops(costs, read, config.engine.get("recompute", "none")),
         *_order(flight),
         *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
         *_memory(flight, model, costs, -(-held // spans), spans),
@@ -138,7 +138,7 @@ def _audit(flight: CheckedRun, steps: int) -> list[str]:
 
     facts: dict[str, Any] = checkpoint.manifest(flight.resume) if flight.resume else {"step": 0, "skips": 0}
     try:
-        found = audit(flight.batches, flight.config["seed"], steps, facts["step"], facts["skips"])
+        found = audit(flight.batches, flight.config.seed, steps, facts["step"], facts["skips"])
         if flight.resume is not None:
             trained = {
                 record["step"]: record["step"] - 1 + record.get("skips", 0) for record in _trained(flight.resume)
@@ -160,12 +160,11 @@ def _model(flight: CheckedRun) -> LM:
     """On the meta device, computing in what the run would."""
     import torch
 
-    from train.instantiate import construct
     from train.precision import dtypes
 
     with torch.device("meta"):
-        model = construct(flight.config["model"])
-    model.compute = dtypes(flight.config["precision"]["compute"], flight.device)[0]
+        model = flight.config.model.build()
+    model.compute = dtypes(flight.config.precision.compute, flight.device)[0]
     return model
 
 
@@ -202,14 +201,13 @@ def _spans(flight: CheckedRun, first: Plan) -> int:
 def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int) -> list[str]:
     """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward. held: tokens
     of a span in time."""
-    from train.instantiate import construct
     from train.optim.build import moments
     from train.precision import dtypes
 
-    compute, master = dtypes(flight.config["precision"]["compute"], flight.device)
-    engine, model = flight.config["engine"], flight.config["model"]
+    compute, master = dtypes(flight.config.precision.compute, flight.device)
+    engine, model = flight.config.engine, flight.config.model
     share = master.itemsize / flight.cluster.workers
-    states = (2 * costs.parameters + moments(construct(flight.config["optimizer"]), built)) * share
+    states = (2 * costs.parameters + moments(flight.config.optimizer.build(), built)) * share
     averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
     gathered = costs.parameters * master.itemsize
     if engine["reshard_after_forward"]:
@@ -219,7 +217,7 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
         kept = model["dim"] * compute.itemsize * model["layers"] + kept / model["layers"]
     if engine["recompute"] == "selective":
         kept += costs.dear
-    chunk = min(held, flight.config["train"].get("loss_chunk") or held)
+    chunk = min(held, flight.train.loss_chunk or held)
     parts = {
         "weights, gradients, moments": states,
         **({"averages of weights": averages * costs.parameters * share} if averages else {}),
@@ -247,24 +245,23 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
 
     from models.axes import declarations
     from parallel.schedule.comm_volume import How, Traffic, of_plan, of_weights
-    from train.instantiate import construct
     from train.metrics.comm_trace import asked, weight_units
     from train.optim.build import build_optimizer
     from train.precision import dtypes
 
-    transport, engine, workers = flight.config["parallel"]["transport"], flight.config["engine"], flight.cluster.workers
+    transport, engine, workers = flight.config.parallel.transport, flight.config.engine, flight.cluster.workers
     if workers == 1:
         return []
-    auto = transport["recurrence"] == "auto"
-    how = How("gather" if auto else transport["recurrence"], transport["attention"], transport["blocks"])
+    auto = transport.recurrence == "auto"
+    how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)
     starts = [s.starts.nonzero()[0].tolist() for s in batch]
     asks = asked(model, device=flight.device) if flight.sequence > 1 else ()
     found = of_plan(first, starts, asks, how, recompute=engine.get("recompute", "none"))
-    master = dtypes(flight.config["precision"]["compute"], flight.device)[1]
+    master = dtypes(flight.config.precision.compute, flight.device)[1]
     units = weight_units(model, itemsize=master.itemsize, reshard=engine.get("reshard_after_forward", True))
     weights = of_weights(units, workers, len(first.micro_steps))
     total, most = Counter[str](), Counter[str]()
-    stepping: Any = build_optimizer(construct(flight.config["optimizer"]), model, declarations(model))
+    stepping: Any = build_optimizer(flight.config.optimizer.build(), model, declarations(model))
     if hasattr(stepping, "received"):
         for rank, traffic in enumerate(stepping.received(workers, master, flight.device)):
             found.setdefault(rank, Traffic()).include(traffic)

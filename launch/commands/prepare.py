@@ -18,8 +18,9 @@ from rich.progress import Progress as Bar
 from launch.cluster import nodes, package
 from launch.errors import UserError
 from launch.preflight.configure import configure
-from launch.preflight.corpus import _keep_out, _stores, _told
+from launch.preflight.corpus import keep_out, stores, volume
 from launch.preflight.refusals import refusals
+from train.run_config import RunConfig
 
 if TYPE_CHECKING:
     from data.corpora.files import CorpusPart
@@ -34,13 +35,12 @@ def prepare(overrides: list[str]) -> int:
     """Makes the store that the overrides describe, or goes on with it, and prints its card. Raises UserError."""
     from data.stores.checks import verify
     from data.stores.store import Store
-    from train.instantiate import construct
 
     config = configure(overrides)
-    _keep_out(config["data"])
+    keep_out(config.data.values)
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     with refusals(config):
-        data = construct(config["data"])
+        data = config.data.build()
         if not hasattr(data, "prepare"):
             raise ValueError("data: a generated task has no corpus to prepare; data=text has one")
         data.check()
@@ -50,10 +50,10 @@ def prepare(overrides: list[str]) -> int:
         except KeyboardInterrupt:
             console.print("interrupted: the same command goes on from here", markup=False)
             return 1
-        stores = [(folder, corpus.left_out(folder)) for _, corpus, folder in _stores(data, found)]
-        for folder, _ in stores:
+        made = [(folder, corpus.left_out(folder)) for _, corpus, folder in stores(data, found)]
+        for folder, _ in made:
             verify(Store(folder))
-    print("\n\n".join("\n".join(lines(folder, left)) for folder, left in stores))
+    print("\n\n".join("\n".join(lines(folder, left)) for folder, left in made))
     return 0
 
 
@@ -84,7 +84,7 @@ def watching(console: Console) -> Iterator[Watch]:
 
         def watch(progress: PrepareProgress) -> None:
             total, done = (progress.total, progress.done) if progress.total else (progress.of, progress.parts)
-            bar.update(task, total=total, completed=done, description=_told(progress))
+            bar.update(task, total=total, completed=done, description=volume(progress))
 
         yield watch
 
@@ -92,16 +92,16 @@ def watching(console: Console) -> Iterator[Watch]:
 def _say(console: Console, progress: PrepareProgress) -> None:
     step = max(progress.of // _SHOWN_PARTS, 1)
     if progress.parts % step == 0 or progress.parts == progress.of:
-        console.print(f"part {progress.parts:,} of {progress.of:,}: {_told(progress)}", markup=False)
+        console.print(f"part {progress.parts:,} of {progress.of:,}: {volume(progress)}", markup=False)
 
 
 @contextmanager
-def _runner(config: dict[str, Any]) -> Iterator[Runner | None]:
+def _runner(config: RunConfig) -> Iterator[Runner | None]:
     """Who tokenises: processes of this machine, None; with cluster=ray, the cores of the cluster that it joins."""
-    if config["cluster"]["kind"] != "ray":
+    if config.cluster.kind != "ray":
         yield None
         return
-    address = nodes.address_of(config["cluster"]["address"])
+    address = nodes.address_of(config.cluster.address)
     if nodes.is_remote(address):
         raise ValueError(
             f"cluster.address={address}: must be auto, on one of the cluster's machines, to prepare a corpus there"

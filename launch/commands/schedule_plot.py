@@ -77,6 +77,4 @@ def draw(flight: CheckedRun, path: Path) -> None:
 
 def _schedule(flight: CheckedRun) -> tuple[Any, float, int]:
     """The schedule, the rate that it multiplies, and the run's tokens."""
-    from train.instantiate import construct
-
-    return construct(flight.config["schedule"]), flight.config["optimizer"]["lr"], flight.train.total_tokens
+    return flight.config.schedule.build(), flight.config.optimizer["lr"], flight.train.total_tokens

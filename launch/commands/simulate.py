@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from launch.commands import gantt
 from launch.preflight.check import check_run
@@ -12,13 +11,13 @@ from parallel.schedule.adaptive.cost import Cluster, Costs, NoRoomError, powers
 from parallel.schedule.adaptive.planner import TooLongError
 from parallel.schedule.adaptive.settings import SimulationSettings
 from parallel.schedule.adaptive.simulate import timing
+from train.run_config import RunConfig
 
 
-def simulated(config: dict[str, Any], steps: int) -> list[str]:
+def simulated(config: RunConfig, steps: int) -> list[str]:
     """The table, a line each; writes the picture of the first step where `run.plot` names one. Raises ValueError."""
-    from train.settings import section
 
-    settings = section(SimulationSettings, config["simulation"])
+    settings = config.simulation
     try:
         costs = settings.costs(lambda cluster: _configured(config, settings, cluster))
     except NoRoomError as error:
@@ -33,7 +32,7 @@ def simulated(config: dict[str, Any], steps: int) -> list[str]:
         f"sequences   {told}",
         *(f"{'' if i else 'schedulers':<12}{line}" for i, line in enumerate(text(rows, costs))),
     ]
-    if picture := config["run"]["plot"]:
+    if picture := config.run.plot:
         lengths = [-(-n // settings.quantum) * settings.quantum for n in batches[0]]
         packing = SCHEDULERS[rows[0].name](costs).pack(lengths)
         gantt.draw(costs, packing, lengths, f"{rows[0].name}, {costs.model.name}, first step", Path(picture))
@@ -41,11 +40,11 @@ def simulated(config: dict[str, Any], steps: int) -> list[str]:
     return found
 
 
-def _batches(config: dict[str, Any], settings: SimulationSettings, steps: int) -> tuple[list[list[int]], str]:
+def _batches(config: RunConfig, settings: SimulationSettings, steps: int) -> tuple[list[list[int]], str]:
     """Each step's lengths, and what to say of them."""
     if settings.lengths is None:
         run = check_run(config, print)
-        found = [[len(s.tokens) for s in run.batches.batch(config["seed"], step)] for step in range(steps)]
+        found = [[len(s.tokens) for s in run.batches.batch(config.seed, step)] for step in range(steps)]
         return found, f"{len(found[0]):,} in the first of the run's own steps, {sum(map(sum, found)):,} tokens in all"
     found, left_out = settings.batches(steps)
     longest = max(map(max, found))
@@ -57,20 +56,19 @@ def _batches(config: dict[str, Any], settings: SimulationSettings, steps: int) -
     )
 
 
-def _configured(config: dict[str, Any], settings: SimulationSettings, cluster: Cluster) -> Costs:
+def _configured(config: RunConfig, settings: SimulationSettings, cluster: Cluster) -> Costs:
     """The configured model's costs on a cluster, read off its shapes."""
     from launch.config.validate import build
     from models.accounting import account
     from parallel.schedule.adaptive.shapes import Pairs, Shapes, fitting, model_of
     from parallel.schedule.comm_volume import How, of_weights
-    from train.instantiate import construct
     from train.metrics.comm_trace import asked, weight_units
     from train.optim.build import moments
     from train.precision import dtypes
 
-    device = config["cluster"]["device"] if config["cluster"]["device"] == "cpu" else "cuda"
-    compute, master = dtypes(config["precision"]["compute"], device)
-    model, engine, shape = build(config), config["engine"], config["model"]
+    device = config.cluster.device if config.cluster.device == "cpu" else "cuda"
+    compute, master = dtypes(config.precision.compute, device)
+    model, engine, shape = build(config), config.engine, config.model
     model.compute = compute
     try:
         known = account(model, device=device)
@@ -81,25 +79,25 @@ def _configured(config: dict[str, Any], settings: SimulationSettings, cluster: C
     if engine.get("reshard_after_forward", True):
         gathered = gathered * 2 // shape["layers"]
     head = shape["dim"] * compute.itemsize
-    chunk = config["train"]["loss_chunk"] or settings.quantum
+    chunk = config.train.loss_chunk or settings.quantum
     flops = known.per_token
     several: dict[tuple[float, int | None], int] = {}
     for layer in known.attention:
         several[layer.flops, layer.window] = several.get((layer.flops, layer.window), 0) + 1
     shapes = Shapes(
-        name=config["model"].get("name") or f"of {known.parameters / 1e6:,.1f} M parameters",
+        name=config.model.get("name") or f"of {known.parameters / 1e6:,.1f} M parameters",
         token_flops=flops.forward + flops.backward,
         pairs=tuple(Pairs(count, pair, window) for (pair, window), count in several.items()),
-        state_bytes=(2 * known.parameters + moments(construct(config["optimizer"]), model)) * master.itemsize,
+        state_bytes=(2 * known.parameters + moments(config.optimizer.build(), model)) * master.itemsize,
         activation_bytes=known.activations,
         logit_bytes=head,
         resident_bytes=gathered + chunk * shape["vocabulary"] * (compute.itemsize + 8),
         again=flops.recompute,
         kept_again=head * shape["layers"] + known.activations / shape["layers"] if settings.recompute else 0.0,
     )
-    transport = config["parallel"]["transport"]
-    recurrence = "gather" if transport["recurrence"] == "auto" else transport["recurrence"]
-    how = How(recurrence, transport["attention"], transport["blocks"])
+    transport = config.parallel.transport
+    recurrence = "gather" if transport.recurrence == "auto" else transport.recurrence
+    how = How(recurrence, transport.attention, transport.blocks)
     sizes = fitting(asks, how, powers(cluster.ranks))
     launch = (settings.launch or 0.0) / 1e3
     if settings.launch is None:

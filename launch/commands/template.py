@@ -1,7 +1,6 @@
 """`farspan template`: a cluster that does not run yet, as a file for whoever starts machines."""
 
 import sys
-from typing import Any
 
 import yaml
 
@@ -11,6 +10,7 @@ from launch.errors import UserError
 from launch.preflight.check import check_run
 from launch.preflight.refusals import refusals
 from launch.templates import Machines
+from train.run_config import ObjectConfig, RunConfig
 
 
 def template(overrides: list[str]) -> int:
@@ -24,7 +24,7 @@ def template(overrides: list[str]) -> int:
         accepted = ", ".join(f"cluster={name}" if i == 0 else name for i, name in enumerate(_with_template()))
         raise UserError(f"cluster={_chosen(overrides)}: describes no machines; accepts {accepted}")
     with refusals(config):
-        device = found.device(config["cluster"]["device"])
+        device = found.device(config.cluster.device)
     flight = check_run(config, lambda line: print(line, file=sys.stderr), device=device, data_here=False)
     with refusals(config):
         place(flight.cluster.workers, found.nodes_planned(device), flight.sizes)
@@ -33,15 +33,13 @@ def template(overrides: list[str]) -> int:
     return 0
 
 
-def machines(config: dict[str, Any]) -> Machines | None:
+def machines(config: RunConfig) -> Machines | None:
     """The machines that a configuration's template describes, or None. Raises UserError."""
-    from train.instantiate import construct
-
-    node = config["cluster"]["template"]
+    node = config.cluster.template
     if node is None:
         return None
     with refusals(config):
-        found = construct(node)
+        found = ObjectConfig(node).build()
     if not isinstance(found, Machines):
         target = node.get("_target_") if isinstance(node, dict) else node
         raise UserError(f"cluster.template._target_={target}: must be a class of launch.templates")

@@ -23,7 +23,7 @@ def train(overrides: list[str]) -> int:
             return 0
         overrides = settled
         config = configure(overrides)
-        if config["stages"] or config["resume"]:
+        if config.stages or config.resume:
             from launch.extend import chain
 
             if chain.is_chain(config):
@@ -44,7 +44,7 @@ def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str] | N
         return overrides
     others = [override for override in overrides if override != "resume=auto"]
     given = next((override for override in reversed(others) if override.startswith("run.dir=")), None)
-    if given is None or (asked := composed(others)["run"]["dir"]) is None:
+    if given is None or (asked := composed(others).run.dir) is None:
         raise UserError("resume=auto: needs run.dir, the folder of the run, there or not")
     folder = Path(asked).expanduser()
     await_lock(folder, say)

@@ -39,6 +39,7 @@ from launch.errors import UserError
 from launch.paths import at_home
 from launch.shell import override, quote
 from train.renamed import with_canonical_names
+from train.run_config import RunConfig
 
 __all__ = ["CONF", "checked", "composed", "fields", "groups"]
 
@@ -60,7 +61,7 @@ class ParsedOverride(NamedTuple):
         return self.parts.key_or_group + (f"@{self.parts.package}" if self.parts.package is not None else "")
 
 
-def composed(overrides: list[str], model: dict[str, Any] | None = None) -> dict[str, Any]:
+def composed(overrides: list[str], model: dict[str, Any] | None = None) -> RunConfig:
     """The resolved, complete and checked configuration of the default job under `overrides`. Raises UserError.
 
     model: a complete `model` section that stands in place of the default job's, below the overrides.

@@ -18,30 +18,12 @@ from typing import Any
 
 from launch.config import files
 from launch.config.choices import GIVEN
-from launch.config.stage import Stage
 from launch.errors import UserError
-from parallel.schedule.adaptive.settings import SimulationSettings
 from train.instantiate import ROOMS, allowed, construct
 from train.renamed import canonical
-from train.settings import (
-    ClusterSettings,
-    EvaluateSettings,
-    ParallelSettings,
-    PrecisionSettings,
-    RunSettings,
-    TrainSettings,
-    section,
-)
+from train.run_config import SECTIONS, RunConfig
+from train.settings import Stage, section
 
-SECTIONS: dict[str, type] = {
-    "run": RunSettings,
-    "train": TrainSettings,
-    "parallel": ParallelSettings,
-    "cluster": ClusterSettings,
-    "precision": PrecisionSettings,
-    "evaluate": EvaluateSettings,
-    "simulation": SimulationSettings,
-}
 SCALARS: dict[str, Any] = {"seed": int, "init_from": str | None, "resume": str | None}
 LISTS: dict[str, Any] = {"stages": list[Stage]}  # of sections
 OBJECTS = ("model", "data", "curriculum", "scheduler", "engine", "optimizer", "schedule", "tracking")
@@ -53,8 +35,8 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def checked(config: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration, complete, every key known and every value accepted. Raises UserError."""
+def checked(config: dict[str, Any]) -> RunConfig:
+    """The configuration, complete, every key known and every value accepted. Raises UserError."""
     known = [*SECTIONS, *SCALARS, *LISTS, *OBJECTS]
     for key in config:
         if key not in known:
@@ -74,10 +56,10 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
     for key in OBJECTS:
         if key != "model":  # the largest is built once, where its size is needed
             _try(key, construct, result[key])
-    return result
+    return RunConfig.of(result)
 
 
-def checked_model(node: dict[str, Any]) -> dict[str, Any]:
+def checked_model(node: Mapping[str, Any]) -> dict[str, Any]:
     """A `model` section, complete, every value of a kind that its constructor accepts: one that is read by itself may
     come from elsewhere. Raises UserError."""
     return _node("model", node)
@@ -94,18 +76,18 @@ def _top(key: str, value: Any) -> Any:
     return _node(key, value)
 
 
-def build(config: dict[str, Any]) -> Any:
+def build(config: RunConfig) -> Any:
     """The model of a checked configuration, on the meta device, and its optimizer tried. Raises ValueError."""
     import torch
 
-    from train.optim.build import tried
+    from train.optim.build import try_optimizer
 
     with torch.device("meta"):
         try:
-            model = construct(config["model"])
+            model = config.model.build()
         except (ArithmeticError, RuntimeError, TypeError) as error:
             raise ValueError(f"model: cannot be built: {error}") from None
-    tried(config["optimizer"])
+    try_optimizer(config.optimizer)
     return model
 
 

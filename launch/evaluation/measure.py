@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from launch.run import rundir
 from launch.run.checkpoints import has_average
 from launch.run.signals import stop_file
 from launch.world import spawn
+from train.run_config import RunConfig
 
 ENTRY = "train.evaluation.run:run"
 OURS = ("cluster", "parallel", "evaluate")  # sections that an evaluation has from the command line, not from the run
 
 
-def measured(config: dict[str, Any], found: Path, folder: Path, device: str, console: Console) -> int:
+def measured(config: RunConfig, found: Path, folder: Path, device: str, console: Console) -> int:
     """Writes what `evaluate.parts` ask of a checkpoint to results.json in a folder. Returns the exit code; raises
     UserError where the workers refuse it, KeyboardInterrupt where it is stopped."""
-    workers = config["cluster"]["workers"]
+    workers = config.cluster.workers
     with (
         tempfile.TemporaryDirectory(prefix="farspan-evaluate-") as place,
         EvaluationProgress(Path(place), console) as shown,
@@ -48,7 +50,7 @@ def measured(config: dict[str, Any], found: Path, folder: Path, device: str, con
             workers=workers,
             run_dir=Path(place),
             device=device,
-            threads=config["cluster"]["threads"] or max(1, cores() // workers),
+            threads=config.cluster.threads or max(1, cores() // workers),
             tick=shown.tick,
             say=lambda line: None,
         )
@@ -76,51 +78,52 @@ def trained_on(found: Path) -> int | None:
     return trained_length(rundir.saved_config(home), facts.get("places", facts["tokens"]))
 
 
-def configured(found: Path, overrides: list[str]) -> dict[str, Any]:
+def configured(found: Path, overrides: list[str]) -> RunConfig:
     """The run's configuration with the overrides on top; where and how it is evaluated, from these alone."""
-    asked = composed(overrides)
+    asked = composed(overrides).to_dict()
     for key in ("resume", "init_from"):
         if asked[key] is not None:
             raise UserError(f"{key}={asked[key]}: not of an evaluation; RUN says which weights")
-    config = init_from.own_tokens(rundir.saved_config(found), found)
-    if "train" not in config:  # an import: a model, and nothing that it was trained on
-        config = {**asked, "model": config["model"]}
-    overlay(config, asked, overrides)
-    config |= {key: asked[key] for key in OURS} | {"resume": None, "init_from": None}
-    if isinstance(config["train"]["batch_tokens"], list):  # a batch that grows: nothing here depends on its size
-        config["train"]["batch_tokens"] = config["train"]["batch_tokens"][-1][1]
-    return checked(config)
+    saved = init_from.own_tokens(rundir.saved_config(found), found)
+    if "train" not in saved:  # an import: a model, and nothing that it was trained on
+        saved = {**asked, "model": saved["model"]}
+    overlay(saved, asked, overrides)
+    saved |= {key: asked[key] for key in OURS} | {"resume": None, "init_from": None}
+    if isinstance(saved["train"]["batch_tokens"], list):  # a batch that grows: nothing here depends on its size
+        saved["train"]["batch_tokens"] = saved["train"]["batch_tokens"][-1][1]
+    return checked(saved)
 
 
-def check_evaluation(config: dict[str, Any], found: Path, run: str, say: Any) -> str:
-    """Checks everything that can be checked before a process starts, and returns the device. Raises UserError."""
+def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tuple[RunConfig, str]:
+    """Checks everything that can be checked before a process starts. Raises UserError.
+
+    Returns the configuration, with the transport that an evaluation has, and the device.
+    """
     from data.tokenizer import Bytes, Json
     from launch.preflight.corpus import open_batches
     from train.checkpoints import checkpoint
     from train.evaluation.harness import MISSING
     from train.evaluation.run import check
-    from train.settings import ClusterSettings, EvaluateSettings, ParallelSettings, section
 
     with refusals(config):
-        cluster = section(ClusterSettings, config["cluster"])
+        cluster, settings = config.cluster, config.evaluate
         if cluster.kind == "ray":
             raise ValueError("cluster=ray: must be none or local: an evaluation runs on this machine")
-        settings = section(EvaluateSettings, config["evaluate"])
         if settings.tasks and importlib.util.find_spec("lm_eval") is None:
             raise ValueError(f"evaluate.tasks=[{','.join(settings.tasks)}]: {MISSING}")
         if settings.weights == "average" and not has_average(found):
             raise ValueError(
                 f"evaluate.weights=average: must be raw, {found} holds no averaged weights (train.average)"
             )
-        transport = config["parallel"]["transport"]
-        if transport["recurrence"] == "auto":  # measured for steps of training
-            transport["recurrence"] = "gather"
-        section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
-        model = model_of(config["model"])
+        if config.parallel.transport.recurrence == "auto":  # measured for steps of training
+            transport = replace(config.parallel.transport, recurrence="gather")
+            config = replace(config, parallel=replace(config.parallel, transport=transport))
+        config.parallel.sizes(cluster.workers)
+        model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if (difference := checkpoint.first_difference(found, shapes)) is not None:
             raise ValueError(f"RUN={run}: holds another model: {difference}")
-        batches = open_batches(config, config["train"]["batch_tokens"], shapes["embedding"][0], say)
+        batches = open_batches(config, shapes["embedding"][0], say)
         saved = _tokenizer(found)
         if saved is not None and (given := batches.tokenizer.card()) != saved:
             raise ValueError(
@@ -132,7 +135,7 @@ def check_evaluation(config: dict[str, Any], found: Path, run: str, say: Any) ->
                 f"evaluate.tasks=[{','.join(settings.tasks)}]: must be []: this run's tokens spell no text"
             )
         check(settings, batches, model)
-        return device_of(cluster)
+        return config, device_of(cluster)
 
 
 def _tokenizer(found: Path) -> dict[str, Any] | None:

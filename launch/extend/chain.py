@@ -7,7 +7,8 @@ end `export`, a folder that `transformers` loads. A stage that is done is not ru
 from __future__ import annotations
 
 import time
-from copy import deepcopy
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,22 @@ from launch.run.signals import SignalLatch
 from launch.runner.dispatch import run
 from launch.runner.result import RunResult
 from launch.shell import command, override, quote
+from train.run_config import ObjectConfig, RunConfig
+from train.settings import RunSettings, Stage
 
 SHORTEST = 128  # tokens of a needle's text, in bytes, for it and its question to have room
 
 
-def is_chain(config: dict[str, Any]) -> bool:
+def is_chain(config: RunConfig) -> bool:
     """Whether a configuration is that of a chain, or goes on with one. Raises UserError for stages of a single run."""
-    resumed = config["resume"] is not None and bool(rundir.saved_config(Path(config["resume"])).get("stages"))
-    if config["resume"] is not None and bool(config["stages"]) != resumed:
-        what = f"the stages of {config['resume']}" if resumed else "[], it is a single run; init_from= extends one"
-        raise UserError(f"stages: must be {what} with resume={config['resume']}")
-    return bool(config["stages"])
+    resumed = config.resume is not None and bool(rundir.saved_config(Path(config.resume)).get("stages"))
+    if config.resume is not None and bool(config.stages) != resumed:
+        what = f"the stages of {config.resume}" if resumed else "[], it is a single run; init_from= extends one"
+        raise UserError(f"stages: must be {what} with resume={config.resume}")
+    return bool(config.stages)
 
 
-def extend(config: dict[str, Any], overrides: list[str], console: Console) -> RunResult:
+def extend(config: RunConfig, overrides: list[str], console: Console) -> RunResult:
     """Runs a chain, or goes on with it. Raises UserError before anything is written."""
 
     def say(line: str) -> None:
@@ -49,18 +52,19 @@ def extend(config: dict[str, Any], overrides: list[str], console: Console) -> Ru
     folder: Path | None = None
     with SignalLatch() as heard:
         try:
-            resumed = None if config["resume"] is None else Path(config["resume"])
+            resumed = None if config.resume is None else Path(config.resume)
             if resumed is not None:
                 before = rundir.saved_config(resumed)
-                config["init_from"] = before["init_from"]
-                _same_stages(config["stages"], before["stages"], resumed)
+                config = replace(config, init_from=before["init_from"])
+                _same_stages(config.stages, before["stages"], resumed)
                 overrides = [each for each in overrides if not _is_own(each)]
             parent, legs = stages.legs(config, overrides)
             _check_folder(config, legs)
             code = rundir.code_version()
-            folder, lock = rundir.claim(config, resumed=resumed is not None)
+            claimed, lock = rundir.claim(config.run, resumed=resumed is not None)
+            folder = Path(str(claimed.dir))
             with lock:
-                paths.make_absolute(config)
+                config = paths.with_absolute_paths(replace(config, run=claimed))
                 rundir.write_config(folder, config, code)
                 say(f"chain {folder}: {len(legs)} stages, all checked before the first starts")
                 for line in stages.table(parent, legs):
@@ -80,7 +84,7 @@ class StagedRun:
 
     def __init__(
         self,
-        config: dict[str, Any],
+        config: RunConfig,
         overrides: list[str],
         folder: Path,
         parent: Parent,
@@ -108,7 +112,7 @@ class StagedRun:
             source = _checkpoint(place)
             if self.heard():
                 return RunResult(0, self.folder, True)
-            if code := self._measure(leg.name, source, leg.config["model"], leg):
+            if code := self._measure(leg.name, source, leg.config.model, leg):
                 return RunResult(code, self.folder)
         self._end(source)
         return RunResult(0, self.folder)
@@ -117,24 +121,24 @@ class StagedRun:
     def _again(self) -> str:
         return command("train", override("resume", self.folder))
 
-    def _configured(self, leg: StagePlan, source: Path) -> dict[str, Any]:
+    def _configured(self, leg: StagePlan, source: Path) -> RunConfig:
         """The configuration of a stage's run: from its folder, where it has begun."""
         place = self.folder / leg.name
         if (place / "config.yaml").exists():
             return configure([*self.overrides, f"resume={quote(str(place))}"])
-        config = deepcopy(leg.config)
-        config |= {"init_from": str(source), "resume": None}
-        config["run"] = {"name": f"{self.config['run']['name']}/{leg.name}", "dir": str(place), "plot": None}
-        if config["tracking"].get("group", "") is None:
-            config["tracking"]["group"] = self.config["run"]["name"]
-        return checked(config)
+        name, tracking = str(self.config.run.name), leg.config.tracking
+        if tracking.get("group", "") is None:
+            tracking = tracking.having(group=name)
+        own = RunSettings(name=f"{name}/{leg.name}", dir=str(place))
+        config = replace(leg.config, init_from=str(source), resume=None, run=own, tracking=tracking)
+        return checked(config.to_dict())
 
-    def _measure(self, name: str, found: Path, model: dict[str, Any], leg: StagePlan | None) -> int:
+    def _measure(self, name: str, found: Path, model: ObjectConfig, leg: StagePlan | None) -> int:
         """Evaluates a checkpoint at the chain's lengths, unless that is done. Returns the exit code."""
         if name in self.record:
             return 0
-        config = asked(self.config, self.legs, self.parent, model)
-        device = check_evaluation(config, found, str(found), lambda line: None)
+        config = asked(self.legs, self.parent, model)
+        config, device = check_evaluation(config, found, str(found), lambda line: None)
         folder = self.folder / "evaluation" / name if leg is None else folder_of(found)
         folder.mkdir(parents=True, exist_ok=True)
         self.console.print(f"measuring {'what is extended' if leg is None else f'stage {leg.name}'}", markup=False)
@@ -175,45 +179,43 @@ class StagedRun:
         return True
 
 
-def asked(config: dict[str, Any], legs: list[StagePlan], parent: Parent, model: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation is asked for: as the last stage reads documents, needles as long as each stage's sequences."""
-    found = deepcopy(legs[-1].config)
-    found["model"] = model
-    settings, last = found["evaluate"], legs[-1].stage.length
+def asked(legs: list[StagePlan], parent: Parent, model: ObjectConfig) -> RunConfig:
+    """An evaluation's request: documents as the last stage reads them, needles as long as each stage's sequences."""
+    config, last = legs[-1].config, legs[-1].stage.length
     most = min([last, *_known(model)])
-    if settings["length"] is None:
-        settings["length"] = most
-    if settings["lengths"] is None:
-        lengths = {parent.trained or last, *(leg.stage.length for leg in legs)}
-        settings["lengths"] = sorted(n for n in lengths if SHORTEST <= n <= most) or None
-    return found
+    length, lengths = config.evaluate.length, config.evaluate.lengths
+    if lengths is None:
+        trained = {parent.trained or last, *(leg.stage.length for leg in legs)}
+        lengths = sorted(n for n in trained if SHORTEST <= n <= most) or None
+    evaluate = replace(config.evaluate, length=most if length is None else length, lengths=lengths)
+    return replace(config, model=model, evaluate=evaluate)
 
 
-def _known(model: dict[str, Any]) -> list[int]:
+def _known(model: ObjectConfig) -> list[int]:
     """The positions that layers know, of rules that draw them at random."""
     from launch.config.model import model_of
     from train.rope_base import rotary
 
-    found = (getattr(module.positions, "longest", None) for module in rotary(model_of(model)))
+    found = (getattr(module.positions, "longest", None) for module in rotary(model_of(model.values)))
     return [longest for longest in found if longest is not None]
 
 
-def _check_folder(config: dict[str, Any], legs: list[StagePlan]) -> None:
+def _check_folder(config: RunConfig, legs: list[StagePlan]) -> None:
     """Raises UserError where another run has the folder of a stage."""
-    name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
-    folder = Path(config["run"]["dir"]) if config["run"]["dir"] else RUNS / name if name else None
-    if folder is None or config["resume"] is not None:
+    run = config.run
+    folder = Path(run.dir) if run.dir else RUNS / run.name if run.name else None
+    if folder is None or config.resume is not None:
         return
     for leg in legs:
         if (folder / leg.name / "config.yaml").exists():
             raise UserError(f"run.dir={folder}: already holds a run, {leg.name}")
 
 
-def _same_stages(now: list[Any], before: list[Any], folder: Path) -> None:
+def _same_stages(now: Sequence[Stage], before: list[Any], folder: Path) -> None:
     """Raises UserError where a stage that has begun would be another one."""
     for i, values in enumerate(before):
         name = rundir.stage_name(i + 1, values["length"])
-        if (folder / name / "config.yaml").exists() and now[i : i + 1] != [values]:
+        if (folder / name / "config.yaml").exists() and [asdict(stage) for stage in now[i : i + 1]] != [values]:
             raise UserError(f"stages[{i}]: must be as it was: {folder / name} has begun")
 
 

@@ -1,31 +1,33 @@
 """The run that comes of a stage: a chain's configuration, with what the stage says."""
 
-from copy import deepcopy
 from typing import Any
 
 from launch.config.choices import parameters
-from launch.config.stage import Stage
 from launch.config.validate import nearest
 from models.hub.architecture import Node, layers, node, target
 from models.positions import NoPE, RoPE
+from train.run_config import ObjectConfig, RunConfig
+from train.settings import Stage
 
 
-def configured(config: dict[str, Any], stage: Stage, number: int, model: Node) -> dict[str, Any]:
+def configured(config: RunConfig, stage: Stage, number: int, model: ObjectConfig) -> dict[str, Any]:
     """A run's configuration, not checked: the chain's, with what the stage says. number: of the stage, from 1.
 
-    model: the `model` section before it. Raises ValueError, a line that begins with a key of the stage, for a stage
-    that does not fit the chain.
+    model: that before the stage. Raises ValueError, a line that begins with a key of the stage, for a stage that does
+    not fit the chain.
     """
-    found = deepcopy(config)
-    found["stages"] = []
-    found["seed"] = config["seed"] + number  # else a stage would read again what the one before has read
-    found["model"] = positioned(model, stage.positions)
-    found["data"]["max_length"] = stage.length
-    batch = config["train"]["batch_tokens"]
+    batch = config.train.batch_tokens
     if stage.batch_tokens is None and not isinstance(batch, int):
         raise ValueError("batch_tokens: missing; train.batch_tokens grows, and a stage has a number")
+    found = config.to_dict()
+    found["stages"] = []
+    found["seed"] = config.seed + number  # else a stage would read again what the one before has read
+    found["model"] = positioned(dict(model.values), stage.positions)
+    found["data"]["max_length"] = stage.length
     found["train"] |= {"tokens": stage.tokens, "steps": None}
-    found["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)
+    found["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)  # type: ignore[type-var]
+    if number > 1:  # from the second stage on, the chain goes on from itself
+        found["train"] |= {"init_optimizer": "keep", "init_weights": "raw"}
     if stage.lr is not None:
         found["optimizer"]["lr"] = stage.lr
     if stage.weights is not None:

@@ -37,7 +37,7 @@ class Record:
         found = json.loads(results.read_text())
         stage: dict[str, Any] = {"name": name, "length": self.facts["trained"] if leg is None else leg.stage.length}
         if leg is not None:
-            stage |= {"tokens": leg.flight.train.total_tokens, "lr": leg.config["optimizer"]["lr"]}
+            stage |= {"tokens": leg.flight.train.total_tokens, "lr": leg.config.optimizer["lr"]}
             stage |= {"rotary": leg.positions, "seconds": self._took.get(name)}
         stage |= {"checkpoint": found["checkpoint"], "read": found["length"]}
         stage |= {part: found[part] for part in found if part not in ("checkpoint", "length")}

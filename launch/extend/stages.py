@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.compose import checked
 from launch.config.model import model_of
-from launch.config.stage import Stage
 from launch.errors import UserError
 from launch.evaluation.measure import trained_on
 from launch.extend.compose import configured
@@ -18,6 +16,8 @@ from launch.preflight.check import check_run
 from launch.preflight.refusals import refusals
 from launch.run import rundir
 from models.positions import NoPE, Positions
+from train.run_config import ObjectConfig, RunConfig
+from train.settings import Stage
 
 if TYPE_CHECKING:
     from launch.preflight.checked import CheckedRun
@@ -32,7 +32,7 @@ class Parent:
 
     path: Path
     trained: int | None
-    model: dict[str, Any]
+    model: ObjectConfig
 
 
 @dataclass(frozen=True)
@@ -42,69 +42,65 @@ class StagePlan:
 
     stage: Stage
     name: str
-    config: dict[str, Any]
+    config: RunConfig
     positions: list[str]
     flight: CheckedRun
 
 
-def legs(config: dict[str, Any], overrides: list[str]) -> tuple[Parent, list[StagePlan]]:
+def legs(config: RunConfig, overrides: list[str]) -> tuple[Parent, list[StagePlan]]:
     """The stages of a chain in their order, and what they extend. Raises UserError for what any of them is refused."""
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if key in NUMBERED:
             raise UserError(f"{override}: must not be given with stages, which have each their own")
-    if config["cluster"]["kind"] == "ray":
+    if config.cluster.kind == "ray":
         raise UserError("cluster=ray: must be none or local with stages: a chain runs on this machine")
-    if config["evaluate"]["weights"] != "raw":
-        raise UserError(f"evaluate.weights={config['evaluate']['weights']}: must be raw with stages")
-    if stages := (config["curriculum"].get("context")):
+    if config.evaluate.weights != "raw":
+        raise UserError(f"evaluate.weights={config.evaluate.weights}: must be raw with stages")
+    if stages := config.curriculum.get("context"):
         raise UserError(f"curriculum.context={stages}: must be null with stages, which say lengths and positions")
     parent = _parent(config)
     found: list[StagePlan] = []
     model, before = parent.model, parent.trained
-    for i, values in enumerate(config["stages"]):
+    for i, stage in enumerate(config.stages):
         try:
-            leg = _leg(config, Stage(**values), i + 1, parent, model, before)
+            leg = _leg(config, stage, i + 1, parent, model, before)
         except ValueError as error:
             raise UserError(f"stages[{i}].{' '.join(str(error).split())}") from None
         except UserError as error:
             raise UserError(f"stages[{i}]: {error}") from None
         found.append(leg)
-        model, before = leg.config["model"], leg.stage.length
+        model, before = leg.config.model, leg.stage.length
     return parent, found
 
 
 def _leg(
-    config: dict[str, Any], stage: Stage, number: int, parent: Parent, model: dict[str, Any], before: int | None
+    config: RunConfig, stage: Stage, number: int, parent: Parent, model: ObjectConfig, before: int | None
 ) -> StagePlan:
     if before is not None and stage.length < before:
-        what = f"those of init_from={config['init_from']}" if number == 1 else "the stage before"
+        what = f"those of init_from={config.init_from}" if number == 1 else "the stage before"
         raise ValueError(f"length={stage.length}: must be at least {before}, as {what}")
-    found = configured(config, stage, number, model)
-    if number > 1:  # from here on the chain goes on from itself
-        found["train"] |= {"init_optimizer": "keep", "init_weights": "raw"}
-    found = checked(found)
-    alone = deepcopy(found)
-    alone["init_from"] = str(parent.path)
-    if number > 1:
-        alone["train"]["init_optimizer"] = config["train"]["init_optimizer"]
-    said = _positions(stage, parent, model, found["model"], before)
+    found = checked(configured(config, stage, number, model))
+    alone = replace(found, init_from=str(parent.path))
+    if number > 1:  # from the second stage on, the chain goes on from itself
+        alone = replace(alone, train=replace(alone.train, init_optimizer=config.train.init_optimizer))
+    said = _positions(stage, parent, model, found.model, before)
     flight = check_run(alone, lambda line: None)  # the run itself says it again
     return StagePlan(stage, rundir.stage_name(number, stage.length), found, said, flight)
 
 
-def _parent(config: dict[str, Any]) -> Parent:
+def _parent(config: RunConfig) -> Parent:
     """Raises UserError."""
     from train.checkpoints import checkpoint, hf_reader
     from train.checkpoints.hf_convert import rebased
 
-    value = config["init_from"]
+    value = config.init_from
     if value is None:
         raise UserError("init_from: missing; stages extend a run, a checkpoint or a folder of Hugging Face's")
     path = Path(value)
     if hf_reader.is_folder(path):
         with refusals(config):
-            return Parent(path, trained_on(path), config["model"])
+            return Parent(path, trained_on(path), config.model)
     if rundir.is_checkpoint(path):
         try:
             checkpoint.verify(path)
@@ -118,11 +114,12 @@ def _parent(config: dict[str, Any]) -> Parent:
             raise UserError(f"init_from={value}: has no complete checkpoint")
         path = newest
     base = checkpoint.manifest(path).get("rope_theta")  # what the parent's curriculum has made of it
-    return Parent(path, trained_on(path), rebased(config["model"], base) if base else config["model"])
+    model = ObjectConfig(rebased(dict(config.model.values), base)) if base else config.model
+    return Parent(path, trained_on(path), model)
 
 
 def _positions(
-    stage: Stage, parent: Parent, before: dict[str, Any], after: dict[str, Any], trained: int | None
+    stage: Stage, parent: Parent, before: ObjectConfig, after: ObjectConfig, trained: int | None
 ) -> list[str]:
     """What becomes of rotary positions, a line each kind. Raises ValueError for a rule that does not reach."""
     lines = []
@@ -142,9 +139,9 @@ def _positions(
     return list(dict.fromkeys(lines)) or ["no layer has rotary positions"]
 
 
-def _layers(model: dict[str, Any]) -> list[Any]:
+def _layers(model: ObjectConfig) -> list[Any]:
     """The modules of a model that have positions, or could have."""
-    modules = model_of(model).modules()
+    modules = model_of(model.values).modules()
     return [module for module in modules if isinstance(getattr(module, "positions", None), Positions)]
 
 
@@ -174,8 +171,8 @@ def table(parent: Parent, found: list[StagePlan]) -> list[str]:
             leg.name,
             f"{leg.stage.length:,}",
             f"{leg.flight.train.total_tokens:,}",
-            f"{leg.config['train']['batch_tokens']:,}",
-            f"{leg.config['optimizer']['lr']:g}",
+            f"{leg.config.train.batch_tokens:,}",
+            f"{leg.config.optimizer['lr']:g}",
             *_flops(leg),
             _weights(leg.config),
         ]
@@ -195,7 +192,7 @@ def _flops(leg: StagePlan) -> list[str]:
     from models.accounting import account
 
     try:
-        costs = account(model_of(leg.config["model"]), device=leg.flight.device)
+        costs = account(model_of(leg.config.model.values), device=leg.flight.device)
     except NotImplementedError:
         return ["", ""]
     flops = costs.flops([leg.stage.length])
@@ -203,6 +200,6 @@ def _flops(leg: StagePlan) -> list[str]:
     return [f"{a_token:.3g}", f"{1 - sum(costs.per_token[:2]) / a_token:.0%}"]
 
 
-def _weights(config: dict[str, Any]) -> str:
-    sources = config["data"].get("sources") or {}
+def _weights(config: RunConfig) -> str:
+    sources = config.data.get("sources") or {}
     return ", ".join(f"{name} {portion['weight']}" for name, portion in sources.items())

@@ -1,6 +1,7 @@
 """Everything about a run that can be refused before a process starts, checked in the order a person would fix it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +10,32 @@ from launch.config.model import model_of
 from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.refusals import refusals
 from launch.run.rundir import is_checkpoint, latest
-from train.settings import ClusterSettings, ParallelSettings, PrecisionSettings, TrainSettings, section
+from train.run_config import RunConfig
+from train.settings import ClusterSettings
 
 MOST_A_CORE = 32  # processes without Ray: more would only wait for each other
-
-
 MOST_SEQUENCES = 1 << 15  # of a step: what a plan and a batch take seconds for
 
 
 def check_run(
-    config: dict[str, Any], say: Callable[[str], None], *, device: str | None = None, data_here: bool = True
+    config: RunConfig, say: Callable[[str], None], *, device: str | None = None, data_here: bool = True
 ) -> CheckedRun:
-    """Checks the whole run and returns it ready to start. Raises UserError with one line.
+    """Checks the whole run and returns it ready to start, its configuration settled. Raises UserError with one line.
 
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
-    read from this machine; where not, what needs them is left unchecked, and the flight has no batches.
+    read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
     from launch.preflight import continuation
     from launch.preflight.corpus import open_batches
     from train.tracking import obey_environment
 
     with refusals(config):
-        obey_environment(config)
-        if config["stages"]:
+        config = replace(config, tracking=obey_environment(config.tracking))
+        train, cluster, compute = config.train, config.cluster, config.precision.compute
+        if config.stages:
             raise ValueError("stages: must be [] but for `farspan train` and `farspan plan`, on this machine")
-        if config["seed"] < 0:
-            raise ValueError(f"seed={config['seed']}: must not be negative")
-        train = section(TrainSettings, config["train"])
-        cluster = section(ClusterSettings, config["cluster"])
-        precision = section(PrecisionSettings, config["precision"])
+        if config.seed < 0:
+            raise ValueError(f"seed={config.seed}: must not be negative")
         device = device or device_of(cluster)
         if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
@@ -45,24 +43,23 @@ def check_run(
             raise ValueError(f"cluster.threads={cluster.threads}: must be at most {cores()}, this machine's cores")
         if cluster.kind == "none" and cluster.workers > (most := MOST_A_CORE * cores()):
             raise ValueError(f"cluster.workers={cluster.workers}: must be at most {most}, {MOST_A_CORE} a core")
-        data, sequence = section(ParallelSettings, config["parallel"]).sizes(cluster.workers)
-        model = model_of(config["model"])
+        data, sequence = config.parallel.sizes(cluster.workers)
+        model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        _optimizer(config, precision, device)
+        _optimizer(config, device)
         _heads(config, sequence)
         _bases(config, model)
         if not data_here:
-            _objects(config, train, data, sequence)
-            return CheckedRun(config, train, cluster, device, data, sequence, shapes, None)
-        if isinstance(longest := config["data"].get("max_length"), int):
+            _objects(config, data, sequence)
+            return CheckedRun(config, device, data, sequence, shapes, None)
+        if isinstance(longest := config.data.get("max_length"), int):
             _few_enough(config, max(train.ramp.sizes) // max(longest, 1))
-        batches = open_batches(config, train.batch_tokens, shapes["embedding"][0], say)
+        batches = open_batches(config, shapes["embedding"][0], say)
         _few_enough(config, max(map(len, batches.shapes())))
         steps = train.steps_at(batches.filled(train.total_steps))
-        batches.batch(config["seed"], steps - 1)  # there is enough for all steps
-        _objects(config, train, data, sequence, batches.shapes())
-        flight = CheckedRun(config, train, cluster, device, data, sequence, shapes, batches)
-        if precision.compute == "bf16" and device == "cpu":
+        batches.batch(config.seed, steps - 1)  # there is enough for all steps
+        _objects(config, data, sequence, batches.shapes())
+        if compute == "bf16" and device == "cpu":
             _warn_without_bf16(say)
         lengths = min(batches.shapes(), key=len)
         if len(lengths) < data:
@@ -70,26 +67,24 @@ def check_run(
                 f"train.batch_tokens={sum(lengths)}: a step has {len(lengths)} sequences of {lengths[0]:,} "
                 f"tokens for parallel.data={data} groups: the others will idle"
             )
-        _checkpoints(flight, say)
-        continuation.settle(flight, say)
-    return flight
+        checked = _with_checkpoints(CheckedRun(config, device, data, sequence, shapes, batches), say)
+        return continuation.settled(checked, say)
 
 
-def _few_enough(config: dict[str, Any], sequences: int) -> None:
+def _few_enough(config: RunConfig, sequences: int) -> None:
     """Raises ValueError for a step of more sequences than a plan can be made for in seconds."""
     if sequences > MOST_SEQUENCES:
-        size = config["train"]["batch_tokens"]
         raise ValueError(
-            f"train.batch_tokens={size}: makes {sequences:,} sequences a step; must make at most {MOST_SEQUENCES:,}"
+            f"train.batch_tokens={config.train.batch_tokens}: makes {sequences:,} sequences a step; "
+            f"must make at most {MOST_SEQUENCES:,}"
         )
 
 
-def _bases(config: dict[str, Any], model: Any) -> None:
+def _bases(config: RunConfig, model: Any) -> None:
     """A rotary base that nothing turns by would be ignored without a word."""
-    from train.instantiate import construct
     from train.rope_base import rotary
 
-    context = construct(config["curriculum"]).context or ()
+    context = config.curriculum.build().context or ()
     if any(base is not None for _, _, base in context) and not rotary(model):
         stages = [list(stage) for stage in context]
         raise ValueError(f"curriculum.context={stages}: names a rotary base, and no layer has rotary positions")
@@ -109,15 +104,11 @@ def device_of(cluster: ClusterSettings) -> str:
     return "cuda" if cluster.device == "cuda" or cluster.device == "auto" and count >= cluster.workers else "cpu"
 
 
-def _objects(
-    config: dict[str, Any], train: TrainSettings, data: int, sequence: int, batches: list[list[int]] | None = None
-) -> None:
+def _objects(config: RunConfig, data: int, sequence: int, batches: list[list[int]] | None = None) -> None:
     """Builds what is cheap to build, so that its own checks speak now, asks for a rate, and for plans of `batches`."""
-    from train.instantiate import construct
-
-    for key in ("engine", "tracking"):
-        construct(config[key])
-    scheduler = construct(config["scheduler"])
+    for node in (config.engine, config.tracking):
+        node.build()
+    scheduler = config.scheduler.build()
     for lengths in batches or ():
         plan = scheduler.plan(0, lengths, data=data, sequence=sequence)
         plan.check(data * sequence)
@@ -128,32 +119,31 @@ def _objects(
                 "has to share"
             )
     if batches is None:
-        construct(config["data"])
-        construct(config["curriculum"])
-    construct(config["schedule"]).check(train.total_tokens, max(train.ramp.sizes))
+        config.data.build()
+        config.curriculum.build()
+    config.schedule.build().check(config.train.total_tokens, max(config.train.ramp.sizes))
 
 
-def _optimizer(config: dict[str, Any], precision: PrecisionSettings, device: str) -> None:
+def _optimizer(config: RunConfig, device: str) -> None:
     """Builds it for one weight as the run has them. Raises ValueError."""
     import torch
 
-    from train.optim.build import tried
+    from train.optim.build import try_optimizer
 
-    on_host = config["engine"].get("offload_optimizer", False)
-    dtype = torch.float64 if precision.compute == "fp64" else torch.float32
-    tried(config["optimizer"], device="cpu" if on_host else device, dtype=dtype)
+    on_host = config.engine.get("offload_optimizer", False)
+    dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
+    try_optimizer(config.optimizer, device="cpu" if on_host else device, dtype=dtype)
 
 
-def _heads(config: dict[str, Any], sequence: int) -> None:
+def _heads(config: RunConfig, sequence: int) -> None:
     """Raises ValueError where softmax attention has heads that its transport cannot share out to the ranks."""
     import torch
 
-    from train.instantiate import construct
     from train.metrics.comm_trace import check_heads
 
-    if (attention := config["parallel"]["transport"]["attention"]) == "ulysses" and sequence > 1:
+    if (attention := config.parallel.transport.attention) == "ulysses" and sequence > 1:
         with torch.device("meta"):
-            model = construct(config["model"])
+            model = config.model.build()
         check_heads(model, attention, sequence)
 
 
@@ -164,16 +154,16 @@ def _warn_without_bf16(say: Callable[[str], None]) -> None:
         say("precision.compute=bf16: this CPU has no bf16 instructions, fp32 would be faster")
 
 
-def _checkpoints(flight: CheckedRun, say: Callable[[str], None]) -> None:
-    """Finds, verifies and compares the checkpoint that the run continues from or takes its weights from."""
+def _with_checkpoints(flight: CheckedRun, say: Callable[[str], None]) -> CheckedRun:
+    """The run with the checkpoint that it continues from, or takes its weights from: found, verified and compared."""
     from data.batches import changed
     from launch.preflight import init_from
     from train.checkpoints import checkpoint, hf_reader
 
-    if flight.train.init_weights == "average" and not (flight.config["init_from"] or flight.config["resume"]):
+    if flight.train.init_weights == "average" and not (flight.config.init_from or flight.config.resume):
         raise ValueError("train.init_weights=average: must be raw without init_from")
     for key in ("resume", "init_from"):
-        value = flight.config[key]
+        value = getattr(flight.config, key)
         if value is None or key == "init_from" and flight.resume is not None:
             continue
         path = Path(value)
@@ -199,27 +189,28 @@ def _checkpoints(flight: CheckedRun, say: Callable[[str], None]) -> None:
             if facts["data"] != flight.batches.fingerprint:
                 why = changed(facts.get("order"), flight.batches.order)
                 raise ValueError(f"resume={value}: was trained in another order: {why}")
-            if facts["seed"] != flight.config["seed"]:
-                raise ValueError(f"seed={flight.config['seed']}: the run was started with seed={facts['seed']}")
+            if facts["seed"] != flight.config.seed:
+                raise ValueError(f"seed={flight.config.seed}: the run was started with seed={facts['seed']}")
             if flight.train.complete(facts["step"], facts["tokens"]):
                 budget = "train.tokens" if flight.train.steps is None else "train.steps"
                 raise ValueError(
                     f"resume={value}: is complete at step {facts['step']:,}; give a larger {budget} to go on"
                 )
         if key == "init_from":
-            init_from.sound(path, flight.config["model"], say)
+            init_from.sound(path, flight.config.model.values, say)
             init_from.same_tokens(path, flight.batches, say)
             init_from.still_held_out(path, flight.batches, say)
-        setattr(flight, key, path)
+        flight = replace(flight, resume=path) if key == "resume" else replace(flight, init_from=path)
+    return flight
 
 
 def _newest(flight: CheckedRun, key: str, value: str, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint of a run; None where it has none and is to begin again. Raises ValueError."""
     from train.checkpoints import checkpoint
 
-    folder = run_folder(key, value, flight.config["cluster"])
+    folder = run_folder(key, value, flight.cluster)
     folder = (folder if key == "resume" else latest(folder)) / "checkpoints"
-    anew = key == "resume" and flight.config["run"].get("anew")
+    anew = key == "resume" and flight.config.run.anew
     found = checkpoint.newest(folder, say)
     if found is not None:
         if anew:

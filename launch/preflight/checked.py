@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.run_config import RunConfig
 from train.settings import ClusterSettings, TrainSettings
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckedRun:
     """A run that may start: its configuration, and what the checks have built or found on the way."""
 
-    config: dict[str, Any]
-    train: TrainSettings
-    cluster: ClusterSettings
+    config: RunConfig
     device: str
     data: int
     sequence: int
@@ -22,6 +21,14 @@ class CheckedRun:
     batches: Any
     resume: Path | None = None
     init_from: Path | None = None
+
+    @property
+    def train(self) -> TrainSettings:
+        return self.config.train
+
+    @property
+    def cluster(self) -> ClusterSettings:
+        return self.config.cluster
 
     @property
     def threads(self) -> int | None:

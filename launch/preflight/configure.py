@@ -7,29 +7,28 @@ from launch.cluster.find_run import run_folder
 from launch.config.compose import checked, composed, groups
 from launch.errors import UserError
 from launch.run.rundir import is_checkpoint, saved_config
+from train.run_config import RunConfig
 
 
-def configure(overrides: list[str]) -> dict[str, Any]:
+def configure(overrides: list[str]) -> RunConfig:
     """The configuration of a new run, or of a resumed one: what it was, with the overrides on top. Raises UserError."""
     from launch.preflight import init_from
 
     asked = composed(overrides, init_from.model_of(overrides))
-    if asked["resume"] is None:
+    if asked.resume is None:
         return init_from.replayed(asked)
-    if asked["init_from"] is not None:
-        raise UserError(
-            f"init_from={asked['init_from']}: must be null with resume={asked['resume']}, a run that has begun"
-        )
-    path = Path(asked["resume"])
+    if asked.init_from is not None:
+        raise UserError(f"init_from={asked.init_from}: must be null with resume={asked.resume}, a run that has begun")
+    path = Path(asked.resume)
     named = is_checkpoint(path)
-    folder = _run_of(path) if named else run_folder("resume", asked["resume"], asked["cluster"])
-    config = init_from.own_tokens(saved_config(folder), folder)
-    if "train" not in config:
-        raise UserError(f"resume={asked['resume']}: is an import and has trained nothing; expected init_from=")
-    overlay(config, asked, overrides)
-    config["resume"] = str(path if named else folder)
-    config["run"]["dir"] = str(folder)
-    return checked(config)
+    folder = _run_of(path) if named else run_folder("resume", asked.resume, asked.cluster)
+    saved = init_from.own_tokens(saved_config(folder), folder)
+    if "train" not in saved:
+        raise UserError(f"resume={asked.resume}: is an import and has trained nothing; expected init_from=")
+    overlay(saved, asked.to_dict(), overrides)
+    saved["resume"] = str(path if named else folder)
+    saved["run"]["dir"] = str(folder)
+    return checked(saved)
 
 
 def _run_of(path: Path) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import configuration
+from train.run_config import ObjectConfig
 from train.settings import TrainSettings, section
 
 if TYPE_CHECKING:
@@ -15,31 +17,30 @@ if TYPE_CHECKING:
 JUMP = 0.01  # of the larger rate: less than that from one schedule to the next is not worth a line
 
 
-def settle(flight: CheckedRun, say: Callable[[str], None]) -> None:
-    """Puts numbers where the schedule says null, and checks it, and the optimizer's state, against the checkpoint.
+def settled(run: CheckedRun, say: Callable[[str], None]) -> CheckedRun:
+    """The run with numbers where its schedule says null, which it keeps: resumed later, it has the same curve.
 
-    In the configuration itself, which the run keeps: resumed later, it has the same curve. Raises ValueError.
+    Checks the schedule, and the optimizer's state, against the checkpoint. Raises ValueError.
     """
-    from train.instantiate import construct
-
-    _moments(flight)
-    before = _before(flight)
-    node, rate = flight.config["schedule"], flight.config["optimizer"]["lr"]
-    begin = before.tokens if before and flight.resume else 0
+    _moments(run)
+    before = _before(run)
+    node, rate = run.config.schedule, run.config.optimizer["lr"]
     if node.get("begin", 0) is None:
-        node["begin"] = begin
+        node = node.having(begin=before.tokens if before and run.resume else 0)
     if node.get("start", 0) is None:
-        node["start"] = construct(node).start if before is None or not rate else before.rate / rate
-    schedule, total = construct(node), flight.train.total_tokens
-    schedule.check(total, max(flight.train.ramp.sizes))
-    if before is None or not flight.resume:
-        return
+        node = node.having(start=node.build().start if before is None or not rate else before.rate / rate)
+    schedule, total = node.build(), run.train.total_tokens
+    schedule.check(total, max(run.train.ramp.sizes))
+    run = replace(run, config=replace(run.config, schedule=node))
+    if before is None or not run.resume:
+        return run
     after = rate * schedule.multiplier(before.tokens, total)
     if abs(after - before.rate) > JUMP * max(after, before.rate):
         say(
             f"schedule: at token {before.tokens:,} the learning rate goes from {before.rate:.3g} to {after:.3g} at "
             "once (schedule=rewarm rises from where it is, schedule=anneal falls from there)"
         )
+    return run
 
 
 class Before:
@@ -52,7 +53,6 @@ class Before:
 def _before(flight: CheckedRun) -> Before | None:
     """Of the checkpoint that the run goes on from, where it tells; a folder of weights alone does not."""
     from train.checkpoints import checkpoint
-    from train.instantiate import construct
 
     path = flight.resume or flight.init_from
     config = _config(path) if path else None
@@ -60,7 +60,8 @@ def _before(flight: CheckedRun) -> Before | None:
         return None
     train = section(TrainSettings, _known(config["train"]))
     tokens = train.reached(checkpoint.manifest(path))
-    rate = config["optimizer"]["lr"] * construct(config["schedule"]).multiplier(tokens, train.total_tokens)
+    schedule = ObjectConfig(config["schedule"]).build()
+    rate = config["optimizer"]["lr"] * schedule.multiplier(tokens, train.total_tokens)
     return Before(tokens, rate)
 
 
@@ -91,11 +92,11 @@ def _moments(flight: CheckedRun) -> None:
         raise ValueError(f"train.init_optimizer={asked}: must be reset without init_from")
     if not checkpoint.has_moments(path):
         raise ValueError(f"train.init_optimizer={asked}: must be reset, {path} holds no optimizer state")
-    config, own = _config(path), _name(flight.config["optimizer"])
+    config, own = _config(path), _name(flight.config.optimizer.values)
     if config is not None and (was := _name(config["optimizer"])) != own:
         raise ValueError(f"train.init_optimizer={asked}: must be reset, {path} is of {was}, and this run of {own}")
 
 
-def _name(node: dict[str, Any]) -> str:
+def _name(node: Mapping[str, Any]) -> str:
     """Of the class that it builds, wherever that lies: torch's AdamW and another have the same state."""
     return node["_target_"].rpartition(".")[2]

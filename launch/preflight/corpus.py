@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.run import rundir
+from train.run_config import RunConfig
 
 if TYPE_CHECKING:
     from data.stores.prepare import PrepareProgress, Watch
@@ -16,17 +17,17 @@ if TYPE_CHECKING:
 _TOLD_S = 10.0  # seconds between two lines about a corpus that a run waits for
 
 
-def _keep_out(section: dict[str, Any], key: str = "data") -> None:
+def keep_out(section: Mapping[str, Any], key: str = "data") -> None:
     """Raises UserError for a store, a copy of one, or an index beside one that would lie in a checkpoint."""
     for name in ("store", "local"):
         value = section.get(name)
         if isinstance(value, str) and "://" not in value:
             rundir.keep_out(Path(value).expanduser(), f"{key}.{name}")
     for name, source in (section.get("sources") or {}).items():
-        _keep_out(source["data"], f"{key}.sources.{name}.data")
+        keep_out(source["data"], f"{key}.sources.{name}.data")
 
 
-def _stores(data: Any, found: Any) -> list[tuple[str, Any, Path]]:
+def stores(data: Any, found: Any) -> list[tuple[str, Any, Path]]:
     """(its key, corpus, folder) of each store that `prepare` has found: of a mixture one for each source."""
     if not isinstance(found, list):
         return [("data", data, found)]
@@ -34,7 +35,7 @@ def _stores(data: Any, found: Any) -> list[tuple[str, Any, Path]]:
     return [(f"data.sources.{name}.data", portion.data, folder) for (name, portion), folder in sources]
 
 
-def open_batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say: Callable[[str], None]) -> Any:
+def open_batches(config: RunConfig, vocabulary: int, say: Callable[[str], None]) -> Any:
     """The batches of a run, its corpus made into a store here where it is none yet.
 
     Raises ValueError for a model's `vocabulary` that is too small, before a corpus is read where that can be known.
@@ -43,40 +44,39 @@ def open_batches(config: dict[str, Any], batch_tokens: Any, vocabulary: int, say
     from data.corpora.files import counted
     from data.stores.checks import START_S, verify
     from data.stores.store import Store
-    from train.instantiate import construct
 
     def fits(tokens: int | None) -> None:
         if tokens is not None and vocabulary < tokens:
             raise ValueError(f"model.vocabulary={vocabulary}: the tokenizer has {tokens} tokens; must be at least that")
 
-    _keep_out(config["data"])
-    data = construct(config["data"])
+    keep_out(config.data.values)
+    data = config.data.build()
     data.check()
     if hasattr(data, "vocabulary_size"):
         fits(data.vocabulary_size())
     if hasattr(data, "prepare"):
-        for key, corpus, folder in _stores(data, data.prepare(None, _now_and_then(say))):
+        for key, corpus, folder in stores(data, data.prepare(None, now_and_then(say))):
             verify(Store(folder), START_S)
             if left := corpus.left_out(folder):
                 say(f"{key}: left out: {counted(left)}")
-    found = opened(data, batch_tokens, construct(config["curriculum"]))
+    found = opened(data, config.train.batch_tokens, config.curriculum.build())
     fits(found.vocab_size)
     for line in getattr(found, "told", list)():
         say(line)
     return found
 
 
-def _now_and_then(say: Callable[[str], None]) -> Watch:
+def now_and_then(say: Callable[[str], None]) -> Watch:
     told = time.monotonic()
 
     def watch(progress: PrepareProgress) -> None:
         nonlocal told
         if time.monotonic() - told > _TOLD_S:
             told = time.monotonic()
-            say(f"the corpus, part {progress.parts:,} of {progress.of:,}: {_told(progress)}")
+            say(f"the corpus, part {progress.parts:,} of {progress.of:,}: {volume(progress)}")
 
     return watch
 
 
-def _told(progress: PrepareProgress) -> str:
+def volume(progress: PrepareProgress) -> str:
     return f"{progress.documents:,} documents, {progress.tokens:,} tokens"

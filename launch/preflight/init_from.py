@@ -2,7 +2,8 @@
 what was held out of them, and the tokens that they know."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from launch.config import files
 from launch.errors import UserError
 from launch.paths import RUNS
 from launch.run.rundir import latest, saved_config
+from train.run_config import RunConfig
 
 
 def model_of(overrides: list[str]) -> dict[str, Any] | None:
@@ -37,24 +39,24 @@ def _filled(text: str, chosen: dict[str, str]) -> str:
     return re.sub(r"\$\{([\w.]+)\}", lambda found: chosen.get(found[1], found[0]), text)
 
 
-def replayed(config: dict[str, Any]) -> dict[str, Any]:
+def replayed(config: RunConfig) -> RunConfig:
     """The configuration with the corpora of the run that it starts from, where an old source of its mixture names none.
 
     Several take the source's place, each under a name of its own beside it. Raises UserError where that run, and so its
     corpora, are not here.
     """
-    sources = config["data"].get("sources")
+    sources = config.data.get("sources")
     unnamed = [name for name, portion in (sources or {}).items() if portion["old"] and _unknown(portion["data"])]
-    if not unnamed or config["init_from"] is None:
+    if not unnamed or config.init_from is None:
         return config
-    value, (name, *more) = config["init_from"], unnamed
+    value, (name, *more) = config.init_from, unnamed
     if more:
         raise UserError(
             f"data.sources.{more[0]}.data.corpus=null: must be a corpus: data.sources.{name} takes that of init_from"
         )
     found = next((f for f in _folders(value) if (f / "config.yaml").exists()), None)
     if found is None and not Path(value).is_dir():
-        run_folder("init_from", value, config["cluster"])  # which says what there is
+        run_folder("init_from", value, config.cluster)  # which says what there is
     theirs = own_tokens(saved_config(latest(found)), latest(found)).get("data", {}) if found else {}
     portion = sources[name]
     if theirs.get("_target_") == "data.Data":
@@ -69,7 +71,7 @@ def replayed(config: dict[str, Any]) -> dict[str, Any]:
     kept = {each: value for each, value in sources.items() if each != name}
     if both := sorted(kept.keys() & own.keys()):
         raise UserError(f"data.sources.{both[0]}: must be named otherwise: {name} of init_from={value} has that name")
-    return {**config, "data": {**config["data"], "sources": kept | own}}
+    return replace(config, data=config.data.having(sources=kept | own))
 
 
 def own_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def still_held_out(path: Path, batches: Any, say: Callable[[str], None]) -> None
             say(f"{at}: is called old, and is no corpus that {path} was trained on")
 
 
-def sound(path: Path, model: dict[str, Any], say: Callable[[str], None]) -> None:
+def sound(path: Path, model: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Reads every number of a folder of Hugging Face's, and says where a model that came from one can no longer become
     one. Raises ValueError for a number that is not finite."""
     from models.hub import of_model
@@ -160,7 +162,7 @@ def sound(path: Path, model: dict[str, Any], say: Callable[[str], None]) -> None
     elif not checkpoint.manifest(path).get("published"):
         return
     try:
-        of_model(model)
+        of_model(dict(model))
     except ValueError as error:
         say(f"this model cannot be exported: {error}")
 

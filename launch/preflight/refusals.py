@@ -4,10 +4,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from launch.errors import UserError
+from train.run_config import RunConfig
 
 
 @contextmanager
-def refusals(config: dict[str, Any]):
+def refusals(config: RunConfig | dict[str, Any]):
     """Turns a constructor's ValueError into a UserError whose line starts with the full key."""
     try:
         yield
@@ -18,7 +19,14 @@ def refusals(config: dict[str, Any]):
         found = (
             None
             if "." in key
-            else next((p for p, v in _leaves(config) if p.endswith(f".{key}") and str(v) == value), None)
+            else next(
+                (
+                    p
+                    for p, v in _leaves(config if isinstance(config, dict) else config.to_dict())
+                    if p.endswith(f".{key}") and str(v) == value
+                ),
+                None,
+            )
         )
         raise UserError(f"{found}={rest}" if found else line) from None
 

@@ -63,9 +63,9 @@ def written(found: Path, dest: Path, request: Export | None = None) -> list[str]
     request = request or Export()
     if request.weights == "average" and not has_average(found):
         raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
-    config = rundir.saved_config(found)
-    model_of(config["model"])  # refuses what only a file from elsewhere says
-    saved = Saved(found, config, average=request.weights == "average")
+    saved_run = rundir.saved_config(found)
+    model_of(saved_run["model"])  # refuses what only a file from elsewhere says
+    saved = Saved(found, saved_run, average=request.weights == "average")
     files, told = _files(found, saved)
     dtype = None if request.dtype is None else getattr(torch, _DTYPES[request.dtype])
     with _told("writing") as watch, _disk(dest, "DEST"):

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from launch.errors import UserError
 from launch.paths import RUNS, home
 from launch.shell import override
+from train.run_config import RunConfig
+from train.settings import RunSettings
 
 JOBS = "jobs.jsonl"  # in a run folder: the jobs that it was, one object a line
 
@@ -136,9 +138,9 @@ def latest(folder: Path) -> Path:
     return next(begun, folder)
 
 
-def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
-    """The run's folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
-    name, folder = reserved(config["run"])
+def claim(run: RunSettings, *, resumed: bool) -> tuple[RunSettings, TextIO]:
+    """The run's name and folder, locked for as long as the returned file is open. Raises UserError when it is taken."""
+    name, folder = reserved(run)
     keep_out(folder, "run.dir")
     if not resumed and (has(folder, "config.yaml") or has(folder, "checkpoints")):
         if not locked(folder):
@@ -161,16 +163,17 @@ def claim(config: dict[str, Any], *, resumed: bool) -> tuple[Path, TextIO]:
         if not resumed:
             withdraw(folder)
         raise unwritable(folder, error) from None
-    config["run"] = {"name": name, "dir": str(folder)}
-    return folder, lock
+    return RunSettings(name=name, dir=str(folder)), lock
 
 
-def reserved(run: dict[str, Any]) -> tuple[str, Path]:
+def reserved(run: RunSettings) -> tuple[str, Path]:
     """The name and the folder that a run asks for; of one without, the first folder that is free, which is made, since
     another may start in the same second. Raises UserError where it cannot be made."""
     told = os.environ.get("WANDB_NAME")  # the tracker's word for it, where the configuration has none
-    if run["name"] or run["dir"]:
-        return run["name"] or told or Path(run["dir"]).name, Path(run["dir"]) if run["dir"] else RUNS / run["name"]
+    if run.dir:
+        return run.name or told or Path(run.dir).name, Path(run.dir)
+    if run.name:
+        return run.name, RUNS / run.name
     began = stamp()
     for name in (began, *(f"{began}-{number}" for number in range(2, 1000))):
         try:
@@ -234,9 +237,9 @@ def locked(folder: Path) -> bool:
     return False
 
 
-def write_config(folder: Path, config: dict[str, Any], code: dict[str, Any]) -> None:
+def write_config(folder: Path, config: RunConfig, code: dict[str, Any]) -> None:
     """`config.yaml`, fully resolved, with the code's version. Raises UserError where it cannot be written."""
-    text = OmegaConf.to_yaml(OmegaConf.create({**config, "code": code}))
+    text = OmegaConf.to_yaml(OmegaConf.create({**config.to_dict(), "code": code}))
     aside = folder / "config.yaml.partial"
     try:
         aside.write_text(text)

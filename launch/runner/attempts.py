@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from launch.runner.result import NOTHING_WRITTEN, JobContext, RunResult
 from launch.runner.summary import report, say_where_to_continue
 from launch.shell import command, override
 from launch.world import spawn
+from train.run_config import RunConfig
 
 ENTRY = "train.build:run"
 LOCK_S = 300.0  # seconds that a run on a cluster waits for the end of another that has its folder
@@ -38,7 +40,7 @@ def await_lock(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def here(
-    config: dict[str, Any],
+    config: RunConfig,
     console: Console,
     hosted: JobContext | None = None,
     *,
@@ -55,17 +57,19 @@ def here(
     try:
         flight = check_run(config, say, device=hosted.device if hosted else None)
         code = hosted.code if hosted else rundir.code_version()
-        anew = config["run"].get("anew", False)
-        if config["cluster"]["kind"] == "ray" and config["run"]["dir"]:
-            await_lock(Path(config["run"]["dir"]), say)
-        folder, lock = rundir.claim(config, resumed=config["resume"] is not None)
+        config, anew = flight.config, flight.config.run.anew
+        if config.cluster.kind == "ray" and config.run.dir:
+            await_lock(Path(config.run.dir), say)
+        run, lock = rundir.claim(config.run, resumed=config.resume is not None)
+        folder = Path(str(run.dir))
         again = hosted.again if hosted else again or command("train", override("resume", folder))
         with lock:
-            paths.make_absolute(config)
+            config = paths.with_absolute_paths(replace(config, run=run))
+            flight = replace(flight, config=config)
             try:
                 rundir.write_config(folder, config, code)
             except UserError:
-                if config["resume"] is None:
+                if config.resume is None:
                     rundir.withdraw(folder)
                 raise
             _turn_away(flight, folder, say, anew=anew)
@@ -116,7 +120,7 @@ def _turn_away(flight: CheckedRun, folder: Path, say: Callable[[str], None], *, 
     place, chosen = folder / "checkpoints", flight.resume
     if anew:
         away = list(checkpoint.damaged(place))
-    elif chosen is not None and rundir.is_checkpoint(Path(flight.config["resume"])):
+    elif chosen is not None and rundir.is_checkpoint(Path(str(flight.config.resume))):
         away = [p for p in checkpoint.complete(place) if checkpoint.step_of(p) > checkpoint.step_of(chosen)]
     else:
         return
@@ -149,7 +153,7 @@ def _attempts(
         found = checkpoint.newest(folder / "checkpoints", lambda line: None)
         if found is None and checkpoint.damaged(folder / "checkpoints"):
             return outcome  # to begin again is for a person to say
-        flight.resume = found or flight.resume
+        flight = replace(flight, resume=found or flight.resume)
         if flight.resume != before:
             left, before = flight.cluster.restarts, flight.resume
         if not left:

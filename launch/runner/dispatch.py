@@ -1,21 +1,19 @@
 """Where a run belongs: on this machine, or as a job of a cluster that is elsewhere."""
 
-from typing import Any
-
 from rich.console import Console
 
 from launch.cluster import nodes
 from launch.runner.attempts import here
 from launch.runner.result import RunResult
+from train.run_config import RunConfig
 
 
-def run(config: dict[str, Any], console: Console, *, brief: bool = False, again: str | None = None) -> RunResult:
+def run(config: RunConfig, console: Console, *, brief: bool = False, again: str | None = None) -> RunResult:
     """Runs a composed configuration to its end, here or as a job that is followed. Raises UserError as `train` does.
 
     brief: one of several: nothing is said about what to do with it. again: the command that goes on with it here.
     """
-    settings = config["cluster"]
-    if settings["kind"] == "ray" and nodes.is_remote(nodes.address_of(settings["address"])):
+    if config.cluster.kind == "ray" and nodes.is_remote(nodes.address_of(config.cluster.address)):
         from launch.runner import submit
 
         return submit.attached(config, console)

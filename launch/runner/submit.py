@@ -6,8 +6,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -26,6 +26,7 @@ from launch.preflight.refusals import refusals
 from launch.run import rundir
 from launch.runner.result import RunResult
 from launch.shell import override, quote
+from train.run_config import RunConfig
 
 # The interpreter that runs Ray, whatever `python` means on its machine: Ray runs a job's entry point below its job
 # supervisor, and that below the raylet, whose arguments tell how it starts Python. `exec`: signals reach Python.
@@ -55,7 +56,8 @@ def submit(overrides: list[str]) -> int:
     if not any(each.lstrip("+").startswith("cluster=") for each in overrides):
         overrides = ["cluster=ray", *overrides]
     config, elsewhere = _configure(overrides)
-    cluster, job = hand_over(config, say, elsewhere)
+    submitted = hand_over(config, say, elsewhere)
+    cluster, job = submitted.cluster, submitted.job
     print(job, flush=True)
     try:
         line = _passed(cluster, job)
@@ -71,46 +73,55 @@ def submit(overrides: list[str]) -> int:
     return 0
 
 
-def hand_over(
-    config: dict[str, Any], say: Callable[[str], None], elsewhere: list[str] | None = None
-) -> tuple[Jobs, str]:
-    """Checks what can be checked from here, packages code and configuration, and submits. Returns the job's id.
+@dataclass(frozen=True)
+class Submitted:
+    """A run that a cluster has taken. job: its id there. folder: of the run, as the cluster's machines see it."""
+
+    cluster: Jobs
+    job: str
+    folder: Path
+
+
+def hand_over(config: RunConfig, say: Callable[[str], None], elsewhere: list[str] | None = None) -> Submitted:
+    """Checks what can be checked from here, packages code and configuration, and submits.
 
     elsewhere: the overrides of a resumed run whose folder only the cluster sees; the job composes them there.
     Raises UserError.
     """
-    settings = config["cluster"]
-    if settings["kind"] != "ray":
-        raise UserError(
-            f"cluster.kind={settings['kind']}: a job needs cluster=ray, with cluster.address=http://HOST:8265"
-        )
-    address = nodes.address_of(settings["address"])
+    kind = config.cluster.kind
+    if kind != "ray":
+        raise UserError(f"cluster.kind={kind}: a job needs cluster=ray, with cluster.address=http://HOST:8265")
+    address = nodes.address_of(config.cluster.address)
     if not nodes.is_remote(address):
         raise UserError(f"cluster.address={address}: a job needs the dashboard's address, http://HOST:8265")
     cluster = Jobs(address)
     flight = check(config, say)
-    name = config["run"]["name"] or (Path(config["run"]["dir"]).name if config["run"]["dir"] else None)
-    name = name or cluster.free_id(rundir.stamp())  # another may start in the same second
-    config["run"] |= {"name": name, "dir": config["run"]["dir"] or str(RUNS / name)}
-    config["cluster"]["address"] = address
-    paths.make_absolute(config)
-    config["resume"] = paths.absolute(config["resume"])
-    config["run"]["dir"] = paths.absolute(config["run"]["dir"])
-    folder = Path(config["run"]["dir"])
-    if config["resume"] is None and (folder / "config.yaml").exists():
+    config = _settled(flight.config, address, cluster)
+    folder = Path(str(config.run.dir))
+    if config.resume is None and (folder / "config.yaml").exists():
         raise UserError(f"run.dir={folder}: already holds a run; continue it with {override('resume', folder)}")
     if rundir.locked(folder):
         raise UserError(f"run.dir={folder}: in use by another run")
-    job = cluster.free_id(re.sub(r"[^A-Za-z0-9_.-]+", "-", name))
+    job = cluster.free_id(re.sub(r"[^A-Za-z0-9_.-]+", "-", str(config.run.name)))
     order = {"job": job, "address": address, "device": flight.device, "code": rundir.code_version()}
-    order |= {"overrides": elsewhere} if elsewhere else {"config": config}
+    order |= {"overrides": elsewhere} if elsewhere else {"config": config.to_dict()}
     with tempfile.TemporaryDirectory(prefix="farspan-job-") as place_for_code:
         code = package.stage(Path(place_for_code), order)
-        cluster.submit(job, ENTRYPOINT, code, {"run": str(folder), "name": name})
-    return cluster, job
+        cluster.submit(job, ENTRYPOINT, code, {"run": str(folder), "name": str(config.run.name)})
+    return Submitted(cluster, job, folder)
 
 
-def check(config: dict[str, Any], say: Callable[[str], None]) -> CheckedRun:
+def _settled(config: RunConfig, address: str, cluster: Jobs) -> RunConfig:
+    """The configuration of a job: its name and folder are known, and every path is absolute."""
+    run = config.run
+    name = run.name or (Path(run.dir).name if run.dir else None)
+    name = name or cluster.free_id(rundir.stamp())  # another may start in the same second
+    run = replace(run, name=name, dir=paths.absolute(run.dir or str(RUNS / name)))
+    config = replace(config, run=run, cluster=replace(config.cluster, address=address))
+    return replace(paths.with_absolute_paths(config), resume=paths.absolute(config.resume))
+
+
+def check(config: RunConfig, say: Callable[[str], None]) -> CheckedRun:
     """What can be checked of a job from this machine, its place on the cluster's machines too. Raises UserError."""
     flight = check_run(config, say, data_here=False)
     with refusals(config):
@@ -118,15 +129,15 @@ def check(config: dict[str, Any], say: Callable[[str], None]) -> CheckedRun:
     return flight
 
 
-def attached(config: dict[str, Any], console: Console) -> RunResult:
+def attached(config: RunConfig, console: Console) -> RunResult:
     """The run as a job that is followed to its end. SIGINT and SIGTERM stop it (it saves); a second one lets go."""
 
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    cluster, job = hand_over(config, say)
+    submitted = hand_over(config, say)
+    cluster, job, folder = submitted.cluster, submitted.job, submitted.folder
     say(f"job {job} on {cluster.address}")
-    folder = Path(config["run"]["dir"])
     stopped = False
     follow = jobs.Follow(cluster, job)
     while True:
@@ -147,7 +158,7 @@ def attached(config: dict[str, Any], console: Console) -> RunResult:
     return RunResult(code, folder, stopped, None if code == 0 else f"job {job} failed")
 
 
-def _configure(overrides: list[str]) -> tuple[dict[str, Any], list[str] | None]:
+def _configure(overrides: list[str]) -> tuple[RunConfig, list[str] | None]:
     """The configuration, and the overrides where only the cluster can read the run that they resume."""
     try:
         return configure(overrides), None

@@ -85,7 +85,7 @@ def _say_results(flight: CheckedRun, folder: Path, summary: dict[str, Any], say:
     if summary["tokens"] > COUNTED_TOKENS:
         return
     steps = range(summary["step"])
-    seen = (s for step in steps for s in flight.batches.batch(flight.config["seed"], step))
+    seen = (s for step in steps for s in flight.batches.batch(flight.config.seed, step))
     unigram, bigram, order4 = ngram_losses(seen, flight.batches.heldout()).values()
     say(
         f"held-out loss, nats per byte: {summary['heldout_loss']:.3f}  (byte models fitted on the same "

@@ -17,7 +17,6 @@ from launch.runner import submit
 from launch.shell import command, override
 from launch.sweep.members import Member
 from launch.sweep.record import Sweep
-from train.settings import ClusterSettings, section
 
 if TYPE_CHECKING:
     from launch.sweep.members import CheckedMember
@@ -70,12 +69,12 @@ class _Fleet:
             each = self._waiting.pop(0)
             member = each.member
             try:
-                cluster, job = submit.hand_over(each.config, lambda line: None, each.elsewhere)
+                submitted = submit.hand_over(each.config, lambda line: None, each.elsewhere)
             except UserError as error:
                 self._change(member, "failed", str(error))
                 continue
-            member.job, member.address = job, cluster.address
-            self._jobs[member.number] = member, cluster, each.config["cluster"]["workers"]
+            member.job, member.address = submitted.job, submitted.cluster.address
+            self._jobs[member.number] = member, submitted.cluster, each.config.cluster.workers
             self._change(member, "running")
 
     def look(self) -> None:
@@ -153,5 +152,4 @@ def end(found: Sweep, member: Member, cluster: Jobs, *, stopping: bool = False) 
 
 def _room(each: CheckedMember) -> int:
     """Workers that the cluster holds, whoever uses them now."""
-    settings = section(ClusterSettings, each.config["cluster"])
-    return sum(node.slots for node in nodes.room(settings, each.device))
+    return sum(node.slots for node in nodes.room(each.config.cluster, each.device))

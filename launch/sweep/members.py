@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 
 from launch.config.files import CONF, groups
 from launch.errors import UserError
+from train.run_config import RunConfig
 
 MOST = 1000  # members
 EXAMPLE = "optimizer.lr=1e-3,3e-3 seed=range(0,3)"
@@ -185,6 +186,6 @@ class CheckedMember(NamedTuple):
     """A checked member. elsewhere: the overrides that resume it where only the cluster sees its folder."""
 
     member: Member
-    config: dict[str, Any]
+    config: RunConfig
     device: str
     elsewhere: list[str] | None = None

@@ -11,8 +11,9 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 
@@ -32,6 +33,8 @@ from launch.sweep import members as sweep_members
 from launch.sweep import table as sweep_table
 from launch.sweep.members import CheckedMember, Member
 from launch.sweep.record import FILE, OPEN, Sweep
+from train.run_config import RunConfig
+from train.settings import RunSettings
 
 PLOT = "sweep.png"
 NOTHING_WRITTEN = "stopped before the sweep started: nothing was written"
@@ -74,9 +77,9 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
     """A sweep whose members have been checked, its folder made and locked."""
     swept, members = sweep_members.expand(overrides)
     first = _composed(members[0], members[0].overrides)
-    sweep_members.name(swept, members, first)
-    ours = not (first["run"]["name"] or first["run"]["dir"])  # checking gives the first member a name of its own
-    name, folder = rundir.reserved(first["run"])
+    sweep_members.name(swept, members, first.to_dict())
+    ours = not (first.run.name or first.run.dir)
+    name, folder = rundir.reserved(first.run)
     try:
         return _checked_all(Sweep(folder, name, overrides, swept, members, os.getcwd()), first, say)
     except (UserError, KeyboardInterrupt):
@@ -88,7 +91,7 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
 
 
 def _checked_all(
-    found: Sweep, first: dict[str, Any], say: Callable[[str], None]
+    found: Sweep, first: RunConfig, say: Callable[[str], None]
 ) -> tuple[Sweep, TextIO, list[CheckedMember]]:
     """The sweep with its members checked, in its folder. Raises UserError."""
     folder, members = found.folder, found.members
@@ -103,7 +106,7 @@ def _checked_all(
         config = first if member is members[0] else _composed(member, member.overrides)
         ready.append(_checked(found, member, config))
     _one_place(ready)
-    folder, lock = rundir.claim({"run": {"name": found.name, "dir": str(folder)}}, resumed=False)
+    _, lock = rundir.claim(RunSettings(name=found.name, dir=str(folder)), resumed=False)
     found.save()
     found.tabulate()
     return found, lock, ready
@@ -115,13 +118,13 @@ def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, 
     for each in others:
         if each.lstrip("+~").partition("=")[0].split(".")[0] != "cluster":
             raise UserError(f"{each}: a resumed sweep takes resume=RUN and cluster keys only: its members are set")
-    value = compose.composed([each for each in overrides if _is_resume(each)])["resume"]
+    value = compose.composed([each for each in overrides if _is_resume(each)]).resume
     folder = next((f for f in (Path(value or ""), RUNS / (value or "")) if (f / FILE).exists()), None)
     if folder is None:
         known = sorted(path.parent.name for path in RUNS.glob(f"*/{FILE}"))
         has = f"; {RUNS}/ has {', '.join(known[-5:])}" if known else ""
         raise UserError(f"resume={value}: no such sweep; expected the folder of one{has}")
-    _, lock = rundir.claim({"run": {"name": None, "dir": str(folder)}}, resumed=True)
+    _, lock = rundir.claim(RunSettings(dir=str(folder)), resumed=True)
     try:
         found = Sweep.load(folder)
         if found.here not in (None, os.getcwd()) and Path(str(found.here)).is_dir():
@@ -157,26 +160,27 @@ def _checked_again(found: Sweep, member: Member, others: list[str]) -> CheckedMe
     return ready
 
 
-def _composed(member: Member, overrides: list[str]) -> dict[str, Any]:
+def _composed(member: Member, overrides: list[str]) -> RunConfig:
     try:
         return configure(overrides)
     except UserError as error:
         raise UserError(f"member {member.number} ({member.words}): {error}") from None
 
 
-def _checked(found: Sweep, member: Member, config: dict[str, Any]) -> CheckedMember:
+def _checked(found: Sweep, member: Member, config: RunConfig) -> CheckedMember:
     """A member's configuration with its own name, folder and group, checked as far as that can be done from here."""
-    if config["resume"] is None:
-        config["run"] = {"name": f"{found.name}/{member.folder}", "dir": str(found.place(member))}
-        if config["tracking"].get("group", "") is None:
-            config["tracking"]["group"] = found.name
+    if config.resume is None:
+        run = RunSettings(name=f"{found.name}/{member.folder}", dir=str(found.place(member)))
+        config = replace(config, run=run)
+        if config.tracking.get("group", "") is None:
+            config = replace(config, tracking=config.tracking.having(group=found.name))
     try:
         remote = _remote(config)
         check = submit.check if remote else check_run
         flight = check(config, lambda line: None)  # the run itself says it again
     except UserError as error:
         raise UserError(f"member {member.number} ({member.words}): {error}") from None
-    return CheckedMember(member, config, flight.device)
+    return CheckedMember(member, flight.config, flight.device)
 
 
 def _run_here(found: Sweep, ready: list[CheckedMember], console: Console, heard: SignalLatch) -> None:
@@ -267,14 +271,13 @@ def _is_resume(given: str) -> bool:
     return given.lstrip("+").startswith("resume=")
 
 
-def _remote(config: dict[str, Any]) -> bool:
+def _remote(config: RunConfig) -> bool:
     """Whether a run is handed over to a cluster as a job."""
-    settings = config["cluster"]
-    return settings["kind"] == "ray" and nodes.is_remote(nodes.address_of(settings["address"]))
+    return config.cluster.kind == "ray" and nodes.is_remote(nodes.address_of(config.cluster.address))
 
 
 def _one_place(ready: list[CheckedMember]) -> None:
     """Refuses a sweep over clusters: who runs here waits for its turn, who is a job does not."""
-    places = {nodes.address_of(e.config["cluster"]["address"]) if _remote(e.config) else "here" for e in ready}
+    places = {nodes.address_of(e.config.cluster.address) if _remote(e.config) else "here" for e in ready}
     if len(places) > 1:
         raise UserError(f"cluster: the members would run at {', '.join(sorted(places))}; a sweep runs at one place")

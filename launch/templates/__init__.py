@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from launch.cluster.placement import Node
+from train.run_config import RunConfig
 
 HOMES = {
     "KubeRay": "launch.templates.kuberay",
@@ -55,18 +56,19 @@ class Machines:
         slots = self.gpus_per_node if self.device(device) == "cuda" else self.cpus_per_node
         return [Node(name, name, slots) for name in self.names()]
 
-    def render(self, config: dict[str, Any], overrides: list[str]) -> str:
+    def render(self, config: RunConfig, overrides: list[str]) -> str:
         """The file to hand to the machine room, for a run's configuration and its words (see `own_words`)."""
         raise NotImplementedError
 
-    def cluster_words(self, config: dict[str, Any], address: str | None) -> list[str]:
+    def cluster_words(self, config: RunConfig, address: str | None) -> list[str]:
         """`cluster.*` of the rendered command: what the configuration and these machines have settled."""
-        cluster = config["cluster"]
+        cluster = config.cluster
         words = ["cluster=ray", *([f"cluster.address={address}"] if address else [])]
-        words += [f"cluster.workers={cluster['workers']}", f"cluster.device={self.device(cluster['device'])}"]
-        words += [f"cluster.restarts={cluster['restarts']}"]
+        words += [f"cluster.workers={cluster.workers}", f"cluster.device={self.device(cluster.device)}"]
+        words += [f"cluster.restarts={cluster.restarts}"]
         optional = ("threads", "timeout")
-        return words + [f"cluster.{name}={cluster[name]}" for name in optional if cluster[name] is not None]
+        given = {name: getattr(cluster, name) for name in optional}
+        return words + [f"cluster.{name}={value}" for name, value in given.items() if value is not None]
 
 
 def own_words(overrides: list[str], *dropped: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.templates import PATH, Machines, as_yaml, at_least, command, commented, matching, own_words
+from train.run_config import RunConfig
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")
 RESOURCES = ("RayJob", "RayCluster")
@@ -101,7 +102,7 @@ class KubeRay(Machines):
     def names(self) -> list[str]:
         return [f"pod {i}" for i in range(1, self.nodes + 1)]
 
-    def render(self, config: dict[str, Any], overrides: list[str]) -> str:
+    def render(self, config: RunConfig, overrides: list[str]) -> str:
         """The YAML for kubectl. Raises ValueError where KubeRay would refuse it, or a shell change it."""
         for key, what in (("image", "one that holds farspan"), ("claim", "a volume claim that all pods can write")):
             if getattr(self, key) is None:
@@ -120,12 +121,12 @@ class KubeRay(Machines):
         head = [f"A {self.resource} of KubeRay, written by", f"  {command('farspan', 'template', *overrides)}", ""]
         return commented(*head, *then) + as_yaml(resource)
 
-    def _job(self, config: dict[str, Any], words: list[str], run: str) -> dict[str, Any]:
+    def _job(self, config: RunConfig, words: list[str], run: str) -> dict[str, Any]:
         from launch.cluster.package import JOB_ENVIRONMENT, TRAIN_ENVIRONMENT
 
         start = ["farspan", "train", *self.cluster_words(config, "auto")]
         # A next set of pods, and a job that the operator submits once more, find the run of the one before.
-        entry = command(*start, *words, *([] if config["resume"] else [f"run.dir={run}", "resume=auto"]))
+        entry = command(*start, *words, *([] if config.resume else [f"run.dir={run}", "resume=auto"]))
         if self.submission_mode != "HTTPMode" and not _survives(entry):
             raise ValueError(
                 f"{PATH}.submission_mode={self.submission_mode}: its shells would change the run's words; "
@@ -143,10 +144,10 @@ class KubeRay(Machines):
             }
         )
 
-    def _submission(self, config: dict[str, Any], words: list[str], run: str) -> list[str]:
+    def _submission(self, config: RunConfig, words: list[str], run: str) -> list[str]:
         """The commands that go on from a RayCluster, for its comment."""
         words = [*self.cluster_words(config, "http://127.0.0.1:8265"), *words]
-        words += [] if config["resume"] else [f"run.dir={run}"]
+        words += [] if config.resume else [f"run.dir={run}"]
         where = self._in_namespace()
         return [
             f"  kubectl port-forward{where} service/{self.name}-head-svc 8265:8265",
@@ -162,9 +163,9 @@ class KubeRay(Machines):
             f"  {command('farspan', 'submit', *words)}",
         ]
 
-    def _folder(self, config: dict[str, Any]) -> str:
-        run = config["run"]
-        folder = run["dir"] or f"{self.mount}/runs/{run['name'] or self.name}"
+    def _folder(self, config: RunConfig) -> str:
+        run = config.run
+        folder = run.dir or f"{self.mount}/runs/{run.name or self.name}"
         if not f"{folder}/".startswith(f"{self.mount}/"):
             raise ValueError(f"run.dir={folder}: all pods must see it; expected a folder in {self.mount}")
         if not re.fullmatch(r"[\w./-]+", folder):

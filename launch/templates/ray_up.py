@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.cluster.placement import natural
 from launch.templates import LINE, PATH, Machines, as_yaml, at_least, command, commented, matching, on_lines, own_words
+from train.run_config import RunConfig
 
 PROVIDERS = ("local", "aws")
 _HOST = (r"[\w.:-]+", "an address or a name of a machine")
@@ -84,7 +85,7 @@ class RayUp(Machines):
             return sorted([self.head_ip or "", *self.worker_ips], key=natural)
         return [f"machine {i}" for i in range(1, self.nodes + 1)]
 
-    def render(self, config: dict[str, Any], overrides: list[str]) -> str:
+    def render(self, config: RunConfig, overrides: list[str]) -> str:
         """The YAML for `ray up`. Raises ValueError where Ray would refuse it."""
         cluster = self._cluster()
         _check(cluster)
@@ -100,7 +101,7 @@ class RayUp(Machines):
             f"  {command('farspan', 'submit', *words)}",
             "  ray down FILE",
         ]
-        if not config["resume"] and not config["run"]["dir"]:
+        if not config.resume and not config.run.dir:
             head.insert(-1, "      with run.dir=FOLDER on a file system that all machines share")
         return commented(*head) + as_yaml(cluster)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.templates import PATH, Machines, at_least, command, commented, matching, on_lines, own_words
+from train.run_config import RunConfig
+from train.settings import RunSettings
 
 BODY = Path(__file__).with_suffix(".sh")
 
@@ -135,12 +137,12 @@ class Slurm(Machines):
     def names(self) -> list[str]:
         return [f"node {i}" for i in range(1, self.nodes + 1)]
 
-    def render(self, config: dict[str, Any], overrides: list[str]) -> str:
+    def render(self, config: RunConfig, overrides: list[str]) -> str:
         """The script for sbatch."""
         kind, *settled_words = self.cluster_words(config, None)
         settled = f'{kind} "cluster.address=$url" {command(*settled_words)}'
         words = [command(word) for word in own_words(overrides, "run.dir")]
-        resumed = config["resume"]  # then the run is named among the words, on every turn of the job
+        resumed = config.resume  # then the run is named among the words, on every turn of the job
         begin = " ".join([settled, *words, *([] if resumed else ['"run.dir=$quoted"'])])
         again = begin if resumed else f'{settled} "resume=$quoted"'
         settings = {
@@ -154,7 +156,7 @@ class Slurm(Machines):
             "interface": self.interface or "''",
             "join": self.join,
             "requeues": self.requeues,
-            "run": _folder(config["run"], resumed),
+            "run": _folder(config.run, resumed),
         }
         asked = command("farspan", "template", *overrides)
         head = [
@@ -219,10 +221,10 @@ class Slurm(Machines):
         return lines
 
 
-def _folder(run: dict[str, Any], resumed: str | None) -> str:
+def _folder(run: RunSettings, resumed: str | None) -> str:
     """The run's folder as a word of the script, which makes it absolute."""
     if resumed:
         return command(resumed)
-    if run["dir"]:
-        return command(run["dir"])
-    return command(f"runs/{run['name']}") if run["name"] else '"runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"'
+    if run.dir:
+        return command(run.dir)
+    return command(f"runs/{run.name}") if run.name else '"runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"'

@@ -19,7 +19,6 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from models.accounting import account
-from train.instantiate import construct
 from train.metrics.timing import pieces
 from train.tracking.record import records
 
@@ -39,23 +38,23 @@ def read(folder: Path) -> Run:
     import torch
 
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    batches = construct(config["data"]).open(config["train"]["batch_tokens"], construct(config["curriculum"]))
+    batches = config.data.build().open(config.train.batch_tokens, config.curriculum.build())
     with torch.device("meta"):
-        model = construct(config["model"])
+        model = config.model.build()
     costs = account(model, device="cpu")
     plain = sum(costs.per_token[:2])  # what a token costs besides
     cpu = attention = 0.0
     rows = []
     for record in records(folder / "metrics.jsonl"):
-        lengths = [n for s in batches.batch(config["seed"], record["step"] - 1) for n in pieces(s.starts)]
+        lengths = [n for s in batches.batch(config.seed, record["step"] - 1) for n in pieces(s.starts)]
         attention += costs.flops(lengths).model - plain * sum(lengths)
         cpu += record["cpu_seconds"]
         if record.get("heldout_loss") is not None:
             rows.append((cpu, attention, record["heldout_loss"]))
     if not rows:
         raise ValueError(f"{folder}: has no evaluation")
-    odds = config["curriculum"]["odds"]
-    arm = config["data"]["packing"] + (f", {odds}" if config["data"]["packing"] == "decomposition" else "")
+    odds = config.curriculum["odds"]
+    arm = config.data["packing"] + (f", {odds}" if config.data["packing"] == "decomposition" else "")
     return Run(arm, *np.array(rows).T)
 
 

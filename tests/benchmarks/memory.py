@@ -109,9 +109,8 @@ def resident_peak() -> int:
 def default_model() -> Any:
     from launch.config.compose import composed
     from models.axes import initialise
-    from train.instantiate import construct
 
-    return initialise(construct(composed([])["model"]), 0)
+    return initialise(composed([]).model.build(), 0)
 
 
 def counted(tokens: int, choice: dict[str, Any]) -> tuple[float, int, int]:

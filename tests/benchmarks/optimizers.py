@@ -22,7 +22,6 @@ from models.lm import LM
 from parallel.mesh import everyone
 from parallel.parallelize import parallelise
 from tests.world import run_world
-from train.instantiate import construct
 from train.optim.adamw import AdamW
 from train.optim.build import build_optimizer
 from train.optim.muon import Muon
@@ -40,7 +39,7 @@ FIRST = next(iter(KINDS))
 def sharded(overrides: list[str]) -> tuple[LM, dict]:
     """The model, over the ranks that there are."""
     with torch.device("meta"):
-        model = construct(composed(overrides)["model"])
+        model = composed(overrides).model.build()
     declared = declarations(model)
     mesh = everyone(torch.device("cpu"))
     parallelise(model, mesh, seed=0, dtype=torch.float32, remat="none", reshard_after_forward=True)

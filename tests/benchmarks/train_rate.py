@@ -30,7 +30,7 @@ def distributed(order: dict[str, Any], steps: int) -> float:
     began = time.perf_counter()
     for _ in range(steps):
         trainer.step()
-    return steps * order["config"]["train"]["batch_tokens"] / (time.perf_counter() - began)
+    return steps * order["config"].train.batch_tokens / (time.perf_counter() - began)
 
 
 def plain(order: dict[str, Any], steps: int) -> float:
@@ -39,22 +39,21 @@ def plain(order: dict[str, Any], steps: int) -> float:
 
     from models.axes import initialise
     from models.sequence import Whole
-    from train.instantiate import construct
     from train.loss import sums
     from train.precision import dtypes
 
     torch.set_num_threads(2)
     config = order["config"]
-    model = initialise(construct(config["model"]), config["seed"])
-    model.compute = dtypes(config["precision"]["compute"], "cpu")[0]
-    optimizer = construct(config["optimizer"])(model.parameters())
-    tokens = config["train"]["batch_tokens"]
-    batches = construct(config["data"]).open(tokens)
+    model = initialise(config.model.build(), config.seed)
+    model.compute = dtypes(config.precision.compute, "cpu")[0]
+    optimizer = config.optimizer.build()(model.parameters())
+    tokens = config.train.batch_tokens
+    batches = config.data.build().open(tokens)
     began = 0.0
     for step in range(WARM + steps):
         if step == WARM:
             began = time.perf_counter()
-        (sample,) = batches.batch(config["seed"], step)
+        (sample,) = batches.batch(config.seed, step)
         seq = Whole.of(torch.from_numpy(sample.positions)[None])
         part = sums(model(torch.from_numpy(sample.tokens)[None], seq), torch.from_numpy(sample.targets)[None])
         part.objective(targets=sample.num_targets, tokens=tokens, balance_weight=0.01).backward()

@@ -270,7 +270,7 @@ ACCEPTED = [
 
 @pytest.mark.parametrize(("overrides", "key", "value"), ACCEPTED)
 def test_what_is_meant_is_accepted(overrides, key, value):
-    found = composed(overrides)
+    found = composed(overrides).to_dict()
     for part in key.split("."):
         found = found[part]
     assert found == value and type(found) is type(value)
@@ -278,11 +278,11 @@ def test_what_is_meant_is_accepted(overrides, key, value):
 
 def test_a_configuration_is_complete():
     """What the files leave out is there with the constructors' defaults, so that a resumed run does not change."""
-    config = composed([])
+    config = composed([]).to_dict()
     assert config["cluster"]["address"] is None and "template" in config["cluster"]
-    assert composed(["~scheduler.layout"])["scheduler"] == config["scheduler"]
+    assert composed(["~scheduler.layout"]).scheduler.values == config["scheduler"]
     assert config["optimizer"]["no_decay"] is None and config["optimizer"]["fused"] == "auto"
-    torchs = composed(["optimizer._target_=torch.optim.AdamW"])
+    torchs = composed(["optimizer._target_=torch.optim.AdamW"]).to_dict()
     assert "amsgrad" not in torchs["optimizer"]  # torch's own change from release to release
 
 
@@ -314,7 +314,7 @@ def test_cfg_prints_the_configuration_and_nothing_else(asked, capsys):
     assert main(["plan", "seed=7", *asked, "optimizer.lr=1e-4"]) == 0
     said = capsys.readouterr()
     assert yaml.safe_load(said.out)["seed"] == 7 and not said.err
-    assert yaml.safe_load(said.out).keys() == composed([]).keys()
+    assert yaml.safe_load(said.out).keys() == composed([]).to_dict().keys()
     assert "${" not in said.out and "???" not in said.out
 
 
@@ -331,7 +331,7 @@ def test_cfg_of_other_verbs(capsys, tmp_path):
 
 
 def test_cfg_of_a_resumed_run(capsys, tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(composed(["seed=5", "train.tokens=8192"])))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(composed(["seed=5", "train.tokens=8192"]).to_dict()))
     assert main(["train", f"resume={tmp_path}", "--cfg", "train.tokens=16384"]) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["seed"] == 5 and config["train"]["tokens"] == 16384 and config["resume"] == str(tmp_path)

@@ -64,7 +64,7 @@ def test_a_run_goes_on_with_another_corpus_and_says_what_it_forgets(inside: Path
     more = ["data.sources.new.data.path=old", "init_from=child", "train.steps=2", "run.dir=runs/third"]
     assert main(["train", *child, *more]) == 2
     assert "data.sources.new.data: must be another corpus than data.sources.old-old" in capsys.readouterr().err
-    parts = configure([*child, "init_from=child"])["data"]["sources"]
+    parts = configure([*child, "init_from=child"]).data["sources"]
     assert {name: part["weight"] for name, part in parts.items()} == {"new": 1.0, "old-new": 0.75, "old-old": 0.25}
     assert [parts[name]["order"] for name in ("old-new", "old-old")] == [1, 2]
 
@@ -108,7 +108,7 @@ def test_bad_requests_cost_one_line(inside: Path, capsys, overrides: list[str], 
 
 @pytest.mark.composes
 def test_a_member_of_a_sweep_starts_from_the_run_that_its_values_name(inside: Path) -> None:
-    saved = configure(["init_from=base"])["model"]
+    saved = configure(["init_from=base"]).model
     named = configure(["init_from='${run.name}se'", "run.name=ba"])
-    assert named["init_from"] == "base" and named["model"] == saved
-    assert saved != configure([])["model"]
+    assert named.init_from == "base" and named.model == saved
+    assert saved != configure([]).model

@@ -5,6 +5,7 @@ The checkpoint is a folder in their format; nothing is trained here but what `te
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from omegaconf import OmegaConf
 from launch import paths
 from launch.cli import main
 from launch.commands import schedule_plot
+from launch.config.compose import composed
 from launch.preflight import continuation
 from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
 from tests.jobs import overrides
 from train.checkpoints import checkpoint
-from train.instantiate import construct
-from train.settings import ClusterSettings, TrainSettings, section
 
 pytestmark = pytest.mark.composes
 
@@ -36,11 +36,8 @@ def flight(place: Path, *more: str, **found: Path) -> tuple[Any, list[str]]:
     """A configured run as the checks before these leave it, settled; and what it was told."""
     config = configure([*overrides(place), *SHORT, *more])
     said: list[str] = []
-    train = section(TrainSettings, config["train"])
-    cluster = section(ClusterSettings, config["cluster"])
-    made = CheckedRun(config, train, cluster, "cpu", 1, 1, {}, None, **found)
-    continuation.settle(made, said.append)
-    return made, said
+    made = CheckedRun(config, "cpu", 1, 1, {}, None, **found)
+    return continuation.settled(made, said.append), said
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +47,7 @@ def parent(place: Path) -> Path:
     path.mkdir(parents=True)
     more = ["optimizer.lr=1e-2", "schedule=cosine", "schedule.warmup=0", "schedule.floor=0.1"]
     config = configure([*overrides(place), *SHORT, *more])
-    (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
     facts = {"format": checkpoint.FORMAT, "step": 25, "tokens": 9600, "model": {}, "files": {}}
     (path / checkpoint.MANIFEST).write_text(json.dumps(facts))
     return path
@@ -67,21 +64,20 @@ def test_a_resumed_run_begins_where_the_checkpoint_stands_and_keeps_its_numbers(
         *(["schedule.begin=null", "schedule.start=null"] * (schedule == "wsd")),
     ]
     made, said = flight(place, *more, resume=parent)
-    node = made.config["schedule"]
+    node = made.config.schedule
     assert node["begin"] == 9600 and node["start"] == pytest.approx(RATE / 2e-2) and not said
-    rate = 2e-2 * construct(node).multiplier(9600, made.train.total_tokens)
+    rate = 2e-2 * node.build().multiplier(9600, made.train.total_tokens)
     assert rate == pytest.approx(RATE, rel=1e-12), "no jump"
-    kept = dict(node)
-    continuation.settle(made, said.append)
-    assert made.config["schedule"] == kept, "resumed again, it has the same curve"
+    made = continuation.settled(made, said.append)
+    assert made.config.schedule == node, "resumed again, it has the same curve"
 
 
 def test_a_new_run_begins_at_its_first_token_with_the_rate_of_its_parent(place, parent):
-    node = flight(place, "schedule=rewarm", "optimizer.lr=1e-2", init_from=parent)[0].config["schedule"]
+    node = flight(place, "schedule=rewarm", "optimizer.lr=1e-2", init_from=parent)[0].config.schedule
     assert node["begin"] == 0 and node["start"] == pytest.approx(0.55)
-    node = flight(place, "schedule=rewarm")[0].config["schedule"]
+    node = flight(place, "schedule=rewarm")[0].config.schedule
     assert (node["begin"], node["start"]) == (0, 0.0), "a fresh one warms up from nothing"
-    assert flight(place, "schedule=anneal")[0].config["schedule"]["start"] == 1.0
+    assert flight(place, "schedule=anneal")[0].config.schedule["start"] == 1.0
 
 
 def test_a_rate_that_jumps_is_told(place, parent):
@@ -139,6 +135,5 @@ def test_a_job_is_told_where_a_run_lies_that_it_starts_from(tmp_path, monkeypatc
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     for given, lies in (("base", "runs/base"), ("here", "here"), ("gone", "gone")):
-        config = {"init_from": given}
-        paths.make_absolute(config)
-        assert config == {"init_from": str(tmp_path / lies)}
+        config = replace(composed([]), init_from=given)
+        assert paths.with_absolute_paths(config).init_from == str(tmp_path / lies)

@@ -1,15 +1,18 @@
 """A run says of its corpus before it starts: what is left out, and how a single text is divided."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.stores import card
+from launch.config.compose import composed
 from launch.preflight import init_from
 from launch.preflight.corpus import open_batches
 from train.checkpoints import checkpoint
+from train.run_config import ObjectConfig
 
 KEYS = {"_target_": "data.Data", "max_length": 64, "heldout_tokens": 128}
 
@@ -18,8 +21,9 @@ def opened(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> tuple[Any, list[str]
     """The batches of a run on such data, and the lines before its first step."""
     monkeypatch.setattr(card, "draw", lambda *_: None)
     lines: list[str] = []
-    config = {"data": {**KEYS, **keys}, "curriculum": {"_target_": "data.Curriculum"}}
-    return open_batches(config, 128, 257, lines.append), lines
+    config = composed(["train.batch_tokens=128"])
+    config = replace(config, data=ObjectConfig({**KEYS, **keys}))
+    return open_batches(config, 257, lines.append), lines
 
 
 def said(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[str]:

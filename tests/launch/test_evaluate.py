@@ -51,8 +51,8 @@ def test_an_evaluation_on_two_workers_prints_a_table_and_leaves_results_and_pict
 def test_the_configuration_is_the_runs_and_where_it_runs_is_the_command_lines(run):
     (found,) = (run / "checkpoints").iterdir()
     config = configured(found, ["data.heldout=0.5", "evaluate.parts=[copy]"])
-    assert config["model"]["dim"] == 32 and config["data"]["heldout"] == 0.5 and config["evaluate"]["parts"] == ["copy"]
-    assert config["cluster"]["kind"] == "local" and config["cluster"]["workers"] == 2
+    assert config.model["dim"] == 32 and config.data["heldout"] == 0.5 and config.evaluate.parts == ["copy"]
+    assert config.cluster.kind == "local" and config.cluster.workers == 2
     assert folder_of(found) == run / "evaluation" / "step-2"
     assert folder_of(found, "average") == run / "evaluation" / "step-2-average"
     assert folder_of(run.parent / "copied") == run.parent / "copied-evaluation", "nothing is written below a checkpoint"

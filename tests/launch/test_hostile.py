@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from launch.runner.attempts import _turn_away
 from tests.jobs import overrides
 from tests.watched import WATCHED
 from train.checkpoints import checkpoint
-from train.instantiate import construct
+from train.settings import RunSettings
 
 BOUND_S = 10.0
 
@@ -47,7 +48,7 @@ def made(tmp_path_factory) -> Path:
     (run / "tokenizer.json").write_text(json.dumps(Bytes().card()))
     (run / "metrics.jsonl").write_text('{"step": 4, "tokens": 1536, "time": 1.0, "loss": 5.0, "attempt": 1}\n')
     torch.manual_seed(0)
-    weights = construct(config["model"]).state_dict()
+    weights = config.model.build().state_dict()
     weights = {
         n: torch.randn_like(x) * 0.02 if x.is_floating_point() else torch.zeros_like(x) for n, x in weights.items()
     }
@@ -246,7 +247,7 @@ def test_a_model_that_is_another_than_its_configuration_says_is_one_line(run, ca
 
 def test_going_on_from_a_named_checkpoint_works_in_its_run(run) -> None:
     config = configure(["resume=run/checkpoints/step-2"])
-    assert config["run"]["dir"] == "run" and config["resume"] == "run/checkpoints/step-2"
+    assert config.run.dir == "run" and config.resume == "run/checkpoints/step-2"
 
 
 def test_what_is_no_run_is_not_taken_for_one(run, tmp_path) -> None:
@@ -262,9 +263,9 @@ def test_what_is_no_run_is_not_taken_for_one(run, tmp_path) -> None:
         rundir.run_folder("resume", "project")
     for folder, words in (("project", "holds other files"), ("run/checkpoints/step-2", "must not lie in a checkpoint")):
         with pytest.raises(UserError, match=words):
-            rundir.claim({"run": {"name": None, "dir": folder}}, resumed=False)
+            rundir.claim(RunSettings(dir=folder), resumed=False)
     with pytest.raises(UserError, match="must not lie in a checkpoint"):
-        rundir.claim({"run": {"name": None, "dir": "run/checkpoints/step-2/new"}}, resumed=False)
+        rundir.claim(RunSettings(dir="run/checkpoints/step-2/new"), resumed=False)
     with pytest.raises(UserError, match="must not lie in a checkpoint"):
         export(["run", "run/checkpoints/step-2/out"])
     shutil.copytree("run/checkpoints/step-2", "best")
@@ -313,7 +314,7 @@ def test_records_that_are_none_are_passed_over(run, capsys) -> None:
 
 def test_what_a_run_turns_away_from_is_set_aside_and_kept(run) -> None:
     class CheckedRun:
-        config = {"resume": "run/checkpoints/step-2"}
+        config = SimpleNamespace(resume="run/checkpoints/step-2")
         resume: Path | None = Path("run/checkpoints/step-2")
 
     said: list[str] = []
@@ -324,7 +325,7 @@ def test_what_a_run_turns_away_from_is_set_aside_and_kept(run) -> None:
     checkpoint.prune(run / "checkpoints", 2, keep=1)
     assert (run / "checkpoints" / "step-4.aside").exists()
     altered(run / "checkpoints" / "step-2")
-    CheckedRun.config, CheckedRun.resume = {"resume": "run"}, None
+    CheckedRun.config, CheckedRun.resume = SimpleNamespace(resume="run"), None
     _turn_away(CheckedRun, run, said.append, anew=True)  # type: ignore[arg-type]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2.aside", "step-4.aside"]
 

@@ -21,7 +21,6 @@ from tests import published_folder
 from tests.published_folder import LLAMA
 from train.checkpoints import checkpoint
 from train.checkpoints.hf_reader import Published
-from train.instantiate import construct
 
 
 @pytest.fixture
@@ -50,10 +49,10 @@ def test_an_import_is_a_run_to_go_on_from(here, capsys):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["data"] == {"max_length": 512} and saved["model"] == Published(here / "source").model
     for given in ("source", "runs/source", "runs/source/checkpoints/step-0"):
-        assert configure([f"init_from={given}"])["model"] == saved["model"]
+        assert configure([f"init_from={given}"]).model.values == saved["model"]
     asked = configure(["init_from=source", "model.blocks.attn.mixer.window=64", "model.layers=2"])
-    assert asked["model"]["blocks"]["attn"]["mixer"]["window"] == 64
-    assert configure(["init_from=source", "model=mixer_study"])["model"]["dim"] == 64
+    assert asked.model["blocks"]["attn"]["mixer"]["window"] == 64
+    assert configure(["init_from=source", "model=mixer_study"]).model["dim"] == 64
     assert refused(capsys, "status", "source") == "farspan status: runs/source: is an import and has trained nothing"
     with pytest.raises(UserError, match="resume=runs/source: is an import and has trained nothing"):
         configure(["resume=runs/source"])
@@ -65,8 +64,8 @@ def test_other_positions_for_an_imported_model(here):
     found = configure(
         ["init_from=source", f"positions@{place}=yarn", f"{place}.factor=8", f"{place}.trained_length=512"]
     )
-    assert found["model"]["blocks"]["attn"]["mixer"]["positions"]["_target_"] == "models.positions.YaRN"
-    assert configure(["init_from=source", f"{place}.base=1e6"])["model"]["blocks"]["attn"]["mixer"]["positions"] == {
+    assert found.model["blocks"]["attn"]["mixer"]["positions"]["_target_"] == "models.positions.YaRN"
+    assert configure(["init_from=source", f"{place}.base=1e6"]).model["blocks"]["attn"]["mixer"]["positions"] == {
         "_target_": "models.positions.RoPE",
         "base": 1e6,
         "fraction": 1.0,
@@ -272,13 +271,13 @@ def test_another_tokenizer_than_that_of_the_weights_is_told(here, capsys):
 def test_a_model_that_no_architecture_expresses_is_refused(here, capsys):
     """The default one: its first layer is gated linear attention."""
     config = configure(["model.dim=32", "model.layers=1"])
-    model, run = construct(config["model"]), here / "run"
+    model, run = config.model.build(), here / "run"
     step = run / "checkpoints" / "step-1"
     step.mkdir(parents=True)
     dcp.save({"model": model.state_dict()}, checkpoint_id=str(step), no_dist=True)
     shapes = {n: [list(p.shape), "float32"] for n, p in model.named_parameters()}
     for place in (run, step):
-        (place / "config.yaml").write_text(yaml.safe_dump(config))
+        (place / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     checkpoint.seal(step, {"step": 1, "tokens": 1, "model": shapes})
     line = refused(capsys, "export", "run", "out")
     assert line.startswith("farspan export: RUN=run: model.pattern=[gla,gdn,gla,attn]: none of LlamaForCausalLM, ")

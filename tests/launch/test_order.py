@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main
-from launch.preflight.check import _checkpoints
+from launch.preflight.check import _with_checkpoints
 from tests.jobs import overrides
 from train.checkpoints import checkpoint
 
@@ -66,13 +66,13 @@ def test_resuming_in_another_order_says_what_changed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checkpoint, "verify", lambda path: None)
     order = {"data.packing": "best_fit", "data.corpus": "y", "seed": 0}
     flight = SimpleNamespace(
-        config={"resume": str(tmp_path), "init_from": None, "cluster": {}},
+        config=SimpleNamespace(resume=str(tmp_path), init_from=None),
         shapes={},
         train=SimpleNamespace(init_weights="raw", init_optimizer="reset"),
         batches=SimpleNamespace(fingerprint="b", order=order),
     )
     with pytest.raises(ValueError) as error:
-        _checkpoints(flight, print)  # type: ignore[arg-type]
+        _with_checkpoints(flight, print)  # type: ignore[arg-type]
     assert str(error.value) == (
         f"resume={tmp_path}: was trained in another order: data.corpus: other documents; "
         f"data.packing was concat, is best_fit"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,9 +294,8 @@ def test_an_attempt_shows_nothing_of_the_one_before_and_says_which_steps_the_rec
 
     monkeypatch.setattr(attempts, "_launch", launch)
     monkeypatch.setattr("train.checkpoints.checkpoint.manifest", lambda path: {"step": 4})
-    flight = SimpleNamespace(
-        cluster=SimpleNamespace(restarts=1), resume=None, train=SimpleNamespace(total_tokens=100), config={}
-    )
+    settings = SimpleNamespace(restarts=1), SimpleNamespace(total_tokens=100)
+    flight: Any = make_dataclass("Flight", ["cluster", "train", "resume"])(*settings, None)
     console = Console(file=io.StringIO(), width=200)
     assert attempts._attempts(flight, tmp_path, {}, None, console, console.print).ok
     said = console.file.getvalue()

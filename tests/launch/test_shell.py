@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +13,12 @@ from omegaconf import OmegaConf
 
 from launch.cli import main
 from launch.config.compose import _read, composed
-from launch.paths import make_absolute
+from launch.paths import with_absolute_paths
 from launch.preflight.configure import overlay
 from launch.run.rundir import reserved
 from launch.shell import override, quote
+from train.run_config import ObjectConfig
+from train.settings import RunSettings
 
 TEXTS = [
     "runs/a",
@@ -78,8 +81,8 @@ def test_the_budget_that_is_given_counts(capsys):
     assert capsys.readouterr().err == (
         "farspan train: train.steps=3: must be null with train.tokens=5, or the other way\n"
     )
-    assert composed(["experiment=smoke"])["train"]["steps"] is None
-    saved, asked = composed(["train.steps=3"]), composed(["train.tokens=4096000"])
+    assert composed(["experiment=smoke"]).train.steps is None
+    saved, asked = composed(["train.steps=3"]).to_dict(), composed(["train.tokens=4096000"]).to_dict()
     overlay(saved, asked, ["train.tokens=4096000"])
     assert saved["train"]["steps"] is None and saved["train"]["tokens"] == 4096000
 
@@ -88,28 +91,29 @@ def test_the_budget_that_is_given_counts(capsys):
 def test_a_cluster_that_is_named_again_keeps_what_the_run_has():
     """`submit resume=RUN` names it: two workers by default, and as many threads as cores, would be other sums."""
     saved = composed(["cluster=ray", "cluster.workers=8", "cluster.threads=1", "cluster.address=http://10.0.0.1:8265"])
+    saved = saved.to_dict()
     words = ["cluster=ray", "cluster.restarts=5"]
-    overlay(saved, composed(words), words)
+    overlay(saved, composed(words).to_dict(), words)
     kept = {key: saved["cluster"][key] for key in ("workers", "threads", "restarts", "address")}
     assert kept == {"workers": 8, "threads": 1, "restarts": 5, "address": None}
-    overlay(saved, composed(["cluster=none"]), ["cluster=none"])
-    assert saved["cluster"] == composed(["cluster=none"])["cluster"]
+    overlay(saved, composed(["cluster=none"]).to_dict(), ["cluster=none"])
+    assert saved["cluster"] == composed(["cluster=none"]).to_dict()["cluster"]
 
 
 @pytest.mark.composes
 def test_a_home_folder_is_meant_by_its_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = composed(["run.dir=~/x", "init_from=~/base", "run.plot=~/p.png"])
-    assert config["run"]["dir"] == f"{tmp_path}/x" and config["run"]["plot"] == f"{tmp_path}/p.png"
-    assert config["init_from"] == f"{tmp_path}/base"
+    assert config.run.dir == f"{tmp_path}/x" and config.run.plot == f"{tmp_path}/p.png"
+    assert config.init_from == f"{tmp_path}/base"
 
 
 def test_runs_without_a_name_have_folders_of_their_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("launch.run.rundir.stamp", lambda: "20260101-000000")
-    names = [reserved({"name": None, "dir": None})[0] for _ in range(3)]
+    names = [reserved(RunSettings())[0] for _ in range(3)]
     assert names == ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
-    assert reserved({"name": "a", "dir": None})[0] == reserved({"name": "a", "dir": None})[0] == "a"
+    assert reserved(RunSettings(name="a"))[0] == reserved(RunSettings(name="a"))[0] == "a"
 
 
 def test_a_run_keeps_paths_that_any_folder_can_read(monkeypatch, tmp_path):
@@ -117,9 +121,11 @@ def test_a_run_keeps_paths_that_any_folder_can_read(monkeypatch, tmp_path):
     (tmp_path / "my").mkdir()
     one = {"path": "texts", "store": "~/s", "tokenizer": "bytes", "corpus": "text", "local": None}
     two = {"path": "org/set", "store": "s3://bucket/s", "tokenizer": "my", "corpus": "hf"}
-    config = {"data": {"sources": {"a": {"data": one}, "b": {"data": two}}}, "init_from": None}
+    sources = {"a": {"data": one}, "b": {"data": two}}
+    config = replace(composed([]), data=ObjectConfig({"sources": sources}))
     monkeypatch.setenv("HOME", "/h")
-    make_absolute(config)
+    kept = with_absolute_paths(config).data["sources"]
+    one, two = kept["a"]["data"], kept["b"]["data"]
     assert one == {"path": f"{tmp_path}/texts", "store": "/h/s", "tokenizer": "bytes", "corpus": "text", "local": None}
     assert two == {"path": "org/set", "store": "s3://bucket/s", "tokenizer": f"{tmp_path}/my", "corpus": "hf"}
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -31,6 +32,7 @@ from launch.sweep.members import CheckedMember, expand, name
 from launch.sweep.record import Sweep
 from tests import warm
 from tests.jobs import overrides
+from train.settings import ClusterSettings, RunSettings
 
 QUICK = ["cluster.workers=1", "cluster.threads=1"]
 LR = "optimizer.lr=1e-3,3e-3,1e-2"
@@ -74,7 +76,7 @@ def test_members_are_those_of_hydras_own_sweeper_in_its_order(given):
 def test_every_member_can_be_composed():
     _, members = expand([LR, MIXER, "run.name='a b'", "~train.clip", "data=text", "data.path=a=b"])
     assert len(members) == 6
-    configs = [composed(member.overrides) for member in members]
+    configs = [composed(member.overrides).to_dict() for member in members]
     assert [config["optimizer"]["lr"] for config in configs] == [1e-3, 1e-3, 3e-3, 3e-3, 1e-2, 1e-2]
     targets = [config["model"]["blocks"]["gla"]["mixer"]["_target_"].rpartition(".")[2] for config in configs]
     assert targets == ["GatedLinearAttention", "GatedDeltaNet"] * 3
@@ -84,7 +86,7 @@ def test_every_member_can_be_composed():
 def test_folders_are_short_safe_and_say_what_differs():
     def folders(*given: str) -> list[str]:
         swept, members = expand(["data=text", "data.path=/tmp", *given])
-        name(swept, members, composed(members[0].overrides))
+        name(swept, members, composed(members[0].overrides).to_dict())
         return [member.folder for member in members]
 
     assert folders(LR, MIXER)[2] == "3-lr=0.003-gla.mixer=gla"
@@ -96,7 +98,7 @@ def test_folders_are_short_safe_and_say_what_differs():
     long = folders("data=jsonl", f"data.field={'x' * 300},{'x' * 301}")
     assert max(map(len, long)) <= 80 and len(set(long)) == 2
     for folder in folders(LR, MIXER):  # what the last line prints must work as an override
-        assert composed([f"init_from=runs/a/{folder}"])["init_from"] == f"runs/a/{folder}"
+        assert composed([f"init_from=runs/a/{folder}"]).init_from == f"runs/a/{folder}"
 
 
 # What it refuses
@@ -291,7 +293,7 @@ def played(place: Path, monkeypatch, endings: dict[int, object], *given: str) ->
     monkeypatch.chdir(place)
 
     def run(config, console, **rest):
-        folder = Path(config["run"]["dir"])
+        folder = Path(config.run.dir)
         ending = endings.get(int(folder.name.split("-")[0]), 0)
         if isinstance(ending, BaseException):
             raise ending
@@ -351,7 +353,7 @@ def test_a_signal_between_two_members_stops_the_sweep(place, monkeypatch):
 def test_members_share_a_group_and_are_named_after_the_sweep(place, monkeypatch):
     assert played(place, monkeypatch, {}, "seed=1,2", "run.name=grouped") == 0
     config = rundir.saved_config(place / "runs/grouped/2-seed=2")
-    assert config["run"] == {"name": "grouped/2-seed=2", "dir": "runs/grouped/2-seed=2"}
+    assert (config["run"]["name"], config["run"]["dir"]) == ("grouped/2-seed=2", "runs/grouped/2-seed=2")
     assert config["tracking"]["group"] == "grouped" and config["seed"] == 2
     assert played(place, monkeypatch, {}, "seed=1,2", "run.name=own", "tracking.group=mine") == 0
     assert rundir.saved_config(place / "runs/own/1-seed=1")["tracking"]["group"] == "mine"
@@ -371,14 +373,14 @@ class Ray:
         self.most, self.stopped, self.address = 0, [], "http://head:8265"
 
     def hand_over(self, config, say, elsewhere=None):
-        folder = Path(config["run"]["dir"])
+        folder = Path(config.run.dir)
         number = int(folder.name.split("-")[0])
         job = f"job-{number}"
         self.running[job] = 3
         self.most = max(self.most, len(self.running))
         self.codes[job] = self.endings.get(number, 0)
         self.said[job] = "checks passed: all\n" + ("failed: it broke\n" if self.codes[job] else "")
-        return self, job
+        return SimpleNamespace(cluster=self, job=job)
 
     def ended(self, job):
         place = list(self.running).index(job) if job in self.running else -1
@@ -412,7 +414,8 @@ def handed_over(tmp_path, monkeypatch, ray: Ray, members: int) -> Sweep:
     monkeypatch.setattr(sweep_jobs.nodes, "room", lambda *_: [SimpleNamespace(slots=ray.slots)])
     ready = []
     for member in found:
-        config = {"run": {"dir": str(record.place(member))}, "cluster": {"kind": "ray", "workers": 1}}
+        run, workers = RunSettings(dir=str(record.place(member))), ClusterSettings(kind="ray", workers=1)
+        config: Any = SimpleNamespace(run=run, cluster=workers)
         ready.append(CheckedMember(member, config, "cpu"))
     lines: list[str] = []
     sweep_jobs.run(record, ready, [], lines.append)

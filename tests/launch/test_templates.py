@@ -28,6 +28,7 @@ from launch.config.compose import composed
 from launch.errors import UserError
 from launch.templates import command, commented, key_of, kuberay, own_words, ray_up, slurm
 from tests.jobs import overrides
+from train.run_config import RunConfig
 
 pytestmark = pytest.mark.composes
 
@@ -39,10 +40,10 @@ HARD = ['run.name=it\'s "one"; $(touch x) `y`', "init_from=a b\nc: d", "model.pa
 
 @cache
 def _composed(cluster: str) -> dict:
-    return composed([cluster])
+    return composed([cluster]).to_dict()
 
 
-def configured(cluster: str, *words: str) -> dict:
+def configured(cluster: str, *words: str) -> RunConfig:
     """The configuration under words that Hydra need not read: composing takes half a second."""
     config = copy.deepcopy(_composed(cluster))
     for word in words:
@@ -50,8 +51,10 @@ def configured(cluster: str, *words: str) -> dict:
         node, *path = config, *key.split(".")
         for part in path[:-1]:
             node = node[part]
-        node[path[-1]] = value if word in HARD else yaml.safe_load(value)
-    return config
+        node[path[-1]] = (
+            value if word in HARD else int(float(value)) if re.fullmatch(r"\d+e\d+", value) else yaml.safe_load(value)
+        )
+    return RunConfig.of(config)
 
 
 def render(*words: str) -> str:
@@ -233,7 +236,7 @@ def test_the_script_is_bash_and_its_words_come_through_a_shell():
     settled += ["cluster.device=cuda", "cluster.restarts=3"]
     assert begin == [*settled, *HARD, r"run.dir='/r u/it\'s'"]
     assert again == [*settled, r"resume='/r u/it\'s'"]
-    assert composed([begin[-1]])["run"]["dir"] == composed([again[-1]])["resume"] == run
+    assert composed([begin[-1]]).run.dir == composed([again[-1]]).resume == run
     if shellcheck := shutil.which("shellcheck"):  # SC2329: it does not see that traps call functions
         subprocess.run([shellcheck, "-e", "SC2329", "-"], input=render("cluster=slurm"), text=True, check=True)
 
@@ -497,7 +500,7 @@ def test_a_second_set_of_pods_goes_on_with_the_run_of_the_first(tmp_path):
         first = automatic(words[2:], pytest.fail) or []
         assert first[-3:] == [*HARD[1:], f"run.dir={run}"] and first == words[2:-1]
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(composed([]))))
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(composed([]).to_dict())))
     said: list[str] = []
     assert (automatic(words[2:], said.append) or [])[-2:] == ["cluster.restarts=3", f"resume={run}"]
     assert automatic([], pytest.fail) == []  # the default job

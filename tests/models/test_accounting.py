@@ -161,8 +161,7 @@ def test_documents_cost_what_their_tokens_and_pairs_do_however_they_are_packed()
 
 
 def test_a_dense_model_of_a_billion_parameters_costs_what_the_hand_says():
-    config = composed(["model=llama_1b"])["model"]
-    costs = account(build({"model": config, "optimizer": composed([])["optimizer"]}))
+    costs = account(build(composed(["model=llama_1b"])))
     dim, layers, vocabulary, hidden, keys = 2048, 16, 128_256, 8192, 2 * 8 * 64
     matrices = layers * (2 * dim * dim + dim * keys + 3 * dim * hidden)
     norms = (2 * layers + 1) * dim

@@ -19,7 +19,6 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Memory, Whole
-from train.instantiate import construct
 
 LAYOUTS = {  # the mixer of every layer, and the layers that have experts
     "griffin_tiny": (["rglru", "rglru", "attention"] * 2, []),
@@ -46,7 +45,7 @@ def model(name: str, *overrides: str) -> LM:
 
 
 def small(name: str) -> LM:
-    built: LM = construct(composed([f"model={name}", *SMALL])["model"])
+    built: LM = composed([f"model={name}", *SMALL]).model.build()
     built.compute = torch.float64
     return initialise(built.double(), 0)  # type: ignore[return-value]
 

@@ -16,7 +16,6 @@ from parallel.sequence.states import AutoTransport
 from tests.jobs import order
 from train.build import build
 from train.checkpoints.hook import Checkpoints
-from train.instantiate import construct
 from train.metrics import comm_record
 from train.metrics.comm_trace import asked, weight_units
 
@@ -51,7 +50,7 @@ def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
     )
 
     with torch.device("meta"):
-        model = construct(job["config"]["model"])
+        model = job["config"].model.build()
     asks = asked(model)
     auto = AutoTransport(wire=wire)
     (spans,) = {len(held) for micro in plan.micro_steps for group in micro.groups for held in group.spans}
@@ -62,7 +61,7 @@ def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
     }
     found = of_plan(plan, starts, asks, How(*names))
     for traffic in found.values():
-        reshard = job["config"]["engine"]["reshard_after_forward"]
+        reshard = job["config"].engine["reshard_after_forward"]
         traffic.include(of_weights(weight_units(model, itemsize=4, reshard=reshard), 2, len(plan.micro_steps)))
     for key in ("bytes", "calls"):
         counts = [getattr(traffic, key) for traffic in found.values()]

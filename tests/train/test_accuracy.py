@@ -24,7 +24,7 @@ def evaluated(folder, more):
     trainer = build({"config": config, "run_dir": str(folder), "device": "cpu"})
     trainer.fit()
     right = total = 0
-    if config["cluster"]["workers"] == 1:  # the model is whole
+    if config.cluster.workers == 1:  # the model is whole
         for packed in trainer.batches.heldout():
             tokens, positions = (torch.from_numpy(x)[None] for x in (packed.tokens, packed.positions))
             with torch.no_grad():

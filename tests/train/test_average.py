@@ -116,9 +116,9 @@ def test_saved_resumed_evaluated_and_taken(run, tmp_path, kind):
     assert all(np.array_equal(first[name], average[name]) for name in average)
     assert loss == pytest.approx(scores["heldout_loss_average"], rel=1e-5) and abs(loss - scores["raw"]) > 1e-4
 
-    decoder = Decoder.load(job["config"]["model"], path, average=True)
+    decoder = Decoder.load(job["config"].model.values, path, average=True)
     assert all(np.array_equal(p.detach().numpy(), average[n]) for n, p in decoder.model.named_parameters())
-    plain = Decoder.load(job["config"]["model"], path)
+    plain = Decoder.load(job["config"].model.values, path)
     assert all(np.array_equal(p.detach().numpy(), before[n]) for n, p in plain.model.named_parameters())
 
 

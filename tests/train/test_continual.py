@@ -58,7 +58,7 @@ def trained(job: dict[str, Any], stop: int | None = None) -> dict[str, float]:
     if stop is not None:
         trainer.progress.settings = replace(trainer.progress.settings, steps=stop)
     trainer.fit()
-    if job["config"]["cluster"]["workers"] > 1:
+    if job["config"].cluster.workers > 1:
         return {}
     return {name: plain(trainer, windows) for name, windows in trainer.batches.heldout_by_source().items()}
 

@@ -28,6 +28,7 @@ from train.build import build
 from train.execute import Executor
 from train.guards.rollback import origin
 from train.guards.step_guard import Guard, Watched, suspects
+from train.run_config import RunConfig
 from train.settings import GuardSettings
 from train.state import State
 from train.tracking import records
@@ -217,10 +218,10 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
     path = folder / "checkpoints" / f"step-{steps}"
     config = configure([*overrides(tmp_path), *more])
     batches = preflight_batches(config)
-    flight = CheckedRun(config, None, None, "cpu", 1, world, {}, batches, resume=path)  # type: ignore[arg-type]
+    flight = CheckedRun(config, "cpu", 1, world, {}, batches, resume=path)
     if harm is poison:
         slots = batches.slots(poisoned)
-        _, (s, begin) = [(s, a) for s, slot in enumerate(slots) for a, _ in slot.pieces(config["seed"]).tolist()][:2]
+        _, (s, begin) = [(s, a) for s, slot in enumerate(slots) for a, _ in slot.pieces(config.seed).tolist()][:2]
         (number,) = (n for n, (a, b) in enumerate(pairwise(slots[s].part.source.store.offsets)) if a <= begin < b)
         words = f"not finite first in layers.0, document {number} in sequence {s}; saved"
         assert words in log and every[0]["skipped"]["first"] == words[20:-7]
@@ -228,11 +229,10 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
     assert f"{steps} steps before, 1 batches passed over: {poisoned}; every other one trained on once" in said
 
 
-def preflight_batches(config: dict[str, Any]) -> Any:
+def preflight_batches(config: RunConfig) -> Any:
     from data.batch_ramp import opened
-    from train.instantiate import construct
 
-    return opened(construct(config["data"]), config["train"]["batch_tokens"], construct(config["curriculum"]))
+    return opened(config.data.build(), config.train.batch_tokens, config.curriculum.build())
 
 
 @pytest.mark.dist

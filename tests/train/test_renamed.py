@@ -49,7 +49,7 @@ def test_a_configuration_of_an_older_run_is_read_with_todays_names(tmp_path):
 
 def test_an_old_name_on_the_command_line_becomes_todays():
     found = composed(["optimizer._target_=train.adamw.AdamW"])
-    assert found["optimizer"]["_target_"] == "train.optim.AdamW"
+    assert found.optimizer.target == "train.optim.AdamW"
 
 
 def test_an_old_name_builds_todays_class():

@@ -9,7 +9,6 @@ from models.moe import mixtures
 from tests.jobs import order
 from train.build import build
 from train.checkpoints.hook import Checkpoints
-from train.instantiate import construct
 
 pytestmark = pytest.mark.dist
 
@@ -134,11 +133,11 @@ def test_padding_is_of_no_count(run, tmp_path):
     job = order(tmp_path, tmp_path / "run", *packed)
     run(1, fit, job)
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    batches = construct(job["config"]["data"]).open(job["config"]["train"]["batch_tokens"], None)
+    batches = job["config"].data.build().open(job["config"].train.batch_tokens, None)
     read = [
-        sum(int(np.diff(slot.pieces(job["config"]["seed"])).sum()) for slot in batches.slots(step))
+        sum(int(np.diff(slot.pieces(job["config"].seed)).sum()) for slot in batches.slots(step))
         for step in range(len(logged))
     ]
-    assert sum(read) < 0.9 * len(read) * job["config"]["train"]["batch_tokens"], "or there is no padding to speak of"
+    assert sum(read) < 0.9 * len(read) * job["config"].train.batch_tokens, "or there is no padding to speak of"
     assert [record["tokens"] for record in logged] == np.cumsum(read).tolist()
     assert logged[-2]["tokens"] < 1500 <= logged[-1]["tokens"]

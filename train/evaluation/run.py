@@ -16,10 +16,10 @@ from train.evaluation import documents, examples
 from train.evaluation.score import Scorer, Told
 from train.evaluation.texts import texts
 from train.execute import Executor
-from train.instantiate import construct
 from train.precision import dtypes
 from train.rope_base import rebase, rotary
-from train.settings import EvaluateSettings, ParallelSettings, TrainSettings, section
+from train.run_config import RunConfig
+from train.settings import EvaluateSettings
 from train.time_spans import Spans
 
 SHORTEST = 128  # of the lengths that are taken where none are given: a needle and its question in bytes
@@ -28,12 +28,12 @@ SHORTEST = 128  # of the lengths that are taken where none are given: a needle a
 def run(order: dict[str, Any]) -> None:
     """The entry that a launcher calls on every rank, torch.distributed being initialised.
 
-    order: `config` (resolved), `checkpoint`, `results` (a JSON file: parts that are measured replace those that it
+    order: `config` (a RunConfig), `checkpoint`, `results` (a JSON file: parts that are measured replace those that it
     has), `progress` (a file that gets a JSON object a line), `device`, `trained` (tokens of the longest sequences that
     the weights were trained on, None where that is not known).
     """
-    config, path = order["config"], Path(order["checkpoint"])
-    settings = section(EvaluateSettings, config["evaluate"])
+    config: RunConfig = order["config"]
+    path, settings = Path(order["checkpoint"]), config.evaluate
     first = dist.get_rank() == 0
     device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
     tell = _teller(Path(order["progress"])) if first else lambda part, done, of: None
@@ -49,29 +49,29 @@ def run(order: dict[str, Any]) -> None:
         write(Path(order["results"]), {"checkpoint": path.name, "length": length}, found)
 
 
-def assemble(config: dict[str, Any], path: Path, device: torch.device, settings: EvaluateSettings) -> tuple[LM, Scorer]:
+def assemble(config: RunConfig, path: Path, device: torch.device, settings: EvaluateSettings) -> tuple[LM, Scorer]:
     """The model with a checkpoint's weights, sharded as in training, and what scores with it. Collective."""
-    compute, master = dtypes(config["precision"]["compute"], device.type)
+    compute, master = dtypes(config.precision.compute, device.type)
     with torch.device("meta"):
-        model: LM = construct(config["model"])
+        model: LM = config.model.build()
     model.compute = compute
-    model.loss_chunk = section(TrainSettings, config["train"]).loss_chunk
-    construct(config["engine"]).prepare(model, everyone(device), seed=config["seed"], dtype=master)
+    model.loss_chunk = config.train.loss_chunk
+    config.engine.build().prepare(model, everyone(device), seed=config.seed, dtype=master)
     facts = checkpoint.load(path, model, None)
     if settings.weights == "average":
         checkpoint.load_average(path, model)
     rebase(model, facts.get("rope_theta"))
     model.eval()
-    parallel = section(ParallelSettings, config["parallel"])
+    parallel = config.parallel
     data, sequence = parallel.sizes(dist.get_world_size())
     spans = None if settings.span_tokens is None else Spans(settings.span_tokens)
     executor = Executor(model, Groups(), device, *parallel.transport.build(), 0.0, spans=spans)
     return model, Scorer(executor, data, sequence)
 
 
-def open_batches(config: dict[str, Any]) -> Any:
+def open_batches(config: RunConfig) -> Any:
     """The run's corpus, for what it holds out."""
-    return construct(config["data"]).open(config["train"]["batch_tokens"], construct(config["curriculum"]))
+    return config.data.build().open(config.train.batch_tokens, config.curriculum.build())
 
 
 def reach(settings: EvaluateSettings, batches: Any) -> int:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from models.axes import AXES, Declared, declarations
 from parallel.parallelize import parameter_name
-from train.instantiate import construct
+from train.run_config import ObjectConfig
 
 Make = Callable[..., Optimizer]
 
@@ -79,13 +79,13 @@ def moments(make: Make, model: nn.Module) -> int:
     return sum((1 if group.get("muon") else 2) * p.numel() for group in groups for p in group["params"])
 
 
-def tried(node: dict[str, Any], *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+def try_optimizer(node: ObjectConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Builds the optimizer of a configuration for one parameter. Raises ValueError, the message with its key.
 
     device, dtype: of the master weights of the run that it is for.
     """
     try:
-        optimizer = construct(node)([nn.Parameter(torch.zeros(1, dtype=dtype))])
+        optimizer = node.build()([nn.Parameter(torch.zeros(1, dtype=dtype))])
         if hasattr(optimizer, "check"):
             optimizer.check(device)
     except (TypeError, ValueError, RuntimeError) as error:

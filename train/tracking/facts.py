@@ -40,8 +40,8 @@ class Facts:
         code = dict(order.get("code") or _section(_config(run_dir), "code"))
         if code.get("remote"):
             code["remote"] = without_credentials(code["remote"])
-        name = config["run"]["name"] or run_dir.name
-        return cls(run_dir=run_dir, name=name, config=config, code=code, lineage=_lineage(run_dir, order))
+        name = config.run.name or run_dir.name
+        return cls(run_dir=run_dir, name=name, config=config.to_dict(), code=code, lineage=_lineage(run_dir, order))
 
 
 def without_credentials(url: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from train.run_config import ObjectConfig
 from train.tracking.facts import Facts
 from train.tracking.record import JsonlWriter
 from train.tracking.tensorboard import TensorBoard
@@ -33,20 +34,21 @@ def check_text(key: str, text: str | None, without: str, longest: int) -> None:
         raise ValueError(f"{key}={text}: must be without {' '.join(wrong)}, which W&B refuses")
 
 
-def obey_environment(config: dict[str, Any]) -> None:
-    """Puts what W&B's own environment says where a run's `tracking` is silent, so that workers on other machines, and
-    the run when it goes on, have it. Raises ValueError for what W&B would refuse."""
-    node = config["tracking"]
+def obey_environment(tracking: ObjectConfig) -> ObjectConfig:
+    """The tracker's configuration with W&B's own environment where it is silent, so that workers on other machines, and
+    the run when it goes on, have it. Raises ValueError for a value that W&B would refuse."""
+    given: dict[str, Any] = {}
     for key, variable in ENVIRONMENT.items():
         value = os.environ.get(variable)
-        if not value or key not in node or node[key] is not None:
+        if not value or tracking.get(key, "") is not None:
             continue
-        told = [tag.strip() for tag in value.split(",") if tag.strip()] if key == "tags" else value
-        for text in told if isinstance(told, list) else [told]:
+        said = [tag.strip() for tag in value.split(",") if tag.strip()] if key == "tags" else value
+        for text in said if isinstance(said, list) else [said]:
             check_text(variable, text, BADLY.get(key, ""), LONGEST_TAG if key == "tags" else LONGEST)
-        node[key] = told
-    if node.get("project", "") is None:
-        node["project"] = PROJECT
+        given[key] = said
+    if tracking.get("project", "") is None and "project" not in given:
+        given["project"] = PROJECT
+    return tracking.having(**given) if given else tracking
 
 
 class Tracking:

@@ -1,11 +1,13 @@
 """The run that comes of a stage, and what a stage refuses."""
 
+from dataclasses import replace
+
 import pytest
 
 from launch.config.compose import checked, composed
-from launch.config.stage import Stage
 from launch.errors import UserError
 from launch.extend.compose import configured, positioned, rules_of
+from train.settings import Stage
 
 MIXTURE = ["data=mixture", "data.sources.new.data.path=texts", "data.sources.new.weight=3"]
 
@@ -18,10 +20,10 @@ def config():
 
 def test_a_stage_is_the_configuration_with_what_it_says(config):
     stage = Stage(length=8192, tokens=9000, positions={"base": 5e5}, lr=1e-4, weights={"old": 0.5})
-    found = checked(configured(config, stage, 2, config["model"]))
+    found = checked(configured(config, stage, 2, config.model)).to_dict()
     assert found["data"]["max_length"] == 8192 and found["train"]["tokens"] == 9000 and found["train"]["steps"] is None
     assert found["train"]["batch_tokens"] == 8192  # the length, where that is more
-    assert found["optimizer"]["lr"] == 1e-4 and found["seed"] == config["seed"] + 2 and found["stages"] == []
+    assert found["optimizer"]["lr"] == 1e-4 and found["seed"] == config.seed + 2 and found["stages"] == []
     weights = {name: portion["weight"] for name, portion in found["data"]["sources"].items()}
     assert weights == {"new": 3, "old": 0.5}
     assert found["model"]["blocks"]["attn"]["mixer"]["positions"] == {
@@ -30,23 +32,23 @@ def test_a_stage_is_the_configuration_with_what_it_says(config):
         "fraction": 1.0,
     }
     same = {"run", "schedule", "tracking", "evaluate", "precision", "parallel", "scheduler", "engine"}
-    assert {key: found[key] for key in same} == {key: config[key] for key in same}
-    assert config["data"]["max_length"] == 4096 and config["stages"], "the chain's own is left as it was"
+    assert {key: found[key] for key in same} == {key: config.to_dict()[key] for key in same}
+    assert config.data["max_length"] == 4096 and config.stages, "the chain's own is left as it was"
 
 
 def test_what_a_stage_does_not_say_is_as_it_was(config):
-    found = configured(config, Stage(length=2048, tokens=9000), 1, config["model"])
-    assert found["model"] == config["model"] and found["optimizer"] == config["optimizer"]
-    assert found["data"]["sources"] == config["data"]["sources"] and found["train"]["batch_tokens"] == 4096
+    found = configured(config, Stage(length=2048, tokens=9000), 1, config.model)
+    assert found["model"] == config.model.values and found["optimizer"] == config.optimizer.values
+    assert found["data"]["sources"] == config.data["sources"] and found["train"]["batch_tokens"] == 4096
     assert (
-        configured(config, Stage(length=2048, tokens=1, batch_tokens=6144), 1, config["model"])["train"]["batch_tokens"]
+        configured(config, Stage(length=2048, tokens=1, batch_tokens=6144), 1, config.model)["train"]["batch_tokens"]
         == 6144
     )
 
 
 def test_a_rule_keeps_base_and_fraction_and_keys_alone_keep_the_rule(config):
     yarn = {"_target_": "models.positions.YaRN", "factor": 4.0, "trained_length": 4096}
-    model = positioned(config["model"], yarn | {"base": 2e4})
+    model = positioned(config.model.values, yarn | {"base": 2e4})
     assert rules_of(model) == {"attn": {**yarn, "base": 2e4, "fraction": 1.0}}
     longer = rules_of(positioned(model, {"factor": 8.0}))["attn"]
     assert longer["_target_"] == "models.positions.YaRN" and longer["factor"] == 8.0 and longer["base"] == 2e4
@@ -59,10 +61,10 @@ def test_a_rule_keeps_base_and_fraction_and_keys_alone_keep_the_rule(config):
 
 
 def test_only_layers_with_rotary_positions_have_a_rule(config):
-    blocks = dict(config["model"]["blocks"])
+    blocks = dict(config.model["blocks"])
     attn = {**blocks["attn"], "mixer": {**blocks["attn"]["mixer"], "positions": {"_target_": "models.positions.NoPE"}}}
-    assert rules_of(config["model"]).keys() == {"attn"}
-    none = {**config["model"], "blocks": blocks | {"attn": attn}}
+    assert rules_of(config.model.values).keys() == {"attn"}
+    none = {**config.model.values, "blocks": blocks | {"attn": attn}}
     assert rules_of(none) == {} and positioned(none, None) is none
     with pytest.raises(ValueError, match="positions: must be null, no layer"):
         positioned(none, {"base": 5e5})
@@ -80,14 +82,14 @@ def test_only_layers_with_rotary_positions_have_a_rule(config):
 )
 def test_what_a_stage_refuses(config, values, said):
     with pytest.raises(ValueError, match=said):
-        configured(config, Stage(**{"length": 8192, "tokens": 9000, **values}), 1, config["model"])
+        configured(config, Stage(**{"length": 8192, "tokens": 9000, **values}), 1, config.model)
 
 
 def test_a_batch_that_grows_is_not_a_stages(config):
-    grows = {**config, "train": {**config["train"], "batch_tokens": [[0, 4096], [9000, 8192]]}}
+    grows = replace(config, train=replace(config.train, batch_tokens=[[0, 4096], [9000, 8192]]))
     with pytest.raises(ValueError, match="batch_tokens: missing"):
-        configured(grows, Stage(length=4096, tokens=9000), 1, config["model"])
-    assert configured(grows, Stage(length=4096, tokens=9000, batch_tokens=4096), 1, config["model"])
+        configured(grows, Stage(length=4096, tokens=9000), 1, config.model)
+    assert configured(grows, Stage(length=4096, tokens=9000, batch_tokens=4096), 1, config.model)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_any_parts_are_kept_and_shown(tmp_path: Path, parts: dict[str, Any]) -> 
     leg: Any = SimpleNamespace(
         stage=SimpleNamespace(length=512),
         flight=SimpleNamespace(train=SimpleNamespace(total_tokens=1024)),
-        config={"optimizer": {"lr": 1e-3}},
+        config=SimpleNamespace(optimizer={"lr": 1e-3}),
         positions=TOLD,
     )
     record = Record(tmp_path, 128, [512])

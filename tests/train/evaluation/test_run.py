@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ def trained(config, folder):
 
 def measured(run_world, tmp_path, config, name, world, *, data=None, **evaluate):
     """results.json of a world of so many ranks."""
-    config = config | {"parallel": config["parallel"] | {"data": data}, "evaluate": config["evaluate"] | evaluate}
+    parallel, evaluate = replace(config.parallel, data=data), replace(config.evaluate, **evaluate)
+    config = replace(config, parallel=parallel, evaluate=evaluate)
     (path,) = complete(tmp_path / "run" / "checkpoints")
     order = {"config": config, "checkpoint": str(path), "device": "cpu", "trained": 64}
     order |= {key: str(tmp_path / f"{name}.{key}") for key in ("results", "progress")}
@@ -91,7 +93,7 @@ def test_one_rank_and_four_give_the_same_numbers(run, tmp_path, precision, toler
 def against_a_loop(found, config, tmp_path):
     """The loss, its bins and the long-range rows from logits of one document after another."""
     (path,) = complete(tmp_path / "run" / "checkpoints")
-    model = Decoder.load(config["model"], path).model.double()
+    model = Decoder.load(config.model.values, path).model.double()
     model.compute = torch.float64
     (held,) = open_batches(config).heldout_documents
 

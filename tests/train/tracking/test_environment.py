@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from launch.run.rundir import reserved
+from train.run_config import ObjectConfig
+from train.settings import RunSettings
 from train.tracking import Tracking, obey_environment
 from train.tracking.wandb import mode_of
 
@@ -16,21 +18,17 @@ def test_the_environment_speaks_where_the_configuration_is_silent(monkeypatch: p
     told = {"PROJECT": "p", "ENTITY": "e", "RUN_GROUP": "g", "JOB_TYPE": "j", "TAGS": "a, b,"}
     for name, value in told.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    silent = {"tracking": dict(SILENT)}
-    obey_environment(silent)
+    silent = obey_environment(ObjectConfig(SILENT))
     expected = {"project": "p", "entity": "e", "group": "g", "job_type": "j", "tags": ["a", "b"]}
-    assert silent["tracking"] == expected
-    says = {"tracking": dict.fromkeys(SILENT, "x") | {"tags": []}}
-    obey_environment(says)
-    assert says["tracking"] == dict.fromkeys(SILENT, "x") | {"tags": []}
+    assert silent.values == expected
+    says = dict.fromkeys(SILENT, "x") | {"tags": []}
+    assert obey_environment(ObjectConfig(says)).values == says
 
 
 def test_without_an_environment_there_is_a_project(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PROJECT", "ENTITY", "RUN_GROUP", "JOB_TYPE", "TAGS"):
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
-    config = {"tracking": dict(SILENT)}
-    obey_environment(config)
-    assert config["tracking"] == SILENT | {"project": "farspan"}
+    assert obey_environment(ObjectConfig(SILENT)).values == SILENT | {"project": "farspan"}
 
 
 def test_a_name_of_the_environment_is_a_run_s_and_not_its_folder_s(
@@ -38,10 +36,10 @@ def test_a_name_of_the_environment_is_a_run_s_and_not_its_folder_s(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_NAME", "its name")
-    name, folder = reserved({"name": None, "dir": None})
+    name, folder = reserved(RunSettings())
     assert name == "its name" and folder.name != name and folder.is_dir()
-    assert reserved({"name": None, "dir": "d"}) == ("its name", Path("d"))
-    assert reserved({"name": "mine", "dir": None}) == ("mine", Path("runs/mine"))
+    assert reserved(RunSettings(dir="d")) == ("its name", Path("d"))
+    assert reserved(RunSettings(name="mine")) == ("mine", Path("runs/mine"))
 
 
 @pytest.mark.parametrize("value", ["true", "True", "1", "yes"])
@@ -74,7 +72,7 @@ def test_what_wandb_refuses_is_refused_first(options: dict[str, Any], said: str)
 def test_what_wandb_refuses_of_the_environment_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "a:b")
     with pytest.raises(ValueError, match="^WANDB_PROJECT=a:b: must be without :, which W&B refuses"):
-        obey_environment({"tracking": dict(SILENT)})
+        obey_environment(ObjectConfig(SILENT))
 
 
 def test_wandb_itself_refuses_the_same() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from train.settings import RunSettings
 from train.tracking import Facts, without_credentials
 from train.tracking.facts import artifact_name
 
@@ -32,7 +34,7 @@ def test_a_remote_has_no_credentials(url: str, clean: str) -> None:
 
 def order(run: Path, **more: Any) -> dict[str, Any]:
     run.mkdir(parents=True, exist_ok=True)
-    return {"run_dir": str(run), "config": {"run": {"name": None}}, **more}
+    return {"run_dir": str(run), "config": SimpleNamespace(run=RunSettings(), to_dict=dict), **more}
 
 
 def test_code_comes_from_the_order_or_from_the_runs_configuration(tmp_path: Path) -> None:

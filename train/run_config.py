@@ -1,0 +1,119 @@
+"""The description of a run: made once from the command line, written once as config.yaml, given to every worker.
+
+A `RunConfig` is complete and checked (`launch.config.compose`), and nothing writes into it: who settles a value makes a
+new one with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from parallel.schedule.adaptive.settings import SimulationSettings
+from train.instantiate import construct
+from train.settings import (
+    ClusterSettings,
+    EvaluateSettings,
+    ParallelSettings,
+    PrecisionSettings,
+    RunSettings,
+    Stage,
+    TrainSettings,
+    section,
+)
+
+SECTIONS: dict[str, type] = {
+    "parallel": ParallelSettings,
+    "precision": PrecisionSettings,
+    "cluster": ClusterSettings,
+    "run": RunSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "simulation": SimulationSettings,
+}
+
+
+@dataclass(frozen=True)
+class ObjectConfig:
+    """An object that a configuration describes: its class, as `_target_`, and what its constructor is called with."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def target(self) -> str:
+        """The class, by the package that hands it on."""
+        return self.values["_target_"]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value; `default` where the class has no such key."""
+        return self.values.get(key, default)
+
+    def having(self, **values: Any) -> ObjectConfig:
+        """The same object with these values."""
+        return ObjectConfig({**self.values, **values})
+
+    def build(self) -> Any:
+        """A new object. Raises ValueError for a class from elsewhere, and what the constructor raises for a value."""
+        return construct(dict(self.values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run, as docs/configuration.md has its keys: sections of settings, and the objects that the run is built from.
+
+    model: built on the meta device and then filled. optimizer: called with the parameter groups.
+    """
+
+    model: ObjectConfig
+    data: ObjectConfig
+    curriculum: ObjectConfig
+    scheduler: ObjectConfig
+    parallel: ParallelSettings
+    engine: ObjectConfig
+    optimizer: ObjectConfig
+    schedule: ObjectConfig
+    precision: PrecisionSettings
+    cluster: ClusterSettings
+    tracking: ObjectConfig
+    seed: int
+    init_from: str | None
+    resume: str | None
+    stages: tuple[Stage, ...]
+    run: RunSettings
+    train: TrainSettings
+    evaluate: EvaluateSettings
+    simulation: SimulationSettings
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> RunConfig:
+        """From a complete configuration. Raises what the settings' constructors raise."""
+        found: dict[str, Any] = {}
+        for each in fields(cls):
+            value = deepcopy(values[each.name])
+            if each.name in SECTIONS:
+                value = section(SECTIONS[each.name], value)
+            elif each.name == "stages":
+                value = tuple(Stage(**stage) for stage in value)
+            elif each.type == "ObjectConfig":
+                value = ObjectConfig(value)
+            found[each.name] = value
+        return cls(**found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.yaml holds: `of` takes it back."""
+        found: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, ObjectConfig):
+                value = deepcopy(dict(value.values))
+            elif each.name == "stages":
+                value = [asdict(stage) for stage in value]
+            elif each.name in SECTIONS:
+                value = asdict(value)
+            found[each.name] = value
+        return found
