@@ -23,8 +23,8 @@ class Curriculum:
     odds: of a bucket beside the next longer one, within a cycle, for data.packing=decomposition. uniform mixes all
     lengths by their tokens throughout; grow_linear has n, n - 1, …, 1 for the shortest to the longest; grow_p2 twice
     those of the next longer; grow_p100 a hundred times, so lengths come nearly one after another; shrink_p100 the other
-    way round. cycles: how often the order is gone through in `tokens`; every cycle gives each bucket its part.
-    tokens: what the cycles divide, as a rule the run's budget, which a resumed run leaves as it was; null for one epoch
+    way round. cycles: number of passes through the order in `tokens`; every cycle gives each bucket its part. tokens:
+    length of all cycles together, as a rule the run's budget, which a resumed run leaves as it was; null for one epoch
     of the corpus. context: progressive lengths, [[token, max_length, rope_theta], …] from which token on sequences have
     at most so many tokens, and rotary positions which base (null: as the model has it); null for data.max_length
     throughout. Each line begins an epoch of its own.

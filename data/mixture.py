@@ -19,15 +19,15 @@ Weight = tuple[tuple[int, Fraction], ...]  # (token, weight), from which token o
 
 
 class Portion:
-    """A corpus of a mixture, and how much of the run it is.
+    """A corpus of a mixture, and its share of the run.
 
-    data: the corpus, as in data=…; how it is cut, and what is held out, the mixture says for all. weight: beside the
-    weights of the others, in tokens; or [[token, weight], …], from which token of the run on. epochs: the most often
-    that any of it is seen, after which it leaves and the others go on by their weights; null for no limit. long:
-    [[tokens, factor], …]: documents of at least so many tokens come so many times as often. order: another number is
-    another order of the same documents, to replay a corpus in one that it was not trained on. old: whether the weights
-    that the run starts from were trained on it: it is replayed, at data.replay of the run, and every evaluation says
-    how much of it is forgotten.
+    data: the corpus, as in data=…; the mixture sets packing and the held-out split for all. weight: weight relative to
+    the other sources, by tokens; or [[token, weight], …]: the weight from each of these tokens of the run on. epochs:
+    times that any of it is seen, at most, after which it leaves and the others go on by their weights; null for no
+    limit. long: [[tokens, factor], …]: documents of at least so many tokens come so many times as often. order: another
+    number is another order of the same documents, to replay a corpus in one that it was not trained on. old: true for a
+    corpus that the run's first weights were trained on: data.replay gives its share of the run, and every evaluation
+    reports how much of it is forgotten.
     """
 
     def __init__(
@@ -77,12 +77,13 @@ def _lines(key: str, given: Any, lines: Sequence[Any]) -> tuple[tuple[int, Fract
 
 
 class Mixture:
-    """Several corpora, drawn from by weight; the order of each is its own. What each gave is in every record (`drawn`).
+    """Several corpora, drawn from by weight; the order of each is its own. Every record has the tokens of each
+    (`drawn`).
 
     sources: by name, `data.Portion`s. replay: the share of the run's tokens that the old ones have together,
     from 0 to 1, the others having the rest (2403.08763), and weights dividing each of the two; null for weights alone.
     max_length, packing, min_length, overlong, document_mask, heldout, audit:
-    as of one corpus. heldout_tokens: how many held-out tokens an evaluation reads, the same of each. Raises ValueError,
+    as of one corpus. heldout_tokens: held-out tokens that an evaluation reads, the same of each. Raises ValueError,
     one line that opens with the key, for a value out of range.
     """
 

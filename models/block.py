@@ -15,10 +15,10 @@ Factory = Callable[..., nn.Module]
 class Block(nn.Module):
     """Any mixer goes with any feed-forward.
 
-    mixer: how a token sees those before it: a class of `models.mixers`. ffn: what is then done to each token by itself:
-    `models.MoE`, or the dense `models.SwiGLU` or `models.ChannelMix`, which take `hidden`, their width;
-    null for none, and no norm before it: a layer that is its mixer alone, as Mamba's are (2312.00752).
-    norm_eps: what the norms before the two add to the mean square.
+    mixer: the part in which a token sees those before it: a class of `models.mixers`. ffn: the part that then treats
+    each token by itself: `models.MoE`, or the dense `models.SwiGLU` or `models.ChannelMix`, which take `hidden`, their
+    width; null for none, and no norm before it: a layer that is its mixer alone, as Mamba's are (2312.00752). norm_eps:
+    epsilon that the norms before the two add to the mean square.
 
     x [B, T, D] -> [B, T, D], where a mixture of experts sent its tokens, and what the layer hands to later ones that
     couple with it (`models.cross_layer`): None where it was `handed` that of an earlier one.

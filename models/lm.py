@@ -38,9 +38,9 @@ class LM(nn.Module):
     mark). dim: width of the residual stream, which every mixer and feed-forward reads and writes. layers: how many
     layers there are, of all kinds together. pattern: the kinds of the layers by name, from the first on, repeated down
     to the last. blocks: the kinds of layer that `pattern` may name, each a mixer and a feed-forward.
-    first_k_dense: how many layers, from the first, have `dense` in place of their block's feed-forward, as in
-    DeepSeekMoE (2401.06066). dense: that feed-forward. tied: whether the head multiplies by the embedding instead of
-    weights of its own. tied_scale: what the input of a tied head is multiplied by; null for dim^-½ (T5, 1910.10683),
+    first_k_dense: number of layers, from the first, that have `dense` in place of their block's feed-forward, as in
+    DeepSeekMoE (2401.06066). dense: that feed-forward. tied: true has the head multiply by the embedding instead of
+    weights of its own. tied_scale: factor of a tied head's input; null for dim^-½ (T5, 1910.10683),
     which suits an embedding whose entries have variance 1, as they start here. Released models have 1. norm_eps: what
     the last norm adds to the mean square.
 

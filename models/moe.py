@@ -56,17 +56,16 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A mixture of experts: each token's `top_k`, weighted by the router, and a shared one that every token passes.
 
-    num_experts: experts to choose from, the shared one not counted. top_k: how many of them a token goes to, from 1 to
-    num_experts. hidden: inner width of each of them, a SwiGLU (2002.05202). shared_hidden: inner width of the shared
-    expert; 0 for none. shared_gate: whether a sigmoid of a linear function of the token scales the shared expert's
-    output (Qwen2, 2407.10671). router: what scores the experts for a token; softmax over them, or sigmoid, each by
-    itself (DeepSeek-V3, 2412.19437). renormalise: whether a token's weights, the scores of its experts, are divided by
-    their sum. scale: what the weights are then multiplied by. balance: what the balance loss, weighed by
-    train.balance_weight, evens out: the choices of each document, those of the whole batch (by the loads of the step
-    before), or none. bias_rate: how much a bias that only chooses experts moves after each step towards those that had
-    too few tokens (2408.15664 takes 0.001); 0 for no bias. capacity_factor: choices that an expert takes of a span of
-    tokens, in multiples of its fair share; later tokens' are dropped, which makes a run depend on its layout. null for
-    no limit.
+    num_experts: experts to choose from, the shared one not counted. top_k: number of them that a token goes to, from 1
+    to num_experts. hidden: inner width of each of them, a SwiGLU (2002.05202). shared_hidden: inner width of the shared
+    expert; 0 for none. shared_gate: true scales the shared expert's output by a sigmoid of a linear function of the
+    token (Qwen2, 2407.10671). router: scores of the experts for a token; softmax over them, or sigmoid, each by itself
+    (DeepSeek-V3, 2412.19437). renormalise: true divides a token's weights, the scores of its experts, by their sum.
+    scale: factor of the weights after that. balance: the choices that the balance loss (train.balance_weight) evens
+    out: those of each document, those of the whole batch (by the loads of the step before), or none. bias_rate: step by
+    which a bias that only chooses experts moves after each step towards those that had too few tokens (2408.15664 takes
+    0.001); 0 for no bias. capacity_factor: choices that an expert takes of a span of tokens, in multiples of its fair
+    share; later tokens' are dropped, which makes a run depend on its layout. null for no limit.
 
     x [B, T, D] -> [B, T, D] and the Routing that the losses need.
     """

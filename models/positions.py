@@ -85,7 +85,7 @@ class RoPE(Positions):
 class Interpolated(RoPE):
     """Linear interpolation: positions divided by a factor (2306.15595).
 
-    factor: how many times longer the documents are than those trained on. base, fraction: as in RoPE.
+    factor: length of the documents over that of those trained on. base, fraction: as in RoPE.
     """
 
     def __init__(self, *, factor: float, base: float = 10_000.0, fraction: float = 1.0):
@@ -104,7 +104,7 @@ class NTKAware(RoPE):
 
     NTK-aware interpolation, as 2309.00071 states it in its section 3.1.
 
-    factor: how many times longer the documents are than those trained on. base, fraction: as in RoPE.
+    factor: length of the documents over that of those trained on. base, fraction: as in RoPE.
     """
 
     def __init__(self, *, factor: float, base: float = 10_000.0, fraction: float = 1.0):
@@ -124,10 +124,10 @@ class NTKAware(RoPE):
 class YaRN(RoPE):
     """Fast pairs as trained, slow ones interpolated, a ramp between; scores sharpened (YaRN, 2309.00071).
 
-    factor: how many times longer the documents are than those trained on. trained_length: the longest document that the
+    factor: length of the documents over that of those trained on. trained_length: the longest document that the
     weights were trained on, in tokens. beta_fast: pairs that turn at least this often in trained_length keep their
-    speed. beta_slow: pairs that turn at most this often are interpolated. attention_factor: what queries and keys are
-    multiplied by; null for 0.1 ln(factor) + 1. base, fraction: as in RoPE.
+    speed. beta_slow: pairs that turn at most this often are interpolated. attention_factor: factor of queries and
+    keys; null for 0.1 ln(factor) + 1. base, fraction: as in RoPE.
 
     The ramp is linear in the index of the pair, between whole numbers, as in the authors' code and every released
     model; the paper writes it linear in the number of turns.
@@ -173,7 +173,7 @@ class YaRN(RoPE):
 class Llama3(RoPE):
     """Llama 3.1's rule (2407.21783): as YaRN without the sharpening, the ramp in turns.
 
-    factor: what slow pairs are divided by. trained_length: the longest document that the weights were trained on, in
+    factor: divisor of slow pairs. trained_length: the longest document that the weights were trained on, in
     tokens. low: pairs that turn fewer times than this in trained_length are interpolated. high: pairs that turn more
     often than this keep their speed. base, fraction: as in RoPE.
     """

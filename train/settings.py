@@ -21,13 +21,13 @@ NAME_BYTES = 255  # of a folder's name
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a run is called, and where it is kept.
+    """Name and folder of a run.
 
     name: the run's name here and in the tracker, 255 bytes at most; null for the last part of `dir` or, without one,
-    for date and time. dir: the run's folder, new unless the run is resumed; null for runs/NAME. plot: of
-    `farspan plan`, the file (PNG) that shows learning rate and batch size over the run's tokens; null for none.
-    anew: of a run that is resumed and has no checkpoint left that is whole: to begin at step 0; the damaged ones stay,
-    each under a name that nothing reads.
+    for date and time. dir: the run's folder, new unless the run is resumed; null for runs/NAME. plot: file (PNG) to
+    which `farspan plan` draws learning rate and batch size over the run's tokens; null for none. anew: true lets
+    `resume` begin at step 0 where no checkpoint of the run is whole; damaged ones stay, each under a name that nothing
+    reads.
     """
 
     name: str | None = None
@@ -53,13 +53,14 @@ INIT_OPTIMIZER = ("reset", "keep", "reset_mean", "reset_moments")
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSettings:
-    """What keeps a step that would do harm from the weights, and when a run goes back.
+    """Limits beyond which a step is passed over, and beyond which a run goes back.
 
-    A step whose gradient is not finite never reaches the weights. sigma: how many standard deviations above the mean of
-    a window loss and gradient norm may be; a step beyond is passed over; null for no such limit. window: of how many
-    steps; the limit holds once it is half full. skips: how many batches of the last `window` may be passed over; at so
-    many the run goes back to a checkpoint from before them, and passes over all data up to there. rollbacks: how often
-    it may, before it ends. backoff: what the learning rate is multiplied by each time, above 0 and at most 1.
+    A step whose gradient is not finite never reaches the weights. sigma: standard deviations above the mean of a window
+    that loss and gradient norm may reach; a step beyond them is passed over; null for no such limit. window: steps of
+    that window; the limit holds once it is half full. skips: batches among the last `window` that may be passed over;
+    at so many the run loads a checkpoint from before them, and passes over all data up to where it stands. rollbacks:
+    times that it may do so before it ends. backoff: factor of the learning rate after each of these, above 0 and at
+    most 1.
     """
 
     sigma: float | None = None
@@ -80,31 +81,30 @@ class GuardSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How long and how often, in tokens.
+    """Budget, batch, losses, clipping, averages and checkpoints of training. Lengths of time are tokens.
 
     tokens: the budget, rounded up to whole steps; the schedule lays the learning rate out over it. steps: the budget in
-    steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, with padding, which is of no other
-    count; a multiple of data.max_length; or,
-    for a batch that grows, lines of [token, number]: steps from that token of the order on have so many.
-    init_optimizer: with init_from, what becomes of the optimizer's state there: reset begins it anew, its count of
-    steps too, keep goes on with all of it, reset_mean sets the running means of gradients to 0, and reset_moments
-    those of their squares as well, so that only the count goes on, and the first updates are small.
-    loss_chunk: tokens whose logits are held at a time for the cross-entropy and its gradient; null for all of them.
-    span_tokens: the most tokens of a sequence that a rank takes at a time: a longer one is trained on span after span,
-    through the same states; null for no limit. span_gradient: exact runs forward through all spans and then back, each
-    once more from its entering states (1606.03401), for the gradient of the whole; truncated ends gradients at the
-    borders of spans, and sums over documents at what has been read.
-    balance_weight: weight of the experts' balance loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none.
-    z_weight: weight of the routers' z-loss, which keeps their logits small (2202.08906, equation 5); 0 for none.
-    clip: largest 2-norm of all gradients together; larger ones are scaled down to it. clip_each: largest 2-norm of one
-    weight's gradient, before that; null for any. clip_value: largest magnitude of an element of a gradient, before
-    both; null for any. average: an average of the weights that is kept beside them, evaluated and saved with them. ema:
-    an exponential mean; last: the mean of some of the last (LAWA, 2209.14981); none. average_tokens: over how many
-    tokens ema forgets, or from one of those of `last` to the next; null for a twentieth of the budget. average_count:
-    of how many weights `last` is the mean. init_weights: what init_from takes of a checkpoint; raw: the weights that
-    were trained; average: their average. evaluate_every: tokens between
-    two evaluations of the held-out loss; null for one, at the end. checkpoint_every: tokens between two checkpoints;
-    null for one, at the end, which a stopped run writes too. keep: how many of the newest checkpoints are kept.
+    steps; null for that in `tokens`. batch_tokens: tokens of a step over all ranks, padding included, though padding
+    counts nowhere else; a multiple of data.max_length; for a batch that grows, lines of [token, number]: steps from
+    that token of the order on have so many. init_optimizer: use of the optimizer's state with init_from: reset starts
+    it anew, with its count of steps; keep continues all of it; reset_mean sets the running means of gradients to 0;
+    reset_moments sets those of their squares to 0 as well, so that only the count continues and the first updates are
+    small. loss_chunk: tokens whose logits exist at a time for the cross-entropy and its gradient; null for all of them.
+    span_tokens: tokens of a sequence that a rank trains on at a time, at most; a longer sequence is trained span after
+    span, through the same states; null for no limit. span_gradient: exact runs forward through all spans and then back,
+    each once more from its entering states (1606.03401), for the gradient of the whole; truncated ends gradients at the
+    borders of spans, and sums over documents at the tokens read so far. balance_weight: weight of the experts' balance
+    loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none. z_weight: weight of the routers' z-loss, which
+    keeps their logits small (2202.08906, equation 5); 0 for none. clip: largest 2-norm of all gradients together;
+    larger ones are scaled down to it. clip_each: largest 2-norm of one weight's gradient, before that; null for any.
+    clip_value: largest magnitude of an element of a gradient, before both; null for any. average: an average of the
+    weights, evaluated and saved beside them. ema: an exponential mean; last: the mean of some of the last (LAWA,
+    2209.14981); none. average_tokens: tokens over which ema forgets, or between two of the weights that `last`
+    averages; null for a twentieth of the budget. average_count: number of weights that `last` averages. init_weights:
+    weights of a checkpoint that init_from loads; raw: the trained ones; average: their average. evaluate_every: tokens
+    between two evaluations of the held-out loss; null for one, at the end. checkpoint_every: tokens between two
+    checkpoints; null for one, at the end, which a stopped run writes too. keep: number of the newest checkpoints that
+    stay on disk.
     """
 
     tokens: int = 1_000_000
@@ -155,7 +155,7 @@ class TrainSettings:
 
     @property
     def ramp(self) -> Ramp:
-        """Which step has how many tokens; of a single number, all have as many."""
+        """The tokens of each step; a single number holds for all."""
         return Ramp.of(self.batch_tokens)
 
     @property
@@ -167,32 +167,33 @@ class TrainSettings:
         return self.ramp.before(self.total_steps)
 
     def reached(self, facts: dict[str, Any]) -> int:
-        """Where a checkpoint, by its manifest, stands in the budget: padding has a place in steps, and no tokens."""
+        """Returns a checkpoint's place in the budget, from its manifest: padding has a place in steps, and no
+        tokens."""
         tokens = int(facts.get("tokens", 0))
         return tokens if self.steps is None else int(facts.get("places", tokens))
 
     def steps_at(self, filled: float) -> int:
-        """About how many steps the budget takes where this share of a step's places holds tokens."""
+        """Estimates the steps of the budget where this share of a step's places holds tokens."""
         return self.total_steps if self.steps is not None else max(self.total_steps, round(self.total_steps / filled))
 
     def complete(self, step: int, tokens: int) -> bool:
-        """Whether a run that has got so far has used its budget up. Steps with padding bring fewer tokens, so that it
+        """True for a run that has used its budget up. Steps with padding bring fewer tokens, so that it
         takes more of them."""
         return step >= self.total_steps and (self.steps is not None or tokens >= self.total_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransportSettings:
-    """How the ranks that share a sequence pass on what a span needs of those before it.
+    """Transports between the ranks that share a sequence: they bring to a span what it needs of those before it.
 
-    recurrence: how the states of linear mixers travel. gather: an all-gather, in each layer, of every span's effect
+    recurrence: transport of the states of linear mixers. gather: an all-gather, in each layer, of every span's effect
     on the state (LASP-2, 2502.07563); relay: from rank to rank, the fewest bytes (LASP, 2404.02882); allscan: the
     relay in blocks that follow each other (ZeCO, 2507.01004); auto: for each kind of recurrence the fastest of these,
     by the size of its states, the number of ranks, and latency and bandwidth as measured at the start; a resumed run
-    keeps what was measured. blocks: into how many allscan cuts a state, at least 2. attention: how softmax attention
-    reaches the keys of other ranks. gather: an all-gather of keys and values, a head at a time (Llama 3, 2407.21783,
-    section 3.3.2); ring: they pass every rank (2310.01889); ulysses: ranks exchange tokens for heads (2309.14509); usp:
-    heads over as many ranks as there are heads, a ring over the rest (2405.07719).
+    uses the same measurement. blocks: number of blocks into which allscan cuts a state, at least 2. attention:
+    transport of keys and values for softmax attention. gather: an all-gather of keys and values, a head at a time
+    (Llama 3, 2407.21783, section 3.3.2); ring: they pass every rank (2310.01889); ulysses: ranks exchange tokens for
+    heads (2309.14509); usp: heads over as many ranks as there are heads, a ring over the rest (2405.07719).
     """
 
     recurrence: str = "gather"
@@ -255,18 +256,18 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """Where the workers run.
+    """Machines, processes and devices of the workers.
 
     kind: none (spawned here), local (a Ray started here) or ray (one that runs already, at `address`). workers:
     processes that train, on all machines together: one a GPU or, on CPUs, one a core. threads: CPU threads of each
-    worker; null for its machine's cores divided among the workers there. device: what the workers compute on; auto
-    is cuda where every worker has a GPU to itself, cpu elsewhere. address: where the Ray is; http://HOST:PORT (its
-    dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines;
-    null for what RAY_ADDRESS says, else http://127.0.0.1:8265. restarts: new attempts from the last checkpoint
+    worker; null for its machine's cores divided among the workers there. device: device of the workers' computation;
+    auto is cuda where every worker has a GPU to itself, cpu elsewhere. address: address of the Ray; http://HOST:PORT
+    (its dashboard, from anywhere) hands the run over as a job, `auto` or HOST:PORT joins it from one of its machines;
+    null for the value of RAY_ADDRESS, else http://127.0.0.1:8265. restarts: new attempts from the last checkpoint
     after a worker or a machine is lost. timeout: seconds without a sign of life after which a worker counts as stuck,
-    which ends the run; null for 20 median steps, at least a minute. One that runs may take ten minutes at least for the
-    first two steps and a checkpoint; a frozen one is found as soon in a checkpoint, and within a minute at least before
-    (two where null). template: the machines to start, for `farspan template`; null for none.
+    which ends the run; null for 20 median steps, at least a minute. A live worker may take ten minutes at least for the
+    first two steps and for a checkpoint; a frozen one is found within `timeout` in a checkpoint, and within a minute at
+    least before (two where null). template: the machines to start, for `farspan template`; null for none.
     """
 
     kind: str = "local"
@@ -308,22 +309,23 @@ PARTS = ("loss", "positions", "needle", "recall", "copy", "long_range", "extrapo
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """What `farspan evaluate` measures on held-out documents and on generated examples; training reads none of it.
+    """Measurements of `farspan evaluate` on held-out documents and on generated examples; training reads none of these
+    keys.
 
-    parts: which of loss (of each source, and by the length of documents), positions (the loss by what a token has
-    before it), needle (a pass key in a text, by depth and length, 2305.16300), recall (pairs of keys and values,
-    2312.04927), copy (a sequence said again, 2402.01032), long_range (what the text before the last `context` tokens is
-    worth) and extrapolation (the loss beyond the trained length, where a recurrent state may collapse, 2410.07145).
-    length: tokens of a document that are read, at most, and of the longest needle; null for data.max_length.
-    tokens: of held-out documents that are scored of each source, about. lengths: of needles and of what is recalled and
-    copied, in tokens; null for four, each twice the one before, up to `length`. depths: how many places of a needle,
-    evenly spread from the first to the last. samples: examples of each length, and of each depth of a needle. symbols:
-    how many tokens recall and copy draw from. pairs: how many keys and values a recall binds. context: tokens that
-    long_range leaves of the context. documents: how many long_range reads of each length, and extrapolation, at most.
-    beyond: how many times the trained length extrapolation reads, at least 2. span_tokens: the
-    most tokens of a text that a rank takes at a time, as train.span_tokens; null for no limit. weights: raw, those that
-    were trained, or average, what train.average keeps of them. tasks: those of lm-eval, where that is installed. limit:
-    examples of each of these tasks; null for all.
+    parts: some of loss (of each source, and by the length of documents), positions (the loss by the number of tokens
+    before a target), needle (a pass key in a text, by depth and length, 2305.16300), recall (pairs of keys and values,
+    2312.04927), copy (a sequence said again, 2402.01032), long_range (the gain from the text before the last `context`
+    tokens) and extrapolation (the loss beyond the trained length, where a recurrent state may collapse, 2410.07145).
+    length: tokens of a document to read, at most, and of the longest needle; null for data.max_length. tokens: tokens
+    of held-out documents to score of each source, about. lengths: lengths of needle, recall and copy examples, in
+    tokens; null for four, each twice the one before, up to `length`. depths: number of places of a needle, evenly
+    spread from the first to the last. samples: examples of each length, and of each depth of a needle. symbols: number
+    of different tokens in recall and copy. pairs: number of keys and values in a recall example. context: tokens that
+    long_range leaves of the context. documents: documents of each length that long_range reads, and extrapolation, at
+    most. beyond: length that extrapolation reads, in multiples of the trained length, at least 2. span_tokens: tokens
+    of a text that a rank reads at a time, at most, as train.span_tokens; null for no limit. weights: raw, the trained
+    ones, or average, those of train.average. tasks: tasks of lm-eval, where that is installed. limit: examples of each
+    of these tasks; null for all.
     """
 
     parts: list[str] = field(default_factory=lambda: list(PARTS))
@@ -369,7 +371,7 @@ COMPUTE = ("auto", "bf16", "fp32", "fp64")
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings:
-    """Which dtypes a run computes in, and keeps its weights in.
+    """The dtypes of computation and of weights.
 
     compute: the dtype of matmuls; auto is bf16 where the device multiplies it natively, fp32 elsewhere. Master weights
     are fp32, or fp64 when computing in fp64 (to compare layouts).

@@ -21,11 +21,11 @@ WIDEST = 1 << 16  # of a head: positions are worked out for half as many frequen
 class Attention(nn.Module):
     """heads: query heads. kv_heads: heads of keys and values, each for heads / kv_heads query heads; must divide
     `heads`, null for as many. head_dim: channels of a head; null where the heads share out the model's `dim`.
-    window: how many tokens a query sees, itself included; null for the whole document. sinks: of the first tokens
-    of the document, how many remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453).
-    qk_norm: whether each head's queries and keys are normalised, before they are rotated. gate: whether each
-    channel of the output is multiplied by a sigmoid of the input. positions: how a token's place in its document
-    enters: a rule of `models.positions`. norm_eps: what the norms of queries and keys add to the mean square.
+    window: number of tokens that a query sees, itself included; null for the whole document. sinks: number of the
+    document's first tokens that remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453).
+    qk_norm: true normalises each head's queries and keys before they are rotated. gate: true multiplies each
+    channel of the output by a sigmoid of the input. positions: the rule by which a token's place in its
+    document enters, of `models.positions`. norm_eps: epsilon that the norms of queries and keys add to the mean square.
 
     x [B, T, D] -> [B, T, D].
     """

@@ -20,14 +20,14 @@ class GatedDeltaNet(QKVMixer):
     """A value head's state is a matrix of dim * expand_k / heads by dim * expand_v / value_heads numbers, `dim` the
     model's.
 
-    heads: how many heads of queries and keys; must divide dim * expand_k. expand_k: width of the keys of all heads
+    heads: number of heads of queries and keys; must divide dim * expand_k. expand_k: width of the keys of all heads
     together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
     of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
     it stays within the document; null for none, and silu alone. value_heads: heads of values, each with gates and a
     state of its own, so many to a head of keys; a multiple of heads that divides dim * expand_v; null for as many as
-    heads. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a write may also turn the sign of what its key
-    remembers (2411.12537). norm_eps: what the norm of a head's output adds to its mean square; Qwen3-Next has 1e-6.
-    conv_bias: whether the convolution has a bias.
+    heads. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a write may also turn the sign of the value at
+    its key (2411.12537). norm_eps: epsilon that the norm of a head's output adds to its mean square; Qwen3-Next has
+    1e-6. conv_bias: true gives the convolution a bias.
 
     x [B, T, D] -> [B, T, D].
     """

@@ -21,12 +21,12 @@ FEATURES = {"identity": lambda x: x, "elu": lambda x: F.elu(x) + 1, "relu": F.re
 class GatedLinearAttention(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
-    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
-    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
-    conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
-    within the document; null for none, and no activation either, as in the paper. conv_bias: whether the convolution
-    has a bias. feature: a map of queries and keys behind it, one of identity, elu (elu(x) + 1), relu and silu.
-    norm_eps: what the norm of a head's output adds to its mean square.
+    heads: number of heads; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads
+    together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
+    of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
+    it stays within the document; null for none, and no activation either, as in the paper. conv_bias: true gives the
+    convolution a bias. feature: a map of queries and keys behind it, one of identity, elu (elu(x) + 1), relu and silu.
+    norm_eps: epsilon that the norm of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """

@@ -20,7 +20,7 @@ class HGRN(nn.Module):
     """The state is dim * expand numbers, `dim` the model's.
 
     heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
-    can take another's place. expand: width of the recurrence in multiples of dim. norm_eps: what the norm of
+    can take another's place. expand: width of the recurrence in multiples of dim. norm_eps: epsilon that the norm of
     the output adds to its mean square.
 
     x [B, T, D] -> [B, T, D]. lower_bound: [dim * expand], below which no gate falls; the model gives it.

@@ -20,8 +20,9 @@ from models.sequence import Sequence
 class HGRN2(nn.Module):
     """A head's state is a matrix of dim * expand_k / heads by dim / heads numbers, `dim` the model's.
 
-    heads: how many; must divide dim and dim * expand_k. expand_k: width of the gates of all heads together, which are
-    the keys, and of the queries, in multiples of dim. norm_eps: what the norm of the output adds to its mean square.
+    heads: number of heads; must divide dim and dim * expand_k. expand_k: width of the gates of all heads together,
+    which are the keys, and of the queries, in multiples of dim. norm_eps: epsilon that the norm of the output adds to
+    its mean square.
 
     x [B, T, D] -> [B, T, D]. lower_bound: [dim * expand_k], below which no gate falls; the model gives it.
     """

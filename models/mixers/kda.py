@@ -21,12 +21,12 @@ from models.sequence import Sequence
 class KimiDeltaAttention(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
-    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
-    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
-    conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
-    within the document; null for none, and silu alone. negative_eigenvalues: β in (0, 2) instead of (0, 1), so that a
-    write may also turn the sign of what its key remembers (2411.12537). conv_bias: whether the convolution has a bias.
-    norm_eps: what the norm of a head's output adds to its mean square.
+    heads: number of heads; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads
+    together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
+    of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
+    it stays within the document; null for none, and silu alone. negative_eigenvalues: β in (0, 2) instead of (0, 1), so
+    that a write may also turn the sign of the value at its key (2411.12537). conv_bias: true gives the convolution a
+    bias. norm_eps: epsilon that the norm of a head's output adds to its mean square.
 
     The decays and the output's gate come through a bottleneck as wide as a head's values.
 

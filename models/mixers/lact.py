@@ -51,9 +51,9 @@ class LaCT(nn.Module):
     """A head's state is three matrices of dim / heads by expand * dim / heads numbers, `dim` the model's, the momentum
     of each, and the gradient of each over the chunk at hand.
 
-    heads: how many; must divide dim. chunk: tokens of a document between two steps of its weights. expand: hidden
-    channels of a head's SwiGLU in multiples of its own. norm_eps: what the norm of a head's output adds to its mean
-    square.
+    heads: number of heads; must divide dim. chunk: tokens of a document between two steps of its weights. expand:
+    hidden channels of a head's SwiGLU in multiples of its own. norm_eps: epsilon that the norm of a head's output adds
+    to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """

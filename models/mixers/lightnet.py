@@ -20,8 +20,8 @@ class LightNet(nn.Module):
     """A head's state is a matrix of dim * expand_k / heads by dim / heads numbers, `dim` the model's, and for each of
     its rows the log of the sum of weights.
 
-    heads: how many; must divide dim and dim * expand_k. expand_k: width of the keys of all heads together, and of the
-    queries, in multiples of dim. norm_eps: what the norm of the output adds to its mean square.
+    heads: number of heads; must divide dim and dim * expand_k. expand_k: width of the keys of all heads together, and
+    of the queries, in multiples of dim. norm_eps: epsilon that the norm of the output adds to its mean square.
 
     The output's gate comes through a bottleneck as wide as a head's values.
 

@@ -37,9 +37,9 @@ RATES = {"minimax": minimax, "transnormer": transnormer}
 class Lightning(nn.Module):
     """A head's state is a square matrix of dim / heads numbers a side, `dim` the model's.
 
-    heads: how many; must divide dim. rates: how much a head forgets a token, by its index and the layer's: minimax for
-    MiniMax-01's, each head less than the one before, or transnormer for TransNormerLLM's, each more. norm_eps:
-    what the norm of the output adds to its mean square.
+    heads: number of heads; must divide dim. rates: the rule for a head's decay a token, by its index and the layer's:
+    minimax for MiniMax-01's, each head less than the one before, or transnormer for TransNormerLLM's, each more.
+    norm_eps: epsilon that the norm of the output adds to its mean square.
 
     x [B, T, D] -> [B, T, D]. depth: the layer's place in the stack; the model gives it.
     """

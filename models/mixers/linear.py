@@ -21,11 +21,11 @@ EPS = 1e-10
 class LinearAttention(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
-    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
-    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
-    feature: the map φ of queries and keys; elu is elu(x) + 1, the paper's. normalise: whether the output is divided by
-    Σ_s φ(q_t)·φ(k_s), as in the paper; with `identity` that sum may be zero. norm_eps: what the norm of a head's output
-    adds to its mean square.
+    heads: number of heads; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads
+    together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
+    of dim. feature: the map φ of queries and keys; elu is elu(x) + 1, the paper's. normalise: true divides the output
+    by Σ_s φ(q_t)·φ(k_s), as in the paper; with `identity` that sum may be zero. norm_eps: epsilon that the norm of a
+    head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """

@@ -23,7 +23,7 @@ class Longhorn(nn.Module):
     can take another's place. expand: inner width in multiples of dim. state: numbers that each inner channel keeps,
     the width of the keys and of the queries. rank: width through which the step sizes of all channels are computed;
     null for dim / 16, rounded up. conv: tokens that the short causal convolution before the recurrence sees, the
-    present one included; it stays within the document. conv_bias: whether it has a bias.
+    present one included; it stays within the document. conv_bias: true gives it a bias.
 
     x [B, T, D] -> [B, T, D].
     """

@@ -20,11 +20,11 @@ from models.sequence import Sequence
 class Mamba2(nn.Module):
     """A head's state is a matrix of `state` by dim * expand / heads numbers, `dim` the model's.
 
-    heads: how many; must divide dim * expand. expand: inner width in multiples of dim. state: rows of a head's state,
-    the width of B and of C. groups: how many B and C there are, each for heads / groups heads; must divide heads. The
+    heads: number of heads; must divide dim * expand. expand: inner width in multiples of dim. state: rows of a head's
+    state, the width of B and of C. groups: number of B and of C, each for heads / groups heads; must divide heads. The
     norm of the output is over each group's channels. conv: tokens that the short causal convolution on x, B and C sees,
-    the present one included; it stays within the document. conv_bias: whether it has a bias. norm_eps: what the norm of
-    the output adds to its mean square.
+    the present one included; it stays within the document. conv_bias: true gives it a bias. norm_eps: epsilon that the
+    norm of the output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """

@@ -29,9 +29,9 @@ class MLSTM(nn.Module):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's, the
     sum of its keys, and the unit of both.
 
-    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
-    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
-    norm_eps: what the norm of a head's output adds to its variance.
+    heads: number of heads; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads
+    together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
+    of dim. norm_eps: epsilon that the norm of a head's output adds to its variance.
 
     x [B, T, D] -> [B, T, D].
     """

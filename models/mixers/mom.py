@@ -30,10 +30,10 @@ from models.token_subset import places, take
 class MixtureOfMemories(nn.Module):
     """The state is that of `inner`, for every memory and for the shared one.
 
-    heads: how many, of each memory; must fit `inner`. memories: how many there are to choose from, the shared one not
-    counted. top_k: how many of them a token goes to, from 1 to memories. shared: whether one more memory sees every
-    token. inner: what a memory is, any linear mixer; in Python null for Gated DeltaNet. norm_after: whether what the
-    memories' heads read is added up before the norm, the gate and the output, of which there is then one each, as in
+    heads: number of heads of each memory; must fit `inner`. memories: number of memories to choose from, the shared one
+    not counted. top_k: number of them that a token goes to, from 1 to memories. shared: true adds a memory that sees
+    every token. inner: the mixer of a memory, any linear one; in Python null for Gated DeltaNet. norm_after: true adds
+    up the reads of the memories' heads before the norm, the gate and the output, of which there is then one each, as in
     the authors' layer; of Gated DeltaNet only.
 
     x [B, T, D] -> [B, T, D].

@@ -19,10 +19,10 @@ from models.sequence import Sequence
 class RetNet(QKVMixer):
     """A head's state is a matrix of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's.
 
-    heads: how many, each forgetting half as fast as the one before; must divide dim * expand_k into even parts, and
-    dim * expand_v. expand_k: width of the keys of all heads together, and of the queries, in multiples of dim.
+    heads: number of heads, each forgetting half as fast as the one before; must divide dim * expand_k into even parts,
+    and dim * expand_v. expand_k: width of the keys of all heads together, and of the queries, in multiples of dim.
     expand_v: width of the values of all heads together, in multiples of dim. rope_base: base of the rotary frequencies
-    of queries and keys. norm_eps: what the norm of a head's output adds to its mean square.
+    of queries and keys. norm_eps: epsilon that the norm of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """

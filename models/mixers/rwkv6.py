@@ -44,9 +44,9 @@ def bonus(share: float) -> Init:
 class RWKV6(nn.Module):
     """A head's state is a square matrix of dim / heads numbers a side, `dim` the model's.
 
-    heads: how many; must divide dim. mix_rank: width through which a token moves each of the five shares of the token
-    before it. decay_rank: width through which a token moves its decays. norm_eps: what the norm of a head's
-    output adds to its variance; published models have 1e-5 times the width of a head.
+    heads: number of heads; must divide dim. mix_rank: width through which a token moves each of the five shares of the
+    token before it. decay_rank: width through which a token moves its decays. norm_eps: epsilon that the norm of a
+    head's output adds to its variance; published models have 1e-5 times the width of a head.
 
     x [B, T, D] -> [B, T, D]. depth: the layer's place in the stack, which the initial values depend on; the model
     gives it.

@@ -40,10 +40,10 @@ class Cell(Serial):
 class SLSTM(nn.Module):
     """The state is 4 * dim numbers, `dim` the model's: memory, normaliser, its unit, and the output.
 
-    heads: how many; a head's gates see its own outputs only; must divide dim. conv: tokens that the short causal
+    heads: number of heads; a head's gates see its own outputs only; must divide dim. conv: tokens that the short causal
     convolution before the input and forget gates sees, the present one included; it stays within the document; null for
-    none, and no activation either. conv_bias: whether it has a bias. norm_eps: what the norm of a head's output adds to
-    its variance.
+    none, and no activation either. conv_bias: true gives it a bias. norm_eps: epsilon that the norm of a head's output
+    adds to its variance.
 
     x [B, T, D] -> [B, T, D].
     """

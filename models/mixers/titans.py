@@ -29,11 +29,11 @@ class Titans(QKVMixer):
     """A head's state is two matrices of dim * expand_k / heads by dim * expand_v / heads numbers, `dim` the model's:
     its memory, and the momentum of that.
 
-    heads: how many; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads together,
-    and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples of dim.
-    conv: tokens that the short causal convolution on queries, keys and values sees, the present one included; it stays
-    within the document; null for none, and silu alone. conv_bias: whether the convolution has a bias. norm_eps: what
-    the norm of a head's output adds to its mean square.
+    heads: number of heads; must divide dim * expand_k and dim * expand_v. expand_k: width of the keys of all heads
+    together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
+    of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
+    it stays within the document; null for none, and silu alone. conv_bias: true gives the convolution a bias. norm_eps:
+    what the norm of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """
