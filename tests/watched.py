@@ -1,8 +1,11 @@
-"""What must not happen while a file from elsewhere is read."""
+"""What must not happen while a file from elsewhere is read, and such files: any key of them has any value."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from hypothesis import strategies as st
 
 DANGEROUS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect")
 
@@ -33,3 +36,13 @@ def inert() -> Iterator[None]:
     finally:
         WATCHED.on = False
     assert not WATCHED.seen, WATCHED.seen
+
+
+def change(data: Any, told: Any, values: st.SearchStrategy[Any]) -> None:
+    """Draws one key of a nested dict or list, at any depth, and gives it one of `values` in place."""
+    while True:
+        key = data.draw(st.sampled_from(sorted(told) if isinstance(told, dict) else range(len(told))))
+        if not (isinstance(told[key], dict | list) and told[key]) or data.draw(st.booleans()):
+            break
+        told = told[key]
+    told[key] = data.draw(values)

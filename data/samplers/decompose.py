@@ -71,10 +71,6 @@ class Table:
         """The mean length of the sequence that a token is in."""
         return sum(n * length * length for n, length in zip(self.sequences, self.lengths, strict=True)) / self.tokens
 
-    def attention_saved(self, length: int) -> float:
-        """Causal attention work of as many tokens in sequences of `length`, over that of these."""
-        return length / self.mean_length
-
     def cycle(self, tokens: int, cycles: int, unit: int, odds: Sequence[int]) -> "Cycle":
         """Shares of each bucket in each of `cycles` cycles of a run of `tokens`, in whole units of `unit` tokens.
 

@@ -50,16 +50,6 @@ class Placement:
             f"{axis} x{size}: {self._lie(axis)}" for axis, size in self.sizes.items() if size > 1
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; `ranks` are [first, last]."""
-        return {
-            "nodes": [
-                {"name": node.name, "address": node.address, "ranks": [first, last]}
-                for node, first, last in self._spans()
-            ],
-            "axes": {axis: self._lie(axis) for axis, size in self.sizes.items() if size > 1},
-        }
-
     def _spans(self) -> list[tuple[Node, int, int]]:
         ends = [sum(self.filled[: i + 1]) for i in range(len(self.filled))]
         return [(n, e - f, e - 1) for n, f, e in zip(self.nodes, self.filled, ends, strict=True)]

@@ -50,6 +50,7 @@ class Package(NamedTuple):
 
 PACKAGES = {
     "hydra-core": Package("hydra.core.override_parser.overrides_parser", "composes the configuration"),
+    "jsonschema": Package("jsonschema", "checks the manifests of template=kuberay"),
     "matplotlib": Package("matplotlib.pyplot", "plots"),
     "numpy": Package("numpy", "corpora, packing, schedules"),
     "omegaconf": Package("omegaconf", "resolves the configuration"),

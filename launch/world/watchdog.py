@@ -29,7 +29,6 @@ from launch.run.failure import Failure
 from parallel.liveness import HERE, PULSE_S, Wait, Whereabouts
 
 START_S = 1800.0  # until training sets its own patience: models are built, corpora opened
-GLOO_S = 24 * 3600.0  # the process groups' own timeout, above any patience: it could not name a rank
 _TICKS = 8  # in a patience
 
 

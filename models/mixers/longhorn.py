@@ -3,20 +3,17 @@
 β = σ(dt), Δ = β / (1 + β‖k‖²), S_t = (1 - Δ k²)·S_{t-1} + Δ x kᵀ, y = S q + D·x. The key itself forgets: there is no A.
 """
 
-import math
+from torch import Tensor
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from models.axes import constant, declare, positive
-from models.conv import short_conv
+from models.axes import constant, declare
 from models.linear import Linear
+from models.mixers.mamba import MambaBlock
 from models.precision import wide
 from models.recurrence import Elementwise
 from models.sequence import Sequence
 
 
-class Longhorn(nn.Module):
+class Longhorn(MambaBlock):
     """The state is dim * expand by `state` numbers, `dim` the model's.
 
     heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
@@ -39,13 +36,8 @@ class Longhorn(nn.Module):
         conv: int = 4,
         conv_bias: bool = True,
     ):
-        super().__init__()
-        inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
-        positive(dim=dim, **{"dim * expand": inner}, state=state, rank=rank)
-        self.widths = (rank, state, state)
-        self.x = Linear(dim, inner, axes=("heads", "embed"))
-        self.z = Linear(dim, inner, axes=("heads", "embed"))
-        self.conv = short_conv(inner, conv, bias=conv_bias)
+        super().__init__(dim=dim, expand=expand, state=state, rank=rank, conv=conv, conv_bias=conv_bias)
+        inner, rank = self.inner, self.widths[0]
         self.dkq = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
         self.dt = Linear(rank, inner, axes=("heads", None), bias=True)
         self.D = declare(inner, axes=("heads",), init=constant(1.0), decay=False)
@@ -58,5 +50,4 @@ class Longhorn(nn.Module):
         beta_BTV = wide(self.dt(dt)).sigmoid()
         delta_BTV = beta_BTV / (1 + beta_BTV * wide(k_BTN).square().sum(-1, keepdim=True))
         y_BTV = seq.scan(self.recurrence, q_BTN, k_BTN, wide(v_BTV), delta_BTV, slot=slot)
-        y_BTV = (y_BTV + wide(self.D) * v_BTV) * F.silu(wide(self.z(x_BTD)))
-        return self.out(y_BTV.to(x_BTD.dtype))
+        return self.output(y_BTV, v_BTV, x_BTD)

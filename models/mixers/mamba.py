@@ -25,7 +25,30 @@ def harmonics(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.arange(1, shape[1] + 1).log().expand(shape)
 
 
-class Mamba(nn.Module):
+class MambaBlock(nn.Module):
+    """The base of Mamba and of mixers with its block: x through a short convolution, and out((y + D·x) · silu(z)) of
+    what a recurrence reads. A mixer adds the recurrence, `D` and `out`."""
+
+    D: nn.Parameter
+    out: nn.Module
+
+    def __init__(self, *, dim: int, expand: float, state: int, rank: int | None, conv: int, conv_bias: bool):
+        super().__init__()
+        self.inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
+        positive(dim=dim, **{"dim * expand": self.inner}, state=state, rank=rank)
+        self.widths = (rank, state, state)
+        self.x = Linear(dim, self.inner, axes=("heads", "embed"))
+        self.z = Linear(dim, self.inner, axes=("heads", "embed"))
+        self.conv = short_conv(self.inner, conv, bias=conv_bias)
+
+    def output(self, y_BTV: Tensor, v_BTV: Tensor, x_BTD: Tensor) -> Tensor:
+        """What the recurrence reads, y, and what it was given, v, both [B, T, V], and the layer's input: [B, T, D]."""
+        y_BTV = (y_BTV + wide(self.D) * v_BTV) * F.silu(wide(self.z(x_BTD)))
+        y_BTD: Tensor = self.out(y_BTV.to(x_BTD.dtype))
+        return y_BTD
+
+
+class Mamba(MambaBlock):
     """The state is dim * expand by `state` numbers, `dim` the model's.
 
     heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
@@ -48,13 +71,8 @@ class Mamba(nn.Module):
         conv: int = 4,
         conv_bias: bool = True,
     ):
-        super().__init__()
-        inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
-        positive(dim=dim, **{"dim * expand": inner}, state=state, rank=rank)
-        self.widths = (rank, state, state)
-        self.x = Linear(dim, inner, axes=("heads", "embed"))
-        self.z = Linear(dim, inner, axes=("heads", "embed"))
-        self.conv = short_conv(inner, conv, bias=conv_bias)
+        super().__init__(dim=dim, expand=expand, state=state, rank=rank, conv=conv, conv_bias=conv_bias)
+        inner, rank = self.inner, self.widths[0]
         self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
         self.dt = Linear(rank, inner, axes=("heads", None), init=uniform(rank**-0.5))
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
@@ -70,5 +88,4 @@ class Mamba(nn.Module):
         delta_BTV = F.softplus(wide(self.dt(dt)) + wide(self.dt_bias))
         recurrence = replace(self.recurrence, shared=(-wide(self.A_log).exp(),))
         y_BTV = seq.scan(recurrence, c_BTN, b_BTN, wide(v_BTV), delta_BTV, slot=slot)
-        y_BTV = (y_BTV + wide(self.D) * v_BTV) * F.silu(wide(self.z(x_BTD)))
-        return self.out(y_BTV.to(x_BTD.dtype))
+        return self.output(y_BTV, v_BTV, x_BTD)

@@ -27,7 +27,7 @@ from data.stores.indexed import MAGIC, write_index
 from data.stores.store import Store, build
 from data.tokenizer import Bytes, Json, from_card
 from tests.data import store_of, write
-from tests.watched import inert
+from tests.watched import change, inert
 
 CONTENTS = [b"one", b"two and more", b"three", b"4" * 300]
 
@@ -181,13 +181,7 @@ def test_any_value_of_any_key_of_a_stores_json_is_read_or_refused(made, tmp_path
     folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("fuzz") / "store"))
     name = data.draw(st.sampled_from(["card.json", "tokenizer.json", checks.CHECKSUMS]))
     told = json.loads((folder / name).read_text())
-    node = told
-    while True:
-        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        if not (isinstance(node[key], dict | list) and node[key]) or data.draw(st.booleans()):
-            break
-        node = node[key]
-    node[key] = data.draw(VALUES)
+    change(data, told, VALUES)
     (folder / name).write_text(json.dumps(told), errors="replace")
     if name == "tokenizer.json":
         resealed(folder)
@@ -387,13 +381,7 @@ def test_any_value_of_any_key_of_a_tokenizers_folder_is_read_or_refused(tmp_path
     names["generation_config.json"] = {"eos_token_id": [8, 7], "pad_token_id": 0}
     names["config.json"] = {"eos_token_id": 8, "bos_token_id": None, "text_config": {"eos_token_id": 8}}
     name = data.draw(st.sampled_from(sorted(names)))
-    node = names[name]
-    while True:
-        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        if not (isinstance(node[key], dict | list) and node[key]) or data.draw(st.booleans()):
-            break
-        node = node[key]
-    node[key] = data.draw(VALUES)
+    change(data, names[name], VALUES)
     for each, told in names.items():
         (folder / each).write_text(json.dumps(told), errors="replace")
     with inert():

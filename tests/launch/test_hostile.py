@@ -30,7 +30,7 @@ from launch.preflight.configure import configure
 from launch.run import rundir
 from launch.runner.attempts import _turn_away
 from tests.jobs import overrides
-from tests.watched import WATCHED
+from tests.watched import WATCHED, change
 from train.checkpoints import checkpoint
 from train.settings import RunSettings
 
@@ -464,13 +464,7 @@ def test_any_value_of_any_key_of_a_runs_files_is_read_or_refused_in_one_line(mad
     path = folder / "checkpoints" / "step-4"
     name = data.draw(st.sampled_from([checkpoint.MANIFEST, "tokenizer.json", "config.yaml"]))
     whole = yaml.safe_load((path / name).read_text())
-    node = whole
-    while True:
-        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        if not (isinstance(node[key], dict | list) and node[key]) or data.draw(st.booleans()):
-            break
-        node = node[key]
-    node[key] = data.draw(VALUES)
+    change(data, whole, VALUES)
     (path / name).write_text(json.dumps(whole, ensure_ascii=False, allow_nan=True), errors="replace")
     if name != checkpoint.MANIFEST:
         resealed(path)

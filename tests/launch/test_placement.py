@@ -1,7 +1,6 @@
 """Placement: by hand where one can see the answer, and against every other layout of small random clusters."""
 
 import itertools
-import json
 import random
 
 import pytest
@@ -30,13 +29,6 @@ def test_sequence_groups_stay_inside_a_node_and_data_groups_cross():
         "data x4: across nodes",
         "sequence x2: inside a node",
     ]
-    assert json.loads(json.dumps(placement.to_dict())) == {
-        "nodes": [
-            {"name": "gpu-1", "address": "10.0.0.1", "ranks": [0, 3]},
-            {"name": "gpu-2", "address": "10.0.0.2", "ranks": [4, 7]},
-        ],
-        "axes": {"data": "across nodes", "sequence": "inside a node"},
-    }
 
 
 def test_a_sequence_group_larger_than_a_node_lies_over_neighbours():

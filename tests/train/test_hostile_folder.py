@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models.hub import tensors
 from tests.published_folder import LLAMA, write
-from tests.watched import inert
+from tests.watched import change, inert
 from train.checkpoints.hf_reader import Published, is_folder
 
 ASKING = {
@@ -148,13 +148,7 @@ def test_any_value_of_any_key_of_a_folders_json_is_read_or_refused(made, tmp_pat
     if name == "config.json":
         told |= deepcopy(ASKING) | {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
         told |= {"rms_norm_eps": 1e-6, "head_dim": 8, "tie_word_embeddings": False, "hidden_act": "silu"}
-    node = told
-    while True:
-        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        if not (isinstance(node[key], dict | list) and node[key]) or data.draw(st.booleans()):
-            break
-        node = node[key]
-    node[key] = data.draw(VALUES | st.sampled_from(sorted(MORE.values())))
+    change(data, told, VALUES | st.sampled_from(sorted(MORE.values())))
     text = json.dumps(told).encode(errors="replace")
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:] if name == "header" else text)
     with inert():

@@ -185,13 +185,14 @@ def exported(section, path):
     return True
 
 
-def counted(tmp_path_factory, number):
+def counted(tmp_path_factory, number, drawn, verdict):
+    """The verdicts on so many draws, each in a folder of its own."""
     seen = []
 
     @tries(number)
-    @given(sections())
-    def attempt(section):
-        seen.append(exported(section, tmp_path_factory.mktemp("export")))
+    @given(drawn())
+    def attempt(case):
+        seen.append(verdict(case, tmp_path_factory.mktemp("case")))
 
     attempt()
     print({str(kind): seen.count(kind) for kind in (True, False, None)})
@@ -199,14 +200,14 @@ def counted(tmp_path_factory, number):
 
 
 def test_exports_are_read_as_they_were_meant_or_refused_by_key(tmp_path_factory):
-    seen = counted(tmp_path_factory, FEW)
+    seen = counted(tmp_path_factory, FEW, sections, exported)
     assert seen.count(True) >= FEW // 4 and seen.count(False) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_hundred_exports(tmp_path_factory):
-    seen = counted(tmp_path_factory, MANY)
+    seen = counted(tmp_path_factory, MANY, sections, exported)
     assert seen.count(True) >= MANY // 4 and seen.count(False) >= MANY // 10
 
 
@@ -259,9 +260,10 @@ def configs(draw):
 
 
 @torch.no_grad()
-def imported(kind, values, path):
+def imported(drawn, path):
     """Whether a folder of transformers' own is imported, with its logits, and exported again; None where the import
     says that it cannot be."""
+    kind, values = drawn
     config = getattr(transformers, f"{kind}Config")(**values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -287,26 +289,13 @@ def imported(kind, values, path):
     return True
 
 
-def taken(tmp_path_factory, number):
-    seen = []
-
-    @tries(number)
-    @given(configs())
-    def attempt(drawn):
-        seen.append(imported(*drawn, tmp_path_factory.mktemp("import")))
-
-    attempt()
-    print({str(kind): seen.count(kind) for kind in (True, False, None)})
-    return seen
-
-
 def test_folders_are_imported_and_exported_again_or_refused_by_a_key_that_they_have(tmp_path_factory):
-    seen = taken(tmp_path_factory, FEW)
+    seen = counted(tmp_path_factory, FEW, configs, imported)
     assert seen.count(True) >= FEW // 4 and seen.count(False) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_hundred_folders(tmp_path_factory):
-    seen = taken(tmp_path_factory, MANY)
+    seen = counted(tmp_path_factory, MANY, configs, imported)
     assert seen.count(True) >= MANY // 4 and seen.count(False) >= MANY // 10

@@ -12,16 +12,15 @@ import os
 import re
 import secrets
 import socket
-import threading
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from data import reading
+from train.timeout import within
 from train.tracking.facts import Facts, artifact_name
 from train.tracking.panels import histograms, scalars
 from train.tracking.record import records
@@ -114,7 +113,7 @@ class WandB:
         """An artifact that refers to the folder. Its failure is said once, and the metrics go on."""
         if self._options.artifacts:
             try:
-                _within(2 * self._options.timeout, lambda: self._refer(path, facts))
+                within(2 * self._options.timeout, lambda: self._refer(path, facts))
             except Exception as error:
                 if path.exists() and not self._artifacts_failed:  # else a newer one has pushed it out meanwhile
                     self._artifacts_failed = True
@@ -129,7 +128,7 @@ class WandB:
         run, self._run = self._run, None
         try:
             run.summary.update(scalars(summary))
-            _within(2 * self._options.timeout, lambda: run.finish(exit_code))
+            within(2 * self._options.timeout, lambda: run.finish(exit_code))
         except Exception as error:
             folder = Path(run.dir).parent
             self._say(f"W&B did not end cleanly ({reason(error)}): `wandb sync {folder}` uploads the rest")
@@ -151,12 +150,12 @@ class WandB:
                 elif not _answers(session.settings.base_url, timeout):
                     why = f"no answer from {urlsplit(session.settings.base_url).hostname}"
                 else:
-                    self._run = _within(2 * timeout, lambda: wandb.init(mode="online", **run))
+                    self._run = within(2 * timeout, lambda: wandb.init(mode="online", **run))
             except Exception as error:
                 why = reason(error)
                 _teardown()  # the service holds the id of the run that failed to start
         if self._run is None:
-            self._run = _within(2 * timeout, lambda: wandb.init(mode="offline", **run))
+            self._run = within(2 * timeout, lambda: wandb.init(mode="offline", **run))
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
         if not self._run.offline:
@@ -209,7 +208,7 @@ class WandB:
         owner = [lineage.get("entity") or self._run.entity, lineage.get("project") or self._options.project or PROJECT]
         name = "/".join([*owner, lineage["artifact"]])
         try:
-            _within(self._options.timeout, lambda: self._run.use_artifact(name))
+            within(self._options.timeout, lambda: self._run.use_artifact(name))
         except Exception as error:
             self._say(f"W&B does not show the parent's checkpoint {name}: {reason(error)}")
 
@@ -229,29 +228,10 @@ def _answers(url: str, timeout: float) -> bool:
     limit = min(timeout, 5.0)
     address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
     try:
-        _within(limit, lambda: socket.create_connection(address, limit).close())
+        within(limit, lambda: socket.create_connection(address, limit).close())
     except OSError:  # a TimeoutError too
         return False
     return True
-
-
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises, or TimeoutError after `seconds`: in a thread, left behind where it is stuck.
-
-    For what has no bound of its own: the resolution of a name, a service process that has stopped.
-    """
-    outcome: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    if not wait([outcome], seconds).done:
-        raise TimeoutError(f"nothing after {seconds:g} s")
-    return outcome.result()
 
 
 def _teardown() -> None:
@@ -259,4 +239,4 @@ def _teardown() -> None:
     import wandb
 
     with contextlib.suppress(Exception, SystemExit):
-        _within(10, wandb.teardown)
+        within(10, wandb.teardown)
