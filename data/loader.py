@@ -18,27 +18,27 @@ class Data:
     parquet, hf (Hugging Face datasets), megatron (tokens in Megatron-core's format, used in place), store (a store that
     exists already), headers (PyTorch's C++ headers), needles (generated: a number in a haystack, asked for at the end)
     or copies (generated: a passage, said again). path: the file of a corpus, or its folder; of records also a pattern
-    (`shards/*.jsonl`); of hf also a dataset's name; of megatron the path without .bin; null for the others.
-    field: the field, or column, that holds a record's text. subset: of hf, of a dataset that has several. split: of hf,
-    train, test and so on. streaming: of hf; true reads from the network as it goes, and stores only tokens. on_error:
-    at a record that is no text, stop, or skip, which leaves it out and counts it in the card. documents: number of
-    documents of needles and copies; null for 10,000. A larger number only adds some. lengths: of needles and copies,
-    [least, most] bytes of a document, with the token that opens it: evenly spread over the logarithm; null for [256,
-    4096]. seed: of needles and copies; another seed gives other documents. tokenizer: bytes; bpe, trained on the
-    corpus; a tokenizer.json, or a folder with one; of megatron also ids, tokens without a spelling. vocabulary: tokens
-    that a bpe may have (8192 if null), or that ids have (as many as occur). document: the token of a tokenizer.json
-    that stands behind documents; null for the one that its folder ends texts with. store: the folder of the token
-    store; null for one in the user's cache, named by the corpus and its identity; of corpus store, also an address that
-    fsspec understands. local: a folder on each machine's own disk to which the store is copied once; null to read it in
-    place. workers: processes that tokenise; null for one a core. max_length: tokens in a sequence, at most. packing:
-    concat lays documents end to end and cuts; best_fit leaves documents that fit whole, and pads; decomposition splits
-    documents into powers of two (2405.13226). min_length: tokens of the shortest bucket of a decomposition. overlong:
-    pieces of a document above twice max_length in a decomposition, random or longest first. document_mask: true hides
-    from each token the documents before its own. heldout: the fraction of documents, in (0, 1), that is never trained
-    on; of very few documents, where all would be on one side, the end of the longest; at most 0.25 of needles and
-    copies. heldout_tokens: tokens of these that an evaluation reads. audit: steps over which `farspan plan` proves that
-    no token is lost or seen twice, reading every part of the store; null for none. Raises ValueError, one line that
-    opens with the key, for a value out of range.
+    (`shards/*.jsonl`); of hf also a dataset's name; of megatron the path without .bin; null for the others. field: the
+    field, or column, that holds a record's text. subset: subset of a Hugging Face dataset that has several. split:
+    split of a Hugging Face dataset: train, test and so on. streaming: true reads a Hugging Face dataset from the
+    network as it goes, and stores only tokens. on_error: at a record that is no text, stop, or skip, which leaves it
+    out and counts it in the card. documents: number of documents of needles and copies; null for 10,000. A larger
+    number only adds some. lengths: [least, most] bytes of a document of needles and copies, with the token that opens
+    it: evenly spread over the logarithm; null for [256, 4096]. seed: seed of needles and copies; another seed gives
+    other documents. tokenizer: bytes; bpe, trained on the corpus; a tokenizer.json, or a folder with one; of megatron
+    also ids, tokens without a spelling. vocabulary: tokens that a bpe may have (8192 if null), or that ids have (as
+    many as occur). document: the token of a tokenizer.json that stands behind documents; null for the one that its
+    folder ends texts with. store: the folder of the token store; null for one in the user's cache, named by the corpus
+    and its identity; of corpus store, also an address that fsspec understands. local: a folder on each machine's own
+    disk to which the store is copied once; null to read it in place. workers: processes that tokenise; null for one a
+    core. max_length: tokens in a sequence, at most. packing: concat lays documents end to end and cuts; best_fit leaves
+    documents that fit whole, and pads; decomposition splits documents into powers of two (2405.13226). min_length:
+    tokens of the shortest bucket of a decomposition. overlong: pieces of a document above twice max_length in a
+    decomposition, random or longest first. document_mask: true hides from each token the documents before its own.
+    heldout: the fraction of documents, in (0, 1), that is never trained on; of very few documents, where all would be
+    on one side, the end of the longest; at most 0.25 of needles and copies. heldout_tokens: tokens of these that an
+    evaluation reads. audit: steps over which `farspan plan` proves that no token is lost or seen twice, reading every
+    part of the store; null for none. Raises ValueError, one line that opens with the key, for a value out of range.
     """
 
     def __init__(

@@ -167,8 +167,8 @@ class Copy(Task):
 
     A fixed-size state holds only so many symbols, attention any number.
 
-    max_length: tokens of an example, even: half of them less the mark are copied. symbols: how many different ones
-    there are to copy. heldout_tokens: tokens of the held-out examples that an evaluation reads.
+    max_length: tokens of an example, even: half of them less the mark are copied. symbols: number of different symbols
+    to copy. heldout_tokens: tokens of the held-out examples that an evaluation reads.
     """
 
     name = "copy"
@@ -192,10 +192,10 @@ class MQAR(Task):
     Keys are of the lower half of the symbols, values of the upper. A key comes back after a gap drawn from a power law,
     between symbols that are none of the example's keys.
 
-    max_length: tokens of an example, even, at least four a pair. symbols: how many keys and values there are together,
-    even. pairs: how many of them an example binds, which is what it asks of a state. gap_power: the density of a gap g
-    falls as g^(gap_power - 1); small ones ask most keys again soon, 1 asks them anywhere. heldout_tokens: tokens of the
-    held-out examples that an evaluation reads.
+    max_length: tokens of an example, even, at least four a pair. symbols: number of keys and values together, even.
+    pairs: number of pairs that an example binds: the load on a state. gap_power: the density of a gap g falls as
+    g^(gap_power - 1); small ones ask most keys again soon, 1 asks them anywhere. heldout_tokens: tokens of the held-out
+    examples that an evaluation reads.
     """
 
     name = "mqar"
@@ -244,9 +244,9 @@ class Needle(Task):
     at the end the mark and one of the keys, to be answered (passkey retrieval, 2305.16300, section 4.2; several needles
     as in RULER, 2404.06654, section 3.1).
 
-    max_length: tokens of an example. symbols: how many different ones keys, answers and hay are drawn from.
-    distractors: pairs under other keys, which are not asked for. answer: symbols of an answer. heldout_tokens: tokens
-    of the held-out examples that an evaluation reads.
+    max_length: tokens of an example. symbols: number of different symbols of keys, answers and hay. distractors: pairs
+    under other keys, which are not asked for. answer: symbols of an answer. heldout_tokens: tokens of the held-out
+    examples that an evaluation reads.
     """
 
     name = "needle"
@@ -292,7 +292,7 @@ class Induction(Task):
     """Induction heads (2209.11895), as one question: a mark somewhere among random symbols, and the mark again at the
     end, whose answer is the symbol that followed it (H3, 2212.14052, section 3.1; Mamba, 2312.00752, section 4.1.2).
 
-    max_length: tokens of an example. symbols: how many different ones there are. heldout_tokens: tokens of the held-out
+    max_length: tokens of an example. symbols: number of different symbols. heldout_tokens: tokens of the held-out
     examples that an evaluation reads.
     """
 

@@ -58,8 +58,8 @@ class SwiGLU(nn.Module):
 class ChannelMix(nn.Module):
     """relu(x_k W1)² W2, x_k the token mixed with the one before it: RWKV's feed-forward (RWKV-7, 2503.14456).
 
-    hidden: columns of W1; RWKV-7 has 4 dim of them, RWKV-6 3.5 dim. receptance: whether the output is multiplied by
-    σ(x_r W), x_r another such mix, as in RWKV-6 (2404.05892) and before. Both start as in the authors' code, W2 at 0.
+    hidden: columns of W1; RWKV-7 has 4 dim of them, RWKV-6 3.5 dim. receptance: true multiplies the output by σ(x_r W),
+    x_r another such mix, as in RWKV-6 (2404.05892) and before. Both start as in the authors' code, W2 at 0.
 
     x [B, T, D] -> [B, T, D]; the matmuls take the attribute `tile` tokens at a time, unless it is None. slot, depth:
     the layer's name to `seq`, and its place in the stack; the model gives them.

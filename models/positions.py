@@ -271,7 +271,7 @@ class Randomized(RoPE):
     So a model meets positions far beyond the documents that it is trained on. The sample is drawn anew in every step,
     for each document; where nothing is trained, positions are as they are.
 
-    longest: how many positions there are to draw from; at least the tokens of the longest document. seed: of the draws.
+    longest: number of positions to draw from; at least the tokens of the longest document. seed: seed of the draws.
     base, fraction: as in RoPE.
     """
 

@@ -1,8 +1,11 @@
-"""Names and sentences of the product: no public class name means two things."""
+"""Names and sentences of the product: no class name means two things, docstrings begin with a verb or a noun."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "launch", "models", "parallel", "train")
@@ -21,3 +24,19 @@ def test_no_two_public_classes_share_a_name():
                 homes[node.name].append(f"{file}:{node.lineno}")
     assert len(homes) > 300
     assert not {name: places for name, places in homes.items() if len(places) > 1}
+
+
+@pytest.mark.parametrize("room", ["data", "models"])
+def test_no_docstring_opens_with_a_question(room):
+    """Nor do modules: "The cost of a layer", not "What a layer costs"."""
+    opened = re.compile(r"(What|Whether|Of|How|Which|Where)\b")
+    found, seen = [], 0
+    for file, tree in TREES.items():
+        if file.startswith(f"{room}/"):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
+                    text = ast.get_docstring(node) or ""
+                    seen += bool(text)
+                    found += [f"{file}: {text.splitlines()[0]}"] if opened.match(text) else []
+    assert seen > 300
+    assert not found

@@ -23,12 +23,12 @@ from train.phases import (
 class WSD(Schedule):
     """Warm up linearly, stay, decay (MiniCPM, 2404.06395): the plateau can be continued from any checkpoint on it.
 
-    warmup: how long the rate rises from `start`: a share of the budget (below 1) or tokens. decay: how long the rate
-    falls at the end of the budget: a share of it (below 1) or tokens; 0 for not at all. floor: where the rate ends, as
-    a share of optimizer.lr, from 0 to 1. tail: how it falls: linear, cosine, sqrt (one minus the root of what is done:
+    warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. decay: length of the fall at the
+    end of the budget: a share of it (below 1) or tokens; 0 for not at all. floor: where the rate ends, as a share of
+    optimizer.lr, from 0 to 1. tail: curve of the fall: linear, cosine, sqrt (one minus the root of the share done:
     2405.18392) or exponential, as MiniCPM has it. begin: the token of the run where the schedule begins, its durations
-    counted from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the
-    rate where it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
+    counted from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate
+    where it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class WSD(Schedule):
 class Cosine(Schedule):
     """Warm up linearly, then half a cosine to `floor` at the end of the budget (SGDR, 1608.03983).
 
-    warmup: how long the rate rises from `start`: a share of the budget (below 1) or tokens. floor: where the rate
-    ends, as a share of optimizer.lr, from 0 to 1. begin: the token of the run where the schedule begins, its durations
-    counted from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the
-    rate where it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
+    warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. floor: where the rate ends, as a
+    share of optimizer.lr, from 0 to 1. begin: the token of the run where the schedule begins, its durations counted
+    from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where
+    it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Cosine(Schedule):
 class Constant(Schedule):
     """Warm up linearly, then stay.
 
-    warmup: how long the rate rises from `start`: a share of the budget (below 1) or tokens. begin: the token of the run
+    warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. begin: the token of the run
     where the schedule begins, its durations counted from there, shares of what is left; null for that of the checkpoint
     that is resumed, else 0. start: the rate where it begins, as a share of optimizer.lr; null for that of the
     checkpoint, 0 without one.
@@ -113,14 +113,14 @@ class Constant(Schedule):
 class Power(Schedule):
     """Warm up linearly, then a power of the tokens trained, which no budget enters (2408.13359), then a tail.
 
-    warmup: how long the rate rises from `start`: a share of the budget (below 1) or tokens. hold: how long the rate
-    stays at optimizer.lr after that, where the law would be above it: a share of the budget (below 1) or tokens.
-    exponent: of (tokens / tokens where the law begins), below 0; -0.5 is the inverse square root of 1706.03762. decay:
-    how long the rate falls at the end of the budget from where the law has brought it: a share of it (below 1) or
-    tokens; 0 for not at all. floor: where the decay ends, as a share of optimizer.lr, from 0 to 1. tail: how it falls:
-    linear, cosine, sqrt or exponential. begin: the token of the run where the schedule begins, its durations counted
-    from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where
-    it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
+    warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. hold: length of the stay at
+    optimizer.lr after that, where the law would be above it: a share of the budget (below 1) or tokens. exponent:
+    exponent of (tokens / tokens where the law begins), below 0; -0.5 is the inverse square root of 1706.03762. decay:
+    length of the fall at the end of the budget, from the rate of the law: a share of it (below 1) or tokens; 0 for not
+    at all. floor: where the decay ends, as a share of optimizer.lr, from 0 to 1. tail: curve of the fall: linear,
+    cosine, sqrt or exponential. begin: the token of the run where the schedule begins, its durations counted from
+    there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where it
+    begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
     """
 
     def __init__(
@@ -170,12 +170,12 @@ class Infinite(Schedule):
     """Warm up, cool down to a constant rate, and anneal only to ship a model (2403.08763, section 7.4): training goes
     on from any checkpoint of the constant phase, on other data too, without warming up again.
 
-    warmup: how long the rate rises from `start`: a share of the budget (below 1) or tokens. cooldown: how long it then
-    falls to the constant rate: a share or tokens. constant: how long it stays there: a share or tokens; null for what
-    the others leave of the budget. anneal: how long it falls exponentially at the end: a share or tokens; 0 for not at
-    all, which leaves a run to be continued. level: the constant rate, as a share of optimizer.lr, from 0 to 1. floor:
-    where the anneal ends, as a share of optimizer.lr. shape: of the cooldown, cosine or inverse_sqrt. alpha: how fast
-    inverse_sqrt falls at first. begin: the token of the run where the schedule begins, its durations counted from
+    warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. cooldown: length of the fall to
+    the constant rate: a share or tokens. constant: length of the stay there: a share or tokens; null for the rest of
+    the budget. anneal: length of the exponential fall at the end: a share or tokens; 0 for not at all, which leaves a
+    run to be continued. level: the constant rate, as a share of optimizer.lr, from 0 to 1. floor: where the anneal
+    ends, as a share of optimizer.lr. shape: curve of the cooldown, cosine or inverse_sqrt. alpha: speed of
+    inverse_sqrt's fall at first. begin: the token of the run where the schedule begins, its durations counted from
     there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where it
     begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
     """
@@ -237,10 +237,10 @@ class Anneal(Schedule):
     """Decay from where the rate is to the end of the budget: a run that is resumed in its midst, or a last stage on
     other data.
 
-    floor: where the rate ends, as a share of optimizer.lr, from 0 to 1. tail: how it falls: linear, cosine, sqrt (one
-    minus the root of what is done: 2405.18392) or exponential. begin: the token of the run where the decay begins; null
-    for that of the checkpoint that is resumed, else 0. start: the rate where it begins, as a share of optimizer.lr;
-    null for that of the checkpoint, 1 without one.
+    floor: where the rate ends, as a share of optimizer.lr, from 0 to 1. tail: curve of the fall: linear, cosine, sqrt
+    (one minus the root of the share done: 2405.18392) or exponential. begin: the token of the run where the decay
+    begins; null for that of the checkpoint that is resumed, else 0. start: the rate where it begins, as a share of
+    optimizer.lr; null for that of the checkpoint, 1 without one.
     """
 
     start_alone = 1.0
@@ -266,12 +266,12 @@ class Anneal(Schedule):
 class Phases(Schedule):
     """Any row of phases, as data.
 
-    phases: lines of [duration, value, curve], one behind the other: how long (a share of the budget, below 1, or
-    tokens), what share of optimizer.lr the rate has at the end of it, and how it gets there from where the phase before
-    has ended: linear, cosine, sqrt (one minus the root of what is done), exponential, inverse_sqrt (the infinite
-    schedule's, alpha 10) or constant. They must add up to the budget. begin: the token of the run where the schedule
-    begins, its durations counted from there, shares of what is left; null for that of the checkpoint that is resumed,
-    else 0. start: the rate where it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
+    phases: lines of [duration, value, curve], one behind the other: the length (a share of the budget, below 1, or
+    tokens), the share of optimizer.lr at the end of it, and the curve from the end of the phase before: linear, cosine,
+    sqrt (one minus the root of the share done), exponential, inverse_sqrt (the infinite schedule's, alpha 10) or
+    constant. They must add up to the budget. begin: the token of the run where the schedule begins, its durations
+    counted from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate
+    where it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
     """
 
     exact = True

@@ -51,7 +51,7 @@ class RGLRU(nn.Module):
     heads: blocks of channels, from each of which its own gates are computed; must divide dim * expand. expand: width of
     the recurrence in multiples of dim. conv: tokens that the short causal convolution before the recurrence sees, the
     present one included; it stays within the document; null for none. conv_bias: true gives it a bias; null for yes
-    where there is one. bias: whether the projections into and out of the recurrence have biases, as in RecurrentGemma.
+    where there is one. bias: true gives the projections into and out of the recurrence biases, as in RecurrentGemma.
 
     x [B, T, D] -> [B, T, D].
     """

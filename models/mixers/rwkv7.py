@@ -72,10 +72,10 @@ class LowRank(nn.Module):
 class RWKV7(nn.Module):
     """A head's state is a square matrix of dim / heads numbers a side, `dim` the model's.
 
-    heads: number of heads; must divide dim. decay_rank: width through which a token sets its decays. rate_rank: the
-    same of the rates at which it takes away. value_rank: of how far values are mixed with the first layer's. gate_rank:
-    of the output's gate. Each is null for the authors' choice: a multiple of 32 by the root of dim. norm_eps: epsilon
-    that the norm of a head's output adds to its variance; published models have 1e-5 times the width of a head.
+    heads: number of heads; must divide dim. decay_rank: width through which a token sets its decays. rate_rank: width
+    of the rates at which it takes away. value_rank: width of the mixing of values with the first layer's. gate_rank:
+    width of the output's gate. Each is null for the authors' choice: a multiple of 32 by the root of dim. norm_eps:
+    epsilon that the norm of a head's output adds to its variance; published models have 1e-5 times the width of a head.
 
     x [B, T, D] -> [B, T, D]. depth: the layer's place in the stack, which the initial values depend on; the model
     gives it.

@@ -10,13 +10,13 @@ from parallel.parallelize import parallelise
 
 
 class FSDP:
-    """recompute: what the backward pass computes again. none: nothing; full: each layer from its input, which is all
-    that is then kept of it; selective: each layer but its matmuls with weights, its attention and what its ranks sent
-    each other, whose results are kept. reshard_after_forward: free a layer's gathered weights after its forward and
-    gather them again for its backward: less memory, more communication. tile: tokens that a dense feed-forward and a
-    recurrence take at a time, computing each tile again for its backward (2506.13996); null for all at once.
-    offload_activations: what layers keep waits in the host's memory. offload_optimizer: weights, gradients and
-    optimizer state live in the host's memory, and the optimizer steps there. Where the device is the CPU, both offloads
+    """recompute: the parts that the backward pass computes again. none: nothing; full: each layer, saving its input
+    alone; selective: each layer but its matmuls with weights, its attention and its messages between ranks, whose
+    results are saved. reshard_after_forward: free a layer's gathered weights after its forward and gather them again
+    for its backward: less memory, more communication. tile: tokens that a dense feed-forward and a recurrence take at a
+    time, computing each tile again for its backward (2506.13996); null for all at once. offload_activations: true moves
+    the activations that layers save to the host's memory. offload_optimizer: true holds weights, gradients and
+    optimizer state in the host's memory, and steps the optimizer there. Where the device is the CPU, both offloads
     change nothing."""
 
     def __init__(

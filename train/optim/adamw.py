@@ -13,15 +13,15 @@ HAVE_FUSED = ("cpu", "cuda")  # devices of torch's fused kernel
 
 
 class AdamW(torch.optim.AdamW):
-    """lr: the largest learning rate, which the schedule multiplies. betas: what a step keeps of the running means of
-    the gradient and of its square. eps: added to the root of the mean square, which divides the mean. weight_decay: a
-    step takes this times its rate off a weight; never off norms, biases and other vectors (A_log, dt_bias).
-    no_decay: names of axes (embed, heads, kv_heads, groups, ffn, vocab, expert) whose weights do not decay either; null
-    for none. rates: by name of an axis, what multiplies the learning rate of the weights that have it; null for none.
-    amsgrad: whether the largest mean square so far divides, instead of the last (1904.09237); apex's kernel has no such
-    thing. fused: which kernel updates all of a weight in one pass; torch: torch's, on CPUs and NVIDIA's GPUs; apex:
-    FusedAdam of NVIDIA's apex, on a GPU where it is installed, in fp32; none: an operator at a time; auto: torch where
-    there is a kernel, else none, so that what is installed changes no run. true and false are torch and none.
+    """lr: the largest learning rate, which the schedule multiplies. betas: decay rates of the running means of the
+    gradient and of its square. eps: added to the root of the mean square, which divides the mean. weight_decay: a step
+    takes this times its rate off a weight; never off norms, biases and other vectors (A_log, dt_bias). no_decay: names
+    of axes (embed, heads, kv_heads, groups, ffn, vocab, expert) whose weights do not decay either; null for none.
+    rates: factors of the learning rate, by name of an axis, for the weights that have it; null for none. amsgrad: true
+    divides by the largest mean square so far instead of the last (1904.09237); apex's kernel cannot. fused: the kernel
+    that updates all of a weight in one pass; torch: torch's, on CPUs and NVIDIA's GPUs; apex: FusedAdam of NVIDIA's
+    apex, on a GPU where it is installed, in fp32; none: an operator at a time; auto: torch where there is a kernel,
+    else none, so that installing a package changes no run. true and false are torch and none.
     """
 
     def __init__(

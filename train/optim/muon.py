@@ -27,15 +27,14 @@ RMS = 0.2  # of the entries of AdamW's updates, as 2502.16982 has measured them 
 
 
 class Muon(Optimizer):
-    """lr: the largest learning rate, which the schedule multiplies, of matrices and of the rest. momentum: what a step
-    keeps of the running mean of the gradient. nesterov: whether the gradient is mixed with that mean once more before
-    it is applied. steps: of the Newton-Schulz iteration that makes a matrix orthogonal, in bf16 on a GPU and in the
-    weights' dtype on a CPU. adamw: names of axes whose matrices are left to AdamW, as all vectors are; null for
-    vocab alone, that of embedding and head. betas, eps: AdamW's, for the rest.
-    weight_decay: a step takes this times its rate off a weight; never off norms, biases and other vectors.
-    no_decay: names of axes whose weights do not decay either; null for none. rates: by name of an axis, what multiplies
-    the learning rate of the weights that have it; null for none. fused: AdamW's kernel for the rest, as
-    `optimizer=adamw` has it.
+    """lr: the largest learning rate, which the schedule multiplies, of matrices and of the rest. momentum: decay rate
+    of the running mean of the gradient. nesterov: true mixes the gradient with that mean once more before applying it.
+    steps: steps of the Newton-Schulz iteration that makes a matrix orthogonal, in bf16 on a GPU and in the weights'
+    dtype on a CPU. adamw: names of axes whose matrices AdamW updates, as it does all vectors; null for vocab alone,
+    that of embedding and head. betas, eps: AdamW's, for the rest. weight_decay: a step takes this times its rate off a
+    weight; never off norms, biases and other vectors. no_decay: names of axes whose weights do not decay either; null
+    for none. rates: factors of the learning rate, by name of an axis, for the weights that have it; null for none.
+    fused: AdamW's kernel for the rest, as `optimizer=adamw` has it.
     """
 
     def __init__(
