@@ -89,7 +89,7 @@ def _version() -> str:
 
 
 def _unexpected(error: BaseException) -> str:
-    """What nobody has foreseen, in one line: of a disk or a device, its own words; else also where it came from."""
+    """Puts an unforeseen error into one line: a disk's or a device's own words, else also its place in the code."""
     text = " ".join(str(error).split())[:500] or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         return f"failed: {error.strerror}" + (f" ({error.filename})" if error.filename else "")

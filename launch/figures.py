@@ -1,4 +1,4 @@
-"""How every picture of the launcher looks, and how it is written."""
+"""The look of every picture of the launcher, and its writing to a file."""
 
 from pathlib import Path
 from typing import Any

@@ -51,7 +51,7 @@ def outlive(*, output: bool = False) -> None:
 
 
 def gone(error: BaseException) -> bool:
-    """Whether `error` says that standard output has no reader; what is written there from then on is lost."""
+    """Says whether `error` says that standard output has no reader; what is written there from then on is lost."""
     lost = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and error.filename is None
     if lost and sys.stdout is not None:
         _divert(sys.stdout, error)
@@ -59,7 +59,8 @@ def gone(error: BaseException) -> bool:
 
 
 def _divert(stream: Any, error: BaseException) -> None:
-    """Where nobody will ever read, to nowhere: what is buffered has to end somewhere, at the latest at the exit."""
+    """Sends output that nobody will ever read to nowhere: what is buffered has to end somewhere, at the latest at the
+    exit."""
     if getattr(error, "errno", None) not in _GONE:
         return
     try:

@@ -1,4 +1,4 @@
-"""What can follow `farspan`: the verbs, what each of them runs (imported when it is run), and their help."""
+"""The verbs of `farspan`: the function that each of them runs (imported when it is run), and their help."""
 
 import textwrap
 from collections.abc import Callable

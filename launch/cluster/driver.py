@@ -54,13 +54,14 @@ _RAY_ENVIRONMENT = {
 
 
 def scratch(run_dir: Path) -> Path:
-    """Where a run on Ray keeps what is not the run's: reports of ranks, Ray Train's storage, the driver's log."""
+    """Returns where a run on Ray keeps what is not the run's: reports of ranks, Ray Train's storage, the driver's
+    log."""
     return run_dir / ".ray"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the driver tells the launcher: all went well, or ranks failed, or else Ray itself did (`line`, `trace`)."""
+    """The driver's word to the launcher: all went well, or ranks failed, or else Ray itself did (`line`, `trace`)."""
 
     ok: bool
     failures: list[Failure] = field(default_factory=list)
@@ -311,7 +312,7 @@ def _tell(job: Job, ours: int, failure: Failure) -> None:
 
 
 def _reports(job: Job) -> list[Failure]:
-    """What the ranks wrote about their failures."""
+    """Returns what the ranks wrote about their failures."""
     paths = sorted(scratch(job.run_dir).glob("rank-*.json"))
     return [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
@@ -354,7 +355,7 @@ def _lost_with_machines(job: Job, members: dict[int, dict[str, Any]]) -> dict[in
 
 
 def head_answers(run_dir: Path) -> bool:
-    """Whether the head of the Ray that a run has joined accepts connections; True where none was joined."""
+    """Says whether the head of the Ray that a run has joined accepts connections; True where none was joined."""
     try:
         host, _, port = (scratch(run_dir) / HEAD).read_text(encoding="utf-8").rpartition(":")
         return inspection.answers(host.strip("[]"), int(port))
@@ -363,7 +364,7 @@ def head_answers(run_dir: Path) -> bool:
 
 
 def _death(why: Exception, member: dict[str, Any] | None) -> str:
-    """How a rank ended that wrote nothing, and on which machine of a cluster: Ray does not tell the signal."""
+    """Returns how a silent rank ended, and on which machine of a cluster: Ray does not tell the signal."""
     where = f" on {member['address']}" if member and member["address"] != "127.0.0.1" else ""
     if "low on memory" in str(why):
         return f"was killed by Ray{where}: the machine runs out of memory"

@@ -30,7 +30,7 @@ _COMPARED = ("python", "ray", "torch")
 
 @dataclass(frozen=True)
 class Sight:
-    """What a process on one machine sees. folder: what is wrong with the run folder there, or None. lacks: what is
+    """The view of a process on one machine. folder: what is wrong with the run folder there, or None. lacks: what is
     missing there, or None."""
 
     python: str
@@ -110,7 +110,7 @@ def _place(job: Job, say: Callable[[str], None]) -> tuple[Placement | None, list
 
 
 def _stopped(job: Job) -> bool:
-    """Whether a stop was asked for, now or in a moment."""
+    """Says whether a stop was asked for, now or in a moment."""
     time.sleep(_TURN_S)
     return stop_file(job.run_dir).exists()
 
@@ -141,7 +141,7 @@ def _machines(device: str, say: Callable[[str], None]) -> list[tuple[str, Node]]
 
 
 def answers(host: str, port: int) -> bool:
-    """Whether something listens at an address: Ray's own process of a machine, say, which dies with it."""
+    """Says whether something listens at an address: Ray's own process of a machine, say, which dies with it."""
     try:
         socket.create_connection((host, port), _ANSWER_S).close()
     except OSError:

@@ -85,11 +85,11 @@ class Jobs:
         )
 
     def ended(self, job: str) -> bool:
-        """Whether the job has come to its end, whichever."""
+        """Says whether the job has come to its end, whichever."""
         return self._ask(lambda: self._client.get_job_status(job)).is_terminal()
 
     def exit_code(self, job: str) -> int:
-        """Of an ended job: 0 done or stopped, 1 failed, 2 refused."""
+        """The exit code of an ended job: 0 done or stopped, 1 failed, 2 refused."""
         info = self._ask(lambda: self._client.get_job_info(job))
         if info.status.value in ("SUCCEEDED", "STOPPED"):
             return 0
@@ -100,7 +100,7 @@ class Jobs:
         return str(self._ask(lambda: self._client.get_job_info(job)).message or "").strip()
 
     def logs(self, job: str) -> str:
-        """What the job has said so far."""
+        """Returns the job's log so far."""
         return self._ask(lambda: self._client.get_job_logs(job))
 
     def stop(self, job: str) -> None:

@@ -48,7 +48,7 @@ def address_of(given: str | None) -> str:
 
 
 def is_remote(address: str) -> bool:
-    """Whether runs are handed over as jobs (http://…), not joined from one of the cluster's machines."""
+    """Says whether runs are handed over as jobs (http://…), not joined from one of the cluster's machines."""
     return address.startswith(("http://", "https://"))
 
 

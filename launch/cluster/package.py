@@ -1,4 +1,4 @@
-"""What travels to a cluster: farspan's own code and, for a job, what it is to run."""
+"""The folder that travels to a cluster: farspan's own code and, for a job, its order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ JOB_ENVIRONMENT = {
 
 
 def missing() -> str | None:
-    """Where this interpreter lacks something that farspan needs: which interpreter, what, and how it is installed."""
+    """Returns the line about a package that this interpreter lacks: which interpreter, what, and how it is
+    installed."""
     lacking = [name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None]
     if not lacking:
         return None

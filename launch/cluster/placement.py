@@ -1,4 +1,4 @@
-"""Which machines hold which ranks. Plain data: no Ray, no torch, no process.
+"""The machines, and the ranks that each holds. Plain data: no Ray, no torch, no process.
 
 The axes of the mesh differ in how much they say and how often. Tensor and expert groups exchange activations in every
 layer and cannot wait: they stay inside a machine. Sequence groups exchange states or keys and values in every layer:
@@ -40,7 +40,7 @@ class Placement:
 
     @property
     def ranks(self) -> list[tuple[str, int]]:
-        """Of each rank, its machine's name and its index there."""
+        """Each rank's machine, by name, and the rank's index there."""
         return [(node.name, i) for node, filled in zip(self.nodes, self.filled, strict=True) for i in range(filled)]
 
     def lines(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""How Ray's workers become one torch.distributed world, on one machine or many.
+"""The rendezvous: Ray's workers become one torch.distributed world, on one machine or many.
 
 Ray places the workers and numbers them in the order of its own node ids, which are random. We number them by machine,
 in the order of the machines' names (`launch.cluster.placement.order`), so that the ranks of a sequence-parallel group

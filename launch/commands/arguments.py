@@ -124,7 +124,7 @@ def _field(key: str, keys: Mapping[str, str]) -> str:
 
 
 def _yaml(text: str) -> Any:
-    """What is no YAML, and numbers of thousands of digits, are text."""
+    """Takes a value that is no YAML, or a number of thousands of digits, as text."""
     try:
         return yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):

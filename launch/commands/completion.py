@@ -84,7 +84,7 @@ def complete(words: list[str]) -> int:
 
 
 def candidates(words: list[str]) -> list[str]:
-    """What the last word can become; the others are those before it, the verb first."""
+    """Returns what the last word can become; the others are those before it, the verb first."""
     *before, word = words or [""]
     if not before:
         return _starting(word, VERBS)

@@ -55,7 +55,7 @@ class Request:
         self.sampling()
 
     def sampling(self) -> Any:
-        """How tokens are drawn. Raises ValueError."""
+        """The way that tokens are drawn. Raises ValueError."""
         from train.inference.decode import Sampling
 
         return Sampling(self.temperature, self.top_p, self.seed)

@@ -42,7 +42,7 @@ def status(arguments: list[str]) -> int:
 
 
 def _log(path: Path) -> str:
-    """What a run here has said; "" of one that has said nothing. Raises UserError."""
+    """Returns the words of a run here; "" of one that has said nothing. Raises UserError."""
     from data import reading
 
     try:

@@ -113,7 +113,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
 
 
 def _budget(flight: CheckedRun, sizes: str) -> str:
-    """How many steps, and tokens."""
+    """The line about steps and tokens."""
     train, filled = flight.train, flight.batches.filled(flight.train.total_steps)
     if filled == 1:
         return f"budget      {train.total_steps:,} steps of {sizes} tokens = {train.total_tokens:,}"
@@ -124,7 +124,7 @@ def _budget(flight: CheckedRun, sizes: str) -> str:
 
 
 def _order(flight: CheckedRun) -> list[str]:
-    """What a step may consist of, and the shares of all steps."""
+    """Returns what a step may consist of, and the shares of all steps."""
     shapes = " | ".join(f"{len(lengths):,} x {lengths[0]:,}" for lengths in flight.batches.shapes())
     drawn = flight.batches.drawn(flight.train.total_steps)
     shares = [f"{name} {tokens / flight.train.total_tokens:.1%}" for name, tokens in drawn.items() if tokens]
@@ -179,7 +179,7 @@ def _costs(flight: CheckedRun, model: LM) -> Account:
 
 
 def _flops(costs: Account, documents: list[int], recompute: str) -> list[str]:
-    """Of the first batch, its documents as they are: the work of attention depends on their lengths."""
+    """Lines about the FLOPs of the first batch, with its own documents: attention's work depends on their lengths."""
     flops, tokens = costs.flops(documents), sum(documents)
     attention = 1 - sum(costs.per_token[:2]) * tokens / flops.model
     again = f", again {_count(flops.recompute / tokens)} for what is recomputed" if recompute == "full" else ""
@@ -191,7 +191,7 @@ def _flops(costs: Account, documents: list[int], recompute: str) -> list[str]:
 
 
 def _spans(flight: CheckedRun, first: Plan) -> int:
-    """How many spans in time the longest micro-step takes."""
+    """Returns how many spans in time the longest micro-step takes."""
     from parallel.schedule.time_spans import count
 
     most = flight.train.span_tokens
@@ -240,7 +240,7 @@ def _traffic_in_time(flight: CheckedRun) -> list[str]:
 
 
 def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str]:
-    """What ranks receive from others in the first step, by purpose, as the run's records will count it."""
+    """Returns what ranks receive from others in the first step, by purpose, as the run's records will count it."""
     from collections import Counter
 
     from models.axes import declarations

@@ -1,1 +1,1 @@
-"""From overrides and conf/ to a checked configuration, and what tells a user about it: help, completion, reference."""
+"""Overrides and conf/ become a checked configuration here; help, completion and the reference read the same files."""

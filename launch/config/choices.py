@@ -35,7 +35,7 @@ def accepts(target: str, key: str) -> list[str]:
 
 
 def _hands_on(word: ast.keyword, key: str) -> bool:
-    """Whether `key=key`: the constructor leaves it to another's, of a class that its module has or imports."""
+    """Says whether `key=key`: the constructor leaves it to another's, of a class that its module has or imports."""
     return word.arg == key and isinstance(word.value, ast.Name) and word.value.id == key
 
 

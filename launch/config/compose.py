@@ -1,4 +1,4 @@
-"""From command-line overrides to a checked configuration.
+"""Composes a checked configuration from command-line overrides.
 
 Hydra composes the files of conf/ and the overrides; `check` holds the result against the constructors. Hydra's
 `+` and `++` are allowed and make no difference: a key that its constructor knows can be given, any other cannot. What
@@ -81,7 +81,7 @@ def composed(overrides: list[str], model: dict[str, Any] | None = None) -> RunCo
 
 
 def _one_budget(read: list[ParsedOverride], config: dict[Any, Any]) -> None:
-    """Of tokens and steps the one that is given counts, whatever an option says of the other. Raises UserError where
+    """Keeps the budget that is given, tokens or steps, whatever an option says of the other. Raises UserError where
     both are."""
     texts = {each.name: each.text.partition("=")[2] for each in read if not each.parts.is_delete()}
     whole = next((each.parts.value() for each in read if each.name == "train"), None)
@@ -149,7 +149,7 @@ def _compose(read: list[ParsedOverride], model: dict[str, Any] | None) -> DictCo
 
 
 def _hydra(base: list[str], texts: list[str], read: list[ParsedOverride]) -> DictConfig:
-    """What Hydra composes from `base` and `texts`, which are those of `read`, perhaps with a `+`.
+    """Returns what Hydra composes from `base` and `texts`, which are those of `read`, perhaps with a `+`.
 
     Hydra chooses options first and sets values in the result, so that a choice of options is composed once.
     """
@@ -166,7 +166,7 @@ def _hydra(base: list[str], texts: list[str], read: list[ParsedOverride]) -> Dic
 
 
 def _is_option(parts: Override) -> bool:
-    """Whether an override chooses an option of a group: all others set a value in what is chosen."""
+    """Says whether an override chooses an option of a group: all others set a value in what is chosen."""
     return parts.package is not None or parts.key_or_group in groups()
 
 
@@ -250,7 +250,7 @@ def _check_option(override: str, parts: Override) -> None:
 
 
 def _is_known(key: str, read: list[ParsedOverride]) -> bool:
-    """Whether the constructor that a key belongs to has a parameter of that name."""
+    """Says whether the constructor that a key belongs to has a parameter of that name."""
     parent, _, name = key.rpartition(".")
     node: Any = _written(read)
     constructor: Any = None
@@ -303,7 +303,7 @@ def _unresolved(error: OmegaConfBaseException, config: DictConfig) -> str:
 
 
 def _linked(key: str, read: list[ParsedOverride]) -> str | None:
-    """What to say of a key below one that is a link to another."""
+    """Returns what to say of a key below one that is a link to another."""
     node: Any = _written(read)
     for i, part in enumerate(key.split(".")):
         node = node.get(part) if isinstance(node, dict) else None

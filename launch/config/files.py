@@ -101,7 +101,8 @@ def _place(name: str, package: str) -> tuple[str, str, str]:
 
 
 def _overriding(entries: list[Any], package: str) -> dict[str, str]:
-    """What a defaults list chooses for the groups that its other entries place, by their names as in an override."""
+    """Returns what a defaults list chooses for the groups that its other entries place, by their names as in an
+    override."""
     chosen = {name: option for entry in entries if isinstance(entry, dict) for name, option in entry.items()}
     overrides = {name.removeprefix(OVERRIDE): option for name, option in chosen.items() if name.startswith(OVERRIDE)}
     return {_place(name, package)[2]: option for name, option in overrides.items()}
@@ -122,7 +123,7 @@ def flow(value: Any) -> str:
 
 
 def head_comment(path: Path) -> str:
-    """What a YAML file's opening comment says of it, without Hydra's directives."""
+    """Returns what a YAML file's opening comment says of it, without Hydra's directives."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -133,7 +134,7 @@ def head_comment(path: Path) -> str:
 
 
 def comments(path: Path) -> dict[str, str]:
-    """What stands behind the `#` of a key's line, by the key's full name within the file."""
+    """Returns what stands behind the `#` of a key's line, by the key's full name within the file."""
     found: dict[str, str] = {}
     above: list[tuple[int, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -79,7 +79,7 @@ def page() -> str:
 
 
 def meanings(text: str, keys: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """What a docstring says of each key, and the rest of it."""
+    """Returns what a docstring says of each key, and the rest of it."""
     keys = set(keys)
     rest: list[str] = []
     found: dict[str, str] = {}
@@ -208,7 +208,7 @@ def _objects(node: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]
 
 
 def _is_of_a_group(node: dict[str, Any]) -> bool:
-    """Whether a group that is placed inside others has the class of this node."""
+    """Says whether a group that is placed inside others has the class of this node."""
     groups = {name.partition("@")[0] for name in files.written()[1] if "@" in name}
     targets = {files.option(g, option).get("_target_") for g in groups for option in files.groups()[g]}
     return node.get("_target_") in targets
@@ -275,7 +275,7 @@ Row = tuple[str, str, str, str]
 
 
 def _rows(constructor: type, nodes: dict[str, Any], prefix: str, comments: dict[str, str]) -> tuple[str, list[Row]]:
-    """What a class's docstring says besides, and a row for each of its keys, in the order of conf/."""
+    """Returns what a class's docstring says besides, and a row for each of its keys, in the order of conf/."""
     parameters, hints = parameters_of(constructor)[0], hints_of(constructor)
     partial = any(node.get("_partial_") == "true" for node in nodes.values())
     written = [key for node in nodes.values() for key in node if key in parameters]
@@ -304,7 +304,8 @@ def _rows(constructor: type, nodes: dict[str, Any], prefix: str, comments: dict[
 
 
 def _comments(group: str, options: list[str], inside: str = "") -> dict[str, str]:
-    """What the files of options say behind the keys, of a node inside them perhaps; the first option's count first."""
+    """Returns what the files of options say behind the keys, of a node inside them perhaps; the first option's count
+    first."""
     start = f"{inside}." if inside else ""
     found: dict[str, str] = {}
     for option in reversed(options):
@@ -335,7 +336,7 @@ def _guess(value: Any) -> str:
 
 
 def _default(key: str, nodes: dict[str, dict[str, Any]], otherwise: str) -> str:
-    """What the options say of a key: one value, or the default option's and those that differ."""
+    """Returns what the options say of a key: one value, or the default option's and those that differ."""
     shown = {option: _shown(node[key]) if key in node else otherwise for option, node in nodes.items()}
     by_value: dict[str, list[str]] = {}
     for option, value in shown.items():

@@ -266,7 +266,7 @@ def _try(path: str, make: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _is_plain(default: Any) -> bool:
-    """Whether YAML can hold a constructor's default."""
+    """Says whether YAML can hold a constructor's default."""
     kinds = (bool, int, float, str, list, dict, type(None))
     return isinstance(default, kinds) or is_dataclass(default) and not isinstance(default, type)
 

@@ -140,13 +140,13 @@ def _machine() -> Iterator[Fact]:
 
 
 def _torch() -> Iterator[Fact]:
-    """What a process that imports torch finds."""
+    """The facts that a process finds which imports torch."""
     for name, sign, value in _told("torch"):
         yield Fact(name, sign, value, name in ("torch", "gloo") or name == "nccl" and sign == "broken")
 
 
 def _kernels() -> Iterator[Fact]:
-    """What each mixer is computed by here, and why."""
+    """Returns what each mixer is computed by here, and why."""
     yield from (Fact(*told) for told in _told("kernels"))
 
 
@@ -171,7 +171,7 @@ class TrialError(Exception):
 
 
 def _tried(name: str, module: str) -> Iterator[str]:
-    """What a trial says, line by line. Its process is killed, with all that it started, when its time is over.
+    """Yields what a trial says, line by line. Its process is killed, with all that it started, when its time is over.
 
     Raises TrialError at the end of one that failed.
     """
@@ -216,7 +216,7 @@ def _tried(name: str, module: str) -> Iterator[str]:
 
 
 def package(name: str, spec: str, needed: bool) -> Fact:
-    """Whether a package is there, in a version that fits, and can be imported (`trials` tries some further)."""
+    """Says whether a package is there, in a version that fits, and can be imported (`trials` tries some further)."""
     known = PACKAGES.get(name, Package(name.replace("-", "_"), ""))
     brings = f"; {known.brings}" if known.brings else ""
     try:
@@ -287,7 +287,7 @@ def _cache() -> Fact:
 
 
 def _ray(address: str | None) -> Iterator[Fact]:
-    """Whether a Ray answers at the address given, which must, or at that of the environment."""
+    """Says whether a Ray answers at the address given, which must, or at that of the environment."""
     told = address or os.environ.get("RAY_ADDRESS")
     name = "cluster.address" if address else "RAY_ADDRESS"
     if not told:
@@ -300,7 +300,8 @@ def _ray(address: str | None) -> Iterator[Fact]:
 
 
 def _answer(address: str) -> str:
-    """What answers at an address, within a few seconds. Raises UserError, OSError or ValueError where nothing does."""
+    """Asks what answers at an address, within a few seconds. Raises UserError, OSError or ValueError where nothing
+    does."""
     import socket
 
     from launch.cluster.nodes import check_answers

@@ -1,4 +1,4 @@
-"""What this machine gives a process: cores, memory, disk. Linux says it all; elsewhere less is known."""
+"""Cores, memory and disk that this machine gives a process. Linux tells all of it; other systems tell less."""
 
 import fcntl
 import os
@@ -17,14 +17,14 @@ _SETS = {  # what /proc/cpuinfo calls the instruction sets that decide how fast 
 
 
 class Limits(NamedTuple):
-    """What the control groups of this process allow: cores, a fraction included, and bytes; None for no limit."""
+    """The limits of this process's control groups: cores, a fraction included, and bytes; None for no limit."""
 
     cores: float | None
     memory: int | None
 
 
 class Disk(NamedTuple):
-    """Of a folder's disk: bytes a second written (to the disk itself) and read back, and bytes that are free."""
+    """Measures a folder's disk: bytes a second written (to the disk itself) and read back, and bytes that are free."""
 
     write: float
     read: float
@@ -128,7 +128,7 @@ def _free(folder: Path) -> int:
 
 
 def _locks(first: int, second: int) -> bool:
-    """Whether a lock taken through one open file is refused to the other, and free again afterwards."""
+    """Says whether a lock taken through one open file is refused to the other, and free again afterwards."""
     try:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,4 +1,4 @@
-"""What `farspan doctor` tries in a process of its own: a package may take long to import, hang, or take it down.
+"""Trials of `farspan doctor`, each in a process of its own: a package may take long to import, hang, or take it down.
 
 `python trials.py PACKAGE MODULE` imports what farspan imports of a package. Where that proves little, it does something
 small: torch multiplies and sums over ranks, and fla-core, triton and apex run on a GPU. What it prints is a remark; for
@@ -46,7 +46,7 @@ def try_torch() -> None:
 
 
 def try_kernels() -> None:
-    """Which kernel each mixer gets on the device that runs would use, a fact a mixer."""
+    """Returns which kernel each mixer gets on the device that runs would use, a fact a mixer."""
     import torch
 
     from models.kernels.attention_tiles import Fused, tile_for
@@ -69,7 +69,7 @@ def try_kernels() -> None:
 
 
 def _matmul() -> str:
-    """Whether bf16 is multiplied natively, and how much sooner a product of two matrices is there than in fp32."""
+    """Says whether bf16 is multiplied natively, and how much sooner a product of two matrices is there than in fp32."""
     import torch
 
     from train.metrics.timing import matmul_peak
@@ -207,7 +207,7 @@ def try_triton() -> None:
 
 
 def _gpu() -> bool:
-    """Whether there is a GPU to try a kernel on; says so where there is none."""
+    """Says whether there is a GPU to try a kernel on; says so where there is none."""
     import torch
 
     if not torch.cuda.is_available():

@@ -151,7 +151,8 @@ def _tokenizer(found: Path) -> dict[str, Any] | None:
 
 
 def folder_of(found: Path, weights: str = "raw") -> Path:
-    """Where results go: RUN/evaluation/step-N, or beside a checkpoint that has no run; those of averaged weights into a
+    """Returns where results go: RUN/evaluation/step-N, or beside a checkpoint that has no run; those of averaged
+    weights into a
     folder of their own."""
     run, suffix = found.parent.parent, "" if weights == "raw" else f"-{weights}"
     if found.parent.name == "checkpoints" and (run / "config.yaml").exists():
@@ -160,7 +161,7 @@ def folder_of(found: Path, weights: str = "raw") -> Path:
 
 
 class EvaluationProgress:
-    """How far an evaluation is, part by part: a bar in a terminal, else a line as each part begins."""
+    """Shows how far an evaluation is, part by part: a bar in a terminal, else a line as each part begins."""
 
     def __init__(self, place: Path, console: Console):
         self.path, self.stop, self.console = place / "progress.jsonl", stop_file(place), console

@@ -1,4 +1,4 @@
-"""What an evaluation found, for a person: a table on the terminal, and pictures beside the numbers."""
+"""An evaluation's results for a person: a table on the terminal, and pictures beside the numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path

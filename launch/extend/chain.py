@@ -35,7 +35,8 @@ SHORTEST = 128  # tokens of a needle's text, in bytes, for it and its question t
 
 
 def is_chain(config: RunConfig) -> bool:
-    """Whether a configuration is that of a chain, or goes on with one. Raises UserError for stages of a single run."""
+    """Says whether a configuration is that of a chain, or goes on with one. Raises UserError for stages of a single
+    run."""
     resumed = config.resume is not None and bool(rundir.saved_config(Path(config.resume)).get("stages"))
     if config.resume is not None and bool(config.stages) != resumed:
         what = f"the stages of {config.resume}" if resumed else "[], it is a single run; init_from= extends one"
@@ -220,7 +221,7 @@ def _same_stages(now: Sequence[Stage], before: list[Any], folder: Path) -> None:
 
 
 def _is_own(override: str) -> bool:
-    """Whether an override is of the chain as a whole, and not of each of its runs."""
+    """Says whether an override is of the chain as a whole, and not of each of its runs."""
     key = override.lstrip("+~").partition("=")[0]
     return key in ("resume", "stages", "init_from") or key.startswith("run.")
 

@@ -1,4 +1,4 @@
-"""What a chain has changed, stage beside stage: a table, and a picture."""
+"""A chain's stages beside each other: a table, and a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from launch.figures import LOOK, NAMES, figure_of, save
 
 
 def table(facts: dict[str, Any]) -> list[str]:
-    """Of each stage the answer's log-probability, meaned over depths, by length; and the loss of the last positions."""
+    """Rows of each stage: the answer's log-probability, meaned over depths, by length; and the loss of the last
+    positions."""
     stages = facts["stages"]
     lengths = sorted({n for stage in stages for n in stage.get("needle", {}).get("lengths", [])})
     last = max((row["from"] for stage in stages for row in stage.get("positions", [])), default=0)

@@ -29,11 +29,11 @@ class Record:
         return any(stage["name"] == name for stage in self.facts["stages"])
 
     def took(self, name: str, seconds: float) -> None:
-        """How long a stage's run was, here and now."""
+        """Notes how long a stage's run was, here and now."""
         self._took[name] = seconds
 
     def add(self, name: str, results: Path, leg: StagePlan | None) -> None:
-        """What an evaluation has found after a stage; of the parent, without one."""
+        """Adds an evaluation's results after a stage; those of the parent, without one."""
         found = json.loads(results.read_text())
         stage: dict[str, Any] = {"name": name, "length": self.facts["trained"] if leg is None else leg.stage.length}
         if leg is not None:

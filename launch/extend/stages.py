@@ -27,7 +27,8 @@ NUMBERED = ("train.tokens", "train.steps")  # of a chain, each stage has its own
 
 @dataclass(frozen=True)
 class Parent:
-    """What a chain extends. path: a checkpoint of ours, or a folder of Hugging Face's. trained: tokens of its longest
+    """The model that a chain extends. path: a checkpoint of ours, or a folder of Hugging Face's. trained: tokens of its
+    longest
     sequences; None where it does not say. model: its section."""
 
     path: Path
@@ -121,7 +122,7 @@ def _parent(config: RunConfig) -> Parent:
 def _positions(
     stage: Stage, parent: Parent, before: ObjectConfig, after: ObjectConfig, trained: int | None
 ) -> list[str]:
-    """What becomes of rotary positions, a line each kind. Raises ValueError for a rule that does not reach."""
+    """Returns what becomes of rotary positions, a line each kind. Raises ValueError for a rule that does not reach."""
     lines = []
     for plain, was, now in zip(*(_layers(model) for model in (parent.model, before, after)), strict=True):
         if isinstance(now.positions, NoPE):
@@ -146,7 +147,7 @@ def _layers(model: ObjectConfig) -> list[Any]:
 
 
 def _turns(was: Any, now: Any, trained: int | None, length: int) -> str:
-    """What the slowest pair of channels turns by over all of a document, before and after."""
+    """Returns what the slowest pair of channels turns by over all of a document, before and after."""
     old, new = (float(m.positions.frequencies(m.head_dim)[0].min()) for m in (was, now))
     said = f"the slowest pair turns by {new * length:.3g} rad over {length:,} tokens"
     if trained is not None:
@@ -188,7 +189,7 @@ def table(parent: Parent, found: list[StagePlan]) -> list[str]:
 
 
 def _flops(leg: StagePlan) -> list[str]:
-    """Of training on a document that fills the length, and the share of softmax attention's products."""
+    """FLOPs of training on a document that fills the length, and the share of softmax attention's products."""
     from models.accounting import account
 
     try:

@@ -32,7 +32,7 @@ class CheckedRun:
 
     @property
     def threads(self) -> int | None:
-        """Of each worker. On a cluster, null: its machines' own cores decide."""
+        """CPU threads of each worker; None on a cluster, where its machines' own cores decide."""
         if self.cluster.kind == "ray":
             return self.cluster.threads
         return self.cluster.threads or max(1, cores() // self.cluster.workers)

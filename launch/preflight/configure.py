@@ -1,4 +1,4 @@
-"""From overrides to the configuration of a new run, or of one that is resumed."""
+"""Configures a run from overrides: a new one, or one that is resumed."""
 
 from pathlib import Path
 from typing import Any

@@ -51,7 +51,7 @@ class Before:
 
 
 def _before(flight: CheckedRun) -> Before | None:
-    """Of the checkpoint that the run goes on from, where it tells; a folder of weights alone does not."""
+    """Reads the checkpoint that the run goes on from; None for a folder of weights alone, which tells nothing."""
     from train.checkpoints import checkpoint
 
     path = flight.resume or flight.init_from
@@ -98,5 +98,5 @@ def _moments(flight: CheckedRun) -> None:
 
 
 def _name(node: Mapping[str, Any]) -> str:
-    """Of the class that it builds, wherever that lies: torch's AdamW and another have the same state."""
+    """The name of the class that a node builds, wherever that lies: torch's AdamW and another have the same state."""
     return node["_target_"].rpartition(".")[2]

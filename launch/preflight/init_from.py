@@ -1,4 +1,4 @@
-"""What a run starts from with `init_from`: the model that it then has, the corpora that its weights were trained on and
+"""Checks of `init_from`: the model that it then has, the corpora that its weights were trained on and
 what was held out of them, and the tokens that they know."""
 
 import re
@@ -105,7 +105,7 @@ def _part(portion: dict[str, Any], theirs: dict[str, Any], weight: float) -> dic
 
 
 def _last_weights(mixture: dict[str, Any]) -> dict[str, float]:
-    """What each source of a mixture had at the end, of all together."""
+    """Returns what each source of a mixture had at the end, of all together."""
     replay, groups = mixture.get("replay"), dict[bool, dict[str, float]]()
     for name, portion in mixture["sources"].items():
         weight = portion["weight"][-1][1] if isinstance(portion["weight"], list) else portion["weight"]
@@ -118,7 +118,7 @@ def _last_weights(mixture: dict[str, Any]) -> dict[str, float]:
 
 
 def _folders(init_from: str) -> tuple[Path, ...]:
-    """Where a run or a checkpoint of that name may be; of a checkpoint, also its run."""
+    """Returns where a run or a checkpoint of that name may be; of a checkpoint, also its run."""
     path = Path(init_from)
     return path, RUNS / init_from, path.parent.parent
 

@@ -29,7 +29,7 @@ def checkpoint_of(value: str) -> Path:
 
 
 def has_average(found: Path) -> bool:
-    """Whether a checkpoint holds an average of the weights beside them."""
+    """Says whether a checkpoint holds an average of the weights beside them."""
     from train.checkpoints import checkpoint
 
     return bool(checkpoint.manifest(found).get("average"))

@@ -1,4 +1,4 @@
-"""How a run ended, and who is to blame.
+"""The end of a run, and the rank that is to blame for it.
 
 When one rank of a world fails, all of them do: its peers see "connection reset by peer" a moment later. A report that
 names a peer sends its reader to the wrong place, so the culprit is, in this order: a rank that stopped answering, as
@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Failure:
-    """What one rank reports when its entry raised; `when` is seconds on the machine-wide monotonic clock."""
+    """The report of a rank whose entry raised; `when` is seconds on the machine-wide monotonic clock."""
 
     rank: int
     when: float
@@ -68,7 +68,7 @@ class Failure:
 
     @property
     def blames_peer(self) -> bool:
-        """Whether this only says that a peer went away."""
+        """Says whether this only says that a peer went away."""
         return self.user_line is None and _PEER_GONE.search(self.trace) is not None
 
 

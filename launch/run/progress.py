@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: read from the two files of its folder, so from any process.
+"""The progress of a run for a person who watches: read from the two files of its folder, so from any process.
 
 `metrics.jsonl` gives the numbers and `log.txt` the notices. A terminal shows a bar that stays at the bottom, with the
 notices above it; anything else (a file, a pipe, CI) gets plain lines, few enough to read afterwards.

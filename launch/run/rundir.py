@@ -72,7 +72,7 @@ def no_such_run(key: str, value: str) -> UserError:
 
 
 def has(folder: Path, name: str) -> bool:
-    """Whether a folder, which may be none, has a file of that name."""
+    """Says whether a folder, if there is one, has a file of that name."""
     try:
         return (folder / name).exists()
     except OSError:  # a name that is too long to be one
@@ -80,7 +80,7 @@ def has(folder: Path, name: str) -> bool:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint, by what lies in it."""
+    """Says whether a folder is a checkpoint, by what lies in it."""
     return has(folder, "manifest.json")
 
 
@@ -101,7 +101,7 @@ def _check_run(folder: Path, given: str) -> None:
 
 
 def _job_lines(path: Path) -> list[dict[str, Any]]:
-    """What a run's jobs.jsonl tells; [] where it cannot be read."""
+    """Returns what a run's jobs.jsonl tells; [] where it cannot be read."""
     from data import reading
 
     try:
@@ -187,7 +187,7 @@ def reserved(run: RunSettings) -> tuple[str, Path]:
 
 
 def stamp() -> str:
-    """What a run is called that has no name: date and time."""
+    """The name of a run that has none: date and time."""
     return time.strftime("%Y%m%d-%H%M%S")
 
 
@@ -226,7 +226,7 @@ def withdraw(folder: Path) -> None:
 
 
 def locked(folder: Path) -> bool:
-    """Whether a process has the run: it trains, or is about to."""
+    """Says whether a process has the run: it trains, or is about to."""
     try:
         with (folder / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -281,7 +281,7 @@ def _public(remote: str) -> str:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What the last attempt wrote at its end. Raises ValueError."""
+    """Returns what the last attempt wrote at its end. Raises ValueError."""
     from data import reading
 
     return reading.json_object(folder / "summary.json")

@@ -1,4 +1,4 @@
-"""How a run stands, read from its folder: what `farspan status` prints."""
+"""The state of a run, read from its folder, as `farspan status` prints it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _still(records: list[dict[str, Any]], timeout: float | None) -> float | None
 
 
 def _steps(train: TrainSettings, step: int, tokens: int) -> int:
-    """Of the whole run: as many as its budget takes where steps go on bringing as many tokens as up to now."""
+    """Steps of the whole run: as many as its budget takes where steps go on bringing as many tokens as up to now."""
     if not tokens or train.steps is not None or tokens >= train.ramp.before(step):
         return train.total_steps
     return max(train.total_steps, round(step * train.total_tokens / tokens))

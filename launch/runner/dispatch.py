@@ -1,4 +1,4 @@
-"""Where a run belongs: on this machine, or as a job of a cluster that is elsewhere."""
+"""Dispatch of a run: to this machine, or to a cluster elsewhere as a job."""
 
 from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""How a run ended, and the job that it may have been."""
+"""The result of a run, and the job that it may have been."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from launch.shell import command, override
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. code: the exit code. folder: the run's, None where it was not made. stopped: asked to stop."""
+    """The end of a run. code: the exit code. folder: the run's, None where it was not made. stopped: asked to stop."""
 
     code: int
     folder: Path | None = None
@@ -19,7 +19,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class JobContext:
-    """What a job knows of itself: its id and the cluster's address as its user sees them, the device, the code."""
+    """A job's knowledge of itself: its id and the cluster's address as its user sees them, the device, the code."""
 
     job: str
     address: str

@@ -122,7 +122,8 @@ def _settled(config: RunConfig, address: str, cluster: Jobs) -> RunConfig:
 
 
 def check(config: RunConfig, say: Callable[[str], None]) -> CheckedRun:
-    """What can be checked of a job from this machine, its place on the cluster's machines too. Raises UserError."""
+    """Checks a job as far as this machine can, its place on the cluster's machines too. Raises
+    UserError."""
     flight = check_run(config, say, data_here=False)
     with refusals(config):
         place(flight.cluster.workers, nodes.room(flight.cluster, flight.device), flight.sizes)

@@ -1,4 +1,4 @@
-"""What is said at the end of a run."""
+"""The last lines of a run."""
 
 import shlex
 import time
@@ -94,7 +94,8 @@ def _say_results(flight: CheckedRun, folder: Path, summary: dict[str, Any], say:
 
 
 def _per_byte(flight: CheckedRun, summary: dict[str, Any]) -> str:
-    """What that is per byte of the held-out text, which other tokenizers can be compared by; "" of unknown text."""
+    """Returns what that is per byte of the held-out text, which other tokenizers can be compared by; "" of unknown
+    text."""
     from train.evaluation.texts import bytes_per_target
 
     size = bytes_per_target(flight.batches)

@@ -70,7 +70,7 @@ class Member:
 
     @property
     def words(self) -> str:
-        """What sets it apart, as it was given."""
+        """The words that set the member apart, as given."""
         return " ".join(f"{key}={value}" for key, value in self.values.items())
 
 
@@ -140,7 +140,7 @@ def _paths(node: Any, path: str = "") -> list[str]:
 
 
 def _loader() -> ConfigLoader:
-    """What knows the options of a group, for glob(*)."""
+    """The loader that knows the options of a group, for glob(*)."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return GlobalHydra.instance().config_loader()

@@ -143,7 +143,7 @@ def _lines(axes: Any, number: Swept, swept: list[Swept], results: list[Result], 
 
 
 def _apart(values: list[float], texts: list[str], *, log: bool) -> set[float]:
-    """Of ascending values on an axis those whose texts have room beside the one before."""
+    """Picks, from ascending values on an axis, those whose texts have room beside the one before."""
     places = np.log(values) if log else np.array(values)
     width = float(places[-1] - places[0]) or 1.0
     shown, end = set(), -math.inf
@@ -157,7 +157,7 @@ def _apart(values: list[float], texts: list[str], *, log: bool) -> set[float]:
 
 
 def _top(losses: list[float]) -> float:
-    """Where losses are drawn that are far above the others; above all of them where none, or too many, are."""
+    """Returns where losses are drawn that are far above the others; above all of them where none, or too many, are."""
     near = [loss for loss in losses if loss <= _FAR * min(losses)]
     if not losses or len(near) == len(losses) or len(losses) - len(near) > len(losses) / 4:
         return max(losses, default=0.0)

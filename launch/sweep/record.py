@@ -41,7 +41,7 @@ class Sweep:
         self.tabulate()
 
     def results(self) -> list[Result]:
-        """What each member has reached; read again for those whose state has changed."""
+        """Returns what each member has reached; read again for those whose state has changed."""
         for member in self.members:
             if member.number not in self._results:
                 self._results[member.number] = sweep_table.read(member, self.place(member))

@@ -272,7 +272,7 @@ def _is_resume(given: str) -> bool:
 
 
 def _remote(config: RunConfig) -> bool:
-    """Whether a run is handed over to a cluster as a job."""
+    """Says whether a run is handed over to a cluster as a job."""
     return config.cluster.kind == "ray" and nodes.is_remote(nodes.address_of(config.cluster.address))
 
 

@@ -1,4 +1,4 @@
-"""What the members of a sweep reached, read from their folders: as a table on the screen, as text, and as CSV."""
+"""The results of a sweep's members, read from their folders: as a table on the screen, as text, and as CSV."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Machines:
         raise NotImplementedError
 
     def device(self, asked: str) -> str:
-        """What `cluster.device` comes to on these machines. Raises ValueError for CUDA without a GPU."""
+        """Returns what `cluster.device` comes to on these machines. Raises ValueError for CUDA without a GPU."""
         if asked == "cuda" and not self.gpus_per_node:
             raise ValueError(f"cluster.device=cuda: {PATH}.gpus_per_node=0; accepts auto or cpu")
         return "cuda" if asked != "cpu" and self.gpus_per_node else "cpu"

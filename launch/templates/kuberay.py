@@ -251,12 +251,13 @@ class KubeRay(Machines):
 
 @cache
 def schema() -> dict[str, Any]:
-    """What we may write, as a JSON Schema."""
+    """Returns what we may write, as a JSON Schema."""
     return json.loads(SCHEMA.read_text(encoding="utf-8"))
 
 
 def _survives(entry: str) -> bool:
-    """Whether a command comes through `ray job submit`, which joins its words by Windows' rules for another shell."""
+    """Says whether a command comes through `ray job submit`, which joins its words by Windows' rules for another
+    shell."""
     words = shlex.split(entry)
     joined = subprocess.list2cmdline(words)
     try:

@@ -140,7 +140,7 @@ class RayUp(Machines):
         return {"type": "aws", "region": self.region, **zone, "cache_stopped_nodes": False}
 
     def _machines(self) -> dict[str, Any]:
-        """As many as there are to be, from the first minute: a run waits for all of its workers."""
+        """The count of machines, all from the first minute: a run waits for all of its workers."""
         if self.provider == "local":
             return {"max_workers": len(self.worker_ips)}
         others = self.nodes - 1

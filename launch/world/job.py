@@ -1,4 +1,4 @@
-"""What a worker is told and what it does around the entry, the same under `local` and under `cluster`."""
+"""A worker's order, and its work around the entry: the same for spawned processes and on Ray."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _TICKS = 8  # in a patience
 
 @dataclass(frozen=True)
 class Told:
-    """What a rank last told. beat: counts tellings. signs, wait, doing: of its `Whereabouts`. quiet: seconds since the
+    """A rank's last word. beat: counts tellings. signs, wait, doing: of its `Whereabouts`. quiet: seconds since the
     signs changed. at: where its main thread is, while quiet. left: it has ended its work."""
 
     beat: int
@@ -86,7 +86,8 @@ def blame(before: Board, now: Board, patience: float | None, quiet: float) -> st
 
 
 def _place(here: dict[int, Told], culprits: Sequence[int]) -> str:
-    """Where the others wait for the culprits: in the smallest group with one of them, the least far on its way."""
+    """Returns where the others wait for the culprits: in the smallest group with one of them, the least far on its
+    way."""
     waits = [
         (len(told.wait.ranks) if told.wait.ranks else len(here), told.signs, str(told.wait))
         for rank, told in here.items()
@@ -214,7 +215,8 @@ class Watch:
 
 
 class _Mail:
-    """What ranks tell each other, through a connection of its own to the store, in a thread of its own: a store that
+    """The exchange of the ranks' words, through a connection of its own to the store, in a thread of its own: a store
+    that
     does not answer must hold up neither the rank nor its watch."""
 
     def __init__(self, address: tuple[str, int], size: int, rank: int) -> None:
@@ -232,7 +234,7 @@ class _Mail:
             self._wake.notify_all()
 
     def read(self, seconds: float) -> Board | None:
-        """What every rank last told; None when the store has not answered within so many seconds."""
+        """Returns what every rank last told; None when the store has not answered within so many seconds."""
         with self._wake:
             self._asked += 1
             asked = self._asked

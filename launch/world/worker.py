@@ -75,7 +75,7 @@ def _enter(
 
 
 def _coordinates(job: Job, rank: int, port: int) -> dict[str, str]:
-    """What torchrun and Ray would have set: libraries look for it."""
+    """Sets what torchrun and Ray would have set: libraries look for it."""
     size = str(job.workers)
     return loopback() | {
         "OMP_NUM_THREADS": str(job.threads or 1),
