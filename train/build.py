@@ -42,7 +42,7 @@ from train.optim.build import build_optimizer
 from train.precision import dtypes
 from train.run_config import RunConfig
 from train.settings import TrainSettings
-from train.state import RunProgress, State
+from train.state import State, TrainProgress
 from train.time_spans import Spans, SpansTold
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
 from train.tracking.hook import Recording
@@ -97,7 +97,7 @@ def build(order: dict[str, Any]) -> Trainer:
         spans,
         SpansTold(say),
     )
-    progress = RunProgress(train, state)
+    progress = TrainProgress(train, state)
 
     def plan(lengths: list[int]) -> Plan:
         return scheduler.plan(progress.state.step + 1, lengths, data=data, sequence=sequence)
@@ -212,7 +212,7 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
     return state, facts
 
 
-def _average(train: TrainSettings, model: LM, progress: RunProgress, say: Callable[[str], None]) -> Average | None:
+def _average(train: TrainSettings, model: LM, progress: TrainProgress, say: Callable[[str], None]) -> Average | None:
     """The average that the settings ask for, of the weights as they are."""
     if train.average == "none":
         return None

@@ -24,7 +24,7 @@ from train.metrics.timing import PhaseTimes, Utilisation
 from train.optim.build import set_rate
 from train.optim.clip import clip, layer_norms
 from train.rope_base import rebase
-from train.state import RunProgress, State
+from train.state import State, TrainProgress
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class Trainer:
     norms: record those of each layer.
     """
 
-    progress: RunProgress
+    progress: TrainProgress
     seed: int
     rate: float
     stop: Path

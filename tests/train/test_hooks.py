@@ -19,7 +19,7 @@ from train.hooks import RESERVED, Hook, Hooks
 from train.loop import Trainer
 from train.metrics.timing import PhaseTimes
 from train.settings import GuardSettings, TrainSettings
-from train.state import RunProgress, State
+from train.state import State, TrainProgress
 
 CALLS: list[tuple[str, str]] = []
 
@@ -85,7 +85,7 @@ def settings(steps: int, **more: Any) -> TrainSettings:
 
 def trainer(hooks: Hooks, script: list[str], steps: int = 9) -> Trainer:
     """One that takes no steps but those of a script: an optimizer step, one that is skipped, a stop, an error."""
-    progress = RunProgress(settings(steps), State())
+    progress = TrainProgress(settings(steps), State())
     names = (
         "seed",
         "rate",
@@ -237,7 +237,7 @@ def gone_back(folder: Path, loads: bool) -> dict[str, Any]:
     """A run of one rank that keeps a checkpoint after step 2, goes wrong after step 4, and goes back."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    progress = RunProgress(settings(9, guard=GuardSettings(skips=2, window=4, backoff=0.5)), State())
+    progress = TrainProgress(settings(9, guard=GuardSettings(skips=2, window=4, backoff=0.5)), State())
     said: list[str] = []
     patience: Any = SimpleNamespace(during=lambda what: PhaseTimes()("checkpoint"))
     first, second = Counter(), type("Second", (Counter,), {"key": "second"})()

@@ -12,7 +12,7 @@ from train.checkpoints import checkpoint
 from train.guards.hang_timeout import Patience
 from train.hooks import Hook, Hooks, Record
 from train.metrics.timing import PhaseTimes
-from train.state import RunProgress
+from train.state import TrainProgress
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class Checkpoints(Hook):
     model: nn.Module
     optimizer: Optimizer
     batches: Any
-    progress: RunProgress
+    progress: TrainProgress
     hooks: Hooks
     phases: PhaseTimes
     patience: Patience

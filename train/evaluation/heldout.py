@@ -16,7 +16,7 @@ from train.execute import Executor
 from train.hooks import Hook, Record
 from train.metrics.timing import PhaseTimes, pieces
 from train.optim.average import Average
-from train.state import RunProgress
+from train.state import TrainProgress
 
 
 class Means(NamedTuple):
@@ -96,7 +96,7 @@ class Evaluation(Hook):
     executor: Executor
     batches: Any
     plan: Callable[[list[int]], Plan]
-    progress: RunProgress
+    progress: TrainProgress
     phases: PhaseTimes
     seed: int
     log: Callable[[Record], None]

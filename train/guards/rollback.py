@@ -1,30 +1,25 @@
 """What a run does with a step that the guard has held back: says so, passes over its batch; goes back, or ends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
 
 from data.pack import Packed
+from parallel.mesh import Groups
+from parallel.schedule.plan import Plan
 from parallel.schedule.static import Static
 from train.checkpoints import checkpoint
+from train.execute import Executor
 from train.guards.step_guard import TokenRun, Watched, first_parameter, name, save_batch, suspects
-from train.state import RunProgress, State
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-
-    from parallel.mesh import Groups
-    from parallel.schedule.plan import Plan
-    from train.execute import Executor
-    from train.hooks import Record
+from train.hooks import Record
+from train.state import State, TrainProgress
 
 ALERT = "guard"
 NAMED, PROBED = 3, 16  # groups of which a document is named, and documents that are looked at for it
@@ -39,7 +34,7 @@ class Rollback:
     """
 
     run_dir: Path
-    progress: RunProgress
+    progress: TrainProgress
     seed: int
     model: nn.Module
     optimizer: Optimizer

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
 from train.hooks import Hook, Record
-from train.state import RunProgress
+from train.state import TrainProgress
 
 MEAN = "mean"  # under this name a checkpoint has the averaged weights
 Weights = dict[str, Tensor]
@@ -31,7 +31,7 @@ class Average(Hook):
     key: ClassVar[str] = "average"
 
     def __init__(
-        self, model: nn.Module, progress: RunProgress, kind: str, tokens: int, count: int, say: Callable[[str], None]
+        self, model: nn.Module, progress: TrainProgress, kind: str, tokens: int, count: int, say: Callable[[str], None]
     ):
         self.model, self.kind, self.tokens, self.count = model, kind, tokens, count
         self._progress, self._say = progress, say

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.hooks import Hook, Record
 from train.metrics.timing import PhaseTimes
-from train.state import RunProgress
+from train.state import TrainProgress
 from train.tracking.tracker import Tracker
 
 ABOUT = ("heldout", "forgetting", "adaptation")  # how keys begin that a summary takes from the last record
@@ -18,7 +18,7 @@ SCORES = ("heldout_loss", "heldout_accuracy", "heldout")  # those that it takes 
 class Recording(Hook):
     """Hands records on to a tracker; silent on the ranks that have none."""
 
-    def __init__(self, run_dir: Path, progress: RunProgress, phases: PhaseTimes):
+    def __init__(self, run_dir: Path, progress: TrainProgress, phases: PhaseTimes):
         self.tracker: Tracker | None = None
         self._run_dir, self._progress, self._phases = run_dir, progress, phases
         self._began = time.time()
