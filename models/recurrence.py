@@ -9,6 +9,17 @@ consecutive spans; `act` takes a state through a span. Composition is associativ
 A transport of effects (`parallel/sequence`) needs nothing else, so it serves every recurrence, and a new recurrence is
 sequence-parallel on the day it is written.
 
+An example with one number of state, decay ½ and inputs 1, 2, 3, 4, two tokens a rank. Rank 0 begins: it runs its span
+from zero, 1 then 2.5, so U = 2.5, and A = ½·½ = ¼ (as a log, 2·log ½, since products of decays underflow and sums of
+their logs do not). Rank 1 begins likewise: 3 then 5.5, U = 5.5, A = ¼. Neither has waited for the other. Now rank 1
+receives rank 0's effect, whose `act` on the empty state gives S = 2.5, and finishes: it adds the decayed S to its
+outputs from zero, 3 + ½·2.5 = 4.25 and 5.5 + ¼·2.5 = 6.125, which is what one process computes. A third rank would
+compose both effects, (¼·¼, ¼·2.5 + 5.5) = (1/16, 6.125), without seeing a token. Were 3 the first token of a document,
+rank 1's `alive` would be 0: its outputs stay 3 and 5.5, and the state that leaves it is 5.5, whatever entered.
+
+Composition is not commutative: folding rank 1 before rank 0 gives ¼·5.5 + 2.5. Transports therefore fold in the order
+of the chain, and never in that of arrival.
+
 `alive` [B] is 1 where no document starts in the span and 0 where one does: compose and act choose by it, so that a
 reset is exact, whatever was there before, and no log-decay is ever -inf; finish uses the incoming state only before the
 first start. What A holds is the kind's own affair; which kernel reduces the span is the affair of the rule, by name, of

@@ -4,7 +4,20 @@ The classic traps are closed here once. A plain `dist.all_gather` has no gradien
 one rank does not use never runs its backward there, and the others wait for ever; so what a rank makes of the gathered
 values is part of the function (`use`), and its backward always communicates, with zeros if it must.
 
-What is sent goes through operators of the namespace `farspan`, which name their group by a string. So a checkpointing
+Two ranks that gather x0 = 2 and x1 = 3, where only rank 1 uses the result: its loss is x0·x1 = 6, rank 0's is 0. The
+gradient of the sum of both losses by x0 is x1 = 3, and it arises on rank 1. A plain gather would lose it; an autograd
+gather would reduce-scatter in its backward, and rank 0, whose loss does not depend on the gathered tensor, would never
+enter that backward: rank 1 waits until the watchdog ends the run. `gather` below takes the use
+with it: rank 0 makes zeros of the gathered values, which enter its graph as x0 enters that of rank 1. So backward runs
+on both; rank 0 contributes zeros, and receives 3.
+
+The transposes come in pairs: an all-gather's is a reduce-scatter (a sum, never a mean: the loss is divided by the
+global count of tokens once, at the end), an all-reduce's an all-reduce, an all-to-all's the all-to-all back, a send's a
+receive. Order is the other trap: NCCL and gloo match calls by their order, so every rank issues the same collectives of
+a group in the same order, forward and backward. Autograd runs nodes in the reverse of forward order, which keeps this
+as long as no rank has a node that another lacks.
+
+Messages go through operators of the namespace `farspan`, which name their group by a string. So a checkpointing
 policy sees a collective as it sees a matmul: it can keep the result, and computing a layer again then sends nothing.
 
 Each one says what it is for, and `LEDGER` counts the calls and the bytes that this process received, by mesh axis and
@@ -47,7 +60,7 @@ class LedgerEntry(NamedTuple):
 @dataclass
 class Ledger:
     """Calls, and bytes that this process received from others. An all-reduce counts as 2(P-1)/P of its bytes, which is
-    what a ring receives. FSDP's gathers and reductions of weights are in it (`parallel.data`); what torch sends to take
+    what a ring receives. FSDP's gathers and reductions of weights are in it (`parallel.fsdp`); what torch sends to take
     a norm or to write a checkpoint is not."""
 
     axes: dict[str, str] = field(default_factory=dict)  # by the name of the process group; others are of the world

@@ -4,6 +4,15 @@ Sharding gives a rank some rows of every parameter. A function of whole matrices
 them on every rank, which would then all compute the same. Here every matrix has one owner: the ranks send it their
 rows, it computes, and sends each its rows of the result. Both ways are one all-to-all for many matrices together.
 
+Two ranks, two parameters of four rows and two columns: FSDP gives rank 0 the rows 0 and 1 of each, rank 1 the rows 2
+and 3. `assigned` gives the matrix X to rank 0 and Y to rank 1, the largest first, each to the rank with the least work
+so far. In the first all-to-all rank 0 sends its two rows of Y (4 elements) and rank 1 its two rows of X; each now holds
+one whole matrix, and makes it orthogonal. In the second they send the same rows back, changed. Each rank has sent and
+received 8 elements; gathering both matrices on both ranks would cost 8 as well, but twice the Newton-Schulz steps.
+
+Ranks need not hold equally much: three rows over two ranks lie as two and one, as `torch.chunk` cuts them, and a rank
+may hold no row at all. The counts follow from the shapes alone (`shares`), so no rank asks another how much will come.
+
 A parameter holds one matrix or several: those of experts along its first dimension, and parts side by side.
 """
 

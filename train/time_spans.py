@@ -6,6 +6,18 @@ first, each forward again and backward, with the gradient of what it leaves, whi
 That is one more forward pass, as recomputing every layer is, in the memory of one span and of what lies between spans
 (checkpointing in time: Gruslys et al. 2016, 1606.03401, with a checkpoint at every span).
 
+An example: one layer, a state S of one number, decay ½, inputs 1, 2, 3, 4, the loss is the last state, spans of two
+tokens. Forward without a graph: the first span leaves S = 2.5, the border keeps that, the second is not run, for
+nothing follows it. Backward begins with the last span: entered with the leaf S = 2.5 it gives ½·(½·2.5 + 3) + 4 =
+6.125, and its backward pass gives ∂S = ¼ at the leaf, beside the gradients of its own inputs, ½ and 1. Then the first
+span runs again, with a graph; it leaves S = 2.5 as before (equal to the bit, as recomputation must be), and its
+backward pass starts from ¼ at that S: ∂inputs = ⅛ and ¼. Truncated gradients would stop at the leaf: 0 and 0 for the
+first span.
+
+On two ranks each span in time is spread over both, as a chain of its own: the border holds the state after the last
+rank's tokens, the same copy on all ranks, and the first rank's span of the next chain is entered with it
+(`parallel/sequence/time_spans.py` sums the ranks' gradients of the copies).
+
 What lies between is a state a recurrent layer, a few tokens a convolution, a window's keys and values. Only softmax
 layers without a window leave more the longer the sequence is: every border keeps its own span's keys and values alone,
 and where activations are offloaded, in the host's memory.

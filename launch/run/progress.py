@@ -23,7 +23,7 @@ HELD_OUT = ("heldout_loss", "heldout_accuracy", "heldout", "heldout_loss_average
 SPEED_STEPS = 32  # the speed shown is that over this many steps
 
 
-class RunProgress:
+class ProgressBar:
     """Follows the run in `run_dir` towards `total_tokens`; call `tick` a few times a second, and `close` at the end.
 
     console       where to write; default: the standard error stream

@@ -17,7 +17,7 @@ from launch.preflight.check import check_run
 from launch.preflight.checked import CheckedRun
 from launch.run import rundir, status
 from launch.run.failure import Outcome
-from launch.run.progress import RunProgress
+from launch.run.progress import ProgressBar
 from launch.run.signals import stop_file
 from launch.runner.result import NOTHING_WRITTEN, JobContext, RunResult
 from launch.runner.summary import report, say_where_to_continue
@@ -145,7 +145,7 @@ def _attempts(
     left, before, again = flight.cluster.restarts, flight.resume, False
     while True:
         # What its files hold now is of an earlier attempt, though that may have left no checkpoint to go on from.
-        progress = RunProgress(folder, flight.train.total_tokens, console=console, from_end=True)
+        progress = ProgressBar(folder, flight.train.total_tokens, console=console, from_end=True)
         outcome = _launch(flight, folder, code, hosted, progress, say, again=again)
         progress.close()
         if outcome.ok or not outcome.lost or stop_file(folder).exists():
@@ -169,7 +169,7 @@ def _launch(
     folder: Path,
     code: dict[str, Any],
     hosted: JobContext | None,
-    progress: RunProgress,
+    progress: ProgressBar,
     say: Callable[[str], None],
     *,
     again: bool,

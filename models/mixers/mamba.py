@@ -42,7 +42,7 @@ class MambaBlock(nn.Module):
         self.conv = short_conv(self.inner, conv, bias=conv_bias)
 
     def output(self, y_BTV: Tensor, v_BTV: Tensor, x_BTD: Tensor) -> Tensor:
-        """What the recurrence reads, y, and what it was given, v, both [B, T, V], and the layer's input: [B, T, D]."""
+        """Gates y, the reads of the recurrence, and v, its input, both [B, T, V], by the layer's input: [B, T, D]."""
         y_BTV = (y_BTV + wide(self.D) * v_BTV) * F.silu(wide(self.z(x_BTD)))
         y_BTD: Tensor = self.out(y_BTV.to(x_BTD.dtype))
         return y_BTD

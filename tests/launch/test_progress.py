@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.run.progress import RunProgress
+from launch.run.progress import ProgressBar
 from launch.run.status import _steps
 from train.settings import TrainSettings
 from train.tracking import JsonlWriter, RunLog
@@ -37,7 +37,7 @@ class Watched:
         self.log = folder / "log.txt"
         self._out = io.StringIO()
         console = Console(file=self._out, width=width, force_terminal=terminal, force_interactive=terminal)
-        self.progress = RunProgress(folder, TOTAL, console=console, interval=10, from_end=from_end, clock=self.clock)
+        self.progress = ProgressBar(folder, TOTAL, console=console, interval=10, from_end=from_end, clock=self.clock)
 
     def write(self, text: str) -> None:
         with self.metrics.open("a") as file:

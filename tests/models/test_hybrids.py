@@ -33,10 +33,13 @@ SHAPES = {  # dim, layers, width of an expert; billions of parameters activated 
     "linear_moe_a300m_2b": (1024, 12, 896, 0.3, 2),
     "linear_moe_a1b_7b": (2048, 16, 1024, 1, 7),
 }
-OTHER = (  # mixers of more or less than 4 dim² weights
+OTHER = {  # mixers of more or less than 4 dim² weights: the least share of the published size that a token may meet
+    name: 0.9
+    for name in (
     "gated_deltanet", "gated_deltaproduct", "gateloop", "lact", "lightning", "longhorn", "lru", "mamba", "mamba2",
     "mingru", "retnet", "rglru", "rwkv6", "slstm", "titans",
-)  # fmt: skip
+    )
+}  # fmt: skip
 
 
 def model(name: str, *overrides: str) -> LM:
@@ -108,7 +111,7 @@ def test_linear_moe_has_the_published_size_with_every_mixer(name, mixer):
         in_all += layers * (5 * one - 4 * dim**2)
         on_a_token += layers * (3 * one - 4 * dim**2)
     assert parameters == pytest.approx(in_all, rel=0.05)
-    assert active == pytest.approx(on_a_token, rel=0.05) or mixer in OTHER and 0.9 < active / on_a_token < 1.3
+    assert active == pytest.approx(on_a_token, rel=0.05) or mixer in OTHER and OTHER[mixer] < active / on_a_token < 1.3
 
 
 def tiny(**more) -> LM:

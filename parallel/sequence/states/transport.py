@@ -4,6 +4,17 @@ A transport is two plain functions of tensors. `states` brings to each span the 
 to each span the gradient of the state that leaves it, from those of the states that enter spans: the same chain, walked
 backwards, with A transposed. What is left is local, and the same for every transport: the gradient of `act`.
 
+Two ranks, one span each, effects (A0, U0) and (A1, U1). Forward, `states` gives rank 0 the entering state 0 and rank 1
+the state S1 = A0·0 + U0 = U0. The state that leaves rank 1, A1·S1 + U1, enters nothing. Backward, rank 1 knows G1 =
+∂loss/∂S1 from its own outputs. `gradients` gives each span the gradient of the state that *leaves* it: rank 0 gets G1,
+rank 1 gets 0. Then each rank finishes alone (`transpose`): rank 0 has ∂U0 = G1 and ∂A0 = G1·0ᵀ = 0, rank 1 has zeros.
+With a third rank, G2 = ∂loss/∂S2 must pass rank 1 on its way: the gradient of the state that leaves rank 0 is G1 +
+A1ᵀ·G2. A relay sends exactly that from rank to rank; an all-gather sends every G to all, and each rank folds.
+
+Both ranks call everything: rank 0 needs no state and rank 1 no gradient, but a collective that one rank skips never
+returns on the other. That is why autograd may not prune the crossing: `_Depart` returns a scalar zero that
+`_Arrive` takes, so both run backward on every rank, and zeros count as gradients.
+
 Both run beside the main thread, between `depart` and `arrive`: what is computed between the two hides the way. In the
 backward pass autograd runs the same nodes in the opposite order, so that the gradient is on its way while what was
 computed between is differentiated. Both are operators, which a checkpointing policy may keep: computing a layer again
