@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -190,17 +191,22 @@ def _best(costs: Costs, lengths: list[int]) -> float:
                 for rest in partitions(tuple(i for i in items[1:] if i not in others)):
                     yield (block, *rest)
 
+    ways_of_all = list(itertools.product(costs.sizes, range(len(costs.names))))
+
+    @cache
+    def alone(block: tuple[int, ...], size: int, choice: int) -> float:
+        """Seconds of a group; infinite where it does not fit."""
+        held = [lengths[i] for i in block]
+        fits = sum(held) <= costs.room(choice, 0, size)
+        return float(costs.group(held, 0, size, choice).sum()) if fits else np.inf
+
     def step(items: tuple[int, ...]) -> float:
         least = np.inf
         for blocks in partitions(items):
-            for ways in itertools.product(itertools.product(costs.sizes, range(len(costs.names))), repeat=len(blocks)):
-                if sum(size for size, _ in ways) > costs.cluster.ranks:
-                    continue
-                held = [[lengths[i] for i in block] for block in blocks]
-                if all(sum(h) <= costs.room(c, 0, size) for h, (size, c) in zip(held, ways, strict=True)):
-                    found = [costs.group(h, 0, size, c) for h, (size, c) in zip(held, ways, strict=True)]
-                    least = min(least, costs.micro_step(found))
-        return least
+            for ways in itertools.product(ways_of_all, repeat=len(blocks)):
+                if sum(size for size, _ in ways) <= costs.cluster.ranks:
+                    least = min(least, max(alone(b, *way) for b, way in zip(blocks, ways, strict=True)))
+        return least + costs.model.launch
 
     every = {
         items: step(items)

@@ -35,7 +35,7 @@ def test_buckets_add_the_fewest_tokens(lengths, most):
 
 
 def test_more_buckets_never_add_tokens_and_none_is_refused():
-    added = [sum(rounded_up(LENGTHS[:512], optimal_buckets(LENGTHS[:512], b))) for b in range(1, 24)]
+    added = [sum(rounded_up(LENGTHS[:512], optimal_buckets(LENGTHS[:512], b))) for b in (1, 2, 3, 5, 8, 16)]
     assert all(later <= earlier for earlier, later in itertools.pairwise(added))
     with pytest.raises(ValueError, match="0 buckets"):
         optimal_buckets([1], 0)
