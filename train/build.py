@@ -193,7 +193,8 @@ def _announce(model: LM, train: TrainSettings, say: Callable[[str], None]) -> No
 
 
 def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tuple[State, dict[str, Any]]:
-    """Where the run stands, its weights filled; and what the checkpoint that it goes on from says, {} without one.
+    """Returns where the run stands, its weights filled; and what the checkpoint that it goes on from says, {} without
+    one.
 
     keep: what becomes of the optimizer's state with `init_from`.
     """
@@ -221,14 +222,16 @@ def _average(train: TrainSettings, model: LM, progress: TrainProgress, say: Call
 
 
 def _of_the_run(config: RunConfig, batches: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    """What every checkpoint's manifest says of the run. published: the folder in Hugging Face's format that its weights
+    """Returns what every checkpoint's manifest says of the run. published: the folder in Hugging Face's format that its
+    weights
     first came from, as the checkpoint that it goes on from has it."""
     found = {"seed": config.seed, "data": batches.fingerprint, "order": batches.order}
     return found | ({} if facts.get("published") is None else {"published": facts["published"]})
 
 
 def _asks(model: LM, config: RunConfig, device: str) -> tuple[Ask, ...]:
-    """What a transport is chosen for, where one is to be; none of it where the model's shapes depend on data."""
+    """Returns what a transport is chosen for, where one is to be; none of it where the model's shapes depend on
+    data."""
     if config.parallel.transport.recurrence != "auto":
         return ()
     try:
@@ -254,14 +257,15 @@ def _batches(config: RunConfig, train: TrainSettings) -> Any:
 
 
 def _spans(config: RunConfig, train: TrainSettings) -> Spans | None:
-    """What lies between spans in time waits where activations do."""
+    """Returns what lies between spans in time waits where activations do."""
     if train.span_tokens is None:
         return None
     return Spans(train.span_tokens, train.span_gradient, bool(config.engine.get("offload_activations")))
 
 
 def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisation | None:
-    """What steps' FLOP/s are held against: plain matmuls on as many devices as rank 0's. None where a model's costs are
+    """Returns what steps' FLOP/s are held against: plain matmuls on as many devices as rank 0's. None where a model's
+    costs are
     not known."""
     try:
         costs = account(model, device=device)
@@ -286,7 +290,8 @@ def _companions(run_dir: Path, batches: Any) -> list[Path]:
 
 
 def _attempt(order: dict[str, Any], saved: int) -> int:
-    """Which start of the run this is, the same on every rank: a number that no record and no checkpoint has yet.
+    """Returns which start of the run this is, the same on every rank: a number that no record and no checkpoint has
+    yet.
 
     `saved` is the checkpoint's, 0 without one. An attempt may have died before its first checkpoint, so rank 0 also
     looks into metrics.jsonl, which it alone writes; a launcher's count holds unless the folder knows a later attempt.

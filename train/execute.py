@@ -29,7 +29,7 @@ def _no_clock(phase: str) -> AbstractContextManager[None]:
 
 @dataclass
 class Tally:
-    """What a step adds up to over its micro-steps, on this rank: `train.loss.LossSums`, without gradients.
+    """The sums of a step over its micro-steps, on this rank: `train.loss.LossSums`, without gradients.
 
     correct: targets that were the likeliest token, counted by `Executor.evaluate` only.
     """
@@ -120,7 +120,7 @@ class Executor:
         return tally
 
     def score(self, plan: Plan, batch: Sequence[PackedSequence]) -> tuple[Tensor, Tensor]:
-        """Of every token of the batch, end to end: the nats of its target, fp64, and whether that is the likeliest
+        """Scores every token of the batch, end to end: the nats of its target, fp64, and whether that is the likeliest
         token; 0 and False without a target. The same on every rank."""
 
         def read(output: Output) -> list[Tensor]:
@@ -132,7 +132,8 @@ class Executor:
 
     @torch.no_grad()
     def by_token(self, plan: Plan, batch: Sequence[PackedSequence], read: Callable[[Output], list[Tensor]]) -> Tensor:
-        """What `read` takes of each micro-step, some values [B, T]: fp64 [values, N], of every token of the batch, end
+        """Returns what `read` takes of each micro-step, some values [B, T]: fp64 [values, N], of every token of the
+        batch, end
         to end, the same on every rank. Forward only."""
         begins = np.cumsum([0, *plan.lengths])
         found: Tensor | None = None
@@ -150,7 +151,7 @@ class Executor:
         return self.groups.world_comm.all_reduce(found, purpose="evaluation")
 
     def _outputs(self, plan: Plan, batch: Sequence[PackedSequence]) -> Iterator[tuple[Group, Output]]:
-        """What the model says of each micro-step, whole or span after span in time."""
+        """Returns what the model says of each micro-step, whole or span after span in time."""
         for _, micro in self._micro_steps(plan, batch):
             groups = self._in_time(plan, micro)
             memory = Memory() if len(groups) > 1 else None

@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest may say: one from elsewhere may say anything."""
+"""The types of a checkpoint's manifest: one from elsewhere may say anything."""
 
 import math
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def _are_spans(value: Any) -> bool:
 
 
 def _is_guard(facts: Any) -> bool:
-    """What `train.guard` has noted: a window of losses and of norms, null where it is not filled."""
+    """Returns what `train.guard` has noted: a window of losses and of norms, null where it is not filled."""
     if not isinstance(facts, dict):
         return False
     if not (rows := facts.get("seen")):
@@ -69,7 +69,7 @@ def _is_guard(facts: Any) -> bool:
 
 
 def _is_average(facts: Any) -> bool:
-    """What `train.average` has noted."""
+    """Returns what `train.average` has noted."""
     if not facts:
         return True
     return (

@@ -1,4 +1,4 @@
-"""From YAML to objects: `_target_` nodes, of this project and torch.optim only."""
+"""Builds objects from YAML: `_target_` nodes, of this project and torch.optim only."""
 
 from importlib import import_module
 from typing import Any
@@ -9,12 +9,12 @@ ROOMS = ("data.", "models.", "parallel.", "train.", "launch.templates.", "torch.
 
 
 def allowed(target: str) -> bool:
-    """Whether `target` lies in a room whose classes a configuration may build."""
+    """Says whether `target` lies in a room whose classes a configuration may build."""
     return target.startswith(ROOMS)
 
 
 def is_class(target: str) -> bool:
-    """Whether a `_target_` names a class that is defined in those rooms: not what their modules have imported."""
+    """Says whether a `_target_` names a class that is defined in those rooms: not what their modules have imported."""
     room, _, name = target.rpartition(".")
     if not allowed(target):
         return False

@@ -1,4 +1,5 @@
-"""What makes a run depend on its layout: all else has the same loss, in exact arithmetic, on any number of ranks, in
+"""The options that make a run depend on its layout: all else has the same loss, in exact arithmetic, on any number of
+ranks, in
 any micro-batches, by any transport. docs/parallel.md has the table of every option that one may think of."""
 
 from models.lm import LM

@@ -26,7 +26,7 @@ class LossSums(NamedTuple):
 
 
 def sums(output: Output, targets_BT: Tensor | None = None) -> LossSums:
-    """From an output with its cross-entropy, or from one with logits and the targets that they are held to.
+    """Sums from an output with its cross-entropy, or from one with logits and the targets that they are held to.
 
     Targets of -100 do not count; a rank with none adds a zero that still reaches every parameter.
     """

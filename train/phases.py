@@ -1,4 +1,4 @@
-"""What every learning-rate schedule is: a row of phases, each from one token to another, that meet without a jump.
+"""The form of every learning-rate schedule: a row of phases, each from one token to another, that meet without a jump.
 
 Durations are tokens (whole numbers) or shares (below 1) of what is left of the run's budget where the schedule begins.
 
@@ -30,7 +30,8 @@ COOLDOWNS = ("cosine", "inverse_sqrt")
 
 
 def fall(curve: str, first: float, last: float, left: float, alpha: float = 10.0) -> float:
-    """From `first` at left=1 to `last` at left=0. sqrt: 1 minus the root of what is done (2405.18392). inverse_sqrt:
+    """Interpolates from `first` at left=1 to `last` at left=0. sqrt: 1 minus the root of what is done (2405.18392).
+    inverse_sqrt:
     1 / sqrt(1 + alpha done), brought to these ends (2403.08763)."""
     left = min(1.0, max(0.0, left))
     if curve == "exponential":
@@ -47,7 +48,7 @@ def fall(curve: str, first: float, last: float, left: float, alpha: float = 10.0
 
 
 class Schedule:
-    """What all schedules share: where they begin, their warm-up, and how phases are looked up and checked."""
+    """The common part of all schedules: where they begin, their warm-up, and how phases are looked up and checked."""
 
     start_alone = 0.0  # where `start` is null and there is no checkpoint
     exact = False  # whether the phases must fill the budget, and not only fit into it
@@ -67,11 +68,11 @@ class Schedule:
         return self.start_alone if self.given_start is None else self.given_start
 
     def phases(self, budget: float) -> list[Phase]:
-        """Of a run that has `budget` tokens to go where the schedule begins."""
+        """The phases of a run that has `budget` tokens to go where the schedule begins."""
         raise NotImplementedError
 
     def multiplier(self, tokens: float, budget: int) -> float:
-        """Of the optimizer's rate, `tokens` into a run of `budget` tokens."""
+        """The multiplier of the optimizer's rate, `tokens` into a run of `budget` tokens."""
         begin = self.begin or 0
         phases = self.phases(budget - begin)
         at = min(max(tokens - begin, 0.0), phases[-1].end)

@@ -1,4 +1,4 @@
-"""Which dtypes a run computes and keeps its weights in."""
+"""The dtypes that a run computes in and keeps its weights in."""
 
 import torch
 
@@ -6,7 +6,7 @@ NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def native_bf16(device: str) -> bool:
-    """Whether `device` multiplies bf16 natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    """Says whether `device` multiplies bf16 natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     if hasattr(torch.cpu, "get_capabilities"):

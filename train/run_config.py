@@ -91,7 +91,7 @@ class RunConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunConfig:
-        """From a complete configuration. Raises what the settings' constructors raise."""
+        """Reads a complete configuration. Raises what the settings' constructors raise."""
         found: dict[str, Any] = {}
         for each in fields(cls):
             value = deepcopy(values[each.name])
@@ -105,7 +105,7 @@ class RunConfig:
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.yaml holds: `of` takes it back."""
+        """The content of config.yaml; `of` takes it back."""
         found: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)

@@ -1,4 +1,4 @@
-"""What a run remembers across steps, besides its tensors."""
+"""The memory of a run across steps, besides its tensors."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +27,8 @@ class State:
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "State":
-        """Of a checkpoint's manifest; one from before there were guards has passed over nothing, and in one from before
+        """Reads a checkpoint's manifest; one from before there were guards has passed over nothing, and in one from
+        before
         padding could be told it is among the tokens."""
         facts = {"places": facts.get("tokens", 0), **facts}
         names = ("step", "tokens", "places", "skips", "attempt", "skipped", "rollbacks", "since", "scale", "padding")
@@ -35,7 +36,7 @@ class State:
 
     @property
     def place(self) -> int:
-        """Of the next batch in the order."""
+        """The number of the next batch in the order."""
         return self.step + self.skips
 
     def skip(self, end: int) -> None:

@@ -68,7 +68,8 @@ class SpansTold:
 
 
 class Borders:
-    """What each span left to the next, without its graph. Keys and values of all borders are held once: of those that a
+    """The values that each span left to the next, without their graph. Keys and values of all borders are held once: of
+    those that a
     span was entered with, the next border refers to the ones before."""
 
     def __init__(self, on_host: bool):
@@ -80,11 +81,11 @@ class Borders:
         self.kept.append({slot: self._own(value, tokens) for slot, value in leaving.items()})
 
     def entering(self, border: int) -> State:
-        """What entered the span behind a border, as leaves that gather gradients."""
+        """Returns what entered the span behind a border, as leaves that gather gradients."""
         return {slot: tree_map(_leaf, self._whole(border, slot)) for slot in self.kept[border]}
 
     def _own(self, value: Any, tokens: int) -> tuple[Any, int]:
-        """What a border keeps of a value, and how long the value is where that is not all."""
+        """Returns what a border keeps of a value, and how long the value is where that is not all."""
         if not isinstance(value, Past) or value.sinks or value.k.shape[1] <= tokens:
             return tree_map(self._hold, value), 0
         return tree_map(self._hold, Past(value.k[:, -tokens:], value.v[:, -tokens:])), value.k.shape[1]
@@ -205,7 +206,7 @@ def _gradient(x: Any) -> Any:
 
 
 def _backward(objective: Tensor, leaving: State, gradients: State) -> None:
-    """From the objective and from what is left. A zero is a gradient too: every rank walks the same graph."""
+    """Gradients from the objective and from what is left. A zero is a gradient too: every rank walks the same graph."""
     roots: list[Tensor] = [objective]
     seeds: list[Tensor | None] = [None]
     for slot, gradient in gradients.items():

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises, or TimeoutError after `seconds`: in a thread, left behind where it is stuck.
+    """Returns what `work` returns or raises, or TimeoutError after `seconds`: in a thread, left behind where it is
+    stuck.
 
     For what has no bound of its own: the resolution of a name, a service process that has stopped.
     """

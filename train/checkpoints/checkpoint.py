@@ -119,7 +119,8 @@ def _write_tensors(
 
 
 def _no_room(error: BaseException) -> str | None:
-    """What the system says where a disk is full or may not hold more, wherever that is in an error; None for another.
+    """Returns what the system says where a disk is full or may not hold more, wherever that is in an error; None for
+    another.
 
     torch's writer hides it behind words of its own.
     """
@@ -186,7 +187,8 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> No
 
 
 def has_moments(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds an optimizer's state; a folder of Hugging Face's has none. Raises DamagedError."""
+    """Says whether a checkpoint holds an optimizer's state; a folder of Hugging Face's has none. Raises
+    DamagedError."""
     if is_folder(checkpoint) or not (checkpoint / METADATA).exists():
         return False
     saved = stored.metadata(checkpoint).state_dict_metadata
@@ -223,7 +225,7 @@ def _check_saved(state: dict[str, Any], saved: Metadata) -> None:
 
 
 def _reader(checkpoint: Path) -> dcp.StorageReader:
-    """Of a checkpoint of ours, or of a folder of Hugging Face's."""
+    """The manifest of a checkpoint of ours, or of a folder of Hugging Face's."""
     return PublishedReader(checkpoint) if is_folder(checkpoint) else _Reader(str(checkpoint))
 
 

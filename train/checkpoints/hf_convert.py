@@ -147,7 +147,7 @@ class Saved:
         return sorted(self.published, key=lambda source: place[self.published[source][1][0].name])
 
     def dtype(self, source: str, wanted: torch.dtype | None = None) -> torch.dtype:
-        """What the checkpoint holds a published tensor in, or `wanted` where that may be chosen."""
+        """Returns what the checkpoint holds a published tensor in, or `wanted` where that may be chosen."""
         name = self.published[source][1][0].name
         held: torch.dtype = getattr(torch, self._dtypes[name])
         return held if wanted is None or name.endswith(PRECISE) else wanted

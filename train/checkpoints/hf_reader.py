@@ -39,12 +39,12 @@ Files = dict[str, tensors.StoredTensor]
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is one of Hugging Face's models, and no run and no checkpoint of ours."""
+    """Says whether a folder is one of Hugging Face's models, and no run and no checkpoint of ours."""
     return (path / CONFIG).is_file() and not (path / "config.yaml").exists()
 
 
 class Published:
-    """What a folder holds, as a model of ours. Nothing is read but headers until `read` is called.
+    """A folder's model, as one of ours. Nothing is read but headers until `read` is called.
 
     vocabulary: rows of the embedding and the head wanted; null for those that there are. extend: whether there may be
     more of them, each the mean of those that there are: the likelihoods of known tokens then change least (Hewitt 2021,
@@ -120,7 +120,7 @@ class Published:
                 self.shapes[name] = (wanted, *self.shapes[name][1:])
 
     def manifest(self) -> dict[str, Any]:
-        """What a checkpoint's manifest would say of the model."""
+        """Returns what a checkpoint's manifest would say of the model."""
         shapes = {n: [list(s), str(self.dtypes[n]).removeprefix("torch.")] for n, s in self.shapes.items()}
         return {"model": shapes, "published": {"architecture": self.name, "positions": self.max_length}}
 
@@ -213,7 +213,8 @@ class PublishedReader(StorageReader):
 
 
 def _untied(config: Config, stored: Files, entries: Entries) -> tuple[Config, Files, list[str]]:
-    """What a folder's head is, as `transformers` reads it: its own where it holds another than the embedding, whatever
+    """Returns what a folder's head is, as `transformers` reads it: its own where it holds another than the embedding,
+    whatever
     the configuration says of the two; and the embedding, where only the head is there. With what there is to say."""
     if not config.get("tie_word_embeddings") or HEAD not in stored:
         return config, stored, []
@@ -227,7 +228,7 @@ def _untied(config: Config, stored: Files, entries: Entries) -> tuple[Config, Fi
 
 
 def _same(one: tensors.StoredTensor, other: tensors.StoredTensor) -> bool:
-    """Whether two tensors hold the same numbers."""
+    """Says whether two tensors hold the same numbers."""
     if one.shape != other.shape:
         return False
     step = max(1, STRETCH // (math.prod(one.shape[1:]) * one.dtype.itemsize or 1))
@@ -238,7 +239,7 @@ def _same(one: tensors.StoredTensor, other: tensors.StoredTensor) -> bool:
 
 
 def _why_not(model: dict[str, Any]) -> str | None:
-    """What stands in the way of an export, null where nothing does."""
+    """Returns what stands in the way of an export, null where nothing does."""
     try:
         of_model(model)
     except ValueError as error:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Name(NamedTuple):
-    """What a pickle would import."""
+    """A name that a pickle would import."""
 
     module: str
     name: str
@@ -21,7 +21,7 @@ class Name(NamedTuple):
 
 @dataclass(eq=False)
 class Made:
-    """What calling `what` with `args` would make, and the state that it would be given."""
+    """The call of `what` with `args` that a pickle asks for, and the state for its result."""
 
     what: Any
     args: Any
@@ -53,7 +53,7 @@ _MARK = _Mark()
 
 
 def parsed(content: bytes) -> Any:
-    """What a pickle would build, of None, bool, int, float, str, tuple, list, and the classes above.
+    """Returns what a pickle would build, of None, bool, int, float, str, tuple, list, and the classes above.
 
     Raises ValueError for what is no pickle, is cut short, or has an instruction that no checkpoint needs.
     """

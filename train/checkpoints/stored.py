@@ -57,12 +57,12 @@ class DamagedError(ValueError):
 
     @property
     def user_line(self) -> str:
-        """What a launcher says of it: no trace helps."""
+        """Returns what a launcher says of it: no trace helps."""
         return str(self)
 
 
 class CheckpointReader(dcp.FileSystemReader):
-    """Of a checkpoint that may come from elsewhere. Raises DamagedError for one that is not what torch has saved."""
+    """Reads a checkpoint that may come from elsewhere. Raises DamagedError for one that is not what torch has saved."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return metadata(Path(self.path))
@@ -91,7 +91,8 @@ class TensorLoadPlanner(dcp.DefaultLoadPlanner):
 
 
 class StoredPiece(NamedTuple):
-    """Where a piece of a tensor lies, what it is of, and its shape. The first three are torch's `_StorageInfo`."""
+    """A piece of a tensor: its place in a file, the tensor that it is of, and its shape. The first three are torch's
+    `_StorageInfo`."""
 
     relative_path: str
     offset: int
@@ -131,7 +132,7 @@ class _Slice(io.RawIOBase):
 
 
 def metadata(folder: Path) -> Metadata:
-    """What a checkpoint's `.metadata` says of its tensors; entries of bytes are left out. Raises DamagedError.
+    """Returns what a checkpoint's `.metadata` says of its tensors; entries of bytes are left out. Raises DamagedError.
 
     Every tensor's pieces cover it, lie within their files, and these in the folder.
     """
@@ -212,7 +213,7 @@ def _tensor(name: str, entry: Any) -> tuple[tuple[int, ...], torch.dtype, list[t
 
 
 def _cover(shape: tuple[int, ...], pieces: list[tuple[Any, Any]]) -> bool:
-    """Whether each element is in exactly one piece."""
+    """Says whether each element is in exactly one piece."""
     for offsets, extent in pieces:
         inside = len(offsets) == len(extent) == len(shape)
         if not inside or any(o + e > s for o, e, s in zip(offsets, extent, shape, strict=True)):
@@ -332,7 +333,7 @@ def _stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
 
 
 def _told(node: Any) -> tuple[torch.dtype, str, int, tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Of a saved tensor its dtype, the key and the length of its storage, and how it lies there."""
+    """Reads a saved tensor's dtype, the key and the length of its storage, and how it lies there."""
     args = node.args if isinstance(node, Made) and _is(node.what, "_rebuild_tensor_v2") else ()
     if not isinstance(args, tuple) or len(args) < 4 or not isinstance(args[0], Elsewhere):
         raise ValueError("it is no plain tensor")

@@ -1,4 +1,4 @@
-"""What held-out documents tell: the loss by source, by length, by position, and what far context is worth."""
+"""Evaluation on held-out documents: the loss by source, by length, by position, and what far context is worth."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -37,7 +37,7 @@ class Mean:
 
 
 def loss(found: Sequence[tuple[EvaluationText, Score]], tokenizer: Any) -> dict[str, Any]:
-    """Of all, of each source, and of documents by length, from powers of two."""
+    """The loss of all documents, of each source, and by length of document, from powers of two."""
     everything, sources, buckets = Mean(), dict[str, Mean](), dict[int, Mean]()
     size = 0
     for text, score in found:
@@ -57,7 +57,7 @@ def loss(found: Sequence[tuple[EvaluationText, Score]], tokenizer: Any) -> dict[
 
 
 def positions(found: Sequence[tuple[EvaluationText, Score]]) -> list[dict[str, Any]]:
-    """By how many tokens of its document a target has before it, from powers of two."""
+    """The loss by how many tokens of its document a target has before it, from powers of two."""
     sums = np.zeros((3, 64))
     for text, score in found:
         asked = np.flatnonzero(text.packed.targets != NO_TARGET)
@@ -72,7 +72,7 @@ def positions(found: Sequence[tuple[EvaluationText, Score]]) -> list[dict[str, A
 
 
 def long_range(scorer: Scorer, batches: Any, *, length: int, context: int, most: int, told: Told) -> dict[str, Any]:
-    """What the context before the last `context` tokens is worth, in documents of twice as many and more.
+    """Returns what the context before the last `context` tokens is worth, in documents of twice as many and more.
 
     Scored are the targets among the last context / 4 tokens of what is read of a document, once with all of it before
     them and once with the last `context` tokens of it alone, of which a target has from 3/4 to all before it.

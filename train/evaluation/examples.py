@@ -1,4 +1,4 @@
-"""What generated examples tell: whether a model finds a needle, recalls pairs, says a sequence again.
+"""Evaluation on generated examples: whether a model finds a needle, recalls pairs, says a sequence again.
 
 A needle is a sentence in held-out text, in the tokenizer's own words; of tokens that spell nothing, a mark, a key and
 an answer among symbols, as in `data.tasks`. Recall and copy are those of `data.tasks` for every vocabulary, their
@@ -73,7 +73,8 @@ def answered(example: Packed, score: Score) -> tuple[float, bool, int, int]:
 def needle(
     scorer: Scorer, batches: Any, *, lengths: list[int], depths: int, samples: int, all_fit: bool, told: Told
 ) -> dict[str, Any]:
-    """By length and depth: the mean log-probability of the answer, and how often all of it is the likeliest text.
+    """Needles by length and depth: the mean log-probability of the answer, and how often all of it is the likeliest
+    text.
     Lengths without room for a needle are left out, unless all have to fit."""
     places = [d / max(depths - 1, 1) for d in range(depths)]
     needles = NeedleExamples(batches, max(lengths))

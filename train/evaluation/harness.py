@@ -23,14 +23,16 @@ GENERATED = 256  # tokens of an answer, where a task does not say
 
 
 class Answers:
-    """What the harness asks for, of texts. length: the most tokens of a text and its continuation; older ones go."""
+    """Answers the harness's requests about texts. length: the most tokens of a text and its continuation; older ones
+    go."""
 
     def __init__(self, model: LM, scorer: Scorer, tokenizer: Any, length: int):
         self.decoder, self.scorer, self.tokenizer, self.length = Decoder(model), scorer, tokenizer, length
         self.roles = roles_of(tokenizer)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): the log-probability of the latter, and whether it is the likeliest text.
+        """Each (context, continuation)'s answer: the log-probability of the latter, and whether it is the likeliest
+        text.
 
         As the harness has it, a blank between the two belongs to the continuation, and that is what the tokens of both
         together have more than those of the context.
@@ -65,7 +67,7 @@ class Answers:
         return found
 
     def continuations(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """Of each (context, options) the text that follows, up to the first of the stops in `until`."""
+        """Writes the text that follows each (context, options), up to the first of the stops in `until`."""
         found = []
         for context, options in asked:
             until = options.get("until") or []
@@ -126,7 +128,7 @@ def harness(
 
 
 def _told(call: Any) -> Any:
-    """What the first rank tells."""
+    """Returns what the first rank tells."""
     box = [call]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -150,5 +152,5 @@ def _adapter(ask: Callable[[str, list[Any]], Any]) -> Any:
 
 
 def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold."""
+    """Returns what JSON can hold."""
     return {key: value for key, value in numbers.items() if isinstance(value, bool | int | float | str)}

@@ -37,7 +37,7 @@ class Heldout(NamedTuple):
     sources: dict[str, Means]
 
     def record(self) -> dict[str, Any]:
-        """As metrics.jsonl has it."""
+        """The scores as metrics.jsonl has them."""
         found: dict[str, Any] = {"heldout_loss": self.overall.loss, "heldout_accuracy": self.overall.accuracy}
         by_source = {name: means._asdict() for name, means in self.sources.items()}
         return found | ({"heldout": by_source} if by_source else {})
@@ -56,7 +56,7 @@ def heldout(executor: Executor, batches: Any, plan: Callable[[list[int]], Plan])
 def _sums(
     executor: Executor, batches: Any, windows: list[Any], plan: Callable[[list[int]], Plan]
 ) -> tuple[float, float, int]:
-    """Of some windows: nats, targets that are the likeliest token, and targets."""
+    """Sums over some windows: nats, targets that are the likeliest token, and targets."""
     marks, nats, right, targets = [*roles_of(batches.tokenizer).marks], 0.0, 0.0, 0
     scored = [replace(s, targets=np.where(np.isin(s.targets, marks), -100, s.targets)) for s in windows]
     for begin in range(0, len(scored), batches.windows_per_batch):
@@ -70,7 +70,7 @@ def _sums(
 
 
 def drift(before: dict[str, float], scores: Heldout, sides: dict[str, bool]) -> dict[str, dict[str, float]]:
-    """What has been lost and learnt since the run began, in nats per target of held-out text.
+    """Returns what has been lost and learnt since the run began, in nats per target of held-out text.
 
     before: the loss on each source then. sides: of each source whether it is old. forgetting: by how much the loss on
     each old source has risen; adaptation: by how much that on each new one has fallen.
@@ -153,7 +153,8 @@ class Evaluation(Hook):
 
 
 def document_lengths(starts: Sequence[np.ndarray]) -> list[list[int]]:
-    """How many pieces of documents have at most so many tokens: [limit, count], limits the powers of two in use.
+    """Returns how many pieces of documents have at most so many tokens: [limit, count], limits the powers of two in
+    use.
 
     starts: bool [L] of each packed sequence, True where a piece begins. A limit counts what is above the one before.
     """

@@ -82,7 +82,7 @@ def reach(settings: EvaluateSettings, batches: Any) -> int:
 
 
 def lengths(settings: EvaluateSettings, length: int) -> list[int]:
-    """Of generated examples."""
+    """Measures the parts that generated examples answer."""
     return settings.lengths or [n for n in (length >> 3, length >> 2, length >> 1) if n >= SHORTEST] + [length]
 
 

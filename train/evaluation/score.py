@@ -19,7 +19,8 @@ Told = Callable[[int, int], None]  # how many tokens are done, and of how many
 
 
 class Score(NamedTuple):
-    """Of each token of a sequence [L]: the nats of its target, float64, and whether that is the likeliest token."""
+    """The scores of a sequence's tokens [L]: the nats of its target, float64, and whether that is the likeliest
+    token."""
 
     nats: NDArray[np.float64]
     right: NDArray[np.bool_]
@@ -33,7 +34,7 @@ class Scorer:
         self.scheduler = Static(layout="contiguous")
 
     def __call__(self, sequences: Sequence[Packed], told: Told = lambda done, of: None) -> list[Score]:
-        """Of each sequence, in their order."""
+        """Scores sequences, in their order."""
         found: list[Score] = []
         done, total = 0, sum(len(s.tokens) for s in sequences)
         for batch in self._batches(sequences):

@@ -66,7 +66,8 @@ def _text(document: Any, roles: Roles) -> Packed:
 
 
 def spelled(tokenizer: Any, sequence: Packed) -> int:
-    """How many bytes the targets of a sequence spell: what a piece has more than the tokens before its first target."""
+    """Returns how many bytes the targets of a sequence spell: what a piece has more than the tokens before its first
+    target."""
     size, begins = 0, [*np.flatnonzero(sequence.starts).tolist(), len(sequence.tokens)]
     for begin, end in itertools.pairwise(begins):
         asked = np.flatnonzero(sequence.targets[begin:end] != NO_TARGET)
@@ -78,7 +79,7 @@ def spelled(tokenizer: Any, sequence: Packed) -> int:
 
 
 def bytes_per_target(batches: Any) -> float | None:
-    """How many bytes of text a held-out target is, on average; None of tokens that spell no text."""
+    """Returns how many bytes of text a held-out target is, on average; None of tokens that spell no text."""
     tokenizer = batches.tokenizer
     if not hasattr(tokenizer, "decode") or isinstance(tokenizer, Given) or batches.chance is not None:
         return None
@@ -111,13 +112,13 @@ def hay(batches: Any, tokens: int) -> Ints:
 
 
 def natural(batches: Any) -> list[Documents]:
-    """What is held out of each source whose documents nobody generated; of all, where there is none."""
+    """Returns what is held out of each source whose documents nobody generated; of all, where there is none."""
     both = zip(batches.sources, batches.heldout_documents, strict=True)
     return [held for source, held in both if not _made(source)] or list(batches.heldout_documents)
 
 
 def _made(source: Source) -> bool:
-    """Whether its documents are generated: there are other needles in those."""
+    """Says whether its documents are generated: there are other needles in those."""
     identity = getattr(source.store, "card", {}).get("identity", {})
     return identity.get("corpus") in (Needles.name, Copies.name)
 

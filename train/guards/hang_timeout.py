@@ -1,4 +1,4 @@
-"""How long a rank may be silent before a run counts as stuck: as long as its own steps make likely."""
+"""The silence of a rank after which a run counts as stuck: as long as its own steps make likely."""
 
 import statistics
 from collections import deque
@@ -28,7 +28,7 @@ class Patience:
 
     @contextmanager
     def during(self, doing: str) -> Iterator[None]:
-        """What is not a step and enters no collective by name: a checkpoint, say."""
+        """Returns what is not a step and enters no collective by name: a checkpoint, say."""
         self._here.doing, self._here.patience = doing, max(FIRST_S, self.seconds)
         self._here.signs += 1
         try:

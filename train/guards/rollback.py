@@ -1,4 +1,4 @@
-"""What a run does with a step that the guard has held back: says so, passes over its batch; goes back, or ends."""
+"""The answer to a step that the guard has held back: says so, passes over its batch; goes back, or ends."""
 
 import math
 from collections.abc import Callable
@@ -149,8 +149,8 @@ class Rollback:
 def origin(
     executor: Executor, watched: Watched, batch: Any, group: list[TokenRun], step: int, split: tuple[int, int]
 ) -> TokenRun:
-    """Which of a group's documents is not finite by itself, the first where none of the first few is: inside a chunk of
-    tokens, a zero times what is not finite reaches its neighbours on either side. Collective.
+    """Returns which of a group's documents is not finite by itself, the first where none of the first few is: inside a
+    chunk of tokens, a zero times what is not finite reaches its neighbours on either side. Collective.
 
     split: data groups, and ranks of a sequence.
     """

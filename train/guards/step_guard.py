@@ -1,4 +1,4 @@
-"""What keeps a step that would do harm from the weights: a gradient that is not finite, a loss far off the others.
+"""The guard that keeps a harmful step from the weights: a gradient that is not finite, a loss far off the others.
 
 The decision is a tensor on the device, made of numbers that all ranks share, and gates the update there: nothing waits
 for the host until the step's metrics are read anyway. A step that is held back leaves weights, moments and counts as
@@ -52,7 +52,7 @@ class Guard(Hook):
         self.held = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def decide(self, cross_entropy: Tensor, targets: int, norm: Tensor) -> Tensor:
-        """Whether the step is held back, bool [], the same on every rank. Collective where limits are asked for.
+        """Says whether the step is held back, bool [], the same on every rank. Collective where limits are asked for.
 
         cross_entropy: this rank's part of the step's sum. targets: of all ranks. norm: of all gradients.
         """
@@ -70,7 +70,7 @@ class Guard(Hook):
         return self.held
 
     def _limits(self, sigma: float) -> Tensor:
-        """Of loss and norm, float64 [2]; infinite until the window is half full."""
+        """The limits of loss and norm, float64 [2]; infinite until the window is half full."""
         there = torch.isfinite(self.seen)
         count = there.sum(1)
         values = torch.where(there, self.seen, 0.0)
@@ -150,7 +150,7 @@ class Watched:
         return [torch.where(bad_BT & (self._depth == 0), 1, self._depth)]
 
     def name(self, depth: int) -> str | None:
-        """Of the layer of such a number; None for the loss, or nothing."""
+        """The name of the layer of such a number; None for the loss, or nothing."""
         return self.names[len(self.names) + 1 - depth] if depth > 1 else None
 
 
@@ -179,7 +179,7 @@ def suspects(plan: Plan, batch: Any, bad: Any) -> list[list[TokenRun]]:
 
 
 def name(piece: TokenRun, packed: Any, held: Any) -> str:
-    """Of a document: its number in its store, where there is one.
+    """A document's number in its store, where there is one.
 
     held: the sequence's store, that one's name, and its pieces [n, 2] there; None of a generated task.
     """

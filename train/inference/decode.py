@@ -37,7 +37,7 @@ ALONE = Comm((0,), 0)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its logits.
+    """The drawing of a token from its logits.
 
     temperature: what the logits are divided by; 0 takes the likeliest token. top_p: of the likeliest tokens, how much
     probability is drawn from: the fewest that have at least so much together (nucleus sampling, 1904.09751). seed: of
@@ -77,7 +77,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What reading a text has left. entering: by slot. tokens: how many. logits: [vocabulary] of what follows, None on
+    """The state behind a text that has been read. entering: by slot. tokens: how many. logits: [vocabulary] of what
+    follows, None on
     ranks that do not hold the text's end."""
 
     entering: dict[str, Any]
@@ -169,7 +170,8 @@ def _packed(tokens: list[int]) -> Packed:
 
 
 def _joined(values: Sequence[Any]) -> Any:
-    """What several texts have left, as rows of one. Keys and values are aligned at their ends: nothing is read of what
+    """Returns what several texts have left, as rows of one. Keys and values are aligned at their ends: nothing is read
+    of what
     stands before a text's own."""
     first = values[0]
     if isinstance(first, Past):

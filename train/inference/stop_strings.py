@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 class StreamedText:
-    """What may be shown of a continuation so far.
+    """The part of a continuation that may be shown so far.
 
     `add` takes the bytes of the next token and returns the characters that are certain: a character may take several
     tokens, and what may become one of the `stop` strings waits until it is one or is not. `ended`: a stop has come, the
@@ -24,7 +24,7 @@ class StreamedText:
         return self._shown(self._characters.decode(piece), at_end=False)
 
     def close(self) -> str:
-        """What was held back; the text ends here."""
+        """Returns what was held back; the text ends here."""
         return self._shown(self._characters.decode(b"", True), at_end=True)
 
     def _shown(self, more: str, *, at_end: bool) -> str:
@@ -40,7 +40,7 @@ class StreamedText:
         return text[:shown]
 
     def _waiting(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a stop."""
+        """Returns how many characters at the end may be the beginning of a stop."""
         longest = max((len(each) for each in self.stop), default=1) - 1
         for count in range(min(longest, len(text)), 0, -1):
             if any(each.startswith(text[-count:]) for each in self.stop):

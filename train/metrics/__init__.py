@@ -1,1 +1,1 @@
-"""What a step measures: the time of each of its parts, and what its communication carried."""
+"""The measurements of a step: the time of each of its parts, and what its communication carried."""

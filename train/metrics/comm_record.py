@@ -1,4 +1,5 @@
-"""What ranks receive from each other: in a step, for its record; and how fast, for a transport that is to be chosen."""
+"""Bytes that ranks receive from each other: in a step, for its record; and how fast, for a transport that is to be
+chosen."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""What a model asks of its sequence, by shape: the part of `parallel.schedule.comm_volume` that the model knows.
+"""A model's requests to its sequence, by shape: the part of `parallel.schedule.comm_volume` that the model knows.
 
 No module states it: the model runs once on the meta device, on a sequence that notes what it is asked.
 """
@@ -19,7 +19,8 @@ TOKENS = 64
 
 
 def asked(model: LM, *, device: str = "cpu") -> tuple[Ask, ...]:
-    """What a forward pass of a model on the meta device asks, computing in `model.compute` on a `device`, in order.
+    """Returns what a forward pass of a model on the meta device asks, computing in `model.compute` on a `device`, in
+    order.
 
     Raises NotImplementedError for a model whose course depends on data.
     """
@@ -48,7 +49,7 @@ def check_heads(model: LM, attention: str, ranks: int) -> None:
 
 
 def weight_units(model: LM, *, itemsize: int, reshard: bool) -> list[Unit]:
-    """What FSDP gathers at a time, as `parallel.data.shard` wraps it: each layer, then the rest.
+    """Returns what FSDP gathers at a time, as `parallel.data.shard` wraps it: each layer, then the rest.
 
     itemsize: bytes of a master weight. reshard: whether a layer's weights are let go between forward and backward.
     """

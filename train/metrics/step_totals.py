@@ -1,4 +1,4 @@
-"""What the ranks tell each other at the end of a step, in one all-gather."""
+"""The totals of a step, which the ranks exchange at its end in one all-gather."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where a step's time and memory go."""
+"""The time and the memory of a step, by their use."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def matmul_peak(device: str, dtype: torch.dtype, *, seconds: float = 0.2) -> flo
 
 @dataclass(frozen=True)
 class Utilisation:
-    """How much of the machines a step used. peak: FLOP/s that all workers together reach on plain matmuls."""
+    """The share of the machines that a step used. peak: FLOP/s that all workers together reach on plain matmuls."""
 
     account: Account
     peak: float

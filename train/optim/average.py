@@ -67,7 +67,7 @@ class Average(Hook):
 
     @torch.no_grad()
     def averaged(self) -> Weights:
-        """By name, sharded as the weights are. Before the first of `last` it is the weights themselves."""
+        """The averages by name, sharded as the weights are. Before the first of `last` it is the weights themselves."""
         if self.kind == "ema":
             return self.mean
         if not self.snapshots:

@@ -120,7 +120,8 @@ class Muon(Optimizer):
         return self.owners[key].apply(directions, update, dtype)
 
     def received(self, world: int, dtype: torch.dtype, device: str) -> list[Traffic]:
-        """What each rank receives in a step, weights being spread over `world` of them. dtype: of master weights."""
+        """Returns what each rank receives in a step, weights being spread over `world` of them. dtype: of master
+        weights."""
         parameters = [p for group in self._groups(muon=True) for p in group["params"]]
         matrices = [_cuts(p) for p in parameters]
         return received([p.shape[0] for p in parameters], matrices, world, _travels(dtype, device).itemsize)
@@ -133,12 +134,13 @@ def _cuts(parameter: Tensor) -> list[MatrixCut]:
 
 
 def _travels(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What matrices of weights of this dtype are sent, and made orthogonal, in."""
+    """Returns what matrices of weights of this dtype are sent, and made orthogonal, in."""
     return torch.bfloat16 if device == "cuda" and dtype == torch.float32 else dtype
 
 
 def is_matrix(parameter: Tensor, adamw: list[str]) -> bool:
-    """Whether Muon takes it: a weight that decays, of two dimensions or of three with several matrices in the first,
+    """Says whether Muon takes it: a weight that decays, of two dimensions or of three with several matrices in the
+    first,
     none of which is a vector, with none of these axes."""
     declared = getattr(parameter, "declared", None)
     if declared is None or not (declared.decay and declared.matrix and parameter.ndim in (2, 3)):

@@ -1,4 +1,4 @@
-"""What the sinks are told of a run at its start: where it is, how it is configured, which code, where it comes from."""
+"""The facts of a run at its start, for the sinks: its folder, configuration, code and parent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Facts:
 
     @classmethod
     def of(cls, order: dict[str, Any]) -> Facts:
-        """From what the launcher ordered: `run_dir`, `config` and, where there are, `code` and `init_from`.
+        """Reads the launcher's order: `run_dir`, `config` and, where there are, `code` and `init_from`.
 
         Without `code`, what config.yaml in the run's folder says. The lineage is found once and kept in lineage.json:
         a resumed run keeps the one it began with, and its parent may be moved or deleted meanwhile.
@@ -54,7 +54,8 @@ def without_credentials(url: str) -> str:
 
 
 def artifact_name(name: str) -> str:
-    """What a run's checkpoints are called in W&B, which takes letters, digits, "-", "_" and ".", 128 at most."""
+    """Returns what a run's checkpoints are called in W&B, which takes letters, digits, "-", "_" and ".", 128 at
+    most."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-checkpoint")[-128:]
 
 
@@ -100,7 +101,7 @@ def _parent(checkpoint: Path) -> dict[str, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What config.yaml in a folder says; {} where it cannot be read: it is of interest, and no more."""
+    """Returns what config.yaml in a folder says; {} where it cannot be read: it is of interest, and no more."""
     try:
         return configuration.read(folder)
     except ValueError:

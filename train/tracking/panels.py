@@ -35,7 +35,8 @@ def _flat(record: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def histograms(record: dict[str, Any]) -> dict[str, Histogram]:
-    """Where each layer's router sent the tokens, a bin an expert; and, where it is known, how long documents were."""
+    """Returns where each layer's router sent the tokens, a bin an expert; and, where it is known, how long documents
+    were."""
     found = {
         f"expert_load/{layer}/experts": _by_expert(load)
         for layer, load in record.get("expert_load", {}).items()

@@ -110,7 +110,7 @@ def _steps(file: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def _count(file: BinaryIO) -> tuple[int, int]:
-    """How many whole lines a file has, and how many bytes."""
+    """Returns how many whole lines a file has, and how many bytes."""
     lines = whole = read = 0
     while block := file.read(BLOCK_BYTES):
         lines += block.count(b"\n")

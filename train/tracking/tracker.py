@@ -1,4 +1,5 @@
-"""What the training loop sees: a call that writes metrics.jsonl and hands the record on, and never waits for a sink."""
+"""The tracker as the training loop sees it: a call that writes metrics.jsonl and hands the record on, and never waits
+for a sink."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from train.tracking.record import JsonlWriter
 
 
 class Sink(Protocol):
-    """Where copies of the record go. Its methods run in one thread; any but `finish` may raise, and is then the last.
+    """A place that copies of the record go to. Its methods run in one thread; any but `finish` may raise, and is then
+    the last.
 
     patience: seconds that `start`, and that `finish`, may take at most when all goes wrong.
     """

@@ -221,7 +221,7 @@ class WandB:
 
 
 def _answers(url: str, timeout: float) -> bool:
-    """Whether the host of `url` accepts a connection within a few seconds. True, unasked, behind a proxy."""
+    """Says whether the host of `url` accepts a connection within a few seconds. True, unasked, behind a proxy."""
     parts = urlsplit(url)
     if parts.scheme in urllib.request.getproxies():
         return True
