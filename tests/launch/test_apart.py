@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,27 @@ def test_what_is_started_is_shielded_and_no_more(monkeypatch: pytest.MonkeyPatch
         if sys.version_info >= (3, 11):
             assert "''" not in said and str(tmp_path) not in said
     assert os.environ["PYTHONPATH"] == f"{os.pathsep}{ROOT}" and "PYTHONSAFEPATH" not in os.environ
+
+
+def test_scripts_of_users_find_our_packages_as_the_page_says(tmp_path: Path) -> None:
+    """Beside a train.py of theirs each command of docs/install.md works, and none works without its precaution."""
+    section = (ROOT / "docs" / "install.md").read_text().split("## Your own scripts")[1].split("\n## ")[0]
+    commands = re.findall(r"`((?:PYTHONSAFEPATH=1 )?python (?:-P )?(?:\S+\.py|-m pytest \S+))`", section)
+    assert len(commands) == 4, commands
+    (tmp_path / "train.py").touch()
+    (tmp_path / "data").mkdir()  # nothing but a folder
+    uses = "from data import Data\nfrom train.timeout import within\n"
+    (tmp_path / "scripts").mkdir()
+    for path in (tmp_path / "use.py", tmp_path / "scripts" / "use.py", tmp_path / "test_use.py"):
+        path.write_text(uses + "def test_it(): pass\n")
+
+    def code(command: str) -> int:
+        shell = f'python() {{ "{sys.executable}" "$@"; }}; {command}'
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=env, capture_output=True, timeout=100).returncode
+
+    if sys.version_info < (3, 11):  # neither -P nor PYTHONSAFEPATH
+        commands = [command for command in commands if "scripts/" in command]
+    assert {command: code(command) for command in commands} == dict.fromkeys(commands, 0)
+    for command in ("python use.py", "python -m pytest test_use.py", "python -c 'import train.timeout'"):
+        assert code(command) != 0, command
