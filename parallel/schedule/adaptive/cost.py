@@ -1,4 +1,5 @@
-"""What a micro-step costs, from what its layers do: seconds and bytes, by the sizes of its groups and what they hold.
+"""The cost of a micro-step, from the work of its layers: seconds and bytes, by the sizes of its groups and what they
+hold.
 
 A group of g ranks that holds sequences of s tokens takes, in one micro-step of training (forward and backward),
 
@@ -34,7 +35,8 @@ STATE_TRANSPORTS = ("gather", "scan")
 
 
 class Wire(NamedTuple):
-    """What a rank's messages cost in a group: `latency` seconds a call, and one second for every `bandwidth` bytes."""
+    """The cost of a rank's messages in a group: `latency` seconds a call, and one second for every `bandwidth`
+    bytes."""
 
     bandwidth: float
     latency: float = 0.0
@@ -45,8 +47,8 @@ class NoRoomError(ValueError):
 
 
 class Messages(NamedTuple):
-    """What a rank of a group receives in one layer, forward and backward: `fixed` bytes whatever the group holds,
-    `token` bytes more for every token of the group, in `calls` messages."""
+    """Traffic that a rank of a group receives in one layer, forward and backward: `fixed` bytes whatever the group
+    holds, `token` bytes more for every token of the group, in `calls` messages."""
 
     fixed: float
     token: float
@@ -97,8 +99,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a backward pass may compute again. activations: bytes kept, over those with nothing computed again.
-    tokens, pairs: seconds, over those with nothing computed again."""
+    """A choice of the parts that a backward pass computes again. activations: bytes kept, over those with nothing
+    computed again. tokens, pairs: seconds, over those with nothing computed again."""
 
     name: str
     activations: float = 1.0
@@ -111,7 +113,7 @@ NONE = Recompute("none")
 
 @dataclass(frozen=True)
 class Model:
-    """What a model's layers cost on one rank of speed 1.
+    """Costs of a model's layers on one rank of speed 1.
 
     launch: seconds of a micro-step that do not depend on its tokens. state_bytes: parameters, gradients and moments
     of the whole model, sharded over all ranks. resident_bytes: on each rank whatever the sharding (gathered layers,
@@ -173,7 +175,7 @@ def powers(ranks: int) -> list[int]:
 
 
 class Costs:
-    """What groups on this cluster cost with this model.
+    """Costs of groups on this cluster with this model.
 
     sizes: of groups, powers of two, or `sizes` of them. Raises NoRoomError where the model's states alone fill a rank.
     """

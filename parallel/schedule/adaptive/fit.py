@@ -93,7 +93,7 @@ def fit_layers(steps: Sequence[Step], *, layers: int, window: int | None = None)
 
 
 def fit_wire(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[Wire, Fit]:
-    """From messages of `sizes` bytes. Raises ValueError also where time does not grow with them."""
+    """Fits a wire to messages of `sizes` bytes. Raises ValueError also where time does not grow with them."""
     found = fit({"latency": np.ones(len(sizes)), "byte": sizes}, seconds)
     if not found.constants["byte"]:
         raise ValueError(f"messages of up to {max(sizes):,.0f} bytes take no longer than short ones: send longer ones")

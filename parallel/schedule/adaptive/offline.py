@@ -48,7 +48,8 @@ def integer_bound(
 
 
 def _cells(costs: Costs, lengths: Sequence[int], high: float, cells: int) -> list[tuple[float, float]]:
-    """From the least that the longest sequence takes to `high`, cut evenly and where it may use smaller groups."""
+    """Cuts the range from the least that the longest sequence takes to `high` evenly and where it may use smaller
+    groups."""
     tokens = np.array([max(lengths)], dtype=np.float64)
     own = [
         float(costs.computing(tokens, c).sum() / s / costs.speeds.max() + costs.sending(s).sum() * tokens[0])

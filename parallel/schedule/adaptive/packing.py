@@ -1,4 +1,5 @@
-"""Which sequences run where in one step, before tokens are given to ranks: what planners return and simulators read."""
+"""A packing of one step's sequences into groups, before tokens are given to ranks: planners return it, simulators read
+it."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Packing:
             raise ValueError(f"the packing runs {len(run)} sequences of {sequences}, or some of them twice")
 
     def plan(self, step: int, lengths: Sequence[int], ranks: int, layout: str = "auto") -> Plan:
-        """What each rank does: spans as `Static` lays them out; ranks without a group are idle."""
+        """The work of each rank: spans as `Static` lays them out; ranks without a group are idle."""
         micro_steps = []
         for shares in self.micro_steps:
             groups = []

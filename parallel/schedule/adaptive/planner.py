@@ -123,7 +123,7 @@ class _Search:
         return max(1, math.ceil(sum(n * s for n, s in zip(counts, self.lengths, strict=True)) / self.total_tokens))
 
     def pack(self, limit: float, counts: list[int], *, all_or_none: bool) -> _Packed | None:
-        """As many as fit one micro-step within `limit` seconds; None where some do not and all must."""
+        """Packs as many as fit one micro-step within `limit` seconds; None where some do not and all must."""
         slack = limit * (1 + 1e-12)
         free, left, work = self.ranks, [0] * len(counts), 0.0
         several, classes = len(self.choices) > 1, []
@@ -182,7 +182,7 @@ class _Search:
         return _Packed(max((self._time(c) for c in classes), default=0.0), classes, left, work)
 
     def _fits(self, slack: float, c: _Class, k: int) -> int:
-        """How many of item k fit a group of this class."""
+        """Counts the items k that fit a group of this class."""
         if len(c.used) == 1:
             by_time = (slack - c.used[0]) / self.seconds[c.size][k][0]
             by_room = (self.room[c.size][0] - c.tokens) / self.lengths[k]

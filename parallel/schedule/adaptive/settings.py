@@ -1,4 +1,5 @@
-"""What `farspan plan scheduler.simulate=N` simulates: the section `simulation` of a configuration."""
+"""The cluster and model that `farspan plan scheduler.simulate=N` simulates: the section `simulation` of a
+configuration."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ class SimulationSettings:
         return hybrid(model, self.linear, self.softmax, states=self.states) if self.linear else model
 
     def batches(self, steps: int) -> tuple[list[list[int]], int]:
-        """Of the file of lengths, and how many of it were left out. Raises ValueError, naming the key."""
+        """Draws batches from the file of lengths, and counts those of it that were left out. Raises ValueError, naming
+        the key."""
         assert self.lengths is not None
         found = read_lengths(Path(self.lengths))
         fitting = found if self.longest is None else found[found <= self.longest]

@@ -85,7 +85,7 @@ def fitting(asks: Iterable[Ask], how: How, sizes: Sequence[int]) -> list[int]:
 
 
 def _messages(several: Counter[Ask], how: How, size: int) -> Messages:
-    """Of all layers together, of a rank in the middle, for contiguous spans."""
+    """Messages of all layers together, for a rank in the middle, with contiguous spans."""
     found = []
     for span in (_SPAN, 2 * _SPAN):
         layout = Layout(tuple(((r * span, (r + 1) * span),) for r in range(size)))

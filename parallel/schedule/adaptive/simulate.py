@@ -1,4 +1,4 @@
-"""What a packing would take on its cluster: seconds, how busy ranks are, how full. No GPU, no process group.
+"""A simulation of a packing on its cluster: seconds, and how busy and how full ranks are. No GPU, no process group.
 
 `Timing` reads the costs of `cost.py` and nothing of any planner, so that all schedulers are compared alike.
 """
@@ -16,8 +16,8 @@ from parallel.schedule.adaptive.packing import Packing, Share
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one step. micro_steps: seconds of each. busy: [ranks], seconds in which a rank computes or sends, launches
-    included. loads: [ranks], the same without launches. peak: [ranks], bytes."""
+    """Times of one step. micro_steps: seconds of each. busy: [ranks], seconds in which a rank computes or sends,
+    launches included. loads: [ranks], the same without launches. peak: [ranks], bytes."""
 
     micro_steps: tuple[float, ...]
     busy: Floats
@@ -59,7 +59,7 @@ def timing(costs: Costs, packing: Packing, lengths: Sequence[int]) -> Timing:
 
 
 def seconds(costs: Costs, packing: Packing, lengths: Sequence[int]) -> float:
-    """Of the whole step."""
+    """Seconds of the whole step."""
     return timing(costs, packing, lengths).seconds
 
 

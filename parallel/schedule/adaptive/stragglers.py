@@ -1,4 +1,4 @@
-"""How fast each rank is, from what its micro-steps took, with hysteresis: noise changes nothing, a slow rank does.
+"""Speeds of ranks, from the times of their micro-steps, with hysteresis: noise changes nothing, a slow rank does.
 
 A rank's speed is what its computing should have taken over what it took, relative to the median rank, averaged over
 steps with a half-life. The cost model is changed only when a rank has been `change` away from what the model believes
