@@ -321,7 +321,7 @@ def describe(times: dict[int, Times]) -> str:
 `python -m tests.benchmarks.hosts` writes this section: four network namespaces on a bridge, links limited by tbf, one
 layer forward and backward, {HEADS} heads of {WIDTH} ({KV_HEADS} of keys and values), fp32, `usp` as two by two ranks.
 Communication: a layer's messages alone, with no work between them. Step: the whole layer, over that of the same work
-without messages. What is not here was not reached in {SECONDS:.0f} seconds a rate.
+without messages. A figure that is missing was not reached in {SECONDS:.0f} seconds a rate.
 
 {os.cpu_count()} cores for four ranks and for all else that ran there, load {load:.0f}: what is communicated can be read
 where it takes more than some 50 ms, bytes are exact. A ratio of steps below 1 is that load and nothing else, and those

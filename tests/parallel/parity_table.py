@@ -68,7 +68,7 @@ def page(rows: dict[str, Any]) -> str:
             f"Packings: {', '.join(matrix.packings())}.",
             "",
             "Below, the worst over packings and ranks: fp64 / fp32. Ulysses runs where heads can be split among the",
-            "ranks; an idle rank and unequal spans need two. What is no affine map (`slstm`, `lact`) is relayed,",
+            "ranks; an idle rank and unequal spans need two. Non-affine recurrences (`slstm`, `lact`) are relayed,",
             "whatever the transport; `lact` is held in fp64 alone: in fp32 one process is over 1e-5 from itself",
             "in fp64.",
             "",
