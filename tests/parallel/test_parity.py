@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from models.positions import Randomized, YaRN
+from parallel.schedule.adaptive.cost import Cluster, Costs, Layer, Model, Wire
+from parallel.schedule.adaptive.planner import Planner
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
 from parallel.sequence.attention import GatherKeys, MeshKeys, Ring, Ulysses
@@ -40,6 +42,14 @@ def unequal() -> Plan:
     return Plan(0, tuple(LENGTHS), (first, second))
 
 
+def adaptive() -> Plan:
+    """Four ranks of 130 tokens each, by the adaptive planner: a group of two beside two of one."""
+    layer = Layer(1, pair=1e-3, token=0.01, token_bytes=1.0)
+    model = Model("small", (layer,), launch=0.1, state_bytes=0.0, activation_bytes=1.0)
+    costs = Costs(model, Cluster("four", 4, 130.0, {1: Wire(10.0)}))
+    return Planner(costs, quantum=1).plan(LENGTHS).packing.plan(0, LENGTHS, 4)
+
+
 def unequal_pair() -> Plan:
     """Two ranks: all sequences joined, a span of 3 tokens and one of the rest."""
     spans = (((0, 3),), ((3, sum(LENGTHS)),))
@@ -68,6 +78,7 @@ PLANS = {
     "sequence 4": (4, static(1, 4, 60)),
     "data 2 sequence 2": (4, static(2, 2, 80)),
     "unequal 4": (4, unequal()),
+    "adaptive 4": (4, adaptive()),
 }
 
 
