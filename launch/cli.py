@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch import apart, terminal
+from launch.commands.arguments import asks_for_configuration
 from launch.errors import UserError
 from launch.run import signals
 from launch.verbs import VERBS, Verb, help_of, usage
@@ -54,7 +55,7 @@ def _run(arguments: list[str]) -> int:
         if {"-h", "--help"} & set(rest):
             print(help_of(name, rest), end="")
             return 0
-        overrides = _asks_for_configuration(rest) if verb.overrides else None
+        overrides = asks_for_configuration(rest) if verb.overrides else None
         if overrides is not None:
             print(_configuration(verb, overrides), end="")
             return 0
@@ -109,22 +110,6 @@ def _verb(name: str) -> Verb:
         nearest = f"; nearest: {close[0]}" if close else ""
         raise UserError(f"{name}: no such verb; accepts {', '.join(VERBS)}{nearest}")
     return VERBS[name]
-
-
-def _asks_for_configuration(arguments: list[str]) -> list[str] | None:
-    """The overrides beside --cfg, or beside what Hydra's users write: -c, --cfg job, --cfg=job; None without it."""
-    overrides, asked = [], False
-    for word in arguments:
-        option, equals, what = word.partition("=")
-        if option not in ("--cfg", "-c"):
-            overrides.append(word)
-            continue
-        asked = True
-        if equals and what != "job":
-            raise UserError(f"{word}: accepts --cfg, or --cfg job")
-    if not asked:
-        return None
-    return [word for word in overrides if word not in ("job", "--resolve")]  # what Hydra takes besides: it is resolved
 
 
 def _configuration(verb: Verb, overrides: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Arguments of the verbs that no configuration describes: words, flags, and key=value read into a dataclass."""
+"""Arguments that no configuration describes: words, flags, and key=value read into a dataclass."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,11 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
-
 from launch.errors import UserError
 
-Request = TypeVar("Request")
+Kind = TypeVar("Kind")
 
 PLACES = {"run.dir": "FOLDER", "cluster.address": "http://HOST:8265"}  # what the values of these keys look like
 
@@ -68,13 +66,13 @@ def places(arguments: list[str]) -> dict[str, str]:
 def positional(
     verb: str,
     arguments: list[str],
-    kind: Callable[..., Request],
+    kind: Callable[..., Kind],
     names: tuple[str, ...],
     *,
     least: int,
     text: tuple[str, ...] = (),
     also: tuple[str, ...] = (),
-) -> tuple[list[str], Request]:
+) -> tuple[list[str], Kind]:
     """The words, at least so many of `names`, and the key=value as a `kind`, each value as YAML has it.
 
     text: keys whose values stay text. also: keys whose values are words. Raises UserError.
@@ -93,7 +91,7 @@ def positional(
     return words, request(kind, values)
 
 
-def request(kind: Callable[..., Request], values: dict[str, Any], keys: Mapping[str, str] | None = None) -> Request:
+def request(kind: Callable[..., Kind], values: dict[str, Any], keys: Mapping[str, str] | None = None) -> Kind:
     """A `kind` of these values, each checked. keys: a field's key, where it has another. Raises UserError."""
     from launch.config.validate import fields
 
@@ -105,6 +103,22 @@ def request(kind: Callable[..., Request], values: dict[str, Any], keys: Mapping[
         raise UserError(f"{keys.get(key, key)}{rest}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def asks_for_configuration(arguments: list[str]) -> list[str] | None:
+    """The overrides beside --cfg, or beside what Hydra's users write: -c, --cfg job, --cfg=job; None without it."""
+    overrides, asked = [], False
+    for word in arguments:
+        option, equals, what = word.partition("=")
+        if option not in ("--cfg", "-c"):
+            overrides.append(word)
+            continue
+        asked = True
+        if equals and what != "job":
+            raise UserError(f"{word}: accepts --cfg, or --cfg job")
+    if not asked:
+        return None
+    return [word for word in overrides if word not in ("job", "--resolve")]  # what Hydra takes besides: it is resolved
 
 
 def number(text: str) -> object:
@@ -125,6 +139,8 @@ def _field(key: str, keys: Mapping[str, str]) -> str:
 
 def _yaml(text: str) -> Any:
     """Takes a value that is no YAML, or a number of thousands of digits, as text."""
+    import yaml
+
     try:
         return yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
