@@ -88,6 +88,10 @@ command goes on. With cluster=ray cluster.address=auto, on one of its machines, 
 The same overrides as train; nothing is trained and no process is started.
 
   farspan plan cluster.workers=2 parallel.sequence=2 scheduler.tokens_per_rank=1024
+
+scheduler.simulate=N plans N steps with every scheduler on a cluster that simulation.* describes; it need not exist:
+
+  farspan plan scheduler.simulate=40 simulation.model=7b simulation.lengths=lengths.npy run.plot=step.png
 """,
     ),
     "submit": Verb(

@@ -44,7 +44,7 @@ class TooLongError(ValueError):
         spare = "" if len(costs.names) > 1 else ", recomputation"
         super().__init__(
             f"a sequence of {length:,} tokens fits no group: the largest that fits {max(costs.sizes)} ranks is "
-            f"{limit:,}; more ranks, more memory{spare} or a window (data.max_length) would change that"
+            f"{limit:,}; more ranks, more memory{spare} or windows of it (data.max_length) would change that"
         )
 
 
