@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from launch.cluster import jobs
 from launch.run import rundir
 from train.settings import ClusterSettings
 
@@ -15,7 +16,5 @@ def run_folder(key: str, value: str, cluster: ClusterSettings) -> Path:
     if found is not None:
         return found
     if cluster.kind == "ray" and "/" not in value:
-        from launch.cluster import jobs
-
         return jobs.folder_of(value, cluster.address, key)
     raise rundir.no_such_run(key, value)

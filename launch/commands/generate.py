@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands import arguments
+from launch.config.model import model_of
 from launch.errors import UserError
 from launch.preflight.checked import cores
+from launch.preflight.refusals import refusals
 from launch.run.checkpoints import checkpoint_of, has_average, tokenizer_of
 from launch.run.rundir import saved_config
 from launch.run.signals import stop_file
+from launch.world import spawn
 from train.settings import INIT_WEIGHTS
 
 ENTRY = "launch.commands.generate:work"
@@ -97,7 +100,6 @@ def generate(given: list[str]) -> int:
             print(f"failed: {error}", file=sys.stderr)
             return 1
         return 0
-    from launch.world import spawn
 
     with tempfile.TemporaryDirectory(prefix="farspan-generate-") as place:
         outcome = spawn.spawn(
@@ -120,8 +122,6 @@ def generate(given: list[str]) -> int:
 
 def _check_model(run: str, found: Path, model: dict[str, Any]) -> None:
     """Raises UserError for a model that does not build, or is another than a checkpoint holds, before it has memory."""
-    from launch.config.model import model_of
-    from launch.preflight.refusals import refusals
     from train.checkpoints import checkpoint
 
     with refusals({"model": model}):
@@ -185,7 +185,6 @@ def write(
 def _say_beyond(saved: dict[str, Any], longest: int, more: int) -> None:
     """Says where texts will be longer than any that were trained on. Raises UserError where a model has no positions
     for them."""
-    from launch.config.model import model_of
     from train.rope_base import rotary
 
     known = [getattr(module.positions, "longest", None) for module in rotary(model_of(saved["model"]))]

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.cluster import nodes
+from launch.cluster.nodes import room
 from launch.cluster.placement import Node, place
-from launch.commands import schedule_plot
+from launch.commands import schedule_plot, template
+from launch.commands.simulate import simulated
 from launch.errors import UserError
+from launch.extend import stages
 from launch.preflight.check import check_run
 from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
@@ -25,13 +29,9 @@ def plan(overrides: list[str]) -> int:
     """Prints the plan of a run. Raises UserError."""
     config = configure(overrides)
     if config.stages:
-        from launch.extend import stages
-
         print("\n".join(stages.table(*stages.legs(config, overrides))))
         return 0
     if steps := config.scheduler.get("simulate"):
-        from launch.commands.simulate import simulated
-
         with refusals(config):
             print("\n".join(simulated(config, steps)))
         return 0
@@ -51,8 +51,6 @@ def plan(overrides: list[str]) -> int:
 
 def _planned(config: RunConfig) -> Machines | None:
     """The machines of the cluster's template; None where there is none, or the cluster itself can be asked."""
-    from launch.cluster import nodes
-    from launch.commands import template
 
     address = config.cluster.address
     found = template.machines(config)
@@ -69,7 +67,6 @@ def _planned(config: RunConfig) -> Machines | None:
 def _nodes(flight: CheckedRun) -> list[Node]:
     if flight.cluster.kind != "ray":
         return [Node("this machine", "127.0.0.1", flight.cluster.workers)]
-    from launch.cluster.nodes import room
 
     return room(flight.cluster, flight.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.commands import gantt
+from launch.config.validate import build
 from launch.preflight.check import check_run
 from parallel.schedule.adaptive.compare import SCHEDULERS, compare, text
 from parallel.schedule.adaptive.cost import Cluster, Costs, NoRoomError, powers
@@ -58,7 +59,6 @@ def _batches(config: RunConfig, settings: SimulationSettings, steps: int) -> tup
 
 def _configured(config: RunConfig, settings: SimulationSettings, cluster: Cluster) -> Costs:
     """The configured model's costs on a cluster, read off its shapes."""
-    from launch.config.validate import build
     from models.accounting import account
     from parallel.schedule.adaptive.shapes import Pairs, Shapes, fitting, model_of
     from parallel.schedule.comm_volume import How, of_weights

@@ -23,6 +23,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
+from launch.cluster.nodes import check_answers
 from launch.doctor import machine, trials
 from launch.errors import UserError
 
@@ -304,7 +305,6 @@ def _answer(address: str) -> str:
     does."""
     import socket
 
-    from launch.cluster.nodes import check_answers
     from train.timeout import within
 
     if address.startswith(("http://", "https://")):

@@ -17,6 +17,7 @@ from launch.preflight import init_from
 from launch.preflight.check import device_of
 from launch.preflight.checked import cores
 from launch.preflight.configure import overlay
+from launch.preflight.corpus import open_batches
 from launch.preflight.refusals import refusals
 from launch.run import rundir
 from launch.run.checkpoints import has_average
@@ -100,7 +101,6 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
     Returns the configuration, with the transport that an evaluation has, and the device.
     """
     from data.tokenizer import Bytes, Json
-    from launch.preflight.corpus import open_batches
     from train.checkpoints import checkpoint
     from train.evaluation.harness import MISSING
     from train.evaluation.run import check

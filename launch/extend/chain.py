@@ -16,6 +16,7 @@ from rich.console import Console
 
 from launch import paths
 from launch.config.compose import checked
+from launch.config.model import model_of
 from launch.errors import UserError
 from launch.evaluation.measure import check_evaluation, folder_of, measured
 from launch.extend import stages
@@ -24,6 +25,7 @@ from launch.extend.stages import Parent, StagePlan
 from launch.paths import RUNS
 from launch.preflight.configure import configure
 from launch.run import rundir, status
+from launch.run.export import written
 from launch.run.signals import SignalLatch
 from launch.runner.dispatch import run
 from launch.runner.result import RunResult
@@ -166,7 +168,6 @@ class StagedRun:
 
     def _export(self, source: Path) -> bool:
         """Writes the last stage for `transformers`; whether there is something."""
-        from launch.run.export import written
 
         dest = self.folder / "export"
         if dest.exists():
@@ -194,7 +195,6 @@ def asked(legs: list[StagePlan], parent: Parent, model: ObjectConfig) -> RunConf
 
 def _known(model: ObjectConfig) -> list[int]:
     """The positions that layers know, of rules that draw them at random."""
-    from launch.config.model import model_of
     from train.rope_base import rotary
 
     found = (getattr(module.positions, "longest", None) for module in rotary(model_of(model.values)))

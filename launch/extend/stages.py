@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launch.config.compose import checked
 from launch.config.model import model_of
 from launch.errors import UserError
 from launch.evaluation.measure import trained_on
+from launch.evaluation.report import columns
 from launch.extend.compose import configured
 from launch.preflight.check import check_run
+from launch.preflight.checked import CheckedRun
 from launch.preflight.refusals import refusals
 from launch.run import rundir
 from models.positions import NoPE, Positions
 from train.run_config import ObjectConfig, RunConfig
 from train.settings import Stage
-
-if TYPE_CHECKING:
-    from launch.preflight.checked import CheckedRun
 
 NUMBERED = ("train.tokens", "train.steps")  # of a chain, each stage has its own
 
@@ -165,7 +164,6 @@ def _turns(was: Any, now: Any, trained: int | None, length: int) -> str:
 
 def table(parent: Parent, found: list[StagePlan]) -> list[str]:
     """The stages, for a person: a line each, and what becomes of positions."""
-    from launch.evaluation.report import columns
 
     rows = [
         [

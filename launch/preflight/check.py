@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.cluster import nodes
 from launch.cluster.find_run import run_folder
 from launch.config.model import model_of
+from launch.preflight import continuation, init_from
 from launch.preflight.checked import CheckedRun, cores
+from launch.preflight.corpus import open_batches
 from launch.preflight.refusals import refusals
 from launch.run.rundir import is_checkpoint, latest
 from train.run_config import RunConfig
@@ -25,8 +28,6 @@ def check_run(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
-    from launch.preflight import continuation
-    from launch.preflight.corpus import open_batches
     from train.tracking import obey_environment
 
     with refusals(config):
@@ -92,8 +93,6 @@ def _bases(config: RunConfig, model: Any) -> None:
 
 def device_of(cluster: ClusterSettings) -> str:
     if cluster.kind == "ray":
-        from launch.cluster import nodes
-
         return nodes.device(cluster.device, cluster.workers, nodes.address_of(cluster.address))
     import torch
 
@@ -157,7 +156,6 @@ def _warn_without_bf16(say: Callable[[str], None]) -> None:
 def _with_checkpoints(flight: CheckedRun, say: Callable[[str], None]) -> CheckedRun:
     """The run with the checkpoint that it continues from, or takes its weights from: found, verified and compared."""
     from data.batches import changed
-    from launch.preflight import init_from
     from train.checkpoints import checkpoint, hf_reader
 
     if flight.train.init_weights == "average" and not (flight.config.init_from or flight.config.resume):

@@ -6,13 +6,13 @@ from typing import Any
 from launch.cluster.find_run import run_folder
 from launch.config.compose import checked, composed, groups
 from launch.errors import UserError
+from launch.preflight import init_from
 from launch.run.rundir import is_checkpoint, saved_config
 from train.run_config import RunConfig
 
 
 def configure(overrides: list[str]) -> RunConfig:
     """The configuration of a new run, or of a resumed one: what it was, with the overrides on top. Raises UserError."""
-    from launch.preflight import init_from
 
     asked = composed(overrides, init_from.model_of(overrides))
     if asked.resume is None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from launch.preflight.checked import CheckedRun
 from train import configuration
 from train.run_config import ObjectConfig
 from train.settings import TrainSettings, section
-
-if TYPE_CHECKING:
-    from launch.preflight.checked import CheckedRun
 
 JUMP = 0.01  # of the larger rate: less than that from one schedule to the next is not worth a line
 

@@ -3,6 +3,7 @@
 from rich.console import Console
 
 from launch.cluster import nodes
+from launch.runner import submit
 from launch.runner.attempts import here
 from launch.runner.result import RunResult
 from train.run_config import RunConfig
@@ -14,7 +15,5 @@ def run(config: RunConfig, console: Console, *, brief: bool = False, again: str 
     brief: one of several: nothing is said about what to do with it. again: the command that goes on with it here.
     """
     if config.cluster.kind == "ray" and nodes.is_remote(nodes.address_of(config.cluster.address)):
-        from launch.runner import submit
-
         return submit.attached(config, console)
     return here(config, console, brief=brief, again=again)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from launch.cluster import nodes
 from launch.cluster.inspection import PASSED
@@ -15,11 +14,8 @@ from launch.run import status
 from launch.run.signals import SignalCount
 from launch.runner import submit
 from launch.shell import command, override
-from launch.sweep.members import Member
+from launch.sweep.members import CheckedMember, Member
 from launch.sweep.record import Sweep
-
-if TYPE_CHECKING:
-    from launch.sweep.members import CheckedMember
 
 POLL_S = 1.0
 SUMMARY_S = 60.0  # seconds between two summaries

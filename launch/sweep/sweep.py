@@ -18,6 +18,7 @@ from typing import TextIO
 from rich.console import Console
 
 from launch.cluster import nodes
+from launch.cluster.jobs import Jobs
 from launch.config import compose
 from launch.errors import UserError
 from launch.paths import RUNS
@@ -233,7 +234,6 @@ def _caught_up(found: Sweep, member: Member) -> tuple[str, str | None] | None:
     """The state of an unfinished member after the last sweep was left; None where it is a job that goes on."""
     if member.state != "running" or member.job is None:
         return settled(found, member)
-    from launch.cluster.jobs import Jobs
     from launch.sweep import jobs as sweep_jobs
 
     cluster = Jobs(member.address)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch.cluster.package import JOB_ENVIRONMENT, TRAIN_ENVIRONMENT
 from launch.templates import PATH, Machines, as_yaml, at_least, command, commented, matching, own_words
 from train.run_config import RunConfig
 
@@ -122,7 +123,6 @@ class KubeRay(Machines):
         return commented(*head, *then) + as_yaml(resource)
 
     def _job(self, config: RunConfig, words: list[str], run: str) -> dict[str, Any]:
-        from launch.cluster.package import JOB_ENVIRONMENT, TRAIN_ENVIRONMENT
 
         start = ["farspan", "train", *self.cluster_words(config, "auto")]
         # A next set of pods, and a job that the operator submits once more, find the run of the one before.
