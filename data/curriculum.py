@@ -20,13 +20,13 @@ ODDS = ("uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100")
 class Curriculum:
     """The order of lengths in a run.
 
-    odds: of a bucket beside the next longer one, within a cycle, for data.packing=decomposition. uniform mixes all
+    odds: odds of a bucket over the next longer one, within a cycle, for data.packing=decomposition. uniform mixes all
     lengths by their tokens throughout; grow_linear has n, n - 1, …, 1 for the shortest to the longest; grow_p2 twice
     those of the next longer; grow_p100 a hundred times, so lengths come nearly one after another; shrink_p100 the other
     way round. cycles: number of passes through the order in `tokens`; every cycle gives each bucket its part. tokens:
     length of all cycles together, as a rule the run's budget, which a resumed run leaves as it was; null for one epoch
-    of the corpus. context: progressive lengths, [[token, max_length, rope_theta], …] from which token on sequences have
-    at most so many tokens, and rotary positions which base (null: as the model has it); null for data.max_length
+    of the corpus. context: progressive lengths, [[token, max_length, rope_theta], …] the token from which sequences
+    have at most so many tokens, and rotary positions that base (null: the model's); null for data.max_length
     throughout. Each line begins an epoch of its own.
     """
 

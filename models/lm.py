@@ -35,14 +35,14 @@ class LM(nn.Module):
     """A decoder-only language model: an embedding, layers of several kinds in a pattern, a norm, and a head.
 
     vocabulary: rows of the embedding and of the head, at least the tokens of the tokenizer (256 bytes and the document
-    mark). dim: width of the residual stream, which every mixer and feed-forward reads and writes. layers: how many
-    layers there are, of all kinds together. pattern: the kinds of the layers by name, from the first on, repeated down
-    to the last. blocks: the kinds of layer that `pattern` may name, each a mixer and a feed-forward. first_k_dense:
-    number of layers, from the first, that have `dense` in place of their block's feed-forward, as in DeepSeekMoE
-    (2401.06066). dense: that feed-forward. tied: true has the head multiply by the embedding instead of weights of its
-    own. tied_scale: factor of a tied head's input; null for dim^-½ (T5, 1910.10683), which suits an embedding whose
-    entries have variance 1, as they start here. Released models have 1. norm_eps: epsilon that the last norm adds to
-    the mean square.
+    mark). dim: width of the residual stream, which every mixer and feed-forward reads and writes. layers: number of
+    layers, of all kinds together. pattern: the kinds of the layers by name, from the first on, repeated down to the
+    last. blocks: the kinds of layer that `pattern` may name, each a mixer and a feed-forward. first_k_dense: number of
+    layers, from the first, that have `dense` in place of their block's feed-forward, as in DeepSeekMoE (2401.06066).
+    dense: that feed-forward. tied: true has the head multiply by the embedding instead of weights of its own.
+    tied_scale: factor of a tied head's input; null for dim^-½ (T5, 1910.10683), which suits an embedding whose entries
+    have variance 1, as they start here. Released models have 1. norm_eps: epsilon that the last norm adds to the mean
+    square.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has

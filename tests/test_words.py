@@ -26,7 +26,7 @@ def test_no_two_public_classes_share_a_name():
     assert not {name: places for name, places in homes.items() if len(places) > 1}
 
 
-@pytest.mark.parametrize("room", ["data", "models", "parallel"])
+@pytest.mark.parametrize("room", ROOMS)
 def test_no_docstring_opens_with_a_question(room):
     """Nor do modules: "The cost of a layer", not "What a layer costs"."""
     opened = re.compile(r"(What|Whether|Of|How|Which|Where)\b")

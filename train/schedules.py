@@ -24,7 +24,7 @@ class WSD(Schedule):
     """Warm up linearly, stay, decay (MiniCPM, 2404.06395): the plateau can be continued from any checkpoint on it.
 
     warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. decay: length of the fall at the
-    end of the budget: a share of it (below 1) or tokens; 0 for not at all. floor: where the rate ends, as a share of
+    end of the budget: a share of it (below 1) or tokens; 0 for not at all. floor: last rate, as a share of
     optimizer.lr, from 0 to 1. tail: curve of the fall: linear, cosine, sqrt (one minus the root of the share done:
     2405.18392) or exponential, as MiniCPM has it. begin: the token of the run where the schedule begins, its durations
     counted from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate
@@ -59,10 +59,10 @@ class WSD(Schedule):
 class Cosine(Schedule):
     """Warm up linearly, then half a cosine to `floor` at the end of the budget (SGDR, 1608.03983).
 
-    warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. floor: where the rate ends, as a
-    share of optimizer.lr, from 0 to 1. begin: the token of the run where the schedule begins, its durations counted
-    from there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where
-    it begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
+    warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. floor: last rate, as a share of
+    optimizer.lr, from 0 to 1. begin: the token of the run where the schedule begins, its durations counted from there,
+    shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where it begins, as
+    a share of optimizer.lr; null for that of the checkpoint, 0 without one.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Power(Schedule):
     optimizer.lr after that, where the law would be above it: a share of the budget (below 1) or tokens. exponent:
     exponent of (tokens / tokens where the law begins), below 0; -0.5 is the inverse square root of 1706.03762. decay:
     length of the fall at the end of the budget, from the rate of the law: a share of it (below 1) or tokens; 0 for not
-    at all. floor: where the decay ends, as a share of optimizer.lr, from 0 to 1. tail: curve of the fall: linear,
+    at all. floor: last rate of the decay, as a share of optimizer.lr, from 0 to 1. tail: curve of the fall: linear,
     cosine, sqrt or exponential. begin: the token of the run where the schedule begins, its durations counted from
     there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where it
     begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
@@ -173,8 +173,8 @@ class Infinite(Schedule):
     warmup: length of the rise from `start`: a share of the budget (below 1) or tokens. cooldown: length of the fall to
     the constant rate: a share or tokens. constant: length of the stay there: a share or tokens; null for the rest of
     the budget. anneal: length of the exponential fall at the end: a share or tokens; 0 for not at all, which leaves a
-    run to be continued. level: the constant rate, as a share of optimizer.lr, from 0 to 1. floor: where the anneal
-    ends, as a share of optimizer.lr. shape: curve of the cooldown, cosine or inverse_sqrt. alpha: speed of
+    run to be continued. level: the constant rate, as a share of optimizer.lr, from 0 to 1. floor: last rate of the
+    anneal, as a share of optimizer.lr. shape: curve of the cooldown, cosine or inverse_sqrt. alpha: speed of
     inverse_sqrt's fall at first. begin: the token of the run where the schedule begins, its durations counted from
     there, shares of what is left; null for that of the checkpoint that is resumed, else 0. start: the rate where it
     begins, as a share of optimizer.lr; null for that of the checkpoint, 0 without one.
@@ -237,10 +237,10 @@ class Anneal(Schedule):
     """Decay from where the rate is to the end of the budget: a run that is resumed in its midst, or a last stage on
     other data.
 
-    floor: where the rate ends, as a share of optimizer.lr, from 0 to 1. tail: curve of the fall: linear, cosine, sqrt
-    (one minus the root of the share done: 2405.18392) or exponential. begin: the token of the run where the decay
-    begins; null for that of the checkpoint that is resumed, else 0. start: the rate where it begins, as a share of
-    optimizer.lr; null for that of the checkpoint, 1 without one.
+    floor: last rate, as a share of optimizer.lr, from 0 to 1. tail: curve of the fall: linear, cosine, sqrt (one minus
+    the root of the share done: 2405.18392) or exponential. begin: the token of the run where the decay begins; null for
+    that of the checkpoint that is resumed, else 0. start: the rate where it begins, as a share of optimizer.lr; null
+    for that of the checkpoint, 1 without one.
     """
 
     start_alone = 1.0

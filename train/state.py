@@ -54,7 +54,7 @@ class State:
 
 @dataclass
 class TrainProgress:
-    """How far a run is in its budget; the loop moves it, and everything else reads it.
+    """The progress of a run through its budget; the loop moves it, and everything else reads it.
 
     state: what checkpoints keep of it. tokens: those of the last step, 0 for one that was skipped. stopping: a stop was
     asked for in the last step.

@@ -32,21 +32,21 @@ _SUBDOMAIN = (r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "a name of small letters, digit
 class KubeRay(Machines):
     """resource: RayJob, which trains and ends by itself, or RayCluster, only the machines, for `farspan submit`.
 
-    name: of the resource. namespace: of the resource; null for kubectl's own. image: a container image that holds
-    farspan, and the Ray of ray_version; must be given. claim: a volume claim that all pods can write (ReadWriteMany),
-    for the run; must be given. mount: where the claim appears in the pods. nodes: pods with workers, each a machine to
-    Ray. memory: of a pod with workers, as 512Gi. gpu: what Kubernetes calls a GPU. shm: how much of that memory
-    /dev/shm may take, for NCCL's buffers and Ray's object store; null for Kubernetes' 64 MB. head_cpus: cores of the
-    pod that leads the others, and holds no worker. head_memory: memory of the pod that leads the others. auth: token:
-    KubeRay (1.5.1 or newer) makes a secret, and Ray asks for it; disabled: anyone who reaches the pods can run code in
-    them. ray_version: of the Ray in the image; null for that of the one installed here. submission_mode: who tells Ray
-    of a RayJob's run; HTTPMode: KubeRay's operator itself; K8sJobMode: a pod of its own. shutdown: whether a RayJob's
-    pods end after its run. ttl: seconds between the end of the run and theirs. retries: new sets of pods for a RayJob
-    after a failure, on which the run goes on. service_account: the account that the pods act as; null for the
-    namespace's default. pull_secrets: names of the secrets that the image is fetched with. labels: of the resource, as
-    {kueue.x-k8s.io/queue-name: training}. node_selector: labels that a machine must have to get pods with workers.
-    tolerations: taints that a machine may have all the same, as [{key: nvidia.com/gpu, operator: Exists, effect:
-    NoSchedule}].
+    name: name of the resource. namespace: namespace of the resource; null for kubectl's own. image: a container image
+    that holds farspan, and the Ray of ray_version; must be given. claim: a volume claim that all pods can write
+    (ReadWriteMany), for the run; must be given. mount: path of the claim in the pods. nodes: pods with workers, each a
+    machine to Ray. memory: memory of a pod with workers, as 512Gi. gpu: Kubernetes' name of a GPU. shm: share of that
+    memory for /dev/shm, at most, for NCCL's buffers and Ray's object store; null for Kubernetes' 64 MB. head_cpus:
+    cores of the pod that leads the others, and holds no worker. head_memory: memory of the pod that leads the others.
+    auth: token: KubeRay (1.5.1 or newer) makes a secret, and Ray asks for it; disabled: anyone who reaches the pods can
+    run code in them. ray_version: version of the Ray in the image; null for the one installed here. submission_mode:
+    the submitter of a RayJob's run to Ray; HTTPMode: KubeRay's operator itself; K8sJobMode: a pod of its own. shutdown:
+    true ends a RayJob's pods after its run. ttl: seconds between the end of the run and theirs. retries: new sets of
+    pods for a RayJob after a failure, on which the run goes on. service_account: the account that the pods act as; null
+    for the namespace's default. pull_secrets: names of the secrets that the image is fetched with. labels: labels of
+    the resource, as {kueue.x-k8s.io/queue-name: training}. node_selector: labels that a machine must have to get pods
+    with workers. tolerations: taints that a machine may have all the same, as [{key: nvidia.com/gpu, operator: Exists,
+    effect: NoSchedule}].
     """
 
     resource: str = "RayJob"

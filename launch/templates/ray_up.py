@@ -22,15 +22,15 @@ _TOKEN = "~/.ray/auth_token"  # Ray's own place for it, on every machine
 class RayUp(Machines):
     """provider: local (machines that run already: head_ip, worker_ips) or aws (`nodes` machines of type `instance`).
 
-    name: of the machines together, by which `ray up` finds them again. head_ip: local only: address of the machine that
-    leads; must be given. worker_ips: local only: addresses of the others. nodes: aws only: all machines, the one that
-    leads among them. instance: aws only: type of the machines. region: aws only: where they are. zone: aws only: where
-    in the region, several separated by commas; null for Ray's choice. ami: aws only: their image; null for Ray's
+    name: name of the machines together, by which `ray up` finds them again. head_ip: local only: address of the machine
+    that leads; must be given. worker_ips: local only: addresses of the others. nodes: aws only: all machines, the one
+    that leads among them. instance: aws only: type of the machines. region: aws only: their region. zone: aws only:
+    their zones in the region, separated by commas; null for Ray's choice. ami: aws only: their image; null for Ray's
     choice. disk: aws only: GB of each machine's disk. spot: aws only: take all but the one that leads at the spot
-    price; they may be taken back at any time. ssh_user: whom ssh logs in as. ssh_private_key: the file of ssh's key;
-    null for ssh's own choice (local), or for a key that Ray makes (aws). setup: shell lines, once on every machine:
-    install farspan, mount the file system for runs. activate: a shell line before Ray starts: source venv/bin/activate.
-    port: of Ray, between the machines.
+    price; they may be taken back at any time. ssh_user: the user that ssh logs in as. ssh_private_key: the file of
+    ssh's key; null for ssh's own choice (local), or for a key that Ray makes (aws). setup: shell lines, once on every
+    machine: install farspan, mount the file system for runs. activate: a shell line before Ray starts: source
+    venv/bin/activate. port: port of Ray, between the machines.
     """
 
     provider: str = "local"

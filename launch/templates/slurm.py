@@ -84,17 +84,18 @@ _FIXED = ("ntasks-per-node", "open-mode")
 class Slurm(Machines):
     """nodes: machines of the job. gpu: type of the GPUs, where the cluster has several; null for any.
 
-    memory: of a machine, as 512G, a bare number in MB; null for all of it or, on shared machines, for Slurm's default.
-    time: the job's limit: minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS; null for the partition's. partition: where the
-    job queues; null for Slurm's default. account: which the job is charged to; null for the user's own. qos: the job's
-    quality of service; null for Slurm's default. name: of the job. output: the file of what the job prints, in sbatch's
-    pattern: %x is the job's name, %j its number. grace: seconds before the limit at which the run is told to save.
-    requeues: how many times the job may queue again at its limit, and go on; 0 for never. exclusive: no other job on
-    the machines; without it, ports follow the job's number, so that two jobs can meet on one. join: seconds that the
-    machines may take to form a cluster. interface: of the network between the machines, as ib0; null for the one that
-    their names lead to. port: of Ray, on the first machine. dashboard_port: of Ray's dashboard, there too. setup: shell
-    lines that put farspan on the PATH of every machine: [module load python, source venv/bin/activate]. directives:
-    further options of sbatch by their long names: {constraint: h100, mail-type: END}.
+    memory: memory of a machine, as 512G, a bare number in MB; null for all of it or, on shared machines, for Slurm's
+    default. time: the job's limit: minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS; null for the partition's. partition:
+    partition in which the job queues; null for Slurm's default. account: account that pays for the job; null for the
+    user's own. qos: the job's quality of service; null for Slurm's default. name: name of the job. output: file of the
+    job's output, in sbatch's pattern: %x is the job's name, %j its number. grace: seconds before the limit at which
+    Slurm asks the run to save. requeues: times that the job may queue again at its limit, and go on; 0 for never.
+    exclusive: no other job on the machines; without it, ports follow the job's number, so that two jobs can meet on
+    one. join: seconds that the machines may take to form a cluster. interface: interface of the network between the
+    machines, as ib0; null for the one that their names lead to. port: port of Ray, on the first machine.
+    dashboard_port: port of Ray's dashboard, there too. setup: shell lines that put farspan on the PATH of every
+    machine: [module load python, source venv/bin/activate]. directives: further options of sbatch by their long names:
+    {constraint: h100, mail-type: END}.
     """
 
     nodes: int = 2

@@ -33,7 +33,7 @@ class Titans(QKVMixer):
     together, and of the queries, in multiples of dim. expand_v: width of the values of all heads together, in multiples
     of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
     it stays within the document; null for none, and silu alone. conv_bias: true gives the convolution a bias. norm_eps:
-    what the norm of a head's output adds to its mean square.
+    epsilon that the norm of a head's output adds to its mean square.
 
     x [B, T, D] -> [B, T, D].
     """

@@ -9,11 +9,11 @@ class Static:
     """`parallel.data` groups of `parallel.sequence` neighbouring ranks.
 
     tokens_per_rank: the most tokens a rank may hold in one micro-step; null for no limit, which makes one micro-step.
-    layout: how a sequence lies on its ranks. contiguous gives each one span, lengths differing by at most one token;
+    layout: layout of a sequence on its ranks. contiguous gives each one span, lengths differing by at most one token;
     the last rank then has the most causal attention to do. zigzag cuts twice as many equal spans as ranks and gives
     rank r the r-th and the r-th from the end, which balances it. auto is zigzag where the lengths divide, contiguous
-    elsewhere. The loss is the same in all. simulate: of `farspan plan`, over how many steps it compares all schedulers
-    on the cluster of `simulation`; null for the run's plan; no run reads it.
+    elsewhere. The loss is the same in all. simulate: steps over which `farspan plan` compares all schedulers on the
+    cluster of `simulation`; null for the run's plan; no run reads it.
     """
 
     def __init__(self, *, tokens_per_rank: int | None = None, layout: str = "auto", simulate: int | None = None):

@@ -24,17 +24,17 @@ class SimulationSettings:
     """A cluster, a model and lengths for `farspan plan scheduler.simulate=N`, which needs no GPU; training reads none.
 
     lengths: a file of sequence lengths in tokens, in the order of the corpus: a .npy array of whole numbers, or text;
-    null for the run's own batches. sequences: how many of the file's make a step. longest: tokens beyond which a
-    sequence of the file is left out, and counted; null for none. quantum: lengths are planned as multiples of it.
-    model: run, the model that is configured, or 7b, 13b, 30b, those of 2412.01523 as they were measured. linear,
-    softmax: of a published model, how many linear layers for how many softmax ones. states: scan or gather, how a
-    published model's linear layers send states. recompute: whether a group may compute activations again to hold more.
-    machines, per_machine: of how many ranks each. memory: GiB of a rank. inside, across: GB a second that a rank
-    receives in groups within a machine, and over several; null for what 2412.01523 measured. latency: microseconds of a
-    message. rate: TFLOP a second that a rank reaches with model=run. launch: milliseconds of a micro-step whatever it
-    holds with model=run; null for gathering the weights twice and scattering their gradients. speeds: of each rank,
-    beside 1; null for ranks that are alike. schedulers: which to compare, the first is what the others are set over;
-    null for all.
+    null for the run's own batches. sequences: sequences of the file in a step. longest: tokens beyond which a sequence
+    of the file is left out, and counted; null for none. quantum: lengths are planned as multiples of it. model: run,
+    the model that is configured, or 7b, 13b, 30b, those of 2412.01523 as they were measured. linear, softmax: numbers
+    of linear and of softmax layers in a period of a published model. states: transport of a published model's linear
+    layers, scan or gather. recompute: true lets a group compute activations again to hold more. machines, per_machine:
+    number of machines, and ranks of each. memory: GiB of a rank. inside, across: GB a second that a rank receives in
+    groups within a machine, and over several; null for the figures of 2412.01523. latency: microseconds of a message.
+    rate: TFLOP a second that a rank reaches with model=run. launch: milliseconds of a micro-step whatever it holds with
+    model=run; null for gathering the weights twice and scattering their gradients. speeds: speed of each rank, relative
+    to 1; null for ranks that are alike. schedulers: schedulers to compare, the first is the base of the ratios; null
+    for all.
     """
 
     lengths: str | None = None
