@@ -1,25 +1,31 @@
 """Hooks: their order, what a restart and a rollback hand back to them, and that a new one is a class and a line."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import train.build
+from parallel.schedule.static import Static
 from tests.jobs import order
 from train.build import build
 from train.checkpoints import checkpoint
 from train.checkpoints.hook import Checkpoints
+from train.evaluation.heldout import Evaluation, Heldout, Means
 from train.guards.rollback import Rollback
 from train.hooks import RESERVED, Hook, Hooks
 from train.loop import Trainer
+from train.metrics.plan_notes import PlanNotes
 from train.metrics.timing import PhaseTimes
 from train.settings import GuardSettings, TrainSettings
 from train.state import State, TrainProgress
+from train.tracking.hook import Recording
 
 CALLS: list[tuple[str, str]] = []
 
@@ -306,3 +312,88 @@ def test_going_back_hands_every_hook_its_state_of_that_checkpoint(run, tmp_path:
     assert found["said"][-1].endswith("back to step-2, batches 2 to 5 passed over, learning rate times 0.5")
     (broken,) = run(1, gone_back, tmp_path / "broken", False)
     assert broken["steps"] == [[1, 2, 3, 4], [-1]], "the test sees states that are not handed back"
+
+
+class Told:
+    """A tracker that notes what it is told, and what metrics.jsonl would have."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **more: self.calls.append((name, *given, *more.values()))
+
+
+def test_a_record_is_written_whole_and_the_summary_has_the_last_evaluation(tmp_path: Path) -> None:
+    progress = TrainProgress(settings(3), State(attempt=2))
+    recording = Recording(tmp_path, progress, PhaseTimes())
+    recording.before_run()  # a rank without a tracker says and writes nothing
+    recording.on_failure(OSError("x"))
+    recording.after_run()
+    assert not [*tmp_path.iterdir()]
+    recording.tracker = told = Told()  # type: ignore[assignment]
+    hooks = Hooks(recording)
+    hooks.before_run()
+    scores = {"heldout_loss": 2.0, "heldout_accuracy": 0.5, "heldout": {"a": {"loss": 2.0}}}
+    for step, more in ((1, scores | {"forgetting": {"a": 0.1}}), (2, {}), (3, {"heldout_loss_average": 1.5})):
+        progress.stepped(10, 10)
+        hooks.after_step({"step": step, "tokens": 10 * step, "loss": 4.0 - step, **more})
+    hooks.after_run()
+    alert, first, *_, last, end = told.calls
+    assert alert == ("alert", "goes on", "attempt 2 goes on from step 0", "INFO")
+    assert first[1]["forgetting"] == {"a": 0.1} and "seconds" in first[1] and last[1]["step"] == 3
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary.pop("seconds") >= 0 and end[:1] == ("finish",) and len(told.calls) == 5
+    assert summary == {"step": 3, "tokens": 30, "loss": 1.0, "stopped": False, "heldout_loss_average": 1.5, **scores}
+
+
+def test_the_tracker_hears_of_a_failure_and_its_own_is_not_raised(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, TrainProgress(settings(3), State(step=4)), PhaseTimes())
+    recording.tracker = told = Told()  # type: ignore[assignment]
+    Hooks(recording).on_failure(FloatingPointError("loss is nan\nand more"))
+    text = "FloatingPointError: loss is nan (attempt 1, step 4)"
+    assert told.calls == [
+        ("alert", "not finite", text, "ERROR"),
+        ("finish", {"step": 4, "tokens": 0, "error": text}, 1),
+    ]
+
+
+def test_evaluations_come_when_due_and_at_the_end_and_not_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = Heldout(Means(2.0, 0.5), {"old": Means(2.0, 0.5)})
+    monkeypatch.setattr("train.evaluation.heldout.heldout", lambda *given: scores)
+    progress, logged = TrainProgress(settings(4, evaluate_every=30), State()), []
+    sequence = SimpleNamespace(starts=np.ones(2, dtype=bool), counted=np.ones(2, dtype=bool))
+    batches = SimpleNamespace(sides={"old": True}, batch=lambda seed, step, skips: [sequence])
+    parts: dict[str, Any] = {"executor": None, "plan": None, "phases": PhaseTimes(), "seed": 0, "batches": batches}
+    evaluation = Evaluation(progress=progress, log=logged.append, replays=True, bytes_per_target=2.0, **parts)
+    evaluation.before_run()
+    assert logged[0]["forgetting"] == {"old": 0.0} and logged[0]["step"] == 0 and evaluation.state() == {"old": 2.0}
+    assert logged[0]["heldout_bits_per_byte"] == pytest.approx(1 / math.log(2))
+
+    def evaluated(stopping: bool = False) -> bool:
+        progress.stopping = stopping
+        progress.stepped(10, 10)
+        record: dict[str, Any] = {}
+        evaluation.after_step(record)
+        assert not record or record["documents"] == [[1, 2]]
+        return bool(record)
+
+    assert [evaluated(), evaluated(stopping=True), evaluated(), evaluated()] == [False, False, True, True]
+    progress.state.step, progress.state.tokens = 3, 30
+    assert not evaluated(stopping=True), "a stop should not take long, even at the end"
+    again = Evaluation(progress=progress, log=logged.append, replays=True, **parts)
+    again.load({"old": 3.0})
+    again.before_run()
+    assert len(logged) == 1 and again.state() == {"old": 3.0}, "measured from the first beginning"
+
+
+def test_a_plan_is_noted_once_by_one_rank(tmp_path: Path) -> None:
+    plans = [
+        Static(layout="contiguous").plan(step, [length], data=1, sequence=1)
+        for step, length in ((1, 8), (2, 8), (3, 9))
+    ]
+    for folder in (None, tmp_path / "plans"):
+        hooks = Hooks(PlanNotes(folder))
+        for plan in plans:
+            hooks.before_step(plan)
+    assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == ["step-1.txt", "step-3.txt"]
