@@ -5,7 +5,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,8 @@ from train.checkpoints.hook import Checkpoints
 from train.evaluation.heldout import Evaluation
 from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
-from train.guards import rollback
 from train.guards.hang_timeout import Patience
+from train.guards.rollback import ALERT, Rollback
 from train.guards.step_guard import Guard
 from train.hooks import Hooks
 from train.layout import dependences
@@ -102,53 +102,14 @@ def build(order: dict[str, Any]) -> Trainer:
     def plan(lengths: list[int]) -> Plan:
         return scheduler.plan(progress.state.step + 1, lengths, data=data, sequence=sequence)
 
-    def tell(line: str) -> None:
-        say(line)
-        recording.alert(rollback.ALERT, line, "WARN")
-
-    recording = Recording(run_dir, progress, phases)
-    guard = Guard(train.guard, groups.world_comm, device)
-    average = _average(train, model, progress, say)
     patience = Patience(config.cluster.timeout)
-    hooks = Hooks()
-    evaluation = Evaluation(
-        executor=executor,
-        batches=batches,
-        plan=plan,
-        progress=progress,
-        phases=phases,
-        seed=config.seed,
-        log=recording.log,
-        average=average,
-        bytes_per_target=bytes_per_target(batches) if first else None,
-        replays=bool(order.get("init_from") and batches.sides),
-    )
-    checkpoints = Checkpoints(
-        folder=run_dir / "checkpoints",
-        model=model,
-        optimizer=adamw,
-        batches=batches,
-        progress=progress,
-        hooks=hooks,
-        phases=phases,
-        patience=patience,
-        say=say,
-        written=recording.checkpoint,
-        facts=_of_the_run(config, batches, facts),
-        companions=_companions(run_dir, batches) if first else (),
-    )
-    # They are called in this order on every rank: those that add to a record stand before the one that writes it.
-    hooks.add(guard)
-    hooks.add(TransportChoice(recurrence, asks, groups, sequence, each, device, say))
-    if average is not None:
-        hooks.add(average)
-    hooks.add(PlanNotes(run_dir / "plans" if first else None))
-    hooks.add(evaluation)
-    hooks.add(checkpoints)
-    hooks.add(recording)
+    parts = _Parts(config, run_dir, model, adamw, batches, executor, plan, progress, phases, say, patience)
+    transport = TransportChoice(recurrence, asks, groups, sequence, each, device, say)
+    hooks = _hooks(parts, transport, facts, replays=bool(order.get("init_from") and batches.sides))
     # A transport is measured here: before a tracker has threads.
     hooks.load(facts, Path(order["resume"]) if order.get("resume") else None)
-    recording.tracker = _tracker(order, say, model, utilisation) if first else None
+    if first:
+        hooks.of(Recording).tracker = _tracker(order, say, model, utilisation)
     return Trainer(
         progress=progress,
         seed=config.seed,
@@ -163,23 +124,97 @@ def build(order: dict[str, Any]) -> Trainer:
         groups=groups,
         phases=phases,
         patience=patience,
-        guard=guard,
-        rollback=rollback.Rollback(
-            run_dir=run_dir,
-            progress=progress,
-            seed=config.seed,
-            model=model,
-            optimizer=adamw,
-            batches=batches,
-            executor=executor,
-            groups=groups,
-            split=(data, sequence),
-            load=checkpoints.go_back,
-            tell=tell,
-        ),
+        guard=hooks.of(Guard),
+        rollback=_rollback(parts, hooks, split=(data, sequence)),
         hooks=hooks,
         utilisation=utilisation,
         norms=bool(config.tracking.get("norms")),
+    )
+
+
+class _Parts(NamedTuple):
+    """Holds what the loop, its hooks and its rollback share."""
+
+    config: RunConfig
+    run_dir: Path
+    model: LM
+    optimizer: Optimizer
+    batches: Any
+    executor: Executor
+    plan: Callable[[list[int]], Plan]
+    progress: TrainProgress
+    phases: PhaseTimes
+    say: Callable[[str], None]
+    patience: Patience
+
+
+def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, replays: bool) -> Hooks:
+    """Lists the hooks of the run, the same on every rank, in the order in which they are called: those that add to a
+    record stand before the one that writes it.
+
+    facts: the manifest of the checkpoint that the run goes on from. replays: the weights may forget an old source.
+    """
+    config, progress, groups = parts.config, parts.progress, parts.executor.groups
+    first = groups.rank == 0
+    recording = Recording(parts.run_dir, progress, parts.phases)
+    average = _average(config.train, parts.model, progress, parts.say)
+    hooks = Hooks()
+    hooks.add(Guard(config.train.guard, groups.world_comm, parts.executor.device))
+    hooks.add(transport)
+    if average is not None:
+        hooks.add(average)
+    hooks.add(PlanNotes(parts.run_dir / "plans" if first else None))
+    evaluation = Evaluation(
+        executor=parts.executor,
+        batches=parts.batches,
+        plan=parts.plan,
+        progress=progress,
+        phases=parts.phases,
+        seed=config.seed,
+        log=recording.log,
+        average=average,
+        bytes_per_target=bytes_per_target(parts.batches) if first else None,
+        replays=replays,
+    )
+    hooks.add(evaluation)
+    checkpoints = Checkpoints(
+        folder=parts.run_dir / "checkpoints",
+        model=parts.model,
+        optimizer=parts.optimizer,
+        batches=parts.batches,
+        progress=progress,
+        hooks=hooks,
+        phases=parts.phases,
+        patience=parts.patience,
+        say=parts.say,
+        written=recording.checkpoint,
+        facts=_of_the_run(config, parts.batches, facts),
+        companions=_companions(parts.run_dir, parts.batches) if first else (),
+    )
+    hooks.add(checkpoints)
+    hooks.add(recording)
+    return hooks
+
+
+def _rollback(parts: _Parts, hooks: Hooks, *, split: tuple[int, int]) -> Rollback:
+    """Builds what passes over batches and goes back; split: data groups, and ranks of a sequence."""
+
+    def tell(line: str) -> None:
+        parts.say(line)
+        hooks.of(Recording).alert(ALERT, line, "WARN")
+
+    return Rollback(
+        run_dir=parts.run_dir,
+        progress=parts.progress,
+        seed=parts.config.seed,
+        model=parts.model,
+        optimizer=parts.optimizer,
+        batches=parts.batches,
+        executor=parts.executor,
+        groups=parts.executor.groups,
+        split=split,
+        load=hooks.of(Checkpoints).go_back,
+        tell=tell,
     )
 
 
