@@ -6,6 +6,7 @@ where the page does not say which cluster. What cannot run here is listed, with 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
@@ -205,3 +206,34 @@ def _end_ray(place: Path) -> None:
         except OSError:
             continue
     wait_for(lambda: not mentioning(f"{MARK}={place}"), 15)
+
+
+def _written_pages() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_every_page_is_in_the_index_and_every_link_leads_somewhere():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in _written_pages():
+        assert page.parent == ROOT or page.name == "README.md" or f"]({page.name})" in index, page
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not link.startswith(("http", "#")):
+                assert (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+
+
+def test_no_sentence_of_the_documentation_opens_with_a_question():
+    """Generated sections and the diary aside: "What", "Of" and "Whether" begin no sentence."""
+    for page in _written_pages():
+        if page.name in ("notes.md", "configuration.md"):
+            continue
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"`[^`\n]*`|^#.*$", "", text, flags=re.MULTILINE)
+        assert not re.findall(r"(?:\A|[.:;?!]\s+|\n\n|\n- )(?:What|Of|Whether)\s+\w+", text), page.name
+
+
+def test_the_picture_of_the_rooms_has_the_arrows_of_the_code():
+    path = ROOT / "docs" / "pictures.py"
+    spec = importlib.util.spec_from_file_location("pictures", path)
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    assert pictures.imports() == pictures.ARROWS.keys()
