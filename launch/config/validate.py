@@ -21,8 +21,8 @@ from launch.config.choices import GIVEN
 from launch.errors import UserError
 from train.instantiate import ROOMS, allowed, construct
 from train.renamed import canonical
-from train.run_config import SECTIONS, RunConfig
-from train.settings import Stage, section
+from train.run_config import SECTIONS, RunConfig, Stage
+from train.settings import section
 
 SCALARS: dict[str, Any] = {"seed": int, "init_from": str | None, "resume": str | None}
 LISTS: dict[str, Any] = {"stages": list[Stage]}  # of sections

@@ -30,8 +30,8 @@ from launch.run.signals import SignalLatch
 from launch.runner.dispatch import run
 from launch.runner.result import RunResult
 from launch.shell import command, override, quote
-from train.run_config import ObjectConfig, RunConfig
-from train.settings import RunSettings, Stage
+from train.run_config import ObjectConfig, RunConfig, Stage
+from train.settings import RunSettings
 
 SHORTEST = 128  # tokens of a needle's text, in bytes, for it and its question to have room
 

@@ -6,8 +6,7 @@ from launch.config.choices import parameters
 from launch.config.validate import nearest
 from models.hub.architecture import Node, layers, node, target
 from models.positions import NoPE, RoPE
-from train.run_config import ObjectConfig, RunConfig
-from train.settings import Stage
+from train.run_config import ObjectConfig, RunConfig, Stage
 
 
 def configured(config: RunConfig, stage: Stage, number: int, model: ObjectConfig) -> dict[str, Any]:

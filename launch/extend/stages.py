@@ -18,8 +18,7 @@ from launch.preflight.checked import CheckedRun
 from launch.preflight.refusals import refusals
 from launch.run import rundir
 from models.positions import NoPE, Positions
-from train.run_config import ObjectConfig, RunConfig
-from train.settings import Stage
+from train.run_config import ObjectConfig, RunConfig, Stage
 
 NUMBERED = ("train.tokens", "train.steps")  # of a chain, each stage has its own
 

@@ -7,7 +7,7 @@ import pytest
 from launch.config.compose import checked, composed
 from launch.errors import UserError
 from launch.extend.compose import configured, positioned, rules_of
-from train.settings import Stage
+from train.run_config import Stage
 
 MIXTURE = ["data=mixture", "data.sources.new.data.path=texts", "data.sources.new.weight=3"]
 
