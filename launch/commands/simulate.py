@@ -17,7 +17,6 @@ from train.run_config import RunConfig
 
 def simulated(config: RunConfig, steps: int) -> list[str]:
     """The table, a line each; writes the picture of the first step where `run.plot` names one. Raises ValueError."""
-
     settings = config.simulation
     try:
         costs = settings.costs(lambda cluster: _configured(config, settings, cluster))
@@ -28,12 +27,14 @@ def simulated(config: RunConfig, steps: int) -> list[str]:
         rows = compare(costs, batches, settings.schedulers, quantum=settings.quantum)
     except TooLongError as error:
         raise ValueError(f"simulation.longest={settings.longest}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"simulation.schedulers={settings.schedulers}: {error}") from None
     found = [
         f"simulated   {steps:,} steps of model {costs.model.name} on {costs.cluster.name}",
         f"sequences   {told}",
         *(f"{'' if i else 'schedulers':<12}{line}" for i, line in enumerate(text(rows, costs))),
     ]
-    if picture := config.run.plot:
+    if (picture := config.run.plot) and not rows[0].why:
         lengths = [-(-n // settings.quantum) * settings.quantum for n in batches[0]]
         packing = SCHEDULERS[rows[0].name](costs).pack(lengths)
         gantt.draw(costs, packing, lengths, f"{rows[0].name}, {costs.model.name}, first step", Path(picture))
@@ -51,10 +52,8 @@ def _batches(config: RunConfig, settings: SimulationSettings, steps: int) -> tup
     longest = max(map(max, found))
     dropped = f"; {left_out:,} longer than {settings.longest:,} are left out" if settings.longest else ""
     tokens = sum(map(sum, found)) // steps
-    return (
-        found,
-        f"{settings.sequences:,} a step of {settings.lengths}, {tokens:,} tokens, at most {longest:,}{dropped}",
-    )
+    size = f"{tokens:,} tokens, at most {longest:,}"
+    return found, f"{settings.sequences:,} a step of {settings.lengths}, {size}{dropped}"
 
 
 def _configured(config: RunConfig, settings: SimulationSettings, cluster: Cluster) -> Costs:

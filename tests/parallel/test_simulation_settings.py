@@ -35,7 +35,7 @@ def test_a_file_that_holds_no_lengths_is_one_line(tmp_path, content, suffix):
 def test_arrays_of_objects_and_fractions_are_refused_and_nothing_is_unpickled(tmp_path):
     for i, array in enumerate([np.array([object()]), np.array([1.5]), np.array([[1, 2]])]):
         np.save(tmp_path / f"{i}.npy", array, allow_pickle=True)
-        with pytest.raises(ValueError, match="must be a .npy array or text of whole numbers"):
+        with pytest.raises(ValueError, match="must be a .npy array of one dimension, or text, of whole numbers"):
             read_lengths(tmp_path / f"{i}.npy")
     with pytest.raises(ValueError, match="cannot be read"):
         read_lengths(tmp_path / "none.npy")

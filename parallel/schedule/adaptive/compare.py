@@ -28,17 +28,20 @@ class Adaptive:
         return planned.packing
 
 
+_OPTIONAL = {"megatron_balanced": "megatron-core"}
+
 SCHEDULERS: dict[str, Callable[[Costs], Scheduler]] = {
     "adaptive": Adaptive,
     "auto": Auto,
-    "one size, our packing": OneSize,
-    "one size, longest first": LongestFirst,
-    "one size, best fit": BestFit,
-    "all ranks, best fit": lambda costs: BestFit(costs, max(costs.sizes)),
-    "megatron, work s²/group": WorkByPairs,
-    "megatron, balanced": Balanced,
+    "one_size": OneSize,
+    "longest_first": LongestFirst,
+    "best_fit": BestFit,
+    "all_ranks": lambda costs: BestFit(costs, max(costs.sizes)),
+    "megatron": WorkByPairs,
+    "megatron_balanced": Balanced,
 }
-"""By the name that a table shows. The last needs megatron-core."""
+"""By the name that a table shows: groups of one size a step, packed by our planner, the longest first, or by best fit;
+all ranks for every sequence; Megatron's packing-aware rule, and its older scheduler, which needs megatron-core."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,11 @@ class Row:
 def compare(
     costs: Costs, batches: Sequence[Sequence[int]], names: Iterable[str] | None = None, *, quantum: int = 128
 ) -> list[Row]:
-    """A row a scheduler; lengths are judged as multiples of `quantum`. Schedulers that are not installed have none.
+    """A row a scheduler; lengths are judged as multiples of `quantum`. Without names, schedulers that are not installed
+    have none.
 
-    Raises TooLongError where a sequence fits not even a group of all ranks; a scheduler whose own limits a sequence
-    breaks has a row that says so.
+    Raises TooLongError where a sequence fits not even a group of all ranks, ValueError for a name that is not
+    installed. A scheduler whose own limits a sequence breaks has a row that says so.
     """
     padded = [(-(-np.asarray(lengths, dtype=np.int64) // quantum) * quantum).tolist() for lengths in batches]
     rows = []
@@ -69,6 +73,8 @@ def compare(
         try:
             scheduler = SCHEDULERS[name](costs)
         except ImportError:
+            if names is not None:
+                raise ValueError(f"{name} needs {_OPTIONAL[name]}, which is not installed") from None
             continue
         timings, planning = [], []
         try:
@@ -98,17 +104,18 @@ def compare(
 
 def text(rows: Sequence[Row], costs: Costs) -> list[str]:
     """The table for people, a line a scheduler."""
-    first = rows[0].seconds.mean()
+    base = next((row for row in rows if not row.why), None)
     lines = [
-        f"{'scheduler':<24} {'s/step':>9} {'over ' + rows[0].name:>13} {'micro-steps':>11} {'busy':>6} "
+        f"{'scheduler':<18} {'s/step':>9} {'over ' + base.name if base else '':>18} {'micro-steps':>11} {'busy':>6} "
         f"{'max/mean':>8} {'peak GiB':>8} {'plan ms':>8}"
     ]
     for row in rows:
         if row.why:
-            lines.append(f"{row.name:<24} {row.why}")
+            lines.append(f"{row.name:<18} {row.why}")
             continue
+        over = row.seconds.mean() / base.seconds.mean() if base else 1.0
         lines.append(
-            f"{row.name:<24} {row.seconds.mean():>9.4g} {row.seconds.mean() / first:>13.3f} {row.micro_steps:>11.1f} "
+            f"{row.name:<18} {row.seconds.mean():>9.4g} {over:>18.3f} {row.micro_steps:>11.1f} "
             f"{row.utilisation:>6.1%} {row.imbalance:>8.2f} {row.peak / 2**30:>8.1f} {1e3 * row.planning:>8.1f}"
         )
     room = min(costs.rank_tokens.max(axis=0))

@@ -191,8 +191,8 @@ class Costs:
         free = memories - self.states
         if free.min() <= 0:
             raise NoRoomError(
-                f"model {model.name} takes {self.states / 2**30:.1f} GiB of states on each of {n} ranks, and a rank "
-                f"has {memories.min() / 2**30:.1f}: more ranks or more memory would change that"
+                f"model {model.name} takes {self.states / 2**30:.3g} GiB of states on each of {n} ranks, and a rank "
+                f"has {memories.min() / 2**30:.3g}: more ranks or more memory would change that"
             )
         self.token_bytes = np.array(
             [model.activation_bytes * choice.activations + model.logit_bytes for choice in model.recompute]

@@ -145,9 +145,7 @@ def read_lengths(path: Path) -> np.ndarray:
         if path.suffix == ".npy":
             found = np.load(path, mmap_mode="r", allow_pickle=False)
             if found.ndim != 1 or found.dtype.kind not in "iu":
-                raise ValueError(
-                    f"is an array of {found.ndim} dimensions of {found.dtype}; must be one, of whole numbers"
-                )
+                raise ValueError
             found = np.asarray(found).astype(np.int64)
         else:
             with path.open(encoding="ascii") as file:
@@ -155,9 +153,8 @@ def read_lengths(path: Path) -> np.ndarray:
                 found = np.fromiter((int(word) for word in islice(words, 10**8)), dtype=np.int64)
     except OSError as error:
         raise ValueError(f"{at}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, OverflowError, EOFError) as error:
-        line = (str(error).splitlines() or ["not an array"])[0]
-        raise ValueError(f"{at}: must be a .npy array or text of whole numbers ({line})") from None
+    except (ValueError, OverflowError, EOFError):  # whose text may quote the file
+        raise ValueError(f"{at}: must be a .npy array of one dimension, or text, of whole numbers") from None
     if not len(found) or found.min() < 1 or found.max() >= 2**40:
         raise ValueError(f"{at}: must hold lengths of at least 1 token, and below 2^40")
     return found
