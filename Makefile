@@ -3,20 +3,21 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
-PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
+# A file runs on one worker, in the order that tests/conftest.py gives to files.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test unit check slow mutations matrix plans fuzz stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
 
-# Tests that run the command line measure time and signals: one at a time. All others share the cores.
+# Tests that measure time run alone. All others share the cores.
 test: $(READY) check
-	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not e2e and not gpu and not slow"
-	$(VENV)/bin/python -m pytest -q -m "e2e and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not timing and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q -m "timing and not gpu and not slow"
 
 unit: $(READY)
-	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not composes and not dist and not e2e and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not composes and not dist and not e2e and not timing and not gpu and not slow"
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check --quiet .

@@ -1,10 +1,11 @@
-"""`run(world, fn, ...)`: the same function on every rank of a fresh gloo world, results by rank.
+"""`run(world, fn, ...)`: the same function on every rank of a fresh gloo world, results by rank; the order of files.
 
 Worlds come from a fork server that has imported torch once, so that a world costs a fraction of a second and none
 inherits another's state. Every wait has a limit; what is left of a world when it is over is killed.
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -15,6 +16,39 @@ import torch  # noqa: E402
 from tests.world import run_world  # noqa: E402
 
 torch.set_num_threads(1)
+
+TESTS = Path(__file__).resolve().parent
+# Files that take half a minute or more, the longest first: a worker that begins one of them last would be waited for.
+LONGEST = (
+    "launch/test_jobs.py",
+    "launch/test_stop.py",
+    "launch/test_cli.py",
+    "train/test_invariance.py",
+    "test_docs.py",
+    "launch/test_templates.py",
+    "launch/test_extension.py",
+    "launch/test_sweep.py",
+    "parallel/test_matrix.py",
+    "data/stores/test_prepare.py",
+    "launch/test_prepare.py",
+    "launch/test_cluster.py",
+    "parallel/test_mixers.py",
+    "train/test_average.py",
+    "launch/test_local.py",
+    "train/test_spans.py",
+    "parallel/test_parity.py",
+    "parallel/test_mutations.py",
+    "launch/test_continual.py",
+    "train/test_continual.py",
+    "launch/test_evaluate.py",
+    "test_conf.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of `LONGEST`, all others behind them; within a file nothing moves."""
+    order = {path: number for number, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path.relative_to(TESTS)), len(order)))
 
 
 @pytest.fixture(scope="session")

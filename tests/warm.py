@@ -32,6 +32,8 @@ IMPORTS = (
     "launch.commands.generate",
     "launch.commands.prepare",
     "hydra.utils",
+    "matplotlib.backends.backend_agg",  # a corpus's card
+    "matplotlib.figure",
     "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",

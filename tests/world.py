@@ -8,7 +8,8 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _PRELOAD = ("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "parallel.parallelize")
-_context.set_forkserver_preload([*_PRELOAD, "hydra.utils", "torch.utils.flop_counter", "train.build"])
+_DRAWS = ("matplotlib.figure", "matplotlib.backends.backend_agg")  # a corpus's card
+_context.set_forkserver_preload([*_PRELOAD, *_DRAWS, "hydra.utils", "torch.utils.flop_counter", "train.build"])
 
 
 def run_world(

@@ -25,11 +25,11 @@ import pytest
 from launch.cli import main
 from launch.cluster.inspection import Sight, _folder, difference
 from launch.errors import UserError
+from tests import warm
 from tests.jobs import overrides
 from tests.launch.processes import ROOT, wait_for
 from train.checkpoints import checkpoint
 
-FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 RAY = str(Path(sys.executable).parent / "ray")
 STEPS = 100
 
@@ -176,7 +176,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 def farspan(cluster: Cluster, *words: str, code: int = 0, timeout: float = 150) -> str:
     done = subprocess.run(
-        [*FARSPAN, *words], cwd=cluster.place, env=cluster.env, capture_output=True, text=True, timeout=timeout
+        [*warm.command(), *words], cwd=cluster.place, env=cluster.env, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout if code == 0 else done.stderr
@@ -271,7 +271,7 @@ def test_a_lost_worker_a_stop_and_a_resume_by_id_change_no_number(cluster, unint
 def test_train_on_a_cluster_follows_its_job_and_ctrl_c_saves(cluster, uninterrupted):
     run = cluster.place / "runs" / "third"
     process = subprocess.Popen(
-        [*FARSPAN, "train", "cluster=ray", cluster.address, *job_overrides(cluster, f"run.dir={run}")],
+        [*warm.COLD, "train", "cluster=ray", cluster.address, *job_overrides(cluster, f"run.dir={run}")],
         cwd=cluster.place,
         env=cluster.env,
         text=True,
@@ -340,7 +340,7 @@ def test_a_run_that_only_the_cluster_sees_is_told_and_resumed(cluster):
 
     def far(*words: str) -> str:
         done = subprocess.run(
-            ["unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh", *FARSPAN, *words],
+            ["unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh", *warm.COLD, *words],
             cwd=cluster.place,
             env=cluster.env,
             capture_output=True,
@@ -388,6 +388,7 @@ def test_a_folder_that_cannot_be_written_is_refused_by_the_job(cluster):
     assert "run.dir=/proc/1/nowhere: cannot be written (" in said
 
 
+@pytest.mark.timing
 def test_where_no_ray_answers_it_is_said_within_ten_seconds(capsys, tmp_path):
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))

@@ -13,7 +13,6 @@ import pty
 import random
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable
@@ -23,20 +22,21 @@ import pytest
 
 from launch.run.signals import SignalCount, SignalLatch, Stopping
 from launch.terminal import Lasting
+from tests import warm
 from tests.jobs import overrides
 from tests.launch.processes import mentioning, wait_for
 from train.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-FARSPAN = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())"]
 STEPS = 30
 MARK = "FARSPAN_TEST_STOP"
 
 
-def start(place: Path, *words: str) -> subprocess.Popen:
+def start(place: Path, *words: str, cold: bool = True) -> subprocess.Popen:
+    """A `farspan`, in a fresh interpreter that starts as a user's does; warm where nothing of it is looked at."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(place)}
     return subprocess.Popen(
-        [*FARSPAN, *words],
+        [*(warm.COLD if cold else warm.command()), *words],
         cwd=place,
         env=env,
         text=True,
@@ -112,7 +112,7 @@ def usable(place: Path, run: Path, expected: dict[int, float], *, go_on: bool) -
         assert seen.items() <= expected.items()
         assert checkpoint.newest(run / "checkpoints", pytest.fail).name == f"step-{max(seen)}"
     if go_on and (not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < STEPS):
-        finish(start(place, "train", f"resume={run}"))
+        finish(start(place, "train", f"resume={run}", cold=False))
         assert losses(run) == expected
 
 
@@ -169,7 +169,7 @@ def test_a_terminal_that_goes_away_is_a_stop(place, whole, cluster):
             said += os.read(ours, 1 << 16)
 
     process = subprocess.Popen(
-        [*FARSPAN, *job(place, run, f"cluster={cluster}")],
+        [*warm.COLD, *job(place, run, f"cluster={cluster}")],
         cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": "1", MARK: str(place)},
         stdin=theirs,

@@ -22,7 +22,7 @@ LAYOUTS = {
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 # In fp32 every expert is chosen: of 60,000 top-2 choices one falls within rounding of a tie in some runs, and flips.
 PRECISION = {"fp64": ["precision=fp64"], "fp32": ["precision=fp32", "model.blocks.gla.ffn.top_k=4"]}
-STEPS = 50
+STEPS = 20  # in every run of the tests; `make slow` takes the 50 of the contract
 
 
 def losses(order, steps):
@@ -35,21 +35,20 @@ def alone(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
 
     @cache
-    def of(precision):
+    def of(precision, steps):
         more = [*PRECISION[precision], "train.tokens=20000", "cluster.workers=1"]
-        return run(1, losses, order(folder, folder / precision, *more), STEPS)[0]
+        return run(1, losses, order(folder, folder / f"{precision}-{steps}", *more), steps)[0]
 
     return of
 
 
 @pytest.mark.parametrize(
-    "precision",
-    ["fp64", pytest.param("fp32", marks=pytest.mark.slow)],
+    ("precision", "steps"), [("fp64", STEPS), *(pytest.param(p, 50, marks=pytest.mark.slow) for p in ("fp64", "fp32"))]
 )
 @pytest.mark.parametrize("layout", [pytest.param(n, marks=[pytest.mark.slow] * (LAYOUTS[n][0] < 4)) for n in LAYOUTS])
-def test_fifty_steps_have_the_same_losses_on_every_layout(run, alone, tmp_path, layout, precision):
+def test_a_run_has_the_same_losses_on_every_layout(run, alone, tmp_path, layout, precision, steps):
     world, more = LAYOUTS[layout]
     job = order(tmp_path, tmp_path / "run", *more, *PRECISION[precision], "train.tokens=20000")
-    for got in run(world, losses, job, STEPS):
-        np.testing.assert_allclose(got, alone(precision), rtol=TOLERANCE[precision])
-    assert alone(precision)[-1] < alone(precision)[0] - 1, "it should learn"
+    for got in run(world, losses, job, steps):
+        np.testing.assert_allclose(got, alone(precision, steps), rtol=TOLERANCE[precision])
+    assert alone(precision, steps)[-1] < alone(precision, steps)[0] - 1, "it should learn"

@@ -40,11 +40,18 @@ def same(a: dict[str, list[np.ndarray]], b: dict[str, list[np.ndarray]]) -> bool
     return a.keys() == b.keys() and all(np.array_equal(x, y) for n in a for x, y in zip(a[n], b[n], strict=True))
 
 
+@pytest.fixture(scope="module")
+def before(run, tmp_path_factory):
+    """A run's folder, and what `save_then_go_on` gives of it."""
+    place = tmp_path_factory.mktemp("before")
+    return place / "run", run(2, save_then_go_on, order(place, place / "run", *LAYOUTS[2], *MORE))[0]
+
+
 @pytest.mark.dist
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(run, tmp_path):
-    saved, losses, end = run(2, save_then_go_on, order(tmp_path, tmp_path / "run", *LAYOUTS[2], *MORE))[0]
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(run, before, tmp_path):
+    folder, (saved, losses, end) = before
     assert {len(parts) for parts in saved.values()} == {2, 3}, "momentum of matrices, two moments of the rest"
-    path = str(tmp_path / "run/checkpoints" / f"step-{BEFORE}")
+    path = str(folder / "checkpoints" / f"step-{BEFORE}")
     for world, layout in LAYOUTS.items():
         job = order(tmp_path, tmp_path / f"world-{world}", *layout, *MORE, resume=path)
         loaded, again, after, _ = run(world, load_then_go_on, job)[0]
@@ -54,10 +61,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(run, tmp_path):
 
 
 @pytest.mark.dist
-def test_a_resumed_run_has_the_settings_that_it_is_given(run, tmp_path):
+def test_a_resumed_run_has_the_settings_that_it_is_given(run, before, tmp_path):
     """Those of the checkpoint, where groups are other ones, neither come back nor stand in the way."""
-    run(2, save_then_go_on, order(tmp_path, tmp_path / "run", *LAYOUTS[2], *MORE))
-    path = str(tmp_path / "run/checkpoints" / f"step-{BEFORE}")
+    path = str(before[0] / "checkpoints" / f"step-{BEFORE}")
     more = [*MORE, "optimizer.weight_decay=0.3", "optimizer.no_decay=[expert]"]
     job = order(tmp_path, tmp_path / "further", *LAYOUTS[2], *more, resume=path)
     settings = run(2, load_then_go_on, job)[0][3]

@@ -163,6 +163,7 @@ def test_a_continued_run_knows_its_parent_through_restarts(run, broken_twice: Pa
         assert of_kind(path, "run")[0].job_type == "continue"
 
 
+@pytest.mark.timing
 def test_tracking_takes_less_than_a_hundredth_of_the_training_thread(run, tmp_path: Path) -> None:
     """The default model on a short step, which makes the share larger; by the thread's own CPU clock."""
     small = [o for o in overrides(tmp_path) if not o.startswith(("model", "data.max_length", "train.", "tracking"))]

@@ -250,6 +250,7 @@ def test_wandb_mode_is_honoured_by_auto_only(tmp_path: Path, monkeypatch: pytest
     assert line.startswith("W&B: http")
 
 
+@pytest.mark.timing
 def test_a_server_that_never_answers_is_left_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
 ) -> None:
@@ -266,6 +267,7 @@ def test_a_server_that_never_answers_is_left_in_time(
     assert_holds(offline_files(tmp_path)[0], range(1, 6))
 
 
+@pytest.mark.timing
 def test_a_server_that_hangs_at_the_end_is_left_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
 ) -> None:
