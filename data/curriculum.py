@@ -10,11 +10,12 @@ code draws buckets at random with these weights (2405.13226, section 3.3); here 
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 from data.samplers.apportion import Shares
 
-ODDS = ("uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100")
+Odds = Literal["uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"]
+ODDS = get_args(Odds)
 
 
 class Curriculum:
@@ -33,7 +34,7 @@ class Curriculum:
     def __init__(
         self,
         *,
-        odds: str = "uniform",
+        odds: Odds = "uniform",
         cycles: int = 8,
         tokens: int | None = None,
         context: list[Any] | None = None,

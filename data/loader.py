@@ -3,7 +3,11 @@
 from pathlib import Path
 
 from data.batches import Batches, Sequencing, checked_audit
+from data.corpora.corpus import CorpusName
+from data.corpora.files import OnError
 from data.curriculum import Curriculum
+from data.samplers import PackingName
+from data.samplers.decompose import Overlong
 from data.samplers.sampler import Source
 from data.stores.parts import Runner
 from data.stores.prepare import Watch
@@ -44,13 +48,13 @@ class Data:
     def __init__(
         self,
         *,
-        corpus: str | None,
+        corpus: CorpusName | None,
         path: str | None = None,
         field: str = "text",
         subset: str | None = None,
         split: str = "train",
         streaming: bool = False,
-        on_error: str = "stop",
+        on_error: OnError = "stop",
         documents: int | None = None,
         lengths: list[int] | None = None,
         seed: int = 0,
@@ -61,9 +65,9 @@ class Data:
         local: str | None = None,
         workers: int | None = None,
         max_length: int = 4096,
-        packing: str = "concat",
+        packing: PackingName = "concat",
         min_length: int = 256,
-        overlong: str = "random",
+        overlong: Overlong = "random",
         document_mask: bool = True,
         heldout: float = 0.03,
         heldout_tokens: int = 65536,

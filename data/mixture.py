@@ -12,6 +12,8 @@ import numpy as np
 from data.batches import Batches, Sequencing, checked_audit
 from data.curriculum import Curriculum
 from data.loader import Data
+from data.samplers import PackingName
+from data.samplers.decompose import Overlong
 from data.samplers.sampler import Source
 from data.stores.store import Store
 
@@ -93,9 +95,9 @@ class Mixture:
         sources: dict[str, Any],
         replay: float | None = None,
         max_length: int = 4096,
-        packing: str = "concat",
+        packing: PackingName = "concat",
         min_length: int = 256,
-        overlong: str = "random",
+        overlong: Overlong = "random",
         document_mask: bool = True,
         heldout: float = 0.03,
         heldout_tokens: int = 65536,

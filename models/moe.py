@@ -26,7 +26,7 @@ from models.dispatch import Dispatch, Here, by_expert
 from models.ffn import SwiGLU
 from models.kernels.grouped_ffn import IN_TURN, grouped_linear, mixture
 from models.linear import Linear
-from models.router import BALANCES, ROUTERS, Router, Routing, within_capacity
+from models.router import BALANCES, ROUTERS, BalanceName, Router, RouterName, Routing, within_capacity
 from models.sequence import Sequence
 
 
@@ -79,10 +79,10 @@ class MoE(nn.Module):
         hidden: int,
         shared_hidden: int = 0,
         shared_gate: bool = False,
-        router: str = "softmax",
+        router: RouterName = "softmax",
         renormalise: bool = True,
         scale: float = 1.0,
-        balance: str = "document",
+        balance: BalanceName = "document",
         bias_rate: float = 0.0,
         capacity_factor: float | None = None,
     ):

@@ -12,7 +12,7 @@ micro-step of a step, and every layer that runs again for its backward, routes b
 Legend: B spans, T tokens, D model width, E experts, X choices a token.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,10 @@ def sigmoid(logits: Tensor) -> Scores:
     return Scores(log, log.exp(), log.softmax(-1))
 
 
+RouterName = Literal["softmax", "sigmoid"]
 ROUTERS = {"softmax": softmax, "sigmoid": sigmoid}
-BALANCES = ("document", "batch", "none")
+BalanceName = Literal["document", "batch", "none"]
+BALANCES = get_args(BalanceName)
 
 
 class Routing(NamedTuple):

@@ -9,7 +9,7 @@ import ctypes
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from models.recompute import Tape
 from models.recurrence import Recurrence
 from parallel.collectives import NAMESPACE
 
-RECOMPUTE = ("none", "full", "selective")
+RecomputePolicy = Literal["none", "full", "selective"]
+RECOMPUTE = get_args(RecomputePolicy)
 
 # What costs most to compute for the bytes that it holds. Products inside a chunk (bmm) are not here: they are large.
 DEAR = {"mm", "addmm", "_grouped_mm"}

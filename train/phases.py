@@ -9,7 +9,7 @@ puts numbers in their place before the run starts, so that a run which is resume
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 Duration = int | float
 
@@ -25,8 +25,10 @@ class Phase(NamedTuple):
 
 # Each from 1 to 0 as what is left of a phase goes from 1 to 0, but for exponential, which `fall` knows.
 CURVES = ("linear", "cosine", "sqrt", "exponential", "inverse_sqrt", "constant")
-TAILS = ("linear", "cosine", "sqrt", "exponential")
-COOLDOWNS = ("cosine", "inverse_sqrt")
+TailShape = Literal["linear", "cosine", "sqrt", "exponential"]
+TAILS = get_args(TailShape)
+CooldownShape = Literal["cosine", "inverse_sqrt"]
+COOLDOWNS = get_args(CooldownShape)
 
 
 def fall(curve: str, first: float, last: float, left: float, alpha: float = 10.0) -> float:

@@ -10,9 +10,11 @@ from train.phases import (
     COOLDOWNS,
     CURVES,
     TAILS,
+    CooldownShape,
     Duration,
     Phase,
     Schedule,
+    TailShape,
     check_tail,
     fall,
     tail_of,
@@ -37,7 +39,7 @@ class WSD(Schedule):
         warmup: int | float = 0.05,
         decay: int | float = 0.3,
         floor: float = 0.0,
-        tail: str = "linear",
+        tail: TailShape = "linear",
         begin: int | None = 0,
         start: float | None = 0.0,
     ):
@@ -131,7 +133,7 @@ class Power(Schedule):
         exponent: float = -0.51,
         decay: int | float = 0,
         floor: float = 0.0,
-        tail: str = "linear",
+        tail: TailShape = "linear",
         begin: int | None = 0,
         start: float | None = 0.0,
     ):
@@ -191,7 +193,7 @@ class Infinite(Schedule):
         anneal: int | float = 0.14,
         level: float = 0.55,
         floor: float = 0.1,
-        shape: str = "cosine",
+        shape: CooldownShape = "cosine",
         alpha: float = 10.0,
         begin: int | None = 0,
         start: float | None = 0.0,
@@ -246,7 +248,7 @@ class Anneal(Schedule):
     start_alone = 1.0
 
     def __init__(
-        self, *, floor: float = 0.0, tail: str = "linear", begin: int | None = None, start: float | None = None
+        self, *, floor: float = 0.0, tail: TailShape = "linear", begin: int | None = None, start: float | None = None
     ):
         super().__init__(begin=begin, start=start, floor=floor)
         if tail not in TAILS:

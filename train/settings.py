@@ -5,7 +5,7 @@ Constructors check values; the configuration's keys and types are checked agains
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from data.batch_ramp import Ramp
 
@@ -45,10 +45,16 @@ class RunSettings:
             raise ValueError(f"run.name={name[:40]}…: must have at most {NAME_BYTES} bytes, as a folder's name has")
 
 
-SPAN_GRADIENTS = ("exact", "truncated")
-AVERAGES = ("none", "ema", "last")
-INIT_WEIGHTS = ("raw", "average")
-INIT_OPTIMIZER = ("reset", "keep", "reset_mean", "reset_moments")
+StateTransportName = Literal["allscan", "auto", "gather", "relay"]
+AttentionTransportName = Literal["gather", "ring", "ulysses", "usp"]
+SpanGradient = Literal["exact", "truncated"]
+SPAN_GRADIENTS = get_args(SpanGradient)
+AverageKind = Literal["none", "ema", "last"]
+AVERAGES = get_args(AverageKind)
+InitWeights = Literal["raw", "average"]
+INIT_WEIGHTS = get_args(InitWeights)
+InitOptimizer = Literal["reset", "keep", "reset_mean", "reset_moments"]
+INIT_OPTIMIZER = get_args(InitOptimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,20 +116,20 @@ class TrainSettings:
     tokens: int = 1_000_000
     steps: int | None = None
     batch_tokens: int | list[Any] = 4096
-    init_optimizer: str = "reset"
+    init_optimizer: InitOptimizer = "reset"
     guard: GuardSettings = GuardSettings()
     loss_chunk: int | None = 2048
     span_tokens: int | None = None
-    span_gradient: str = "exact"
+    span_gradient: SpanGradient = "exact"
     balance_weight: float = 0.01
     z_weight: float = 0.0
     clip: float = 1.0
     clip_each: float | None = None
     clip_value: float | None = None
-    average: str = "none"
+    average: AverageKind = "none"
     average_tokens: int | None = None
     average_count: int = 5
-    init_weights: str = "raw"
+    init_weights: InitWeights = "raw"
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
@@ -196,8 +202,8 @@ class TransportSettings:
     heads (2309.14509); usp: heads over as many ranks as there are heads, a ring over the rest (2405.07719).
     """
 
-    recurrence: str = "gather"
-    attention: str = "gather"
+    recurrence: StateTransportName = "gather"
+    attention: AttentionTransportName = "gather"
     blocks: int = 4
 
     def __post_init__(self) -> None:
@@ -250,8 +256,10 @@ class ParallelSettings:
 
 MOST_WORKERS, MOST_THREADS = 1 << 17, 1024  # of a worker
 LONGEST_S = 30 * 24 * 3600  # that anything may be waited for
-KINDS = ("none", "local", "ray")
-DEVICES = ("auto", "cpu", "cuda")
+ClusterKind = Literal["none", "local", "ray"]
+KINDS = get_args(ClusterKind)
+DeviceKind = Literal["auto", "cpu", "cuda"]
+DEVICES = get_args(DeviceKind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,10 +278,10 @@ class ClusterSettings:
     least before (two where null). template: the machines to start, for `farspan template`; null for none.
     """
 
-    kind: str = "local"
+    kind: ClusterKind = "local"
     workers: int = 2
     threads: int | None = None
-    device: str = "auto"
+    device: DeviceKind = "auto"
     address: str | None = None
     restarts: int = 0
     timeout: float | None = None
@@ -340,7 +348,7 @@ class EvaluateSettings:
     documents: int = 16
     beyond: int = 4
     span_tokens: int | None = None
-    weights: str = "raw"
+    weights: InitWeights = "raw"
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
 
@@ -366,7 +374,8 @@ class EvaluateSettings:
             raise ValueError(f"evaluate.lengths={self.lengths}: must be lengths from 1, or null")
 
 
-COMPUTE = ("auto", "bf16", "fp32", "fp64")
+ComputeDtype = Literal["auto", "bf16", "fp32", "fp64"]
+COMPUTE = get_args(ComputeDtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +386,7 @@ class PrecisionSettings:
     are fp32, or fp64 when computing in fp64 (to compare layouts).
     """
 
-    compute: str = "auto"
+    compute: ComputeDtype = "auto"
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE:

@@ -4,7 +4,7 @@ import codecs
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from data.corpora.files import (
     HEAD,
@@ -130,6 +130,7 @@ class Prepared(CorpusReader):
         return {"corpus": self.name}
 
 
+CorpusName = Literal["stdlib", "text", "jsonl", "parquet", "hf", "megatron", "store", "headers", "needles", "copies"]
 CORPORA = {
     "stdlib": Stdlib,
     "text": Text,

@@ -7,14 +7,15 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from data.corpora.outputs import is_cache, is_output
 
 T = TypeVar("T")
 HEAD = 1 << 16  # bytes of a file that `check` looks at before it calls it text
 PART_BYTES = 8 << 20  # of a corpus, read by one process at a time
-ON_ERROR = ("stop", "skip")
+OnError = Literal["stop", "skip"]
+ON_ERROR = get_args(OnError)
 KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
 
 # Reasons why a walk leaves files out; a card and a run's first lines print them behind the number.

@@ -10,6 +10,7 @@ with it, so that every token is read once and none is lost at a border.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ from data.samplers.index import Ints
 from data.samplers.permute import digest
 
 VERSION = 1
-OVERLONG = ("random", "longest")
+Overlong = Literal["random", "longest"]
+OVERLONG = get_args(Overlong)
 
 
 def split(begins: Ints, lengths: Ints, low: int, high: int, overlong: str = "random") -> Iterator[tuple[int, Ints]]:

@@ -18,7 +18,7 @@ from launch.run.checkpoints import checkpoint_of, has_average, tokenizer_of
 from launch.run.rundir import saved_config
 from launch.run.signals import stop_file
 from launch.world import spawn
-from train.settings import INIT_WEIGHTS
+from train.settings import INIT_WEIGHTS, InitWeights
 
 ENTRY = "launch.commands.generate:work"
 MOST_SAMPLES = 4096  # of a prompt: each has a memory of its own
@@ -44,7 +44,7 @@ class Request:
     stop: list[str] = field(default_factory=list)
     seed: int = 0
     samples: int = 1
-    weights: str = "raw"
+    weights: InitWeights = "raw"
     workers: int = 1
 
     def __post_init__(self) -> None:

@@ -186,13 +186,13 @@ def _typed(path: str, value: Any, hint: Any) -> Any:
     """The value as its hint declares it: 1e6 passes for a whole number, true and "3" do not. Raises UserError."""
     if value == _MISSING:
         raise UserError(f"{path}: missing; give it as {path}=VALUE")
+    if typing.get_origin(hint) is typing.Literal:
+        hint = str  # a text that is none of them is refused by the constructor, which says more
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _one_of(path, value, arguments)
     if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
         return _untyped(path, value)
-    if origin is typing.Literal and value in arguments:
-        return value
     if hint in (None, type(None)) and value is None:
         return None
     if hint in (bool, str) and isinstance(value, hint):
@@ -302,7 +302,7 @@ def words(hint: Any, many: bool = False) -> str:
         kinds = [h for h in kinds if not (h is int and float in kinds)]
         return " or ".join(dict.fromkeys(words(h, many) for h in kinds))
     if origin is typing.Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return _PLURALS[str] if many else _WORDS[str]
     if hint in _WORDS:
         return _PLURALS.get(hint, _WORDS[hint]) if many else _WORDS[hint]
     if origin is Callable or not isinstance(origin, type):

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from launch.config.model import model_of
 from launch.errors import UserError
 from launch.run import rundir
 from launch.run.checkpoints import has_average
-from train.settings import INIT_WEIGHTS
+from train.settings import INIT_WEIGHTS, InitWeights
 
 if TYPE_CHECKING:
     from train.checkpoints.hf_convert import Saved
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+ExportDtype = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -32,8 +33,8 @@ class Export:
     weights: raw, those that were trained, or average, what train.average keeps of them."""
 
     max_shard: str | int = "5GB"
-    dtype: str | None = None
-    weights: str = "raw"
+    dtype: ExportDtype | None = None
+    weights: InitWeights = "raw"
 
     def __post_init__(self) -> None:
         if self.shard < 1:

@@ -11,17 +11,20 @@ import subprocess
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from launch.cluster.package import JOB_ENVIRONMENT, TRAIN_ENVIRONMENT
 from launch.templates import PATH, Machines, as_yaml, at_least, command, commented, matching, own_words
 from train.run_config import RunConfig
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")
-RESOURCES = ("RayJob", "RayCluster")
-AUTHS = ("token", "disabled")
+ResourceKind = Literal["RayJob", "RayCluster"]
+RESOURCES = get_args(ResourceKind)
+AuthMode = Literal["token", "disabled"]
+AUTHS = get_args(AuthMode)
 # With others, KubeRay starts more pods or containers, whose shells read the command once more (`_survives`).
-MODES = ("HTTPMode", "K8sJobMode")
+SubmissionMode = Literal["HTTPMode", "K8sJobMode"]
+MODES = get_args(SubmissionMode)
 
 _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _QUANTITY = (r"[1-9]\d*(\.\d+)?([KMGTP]i?)?", "an amount, as 512Gi")
@@ -49,7 +52,7 @@ class KubeRay(Machines):
     effect: NoSchedule}].
     """
 
-    resource: str = "RayJob"
+    resource: ResourceKind = "RayJob"
     name: str = "farspan"
     namespace: str | None = None
     image: str | None = None
@@ -61,9 +64,9 @@ class KubeRay(Machines):
     shm: str | None = "64Gi"
     head_cpus: int = 4
     head_memory: str = "16Gi"
-    auth: str = "token"
+    auth: AuthMode = "token"
     ray_version: str | None = None
-    submission_mode: str = "HTTPMode"
+    submission_mode: SubmissionMode = "HTTPMode"
     shutdown: bool = True
     ttl: int = 3600
     retries: int = 0

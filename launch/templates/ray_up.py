@@ -7,13 +7,14 @@ checks, those of the Ray that is installed here.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from launch.cluster.placement import natural
 from launch.templates import LINE, PATH, Machines, as_yaml, at_least, command, commented, matching, on_lines, own_words
 from train.run_config import RunConfig
 
-PROVIDERS = ("local", "aws")
+ProviderName = Literal["local", "aws"]
+PROVIDERS = get_args(ProviderName)
 _HOST = (r"[\w.:-]+", "an address or a name of a machine")
 _TOKEN = "~/.ray/auth_token"  # Ray's own place for it, on every machine
 
@@ -33,7 +34,7 @@ class RayUp(Machines):
     venv/bin/activate. port: port of Ray, between the machines.
     """
 
-    provider: str = "local"
+    provider: ProviderName = "local"
     name: str = "farspan"
     head_ip: str | None = None
     worker_ips: list[str] = field(default_factory=list)

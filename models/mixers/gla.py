@@ -4,6 +4,8 @@ Gate: g = log σ(W2 W1 x + b) / 16, W1 of rank 16, as in the paper's section 4.4
 convolution on q, k, v is flash-linear-attention's option of the same name.
 """
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from models.recurrence import Diagonal
 from models.sequence import Sequence
 
 GATE_RANK, GATE_TEMPERATURE = 16, 16.0
+GatedFeature = Literal["identity", "elu", "relu", "silu"]
 FEATURES = {"identity": lambda x: x, "elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu}
 
 
@@ -40,7 +43,7 @@ class GatedLinearAttention(QKVMixer):
         expand_v: float = 1.0,
         conv: int | None = 4,
         conv_bias: bool = False,
-        feature: str = "identity",
+        feature: GatedFeature = "identity",
         norm_eps: float = 1e-5,
     ):
         if feature not in FEATURES:

@@ -6,6 +6,8 @@ S_t = e^{-s}·S_{t-1} + k_t v_tᵀ, o = Sᵀ q, with q, k, v = silu(W x) and no 
 published sets of rates have nothing in common, hence the option `rates`.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ def transnormer(h: Tensor, heads: int, depth: Depth) -> Tensor:
     return 8 * h / heads * (1 - depth.layer / depth.layers)
 
 
+RateRule = Literal["minimax", "transnormer"]
 RATES = {"minimax": minimax, "transnormer": transnormer}
 
 
@@ -44,7 +47,9 @@ class Lightning(nn.Module):
     x [B, T, D] -> [B, T, D]. depth: the layer's place in the stack; the model gives it.
     """
 
-    def __init__(self, *, dim: int, heads: int, rates: str = "minimax", norm_eps: float = 1e-5, depth: Depth = ALONE):
+    def __init__(
+        self, *, dim: int, heads: int, rates: RateRule = "minimax", norm_eps: float = 1e-5, depth: Depth = ALONE
+    ):
         super().__init__()
         positive(dim=dim)
         if rates not in RATES:

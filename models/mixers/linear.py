@@ -4,6 +4,8 @@ The sum Σ_s φ(q_t)·φ(k_s) that divides the output in the paper grows with th
 away as well; flash-linear-attention therefore leaves it out by default, and so does this.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from models.norm import RMSNorm, checked
 from models.recurrence import Identity
 from models.sequence import Sequence
 
+LinearFeature = Literal["elu", "relu", "identity"]
 FEATURES = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
 EPS = 1e-10
 
@@ -37,7 +40,7 @@ class LinearAttention(QKVMixer):
         heads: int,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
-        feature: str = "elu",
+        feature: LinearFeature = "elu",
         normalise: bool = False,
         norm_eps: float = 1e-5,
     ):

@@ -1,8 +1,11 @@
 """The static scheduler: the same sequence-parallel groups in every micro-step of every step."""
 
+from typing import Literal, get_args
+
 from parallel.schedule.plan import Group, MicroStep, Plan, Span
 
-LAYOUTS = ("auto", "contiguous", "zigzag")
+LayoutName = Literal["auto", "contiguous", "zigzag"]
+LAYOUTS = get_args(LayoutName)
 
 
 class Static:
@@ -16,7 +19,7 @@ class Static:
     cluster of `simulation`; null for the run's plan; no run reads it.
     """
 
-    def __init__(self, *, tokens_per_rank: int | None = None, layout: str = "auto", simulate: int | None = None):
+    def __init__(self, *, tokens_per_rank: int | None = None, layout: LayoutName = "auto", simulate: int | None = None):
         if simulate is not None and not 1 <= simulate <= 100_000:
             raise ValueError(f"scheduler.simulate={simulate}: must be at least 1, and at most 100,000, or null")
         self.simulate = simulate

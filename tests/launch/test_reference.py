@@ -1,12 +1,22 @@
 """docs/configuration.md is what the constructors and conf/ say now; and what makes it so."""
 
 import re
+from typing import get_args
 
 import pytest
 
+from data.corpora.corpus import CORPORA, CorpusName
+from data.samplers import PACKINGS, PackingName
 from launch.config import files, reference
 from launch.config.choices import accepts, nested, parameters
 from launch.config.reference import PAGE, documentation, meanings, page
+from models.mixers import gla, lightning, linear
+from models.mixers.gla import GatedFeature
+from models.mixers.lightning import RateRule
+from models.mixers.linear import LinearFeature
+from models.router import ROUTERS, RouterName
+from parallel.sequence import TRANSPORTS
+from train.settings import AttentionTransportName, StateTransportName
 
 
 @pytest.fixture(scope="module")
@@ -117,22 +127,35 @@ def test_meanings_are_found_in_a_docstring_and_nothing_else_is_lost(style):
 
 
 def test_accepted_values_are_read_from_the_source():
-    assert accepts("train.settings.ClusterSettings", "device") == ["auto", "cpu", "cuda"]  # a constant beside it
+    assert accepts("train.settings.ClusterSettings", "device") == ["auto", "cpu", "cuda"]  # a hint beside it
     assert accepts("train.engines.FSDP", "recompute") == ["none", "full", "selective"]  # one that is imported
-    assert accepts("train.settings.TransportSettings", "attention") == [
-        "gather",
-        "ring",
-        "ulysses",
-        "usp",
-    ]  # a dict of dicts, by key
-    assert accepts("data.Data", "corpus")[:2] == ["stdlib", "text"]  # of the class that it is handed on to
+    assert accepts("train.settings.TransportSettings", "attention") == ["gather", "ring", "ulysses", "usp"]
+    assert accepts("data.Data", "corpus")[:2] == ["stdlib", "text"]  # or null
     assert accepts("data.Data", "on_error") == ["stop", "skip"]
     assert "offline" in accepts("train.tracking.Tracking", "mode")  # a class that its package hands on
     assert accepts("train.settings.TrainSettings", "tokens") == accepts("torch.optim.AdamW", "lr") == []
-    assert parameters("train.settings.TransportSettings") == {"recurrence": "str", "attention": "str", "blocks": "int"}
+    hints = {"recurrence": "StateTransportName", "attention": "AttentionTransportName", "blocks": "int"}
+    assert parameters("train.settings.TransportSettings") == hints
     assert parameters("no.such.Module") == {}
     assert nested("train.settings.ParallelSettings", "transport") == "train.settings.TransportSettings"
     assert nested("train.settings.ParallelSettings", "data") is None
+
+
+@pytest.mark.parametrize(
+    "hint, registry",
+    [
+        (CorpusName, CORPORA),
+        (PackingName, PACKINGS),
+        (RouterName, ROUTERS),
+        (GatedFeature, gla.FEATURES),
+        (LinearFeature, linear.FEATURES),
+        (RateRule, lightning.RATES),
+        (StateTransportName, TRANSPORTS["recurrence"]),
+        (AttentionTransportName, TRANSPORTS["attention"]),
+    ],
+)
+def test_a_hint_names_all_that_its_registry_has(hint, registry):
+    assert list(get_args(hint)) == list(registry)
 
 
 def test_comments_are_read_from_the_files(tmp_path):

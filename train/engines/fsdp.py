@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.lm import LM
-from parallel.activation_memory import RECOMPUTE
+from parallel.activation_memory import RECOMPUTE, RecomputePolicy
 from parallel.parallelize import parallelise
 
 
@@ -22,7 +22,7 @@ class FSDP:
     def __init__(
         self,
         *,
-        recompute: str = "none",
+        recompute: RecomputePolicy = "none",
         reshard_after_forward: bool = True,
         tile: int | None = None,
         offload_activations: bool = False,

@@ -1,14 +1,15 @@
 """AdamW (1711.05101), its update of a weight in one pass where there is a kernel for that."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from train.optim.apex_adam import Apex, fused_adam
 from train.optim.build import refined
 
-FUSED = ("auto", "torch", "apex", "none")
+FusedStep = Literal["auto", "torch", "apex", "none"]
+FUSED = get_args(FusedStep)
 HAVE_FUSED = ("cpu", "cuda")  # devices of torch's fused kernel
 
 
@@ -35,7 +36,7 @@ class AdamW(torch.optim.AdamW):
         no_decay: list[str] | None = None,
         rates: dict[str, float] | None = None,
         amsgrad: bool = False,
-        fused: str | bool = "auto",
+        fused: FusedStep | bool = "auto",
     ):
         if isinstance(fused, bool):
             fused = "torch" if fused else "none"

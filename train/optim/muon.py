@@ -20,7 +20,7 @@ from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
 from parallel.matrix_owners import MatrixCut, Owners, cuts, local, received
 from parallel.schedule.comm_volume import Traffic
-from train.optim.adamw import AdamW
+from train.optim.adamw import AdamW, FusedStep
 from train.optim.build import axes, refined
 
 RMS = 0.2  # of the entries of AdamW's updates, as 2502.16982 has measured them (section 2.2)
@@ -51,7 +51,7 @@ class Muon(Optimizer):
         weight_decay: float = 0.1,
         no_decay: list[str] | None = None,
         rates: dict[str, float] | None = None,
-        fused: str | bool = "auto",
+        fused: FusedStep | bool = "auto",
     ):
         if not 0 <= momentum < 1:
             raise ValueError(f"optimizer.momentum={momentum}: must be at least 0 and below 1")

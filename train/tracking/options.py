@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from train.run_config import ObjectConfig
 from train.tracking.facts import Facts
@@ -15,7 +15,8 @@ from train.tracking.tracker import Sink, Tracker
 from train.tracking.wandb import PROJECT, WandB, WandBOptions, mode_of
 
 LONGEST_S, MOST_RECORDS = 24 * 3600, 1 << 24
-MODES = ("auto", "offline", "online", "disabled")
+TrackingMode = Literal["auto", "offline", "online", "disabled"]
+MODES = get_args(TrackingMode)
 
 
 BADLY = {"project": "/\\#?%:"}  # letters that W&B refuses
@@ -81,7 +82,7 @@ class Tracking:
         self,
         *,
         project: str | None = None,
-        mode: str = "auto",
+        mode: TrackingMode = "auto",
         entity: str | None = None,
         group: str | None = None,
         job_type: str | None = None,

@@ -24,14 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-STATE_TRANSPORTS = ("gather", "scan")
+StateTransport = Literal["gather", "scan"]
+STATE_TRANSPORTS = get_args(StateTransport)
 
 
 class Wire(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.schedule.adaptive.compare import SCHEDULERS
-from parallel.schedule.adaptive.cost import STATE_TRANSPORTS, Cluster, Costs, Model, Wire
+from parallel.schedule.adaptive.cost import STATE_TRANSPORTS, Cluster, Costs, Model, StateTransport, Wire
 from parallel.schedule.adaptive.profiles import MODELS, flexsp, flexsp_cluster, hybrid
 
 _GIB = 2**30
@@ -44,7 +44,7 @@ class SimulationSettings:
     model: str = RUN
     linear: int = 0
     softmax: int = 1
-    states: str = "scan"
+    states: StateTransport = "scan"
     recompute: bool = False
     machines: int = 8
     per_machine: int = 8
