@@ -141,22 +141,22 @@ def test_an_edited_or_new_file_is_seen_by_the_process_that_read_the_old_one(tmp_
     conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
     monkeypatch.setattr(files, "CONF", conf)
     monkeypatch.setattr(composing, "CONF", conf)
-    before = composed([])["optimizer"]["lr"]
-    assert composed([])["optimizer"]["lr"] == before
+    before = composed([]).optimizer["lr"]
+    assert composed([]).optimizer["lr"] == before
     file = conf / "optimizer" / f"{files.defaults()['optimizer']}.yaml"
     text, times = file.read_text(), file.stat()
     written = next(line for line in text.splitlines() if line.startswith("lr:")).split()[1]
     assert float(written) == before
     file.write_text(text.replace(f"lr: {written}", "lr: 7e-4"))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
-    assert composed([])["optimizer"]["lr"] == 7e-4
+    assert composed([]).optimizer["lr"] == 7e-4
     assert files.written()[0]["optimizer"]["lr"] == "7e-4"
     (conf / "optimizer" / "mine.yaml").write_text(text.replace(f"lr: {written}", "lr: 5e-4"))
-    assert "mine" in files.groups()["optimizer"] and composed(["optimizer=mine"])["optimizer"]["lr"] == 5e-4
+    assert "mine" in files.groups()["optimizer"] and composed(["optimizer=mine"]).optimizer["lr"] == 5e-4
 
 
 def test_changing_a_configuration_changes_no_later_one():
     config = composed([])
-    config["model"]["blocks"]["gla"]["mixer"].clear()
+    config.model["blocks"]["gla"]["mixer"].clear()
     files.written()[0]["model"]["blocks"].clear()
-    assert composed([])["model"]["blocks"]["gla"]["mixer"] and files.written()[0]["model"]["blocks"]["gla"]
+    assert composed([]).model["blocks"]["gla"]["mixer"] and files.written()[0]["model"]["blocks"]["gla"]
