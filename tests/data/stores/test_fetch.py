@@ -36,8 +36,10 @@ def test_a_copy_is_the_store(store: Store, tmp_path: Path) -> None:
 def test_a_copy_that_is_there_is_not_read_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch(str(store.folder), tmp_path / "local")
     read: list[str] = []
-    real = room.Place.read
-    monkeypatch.setattr(room.Place, "read", lambda self, name, *rest: read.append(name) or real(self, name, *rest))
+    real = room.StoreAddress.read
+    monkeypatch.setattr(
+        room.StoreAddress, "read", lambda self, name, *rest: read.append(name) or real(self, name, *rest)
+    )
     assert fetch(str(store.folder), tmp_path / "local") == folder
     assert read == ["card.json"]
 
@@ -46,7 +48,7 @@ def test_cut_short_it_goes_on_behind_its_last_whole_shard(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[str, int]] = []
-    real = room.Place.read
+    real = room.StoreAddress.read
 
     def cut(self, name: str, begin: int, end: int | None) -> bytes:
         if name == "tokens.bin" and begin >= 5000 and not any(begin == seen for _, seen in read):
@@ -55,13 +57,13 @@ def test_cut_short_it_goes_on_behind_its_last_whole_shard(
         read.append((name, begin))
         return real(self, name, begin, end)
 
-    monkeypatch.setattr(room.Place, "read", cut)
+    monkeypatch.setattr(room.StoreAddress, "read", cut)
     with pytest.raises(KeyboardInterrupt):
         fetch(str(store.folder), tmp_path / "local")
     assert not [path for path in (tmp_path / "local").iterdir() if not path.name.startswith(".")]
     read.clear()
     read.append(("tokens.bin", 5000))
-    monkeypatch.setattr(room.Place, "read", lambda *a: read.append(a[1:3]) or real(*a))
+    monkeypatch.setattr(room.StoreAddress, "read", lambda *a: read.append(a[1:3]) or real(*a))
     folder = fetch(str(store.folder), tmp_path / "local")
     assert content(folder) == content(store.folder)
     assert min(begin for name, begin in read if name == "tokens.bin") == 5000
