@@ -68,7 +68,7 @@ def test_a_chain_is_a_run_a_stage_each_from_the_one_before(extended, place):
     last = run / "2-384" / "checkpoints" / "step-5"
     assert checkpoint_of(str(run)) == last  # of generate, evaluate and export
     child = configure([*given(place), f"init_from={run}", "train.steps=1"])
-    assert child["model"]["blocks"]["attn"]["mixer"]["positions"]["base"] == 40000
+    assert child.model["blocks"]["attn"]["mixer"]["positions"]["base"] == 40000
     assert check_run(child, lambda line: None).init_from == last
     assert "2 stages, all checked before the first starts" in said
     assert "1-192: the slowest pair turns by" in said and "base 10,000 becomes 40,000" in said

@@ -32,7 +32,7 @@ TASK = ["data=mqar", "data.max_length=64", "data.symbols=16", "data.pairs=2", "d
 
 def trained(config, folder):
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "config.yaml").write_text(json.dumps(config.to_dict()))  # JSON is YAML
     build({"config": config, "run_dir": str(folder), "device": "cpu"}).fit()
 
 
