@@ -24,6 +24,7 @@ check: $(READY)
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+	$(VENV)/bin/python -m pytest -q tests/test_rooms.py tests/test_words.py -k "circle or share"
 
 slow: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "slow and not gpu"
