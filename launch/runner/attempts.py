@@ -144,7 +144,7 @@ def _attempts(
 
     left, before, again = flight.cluster.restarts, flight.resume, False
     while True:
-        # What its files hold now is of an earlier attempt, though that may have left no checkpoint to go on from.
+        # Its files hold records of an earlier attempt by now, even one that left no checkpoint to go on from.
         progress = ProgressBar(folder, flight.train.total_tokens, console=console, from_end=True)
         outcome = _launch(flight, folder, code, hosted, progress, say, again=again)
         progress.close()

@@ -175,7 +175,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 def farspan(cluster: Cluster, *words: str, code: int = 0, timeout: float = 150, cold: bool = False, **env: str) -> str:
-    """What a command prints, or what it is refused with. cold: in a fresh interpreter, as Ray's own processes need."""
+    """Runs a command; returns its output, or its refusal. cold: in a fresh interpreter, as Ray's own processes need."""
     start = warm.COLD if cold else warm.command()
     done = subprocess.run(
         [*start, *words], cwd=cluster.place, env=cluster.env | env, capture_output=True, text=True, timeout=timeout

@@ -95,7 +95,7 @@ def test_several_tiles_equal_the_token_loop(rule, tiles):
 
 @pytest.mark.parametrize("rule", sorted(REFERENCE))
 def test_several_slices_equal_the_token_loop(rule):
-    """Of every rule; `engine.tile` cuts spans so, see `models.kernels.token_tiles`."""
+    """Every rule has them; `engine.tile` cuts spans so, see `models.kernels.token_tiles`."""
     check(rule, ways=(partial(effect_first, tile=60),), packings=("none", "many"))
 
 
