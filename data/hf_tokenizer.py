@@ -13,7 +13,8 @@ from typing import Any
 from data import reading
 from data.roles import Roles
 from data.spelling import LETTERS, parsed
-from data.tokenizer import CLOSING, DOCUMENT_NAME, Bytes, Json, from_card, loaded, sound, unknown_of
+from data.tokenizer import CLOSING, DOCUMENT_NAME, Bytes, Json, from_card
+from data.tokenizer_backend import loaded, sound, unknown_of
 
 PROBE = "The mixer reads what a span leaves behind: größer, 长 3.14\n\tdef f(x):  return x\n".encode()
 BESIDE = (  # tokenizer.json: what is kept as it came
