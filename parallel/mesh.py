@@ -1,7 +1,8 @@
-"""Process groups: all ranks as one mesh for sharding, and the sequence groups that plans ask for."""
+"""Process groups: the slices of the mesh that weights are sharded over, and the sequence groups that plans ask for."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -9,24 +10,87 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.collectives import LEDGER, Clock, Comm
 from parallel.liveness import TIMEOUT
+from parallel.schedule.mesh import PLANNED, Mesh
 from parallel.schedule.plan import Plan
 
+DENSE = ("data", "expert", "sequence")  # what most parameters are sharded over, flattened
+EXPERTS = ("data", "sequence")  # and those of experts, of which each rank along `expert` has its own
 
-def everyone(device: torch.device) -> DeviceMesh:
-    """All data × sequence ranks, flat: what parameters, gradients and optimizer state are sharded over."""
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("everyone",))
+
+class Meshes:
+    """The slices of one mesh, with their process groups. Opening one is collective over the whole world, so every rank
+    makes its Meshes at the same point, and asks for slices and communicators in the same order."""
+
+    def __init__(self, mesh: Mesh, device: torch.device):
+        if mesh.world != dist.get_world_size():
+            raise ValueError(f"a mesh of {mesh} has {mesh.world} ranks, the world {dist.get_world_size()}")
+        self.mesh, self.device = mesh, device
+        self.place = mesh.coordinates(dist.get_rank())
+        self._groups: dict[str, dist.ProcessGroup] = {}
+
+    @cached_property
+    def dense(self) -> DeviceMesh:
+        """What parameters, gradients and optimizer state are sharded over: data, expert and sequence ranks, flat;
+        under `replicate`, a mesh of two dimensions."""
+        return self._sharding(DENSE, "dense")
+
+    @cached_property
+    def experts(self) -> DeviceMesh:
+        """The same for parameters that are cut along the expert dimension."""
+        return self._sharding(EXPERTS, "experts")
+
+    def comm(self, dimension: str, *, waiting: Clock = nullcontext) -> Comm:
+        """This rank's group along one dimension, as `tensor` or `expert`."""
+        ranks = self.mesh.group(dist.get_rank(), dimension)
+        group = self._group(dimension, dimension) if len(ranks) > 1 else None
+        return Comm(ranks, self.place[dimension], group, waiting)
+
+    def _sharding(self, dimensions: tuple[str, ...], name: str) -> DeviceMesh:
+        device, rank = self.device.type, dist.get_rank()
+        ranks = self.mesh.group(rank, *dimensions)
+        if self.mesh.replicate == 1:
+            if len(ranks) == self.mesh.world:
+                return init_device_mesh(device, (self.mesh.world,), mesh_dim_names=(name,))
+            return DeviceMesh.from_group(self._group(name, *dimensions), device, mesh_dim_names=(name,))
+        groups = [self._group("replicate", "replicate"), self._group(name, *dimensions)]
+        replicas = torch.tensor(self.mesh.group(rank, "replicate", *dimensions)).view(self.mesh.replicate, -1)
+        return DeviceMesh.from_group(groups, device, mesh=replicas, mesh_dim_names=("replicate", name))
+
+    def _group(self, name: str, *dimensions: str) -> dist.ProcessGroup:
+        """This rank's group along these dimensions, under a name of the ledger."""
+        if name not in self._groups:
+            for ranks in self.mesh.groups(*dimensions):
+                group = dist.new_group(list(ranks), timeout=TIMEOUT)
+                if dist.get_rank() in ranks:
+                    self._groups[name] = group
+                    LEDGER.axes[group.group_name] = name
+        return self._groups[name]
+
+
+def everyone(device: torch.device) -> Meshes:
+    """The mesh of a world that shares out nothing but sequences."""
+    return Meshes(Mesh(sequence=dist.get_world_size()), device)
 
 
 class Groups:
     """Communicators by rank tuple, made when a plan first needs them and kept.
 
+    Ranks are those of plans (`Mesh.plan_rank`): `rank` is this process's, `world` how many there are. All tensor ranks
+    and stages of a plan's rank do as it says, each with those of the other plan ranks that stand where it stands.
+    `first`: whether this process is the one that writes and speaks for all.
+
     Making a group is collective over the whole world, so every rank prepares every plan, in the same order.
     """
 
-    def __init__(self, *, waiting: Clock = nullcontext):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+    def __init__(self, mesh: Mesh | None = None, *, waiting: Clock = nullcontext):
+        self.mesh = Mesh(sequence=dist.get_world_size()) if mesh is None else mesh
+        self.first = dist.get_rank() == 0
+        self.rank, self.world = self.mesh.plan_rank(dist.get_rank()), self.mesh.planned
         self.waiting = waiting
+        self._planes = self.mesh.groups(*PLANNED)
+        self._plane = self.mesh.group(dist.get_rank(), *PLANNED)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._all = dist.group.WORLD if self.world == self.mesh.world else self._open(tuple(range(self.world)), "plan")
 
     def prepare(self, plan: Plan) -> None:
         self.open(group.ranks for micro in plan.micro_steps for group in micro.groups)
@@ -36,15 +100,28 @@ class Groups:
         cross beside them, in an order of their own."""
         for ranks in groups:
             if len(ranks) > 1 and ranks not in self._groups:
-                group = dist.new_group(list(ranks), timeout=TIMEOUT)
-                self._groups[ranks] = group
+                self._groups[ranks] = self._open(ranks, "sequence")
+
+    def _open(self, ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
+        """One group for each stage and tensor rank; returns this process's, or what stands for one it is not in."""
+        found = None
+        for plane in self._planes:
+            group = dist.new_group([plane[rank] for rank in ranks], timeout=TIMEOUT)
+            if plane == self._plane:
+                found = group
                 if self.rank in ranks:
-                    LEDGER.axes[group.group_name] = "sequence"
+                    LEDGER.axes[group.group_name] = name
+        assert found is not None
+        return found
 
     def comm(self, ranks: tuple[int, ...]) -> Comm:
         """The communicator of a prepared sequence group that this rank belongs to."""
-        return Comm(ranks, ranks.index(self.rank), self._groups[ranks] if len(ranks) > 1 else None, self.waiting)
+        return self._comm(ranks, self._groups[ranks] if len(ranks) > 1 else None)
 
     @property
     def world_comm(self) -> Comm:
-        return Comm(tuple(range(self.world)), self.rank, dist.group.WORLD if self.world > 1 else None, self.waiting)
+        """Of all ranks of a plan."""
+        return self._comm(tuple(range(self.world)), self._all if self.world > 1 else None)
+
+    def _comm(self, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Comm:
+        return Comm(tuple(self._plane[rank] for rank in ranks), ranks.index(self.rank), group, self.waiting)

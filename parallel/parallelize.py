@@ -2,13 +2,13 @@
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.axes import Declared, declarations, initial, start_buffers
 from models.lm import LM
 from parallel import activation_memory
 from parallel.fsdp import shard
+from parallel.mesh import Meshes
 
 
 def parameter_name(name: str) -> str:
@@ -18,7 +18,7 @@ def parameter_name(name: str) -> str:
 
 def parallelise(
     model: LM,
-    mesh: DeviceMesh,
+    meshes: Meshes,
     *,
     seed: int,
     dtype: torch.dtype,
@@ -33,17 +33,17 @@ def parallelise(
     dtype: of the master weights. remat, tile, offload_activations: see `parallel.activation_memory`. offload_optimizer:
     master weights, gradients and optimizer state live on the host. Returns the same model.
     """
-    declared = declarations(model)
+    declared, device = declarations(model), meshes.device.type
     model.to(dtype)
     if tile is not None:
         activation_memory.tile(model, tile)
-    activation_memory.recompute(model.layers, remat, device=mesh.device_type)
+    activation_memory.recompute(model.layers, remat, device=device)
     if offload_activations:
         activation_memory.offload(model.layers)
-    layers, on_host = list(model.layers.values()), offload_optimizer and mesh.device_type != "cpu"
-    shard(model, layers, mesh, reshard_after_forward=reshard_after_forward, on_host=on_host)
-    model.to_empty(device="cpu" if on_host else mesh.device_type)
-    start_buffers(model, mesh.device_type)
+    layers, on_host = list(model.layers.values()), offload_optimizer and device != "cpu"
+    shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
+    model.to_empty(device="cpu" if on_host else device)
+    start_buffers(model, device)
     initialise_sharded(model, declared, seed)
     return model
 

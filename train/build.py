@@ -18,7 +18,7 @@ from models.axes import declarations
 from models.lm import LM
 from models.nonlinear_recurrence import Serial
 from parallel.activation_memory import give_back
-from parallel.mesh import Groups, everyone
+from parallel.mesh import Groups, Meshes
 from parallel.schedule.comm_volume import Ask
 from parallel.schedule.plan import Plan
 from train.checkpoints import checkpoint
@@ -62,7 +62,8 @@ def build(order: dict[str, Any]) -> Trainer:
     first = dist.get_rank() == 0
     say = RunLog(run_dir / "log.txt") if first else lambda line: None
     phases = PhaseTimes()
-    groups = Groups(waiting=lambda: phases("wait"))
+    mesh = config.parallel.mesh(dist.get_world_size())
+    meshes, groups = Meshes(mesh, device), Groups(mesh, waiting=lambda: phases("wait"))
 
     with torch.device("meta"):
         model = config.model.build()
@@ -71,14 +72,14 @@ def build(order: dict[str, Any]) -> Trainer:
     asks = _asks(model, config, order["device"])
     declared = declarations(model)
     utilisation = _utilisation(model, order["device"], say) if first else None
-    config.engine.build().prepare(model, everyone(device), seed=config.seed, dtype=master)
+    config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master)
     adamw = build_optimizer(config.optimizer.build(), model, declared)
 
     state, facts = _start(order, model, adamw, train.init_optimizer)
 
     parallel = config.parallel
     model.loss_chunk = train.loss_chunk
-    data, sequence = parallel.sizes(dist.get_world_size())
+    data, sequence = mesh.split
     recurrence, attention = parallel.transport.build()
     batches = Prefetched(_batches(config, train))
     scheduler, spans = config.scheduler.build(), _spans(config, train)
@@ -155,7 +156,7 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
     facts: the manifest of the checkpoint that the run goes on from. replays: the weights may forget an old source.
     """
     config, progress, groups = parts.config, parts.progress, parts.executor.groups
-    first = groups.rank == 0
+    first = groups.first
     recording = Recording(parts.run_dir, progress, parts.phases)
     average = _average(config.train, parts.model, progress, parts.say)
     hooks = Hooks()

@@ -100,7 +100,7 @@ class Trainer:
         with self.phases("optimizer"):
             middle = self.progress.middle(tokens, places)
             rate, gradient_norm = self._update(middle, tally.cross_entropy, targets)
-        asked = self.groups.rank == 0 and self.stop.exists()
+        asked = self.groups.first and self.stop.exists()
         cpu = time.process_time() - cpu
         found = totals(tally, self.guard.held, asked, cpu, self.executor.device, self.groups.world_comm)
         loss = found.cross_entropy / max(targets, 1)

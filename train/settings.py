@@ -4,10 +4,12 @@ Constructors check values; the configuration's keys and types are checked agains
 `_target_`, before a process starts.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from data.batch_ramp import Ramp
+from parallel.schedule.mesh import DIMENSIONS, Mesh
 
 if TYPE_CHECKING:
     from parallel.sequence.attention import Keys
@@ -225,33 +227,42 @@ class TransportSettings:
         return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention]()
 
 
+NOT_YET = ("replicate", "pipeline", "expert", "tensor")  # dimensions of the mesh that no run can have
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
     """Sizes of the mesh, whose product is cluster.workers.
 
     data: groups of ranks, each with sequences of its own; null for what the workers leave. sequence: ranks of a group,
     which share each of its sequences; null for what the workers leave: all of them, where `data` is null too.
+    replicate: copies of the sharded weights, whose gradients are summed over them (HSDP). pipeline: stages that the
+    layers are cut into. expert: ranks that share out each layer's experts. tensor: ranks that share the heads and
+    widths of each layer.
     """
 
     data: int | None = None
     sequence: int | None = None
+    replicate: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    tensor: int = 1
     transport: TransportSettings = TransportSettings()
 
-    def sizes(self, workers: int) -> tuple[int, int]:
-        """(data, sequence), whose product is `workers`. Raises ValueError when it cannot be."""
-        for name in ("data", "sequence"):
-            size = getattr(self, name)
-            if size is not None and (size < 1 or workers % size):
+    def mesh(self, workers: int) -> Mesh:
+        """The sizes, whose product is `workers`. Raises ValueError when it cannot be, and prints the factors."""
+        given = {name: size for name in DIMENSIONS if (size := getattr(self, name)) is not None}
+        for name, size in given.items():
+            if size < 1 or workers % size:
                 raise ValueError(f"parallel.{name}={size}: must divide cluster.workers={workers}")
-        if self.sequence is None:
-            data = self.data or 1
-            return data, workers // data
-        data = self.data or workers // self.sequence
-        if data * self.sequence != workers:
-            raise ValueError(
-                f"parallel.data={self.data}: times parallel.sequence={self.sequence} must be cluster.workers={workers}"
-            )
-        return data, self.sequence
+            if size > 1 and name in NOT_YET:
+                raise ValueError(f"parallel.{name}={size}: must be 1; this version cannot divide a run so yet")
+        product = math.prod(given.values())
+        factors = " × ".join(f"parallel.{name}={size}" for name, size in given.items())
+        if workers % product or workers != product and {"data", "sequence"} <= given.keys():
+            raise ValueError(f"{factors}: is {product}, must be cluster.workers={workers}")
+        left = workers // product
+        return Mesh(**{"data" if self.data is None and self.sequence is not None else "sequence": left, **given})
 
 
 MOST_WORKERS, MOST_THREADS = 1 << 17, 1024  # of a worker

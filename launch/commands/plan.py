@@ -93,8 +93,8 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     read = [n for s in batch for n in pieces(s.starts[s.counted])]
     sizes = " to ".join(f"{size:,}" for size in sorted({train.ramp.sizes[0], train.ramp.sizes[-1]}))
     return [
-        f"mesh        {flight.cluster.workers} workers on {flight.device}: data {flight.data} x sequence "
-        f"{flight.sequence}; parameters sharded over all of them",
+        f"mesh        {flight.cluster.workers} workers on {flight.device}: {flight.layout}; parameters sharded over "
+        f"{'all' if flight.mesh.replicate == 1 else flight.mesh.world // flight.mesh.replicate} of them",
         *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
         _budget(flight, sizes),
         *schedule_plot.lines(flight),

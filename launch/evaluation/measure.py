@@ -118,7 +118,7 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
         if config.parallel.transport.recurrence == "auto":  # measured for steps of training
             transport = replace(config.parallel.transport, recurrence="gather")
             config = replace(config, parallel=replace(config.parallel, transport=transport))
-        config.parallel.sizes(cluster.workers)
+        config.parallel.mesh(cluster.workers)
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if (difference := checkpoint.first_difference(found, shapes)) is not None:

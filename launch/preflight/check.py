@@ -44,7 +44,8 @@ def check_run(
             raise ValueError(f"cluster.threads={cluster.threads}: must be at most {cores()}, this machine's cores")
         if cluster.kind == "none" and cluster.workers > (most := MOST_A_CORE * cores()):
             raise ValueError(f"cluster.workers={cluster.workers}: must be at most {most}, {MOST_A_CORE} a core")
-        data, sequence = config.parallel.sizes(cluster.workers)
+        mesh = config.parallel.mesh(cluster.workers)
+        data, sequence = mesh.split
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         _optimizer(config, device)
@@ -52,7 +53,7 @@ def check_run(
         _bases(config, model)
         if not data_here:
             _objects(config, data, sequence)
-            return CheckedRun(config, device, data, sequence, shapes, None)
+            return CheckedRun(config, device, mesh, shapes, None)
         if isinstance(longest := config.data.get("max_length"), int):
             _few_enough(config, max(train.ramp.sizes) // max(longest, 1))
         batches = open_batches(config, shapes["embedding"][0], say)
@@ -68,7 +69,7 @@ def check_run(
                 f"train.batch_tokens={sum(lengths)}: a step has {len(lengths)} sequences of {lengths[0]:,} "
                 f"tokens for parallel.data={data} groups: the others will idle"
             )
-        checked = _with_checkpoints(CheckedRun(config, device, data, sequence, shapes, batches), say)
+        checked = _with_checkpoints(CheckedRun(config, device, mesh, shapes, batches), say)
         return continuation.settled(checked, say)
 
 

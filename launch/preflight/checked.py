@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.schedule.mesh import Mesh
 from train.run_config import RunConfig
 from train.settings import ClusterSettings, TrainSettings
 
@@ -15,8 +16,7 @@ class CheckedRun:
 
     config: RunConfig
     device: str
-    data: int
-    sequence: int
+    mesh: Mesh
     shapes: dict[str, tuple[int, ...]]
     batches: Any
     resume: Path | None = None
@@ -38,9 +38,24 @@ class CheckedRun:
         return self.cluster.threads or max(1, cores() // self.cluster.workers)
 
     @property
+    def data(self) -> int:
+        """The number of groups of ranks that have sequences of their own."""
+        return self.mesh.split[0]
+
+    @property
+    def sequence(self) -> int:
+        """The number of ranks that share each sequence."""
+        return self.mesh.sequence
+
+    @property
     def sizes(self) -> dict[str, int]:
-        """The mesh's axes, outermost first."""
-        return {"data": self.data, "sequence": self.sequence}
+        """The mesh's dimensions, outermost first: data and sequence, and those that divide something."""
+        return {name: n for name, n in self.mesh.sizes.items() if n > 1 or name in ("data", "sequence")}
+
+    @property
+    def layout(self) -> str:
+        """The same for people."""
+        return " x ".join(f"{name} {size}" for name, size in self.sizes.items())
 
 
 def cores() -> int:

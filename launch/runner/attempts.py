@@ -209,5 +209,5 @@ def _place(flight: CheckedRun) -> str:
     count = sum(math.prod(shape) for shape in flight.shapes.values())
     return (
         f"{count / 1e6:.1f}M parameters, {flight.train.total_tokens:,} tokens, {flight.cluster.workers} workers "
-        f"(data {flight.data} x sequence {flight.sequence}) on {flight.device}, cluster={flight.cluster.kind}"
+        f"({flight.layout}) on {flight.device}, cluster={flight.cluster.kind}"
     )

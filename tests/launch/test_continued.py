@@ -19,6 +19,7 @@ from launch.config.compose import composed
 from launch.preflight import continuation
 from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
+from parallel.schedule.mesh import Mesh
 from tests.jobs import overrides
 from train.checkpoints import checkpoint
 
@@ -36,7 +37,7 @@ def flight(place: Path, *more: str, **found: Path) -> tuple[Any, list[str]]:
     """A configured run as the checks before these leave it, settled; and what it was told."""
     config = configure([*overrides(place), *SHORT, *more])
     said: list[str] = []
-    made = CheckedRun(config, "cpu", 1, 1, {}, None, **found)
+    made = CheckedRun(config, "cpu", Mesh(), {}, None, **found)
     return continuation.settled(made, said.append), said
 
 

@@ -38,7 +38,7 @@ def clipped() -> list[tuple[float, dict[str, np.ndarray]]]:
     for limits in LIMITS:
         named = {parameter_name(name): p for name, p in model.named_parameters()}
         for name, p in named.items():
-            p.grad = distribute_tensor(whole[name].clone(), mesh, p.placements, src_data_rank=None)
+            p.grad = distribute_tensor(whole[name].clone(), p.device_mesh, p.placements, src_data_rank=None)
         norm = clip(model, Groups().world_comm, **limits)
         found.append((norm.item(), {name: p.grad.full_tensor().numpy() for name, p in named.items()}))
     return found

@@ -18,6 +18,7 @@ from launch.preflight.configure import configure
 from models.axes import initialise
 from parallel.matrix_owners import local
 from parallel.mesh import Groups
+from parallel.schedule.mesh import Mesh
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
 from parallel.sequence.attention import GatherKeys
@@ -218,7 +219,7 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
     path = folder / "checkpoints" / f"step-{steps}"
     config = configure([*overrides(tmp_path), *more])
     batches = preflight_batches(config)
-    flight = CheckedRun(config, "cpu", 1, world, {}, batches, resume=path)
+    flight = CheckedRun(config, "cpu", Mesh(sequence=world), {}, batches, resume=path)
     if harm is poison:
         slots = batches.slots(poisoned)
         _, (s, begin) = [(s, a) for s, slot in enumerate(slots) for a, _ in slot.pieces(config.seed).tolist()][:2]

@@ -52,7 +52,7 @@ def test_an_import_holds_no_more_than_one_and_a_half_of_its_largest_shard(tmp_pa
 
 def read_by_rank(folder):
     """A rank fills its part of the parameters; how many bytes it has read, and whether all ranks' are the folder's."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from parallel.mesh import everyone
 
     found, read, honest = Published(folder), [], tensors.rows
 
@@ -64,7 +64,7 @@ def read_by_rank(folder):
     with torch.device("meta"):
         model = construct(found.model)
     engine = construct({"_target_": "train.engines.FSDP"})
-    model = engine.prepare(model, init_device_mesh("cpu", (2,)), seed=0, dtype=torch.float32)
+    model = engine.prepare(model, everyone(torch.device("cpu")), seed=0, dtype=torch.float32)
     tensors.rows = counted
     checkpoint.load(folder, model, None)
     tensors.rows = honest

@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from models.lm import LM
 from parallel.activation_memory import RECOMPUTE, RecomputePolicy
+from parallel.mesh import Meshes
 from parallel.parallelize import parallelise
 
 
@@ -35,19 +35,19 @@ class FSDP:
         self.recompute, self.reshard_after_forward, self.tile = recompute, reshard_after_forward, tile
         self.offload_activations, self.offload_optimizer = offload_activations, offload_optimizer
 
-    def prepare(self, model: LM, mesh: DeviceMesh, *, seed: int, dtype: torch.dtype) -> LM:
+    def prepare(self, model: LM, meshes: Meshes, *, seed: int, dtype: torch.dtype) -> LM:
         """The model, from the meta device to sharded and initialised.
 
         Raises ValueError where the optimizer's state goes to the host and no process group reaches tensors there.
         """
-        if self.offload_optimizer and mesh.device_type != "cpu" and "gloo" not in dist.get_backend_config():
+        if self.offload_optimizer and meshes.device.type != "cpu" and "gloo" not in dist.get_backend_config():
             raise ValueError(
                 "engine.offload_optimizer=true: must have ranks that also communicate on the CPU, to clip gradients "
                 "there (backend cpu:gloo,cuda:nccl)"
             )
         return parallelise(
             model,
-            mesh,
+            meshes,
             seed=seed,
             dtype=dtype,
             remat=self.recompute,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from data.batches import Batches
 from models.lm import LM
-from parallel.mesh import Groups, everyone
+from parallel.mesh import Groups, Meshes
 from train.checkpoints import checkpoint
 from train.evaluation import documents, examples
 from train.evaluation.score import Scorer, Told
@@ -56,16 +56,16 @@ def assemble(config: RunConfig, path: Path, device: torch.device, settings: Eval
         model: LM = config.model.build()
     model.compute = compute
     model.loss_chunk = config.train.loss_chunk
-    config.engine.build().prepare(model, everyone(device), seed=config.seed, dtype=master)
+    mesh = config.parallel.mesh(dist.get_world_size())
+    config.engine.build().prepare(model, Meshes(mesh, device), seed=config.seed, dtype=master)
     facts = checkpoint.load(path, model, None)
     if settings.weights == "average":
         checkpoint.load_average(path, model)
     rebase(model, facts.get("rope_theta"))
     model.eval()
-    parallel = config.parallel
-    data, sequence = parallel.sizes(dist.get_world_size())
+    data, sequence = mesh.split
     spans = None if settings.span_tokens is None else Spans(settings.span_tokens)
-    executor = Executor(model, Groups(), device, *parallel.transport.build(), 0.0, spans=spans)
+    executor = Executor(model, Groups(mesh), device, *config.parallel.transport.build(), 0.0, spans=spans)
     return model, Scorer(executor, data, sequence)
 
 

@@ -65,7 +65,7 @@ class Rollback:
         record |= {"lr": rate, "skips": state.skips, "skipped": {"batch": place, "finite": finite}}
         if where is not None:
             record["skipped"]["first"] = where + whose
-        if self.groups.rank == 0:
+        if self.groups.first:
             saved = save_batch(self.run_dir / "skipped", f"batch-{place}", batch)
             line += f"; saved as {saved.relative_to(self.run_dir)}"
         self.tell(line)
@@ -91,7 +91,7 @@ class Rollback:
                 f"{many}, and the run went back {state.rollbacks} times: step {state.step} is its end"
             )
         begin = next(begin for begin, end in state.skipped if end > max(place - own.window, state.since))
-        found: list[Any] = [self._good(begin) if self.groups.rank == 0 else None]
+        found: list[Any] = [self._good(begin) if self.groups.first else None]
         dist.broadcast_object_list(found)
         if found[0] is None:
             raise FloatingPointError(f"{many}, and there is no checkpoint from before batch {begin} to go back to")
@@ -102,7 +102,7 @@ class Rollback:
         back.padding = state.padding  # all batches up to here were read
         back.skip(place)
         back.since = place
-        if self.groups.rank == 0:  # those that came later are of what went wrong
+        if self.groups.first:  # those that came later are of what went wrong
             checkpoint.prune(self.run_dir / "checkpoints", back.step, keep=self.progress.settings.keep)
         self.tell(
             f"{many}: back to {found[0].name}, batches {back.skipped[-1][0]} to {place - 1} passed over, learning rate "
