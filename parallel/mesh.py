@@ -30,7 +30,7 @@ class Meshes:
 
     @cached_property
     def dense(self) -> DeviceMesh:
-        """What parameters, gradients and optimizer state are sharded over: data, expert and sequence ranks, flat;
+        """The ranks that parameters, gradients and optimizer state are sharded over: data, expert and sequence ranks, flat;
         under `replicate`, a mesh of two dimensions."""
         return self._sharding(DENSE, "dense")
 
@@ -120,7 +120,7 @@ class Groups:
 
     @property
     def world_comm(self) -> Comm:
-        """Of all ranks of a plan."""
+        """The communicator of all ranks of a plan."""
         return self._comm(tuple(range(self.world)), self._all if self.world > 1 else None)
 
     def _comm(self, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Comm:

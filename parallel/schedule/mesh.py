@@ -88,7 +88,7 @@ class Mesh:
         return tuple(sorted(groups))
 
     def group(self, rank: int, *dimensions: str) -> tuple[int, ...]:
-        """Of these groups, the one of a rank."""
+        """The one of these groups that a rank is in."""
         return next(group for group in self.groups(*dimensions) if rank in group)
 
     def plan_rank(self, rank: int) -> int:

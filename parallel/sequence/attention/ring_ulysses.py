@@ -49,7 +49,7 @@ class MeshKeys:
         """See `Keys.attend`."""
         if window is not None:
             return attend_in_window(chain, q, k, v, pieces, window=window, sinks=sinks)
-        mesh = Mesh(chain, self.split(chain.comm.size, q.shape[2], k.shape[2]))
+        mesh = RowsAndColumns(chain, self.split(chain.comm.size, q.shape[2], k.shape[2]))
         q, kv, scale = together(q, k, v)
         out: Tensor = _Attended.apply(mesh, tile_for(q.device), scale, q, kv)
         return out[..., : v.shape[-1]]
@@ -79,7 +79,7 @@ def divides(split: int, heads: int, kv_heads: int) -> bool:
     return heads % split == 0 and (kv_heads % split == 0 or split % kv_heads == 0)
 
 
-class Mesh:
+class RowsAndColumns:
     """The ranks of a chain as rows that split heads and columns that are rings, `links[row]` a row's spans."""
 
     def __init__(self, chain: SpanLayout, split: int):
@@ -141,7 +141,7 @@ class Mesh:
 
 class _Attended(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mesh: Mesh, tile: type[Tile], scale: float, q: Tensor, kv: Tensor) -> Tensor:
+    def forward(ctx: Any, mesh: RowsAndColumns, tile: type[Tile], scale: float, q: Tensor, kv: Tensor) -> Tensor:
         B, T, H, _ = q.shape
 
         def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
