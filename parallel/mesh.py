@@ -30,8 +30,8 @@ class Meshes:
 
     @cached_property
     def dense(self) -> DeviceMesh:
-        """The ranks that parameters, gradients and optimizer state are sharded over: data, expert and sequence ranks, flat;
-        under `replicate`, a mesh of two dimensions."""
+        """The ranks that parameters, gradients and optimizer state are sharded over: data, expert and sequence ranks,
+        flat; under `replicate`, a mesh of two dimensions."""
         return self._sharding(DENSE, "dense")
 
     @cached_property
