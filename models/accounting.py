@@ -27,11 +27,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.dispatch import Sent
+from models.dispatch import Here, Sent
 from models.kernels.grouped_ffn import mixture
 from models.lm import LM
 from models.mixers.mom import MixtureOfMemories
-from models.moe import Experts, MoE
+from models.moe import Beside, Experts, MoE
 from models.recompute import Tape, kept
 from models.sequence import Memory, Whole
 
@@ -235,7 +235,7 @@ class _Attend(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-class Evenly:
+class Evenly(Here):
     """A `Dispatch` that deals the tokens out without looking: as many rows, in the same shapes."""
 
     def send(self, x: Tensor, experts: Tensor, num_experts: int, *, dropping: bool = False) -> Sent:
@@ -266,12 +266,14 @@ def by_shape(layer: nn.Module, device: str) -> Iterator[None]:
             vars(moe.experts).pop("forward", None)
 
 
-def _in_turn(experts: Experts, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Evenly) -> Tensor:
+def _in_turn(
+    experts: Experts, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Evenly, beside: Beside
+) -> tuple[Tensor, Tensor | None]:
     """Runs one expert after another, as `Experts` do on a CPU."""
     sent = dispatch.send(x_ND, choices_NX, experts.num_experts)
     sizes = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).tolist()
     weights = (experts.gate_up.to(x_ND.dtype), experts.down.to(x_ND.dtype))
-    return mixture(x_ND, weights_NX, sent.order, sizes, *weights)
+    return mixture(x_ND, weights_NX, sent.order, sizes, *weights), beside()
 
 
 class _Kept:

@@ -15,6 +15,8 @@ Legend: B spans, T tokens, N = B·T, D model width, E experts, X choices a token
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,16 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import declare, fan_in, positive
-from models.dispatch import Dispatch, Here, by_expert
+from models.dispatch import Dispatch, Dispatched, Here, by_expert
 from models.ffn import SwiGLU
 from models.kernels.grouped_ffn import IN_TURN, grouped_linear, mixture
 from models.linear import Linear
 from models.router import BALANCES, ROUTERS, BalanceName, Router, RouterName, Routing, within_capacity
 from models.sequence import Sequence
 
+Beside = Callable[[], Tensor | None]
+
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards. x [N, D], choices [N, X] (E: none), weights [N, X] -> [N, D], weighted and summed."""
+    """E SwiGLU feed-forwards. x [N, D], choices [N, X] (E: none), weights [N, X] -> [N, D], weighted and summed; and
+    the result of `beside`, which is computed while rows are on their way to other devices."""
 
     def __init__(self, num_experts: int, dim: int, hidden: int):
         super().__init__()
@@ -42,18 +47,23 @@ class Experts(nn.Module):
         )
         self.down = declare(num_experts, hidden, dim, axes=("expert", "ffn", "embed"), init=fan_in(hidden))
 
-    def forward(self, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Dispatch) -> Tensor:
-        gate_up, down = self.gate_up.to(x_ND.dtype), self.down.to(x_ND.dtype)
+    def forward(
+        self, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Dispatch, beside: Beside
+    ) -> tuple[Tensor, Tensor | None]:
+        gate_up, down = (dispatch.held(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
         if isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
             order, counts = by_expert(choices_NX, self.num_experts)
             sizes = counts.tolist()
-            return mixture(x_ND, weights_NX, order[: sum(sizes)], sizes, gate_up, down)
+            return mixture(x_ND, weights_NX, order[: sum(sizes)], sizes, gate_up, down), beside()
         sent = dispatch.send(x_ND, choices_NX, self.num_experts)
+        y_BTD = beside()
+        sent = dispatch.receive(sent)
         gate, up = grouped_linear(sent.rows, gate_up, sent.offsets).chunk(2, dim=-1)
-        return dispatch.collect(grouped_linear(F.silu(gate) * up, down, sent.offsets), sent, weights_NX)
+        y_MD = grouped_linear(F.silu(gate) * up, down, sent.offsets)
+        return dispatch.collect(y_MD, sent, weights_NX), y_BTD
 
 
-class MoE(nn.Module):
+class MoE(Dispatched):
     """A mixture of experts: each token's `top_k`, weighted by the router, and a shared one that every token passes.
 
     num_experts: experts to choose from, the shared one not counted. top_k: number of them that a token goes to, from 1
@@ -131,11 +141,16 @@ class MoE(nn.Module):
             choices_BTX, weights_BTX = choices_BTX.where(kept_BTX, self.num_experts), weights_BTX * kept_BTX
             routing = routing._replace(dropped=(~kept_BTX).sum(-1))
         sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
-        y_BTD = self.experts(*sent, self.dispatch).view_as(x_BTD)
-        if self.shared is not None:
-            shared_BTD = self.shared.transform(x_BTD)
-            y_BTD = y_BTD + (shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD)
-        return y_BTD, routing
+        y_ND, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD))
+        y_BTD = y_ND.view_as(x_BTD)
+        return y_BTD if shared_BTD is None else y_BTD + shared_BTD, routing
+
+    def shared_output(self, x_BTD: Tensor) -> Tensor | None:
+        """The output of the expert that every token passes, [B, T, D]; None without one."""
+        if self.shared is None:
+            return None
+        y_BTD = self.shared.transform(x_BTD)
+        return y_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * y_BTD
 
     def capacity(self, tokens_B: Tensor) -> Tensor:
         """The most choices that an expert accepts from spans of so many counted tokens, [B] int64."""

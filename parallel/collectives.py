@@ -183,6 +183,28 @@ class Comm:
         with self._blocked(purpose, "all-to-all"):
             return kept(lambda: all_to_all(x, self.name, purpose))
 
+    def start_all_to_all(
+        self, x: Tensor, there: list[int], here: list[int], *, purpose: str
+    ) -> tuple[Marked | None, Tensor]:
+        """[S, ...] -> [M, ...], of which `there` [P] go to each rank and `here` [P] come from each, without waiting:
+        they are there when the work is done. The work is None where a layer that is computed again has kept them.
+
+        Hold on to both, and to `x`, until then.
+        """
+        works: list[Marked] = []
+
+        def start(x: Tensor) -> list[Tensor]:
+            received = x.new_empty((sum(here), *x.shape[1:]))
+            LEDGER.add(self.name, purpose, received.nbytes - received[: here[self.rank]].nbytes)
+            work = dist.all_to_all_single(received, x, here, there, group=self.group, async_op=True)
+            works.append(HERE.marked(work, Wait(self.layer, purpose, "all-to-all", self.ranks)))
+            return [received]
+
+        if self.size == 1:
+            return None, x
+        received = as_operator(start, x)[0]
+        return (works[0] if works else None), received
+
     @contextmanager
     def _blocked(self, purpose: str, kind: str) -> Iterator[None]:
         with self.waiting(), HERE.waiting(Wait(self.layer, purpose, kind, self.ranks)):

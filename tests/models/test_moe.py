@@ -36,13 +36,13 @@ class Away:
 
     def __init__(self, *, dropping: bool):
         here = Here(dropping=dropping)
-        self.send, self.collect = here.send, here.collect
+        self.held, self.send, self.receive, self.collect = here.held, here.send, here.receive, here.collect
 
 
 def moe(**more) -> MoE:
     built = initialise(MoE(**{"dim": 12, "num_experts": 5, "top_k": 2, "hidden": 7, "shared_hidden": 6, **more}), 0)
     if built.router.selection_bias is not None:
-        built.router.selection_bias.copy_(torch.tensor([0.3, -0.3, 0.0, 0.1, -0.1]))
+        built.router.selection_bias.copy_(torch.tensor([0.3, -0.3, 0.0, 0.1, -0.1, 0.2][: built.num_experts]))
     return built.double()
 
 
