@@ -28,12 +28,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from models.dispatch import Dispatched, Sent, by_expert, combined
 from parallel.collectives import Comm
 from parallel.liveness import Marked
+from parallel.mesh import Meshes
 
 COUNTS, ROWS, OUTPUTS = "expert counts", "expert rows", "expert outputs"
 
@@ -150,13 +150,13 @@ def _by_expert(taken: list[list[int]], device: torch.device) -> Tensor:
     return experts.repeat_interleave(sizes, output_size=total).argsort(stable=True)
 
 
-def spread_experts(model: nn.Module, comm: Comm, mesh: DeviceMesh) -> list[nn.Module]:
-    """Cuts the experts of each layer over the ranks of `comm` and has their tokens travel. Before FSDP, on any device.
+def spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:
+    """Cuts the experts of each layer over the ranks along `expert`, and has their tokens travel. Before FSDP.
 
-    mesh: of one dimension, these ranks. Returns the modules that hold experts, which are to be sharded over those who
-    have the same. Raises ValueError where the ranks do not divide the experts.
+    Returns the modules that hold experts, which are to be sharded over those who have the same. Raises ValueError where
+    the ranks do not divide the experts.
     """
-    found = []
+    comm, mesh, found = meshes.comm("expert"), meshes.experts["expert"], list[nn.Module]()
     for name, module in model.named_modules():
         if not isinstance(module, Dispatched):
             continue

@@ -1,6 +1,6 @@
 """Fully sharded data parallelism (FSDP2) over all data × sequence ranks, gradients summed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
 from parallel.liveness import HERE, Wait
@@ -28,6 +29,15 @@ def shard(
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     sum_gradients(model)
     count(model)
+
+
+def shard_experts(
+    experts: list[nn.Module], mesh: DeviceMesh, *, reshard_after_forward: bool, on_host: bool = False
+) -> None:
+    """Shards experts that are cut over ranks, over those that hold the same; before the rest of the model."""
+    policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
+    for each in experts:
+        fully_shard(each, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
 
 
 class Counted:
@@ -90,6 +100,15 @@ def communicate_gradients(model: nn.Module, last: bool) -> None:
 
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm over all (sharded) tensors together, the same plain scalar on every rank."""
-    total = nn.utils.get_total_norm(tensors)
-    return total.full_tensor() if hasattr(total, "full_tensor") else total
+    """The 2-norm over all tensors together, sharded over one mesh or several, the same plain scalar on every rank."""
+    totals = [nn.utils.get_total_norm(several) for several in by_mesh(tensors)]
+    plain = [total.full_tensor() if isinstance(total, DTensor) else total for total in totals]
+    return plain[0] if len(plain) == 1 else torch.linalg.vector_norm(torch.stack(plain))
+
+
+def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The tensors of each mesh, in their order: an operator over many takes those of one alone."""
+    found: dict[DeviceMesh | None, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(found.values()) or [[]]

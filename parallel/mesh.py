@@ -21,10 +21,10 @@ class Meshes:
     """The slices of one mesh, with their process groups. Opening one is collective over the whole world, so every rank
     makes its Meshes at the same point, and asks for slices and communicators in the same order."""
 
-    def __init__(self, mesh: Mesh, device: torch.device):
+    def __init__(self, mesh: Mesh, device: torch.device, *, waiting: Clock = nullcontext):
         if mesh.world != dist.get_world_size():
             raise ValueError(f"a mesh of {mesh} has {mesh.world} ranks, the world {dist.get_world_size()}")
-        self.mesh, self.device = mesh, device
+        self.mesh, self.device, self.waiting = mesh, device, waiting
         self.place = mesh.coordinates(dist.get_rank())
         self._groups: dict[str, dist.ProcessGroup] = {}
 
@@ -36,14 +36,28 @@ class Meshes:
 
     @cached_property
     def experts(self) -> DeviceMesh:
-        """The same for parameters that are cut along the expert dimension."""
-        return self._sharding(EXPERTS, "experts")
+        """The same for parameters of experts: data and sequence ranks, flat, then `expert`, along which they are cut.
+        Under `replicate`, that comes first."""
+        names = ["replicate"] * (self.mesh.replicate > 1) + ["experts", "expert"]
+        groups = [self._group(name, *(EXPERTS if name == "experts" else (name,))) for name in names]
+        sizes = self.mesh.sizes
+        ranks = torch.tensor(self.mesh.group(dist.get_rank(), "replicate", *DENSE))
+        ranks = ranks.view(sizes["replicate"], *(sizes[name] for name in DENSE)).movedim(2, -1).flatten(1, 2)
+        ranks = ranks if self.mesh.replicate > 1 else ranks.squeeze(0)
+        return DeviceMesh.from_group(groups, self.device.type, mesh=ranks, mesh_dim_names=tuple(names))
 
-    def comm(self, dimension: str, *, waiting: Clock = nullcontext) -> Comm:
+    @property
+    def alike(self) -> DeviceMesh:
+        """Of these, the ranks that hold the same experts."""
+        names = self.experts.mesh_dim_names
+        assert names is not None
+        return self.experts[names[:-1] if len(names) > 2 else names[0]]
+
+    def comm(self, dimension: str) -> Comm:
         """This rank's group along one dimension, as `tensor` or `expert`."""
         ranks = self.mesh.group(dist.get_rank(), dimension)
         group = self._group(dimension, dimension) if len(ranks) > 1 else None
-        return Comm(ranks, self.place[dimension], group, waiting)
+        return Comm(ranks, self.place[dimension], group, self.waiting)
 
     def _sharding(self, dimensions: tuple[str, ...], name: str) -> DeviceMesh:
         device, rank = self.device.type, dist.get_rank()

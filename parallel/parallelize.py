@@ -7,7 +7,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from models.axes import Declared, declarations, initial, start_buffers
 from models.lm import LM
 from parallel import activation_memory
-from parallel.fsdp import shard
+from parallel.expert import spread_experts
+from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
 
 
@@ -28,19 +29,22 @@ def parallelise(
     offload_activations: bool = False,
     offload_optimizer: bool = False,
 ) -> LM:
-    """Applies, in order: recomputation of activations, sharding, memory, each parameter from (seed, name).
+    """Applies, in order: experts over ranks, recomputation of activations, sharding, memory, each parameter from (seed, name).
 
     dtype: of the master weights. remat, tile, offload_activations: see `parallel.activation_memory`. offload_optimizer:
     master weights, gradients and optimizer state live on the host. Returns the same model.
     """
     declared, device = declarations(model), meshes.device.type
     model.to(dtype)
+    experts = spread_experts(model, meshes) if meshes.mesh.expert > 1 else []
     if tile is not None:
         activation_memory.tile(model, tile)
     activation_memory.recompute(model.layers, remat, device=device)
     if offload_activations:
         activation_memory.offload(model.layers)
     layers, on_host = list(model.layers.values()), offload_optimizer and device != "cpu"
+    if experts:
+        shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)
     shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
     model.to_empty(device="cpu" if on_host else device)
     start_buffers(model, device)

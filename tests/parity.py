@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from models.axes import initialise
 from models.block import Block
@@ -16,8 +17,9 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Whole
-from parallel.mesh import Groups, everyone
+from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
+from parallel.schedule.mesh import Mesh
 from parallel.schedule.plan import Plan
 from parallel.sequence.attention import GatherKeys, Keys
 from parallel.sequence.states import GatherEffects, Transport
@@ -106,15 +108,17 @@ def spread(
     build: Callable[..., LM] = small_model,
     recurrence: Transport | None = None,
     keys: Keys | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it."""
-    groups = Groups()
+    mesh = mesh or Mesh(sequence=dist.get_world_size())
+    groups = Groups(mesh)
     plan.check(groups.world)
     with torch.device("meta"):
         model = build() if attention is None else build(attention)
     model.compute = DTYPE[precision]
-    mesh = everyone(torch.device(device))
-    parallelise(model, mesh, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
+    meshes = Meshes(mesh, torch.device(device))
+    parallelise(model, meshes, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
     executor = Executor(
         model, groups, torch.device(device), recurrence or GatherEffects(), keys or GatherKeys(), BALANCE
     )

@@ -4,6 +4,7 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def build(order: dict[str, Any]) -> Trainer:
     say = RunLog(run_dir / "log.txt") if first else lambda line: None
     phases = PhaseTimes()
     mesh = config.parallel.mesh(dist.get_world_size())
-    meshes, groups = Meshes(mesh, device), Groups(mesh, waiting=lambda: phases("wait"))
+    waiting = partial(phases, "wait")
+    meshes, groups = Meshes(mesh, device, waiting=waiting), Groups(mesh, waiting=waiting)
 
     with torch.device("meta"):
         model = config.model.build()

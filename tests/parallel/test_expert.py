@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from models.sequence import Whole
-from parallel.collectives import Comm
 from parallel.expert import spread_experts
 from parallel.matrix_owners import local
+from parallel.mesh import Meshes
+from parallel.schedule.mesh import Mesh
 from tests.models.test_moe import KINDS, dense, moe
+from tests.parallel.test_parity import BATCH, adaptive, static, unequal
+from tests.parity import assert_close, spread, truth
 
 pytestmark = pytest.mark.dist
 
@@ -34,10 +36,10 @@ def build(kind: str):
 def over_ranks() -> dict[str, tuple]:
     """By kind: this rank's outputs, the gradient of its inputs, and of the weights that it holds."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    mesh, found = init_device_mesh("cpu", (ranks,), mesh_dim_names=("expert",)), {}
+    meshes, found = Meshes(Mesh(expert=ranks), torch.device("cpu")), {}
     for kind in KINDS:
         m = build(kind)
-        spread_experts(m, Comm(tuple(range(ranks)), rank, dist.group.WORLD), mesh)
+        spread_experts(m, meshes)
         x, out = tokens(rank)
         x.requires_grad_()
         y = m(x, Whole.of(torch.arange(x.shape[1]).expand(2, -1)))[0]
@@ -72,3 +74,27 @@ def test_experts_on_other_ranks_equal_every_expert_on_every_token(run, ranks):
                 else:
                     mine, want = sum(g[kind][2][name] for g in got), gradient
                 np.testing.assert_allclose(mine, want, rtol=1e-10, atol=1e-12, err_msg=f"{kind}, {name}")
+
+
+# Groups that change, an idle rank, a rank without a span: expert groups lie across them.
+LAYOUTS = {
+    "expert 2": (Mesh(expert=2), static(2, 1, 140), "none"),
+    "data 2 expert 2": (Mesh(data=2, expert=2), static(4, 1, 140), "none"),
+    "expert 2 sequence 2": (Mesh(expert=2, sequence=2), static(2, 2, 80), "full"),
+    "replicate 2 expert 2": (Mesh(replicate=2, expert=2), static(4, 1), "none"),
+    "expert 4": (Mesh(expert=4), unequal(), "selective"),
+    "expert 2, groups that change": (Mesh(expert=2, sequence=2), adaptive(), "selective"),
+}
+
+
+def every_layout(ranks: int) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
+    alike = {name: layout for name, layout in LAYOUTS.items() if layout[0].world == ranks}
+    return {name: spread(BATCH, plan, "fp64", remat, mesh=mesh) for name, (mesh, plan, remat) in alike.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_and_every_gradient_equal_one_process(run, ranks):
+    want = truth(BATCH, "fp64")
+    for found in run(ranks, every_layout, ranks):
+        for got in found.values():
+            assert_close(got, want, "fp64")

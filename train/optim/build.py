@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from models.axes import AXES, Declared, declarations
@@ -35,7 +37,7 @@ def axes(parameter: torch.Tensor) -> set[str]:
 def refined(
     params: Iterable[Any], *, no_decay: Sequence[str] = (), rates: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Groups, or plain parameters, as groups with one weight decay and one factor of the rate each.
+    """Groups, or plain parameters, as groups with one weight decay, one factor of the rate and one mesh each.
 
     no_decay: axes whose parameters do not decay. rates: by axis, what the rate of its parameters is multiplied by; a
     parameter with several of them has the product. Groups that need no dividing stay as they are. Raises ValueError
@@ -52,14 +54,15 @@ def refined(
     groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
     found: list[dict[str, Any]] = []
     for group in groups:
-        within: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        within: dict[tuple[bool, float, DeviceMesh | None], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             named = axes(parameter)
             factor: float = group.get("factor", 1.0)
             for axis in sorted(named & rates.keys()):
                 factor *= rates[axis]
-            within.setdefault((bool(named & set(no_decay)), factor), []).append(parameter)
-        for (stays, factor), several in within.items() or [((False, 1.0), [])]:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            within.setdefault((bool(named & set(no_decay)), factor, mesh), []).append(parameter)
+        for (stays, factor, _), several in within.items() or [((False, 1.0, None), [])]:
             more = {"weight_decay": 0.0} if stays else {}
             found.append({**group, "params": several, "factor": factor} | more)
     return found

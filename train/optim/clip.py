@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import Comm
-from parallel.fsdp import norm
+from parallel.fsdp import by_mesh, norm
 from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
 
@@ -29,7 +29,8 @@ def clip(model: nn.Module, comm: Comm, *, largest: float, each: float | None, va
     if value is not None or each is not None:
         after = norm(gradients)
     # One that is not finite scales nothing: it would spread to all gradients, and hide where it is from.
-    nn.utils.clip_grads_with_norm_(model.parameters(), largest, after.nan_to_num(0.0, 0.0, 0.0))
+    for several in by_mesh(p for p in model.parameters() if p.grad is not None):
+        nn.utils.clip_grads_with_norm_(several, largest, after.nan_to_num(0.0, 0.0, 0.0))
     return before
 
 
