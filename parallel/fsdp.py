@@ -101,9 +101,21 @@ def communicate_gradients(model: nn.Module, last: bool) -> None:
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm over all tensors together, sharded over one mesh or several, the same plain scalar on every rank."""
-    totals = [nn.utils.get_total_norm(several) for several in by_mesh(tensors)]
-    plain = [total.full_tensor() if isinstance(total, DTensor) else total for total in totals]
-    return plain[0] if len(plain) == 1 else torch.linalg.vector_norm(torch.stack(plain))
+    totals = [_plain(nn.utils.get_total_norm(several)) for several in by_mesh(tensors) or [tensors]]
+    return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals))
+
+
+def _plain(total: torch.Tensor) -> torch.Tensor:
+    """A norm of sharded tensors, over all dimensions of their mesh."""
+    if not isinstance(total, DTensor):
+        return total
+    if total.device_mesh.ndim == 1:
+        return total.full_tensor()
+    square = total.to_local().square()  # of this rank's part; torch would do the same, with a line of warning
+    for dim, placement in enumerate(total.placements):
+        if placement.is_partial():
+            dist.all_reduce(square, group=total.device_mesh.get_group(dim))
+    return square.sqrt()
 
 
 def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -111,4 +123,4 @@ def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     found: dict[DeviceMesh | None, list[torch.Tensor]] = {}
     for tensor in tensors:
         found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
-    return list(found.values()) or [[]]
+    return list(found.values())

@@ -16,6 +16,7 @@ may hold no row at all. The counts follow from the shapes alone (`shares`), so n
 A parameter holds one matrix or several: those of experts along its first dimension, and parts side by side.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.collectives import LEDGER
@@ -31,6 +33,7 @@ from parallel.schedule.comm_volume import Traffic
 
 TOGETHER = 1 << 25  # elements of whole matrices that a rank holds at a time, unless one matrix alone has more
 PURPOSE = "matrices"
+CUT = ("expert",)  # dimensions of a mesh along which ranks hold other experts
 
 Places = slice | list[int]
 Function = Callable[[Tensor], Tensor]  # [S, M, N] -> [S, M, N], of S matrices of one shape
@@ -136,7 +139,8 @@ def local(x: Tensor) -> Tensor:
 class Owners:
     """Who owns which matrix of some parameters: the largest first, each by whoever has the least to compute so far.
 
-    parameters: whole, or sharded by rows over one mesh of one dimension. Raises NotImplementedError for another layout.
+    parameters: whole, or sharded by rows over one mesh. matrices: of what the ranks that share a parameter hold of it
+    together (`shape_here`). Raises NotImplementedError for another layout.
     """
 
     def __init__(self, parameters: Sequence[Tensor], matrices: Sequence[Sequence[MatrixCut]]):
@@ -237,23 +241,41 @@ def _cost(cut: MatrixCut) -> float:
 
 def _group(parameters: Sequence[Tensor]) -> tuple[dist.ProcessGroup | None, int, int]:
     """The ranks over which they are sharded: the group, this rank in it, its size; (None, 0, 1) on one."""
-    meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
-    if not meshes:
+    found = {_shared(p) for p in parameters if isinstance(p, DTensor)}
+    if not found:
         return None, 0, 1
-    if len(meshes) > 1 or next(iter(meshes)).ndim > 1:
-        raise NotImplementedError("whole matrices of parameters that are sharded over several meshes or dimensions")
-    mesh = meshes.pop()
-    return (None if mesh.size() == 1 else mesh.get_group()), mesh.get_local_rank(), mesh.size()
+    if len(found) > 1:
+        raise NotImplementedError("whole matrices of parameters that are sharded over several meshes")
+    mesh, dim = found.pop()
+    return (None if mesh.size(dim) == 1 else mesh.get_group(dim)), mesh.get_local_rank(dim), mesh.size(dim)
+
+
+def _shared(parameter: DTensor) -> tuple[DeviceMesh, int]:
+    """Its mesh, and the dimension along which ranks share its rows, or those of the experts that they all hold."""
+    names = parameter.device_mesh.mesh_dim_names or ()
+    dims = [i for i, name in enumerate(names) if name not in CUT and not parameter.placements[i].is_replicate()]
+    cut = [parameter.placements[i] == Shard(0) for i, name in enumerate(names) if name in CUT]
+    if len(dims) > 1 or not all(cut):
+        raise NotImplementedError(f"whole matrices of a parameter that lies as {parameter.placements}")
+    return parameter.device_mesh, dims[0] if dims else 0
+
+
+def shape_here(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of what the ranks that share a parameter hold of it together: less than all where experts are cut."""
+    if not isinstance(parameter, DTensor):
+        return tuple(parameter.shape)
+    names = parameter.device_mesh.mesh_dim_names or ()
+    cut = math.prod(parameter.device_mesh.size(i) for i, name in enumerate(names) if name in CUT)
+    return parameter.shape[0] // cut, *parameter.shape[1:]
 
 
 def _begins(parameter: Tensor, world: int) -> list[int]:
     """The first rows of `shares`, checked against a parameter that FSDP has sharded."""
-    length = parameter.shape[0]
+    length = shape_here(parameter)[0]
     if not isinstance(parameter, DTensor):
         return [0, length]
-    if parameter.placements != (Shard(0),):
-        raise NotImplementedError(f"whole matrices of a parameter that lies as {parameter.placements}")
+    mesh, dim = _shared(parameter)
     begins = shares(length, world)
-    rank = parameter.device_mesh.get_local_rank()
+    rank = mesh.get_local_rank(dim)
     assert begins[rank + 1] - begins[rank] == parameter.to_local().shape[0]
     return begins

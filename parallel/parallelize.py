@@ -29,7 +29,8 @@ def parallelise(
     offload_activations: bool = False,
     offload_optimizer: bool = False,
 ) -> LM:
-    """Applies, in order: experts over ranks, recomputation of activations, sharding, memory, each parameter from (seed, name).
+    """Applies, in order: experts over ranks, recomputation of activations, sharding, memory, each parameter from (seed,
+    name).
 
     dtype: of the master weights. remat, tile, offload_activations: see `parallel.activation_memory`. offload_optimizer:
     master weights, gradients and optimizer state live on the host. Returns the same model.

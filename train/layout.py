@@ -7,6 +7,16 @@ from models.moe import mixtures
 from train.settings import TrainSettings
 
 
+def check_experts(model: LM, ranks: int) -> None:
+    """Raises ValueError where so many ranks cannot share out the experts of every layer."""
+    found = mixtures(model)
+    if ranks > 1 and not found:
+        raise ValueError(f"parallel.expert={ranks}: must be 1, for the model has no experts")
+    for name, moe in found.items():
+        if moe.num_experts % ranks:
+            raise ValueError(f"parallel.expert={ranks}: must divide the num_experts={moe.num_experts} of {name}")
+
+
 def dependences(model: LM, train: TrainSettings) -> list[str]:
     """A line for each, which opens with its key."""
     found = []

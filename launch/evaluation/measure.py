@@ -104,6 +104,7 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
     from train.checkpoints import checkpoint
     from train.evaluation.harness import MISSING
     from train.evaluation.run import check
+    from train.layout import check_experts
 
     with refusals(config):
         cluster, settings = config.cluster, config.evaluate
@@ -118,8 +119,9 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
         if config.parallel.transport.recurrence == "auto":  # measured for steps of training
             transport = replace(config.parallel.transport, recurrence="gather")
             config = replace(config, parallel=replace(config.parallel, transport=transport))
-        config.parallel.mesh(cluster.workers)
+        mesh = config.parallel.mesh(cluster.workers)
         model = model_of(config.model.values)
+        check_experts(model, mesh.expert)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if (difference := checkpoint.first_difference(found, shapes)) is not None:
             raise ValueError(f"RUN={run}: holds another model: {difference}")

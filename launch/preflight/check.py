@@ -28,6 +28,7 @@ def check_run(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
+    from train.layout import check_experts
     from train.tracking import obey_environment
 
     with refusals(config):
@@ -49,6 +50,7 @@ def check_run(
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         _optimizer(config, device)
+        check_experts(model, mesh.expert)
         _heads(config, sequence)
         _bases(config, model)
         if not data_here:

@@ -1,18 +1,23 @@
 """Experts over ranks: rows that travel, weights that are cut, and all else as one process has it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+import parallel.expert
+from models.moe import MoE
 from models.sequence import Whole
-from parallel.expert import spread_experts
+from parallel.expert import OUTPUTS, Exchange, Trip, spread_experts
 from parallel.matrix_owners import local
 from parallel.mesh import Meshes
 from parallel.schedule.mesh import Mesh
 from tests.models.test_moe import KINDS, dense, moe
 from tests.parallel.test_parity import BATCH, adaptive, static, unequal
-from tests.parity import assert_close, spread, truth
+from tests.parity import assert_close, differences, spread, truth
 
 pytestmark = pytest.mark.dist
 
@@ -98,3 +103,83 @@ def test_loss_and_every_gradient_equal_one_process(run, ranks):
     for found in run(ranks, every_layout, ranks):
         for got in found.values():
             assert_close(got, want, "fp64")
+
+
+class Swapped:
+    """Replaces attributes for a while."""
+
+    def __init__(self, *several: tuple[Any, str, Any]):
+        self.several = several
+
+    def __enter__(self) -> None:
+        self.honest = [(where, name, vars(where)[name]) for where, name, _ in self.several]
+        for where, name, value in self.several:
+            setattr(where, name, value)
+
+    def __exit__(self, *_: Any) -> None:
+        for where, name, value in self.honest:
+            setattr(where, name, value)
+
+
+def others_gone(self: Trip, rows, there, here, purpose) -> torch.Tensor:
+    """As `start`, but of the outputs' gradients a rank takes only those of its own tokens."""
+    received = honest_start(self, rows, there, here, purpose)
+    if purpose == f"{OUTPUTS} gradient":
+        self.finish()
+        own = sum(here[: self.comm.rank])
+        received = torch.cat(
+            (0 * received[:own], received[own : own + here[self.comm.rank]], 0 * received[own + here[self.comm.rank] :])
+        )
+    return received
+
+
+def doubled(self: Exchange, weight: torch.Tensor) -> torch.Tensor:
+    part = weight.to_local()
+    part.register_hook(lambda gradient: 2 * gradient)
+    return part
+
+
+honest_start, honest_held, honest_shared = Trip.start, Exchange.held, MoE.shared_output
+honest_back = parallel.expert._Depart.backward
+
+BROKEN: dict[str, Callable[[], Swapped]] = {
+    "gradients come home in another order": lambda: Swapped(
+        (parallel.expert._Depart, "backward", staticmethod(lambda ctx, grad: (None, honest_back(ctx, grad)[1].flip(0))))
+    ),
+    "rows stay in the order of senders": lambda: Swapped(
+        (parallel.expert, "_by_expert", lambda taken, device: torch.arange(sum(map(sum, taken)))),
+    ),
+    "a rank takes another expert's weights": lambda: Swapped(
+        (Exchange, "held", lambda self, weight: honest_held(self, weight).roll(1, 0))
+    ),
+    "experts' gradients are summed over the expert group too": lambda: Swapped((Exchange, "held", doubled)),
+    "experts learn from their own rank's tokens alone": lambda: Swapped((Trip, "start", others_gone)),
+    "the shared expert counts twice": lambda: Swapped(
+        (MoE, "shared_output", lambda self, x: 2 * honest_shared(self, x))
+    ),
+    "outputs go to the tokens in the order of experts": lambda: Swapped(
+        (
+            parallel.expert,
+            "combined",
+            lambda rows, order, weights: (rows.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1),
+        )
+    ),
+}
+
+
+def every_fault() -> dict[str, tuple[float, dict[str, np.ndarray]]]:
+    mesh, plan = Mesh(expert=2), static(2, 1)
+    found = {"": spread(BATCH, plan, "fp64", mesh=mesh)}
+    for name, fault in BROKEN.items():
+        with fault():
+            found[name] = spread(BATCH, plan, "fp64", mesh=mesh)
+    return found
+
+
+def test_every_fault_on_the_way_to_experts_is_seen(run):
+    want = truth(BATCH, "fp64")
+    first, second = run(2, every_fault)
+    for name in first:
+        for got in (first[name], second[name]):
+            worst = max(differences(got, want).values())
+            assert (worst > 1e-6) == bool(name), f"{name or 'nothing broken'}: {worst:.1e}"

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.distributed.tensor import distribute_tensor
 
-from parallel.mesh import Groups, everyone
+from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
+from parallel.schedule.mesh import Mesh
 from tests.parity import small_model
 from train.optim.clip import clip
 from train.settings import TrainSettings
@@ -28,12 +29,12 @@ def gradients() -> dict[str, torch.Tensor]:
     }
 
 
-def clipped() -> list[tuple[float, dict[str, np.ndarray]]]:
+def clipped(**sizes: int) -> list[tuple[float, dict[str, np.ndarray]]]:
     """For each of the limits, the norm before and the gradients after, of a sharded model."""
     with torch.device("meta"):
         model = small_model()
-    mesh = everyone(torch.device("cpu"))
-    parallelise(model, mesh, seed=0, dtype=torch.float64, remat="none", reshard_after_forward=True)
+    meshes = Meshes(Mesh(**sizes), torch.device("cpu"))
+    parallelise(model, meshes, seed=0, dtype=torch.float64, remat="none", reshard_after_forward=True)
     whole, found = gradients(), []
     for limits in LIMITS:
         named = {parameter_name(name): p for name, p in model.named_parameters()}
@@ -56,9 +57,9 @@ def by_hand(*, largest: float, each: float | None, value: float | None) -> tuple
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [1, 3])
-def test_gradients_are_clipped_as_whole_ones(run, world):
-    for found in run(world, clipped):
+@pytest.mark.parametrize("sizes", [{}, {"sequence": 3}, {"expert": 2, "sequence": 2}], ids=str)
+def test_gradients_are_clipped_as_whole_ones(run, sizes):
+    for found in run(Mesh(**sizes).world, clipped, **sizes):
         for limits, (norm, got) in zip(LIMITS, found, strict=True):
             before, want = by_hand(**limits)
             assert norm == pytest.approx(before, rel=1e-12)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.axes import Declared, declarations, initialise
@@ -18,8 +19,9 @@ from models.moe import MoE
 from parallel import matrix_owners
 from parallel.collectives import LEDGER, LedgerEntry
 from parallel.matrix_owners import PURPOSE
-from parallel.mesh import everyone
+from parallel.mesh import Meshes
 from parallel.parallelize import parallelise, parameter_name
+from parallel.schedule.mesh import Mesh
 from train.optim import muon
 from train.optim.build import build_optimizer
 from train.optim.muon import Muon
@@ -74,12 +76,14 @@ def alone() -> dict[str, np.ndarray]:
     return five_steps(built, declarations(built))
 
 
-def together() -> dict[str, np.ndarray]:
+def together(**sizes: int) -> dict[str, np.ndarray]:
     with torch.device("meta"):
         built = model()
     declared = declarations(built)
-    mesh = everyone(torch.device("cpu"))
-    parallelise(built, mesh, seed=1, dtype=torch.float64, remat="none", reshard_after_forward=True)
+    mesh = Mesh(**sizes or {"sequence": dist.get_world_size()})
+    parallelise(
+        built, Meshes(mesh, torch.device("cpu")), seed=1, dtype=torch.float64, remat="none", reshard_after_forward=True
+    )
     return five_steps(built, declared)
 
 
@@ -184,10 +188,10 @@ def test_what_is_received_is_foretold_byte_for_byte_on_every_rank(run):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_spread_over_ranks_every_parameter_is_that_of_one_process(run, world):
+@pytest.mark.parametrize("sizes", [{}, {"sequence": 2}, {"sequence": 3}, {"expert": 2, "data": 2}], ids=str)
+def test_spread_over_ranks_every_parameter_is_that_of_one_process(run, sizes):
     want = alone()
-    for got in run(world, together):
+    for got in run(Mesh(**sizes).world, together, **sizes):
         assert got.keys() == want.keys()
         for name, b in want.items():
             assert np.linalg.norm(got[name] - b) <= 1e-10 * np.linalg.norm(b), name

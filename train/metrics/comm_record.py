@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from parallel.collectives import LEDGER, LedgerEntry
+from parallel.expert import COUNTS, OUTPUTS, ROWS
 from parallel.matrix_owners import PURPOSE
 from parallel.mesh import Groups
 from parallel.schedule.comm_volume import GRADIENT, Ask, ScanCall
@@ -22,6 +23,9 @@ ENTRIES = (
         for purpose in ("state", "halo", "queries", "keys and values", "outputs", "document sums")
         for way in ("", GRADIENT)
     ),
+    *(LedgerEntry("expert", purpose + way) for purpose in (ROWS, OUTPUTS) for way in ("", GRADIENT)),
+    LedgerEntry("expert", COUNTS),
+    *(LedgerEntry("experts", "weights" + way) for way in ("", GRADIENT)),
     LedgerEntry("world", "weights"),
     LedgerEntry("world", "weights" + GRADIENT),
     LedgerEntry("world", PURPOSE),

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
-from parallel.matrix_owners import MatrixCut, Owners, cuts, local, received
+from parallel.fsdp import by_mesh
+from parallel.matrix_owners import MatrixCut, Owners, cuts, local, received, shape_here
 from parallel.schedule.comm_volume import Traffic
 from train.optim.adamw import AdamW, FusedStep
 from train.optim.build import axes, refined
@@ -85,14 +86,12 @@ class Muon(Optimizer):
                 own |= {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
             self.adamw.state = self.state
             self.adamw.step()
-        parameters = [p for group in self._groups(muon=True) for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        directions = self._directions(parameters)
         rates = {p: (group["lr"], group["weight_decay"]) for group in self._groups(muon=True) for p in group["params"]}
-        for parameter, direction in zip(parameters, self._orthogonal(parameters, directions), strict=True):
-            lr, decay = rates[parameter]
-            local(parameter).mul_(1 - lr * decay).add_(direction, alpha=-lr)
+        for parameters in by_mesh(p for p in rates if p.grad is not None):
+            directions = self._directions(parameters)
+            for parameter, direction in zip(parameters, self._orthogonal(parameters, directions), strict=True):
+                lr, decay = rates[parameter]
+                local(parameter).mul_(1 - lr * decay).add_(direction, alpha=-lr)
 
     def _groups(self, *, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["muon"] == muon]
@@ -130,7 +129,7 @@ class Muon(Optimizer):
 def _cuts(parameter: Tensor) -> list[MatrixCut]:
     """The matrices that lie in it."""
     declared = parameter.declared  # type: ignore[attr-defined]
-    return cuts(parameter.shape, declared.parts, declared.along)
+    return cuts(shape_here(parameter), declared.parts, declared.along)
 
 
 def _travels(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -1,0 +1,79 @@
+"""Runs whose experts lie on several ranks: the same losses, the same checkpoints, and all that a run does besides."""
+
+import numpy as np
+import pytest
+
+from tests.jobs import order
+from train.build import build
+from train.checkpoints.hook import Checkpoints
+
+pytestmark = pytest.mark.dist
+
+BEFORE, AFTER = 3, 3
+EXPERTS, SEQUENCE = ["parallel.expert=2", "parallel.sequence=1"], ["parallel.sequence=2"]
+MORE = ["precision=fp64", "train.steps=60", "train.average=ema", "train.clip=0.5", "model.blocks.gla.ffn.bias_rate=0.1"]
+
+
+def state(trainer) -> dict[str, list[np.ndarray]]:
+    """Every parameter and what is remembered of it, whole."""
+    kept = trainer.optimizer.state
+    found = {n: [p, *(x for x in kept[p].values() if x.dim())] for n, p in trainer.model.named_parameters()}
+    from train.optim.average import Average
+
+    found |= {f"average {n}": [x] for n, x in trainer.hooks.of(Average).averaged().items()}
+    found |= {n: [b] for n, b in trainer.model.named_buffers()}
+    return {n: [whole(x) for x in several] for n, several in found.items()}
+
+
+def whole(x) -> np.ndarray:
+    x = x.detach()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).numpy().copy()
+
+
+def saved(job) -> tuple[dict, list[float]]:
+    """The state at a checkpoint, and the losses before and after it."""
+    trainer = build(job)
+    losses = [trainer.step()[0]["loss"] for _ in range(BEFORE)]
+    trainer.hooks.of(Checkpoints).save()
+    return state(trainer), losses + [trainer.step()[0]["loss"] for _ in range(AFTER)]
+
+
+def loaded(job) -> tuple[dict, list[float]]:
+    trainer = build(job)
+    return state(trainer), [trainer.step()[0]["loss"] for _ in range(AFTER)]
+
+
+def both_ways(first, again, second, back):
+    """A run with experts over ranks, its checkpoint without; the other way round."""
+    return saved(first), loaded(again), saved(second), loaded(back)
+
+
+def same(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for name, tensors in want.items():
+        assert len(tensors) == len(got[name]) > 0
+        for a, b in zip(got[name], tensors, strict=True):
+            assert np.array_equal(a, b), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_a_run_and_its_checkpoints_are_those_of_one_process(run, tmp_path, optimizer):
+    def job(name, *more, **rest):
+        return order(tmp_path, tmp_path / name, *more, *MORE, f"optimizer={optimizer}", **rest)
+
+    def at(name):
+        return str(tmp_path / name / "checkpoints" / f"step-{BEFORE}")
+
+    (_, want), *_ = run(1, saved, job("alone", "cluster.workers=1"))
+    jobs = [
+        job("experts", "cluster.workers=2", *EXPERTS),
+        job("experts then sequence", "cluster.workers=2", *SEQUENCE, resume=at("experts")),
+        job("sequence", "cluster.workers=2", *SEQUENCE),
+        job("sequence then experts", "cluster.workers=2", *EXPERTS, resume=at("sequence")),
+    ]
+    for experts, then_sequence, sequence, then_experts in run(2, both_ways, *jobs):
+        for losses in (experts[1], sequence[1]):
+            np.testing.assert_allclose(losses, want, rtol=1e-9)
+        for before, after in ((experts, then_sequence), (sequence, then_experts)):
+            same(after[0], before[0])
+            np.testing.assert_allclose(after[1], want[BEFORE:], rtol=1e-9)
