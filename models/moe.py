@@ -80,6 +80,8 @@ class MoE(Dispatched):
     x [B, T, D] -> [B, T, D] and the Routing that the losses need.
     """
 
+    experts: Experts
+
     def __init__(
         self,
         *,

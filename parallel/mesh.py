@@ -48,7 +48,7 @@ class Meshes:
 
     @property
     def alike(self) -> DeviceMesh:
-        """Of these, the ranks that hold the same experts."""
+        """The ranks of it that hold the same experts."""
         names = self.experts.mesh_dim_names
         assert names is not None
         return self.experts[names[:-1] if len(names) > 2 else names[0]]
