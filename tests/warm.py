@@ -46,12 +46,17 @@ _START_S = 120.0
 
 
 @cache
-def command() -> list[str]:
-    """The words that run a warm `farspan`; starts the server at the first call, and ends it with this process."""
+def command(*modules: str, environment: tuple[tuple[str, str], ...] = ()) -> list[str]:
+    """The words that run a warm `farspan`; starts the server at the first call, and ends it with this process.
+
+    modules: more that it imports. environment: of the server, beside ours: Ray's modules read theirs once, so that only
+    clients with the same one may follow.
+    """
     folder = tempfile.mkdtemp(prefix="fs-")
     address = f"{folder}/s"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, "-m", "tests.warm", address], cwd=folder, env=env, stdin=subprocess.PIPE)
+    env = {**os.environ, **dict(environment), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "tests.warm", address, *modules]
+    server = subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.PIPE)
     atexit.register(server.kill)
     return [sys.executable, "-I", "-S", str(Path(__file__)), address]
 
@@ -99,11 +104,11 @@ def client(address: str, arguments: list[str]) -> int:
             os.kill(os.getpid(), -code)
 
 
-def serve(address: str) -> None:
+def serve(address: str, modules: list[str]) -> None:
     """Forks a process for each client, until our parent is gone."""
     import importlib
 
-    for name in IMPORTS:
+    for name in (*IMPORTS, *modules):
         importlib.import_module(name)
     import torch
 
@@ -234,6 +239,6 @@ def _fork_helpers() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 or not (ROOT / "launch").exists() or sys.flags.isolated:
+    if sys.flags.isolated:
         sys.exit(client(sys.argv[1], sys.argv[2:]))
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])

@@ -196,7 +196,7 @@ def test_a_run_without_a_whole_checkpoint_begins_anew_where_it_is_told_to(place,
     assert _weights(run) == _weights(uninterrupted[0])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_with_zero(place, uninterrupted, sent):
     run = place / sent.name
     process = start(place, "train", *overrides(place), f"run.dir={run}", "train.steps=24", cold=True)
