@@ -94,6 +94,21 @@ scheduler.simulate=N plans N steps with every scheduler on a cluster that simula
   farspan plan scheduler.simulate=40 simulation.model=7b simulation.lengths=lengths.npy run.plot=step.png
 """,
     ),
+    "verify": Verb(
+        function="launch.commands.verify:verify",
+        synopsis="[RUN] [key=value ...]",
+        line="this layout, shrunk, against one process: right, or what parts first",
+        overrides=True,
+        text="""\
+The same overrides as train, or a run whose configuration is taken. The model keeps every kind of layer and the layout
+all its parts; sizes are cut. Three steps of packed, unequal documents run on processes here and in one process, fp64:
+losses, every gradient and every weight must agree but for rounding. Exit code 0: right. 1: wrong, with the first
+tensor that parts, its layer and the axis of the mesh.
+
+  farspan verify model=qwen3_next_tiny cluster.workers=4 parallel.data=2 parallel.transport.attention=ring
+  farspan verify runs/first engine.recompute=full
+""",
+    ),
     "submit": Verb(
         function="launch.runner.submit:submit",
         synopsis="[key=value ...]",

@@ -1,0 +1,207 @@
+"""A run's configuration, small enough to be run in seconds: every kind of layer and every option of its layout stay.
+
+A size is cut where cutting it changes no kind of work: layers to one of each kind, heads to four, experts to four,
+widths to what the heads divide. Ratios stay that decide on another path: grouped heads stay grouped, heads that a size
+of the mesh divides stay divided by it, a window still ends before a document does. The constructors judge: the first
+width that the model is built with is taken.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from launch.config.model import model_of
+from launch.errors import UserError
+from train.run_config import ObjectConfig, RunConfig
+from train.settings import GuardSettings
+
+MOST = 8  # processes that are spawned; of a larger mesh each size above 1 becomes 2
+WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # of the residual stream, the first that fits
+VOCABULARY = 64
+CAPS = {"hidden": 32, "shared_hidden": 16, "state": 8, "rank": 4, "chunk": 16, "window": 20, "sinks": 3}
+CAPS |= {"mix_rank": 4, "decay_rank": 8, "rate_rank": 8, "value_rank": 8, "gate_rank": 8, "head_dim": 16}
+TOKENS = 16  # of a tile, of a chunk of the loss
+CLIP = 0.05  # a norm that gradients exceed, so that clipping acts
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """config: the small run. sizes: of its mesh, by axis. told: what differs from the run that was asked about, a line
+    each."""
+
+    config: RunConfig
+    sizes: dict[str, int]
+    told: tuple[str, ...]
+
+
+def sizes_of(config: RunConfig) -> dict[str, int]:
+    """The sizes of the configured mesh, by axis, outermost first. Raises ValueError where they do not multiply to the
+    workers."""
+    data, sequence = config.parallel.sizes(config.cluster.workers)
+    return {"data": data, "sequence": sequence}
+
+
+def with_sizes(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
+    """The same run on another mesh."""
+    own: dict[str, Any] = dict(sizes)
+    parallel = replace(config.parallel, **own)
+    return replace(config, parallel=parallel, cluster=replace(config.cluster, workers=prod(sizes.values())))
+
+
+def shrink(config: RunConfig) -> Shrunk:
+    """The small run. Raises ValueError for sizes that do not fit, and for a model of which no small one is built."""
+    asked = sizes_of(config)
+    sizes, told = dict(asked), list[str]()
+    if prod(sizes.values()) > MOST:
+        sizes = {axis: min(size, 2) for axis, size in sizes.items()}
+        told.append(f"mesh {_shown(asked)}: verified as {_shown(sizes)}")
+    model, lines = _model(config.model.values, sizes)
+    told += lines
+    pieces = 2 * sizes["sequence"]
+    length = max(48, 12 * pieces)
+    accumulated = config.scheduler.get("tokens_per_rank") is not None
+    groups = prod(sizes.values()) // (sizes["sequence"] * sizes.get("tensor", 1) * sizes.get("pipeline", 1))
+    stages = sizes.get("pipeline", 1)
+    data = {
+        "_target_": "train.verify.EdgeCases",
+        "vocabulary": model["vocabulary"],
+        "length": length,
+        "sequences": max(5, groups + 1) if stages == 1 else 2 * stages * groups,
+        "pieces": pieces,
+        "equal": config.scheduler.get("layout") == "zigzag" or stages > 1,
+    }
+    train = config.train
+    if train.span_gradient == "truncated" and train.span_tokens is not None:
+        told.append("train.span_gradient=truncated: depends on the layout; verified as exact")
+    train = replace(
+        train,
+        steps=100,
+        batch_tokens=length,
+        loss_chunk=train.loss_chunk and TOKENS,
+        span_tokens=train.span_tokens and max(1, length // sizes["sequence"] // 3),
+        span_gradient="exact",
+        clip=min(train.clip, CLIP),
+        clip_each=train.clip_each and min(train.clip_each, CLIP / 2),
+        clip_value=train.clip_value and min(train.clip_value, CLIP / 50),
+        average="none",
+        init_weights="raw",
+        init_optimizer="reset",
+        guard=GuardSettings(),
+        evaluate_every=None,
+        checkpoint_every=None,
+    )
+    engine = config.engine
+    if engine.get("tile") is not None:
+        engine = engine.having(tile=TOKENS)
+    scheduler = config.scheduler
+    if accumulated or stages > 1:
+        scheduler = scheduler.having(tokens_per_rank=-(-length // sizes["sequence"]))
+    small = replace(
+        config,
+        model=ObjectConfig(model),
+        data=ObjectConfig(data),
+        curriculum=ObjectConfig({"_target_": "data.Curriculum"}),
+        scheduler=scheduler,
+        engine=engine,
+        schedule=ObjectConfig({"_target_": "train.schedules.Constant", "warmup": 0}),
+        precision=replace(config.precision, compute="fp64"),
+        cluster=replace(config.cluster, kind="none", device="cpu", threads=1, address=None, template=None),
+        tracking=ObjectConfig({"_target_": "train.tracking.Tracking", "mode": "disabled"}),
+        optimizer=_optimizer(config.optimizer),
+        init_from=None,
+        resume=None,
+        stages=(),
+        run=replace(config.run, name="verify", dir=None, plot=None, anew=False),
+        train=train,
+    )
+    return Shrunk(with_sizes(small, sizes), sizes, tuple(told))
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1 or axis in ("data", "sequence"))
+
+
+def _optimizer(node: ObjectConfig) -> ObjectConfig:
+    """The same optimizer by a kernel that takes fp64."""
+    return node.having(fused="none") if node.get("fused") == "apex" else node
+
+
+def _model(values: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
+    """The small model, and what had to change. Raises ValueError where none is built."""
+    whole = model_of(values)
+    told: list[str] = []
+    small = _layers(deepcopy(dict(values)), whole, sizes.get("pipeline", 1))
+    small["vocabulary"] = min(small["vocabulary"], VOCABULARY)
+    kept: Any = None
+    for width in (*(w for w in WIDTHS if w < small["dim"]), small["dim"]):
+        found = _sized({**small, "dim": width}, sizes, told if kept is None else [])
+        try:
+            model_of(found)
+            return found, told
+        except (UserError, ValueError) as error:
+            kept = error
+    try:  # its widths as they are
+        found = {**small, "dim": values["dim"]}
+        model_of(found)
+    except (UserError, ValueError):
+        raise ValueError(f"model: no smaller one is built: {kept}") from None
+    told.append("model: verified at its own widths; a smaller one is not built")
+    return found, told
+
+
+def _layers(values: dict[str, Any], whole: Any, stages: int) -> dict[str, Any]:
+    """One layer of each kind, two where layers of a kind are coupled with each other; more where stages need some."""
+    first = values.get("first_k_dense", 0)
+    coupled = {
+        kind
+        for kind, layer in zip(whole.kinds, whole.layers.values(), strict=True)
+        if getattr(layer, "couplings", ()) or getattr(layer, "hands", None)
+    }
+    chosen: list[tuple[str, bool]] = []
+    for i, kind in enumerate(whole.kinds):
+        key = kind, i < first
+        if chosen.count(key) < (2 if kind in coupled else 1):
+            chosen.append(key)
+    cycle = [key for key in chosen if not key[1]] or chosen
+    while len(chosen) < min(len(whole.kinds), max(2, 2 * stages if stages > 1 else 0)):
+        chosen.append(cycle[len(chosen) % len(cycle)])
+    chosen.sort(key=lambda key: not key[1])
+    if "first_k_dense" in values:
+        values["first_k_dense"] = sum(front for _, front in chosen)
+    values["pattern"] = [kind for kind, _ in chosen]
+    values["layers"] = len(chosen)
+    return values
+
+
+def _sized(node: Any, sizes: Mapping[str, int], told: list[str]) -> Any:
+    """An object of a model, its sizes cut."""
+    if not isinstance(node, Mapping):
+        return node
+    found = {key: _sized(value, sizes, told) for key, value in node.items()}
+    for key, cap in CAPS.items():
+        if isinstance(value := found.get(key), int) and value > cap:
+            found[key] = cap
+    if isinstance(heads := found.get("heads"), int):
+        found["heads"] = _divided(heads, 4, sizes)
+        for key in ("kv_heads", "groups"):
+            if isinstance(fewer := found.get(key), int):
+                found[key] = found["heads"] if fewer == heads else min(fewer, _divided(fewer, 2, sizes))
+        if isinstance(more := found.get("value_heads"), int):
+            found["value_heads"] = found["heads"] * min(max(more // heads, 1), 2)
+    if isinstance(experts := found.get("num_experts"), int):
+        found["num_experts"] = _divided(experts, 4, sizes)
+        found["top_k"] = min(found.get("top_k", 1), 2, found["num_experts"])
+    if found.get("capacity_factor") is not None:
+        line = f"capacity_factor={found['capacity_factor']:g}: depends on the layout; verified as null"
+        told += [] if line in told else [line]
+        found["capacity_factor"] = None
+    return found
+
+
+def _divided(count: int, cap: int, sizes: Mapping[str, int]) -> int:
+    """The smallest number from `cap` on, at most `count`, that each size of the mesh divides where it divides
+    `count`."""
+    same: Callable[[int], bool] = lambda n: all((n % size == 0) == (count % size == 0) for size in sizes.values())  # noqa: E731
+    return next((n for n in range(min(cap, count), count) if same(n)), count)

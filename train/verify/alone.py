@@ -1,0 +1,190 @@
+"""The plain model in one process: no process group, no plan, no sharding, one document at a time.
+
+Nothing of `parallel/` is here, and of `train/` only the description of the run: the loss, clipping and the optimizers'
+steps are written down again, so that a fault of those cannot be on both sides.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import Declared, declarations, initialise
+from models.kernels.newton_schulz import newton_schulz
+from models.moe import mixtures
+from models.sequence import Whole
+from train.run_config import RunConfig
+from train.verify.documents import Document, EdgeBatches
+from train.verify.trace import Moment, Streams, Trace, written
+
+PERTURBATION = 1e-14  # of each weight
+
+
+def trace(config: RunConfig, steps: int, *, packed: bool = False, perturbed: int | None = None) -> Trace:
+    """The trace of the run's first steps, all of it in this process, fp64.
+
+    packed: reads the documents of a sequence end to end: faster. perturbed: changes every first weight by some parts
+    in 10^14, drawn by this number.
+    """
+    model = config.model.build().double()
+    model.compute, model.loss_chunk = torch.float64, None
+    initialise(model, config.seed)
+    if perturbed is not None:
+        generator = torch.Generator().manual_seed(perturbed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.mul_(1 + PERTURBATION * noise)
+    batches = config.data.build().open(0, None)
+    stepper, streams, found = _Stepper(config, model), Streams(model.layers), Trace()
+    for step in range(steps):
+        found |= written(step, _step(config, model, batches, stepper, streams, step, packed))
+    return found
+
+
+def _step(
+    config: RunConfig, model: Any, batches: EdgeBatches, stepper: "_Stepper", streams: Streams, step: int, packed: bool
+) -> Moment:
+    train, sequences = config.train, batches.documents(config.seed, step)
+    rows = sequences if packed else [[document] for documents in sequences for document in documents]
+    every = [document for documents in sequences for document in documents]
+    targets = sum(int((document.targets >= 0).sum()) for document in every)
+    tokens = sum(len(document.tokens) for document in every)
+    nats, balance, z, loads = 0.0, 0.0, 0.0, dict[str, Tensor]()
+    for row in rows:
+        output = model(_joined(row, "tokens"), _whole(row))
+        wanted = _joined(row, "targets").flatten()
+        part = F.cross_entropy(output.logits.flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
+        routers = train.balance_weight * output.balance + train.z_weight * output.z
+        (part / max(targets, 1) + routers / max(tokens, 1)).backward()
+        nats, balance, z = nats + part.item(), balance + output.balance.item(), z + output.z.item()
+        loads = {name: loads.get(name, 0) + load for name, load in output.load.items()}
+    named = dict(model.named_parameters())
+    gradients = {name: _gradient(p).clone() for name, p in named.items()}
+    norm = stepper.clip(named)
+    clipped = {name: _gradient(p).clone() for name, p in named.items()}
+    stepper.step(named)
+    for name, counts in loads.items():
+        mixtures(model)[name].router.settle(counts)
+    scalars = {"loss": nats / max(targets, 1), "balance loss": balance / tokens, "z loss": z / tokens}
+    weights = {name: p.detach().clone() for name, p in named.items()}
+    shares = {name: counts.double() / counts.sum().clamp_min(1) for name, counts in loads.items()}
+    return Moment(streams.take(), scalars | {"gradient norm": norm}, shares, gradients, clipped, weights)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _joined(documents: list[Document], name: str) -> Tensor:
+    return torch.cat([torch.from_numpy(getattr(document, name)) for document in documents])[None]
+
+
+def _whole(documents: list[Document]) -> Whole:
+    lengths = [len(document.tokens) for document in documents]
+    return Whole(
+        positions=torch.cat([torch.arange(n) for n in lengths])[None],
+        documents=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None],
+        num_documents=len(lengths),
+        counted=torch.ones(1, sum(lengths), dtype=torch.bool),
+        identities=[document.key for document in documents],
+    )
+
+
+class _Stepper:
+    """Clipping and the optimizer, for whole weights: AdamW (1711.05101), Muon (2502.16982), or one of torch's."""
+
+    def __init__(self, config: RunConfig, model: nn.Module):
+        self.train, self.node = config.train, config.optimizer
+        self.declared = declarations(model)
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.count = 0
+        self.muon = self.node.target.endswith(".Muon")
+        self.other: Any = None
+        if not self.node.target.startswith("train.optim."):
+            decaying = [p for name, p in model.named_parameters() if self.declared[name].decay]
+            rest = [p for name, p in model.named_parameters() if not self.declared[name].decay]
+            self.other = self.node.build()([{"params": decaying}, {"params": rest, "weight_decay": 0.0}])
+
+    def clip(self, named: Mapping[str, nn.Parameter]) -> float:
+        """Clips in place: elements, then weights, then all together. Returns the norm as it was."""
+        gradients, train = [p.grad for p in named.values() if p.grad is not None], self.train
+        before = _norm(gradients)
+        for gradient in gradients:
+            if train.clip_value is not None:
+                gradient.clamp_(-train.clip_value, train.clip_value)
+            if train.clip_each is not None:
+                gradient.mul_(min(1.0, train.clip_each / (float(gradient.norm()) + 1e-6)))
+        factor = min(1.0, train.clip / (_norm(gradients) + 1e-6))
+        for gradient in gradients:
+            gradient.mul_(factor)
+        return before
+
+    @torch.no_grad()
+    def step(self, named: Mapping[str, nn.Parameter]) -> None:
+        """Updates every weight from its gradient, and takes the gradient off."""
+        self.count += 1
+        if self.other is not None:
+            self.other.step()
+        for name, parameter in named.items():
+            if self.other is None and parameter.grad is not None:
+                self._update(name, parameter, parameter.grad)
+            parameter.grad = None
+
+    def _update(self, name: str, p: Tensor, gradient: Tensor) -> None:
+        declared, node = self.declared[name], self.node
+        axes = {axis for axis in declared.axes if axis is not None}
+        lr = node["lr"] * math.prod(rate for axis, rate in (node.get("rates") or {}).items() if axis in axes)
+        decays = declared.decay and not axes & set(node.get("no_decay") or ())
+        p.mul_(1 - lr * (node.get("weight_decay", 0.1) if decays else 0.0))
+        state = self.state.setdefault(name, {})
+        if self.muon and self._is_matrix(declared, p, axes):
+            mean = state.setdefault("mean", torch.zeros_like(p))
+            momentum = node.get("momentum", 0.95)
+            mean.mul_(momentum).add_(gradient, alpha=1 - momentum)
+            if node.get("nesterov", True):
+                mean = momentum * mean + (1 - momentum) * gradient
+            for place in _matrices(declared, p):
+                matrix = mean[place]
+                size = 0.2 * math.sqrt(max(matrix.shape))
+                p[place] = p[place] - lr * size * newton_schulz(matrix, node.get("steps", 5))
+            return
+        first, second = (state.setdefault(key, torch.zeros_like(p)) for key in ("first", "second"))
+        beta, gamma = node.get("betas", (0.9, 0.95))
+        first.mul_(beta).add_(gradient, alpha=1 - beta)
+        second.mul_(gamma).addcmul_(gradient, gradient, value=1 - gamma)
+        spread = second
+        if node.get("amsgrad", False):
+            spread = state["largest"] = torch.maximum(state.get("largest", second), second)
+        root = (spread / (1 - gamma**self.count)).sqrt().add_(node.get("eps", 1e-8))
+        p.addcdiv_(first, root, value=-lr / (1 - beta**self.count))
+
+    def _is_matrix(self, declared: Declared, p: Tensor, axes: set[str]) -> bool:
+        of_adamw = self.node.get("adamw")
+        if not (declared.decay and declared.matrix and p.ndim in (2, 3)) or axes & set(of_adamw or ("vocab",)):
+            return False
+        return all(min(p[place].shape) > 1 for place in _matrices(declared, p))
+
+
+def _matrices(declared: Declared, p: Tensor) -> list[Any]:
+    """An index of each matrix in a weight: each expert's, and of each the parts that lie side by side."""
+    sides = [[torch.arange(n)] for n in p.shape]
+    if p.ndim == 3:
+        sides[0] = [torch.tensor([i]) for i in range(p.shape[0])]
+    if declared.parts:
+        place = torch.arange(p.shape[declared.along]) % sum(declared.parts)
+        ends = torch.tensor(declared.parts).cumsum(0).tolist()
+        begins = [0, *ends[:-1]]
+        sides[declared.along] = [
+            ((place >= a) & (place < b)).nonzero().flatten() for a, b in zip(begins, ends, strict=True)
+        ]
+    if p.ndim == 2:
+        return [(rows[:, None], columns) for rows in sides[0] for columns in sides[1]]
+    return [(int(i), rows[:, None], columns) for i in sides[0] for rows in sides[1] for columns in sides[2]]
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(x.square().sum()) for x in tensors))

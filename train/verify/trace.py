@@ -1,0 +1,182 @@
+"""Traces: every tensor of some training steps by its place, in the order in which it is computed.
+
+The tokens of a batch lie elsewhere in every layout. So what a layer gives is traced by a sum over all tokens, each
+weighed by a function of its position in its document; ranks add their parts. The gradient of what a layer gives is
+traced the same way.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+OUTPUT, SCALAR, LOAD, OUTPUT_GRADIENT = "output", "scalar", "load", "gradient of the output"
+GRADIENT, CLIPPED, WEIGHT = "gradient", "clipped gradient", "weight"
+SUMMED = (OUTPUT, OUTPUT_GRADIENT)  # over ranks
+
+
+class Place(NamedTuple):
+    """The place of a tensor: the step, from 0; its kind, one of those above; the name of a weight or a layer."""
+
+    step: int
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        what = self.name if self.kind == SCALAR else f"{self.kind} of {self.name}"
+        if self.kind == LOAD:
+            what = f"choices of experts in {self.name}"
+        return f"{what} in step {self.step + 1}"
+
+    @property
+    def layer(self) -> str | None:
+        """The layer that it belongs to; None of what stands outside of them."""
+        parts = self.name.split(".")
+        return ".".join(parts[:2]) if parts[0] == "layers" else None
+
+
+Trace = dict[Place, Tensor]
+
+
+class Streams:
+    """What each layer gives, and its gradient, summed over this process's counted tokens, float64 [D] by layer."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self._sums: dict[str, dict[str, Tensor]] = {OUTPUT: {}, OUTPUT_GRADIENT: {}}
+        for name, layer in layers.items():
+            layer.register_forward_hook(partial(self._see, f"layers.{name}"))
+
+    def take(self) -> dict[str, dict[str, Tensor]]:
+        """The sums since the last time, by kind and layer."""
+        found, self._sums = self._sums, {kind: {} for kind in self._sums}
+        return found
+
+    def _see(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        y_BTD, seq = output[0], args[1]
+        again = torch._C._current_graph_task_id() != -1  # a layer that runs once more for its backward
+        if again or not torch.is_grad_enabled() or y_BTD.shape[:2] != seq.positions.shape:
+            return
+        weights_BT = (torch.cos(0.7 * seq.positions.double()) + 0.1) * seq.counted
+        self._add(OUTPUT, layer, weights_BT, y_BTD.detach())
+        if y_BTD.requires_grad:
+            y_BTD.register_hook(partial(self._add, OUTPUT_GRADIENT, layer, weights_BT))
+
+    def _add(self, kind: str, layer: str, weights_BT: Tensor, x_BTD: Tensor) -> None:
+        part = torch.einsum("bt,btd->d", weights_BT, x_BTD.double())
+        self._sums[kind][layer] = self._sums[kind].get(layer, 0.0) + part
+
+
+class Moment(NamedTuple):
+    """The tensors of one step, by name, as one process has them."""
+
+    streams: dict[str, dict[str, Tensor]]
+    scalars: dict[str, float]
+    loads: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    clipped: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def written(step: int, moment: Moment) -> Trace:
+    """The trace of a step, in the order of computation."""
+
+    def each(kind: str, found: Mapping[str, Any]) -> Trace:
+        return {Place(step, kind, name): torch.as_tensor(x, dtype=torch.float64).clone() for name, x in found.items()}
+
+    scalars = dict(moment.scalars)
+    norm = {"gradient norm": scalars.pop("gradient norm")} if "gradient norm" in scalars else {}
+    return (
+        each(OUTPUT, moment.streams[OUTPUT])
+        | each(LOAD, moment.loads)
+        | each(SCALAR, scalars)
+        | each(OUTPUT_GRADIENT, _backwards(moment.streams[OUTPUT_GRADIENT]))
+        | each(GRADIENT, _backwards(moment.gradients))
+        | each(SCALAR, norm)
+        | each(CLIPPED, _backwards(moment.clipped))
+        | each(WEIGHT, moment.weights)
+    )
+
+
+def _backwards(found: Mapping[str, Any]) -> dict[str, Any]:
+    """In the order of a backward pass: the head and the last norm, the layers from the last on, then the embedding."""
+    layers = [name for name in found if name.startswith("layers.")]
+    rest = [name for name in found if name not in layers]
+    first = [name for name in rest if name.partition(".")[0] in ("head", "norm")]
+    return {name: found[name] for name in [*reversed(first), *reversed(layers), *(n for n in rest if n not in first)]}
+
+
+class Difference(NamedTuple):
+    """A tensor that two traces have at one place. error: 2-norm of the difference, over that of the tensor. excess: the
+    same difference, over what rounding may move the tensor by; not right above 1. rank: the first that has it."""
+
+    place: Place
+    error: float
+    excess: float
+    rank: int
+
+
+class Verdict(NamedTuple):
+    """first: the first tensor that parts, in the order of computation; None where none does. worst: the one nearest
+    to what rounding explains, or beyond. compared: number of tensors."""
+
+    first: Difference | None
+    worst: Difference
+    compared: int
+
+
+FACTOR = 20.0  # times what a perturbation moved
+FLOOR = 1e-14  # of a tensor's norm, for one that no perturbation moved
+
+
+def allowed(want: Trace, moved: list[tuple[Trace, Trace]]) -> dict[Place, float]:
+    """The 2-norm by which rounding may move each tensor.
+
+    moved: traces of the same run from weights that differ by rounding. A weight whose gradient is zero in theory has
+    rounding alone for one, and is held to the gradients of its layer.
+    """
+    layers: dict[tuple[int, str, str | None], float] = {}
+    for place, x in want.items():
+        key = (place.step, place.kind, place.layer)
+        layers[key] = math.hypot(layers.get(key, 0.0), _norm(x))
+    found = {}
+    for place, x in want.items():
+        scale = max(_norm(x), FLOOR * layers[place.step, place.kind, place.layer])
+        found[place] = FACTOR * max(_norm(a[place] - b[place]) for a, b in moved) + FLOOR * scale
+    return found
+
+
+def compare(want: Trace, limits: Mapping[Place, float], ranks: list[Trace], copies: int = 1) -> Verdict:
+    """Holds the traces of all ranks to one. copies: how many ranks have the same part of a layer's tokens.
+
+    Raises ValueError where a trace has a place that the other lacks.
+    """
+    first, worst, count = None, None, 0
+    for place, x in want.items():
+        holding = [(rank, trace[place]) for rank, trace in enumerate(ranks) if place in trace]
+        if not holding:
+            raise ValueError(f"no rank has the {place}")
+        if place.kind in SUMMED:
+            holding = [(0, sum((part for _, part in holding), torch.zeros_like(x)) / copies)]
+        for rank, got in holding:
+            if got.shape != x.shape:
+                raise ValueError(f"the {place} has shape {tuple(got.shape)} on rank {rank}, not {tuple(x.shape)}")
+            distance = _norm(got - x)
+            distance = distance if math.isfinite(distance) else math.inf
+            found = Difference(place, distance / max(_norm(x), 1e-300), distance / max(limits[place], 1e-300), rank)
+            worst = found if worst is None or found.excess > worst.excess else worst
+            first = found if first is None and found.excess > 1 else first
+            count += 1
+    if extra := [place for trace in ranks for place in trace if place not in want]:
+        raise ValueError(f"one process has no {extra[0]}")
+    assert worst is not None
+    return Verdict(first, worst, count)
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.double()))
+
+
+Say = Callable[[str], None]
