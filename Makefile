@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # A file runs on one worker, in the order that tests/conftest.py gives to files.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test unit check slow mutations matrix plans fuzz stops faults docs bench reference clean
+.PHONY: train test unit check slow mutations foreign matrix plans fuzz stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -31,6 +31,9 @@ slow: $(READY)
 
 mutations: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "slow or not slow" tests/parallel/test_mutations.py tests/models/test_stream.py
+
+foreign: $(READY)
+	$(VENV)/bin/python -m tests.foreign $(ARGS)
 
 matrix: $(READY)
 	$(VENV)/bin/python -m pytest -qs tests/parallel/test_matrix.py -m "slow or not slow" $(ARGS)

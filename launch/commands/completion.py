@@ -92,7 +92,8 @@ def candidates(words: list[str]) -> list[str]:
     if word.startswith("-"):
         return _starting(word, [*re.findall(r"--\w+", verb.synopsis), *["--cfg"] * verb.overrides, "--help"])
     if verb.overrides or arguments and "[key=value" in verb.synopsis:  # behind a RUN
-        return _override(word, verb, arguments)
+        runs = _runs(word) if verb.synopsis.startswith("[RUN]") and not arguments and "=" not in word else []
+        return [*runs, *_override(word, verb, arguments)]
     if verb.synopsis == "SHELL":
         return _starting(word, SCRIPTS)
     key, equals, value = word.partition("=")

@@ -10,6 +10,7 @@ from launch.preflight.configure import configure
 from launch.preflight.refusals import refusals
 from launch.verify.shrink import Shrunk, shrink
 from launch.world.spawn import warm
+from parallel.schedule.mesh import Mesh
 from train.run_config import RunConfig
 
 
@@ -38,9 +39,9 @@ def verify(arguments: list[str]) -> int:
         f"wrong       {first.place}: differs by {first.error:.1e} of its norm on rank {first.rank}, {first.excess:.1e} "
         f"times what rounding may"
     )
-    print(f"layer       {_layer(shrunk, first.place.layer)}", flush=True)
+    print(f"layer       {_layer(shrunk, first.place.suspect)}", flush=True)
     wrong = blame(shrunk, held, first.place.step + 1, lambda line: print(line, file=sys.stderr))
-    axes = " and ".join(wrong.axes) if len(wrong.axes) < 2 or _alone(wrong.axes, shrunk) else " x ".join(wrong.axes)
+    axes = (" and " if wrong.alone else " × ").join(wrong.axes)
     print(f"axis        {axes or 'none: one rank alone differs from the plain model'}")
     for option in wrong.options:
         print(f"option      right without {option}")
@@ -77,7 +78,7 @@ def checked(config: RunConfig) -> Shrunk:
 
 def _head(shrunk: Shrunk) -> list[str]:
     config, model = shrunk.config, shrunk.config.model
-    mesh = " x ".join(f"{axis} {size}" for axis, size in shrunk.sizes.items() if size > 1) or "one rank"
+    mesh = Mesh(**shrunk.sizes)
     return [
         f"verify      {mesh}: {config.cluster.workers} processes beside one, in fp64",
         f"model       {model['layers']} layers ({', '.join(model['pattern'])}) of width {model['dim']}, "
@@ -87,13 +88,8 @@ def _head(shrunk: Shrunk) -> list[str]:
 
 
 def _layer(shrunk: Shrunk, layer: str | None) -> str:
-    if layer is None:
-        return "none: it stands outside of the layers"
+    if layer is None or int(layer.partition(".")[2]) == shrunk.config.model["layers"]:
+        return "none: it is the work of what stands outside of the layers"
     kind = shrunk.config.model["pattern"][int(layer.partition(".")[2])]
     mixer = shrunk.config.model["blocks"][kind]["mixer"]["_target_"].rpartition(".")[2]
     return f"{layer}, of kind {kind} ({mixer})"
-
-
-def _alone(axes: tuple[str, ...], shrunk: Shrunk) -> bool:
-    """Says whether each of several axes has the fault by itself."""
-    return len(axes) < sum(size > 1 for size in shrunk.sizes.values())

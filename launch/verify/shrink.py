@@ -9,11 +9,11 @@ width that the model is built with is taken.
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from launch.config.model import model_of
 from launch.errors import UserError
+from parallel.schedule.mesh import Mesh
 from train.run_config import ObjectConfig, RunConfig
 from train.settings import GuardSettings
 
@@ -36,34 +36,28 @@ class Shrunk:
     told: tuple[str, ...]
 
 
-def sizes_of(config: RunConfig) -> dict[str, int]:
-    """The sizes of the configured mesh, by axis, outermost first. Raises ValueError where they do not multiply to the
-    workers."""
-    data, sequence = config.parallel.sizes(config.cluster.workers)
-    return {"data": data, "sequence": sequence}
-
-
 def with_sizes(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
     """The same run on another mesh."""
-    own: dict[str, Any] = dict(sizes)
+    mesh = Mesh(**sizes)
+    own: dict[str, Any] = mesh.sizes
     parallel = replace(config.parallel, **own)
-    return replace(config, parallel=parallel, cluster=replace(config.cluster, workers=prod(sizes.values())))
+    return replace(config, parallel=parallel, cluster=replace(config.cluster, workers=mesh.world))
 
 
 def shrink(config: RunConfig) -> Shrunk:
     """The small run. Raises ValueError for sizes that do not fit, and for a model of which no small one is built."""
-    asked = sizes_of(config)
-    sizes, told = dict(asked), list[str]()
-    if prod(sizes.values()) > MOST:
-        sizes = {axis: min(size, 2) for axis, size in sizes.items()}
-        told.append(f"mesh {_shown(asked)}: verified as {_shown(sizes)}")
+    asked = mesh = config.parallel.mesh(config.cluster.workers)
+    told = list[str]()
+    if mesh.world > MOST:
+        mesh = Mesh(**{axis: min(size, 2) for axis, size in asked.sizes.items()})
+        told.append(f"mesh {asked}: verified as {mesh}")
+    sizes = mesh.sizes
     model, lines = _model(config.model.values, sizes)
     told += lines
     pieces = 2 * sizes["sequence"]
     length = max(48, 12 * pieces)
     accumulated = config.scheduler.get("tokens_per_rank") is not None
-    groups = prod(sizes.values()) // (sizes["sequence"] * sizes.get("tensor", 1) * sizes.get("pipeline", 1))
-    stages = sizes.get("pipeline", 1)
+    groups, stages = mesh.split[0], mesh.pipeline
     data = {
         "_target_": "train.verify.EdgeCases",
         "vocabulary": model["vocabulary"],
@@ -119,10 +113,6 @@ def shrink(config: RunConfig) -> Shrunk:
     return Shrunk(with_sizes(small, sizes), sizes, tuple(told))
 
 
-def _shown(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1 or axis in ("data", "sequence"))
-
-
 def _optimizer(node: ObjectConfig) -> ObjectConfig:
     """The same optimizer by a kernel that takes fp64."""
     return node.having(fused="none") if node.get("fused") == "apex" else node
@@ -132,7 +122,7 @@ def _model(values: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[dict[st
     """The small model, and what had to change. Raises ValueError where none is built."""
     whole = model_of(values)
     told: list[str] = []
-    small = _layers(deepcopy(dict(values)), whole, sizes.get("pipeline", 1))
+    small = _layers(deepcopy(dict(values)), whole, sizes["pipeline"])
     small["vocabulary"] = min(small["vocabulary"], VOCABULARY)
     kept: Any = None
     for width in (*(w for w in WIDTHS if w < small["dim"]), small["dim"]):

@@ -32,6 +32,13 @@ class Place(NamedTuple):
         return f"{what} in step {self.step + 1}"
 
     @property
+    def suspect(self) -> str | None:
+        """The layer whose work made it wrong where nothing before it is: the next one of a gradient of an output."""
+        if self.kind != OUTPUT_GRADIENT:
+            return self.layer
+        return f"layers.{int(self.name.partition('.')[2]) + 1}"
+
+    @property
     def layer(self) -> str | None:
         """The layer that it belongs to; None of what stands outside of them."""
         parts = self.name.split(".")
@@ -88,24 +95,30 @@ def written(step: int, moment: Moment) -> Trace:
 
     scalars = dict(moment.scalars)
     norm = {"gradient norm": scalars.pop("gradient norm")} if "gradient norm" in scalars else {}
+    back = each(OUTPUT_GRADIENT, moment.streams[OUTPUT_GRADIENT]) | each(GRADIENT, moment.gradients)
+    clipped = each(CLIPPED, moment.clipped)
     return (
         each(OUTPUT, moment.streams[OUTPUT])
         | each(LOAD, moment.loads)
         | each(SCALAR, scalars)
-        | each(OUTPUT_GRADIENT, _backwards(moment.streams[OUTPUT_GRADIENT]))
-        | each(GRADIENT, _backwards(moment.gradients))
+        | _backwards(back)
         | each(SCALAR, norm)
-        | each(CLIPPED, _backwards(moment.clipped))
+        | _backwards(clipped)
         | each(WEIGHT, moment.weights)
     )
 
 
-def _backwards(found: Mapping[str, Any]) -> dict[str, Any]:
-    """In the order of a backward pass: the head and the last norm, the layers from the last on, then the embedding."""
-    layers = [name for name in found if name.startswith("layers.")]
-    rest = [name for name in found if name not in layers]
-    first = [name for name in rest if name.partition(".")[0] in ("head", "norm")]
-    return {name: found[name] for name in [*reversed(first), *reversed(layers), *(n for n in rest if n not in first)]}
+def _backwards(found: Trace) -> Trace:
+    """In the order of a backward pass: the head and the last norm; each layer from the last on, the gradient of its
+    output before those of its weights; then the rest, as the embedding."""
+
+    def depth(place: Place) -> tuple[int, bool]:
+        if place.name.partition(".")[0] in ("head", "norm"):
+            return -(1 << 30), False
+        return (1 if place.layer is None else -int(place.layer.partition(".")[2])), place.kind == GRADIENT
+
+    ordered = sorted(reversed(found), key=depth)
+    return {place: found[place] for place in ordered}
 
 
 class Difference(NamedTuple):
