@@ -231,7 +231,16 @@ def begin_convolutions_anew_on_each_rank() -> None:
 
 def leave_a_ranks_weights_as_they_are() -> None:
     honest = train.loop.apply
-    train.loop.apply = lambda optimizer, held: honest(optimizer, held) if not dist.get_rank() else None
+
+    def apply(optimizer, held):
+        parameters = [local(p.detach()) for group in optimizer.param_groups for p in group["params"]]
+        before = [p.clone() for p in parameters]
+        honest(optimizer, held)
+        if dist.get_rank():
+            for p, kept in zip(parameters, before, strict=True):
+                p.copy_(kept)
+
+    train.loop.apply = apply
 
 
 def clip_by_the_norm_of_a_shard() -> None:

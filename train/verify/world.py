@@ -1,11 +1,12 @@
 """The side with many ranks: a trainer as any run has it, watched while it makes some steps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.parallelize import parameter_name
@@ -52,24 +53,30 @@ class _Watched:
         trainer.optimizer.register_step_pre_hook(lambda *_: self.clip())
 
     def accumulate(self) -> None:
-        self.gradients = self._every("grad")
+        """Notes the gradients of a step. Collective."""
+        self.gradients = self._every({name: p.grad for name, p in self._named().items()})
 
     def clip(self) -> None:
-        self.clipped = self._every("grad")
+        """Notes this rank's part of the clipped gradients: no collective, for a rank may fail to step."""
+        self.clipped = {name: p.grad.clone() for name, p in self._named().items() if p.grad is not None}
 
     def moment(self, record: dict[str, Any]) -> Moment:
         names = {"loss": "loss", "balance loss": "balance_loss", "z loss": "z_loss", "gradient norm": "grad_norm"}
         scalars = {name: record[key] for name, key in names.items()}
         loads = {name: torch.tensor(shares, dtype=torch.float64) for name, shares in record["expert_load"].items()}
-        return Moment(self.streams.take(), scalars, loads, self.gradients, self.clipped, self._every("data"))
+        clipped, self.clipped = self._every(self.clipped), {}
+        weights = self._every({name: p.detach() for name, p in self._named().items()})
+        return Moment(self.streams.take(), scalars, loads, self.gradients, clipped, weights)
 
-    def _every(self, attribute: str) -> dict[str, Tensor]:
-        """The logical tensors of all weights. Collective."""
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {parameter_name(name): p for name, p in self.trainer.model.named_parameters()}
+
+    def _every(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The logical tensors of all weights, zeros for one that is not there. Collective."""
         found = {}
-        for name, parameter in self.trainer.model.named_parameters():
-            value = getattr(parameter, attribute)
-            value = torch.zeros_like(parameter) if value is None else value
-            found[parameter_name(name)] = logical(value.detach()).clone()
+        for name, parameter in self._named().items():
+            value = held.get(name)
+            found[name] = logical(torch.zeros_like(parameter) if value is None else value).detach().clone()
         return found
 
 
