@@ -49,7 +49,7 @@ Trace = dict[Place, Tensor]
 
 
 class Streams:
-    """What each layer gives, and its gradient, summed over this process's counted tokens, float64 [D] by layer."""
+    """Sums over this process's counted tokens of each layer's output and of its gradient, float64 [D] by layer."""
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         self._sums: dict[str, dict[str, Tensor]] = {OUTPUT: {}, OUTPUT_GRADIENT: {}}
