@@ -20,6 +20,7 @@ from models.lm import LM
 from models.nonlinear_recurrence import Serial
 from parallel.activation_memory import give_back
 from parallel.mesh import Groups, Meshes
+from parallel.schedule.adaptive.scheduler import Adaptive
 from parallel.schedule.comm_volume import Ask
 from parallel.schedule.plan import Plan
 from train.checkpoints import checkpoint
@@ -35,11 +36,13 @@ from train.layout import dependences
 from train.loop import Trainer
 from train.metrics.comm_record import TransportChoice
 from train.metrics.comm_trace import asked
-from train.metrics.plan_notes import PlanNotes
+from train.metrics.layer_clock import LayerClock
+from train.metrics.plan_notes import NOTED, PlanNotes
 from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
 from train.optim import carry_over
 from train.optim.average import Average
 from train.optim.build import build_optimizer
+from train.planning import Planning
 from train.precision import dtypes
 from train.run_config import RunConfig
 from train.settings import TrainSettings
@@ -85,6 +88,7 @@ def build(order: dict[str, Any]) -> Trainer:
     recurrence, attention = parallel.transport.build()
     batches = Prefetched(_batches(config, train))
     scheduler, spans = config.scheduler.build(), _spans(config, train)
+    adaptive = isinstance(scheduler, Adaptive)
     each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
     if spans is not None and device.type == "cpu" and config.engine.get("recompute", "none") == "none":
         give_back(model.layers)  # as what is computed again does by itself
@@ -105,9 +109,17 @@ def build(order: dict[str, Any]) -> Trainer:
     def plan(lengths: list[int]) -> Plan:
         return scheduler.plan(progress.state.step + 1, lengths, data=data, sequence=sequence)
 
+    def as_read(windows: list[Any]) -> tuple[list[Any], Plan]:
+        return windows, plan([len(s.tokens) for s in windows])
+
+    planning = (
+        Planning.of(config, groups, batches.following, progress, run_dir, order["device"], say) if adaptive else None
+    )
+    clock = LayerClock(model.layers.values(), phases) if adaptive and device.type == "cpu" else None
     patience = Patience(config.cluster.timeout)
-    parts = _Parts(config, run_dir, model, adamw, batches, executor, plan, progress, phases, say, patience)
-    transport = TransportChoice(recurrence, asks, groups, sequence, each, device, say)
+    parts = _Parts(config, run_dir, model, adamw, batches, executor, plan, progress, phases, say, patience, planning)
+    widest = groups.world if adaptive else sequence
+    transport = TransportChoice(recurrence, asks, groups, widest, 2 if adaptive else each, device, say)
     hooks = _hooks(parts, transport, facts, replays=bool(order.get("init_from") and batches.sides))
     # A transport is measured here: before a tracker has threads.
     hooks.load(facts, Path(order["resume"]) if order.get("resume") else None)
@@ -122,7 +134,7 @@ def build(order: dict[str, Any]) -> Trainer:
         optimizer=adamw,
         schedule=config.schedule.build(),
         batches=batches,
-        plan=plan,
+        plan=planning.next if planning else as_read,
         executor=executor,
         groups=groups,
         phases=phases,
@@ -132,6 +144,8 @@ def build(order: dict[str, Any]) -> Trainer:
         hooks=hooks,
         utilisation=utilisation,
         norms=bool(config.tracking.get("norms")),
+        computing=clock.take if clock else None,
+        observe=planning.observe if planning else None,
     )
 
 
@@ -149,6 +163,7 @@ class _Parts(NamedTuple):
     phases: PhaseTimes
     say: Callable[[str], None]
     patience: Patience
+    planning: Planning | None
 
 
 def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, replays: bool) -> Hooks:
@@ -166,7 +181,9 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
     hooks.add(transport)
     if average is not None:
         hooks.add(average)
-    hooks.add(PlanNotes(parts.run_dir / "plans" if first else None))
+    if parts.planning is not None:
+        hooks.add(parts.planning)
+    hooks.add(PlanNotes(parts.run_dir / "plans" if first else None, NOTED if parts.planning else None))
     evaluation = Evaluation(
         executor=parts.executor,
         batches=parts.batches,

@@ -13,6 +13,7 @@ from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.corpus import open_batches
 from launch.preflight.refusals import refusals
 from launch.run.rundir import is_checkpoint, latest
+from parallel.schedule import Adaptive
 from train.run_config import RunConfig
 from train.settings import ClusterSettings
 
@@ -63,6 +64,8 @@ def check_run(
         steps = train.steps_at(batches.filled(train.total_steps))
         batches.batch(config.seed, steps - 1)  # there is enough for all steps
         _objects(config, data, sequence, batches.shapes())
+        flight = CheckedRun(config, device, mesh, shapes, batches)
+        _fitting(flight, model)
         if compute == "bf16" and device == "cpu":
             _warn_without_bf16(say)
         lengths = min(batches.shapes(), key=len)
@@ -71,7 +74,7 @@ def check_run(
                 f"train.batch_tokens={sum(lengths)}: a step has {len(lengths)} sequences of {lengths[0]:,} "
                 f"tokens for parallel.data={data} groups: the others will idle"
             )
-        checked = _with_checkpoints(CheckedRun(config, device, mesh, shapes, batches), say)
+        checked = _with_checkpoints(flight, say)
         return continuation.settled(checked, say)
 
 
@@ -124,6 +127,23 @@ def _objects(config: RunConfig, data: int, sequence: int, batches: list[list[int
         config.data.build()
         config.curriculum.build()
     config.schedule.build().check(config.train.total_tokens, max(config.train.ramp.sizes))
+
+
+def _fitting(flight: CheckedRun, model: Any) -> None:
+    """Raises ValueError where adaptive groups cannot hold the longest sequence that a step may have."""
+    config, batches = flight.config, flight.batches
+    scheduler = config.scheduler.build()
+    if not isinstance(scheduler, Adaptive):
+        return
+    from train.precision import dtypes
+    from train.step_costs import check_fits, costs_of
+
+    model.compute = dtypes(config.precision.compute, flight.device)[0]
+    longest = max(map(max, batches.shapes()))
+    if scheduler.documents:
+        longest = min(longest, getattr(batches, "longest_piece", longest))
+    costs, _ = costs_of(config, scheduler, model, device=flight.device, mesh=flight.mesh, threads=flight.threads or 1)
+    check_fits(scheduler, costs, longest)
 
 
 def _optimizer(config: RunConfig, device: str) -> None:

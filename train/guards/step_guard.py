@@ -178,6 +178,13 @@ def suspects(plan: Plan, batch: Any, bad: Any) -> list[list[TokenRun]]:
     return [own for own in found if own]
 
 
+def in_window(piece: TokenRun, sequence: Any) -> TokenRun:
+    """The same tokens by their place in the packed sequence that a piece came from (`data.pack.unpacked`)."""
+    if (origin := getattr(sequence, "origin", None)) is None:
+        return piece
+    return TokenRun(origin.sequence, origin.begin + piece.begin, origin.begin + piece.end)
+
+
 def name(piece: TokenRun, packed: Any, held: Any) -> str:
     """A document's number in its store, where there is one.
 
