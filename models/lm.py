@@ -1,7 +1,7 @@
 """The language model: embedding, a pattern of blocks, and a head over the vocabulary."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from models.axes import declare, normal, positive
 from models.block import Factory
 from models.cross_layer import Coupled, Depth
-from models.kernels.cross_entropy import cross_entropy, score
 from models.linear import Linear
 from models.moe import Routing, balance
 from models.norm import RMSNorm
 from models.pattern import dense_front, unroll
 from models.sequence import Sequence
+from models.width import UNDIVIDED
 
 
 class Output(NamedTuple):
@@ -73,6 +73,8 @@ class LM(nn.Module):
         self.tied_scale = dim**-0.5 if tied_scale is None else tied_scale
         self.kinds = unroll(pattern, layers, list(blocks))
         front = dense_front(first_k_dense, dense, layers)
+        self.vocabulary, self.width = vocabulary, UNDIVIDED  # type: int, Width
+        self.division: Any = None  # of the parameters over ranks, where there is one (`parallel.tensor`)
         self.compute = torch.float32
         self.loss_chunk: int | None = 2048
         self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0))
@@ -90,7 +92,8 @@ class LM(nn.Module):
     def forward(
         self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor | None = None, *, last: int | None = None
     ) -> Output:
-        x_BTD = F.embedding(tokens_BT, self.embedding).to(self.compute)
+        x_BTD = self.width.embed(tokens_BT, self.embedding, self.vocabulary)
+        x_BTD = self.width.leave(x_BTD.to(self.compute))
         routings: dict[str, Routing] = {}
         rows, handed = self.coupled(), dict[str | None, Tensor]()
         for name, block in self.layers.items():
@@ -100,7 +103,7 @@ class LM(nn.Module):
                 handed[hands] = made
             if routing is not None:
                 routings[f"layers.{name}"] = routing
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.width.enter(self.norm(x_BTD), (tokens_BT.shape[0], tokens_BT.shape[1]))
         counts = balance(routings, seq)
         if targets_BT is None:
             return Output(self.unembed(x_BTD if last is None else x_BTD[:, -last:]), *counts)
@@ -109,8 +112,10 @@ class LM(nn.Module):
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of the normalised residual stream."""
         if self.head is not None:
-            return self.head(x_BTD)
-        return F.linear(x_BTD * self.tied_scale, self.embedding.to(x_BTD.dtype))
+            logits_BTV = self.head(x_BTD)
+        else:
+            logits_BTV = F.linear(x_BTD * self.tied_scale, self.embedding.to(x_BTD.dtype))
+        return self.width.sum(self.width.place(logits_BTV, self.vocabulary))
 
     def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, ...]:
         """The same logits' cross-entropy in nats, summed over the targets; without gradients, all of `Scored`."""
@@ -118,5 +123,5 @@ class LM(nn.Module):
         if self.head is None:
             x_BTD = x_BTD * self.tied_scale
         if torch.is_grad_enabled():
-            return (cross_entropy(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk),)
-        return score(x_BTD, weight_VD, targets_BT, chunk=self.loss_chunk)
+            return (self.width.cross_entropy(x_BTD, weight_VD, targets_BT, self.vocabulary, chunk=self.loss_chunk),)
+        return self.width.score(x_BTD, weight_VD, targets_BT, self.vocabulary, chunk=self.loss_chunk)

@@ -7,14 +7,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from models.axes import Declared, declarations, initial, start_buffers
 from models.lm import LM
 from parallel import activation_memory
+from parallel.activation_memory import parameter_name as parameter_name
 from parallel.expert import spread_experts
 from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
-
-
-def parameter_name(name: str) -> str:
-    """A parameter's own name, without what the wrappers of layers insert."""
-    return name.replace("_checkpoint_wrapped_module.", "")
+from parallel.tensor import Piece, divide, division
 
 
 def parallelise(
@@ -29,13 +26,15 @@ def parallelise(
     offload_activations: bool = False,
     offload_optimizer: bool = False,
 ) -> LM:
-    """Applies, in order: experts over ranks, recomputation of activations, sharding, memory, each parameter from (seed,
-    name).
+    """Applies, in order: the division of layers over tensor ranks, experts over ranks, recomputation of activations,
+    sharding, memory, each parameter from (seed, name).
 
     dtype: of the master weights. remat, tile, offload_activations: see `parallel.activation_memory`. offload_optimizer:
     master weights, gradients and optimizer state live on the host. Returns the same model.
     """
     declared, device = declarations(model), meshes.device.type
+    pieces = division(model, declared, meshes.mesh.tensor)
+    model.division = divide(model, pieces, meshes) if meshes.mesh.tensor > 1 else None
     model.to(dtype)
     experts = spread_experts(model, meshes) if meshes.mesh.expert > 1 else []
     if tile is not None:
@@ -49,16 +48,21 @@ def parallelise(
     shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
     model.to_empty(device="cpu" if on_host else device)
     start_buffers(model, device)
-    initialise_sharded(model, declared, seed)
+    initialise_sharded(model, declared, seed, pieces, meshes.place["tensor"])
+    for name, parameter in model.named_parameters():
+        parameter.holders = meshes.mesh.replicate * pieces[parameter_name(name)].copies  # type: ignore[attr-defined]
     return model
 
 
-def initialise_sharded(model: nn.Module, declared: dict[str, Declared], seed: int) -> None:
+def initialise_sharded(
+    model: nn.Module, declared: dict[str, Declared], seed: int, pieces: dict[str, Piece], rank: int
+) -> None:
     """Each rank draws the logical parameter and keeps its part, so that sharding changes no number."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             name = parameter_name(name)
-            value = initial(seed, name, declared[name], tuple(parameter.shape)).to(parameter.dtype)
+            value = initial(seed, name, declared[name], pieces[name].shape).to(parameter.dtype)
+            value = pieces[name].of(value, rank)
             if isinstance(parameter, DTensor):
                 value = value.to(parameter.device)
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

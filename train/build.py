@@ -23,6 +23,7 @@ from parallel.mesh import Groups, Meshes
 from parallel.schedule.adaptive.scheduler import Adaptive
 from parallel.schedule.comm_volume import Ask
 from parallel.schedule.plan import Plan
+from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.checkpoints.hook import Checkpoints
 from train.evaluation.heldout import Evaluation
@@ -76,6 +77,7 @@ def build(order: dict[str, Any]) -> Trainer:
     _announce(model, train, say)
     asks = _asks(model, config, order["device"])
     declared = declarations(model)
+    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
     utilisation = _utilisation(model, order["device"], say) if first else None
     config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master)
     adamw = build_optimizer(config.optimizer.build(), model, declared)
@@ -122,9 +124,9 @@ def build(order: dict[str, Any]) -> Trainer:
     transport = TransportChoice(recurrence, asks, groups, widest, 2 if adaptive else each, device, say)
     hooks = _hooks(parts, transport, facts, replays=bool(order.get("init_from") and batches.sides))
     # A transport is measured here: before a tracker has threads.
-    hooks.load(facts, Path(order["resume"]) if order.get("resume") else None)
+    hooks.load(facts, Path(order["resume"]) if order.get("resume") else None, division_of(model))
     if first:
-        hooks.of(Recording).tracker = _tracker(order, say, model, utilisation)
+        hooks.of(Recording).tracker = _tracker(order, say, counts, utilisation)
     return Trainer(
         progress=progress,
         seed=config.seed,
@@ -356,9 +358,10 @@ def _attempt(order: dict[str, Any], saved: int) -> int:
     return max(order.get("attempt") or 1, saved + 1, recorded[0] + 1)
 
 
-def _tracker(order: dict[str, Any], say: Callable[[str], None], model: LM, utilisation: Utilisation | None) -> Tracker:
-    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
-    counts |= {"activated": utilisation.account.activated} if utilisation else {}
+def _tracker(
+    order: dict[str, Any], say: Callable[[str], None], counts: dict[str, int], utilisation: Utilisation | None
+) -> Tracker:
+    counts = counts | {"activated": utilisation.account.activated} if utilisation else {}
     return order["config"].tracking.build().open(replace(Facts.of(order), parameters=counts), say)
 
 

@@ -17,6 +17,7 @@ from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.sequence.attention import Keys
 from parallel.sequence.place import PackedSequence, Placed, place
 from parallel.sequence.states import Transport
+from parallel.tensor import sum_gradients
 from train.loss import LossSums, sums
 from train.time_spans import Passage, Spans
 
@@ -79,6 +80,7 @@ class Executor:
         for last, micro in self._micro_steps(plan, batch):
             for part in self._run(plan, micro, batch, objective, last):
                 tally.add(part)
+        sum_gradients(self.model)
         return tally
 
     def _run(

@@ -105,9 +105,8 @@ class Trainer:
             rate, gradient_norm = self._update(middle, tally.cross_entropy, targets)
         asked = self.groups.first and self.stop.exists()
         cpu = time.process_time() - cpu
-        device, comm = self.executor.device, self.groups.world_comm
         computing = self.computing() if self.computing else 0.0
-        found = totals(tally, self.guard.held, asked, cpu, device, comm, computing)
+        found = totals(tally, self.guard.held, asked, cpu, self.executor.device, self.groups, computing)
         loss = found.cross_entropy / max(targets, 1)
         if found.held:
             return self.rollback.skip(plan, batch, windows, loss, gradient_norm, rate), found.stop
@@ -127,7 +126,7 @@ class Trainer:
         middle: where the step stands in the budget. cross_entropy: this rank's part of the sum over all `targets`.
         Returns the learning rate, and the gradient norm before clipping.
         """
-        own, comm = self.progress.settings, self.groups.world_comm
+        own, comm = self.progress.settings, self.groups.all_comm
         self.by_layer = layer_norms(self.model, comm) if self.norms else {}
         gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
         held = self.guard.decide(cross_entropy, targets, gradient_norm)

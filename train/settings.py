@@ -227,7 +227,7 @@ class TransportSettings:
         return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention]()
 
 
-NOT_YET = ("replicate", "pipeline", "tensor")  # dimensions of the mesh that no run can have
+NOT_YET = ("pipeline",)  # dimensions of the mesh that no run can have
 
 
 @dataclass(frozen=True, kw_only=True)

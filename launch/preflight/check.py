@@ -11,6 +11,7 @@ from launch.config.model import model_of
 from launch.preflight import continuation, init_from
 from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.corpus import open_batches
+from launch.preflight.layout import check_layout
 from launch.preflight.refusals import refusals
 from launch.run.rundir import is_checkpoint, latest
 from parallel.schedule import Adaptive
@@ -29,7 +30,6 @@ def check_run(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
-    from train.layout import check_experts
     from train.tracking import obey_environment
 
     with refusals(config):
@@ -51,8 +51,7 @@ def check_run(
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         _optimizer(config, device)
-        check_experts(model, mesh.expert)
-        _heads(config, sequence)
+        check_layout(config, mesh, model)
         _bases(config, model)
         if not data_here:
             _objects(config, data, sequence)
@@ -155,18 +154,6 @@ def _optimizer(config: RunConfig, device: str) -> None:
     on_host = config.engine.get("offload_optimizer", False)
     dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
     try_optimizer(config.optimizer, device="cpu" if on_host else device, dtype=dtype)
-
-
-def _heads(config: RunConfig, sequence: int) -> None:
-    """Raises ValueError where softmax attention has heads that its transport cannot share out to the ranks."""
-    import torch
-
-    from train.metrics.comm_trace import check_heads
-
-    if (attention := config.parallel.transport.attention) == "ulysses" and sequence > 1:
-        with torch.device("meta"):
-            model = config.model.build()
-        check_heads(model, attention, sequence)
 
 
 def _warn_without_bf16(say: Callable[[str], None]) -> None:

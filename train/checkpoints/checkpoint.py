@@ -34,8 +34,10 @@ from torch.optim import Optimizer
 
 from data import reading
 from parallel.parallelize import parameter_name
+from parallel.tensor import Division, division_of
 from train.checkpoints import stored
 from train.checkpoints.hf_reader import Published, PublishedReader, is_folder
+from train.checkpoints.pieces import logical
 from train.checkpoints.stored import METADATA, DamagedError
 from train.checkpoints.stored import CheckpointReader as _Reader
 from train.facts import wrong
@@ -77,7 +79,12 @@ def save(
         files = _write_tensors(aside, model, optimizer, parts or {}, [companion.name for companion in companions])
         if first:
             named = model.named_parameters()
-            tensors = {parameter_name(n): [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in named}
+            whole = division_of(model)
+            shapes = {} if whole is None else {name: piece.shape for name, piece in whole.pieces.items()}
+            tensors = {
+                (name := parameter_name(n)): [list(shapes.get(name, p.shape)), str(p.dtype).removeprefix("torch.")]
+                for n, p in named
+            }
             manifest = {"format": FORMAT, **facts, "model": tensors, "files": files}
             _write(aside / MANIFEST, json.dumps(manifest, indent=1))
             shutil.rmtree(final, ignore_errors=True)
@@ -103,7 +110,8 @@ def _write_tensors(
     """
     weights, moments = get_state_dict(model, optimizer)
     state = {"state": moments["state"]}  # its settings, which are no tensors, are the run's own and never read again
-    dcp.save({"model": weights, "optimizer": state, **parts}, checkpoint_id=str(aside))
+    planner = stored.TensorSavePlanner(division_of(model))
+    dcp.save({"model": weights, "optimizer": state, **parts}, checkpoint_id=str(aside), planner=planner)
     rank = dist.get_rank()
     own = {METADATA, *names} if rank == 0 else set()
     mine = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or p.name in own]
@@ -169,12 +177,12 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
         buffers = (parameter_name(name) for name, _ in model.named_buffers())
         new = {name for name in buffers if f"model.{name}" not in saved}
         weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
-        read({"model": weights}, checkpoint)
+        read({"model": weights}, checkpoint, division=division_of(model))
         set_model_state_dict(model, weights, options=StateDictOptions(strict=not new))
     else:
         weights, moments = get_state_dict(model, optimizer)
         state = {"state": moments["state"]}  # and not its settings: a resumed run may have been given others
-        read({"model": weights, "optimizer": state}, checkpoint)
+        read({"model": weights, "optimizer": state}, checkpoint, division=division_of(model))
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return manifest(checkpoint)
 
@@ -182,7 +190,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
 def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Fills the optimizer's state, and not its settings: this run has its own. Collective."""
     moments = get_optimizer_state_dict(model, optimizer)
-    read({"optimizer": {"state": moments["state"]}}, checkpoint)
+    read({"optimizer": {"state": moments["state"]}}, checkpoint, division=division_of(model))
     set_optimizer_state_dict(model, optimizer, moments)
 
 
@@ -198,25 +206,26 @@ def has_moments(checkpoint: Path) -> bool:
 def load_average(checkpoint: Path, model: nn.Module) -> None:
     """Fills the model's parameters from the averaged weights; what it remembers besides stays. Collective."""
     averaged = {parameter_name(name): p.detach() for name, p in model.named_parameters()}
-    read({"average": {"mean": averaged}}, checkpoint)
+    read({"average": {"mean": averaged}}, checkpoint, division=division_of(model))
 
 
-def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> None:
-    """Fills a state dict of tensors in place from a checkpoint's files; `alone`: without a process group.
+def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False, division: Division | None = None) -> None:
+    """Fills a state dict of tensors in place from a checkpoint's files; `alone`: without a process group. division: of
+    the model that they belong to.
 
     Raises DamagedError for a checkpoint that lacks one of them or has it in another shape, before any is filled.
     """
     reader = _reader(checkpoint)
-    _check_saved(state, reader.read_metadata())
+    _check_saved(state, reader.read_metadata(), division)
     try:
-        dcp.load(state, storage_reader=reader, planner=stored.TensorLoadPlanner(), no_dist=alone)
+        dcp.load(state, storage_reader=reader, planner=stored.TensorLoadPlanner(division), no_dist=alone)
     except CheckpointException as error:
         told = [each for each, _ in error.failures.values() if isinstance(each, DamagedError | ValueError)]
         raise told[0] if told else error from None
 
 
-def _check_saved(state: dict[str, Any], saved: Metadata) -> None:
-    for name, value in flatten_state_dict(state)[0].items():
+def _check_saved(state: dict[str, Any], saved: Metadata, division: Division | None) -> None:
+    for name, value in logical(*flatten_state_dict(state), division).items():
         entry = saved.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise DamagedError(f"it has no tensor {name}")

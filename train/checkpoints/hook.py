@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.guards.hang_timeout import Patience
 from train.hooks import Hook, Hooks, Record
@@ -72,5 +73,5 @@ class Checkpoints(Hook):
         Collective."""
         with self.phases("checkpoint"), self.patience.during("going back to a checkpoint"):
             facts = checkpoint.load(path, self.model, self.optimizer)
-            self.hooks.load(facts, path)
+            self.hooks.load(facts, path, division_of(self.model))
         return facts
