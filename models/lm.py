@@ -15,7 +15,7 @@ from models.moe import Routing, balance
 from models.norm import RMSNorm
 from models.pattern import dense_front, unroll
 from models.sequence import Sequence
-from models.width import UNDIVIDED
+from models.width import UNDIVIDED, Width
 
 
 class Output(NamedTuple):
@@ -73,7 +73,8 @@ class LM(nn.Module):
         self.tied_scale = dim**-0.5 if tied_scale is None else tied_scale
         self.kinds = unroll(pattern, layers, list(blocks))
         front = dense_front(first_k_dense, dense, layers)
-        self.vocabulary, self.width = vocabulary, UNDIVIDED  # type: int, Width
+        self.vocabulary = vocabulary
+        self.width: Width = UNDIVIDED
         self.division: Any = None  # of the parameters over ranks, where there is one (`parallel.tensor`)
         self.compute = torch.float32
         self.loss_chunk: int | None = 2048
