@@ -62,6 +62,7 @@ LAYOUTS: dict[str, tuple[Mesh, str, str, int | None]] = {  # mesh, model, recomp
     "tensor 2 × sequence 2, recomputed": (Mesh(tensor=2, sequence=2), "hybrid", "full", None),
     "tensor 4": (Mesh(tensor=4), "shared heads", "none", None),
     "replicate 2 × tensor 2": (Mesh(replicate=2, tensor=2), "hybrid", "none", None),
+    "expert 2 × tensor 2": (Mesh(expert=2, tensor=2), "hybrid", "none", None),
     "replicate 2 × data 2, accumulated, recomputed": (Mesh(replicate=2, data=2), "hybrid", "selective", 140),
 }
 DIVISIONS = {"tensor 2": Mesh(tensor=2), "tensor 2 × sequence 2": Mesh(tensor=2, sequence=2)}
@@ -210,10 +211,10 @@ def state_of(model: LM, optimizer: Any) -> dict[str, np.ndarray]:
 
 
 def travelled(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
-    """Norms on three meshes of four ranks, and a state that goes from each to the next through a checkpoint."""
+    """Norms on meshes of four ranks, and a state that goes from each to the next through a checkpoint."""
     norms, states = {}, []
-    path = None
-    for step, mesh in enumerate((Mesh(tensor=2, sequence=2), Mesh(replicate=2, data=2), Mesh(tensor=4), Mesh(data=4))):
+    path, meshes = None, (Mesh(tensor=2, sequence=2), Mesh(replicate=2, data=2), Mesh(tensor=4))
+    for step, mesh in enumerate(meshes):
         model, optimizer, groups = model_on(mesh, seed=step)
         filled(model, model.division, groups.mesh.coordinates(groups.all_comm.rank)["tensor"])
         layers = layer_norms(model, groups.all_comm)["gradient_norms"]
@@ -223,10 +224,9 @@ def travelled(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]
         optimizer.step()
         if path is not None:
             checkpoint.load(path, model, optimizer)
-            states.append(state_of(model, optimizer))
-        else:
-            states.append(state_of(model, optimizer))
-        path = checkpoint.save(folder, model, optimizer, {"step": step + 1}, keep=9)
+        states.append(state_of(model, optimizer))
+        if mesh != meshes[-1]:
+            path = checkpoint.save(folder, model, optimizer, {"step": step + 1}, keep=9)
     return norms, states
 
 
