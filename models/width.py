@@ -3,7 +3,7 @@
 A layer may be divided: a device then holds some heads of its mixer, some of the hidden channels of its feed-forward,
 some rows of the vocabulary. A module is written once, as if it held all of them. It asks its attribute `width` where it
 needs more than its own: for the sum of what every device has a part of, and for the place of its own among all.
-`Undivided` answers where one device holds everything; `parallel.tensor.Divided` answers across ranks.
+`Undivided` answers where one device holds everything; `parallel.tensor.DividedWidth` answers across ranks.
 
 Between `enter` and `leave` every device sees all tokens, and what it makes of them is its part of a sum. Outside of
 them it sees its own share of the tokens, whole. A parameter that is not divided therefore has, everywhere, a gradient

@@ -75,7 +75,7 @@ class CountedScatter(Counted):
 
 
 class CountedReduce(Counted):
-    """What follows FSDP's all-reduce over the copies of the shards in `group`."""
+    """A count of FSDP's all-reduce over the copies of the shards in `group`."""
 
     def __init__(self, layer: str, group: dist.ProcessGroup):
         super().__init__(layer)

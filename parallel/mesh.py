@@ -60,7 +60,7 @@ class Meshes:
         return Comm(ranks, self.place[dimension], group, self.waiting)
 
     def copies(self, count: int) -> Comm:
-        """Of each `count` tensor ranks in a row, those that this rank is among."""
+        """The communicator of `count` tensor ranks in a row, this one among them."""
         if count == self.mesh.tensor:
             return self.comm("tensor")
         tensor = self.mesh.groups("tensor")

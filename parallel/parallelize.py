@@ -11,7 +11,7 @@ from parallel.activation_memory import parameter_name as parameter_name
 from parallel.expert import spread_experts
 from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
-from parallel.tensor import Piece, divide, division
+from parallel.tensor import TensorPiece, divide, division
 
 
 def parallelise(
@@ -55,7 +55,7 @@ def parallelise(
 
 
 def initialise_sharded(
-    model: nn.Module, declared: dict[str, Declared], seed: int, pieces: dict[str, Piece], rank: int
+    model: nn.Module, declared: dict[str, Declared], seed: int, pieces: dict[str, TensorPiece], rank: int
 ) -> None:
     """Each rank draws the logical parameter and keeps its part, so that sharding changes no number."""
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 `PLACED` maps an axis to what becomes of it. Every rank has parameters of its own, smaller shape, each a piece of the
 logical one, and FSDP shards those over the ranks that hold the same piece. A mixer sees fewer heads; what it makes of
-them is a part of a sum (`models.width`), which `Divided.leave` adds up.
+them is a part of a sum (`models.width`), which `DividedWidth.leave` adds up.
 
 Between blocks a rank has its share of the tokens, of whole width: norms and residuals cost each rank a part of the
 work and memory, and `enter` and `leave`, an all-gather and a reduce-scatter, send what an all-reduce alone would
@@ -43,7 +43,7 @@ HIDDEN = "hidden"  # purpose of what enters and leaves a layer
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """The division of one parameter: along dimension `along`, `pieces` of them on as many neighbouring ranks each as
     `ranks` has of one, and in each of the `parts` that lie side by side. along: None for a parameter that stays whole.
     """
@@ -82,7 +82,7 @@ class Piece:
         return torch.cat([value.narrow(self.along, b, e - b) for b, e in self.segments(rank)], dim=self.along)
 
 
-class Divided:
+class DividedWidth:
     """The answers of a tensor group: see `models.width`."""
 
     def __init__(self, comm: Comm):
@@ -165,16 +165,16 @@ class _Alike(torch.autograd.Function):
         return None, grad / ctx.ranks
 
 
-def division(model: nn.Module, declared: Mapping[str, Declared], ranks: int) -> dict[str, Piece]:
+def division(model: nn.Module, declared: Mapping[str, Declared], ranks: int) -> dict[str, TensorPiece]:
     """The pieces of all parameters, by name. Raises ValueError that says which layer cannot be divided, and why."""
     return {name: _piece(model, name, each, ranks) for name, each in declared.items()}
 
 
-def _piece(model: nn.Module, name: str, declared: Declared, ranks: int) -> Piece:
+def _piece(model: nn.Module, name: str, declared: Declared, ranks: int) -> TensorPiece:
     shape = tuple(model.get_parameter(name).shape)
     cut = [(dim, axis) for dim, axis in enumerate(declared.axes) if axis in PLACED]
     if not cut or ranks == 1:
-        return Piece(shape, ranks)
+        return TensorPiece(shape, ranks)
     ((along, axis),) = cut  # a parameter with two such axes would be part of no sum that anybody takes
     beside = declared.along == along and sum(declared.parts) == shape[along]  # and not in turns
     parts = declared.parts if beside else ()
@@ -184,12 +184,12 @@ def _piece(model: nn.Module, name: str, declared: Declared, ranks: int) -> Piece
     if PLACED[axis] != "rows" and any(n % pieces for n in (units, *(parts or (shape[along],)))):
         raise ValueError(f"parallel.tensor={ranks}: must divide the {units} {axis} of {_place(name)}")
     if pieces == 1:
-        return Piece(shape, ranks)
-    return Piece(shape, ranks, along, pieces, parts)
+        return TensorPiece(shape, ranks)
+    return TensorPiece(shape, ranks, along, pieces, parts)
 
 
 def _units(model: nn.Module, name: str, axis: str) -> int:
-    """How many parts of the axis stay whole, by the innermost module around the parameter that says so."""
+    """The number of parts of the axis that stay whole, by the innermost module around the parameter that says so."""
     size = model.get_parameter(name).shape
     path = name.split(".")[:-1]
     for depth in range(len(path), -1, -1):
@@ -209,11 +209,11 @@ def _place(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def divide(model: nn.Module, pieces: Mapping[str, Piece], meshes: Meshes) -> "Division":
+def divide(model: nn.Module, pieces: Mapping[str, TensorPiece], meshes: Meshes) -> "Division":
     """Gives a model on the meta device this rank's shapes, and its modules the answers of the group. Collective."""
     comm = meshes.comm("tensor")
     same = {count: meshes.copies(count) for count in sorted({piece.copies for piece in pieces.values()} - {1})}
-    width = Divided(comm)
+    width = DividedWidth(comm)
     for module_name, module in model.named_modules():
         if hasattr(module, "width"):
             module.width = width
@@ -234,7 +234,7 @@ class Division:
     """A model's pieces by parameter name, this rank's place in its tensor group, and by how many ranks hold the same
     piece, the group of those."""
 
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, TensorPiece]
     rank: int
     same: Mapping[int, Comm]
 

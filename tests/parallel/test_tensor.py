@@ -30,7 +30,7 @@ from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.static import Static
-from parallel.tensor import Piece, division
+from parallel.tensor import TensorPiece, division
 from tests.parallel.test_mixers import BUILDS
 from tests.parallel.test_parity import BATCH, static
 from tests.parity import TOLERANCE, VOCABULARY, differences, logical, mixer_model, small_model, spread, truth
@@ -107,11 +107,11 @@ def instead(place: Any, name: str, value: Any) -> Iterator[None]:
 
 def mutations() -> dict[str, tuple[Any, str, Any]]:
     """Where each stands, and what is put there."""
-    tensor, segments = parallel.tensor, Piece.segments
+    tensor, segments = parallel.tensor, TensorPiece.segments
 
-    def side_by_side(self: Piece, rank: int) -> list[tuple[int, int]]:
+    def side_by_side(self: TensorPiece, rank: int) -> list[tuple[int, int]]:
         """Cuts q, k and v as if they were one matrix."""
-        return segments(Piece(self.shape, self.ranks, self.along, self.pieces), rank)
+        return segments(TensorPiece(self.shape, self.ranks, self.along, self.pieces), rank)
 
     def reversed_shares(y, ranks):
         return dealt(y, ranks).flip(0)
@@ -119,9 +119,9 @@ def mutations() -> dict[str, tuple[Any, str, Any]]:
     dealt = tensor._dealt
     return {
         "gradients of whole parameters are not summed": (train.execute, "sum_gradients", lambda model: None),
-        "losses of routers count on every rank": (tensor.Divided, "alike", lambda self, x: x),
-        "norms over all heads see their own alone": (tensor.Divided, "sum", lambda self, x: x * self.comm.size),
-        "parts are cut as one": (Piece, "segments", side_by_side),
+        "losses of routers count on every rank": (tensor.DividedWidth, "alike", lambda self, x: x),
+        "norms over all heads see their own alone": (tensor.DividedWidth, "sum", lambda self, x: x * self.comm.size),
+        "parts are cut as one": (TensorPiece, "segments", side_by_side),
         "tokens are dealt out in another order": (tensor, "_dealt", reversed_shares),
         "every rank looks up the first rows": (parallel.tensor_loss, "_own", _blind),
         "the logsumexp is the rank's own": (parallel.tensor_loss, "_over_all", _alone),

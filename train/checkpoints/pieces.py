@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from parallel.matrix_owners import local
-from parallel.tensor import Division, Piece
+from parallel.tensor import Division, TensorPiece
 
 
 class LogicalTensor:
@@ -25,7 +25,7 @@ class LogicalTensor:
     What torch's checkpoints ask of a tensor is answered in their terms.
     """
 
-    def __init__(self, piece: Piece, rank: int, value: Tensor):
+    def __init__(self, piece: TensorPiece, rank: int, value: Tensor):
         self.shape, self.held = torch.Size(piece.shape), dict(_boxes(piece, rank, value))
         self.properties = TensorProperties.create_from_tensor(local(value))
 
@@ -55,7 +55,7 @@ def _chunk(offset: tuple[int, ...], box: Tensor) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(offset), box.size())
 
 
-def _boxes(piece: Piece, rank: int, value: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+def _boxes(piece: TensorPiece, rank: int, value: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
     own, offset = local(value), (0,) * value.dim()
     if isinstance(value, DTensor):
         _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
