@@ -17,8 +17,8 @@ class StepTotals:
     """Sums over all ranks, the same on each.
 
     stop, held: whether any rank was asked to stop, or held the step back. memory: the largest peak of a rank, bytes.
-    cpu: seconds of processor time. computing: seconds in layers, of each rank of a plan. choices: by layer, how many tokens each
-    expert got, [E]. dropped: by layer, the share of these that an expert had no room for. communication: as
+    cpu: seconds of processor time. computing: seconds in layers, of each rank of a plan. choices: by layer, how many
+    tokens each expert got, [E]. dropped: by layer, the share of these that an expert had no room for. communication: as
     `comm_record.record` has it.
     """
 
