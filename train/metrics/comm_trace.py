@@ -34,11 +34,10 @@ def asked(model: LM, *, device: str = "cpu") -> tuple[Ask, ...]:
     return tuple(seq.asks)
 
 
-def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> None:
+def check_heads(model: LM, attention: str, ranks: int) -> None:
     """Raises ValueError where that transport of keys cannot share out the heads of a model on the meta device.
 
-    tensor: ranks that share out the heads before that. A window needs none of it; a model whose course depends on data
-    is not known here, and speaks when it runs.
+    A window needs none of it; a model whose course depends on data is not known here, and speaks when it runs.
     """
     try:
         asks = asked(model)
@@ -46,7 +45,7 @@ def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> No
         return
     for ask in asks:
         if isinstance(ask, AttendCall) and ask.window is None:
-            ask.here(tensor).split(ranks, attention)
+            ask.split(ranks, attention)
 
 
 def weight_units(model: LM, *, itemsize: int, reshard: bool) -> list[Unit]:
