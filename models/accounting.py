@@ -83,7 +83,7 @@ class LayerCost(NamedTuple):
     attention: tuple[AttentionCost, ...]
 
     def flops(self, length: int) -> float:
-        """What training needs for a token of documents of this length, without recomputation."""
+        """The FLOPs of training on a token of documents of this length, without recomputation."""
         return self.per_token.model + sum(3 * each.flops * each.pairs(length) / length for each in self.attention)
 
 

@@ -14,7 +14,7 @@ LENGTH = 4096  # tokens of the documents by which layers are weighed where the c
 
 
 class Work(NamedTuple):
-    """What training takes for a token: FLOPs of each layer, and of the head; numbers of parameters where no FLOPs are
+    """The work of training on a token: FLOPs of each layer, and of the head; numbers of parameters where no FLOPs are
     known."""
 
     layers: tuple[float, ...]
@@ -22,7 +22,7 @@ class Work(NamedTuple):
 
 
 def work(model: LM, length: int, device: str) -> Work:
-    """Of a whole model on the meta device, on documents of `length` tokens. Looking up an embedding takes nothing."""
+    """The work of a whole model on the meta device, on documents of `length` tokens. Looking up an embedding takes nothing."""
     try:
         costs = account(model, device=device)
     except NotImplementedError:

@@ -18,7 +18,7 @@ class Division:
 
     @classmethod
     def of(cls, model: LM, cuts: Sequence[range], ranks: int) -> "Division":
-        """Of a whole model. An embedding that is the head too, and what couples layers, several ranks hold."""
+        """Reads it off a whole model. Several ranks hold an embedding that is the head too, and what couples layers."""
         of_layer = {str(layer): s % ranks for s, layers in enumerate(cuts) for layer in layers}
         last = (len(cuts) - 1) % ranks
         held: dict[str, tuple[int, ...]] = {}

@@ -22,7 +22,7 @@ from parallel.liveness import HERE, TIMEOUT, Wait
 from parallel.mesh import Meshes
 from parallel.pipeline.division import Division
 from parallel.pipeline.orders import scheduled
-from parallel.pipeline.stage import ACTIVATIONS, Objective, Stage, reduce, whole_weights
+from parallel.pipeline.stage import ACTIVATIONS, Objective, PipelineStage, reduce, whole_weights
 from parallel.schedule.plan import Plan
 from parallel.schedule.stages import refusal
 from parallel.sequence.place import Placed
@@ -55,7 +55,7 @@ class Pipeline:
         self.shared = self._open(meshes)
         cuts = division.cuts
         self.stages = [
-            Stage(model, cuts[s], s, len(cuts), comm, meshes.device, self._computing)
+            PipelineStage(model, cuts[s], s, len(cuts), comm, meshes.device, self._computing)
             for s in division.stages(comm.rank)
         ]
         self._left = 0  # backward passes of this rank in the step
@@ -95,7 +95,7 @@ class Pipeline:
         return [output for stage in self.stages for output in stage.outputs.values()]
 
     def forward(self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor) -> Output:
-        """What the last stage says of a micro-step, forward only; on the other ranks, without losses of tokens."""
+        """Returns what the last stage says of a micro-step, forward only; other ranks have no losses of tokens."""
         output: Output | None = None
         for stage in self.stages:
             stage.placed = (Placed(tokens_BT, targets_BT, seq),)

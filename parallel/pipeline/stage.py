@@ -33,7 +33,7 @@ Objective = Callable[[Output], Tensor]
 Computing = Callable[[str], AbstractContextManager[None]]  # is entered for each "forward" and "backward"
 
 
-class Stage:
+class PipelineStage:
     """Some layers of a model on this rank. `comm`: this rank's pipeline.
 
     What a schedule reads: stage_index, num_stages, is_first, is_last, group_rank, group_size, the tables of its

@@ -57,7 +57,7 @@ def given(layers: Sequence[int]) -> tuple[range, ...]:
 
 
 def refusal(schedule: str, ranks: int, micro_steps: int) -> str | None:
-    """What keeps a schedule from so many micro-steps, as the end of a sentence; None where nothing does."""
+    """Says what keeps a schedule from so many micro-steps, as the end of a sentence; None where nothing does."""
     many = f"has {micro_steps} micro-step{'s' * (micro_steps != 1)}"
     if micro_steps < ranks:
         return f"{many}, must have at least {ranks} (scheduler.tokens_per_rank)"
@@ -95,7 +95,7 @@ def idle(orders: Mapping[int, Sequence[Action]], costs: Sequence[tuple[float, fl
 
 
 def _ready(action: Action, done: Mapping[Action, float], last: int) -> float | None:
-    """When what an action needs is done; None where it is not."""
+    """The time at which an action can begin; None where what it needs is not done."""
     kind, stage, m = action
     if kind == "F":
         return 0.0 if not stage else done.get(Action("F", stage - 1, m))

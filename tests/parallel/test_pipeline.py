@@ -101,14 +101,14 @@ def drop_what_is_handed_on():
 
 
 def lose_the_losses_of_inner_stages():
-    honest = parallel.pipeline.stage.Stage.backward_one_chunk
+    honest = parallel.pipeline.stage.PipelineStage.backward_one_chunk
 
     def backward(self, m, full_backward=True, **more):
         if not self.is_last:
             self.losses.pop(m, None)
         honest(self, m, full_backward, **more)
 
-    parallel.pipeline.stage.Stage.backward_one_chunk = backward
+    parallel.pipeline.stage.PipelineStage.backward_one_chunk = backward
 
 
 def average_routers_over_the_layers_of_a_stage():
