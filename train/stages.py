@@ -22,7 +22,7 @@ class Work(NamedTuple):
 
 
 def work(model: LM, length: int, device: str) -> Work:
-    """The work of a whole model on the meta device, on documents of `length` tokens. Embedding a token takes nothing."""
+    """The work of a whole model on the meta device, on documents of `length` tokens. Embedding takes none."""
     try:
         costs = account(model, device=device)
     except NotImplementedError:
