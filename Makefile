@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # A file runs on one worker, in the order that tests/conftest.py gives to files.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test unit check slow mutations foreign matrix plans fuzz stops faults docs bench reference clean
+.PHONY: train test unit check slow mutations foreign matrix tensor plans fuzz stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -37,6 +37,9 @@ foreign: $(READY)
 
 matrix: $(READY)
 	$(VENV)/bin/python -m pytest -qs tests/parallel/test_matrix.py -m "slow or not slow" $(ARGS)
+
+tensor: $(READY)
+	$(VENV)/bin/python -m tests.parallel.test_tensor $(ARGS)
 
 plans: $(READY)
 	$(VENV)/bin/python -m tests.parallel.fuzz $(ARGS)

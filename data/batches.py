@@ -4,7 +4,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from data.curriculum import Curriculum
 from data.pack import Packed, read
@@ -19,6 +21,8 @@ from data.samplers.pool import Cut
 from data.samplers.sampler import Sampler, Slot, Source
 from data.stores.checks import known
 
+TooLong = Literal["split", "skip", "error"]
+TOO_LONG = get_args(TooLong)
 VERSION = 2  # of the order: any change of what a step holds
 
 
@@ -36,8 +40,11 @@ class Sequencing:
     document_mask: bool
     heldout: float
     heldout_tokens: int
+    too_long: str = "split"
 
     def __post_init__(self) -> None:
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"data.too_long={self.too_long}: must be one of {', '.join(TOO_LONG)}")
         for key in ("max_length", "min_length", "heldout_tokens"):
             tokens = getattr(self, key)
             if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
@@ -67,6 +74,8 @@ class Sequencing:
             found |= {"data.min_length": self.min_length, "data.overlong": self.overlong}
         else:
             found |= {"data.document_mask": self.document_mask}
+        if self.too_long == "skip":  # the others read the same
+            found |= {"data.too_long": self.too_long}
         return found
 
 
@@ -95,11 +104,13 @@ class Batches:
         longest = sequencing.max_length
         stages = curriculum.context or ((0, longest, None),)
         self.sequencing, self.tokenizer = sequencing, tokenizer
-        self.sources = tuple(replace(s, store=divided(s.store, sequencing.heldout)) for s in sources)
+        limit = longest if sequencing.too_long == "skip" else None
+        self.sources = tuple(replace(s, store=divided(s.store, sequencing.heldout), longest=limit) for s in sources)
         self.vocab_size = tokenizer.size
         self.batch_tokens = batch_tokens
         self.windows_per_batch = batch_tokens // longest
         self._check_curriculum(curriculum)
+        self.too_long = self._too_long()
         for length in (longest, *(stage[1] for stage in stages)):
             if batch_tokens < length or batch_tokens % length:
                 raise ValueError(
@@ -144,6 +155,32 @@ class Batches:
                     f"{sequencing.min_length} to decompose"
                 )
 
+    def _too_long(self) -> list[str]:
+        """Lines about documents of training that have more than data.max_length tokens. Raises ValueError where none
+        may, and where no others are left."""
+        how, limit = self.sequencing.too_long, self.sequencing.max_length
+        found: list[str] = []
+        if how == "split" and self.sequencing.packing != "best_fit":  # which cuts documents wherever they lie
+            return found
+        for source in self.sources:
+            lengths = (limit + 1, None)
+            long = Documents(source.store, side="train", heldout=self.sequencing.heldout, lengths=lengths)
+            if not (count := len(long.ids)):
+                continue
+            whose = f" of data.sources.{source.name}" if source.name else ""
+            many = f"{count:,} document{'s' * (count > 1)}{whose} with more than data.max_length={limit} tokens"
+            if how == "error":
+                longest = int(max(lengths.max() for _, lengths in long.blocks()))
+                raise ValueError(
+                    f"data.too_long=error: there {'are' if count > 1 else 'is'} {many}, the longest has {longest:,}; "
+                    f"must be skip or split, or data.max_length at least {longest}"
+                )
+            done = "left out" if how == "skip" else "cut"
+            found.append(f"data.too_long={how}: {many}, {len(long):,} together, {'are' if count > 1 else 'is'} {done}")
+            if how == "skip" and not source.documents("train", self.sequencing.heldout):
+                raise ValueError(f"data.too_long=skip: leaves no documents: all have more than data.max_length={limit}")
+        return found
+
     def _held_out(self, source: Source) -> Documents:
         heldout = self.sequencing.heldout
         ((held, _),) = source.documents("heldout", heldout)
@@ -176,7 +213,7 @@ class Batches:
         return found
 
     def told(self) -> list[str]:
-        """Describes the split, a line each: a document that is cut, or less than a window held out."""
+        """Describes the split and documents too long, a line each: one that is cut, less than a window held out."""
         found, longest = [], self.sequencing.max_length
         for source, held in zip(self.sources, self.heldout_documents, strict=True):
             at = f"data.sources.{source.name}.data.path" if source.name else "data.path"
@@ -192,7 +229,7 @@ class Batches:
                     f"{at}: {len(held):,} tokens are held out, less than a sequence of data.max_length={longest}: "
                     "evaluations read no more than those"
                 )
-        return found
+        return found + self.too_long
 
     def _lanes(self) -> list[Any]:
         return [lane for _, sampler, _ in self.stages for lane in sampler.lanes]
@@ -280,6 +317,16 @@ class Batches:
         """The lengths of every kind of batch that there is."""
         found = {lane.length: [lane.length] * lane.per_step for lane in self._lanes()}
         return [found[length] for length in sorted(found)]
+
+    @property
+    def longest_piece(self) -> int:
+        """Tokens of the longest piece that a step may have: of a document, or of a window whose documents see each
+        other."""
+        masked = self.sequencing.document_mask or self.sequencing.packing == "decomposition"
+        longest = self.sequencing.max_length
+        if not masked:
+            return longest
+        return min(longest, max(int(np.diff(source.store.offsets).max()) for source in self.sources))
 
     def heldout(self) -> list[Packed]:
         """Windows of `max_length` tokens of held-out documents end to end: always the same, whatever the packing.

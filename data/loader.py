@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.batches import Batches, Sequencing, checked_audit
+from data.batches import Batches, Sequencing, TooLong, checked_audit
 from data.corpora.corpus import CorpusName
 from data.corpora.files import OnError
 from data.curriculum import Curriculum
@@ -38,7 +38,9 @@ class Data:
     core. max_length: tokens in a sequence, at most. packing: concat lays documents end to end and cuts; best_fit leaves
     documents that fit whole, and pads; decomposition splits documents into powers of two (2405.13226). min_length:
     tokens of the shortest bucket of a decomposition. overlong: pieces of a document above twice max_length in a
-    decomposition, random or longest first. document_mask: true hides from each token the documents before its own.
+    decomposition, random or longest first. too_long: use of documents of more than max_length tokens: split cuts them,
+    skip leaves them out of training and counts them, error refuses them. document_mask: true hides from each token the
+    documents before its own.
     heldout: the fraction of documents, in (0, 1), that is never trained on; of very few documents, where all would be
     on one side, the end of the longest; at most 0.25 of needles and copies. heldout_tokens: tokens of these that an
     evaluation reads. audit: steps over which `farspan plan` proves that no token is lost or seen twice, reading every
@@ -68,6 +70,7 @@ class Data:
         packing: PackingName = "concat",
         min_length: int = 256,
         overlong: Overlong = "random",
+        too_long: TooLong = "split",
         document_mask: bool = True,
         heldout: float = 0.03,
         heldout_tokens: int = 65536,
@@ -96,6 +99,7 @@ class Data:
             packing=packing,
             min_length=min_length,
             overlong=overlong,
+            too_long=too_long,
             document_mask=document_mask,
             heldout=heldout,
             heldout_tokens=heldout_tokens,

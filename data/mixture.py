@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.batches import Batches, Sequencing, checked_audit
+from data.batches import Batches, Sequencing, TooLong, checked_audit
 from data.curriculum import Curriculum
 from data.loader import Data
 from data.samplers import PackingName
@@ -84,8 +84,8 @@ class Mixture:
 
     sources: by name, `data.Portion`s. replay: the share of the run's tokens that the old ones have together,
     from 0 to 1, the others having the rest (2403.08763), and weights dividing each of the two; null for weights alone.
-    max_length, packing, min_length, overlong, document_mask, heldout, audit:
-    as of one corpus. heldout_tokens: held-out tokens that an evaluation reads, the same of each. Raises ValueError,
+    max_length, packing, min_length, overlong, too_long, document_mask, heldout, audit: as of one corpus.
+    heldout_tokens: held-out tokens that an evaluation reads, the same of each. Raises ValueError,
     one line that opens with the key, for a value out of range.
     """
 
@@ -98,6 +98,7 @@ class Mixture:
         packing: PackingName = "concat",
         min_length: int = 256,
         overlong: Overlong = "random",
+        too_long: TooLong = "split",
         document_mask: bool = True,
         heldout: float = 0.03,
         heldout_tokens: int = 65536,
@@ -119,6 +120,7 @@ class Mixture:
             packing=packing,
             min_length=min_length,
             overlong=overlong,
+            too_long=too_long,
             document_mask=document_mask,
             heldout=heldout,
             heldout_tokens=heldout_tokens,

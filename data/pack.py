@@ -1,6 +1,8 @@
 """A packed sequence, and how it is read: pieces of documents of a store, end to end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,19 +12,29 @@ from data.samplers.index import Ints, StoredDocuments
 NO_TARGET = -100
 
 
+class PieceOrigin(NamedTuple):
+    """The place of a piece in its batch: the packed sequence, which of its pieces, and the first token there."""
+
+    sequence: int
+    piece: int
+    begin: int
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """One packed sequence of L tokens, holding pieces of documents.
 
     tokens int64 [L]; targets int64 [L], the token to predict at each place, `NO_TARGET` = -100 where there is none;
     starts bool [L], True where a piece begins. starts[0] is always True. padding: how many of the tokens, the last
-    ones, only fill a place: no statistic may count them.
+    ones, only fill a place: no statistic may count them. origin: of a piece that became a sequence of its own
+    (`unpacked`), None elsewhere.
     """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
     starts: NDArray[np.bool_]
     padding: int = 0
+    origin: PieceOrigin | None = None
 
     @property
     def counted(self) -> NDArray[np.bool_]:
@@ -72,3 +84,23 @@ def read(store: StoredDocuments, pieces: Ints, length: int, *, document: int, ma
     starts[at : at + 1] = True
     starts[0] = True
     return Packed(tokens=tokens, targets=targets, starts=starts, padding=length - at)
+
+
+def unpacked(batch: Sequence[Packed]) -> list[Packed]:
+    """Makes a sequence of its own of every piece of a batch, in order, and leaves out padding.
+
+    No token sees another piece, so the loss and every gradient stay the same, and a planner may place pieces apart. A
+    piece remembers its `origin`, by which random choices know it. The windows of a batch whose documents see each other
+    are one piece each.
+    """
+    found = []
+    for sequence, window in enumerate(batch):
+        edges = [*np.flatnonzero(window.starts[: window.num_tokens]).tolist(), window.num_tokens]
+        for piece, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+            starts = np.zeros(end - begin, dtype=bool)
+            starts[0] = True
+            origin = PieceOrigin(sequence, piece, begin)
+            found.append(
+                Packed(tokens=window.tokens[begin:end], targets=window.targets[begin:end], starts=starts, origin=origin)
+            )
+    return found

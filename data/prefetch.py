@@ -20,6 +20,10 @@ class Prefetched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)
 
+    def following(self) -> Future[Any] | None:
+        """The batch behind the last one that was asked for, while it is made and after; None before any was."""
+        return None if self._next is None else self._next[1]
+
     def batch(self, seed: int, step: int, skips: int = 0) -> Any:
         """The global batch of a step, `skips` batches having been skipped before it."""
         asked, following = (seed, step, skips), (seed, step + 1, skips)

@@ -8,6 +8,7 @@ from models.cross_layer import ALONE, Depth, told
 from models.moe import Routing
 from models.norm import RMSNorm
 from models.sequence import Sequence
+from models.width import UNDIVIDED, Width
 
 Factory = Callable[..., nn.Module]
 
@@ -40,20 +41,22 @@ class Block(nn.Module):
         self.mixer = told(mixer, dim=dim, depth=depth)
         self.ffn_norm = None if ffn is None else RMSNorm(dim, eps=norm_eps)
         self.ffn = None if ffn is None else told(ffn, dim=dim, depth=depth, slot=f"{slot}/ffn")
+        self.width: Width = UNDIVIDED
         self.couplings = getattr(self.mixer, "couplings", ())
         self.hands: str | None = getattr(self.mixer, "hands", None)
 
     def forward(
-        self, x_BTD: Tensor, seq: Sequence, handed: Tensor | None = None, **rows: Tensor | None
+        self, x_BTD: Tensor, seq: Sequence, handed: Tensor | None = None, **coupled: Tensor | None
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
-        normed_BTD, made_BTD = self.mixer_norm(x_BTD), None
+        rows = (seq.positions.shape[0], seq.positions.shape[1])
+        normed_BTD, made_BTD = self.width.enter(self.mixer_norm(x_BTD), rows), None
         if self.hands is None:
-            y_BTD = self.mixer(normed_BTD, seq, slot=self.slot, **rows)
+            y_BTD = self.mixer(normed_BTD, seq, slot=self.slot, **coupled)
         else:
             hand = self.mixer.handing
-            y_BTD, made_BTD = hand(normed_BTD, seq, handed, slot=self.slot, **rows)  # type: ignore[operator]
-        x_BTD = x_BTD + y_BTD
+            y_BTD, made_BTD = hand(normed_BTD, seq, handed, slot=self.slot, **coupled)  # type: ignore[operator]
+        x_BTD = x_BTD + self.width.leave(y_BTD)
         if self.ffn is None or self.ffn_norm is None:
             return x_BTD, None, made_BTD
-        y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), seq)
-        return x_BTD + y_BTD, routing, made_BTD
+        y_BTD, routing = self.ffn(self.width.enter(self.ffn_norm(x_BTD), rows), seq)
+        return x_BTD + self.width.leave(y_BTD), routing, made_BTD

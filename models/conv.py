@@ -13,16 +13,24 @@ class ShortConv(nn.Module):
     """silu(Σ_j w_j x_{t-j} + b), j < width, per channel. It never reaches across the start of a document.
 
     bias: whether there is a b. activation: whether silu follows. axis: what the channels are.
+    parts: sizes of what lies side by side in them, as q, k and v do.
 
     x [B, T, D] -> [B, T, D] in x's dtype. The inputs before a span come from `seq.before`.
     """
 
     def __init__(
-        self, dim: int, width: int = 4, *, bias: bool = False, activation: bool = True, axis: str | None = "heads"
+        self,
+        dim: int,
+        width: int = 4,
+        *,
+        bias: bool = False,
+        activation: bool = True,
+        axis: str | None = "heads",
+        parts: tuple[int, ...] = (),
     ):
         super().__init__()
-        self.weight = declare(dim, width, axes=(axis, None), init=fan_in(width), matrix=False)
-        self.bias = declare(dim, axes=(axis,), init=constant(0.0), decay=False) if bias else None
+        self.weight = declare(dim, width, axes=(axis, None), init=fan_in(width), matrix=False, parts=parts)
+        self.bias = declare(dim, axes=(axis,), init=constant(0.0), decay=False, parts=parts) if bias else None
         self.activation = activation
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
@@ -49,6 +57,7 @@ def short_conv(
     activation: bool = True,
     off: bool = True,
     axis: str | None = "heads",
+    parts: tuple[int, ...] = (),
 ) -> ShortConv | Pointwise:
     """The convolution of a mixer's options. width: null for none; off: whether silu stays without one.
 
@@ -59,4 +68,4 @@ def short_conv(
             raise ValueError("conv_bias=true: must be false with conv=null: there is no convolution")
         return Pointwise(activation=off)
     positive(conv=width)
-    return ShortConv(dim, width, bias=bias, activation=activation, axis=axis)
+    return ShortConv(dim, width, bias=bias, activation=activation, axis=axis, parts=parts)

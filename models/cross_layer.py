@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models.axes import Init, declare
+from models.width import Units
 
 
 class Depth(NamedTuple):
@@ -55,6 +56,7 @@ class Coupled(nn.Module):
 
     def __init__(self, layers: nn.ModuleDict):
         super().__init__()
+        self.units: Units = {"heads": None}  # a layer that asks says itself how its heads go
         asking: dict[str, list[tuple[str, Coupling]]] = {}
         for name, layer in layers.items():
             for coupling in getattr(layer, "couplings", ()):

@@ -29,10 +29,17 @@ class Linear(nn.Module):
     ):
         super().__init__()
         self.weight = declare(outputs, inputs, axes=axes, init=init or fan_in(inputs), parts=parts)
-        self.bias = declare(outputs, axes=axes[:1], init=constant(0.0), decay=False) if bias else None
+        self.bias = (
+            declare(outputs, axes=axes[:1], init=constant(0.0), decay=False, matrix=False, parts=parts)
+            if bias
+            else None
+        )
+        self.bias_share = 1.0  # that is added here, where several devices add up what they make of their inputs
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if bias is not None and self.bias_share != 1.0:
+            bias = bias * self.bias_share
         y: Tensor = _Kept.apply(x, weight, bias) if keeping() else F.linear(x, weight, bias)
         return y
 

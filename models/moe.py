@@ -30,6 +30,7 @@ from models.kernels.grouped_ffn import IN_TURN, grouped_linear, mixture
 from models.linear import Linear
 from models.router import BALANCES, ROUTERS, BalanceName, Router, RouterName, Routing, within_capacity
 from models.sequence import Sequence
+from models.width import UNDIVIDED, Width
 
 Beside = Callable[[], Tensor | None]
 
@@ -132,6 +133,7 @@ class MoE(Dispatched):
         self.experts = Experts(num_experts, dim, hidden)
         self.shared = SwiGLU(dim=dim, hidden=shared_hidden) if shared_hidden else None
         self.shared_gate = Linear(dim, 1, axes=(None, "embed")) if shared_gate else None
+        self.width: Width = UNDIVIDED
         self.dispatch: Dispatch = Here(dropping=capacity_factor is not None)
 
     def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Routing]:
@@ -145,7 +147,9 @@ class MoE(Dispatched):
         sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
         y_ND, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD))
         y_BTD = y_ND.view_as(x_BTD)
-        return y_BTD if shared_BTD is None else y_BTD + shared_BTD, routing
+        y_BTD = y_BTD if shared_BTD is None else y_BTD + shared_BTD
+        alike = self.width.alike
+        return y_BTD, routing._replace(probabilities=alike(routing.probabilities), z=alike(routing.z))
 
     def shared_output(self, x_BTD: Tensor) -> Tensor | None:
         """The output of the expert that every token passes, [B, T, D]; None without one."""
@@ -170,11 +174,8 @@ class Routed(NamedTuple):
     dropped: dict[str, Tensor]  # by layer that has a capacity, how many choices found no place
 
 
-def balance(routings: dict[str, Routing], seq: Sequence, *, layers: int | None = None) -> Routed:
-    """The losses and counts of all layers, by their names; zeros without any. One `seq.sum` for all of them.
-
-    layers: over how many the losses are means, where others have theirs elsewhere; None: over these.
-    """
+def balance(routings: dict[str, Routing], seq: Sequence) -> Routed:
+    """The losses and counts of all layers, by their names; zeros without any. One `seq.sum` for all of them."""
     if not routings:
         return Routed(torch.zeros((), device=seq.counted.device), {}, torch.zeros((), device=seq.counted.device), {})
     counted = seq.counted.unsqueeze(-1)
@@ -187,11 +188,10 @@ def balance(routings: dict[str, Routing], seq: Sequence, *, layers: int | None =
         r.probabilities.shape[-1] / r.choices.shape[-1] * (r.probabilities * frequencies[n] * counted).sum()
         for n, r in routings.items()
     ]
-    share = 1.0 if layers is None else len(routings) / layers
     return Routed(
-        balance=torch.stack(losses).mean() * share,
+        balance=torch.stack(losses).mean(),
         load={n: c.sum((0, 1)).long() for n, c in chosen.items()},
-        z=torch.stack([(r.z * seq.counted).sum() for r in routings.values()]).mean() * share,
+        z=torch.stack([(r.z * seq.counted).sum() for r in routings.values()]).mean(),
         dropped={n: (r.dropped * seq.counted).sum() for n, r in routings.items() if r.dropped is not None},
     )
 

@@ -2,24 +2,37 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare
 from models.kernels.norm import l2_norm, rms_norm
 from models.precision import wide
+from models.width import UNDIVIDED, Width
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, computed in at least fp32, returned in x's dtype."""
+    """x / rms(x) · weight over the last dimension, computed in at least fp32, returned in x's dtype.
+
+    axis: what the channels are; heads may lie on several devices, which then add up their squares.
+    """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, axis: str | None = "embed"):
         super().__init__()
-        self.eps = eps
+        self.eps, self.dim = eps, dim
+        self.width: Width = UNDIVIDED
         self.weight = declare(dim, axes=(axis,), init=constant(1.0), decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, wide(self.weight), self.eps).to(x.dtype)
+        return self.normed(x).to(x.dtype)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The same in at least fp32."""
+        if x.shape[-1] == self.dim:
+            return rms_norm(x, wide(self.weight), self.eps)
+        squares = self.width.sum(wide(x).square().sum(-1, keepdim=True))
+        return wide(x) * (squares / self.dim + self.eps).rsqrt() * wide(self.weight)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -38,8 +51,7 @@ class GatedRMSNorm(RMSNorm):
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        normed = rms_norm(x, wide(self.weight), self.eps)
-        return (normed * self.activation(wide(gate))).to(gate.dtype)
+        return (self.normed(x) * self.activation(wide(gate))).to(gate.dtype)
 
 
 class GroupRMSNorm(RMSNorm):
@@ -50,7 +62,13 @@ class GroupRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = wide(x).unflatten(-1, (self.groups, -1))
+        channels = self.dim // self.groups
+        begin, end = self.width.span(self.dim)
+        if (end - begin) % channels:  # some of one group, whose others lie elsewhere
+            own = F.one_hot(torch.tensor(begin // channels, device=x.device), self.groups).to(wide(x).dtype)
+            squares = (self.width.sum(wide(x).square().sum(-1, keepdim=True) * own) * own).sum(-1, keepdim=True)
+            return (wide(x) * (squares / channels + self.eps).rsqrt() * wide(self.weight)).to(x.dtype)
+        parts = wide(x).unflatten(-1, (-1, channels))
         return (rms_norm(parts, None, self.eps).flatten(-2) * wide(self.weight)).to(x.dtype)
 
 

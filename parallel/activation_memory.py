@@ -32,6 +32,11 @@ M_MMAP_THRESHOLD = -3  # of mallopt(3)
 LARGE = 4 << 20  # bytes
 
 
+def parameter_name(name: str) -> str:
+    """A parameter's own name, without what the wrappers of layers insert."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> None:
     """Wraps every layer: "full" keeps its input alone, "selective" also what is dear; "none" wraps nothing.
 

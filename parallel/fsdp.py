@@ -22,13 +22,14 @@ def shard(
     reshard_after_forward: bool,
     on_host: bool = False,
 ) -> None:
-    """Shards each block, then the rest with the root, over `mesh`; `on_host`: shards live there, gradients too."""
+    """Shards each block, then the rest with the root, over `mesh`; of two dimensions, the first has copies of the
+    shards, whose gradients are summed (hybrid sharding). `on_host`: shards live there, gradients too."""
     policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     sum_gradients(model)
-    count(model)
+    count(model, mesh.get_group(0) if mesh.ndim > 1 else None)
 
 
 def shard_experts(
@@ -73,12 +74,26 @@ class CountedScatter(Counted):
             return reduce_scatter_into(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
-def count(model: nn.Module) -> None:
-    """Enters what FSDP gathers and reduces into the ledger."""
+class CountedReduce(Counted):
+    """A count of FSDP's all-reduce over the copies of the shards in `group`."""
+
+    def __init__(self, layer: str, group: dist.ProcessGroup):
+        super().__init__(layer)
+        self.group = group
+
+    def __call__(self, reduced: Tensor) -> None:
+        ranks = self.group.size()
+        self.count(self.group, "weights gradient", 2 * (ranks - 1) * reduced.nbytes // ranks)
+
+
+def count(model: nn.Module, copies: dist.ProcessGroup | None) -> None:
+    """Enters what FSDP gathers and reduces into the ledger. copies: the ranks with the same shards."""
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(CountedGather(name))  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(CountedScatter(name))  # type: ignore[arg-type]
+            if copies is not None:
+                module.set_all_reduce_hook(CountedReduce(name, copies))
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -59,6 +59,15 @@ class Meshes:
         group = self._group(dimension, dimension) if len(ranks) > 1 else None
         return Comm(ranks, self.place[dimension], group, self.waiting)
 
+    def copies(self, count: int) -> Comm:
+        """The communicator of `count` tensor ranks in a row, this one among them."""
+        if count == self.mesh.tensor:
+            return self.comm("tensor")
+        tensor = self.mesh.groups("tensor")
+        rows = [group[i : i + count] for group in tensor for i in range(0, len(group), count)]
+        ranks = next(row for row in rows if dist.get_rank() in row)
+        return Comm(ranks, ranks.index(dist.get_rank()), self._opened("tensor", f"tensor/{count}", rows))
+
     def _sharding(self, dimensions: tuple[str, ...], name: str) -> DeviceMesh:
         device, rank = self.device.type, dist.get_rank()
         ranks = self.mesh.group(rank, *dimensions)
@@ -72,13 +81,17 @@ class Meshes:
 
     def _group(self, name: str, *dimensions: str) -> dist.ProcessGroup:
         """This rank's group along these dimensions, under a name of the ledger."""
-        if name not in self._groups:
-            for ranks in self.mesh.groups(*dimensions):
+        return self._opened(name, name, self.mesh.groups(*dimensions))
+
+    def _opened(self, axis: str, key: str, groups: Iterable[tuple[int, ...]]) -> dist.ProcessGroup:
+        """This rank's of some groups, made on all ranks when first asked for; `axis`: its name in the ledger."""
+        if key not in self._groups:
+            for ranks in groups:
                 group = dist.new_group(list(ranks), timeout=TIMEOUT)
                 if dist.get_rank() in ranks:
-                    self._groups[name] = group
-                    LEDGER.axes[group.group_name] = name
-        return self._groups[name]
+                    self._groups[key] = group
+                    LEDGER.axes[group.group_name] = axis
+        return self._groups[key]
 
 
 def everyone(device: torch.device) -> Meshes:
@@ -91,7 +104,9 @@ class Groups:
 
     Ranks are those of plans (`Mesh.plan_rank`): `rank` is this process's, `world` how many there are. All tensor ranks
     and stages of a plan's rank do as it says, each with those of the other plan ranks that stand where it stands.
-    `first`: whether this process is the one that writes and speaks for all.
+    `first`: whether this process is the one that writes and speaks for all. `counts`: whether what it computes is to be
+    counted: of a tensor group, whose ranks compute the same, the first is. `speakers`: the process that counts, of each
+    rank of a plan.
 
     Making a group is collective over the whole world, so every rank prepares every plan, in the same order.
     """
@@ -100,12 +115,13 @@ class Groups:
         self.mesh = Mesh(sequence=dist.get_world_size()) if mesh is None else mesh
         self.first = dist.get_rank() == 0
         self.rank, self.world = self.mesh.plan_rank(dist.get_rank()), self.mesh.planned
+        self.speakers = self.mesh.groups(*PLANNED)[0]
+        self.counts = self.mesh.coordinates(dist.get_rank())["tensor"] == 0
         self.waiting = waiting
         self._planes = self.mesh.groups(*PLANNED)
         self._plane = self.mesh.group(dist.get_rank(), *PLANNED)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._all = dist.group.WORLD if self.world == self.mesh.world else self._open(tuple(range(self.world)), "plan")
-        self._stages = self._all if self.mesh.pipeline == 1 else self._open_stages()
 
     def prepare(self, plan: Plan) -> None:
         self.open(group.ranks for micro in plan.micro_steps for group in micro.groups)
@@ -134,25 +150,15 @@ class Groups:
         return self._comm(ranks, self._groups[ranks] if len(ranks) > 1 else None)
 
     @property
+    def all_comm(self) -> Comm:
+        """The communicator of all processes."""
+        ranks = tuple(range(self.mesh.world))
+        return Comm(ranks, dist.get_rank(), dist.group.WORLD if len(ranks) > 1 else None, self.waiting)
+
+    @property
     def world_comm(self) -> Comm:
         """The communicator of all ranks of a plan."""
         return self._comm(tuple(range(self.world)), self._all if self.world > 1 else None)
-
-    @property
-    def stages_comm(self) -> Comm:
-        """The communicator of all ranks of a plan in all stages of a pipeline: what sums over layers is summed by."""
-        if self.mesh.pipeline == 1:
-            return self.world_comm
-        ranks = self.mesh.group(dist.get_rank(), "pipeline", *PLANNED)
-        return Comm(ranks, ranks.index(dist.get_rank()), self._stages, self.waiting)
-
-    def _open_stages(self) -> dist.ProcessGroup:
-        groups = self.mesh.groups("pipeline", *PLANNED)
-        if len(groups) == 1:
-            assert dist.group.WORLD is not None
-            return dist.group.WORLD
-        opened = {ranks: dist.new_group(list(ranks), timeout=TIMEOUT) for ranks in groups}
-        return opened[self.mesh.group(dist.get_rank(), "pipeline", *PLANNED)]
 
     def _comm(self, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Comm:
         return Comm(tuple(self._plane[rank] for rank in ranks), ranks.index(self.rank), group, self.waiting)

@@ -2,21 +2,16 @@
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.axes import Declared, declarations, initial, start_buffers
 from models.lm import LM
 from parallel import activation_memory
+from parallel.activation_memory import parameter_name as parameter_name
 from parallel.expert import spread_experts
 from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
-from parallel.pipeline.division import Division
-
-
-def parameter_name(name: str) -> str:
-    """A parameter's own name, without what the wrappers of layers insert."""
-    return name.replace("_checkpoint_wrapped_module.", "")
+from parallel.tensor import TensorPiece, divide, division
 
 
 def parallelise(
@@ -30,18 +25,16 @@ def parallelise(
     tile: int | None = None,
     offload_activations: bool = False,
     offload_optimizer: bool = False,
-    division: Division | None = None,
 ) -> LM:
-    """Applies, in order: the cut into pipeline stages, experts over ranks, recomputation of activations, sharding,
-    memory, each parameter from (seed, name).
+    """Applies, in order: the division of layers over tensor ranks, experts over ranks, recomputation of activations,
+    sharding, memory, each parameter from (seed, name).
 
-    division: of the layers among the ranks of a pipeline; None without one. dtype: of the master weights. remat, tile,
-    offload_activations: see `parallel.activation_memory`. offload_optimizer: master weights, gradients and optimizer
-    state live on the host. Returns the same model.
+    dtype: of the master weights. remat, tile, offload_activations: see `parallel.activation_memory`. offload_optimizer:
+    master weights, gradients and optimizer state live on the host. Returns the same model.
     """
     declared, device = declarations(model), meshes.device.type
-    if division is not None:
-        division.apply(model, meshes.place["pipeline"])
+    pieces = division(model, declared, meshes.mesh.tensor)
+    model.division = divide(model, pieces, meshes) if meshes.mesh.tensor > 1 else None
     model.to(dtype)
     experts = spread_experts(model, meshes) if meshes.mesh.expert > 1 else []
     if tile is not None:
@@ -53,20 +46,23 @@ def parallelise(
     if experts:
         shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)
     shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
-    if division is not None:
-        register_fsdp_forward_method(model, "part")
     model.to_empty(device="cpu" if on_host else device)
     start_buffers(model, device)
-    initialise_sharded(model, declared, seed)
+    initialise_sharded(model, declared, seed, pieces, meshes.place["tensor"])
+    for name, parameter in model.named_parameters():
+        parameter.holders = meshes.mesh.replicate * pieces[parameter_name(name)].copies  # type: ignore[attr-defined]
     return model
 
 
-def initialise_sharded(model: nn.Module, declared: dict[str, Declared], seed: int) -> None:
+def initialise_sharded(
+    model: nn.Module, declared: dict[str, Declared], seed: int, pieces: dict[str, TensorPiece], rank: int
+) -> None:
     """Each rank draws the logical parameter and keeps its part, so that sharding changes no number."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             name = parameter_name(name)
-            value = initial(seed, name, declared[name], tuple(parameter.shape)).to(parameter.dtype)
+            value = initial(seed, name, declared[name], pieces[name].shape).to(parameter.dtype)
+            value = pieces[name].of(value, rank)
             if isinstance(parameter, DTensor):
                 value = value.to(parameter.device)
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

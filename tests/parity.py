@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from models.axes import initialise
 from models.block import Block
@@ -110,14 +111,16 @@ def spread(
     keys: Keys | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it."""
-    mesh = mesh or Mesh(sequence=dist.get_world_size())
+    """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it.
+
+    mesh: how the world is divided; None for sequences alone.
+    """
     groups = Groups(mesh)
     plan.check(groups.world)
     with torch.device("meta"):
         model = build() if attention is None else build(attention)
     model.compute = DTYPE[precision]
-    meshes = Meshes(mesh, torch.device(device))
+    meshes = Meshes(groups.mesh, torch.device(device))
     parallelise(model, meshes, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
     executor = Executor(
         model, groups, torch.device(device), recurrence or GatherEffects(), keys or GatherKeys(), BALANCE
@@ -126,8 +129,25 @@ def spread(
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double(), purpose="loss")
     loss = both[0].item() / targets + BALANCE * both[1].item() / counted(batch)
-    gradients = {parameter_name(n): p.grad.full_tensor().cpu().numpy() for n, p in model.named_parameters()}
-    return loss, gradients
+    gradients = {parameter_name(n): p.grad for n, p in model.named_parameters()}
+    return loss, {name: logical(model, name, gradient).cpu().numpy() for name, gradient in gradients.items()}
+
+
+def logical(model: LM, name: str, x: Tensor) -> Tensor:
+    """The whole of a tensor that lies as the parameter of that name does. Collective."""
+    own = x.full_tensor()
+    if model.division is None or (piece := model.division.pieces[name]).along is None:
+        return own
+    comm = next(module.width for module in model.modules() if hasattr(module, "width")).comm
+    parts: list[Any] = [None] * comm.size
+    dist.all_gather_object(parts, own, group=comm.group)
+    whole = own.new_full(piece.shape, float("nan"))
+    for rank, part in enumerate(parts):
+        at = 0
+        for begin, end in piece.segments(rank):
+            whole.narrow(piece.along, begin, end - begin).copy_(part.narrow(piece.along, at, end - begin))
+            at += end - begin
+    return whole
 
 
 def counted(batch: list[Sample]) -> int:

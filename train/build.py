@@ -17,13 +17,13 @@ from data.prefetch import Prefetched
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
-from models.moe import mixtures
 from models.nonlinear_recurrence import Serial
 from parallel.activation_memory import give_back
 from parallel.mesh import Groups, Meshes
-from parallel.pipeline import Division, Pipeline
+from parallel.schedule.adaptive.scheduler import Adaptive
 from parallel.schedule.comm_volume import Ask
 from parallel.schedule.plan import Plan
+from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.checkpoints.hook import Checkpoints
 from train.evaluation.heldout import Evaluation
@@ -37,15 +37,16 @@ from train.layout import dependences
 from train.loop import Trainer
 from train.metrics.comm_record import TransportChoice
 from train.metrics.comm_trace import asked
-from train.metrics.plan_notes import PlanNotes
+from train.metrics.layer_clock import LayerClock
+from train.metrics.plan_notes import NOTED, PlanNotes
 from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
 from train.optim import carry_over
 from train.optim.average import Average
 from train.optim.build import build_optimizer
+from train.planning import Planning
 from train.precision import dtypes
 from train.run_config import RunConfig
 from train.settings import TrainSettings
-from train.stages import division
 from train.state import State, TrainProgress
 from train.time_spans import Spans, SpansTold
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
@@ -76,11 +77,9 @@ def build(order: dict[str, Any]) -> Trainer:
     _announce(model, train, say)
     asks = _asks(model, config, order["device"])
     declared = declarations(model)
+    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
     utilisation = _utilisation(model, order["device"], say) if first else None
-    cut, counts = division(config, model, order["device"]), _counts(model, utilisation)
-    experts = mixtures(model) if cut is not None else {}
-    config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master, division=cut)
-    pipeline = None if cut is None else _pipeline(config, model, cut, meshes, phases)
+    config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master)
     adamw = build_optimizer(config.optimizer.build(), model, declared)
 
     state, facts = _start(order, model, adamw, train.init_optimizer)
@@ -91,6 +90,7 @@ def build(order: dict[str, Any]) -> Trainer:
     recurrence, attention = parallel.transport.build()
     batches = Prefetched(_batches(config, train))
     scheduler, spans = config.scheduler.build(), _spans(config, train)
+    adaptive = isinstance(scheduler, Adaptive)
     each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
     if spans is not None and device.type == "cpu" and config.engine.get("recompute", "none") == "none":
         give_back(model.layers)  # as what is computed again does by itself
@@ -105,23 +105,28 @@ def build(order: dict[str, Any]) -> Trainer:
         train.z_weight,
         spans,
         SpansTold(say),
-        pipeline,
-        {name: moe.num_experts for name, moe in experts.items()},
-        [name for name, moe in experts.items() if moe.capacity_factor is not None],
     )
     progress = TrainProgress(train, state)
 
     def plan(lengths: list[int]) -> Plan:
         return scheduler.plan(progress.state.step + 1, lengths, data=data, sequence=sequence)
 
+    def as_read(windows: list[Any]) -> tuple[list[Any], Plan]:
+        return windows, plan([len(s.tokens) for s in windows])
+
+    planning = (
+        Planning.of(config, groups, batches.following, progress, run_dir, order["device"], say) if adaptive else None
+    )
+    clock = LayerClock(model.layers.values(), phases) if adaptive and device.type == "cpu" else None
     patience = Patience(config.cluster.timeout)
-    parts = _Parts(config, run_dir, model, adamw, batches, executor, plan, progress, phases, say, patience)
-    transport = TransportChoice(recurrence, asks, groups, sequence, each, device, say)
+    parts = _Parts(config, run_dir, model, adamw, batches, executor, plan, progress, phases, say, patience, planning)
+    widest = groups.world if adaptive else sequence
+    transport = TransportChoice(recurrence, asks, groups, widest, 2 if adaptive else each, device, say)
     hooks = _hooks(parts, transport, facts, replays=bool(order.get("init_from") and batches.sides))
     # A transport is measured here: before a tracker has threads.
-    hooks.load(facts, Path(order["resume"]) if order.get("resume") else None)
+    hooks.load(facts, Path(order["resume"]) if order.get("resume") else None, division_of(model))
     if first:
-        hooks.of(Recording).tracker = _tracker(order, say, counts)
+        hooks.of(Recording).tracker = _tracker(order, say, counts, utilisation)
     return Trainer(
         progress=progress,
         seed=config.seed,
@@ -131,7 +136,7 @@ def build(order: dict[str, Any]) -> Trainer:
         optimizer=adamw,
         schedule=config.schedule.build(),
         batches=batches,
-        plan=plan,
+        plan=planning.next if planning else as_read,
         executor=executor,
         groups=groups,
         phases=phases,
@@ -141,6 +146,8 @@ def build(order: dict[str, Any]) -> Trainer:
         hooks=hooks,
         utilisation=utilisation,
         norms=bool(config.tracking.get("norms")),
+        computing=clock.take if clock else None,
+        observe=planning.observe if planning else None,
     )
 
 
@@ -158,6 +165,7 @@ class _Parts(NamedTuple):
     phases: PhaseTimes
     say: Callable[[str], None]
     patience: Patience
+    planning: Planning | None
 
 
 def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, replays: bool) -> Hooks:
@@ -171,11 +179,13 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
     recording = Recording(parts.run_dir, progress, parts.phases)
     average = _average(config.train, parts.model, progress, parts.say)
     hooks = Hooks()
-    hooks.add(Guard(config.train.guard, groups.stages_comm, parts.executor.device))
+    hooks.add(Guard(config.train.guard, groups.world_comm, parts.executor.device))
     hooks.add(transport)
     if average is not None:
         hooks.add(average)
-    hooks.add(PlanNotes(parts.run_dir / "plans" if first else None))
+    if parts.planning is not None:
+        hooks.add(parts.planning)
+    hooks.add(PlanNotes(parts.run_dir / "plans" if first else None, NOTED if parts.planning else None))
     evaluation = Evaluation(
         executor=parts.executor,
         batches=parts.batches,
@@ -202,7 +212,6 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
         written=recording.checkpoint,
         facts=_of_the_run(config, parts.batches, facts),
         companions=_companions(parts.run_dir, parts.batches) if first else (),
-        pipeline=parts.executor.pipeline,
     )
     hooks.add(checkpoints)
     hooks.add(recording)
@@ -349,24 +358,10 @@ def _attempt(order: dict[str, Any], saved: int) -> int:
     return max(order.get("attempt") or 1, saved + 1, recorded[0] + 1)
 
 
-def _counts(model: LM, utilisation: Utilisation | None) -> dict[str, int]:
-    """Returns how many parameters a whole model has."""
-    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
-    return counts | ({"activated": utilisation.account.activated} if utilisation else {})
-
-
-def _pipeline(config: RunConfig, model: LM, cut: Division, meshes: Meshes, phases: PhaseTimes) -> Pipeline:
-    return Pipeline(
-        model,
-        cut,
-        config.parallel.pipeline_schedule,
-        meshes,
-        phase=phases,
-        reshard_after_forward=config.engine.get("reshard_after_forward", True),
-    )
-
-
-def _tracker(order: dict[str, Any], say: Callable[[str], None], counts: dict[str, int]) -> Tracker:
+def _tracker(
+    order: dict[str, Any], say: Callable[[str], None], counts: dict[str, int], utilisation: Utilisation | None
+) -> Tracker:
+    counts = counts | {"activated": utilisation.account.activated} if utilisation else {}
     return order["config"].tracking.build().open(replace(Facts.of(order), parameters=counts), say)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from parallel.schedule.plan import Plan
+from parallel.tensor import Division
 from train.checkpoints import checkpoint
 from train.checkpoints.stored import DamagedError
 
@@ -135,8 +136,9 @@ class Hooks:
         found = {hook.key: hook.tensors() for hook in self._hooks if hook.key}
         return {key: tensors for key, tensors in found.items() if tensors is not None}
 
-    def load(self, manifest: dict[str, Any], path: Path | None) -> None:
+    def load(self, manifest: dict[str, Any], path: Path | None, division: Division | None = None) -> None:
         """Hands every hook its state of the checkpoint `path`, whose manifest this is; {} and None without one.
+        division: of the model whose run this is.
 
         Raises DamagedError for a state that a hook cannot read. Collective.
         """
@@ -154,4 +156,4 @@ class Hooks:
             if tensors and path is not None:
                 wanted[hook.key] = tensors
         if wanted and path is not None:
-            checkpoint.read(wanted, path)
+            checkpoint.read(wanted, path, division=division)

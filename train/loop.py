@@ -31,9 +31,10 @@ from train.state import State, TrainProgress
 class Trainer:
     """Runs the steps of a run on this rank; `hooks` do all else, see `train.hooks`.
 
-    rate: the optimizer's, before the schedule. plan: of sequences of these lengths in the next step. stop: the file by
-    which a person asks for the end; rank 0 looks for it. utilisation: on rank 0, where a model's costs are known.
-    norms: record those of each layer.
+    rate: the optimizer's, before the schedule. plan: the sequences of a batch, and their plan in the next step. stop:
+    the file by which a person asks for the end; rank 0 looks for it. utilisation: on rank 0, where a model's costs are
+    known. norms: record those of each layer. computing: this rank's seconds in its layers since the last step, and
+    observe: takes a plan and those of all ranks, where a planner asks for them.
     """
 
     progress: TrainProgress
@@ -44,7 +45,7 @@ class Trainer:
     optimizer: Optimizer
     schedule: Any
     batches: Any
-    plan: Callable[[list[int]], Plan]
+    plan: Callable[[list[Any]], tuple[list[Any], Plan]]
     executor: Executor
     groups: Groups
     phases: PhaseTimes
@@ -54,6 +55,8 @@ class Trainer:
     hooks: Hooks
     utilisation: Utilisation | None = None
     norms: bool = False
+    computing: Callable[[], float] | None = None
+    observe: Callable[[Plan, Sequence[float]], None] | None = None
     by_layer: Record = field(default_factory=dict)  # the norms of the last step
 
     @property
@@ -89,31 +92,33 @@ class Trainer:
         began, cpu, state = time.perf_counter(), time.process_time(), self.state
         LEDGER.take()  # an evaluation before this step is not the step's
         with self.phases("data"):
-            batch = self.batches.batch(self.seed, state.step, state.skips)
+            windows = self.batches.batch(self.seed, state.step, state.skips)
         with self.phases("plan"):
             rebase(self.model, self.batches.rope_theta(state.step, state.skips))
-            plan = self.plan([len(s.tokens) for s in batch])
+            batch, plan = self.plan(windows)
             self.hooks.before_step(plan)
-            tokens, places = self._count(batch), sum(plan.lengths)
+            tokens, places = self._count(windows), sum(len(s.tokens) for s in windows)
         tally = self.executor.train(plan, batch)
-        targets = sum(s.num_targets for s in batch)
+        targets = sum(s.num_targets for s in windows)
         with self.phases("optimizer"):
             middle = self.progress.middle(tokens, places)
             rate, gradient_norm = self._update(middle, tally.cross_entropy, targets)
         asked = self.groups.first and self.stop.exists()
         cpu = time.process_time() - cpu
-        found = totals(tally, self.guard.held, asked, cpu, self.executor.device, self.groups.stages_comm)
+        computing = self.computing() if self.computing else 0.0
+        found = totals(tally, self.guard.held, asked, cpu, self.executor.device, self.groups, computing)
         loss = found.cross_entropy / max(targets, 1)
         if found.held:
-            return self.rollback.skip(plan, batch, loss, gradient_norm, rate), found.stop
+            return self.rollback.skip(plan, batch, windows, loss, gradient_norm, rate), found.stop
         self.optimizer.zero_grad()
         self.progress.stepped(tokens, places)
         for name, counts in found.choices.items():
-            if (moe := mixtures(self.model).get(name)) is not None:  # else another pipeline rank has it
-                moe.router.settle(counts)
+            mixtures(self.model)[name].router.settle(counts)
         seconds = time.perf_counter() - began
         self.patience.stepped(seconds)
-        return self._record(batch, found, loss, gradient_norm, rate, seconds), found.stop
+        if self.observe:
+            self.observe(plan, found.computing)
+        return self._record(windows, found, loss, gradient_norm, rate, seconds), found.stop
 
     def _update(self, middle: float, cross_entropy: Tensor, targets: int) -> tuple[float, float]:
         """Clips and applies the step's gradients, unless the guard holds them back.
@@ -121,12 +126,9 @@ class Trainer:
         middle: where the step stands in the budget. cross_entropy: this rank's part of the sum over all `targets`.
         Returns the learning rate, and the gradient norm before clipping.
         """
-        own, comm = self.progress.settings, self.groups.world_comm
-        pipeline = self.executor.pipeline
-        self.by_layer = layer_norms(self.model, comm, pipeline) if self.norms else {}
-        gradient_norm = clip(
-            self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value, pipeline=pipeline
-        )
+        own, comm = self.progress.settings, self.groups.all_comm
+        self.by_layer = layer_norms(self.model, comm) if self.norms else {}
+        gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
         held = self.guard.decide(cross_entropy, targets, gradient_norm)
         rate = self.rate * self.state.scale * self.schedule.multiplier(middle, own.total_tokens)
         set_rate(self.optimizer, rate)

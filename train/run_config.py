@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from parallel.schedule.adaptive.settings import SimulationSettings
+from parallel.schedule.adaptive.settings import CostSettings, SimulationSettings
 from train.instantiate import construct
 from train.settings import (
     ClusterSettings,
@@ -31,6 +31,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
     "simulation": SimulationSettings,
+    "cost": CostSettings,
 }
 
 
@@ -119,6 +120,7 @@ class RunConfig:
     train: TrainSettings
     evaluate: EvaluateSettings
     simulation: SimulationSettings
+    cost: CostSettings
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunConfig:

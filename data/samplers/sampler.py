@@ -26,7 +26,8 @@ class Source:
     weight: (token, weight) from that token of the run on; beside the other sources' weights. epochs: the most often
     that a sequence is seen, None for no limit. long: (tokens, factor): documents of at least so many tokens are drawn
     so many times as often as their tokens say. order: another number is another order of the same documents. old:
-    whether the weights that a run starts from were trained on it.
+    whether the weights that a run starts from were trained on it. longest: tokens beyond which a document is left out
+    of training, None for no limit.
     """
 
     name: str
@@ -36,12 +37,16 @@ class Source:
     long: tuple[tuple[int, Fraction], ...] = ()
     order: int = 0
     old: bool = False
+    longest: int | None = None
 
     def classes(self) -> list[tuple[int, int | None, Fraction]]:
         """(least tokens, below, factor) of documents, None for no limit."""
         begins = [(0, Fraction(1)), *self.long]
-        ends = [*(least for least, _ in self.long), None]
-        return [(least, below, factor) for (least, factor), below in zip(begins, ends, strict=True)]
+        ends: list[int | None] = [*(least for least, _ in self.long), None]
+        found = [(least, below, factor) for (least, factor), below in zip(begins, ends, strict=True)]
+        if (end := self.longest) is None:
+            return found
+        return [(a, end + 1 if b is None else min(b, end + 1), factor) for a, b, factor in found if a <= end]
 
     def documents(self, side: str, heldout: float) -> list[tuple[Documents, Fraction]]:
         """The documents of each class that has any, and its factor. Held out, there is one class."""

@@ -9,6 +9,7 @@ from launch.cluster import nodes
 from launch.cluster.nodes import room
 from launch.cluster.placement import Node, place
 from launch.commands import schedule_plot, template
+from launch.commands.profile import measured
 from launch.commands.simulate import simulated
 from launch.errors import UserError
 from launch.extend import stages
@@ -17,6 +18,7 @@ from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
 from launch.preflight.refusals import refusals
 from launch.templates import Machines
+from parallel.schedule import Adaptive
 from train.run_config import RunConfig
 
 if TYPE_CHECKING:  # torch is loaded once the configuration has been read
@@ -35,6 +37,8 @@ def plan(overrides: list[str]) -> int:
         with refusals(config):
             print("\n".join(simulated(config, steps)))
         return 0
+    if config.cost.profile:
+        return measured(config)
     planned = _planned(config)
     with refusals(config):
         device = planned.device(config.cluster.device) if planned else None
@@ -77,11 +81,10 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     from train.metrics.timing import pieces
 
     config, train = flight.config, flight.train
-    batch = flight.batches.batch(config.seed, 0)
-    lengths = [len(s.tokens) for s in batch]
-    first = config.scheduler.build().plan(0, lengths, data=flight.data, sequence=flight.sequence)
     placement = place(flight.cluster.workers, nodes, flight.sizes)
     model = _model(flight)
+    batch, first, by = _first(flight, model)
+    longest = max(first.lengths)
     costs = _costs(flight, model)
     held = max(
         sum(end - begin for begin, end in spans)
@@ -103,10 +106,31 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         *_order(flight),
         *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
         *_memory(flight, model, costs, -(-held // spans), spans),
-        f"state       {_size(costs.state(lengths[0]))} to go on after {lengths[0]:,} tokens",
+        f"state       {_size(costs.state(longest))} to go on after {longest:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
+        *by,
         *first.text().splitlines(),
     ]
+
+
+def _first(flight: CheckedRun, model: LM) -> tuple[list[Any], Plan, list[str]]:
+    """The sequences of the first step, their plan, and lines about the costs that it is made by."""
+    config, batch = flight.config, flight.batches.batch(flight.config.seed, 0)
+    scheduler = config.scheduler.build()
+    if not isinstance(scheduler, Adaptive):
+        lengths = [len(s.tokens) for s in batch]
+        return batch, scheduler.plan(0, lengths, data=flight.data, sequence=flight.sequence), []
+    from data.pack import unpacked
+    from train.step_costs import costs_of
+
+    batch = unpacked(batch) if scheduler.documents else batch
+    lengths = [len(s.tokens) for s in batch]
+    costs, line = costs_of(
+        config, scheduler, model, device=flight.device, mesh=flight.mesh, threads=flight.threads or 1
+    )
+    kind, packing = scheduler.pack(costs, lengths)
+    by = [f"groups      {kind}; {line}"]
+    return batch, packing.plan(0, lengths, flight.mesh.planned, scheduler.layout), by
 
 
 def _budget(flight: CheckedRun, sizes: str) -> str:
@@ -252,7 +276,8 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     auto = transport.recurrence == "auto"
     how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)
     starts = [s.starts.nonzero()[0].tolist() for s in batch]
-    asks = asked(model, device=flight.device) if flight.sequence > 1 else ()
+    together = max(len(group.ranks) for micro in first.micro_steps for group in micro.groups)
+    asks = asked(model, device=flight.device) if together > 1 else ()
     found = of_plan(first, starts, asks, how, recompute=engine.get("recompute", "none"))
     master = dtypes(flight.config.precision.compute, flight.device)[1]
     units = weight_units(model, itemsize=master.itemsize, reshard=engine.get("reshard_after_forward", True))
@@ -266,7 +291,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         traffic.include(weights)
         total.update(traffic.bytes)
         most |= traffic.bytes
-    note = "; auto, as if it chose gather for states" if auto and flight.sequence > 1 else ""
+    note = "; auto, as if it chose gather for states" if auto and together > 1 else ""
     return [
         f"traffic     {_size(total.total())} a step between {workers} ranks, by what it is, and the most a rank "
         f"receives{note}",

@@ -8,7 +8,7 @@ from launch.commands import gantt
 from launch.config.validate import build
 from launch.preflight.check import check_run
 from parallel.schedule.adaptive.compare import SCHEDULERS, compare, text
-from parallel.schedule.adaptive.cost import Cluster, Costs, NoRoomError, powers
+from parallel.schedule.adaptive.cost import Cluster, Costs, NoRoomError
 from parallel.schedule.adaptive.planner import TooLongError
 from parallel.schedule.adaptive.settings import SimulationSettings
 from parallel.schedule.adaptive.simulate import timing
@@ -58,48 +58,20 @@ def _batches(config: RunConfig, settings: SimulationSettings, steps: int) -> tup
 
 def _configured(config: RunConfig, settings: SimulationSettings, cluster: Cluster) -> Costs:
     """The configured model's costs on a cluster, read off its shapes."""
-    from models.accounting import account
-    from parallel.schedule.adaptive.shapes import Pairs, Shapes, fitting, model_of
-    from parallel.schedule.comm_volume import How, of_weights
-    from train.metrics.comm_trace import asked, weight_units
-    from train.optim.build import moments
     from train.precision import dtypes
+    from train.step_costs import shaped
 
     device = config.cluster.device if config.cluster.device == "cpu" else "cuda"
-    compute, master = dtypes(config.precision.compute, device)
-    model, engine, shape = build(config), config.engine, config.model
-    model.compute = compute
-    try:
-        known = account(model, device=device)
-        asks = asked(model, device=device)
-    except NotImplementedError as error:
-        raise ValueError(f"model: {error}") from None
-    gathered = known.parameters * master.itemsize
-    if engine.get("reshard_after_forward", True):
-        gathered = gathered * 2 // shape["layers"]
-    head = shape["dim"] * compute.itemsize
-    chunk = config.train.loss_chunk or settings.quantum
-    flops = known.per_token
-    several: dict[tuple[float, int | None], int] = {}
-    for layer in known.attention:
-        several[layer.flops, layer.window] = several.get((layer.flops, layer.window), 0) + 1
-    shapes = Shapes(
-        name=config.model.get("name") or f"of {known.parameters / 1e6:,.1f} M parameters",
-        token_flops=flops.forward + flops.backward,
-        pairs=tuple(Pairs(count, pair, window) for (pair, window), count in several.items()),
-        state_bytes=(2 * known.parameters + moments(config.optimizer.build(), model)) * master.itemsize,
-        activation_bytes=known.activations,
-        logit_bytes=head,
-        resident_bytes=gathered + chunk * shape["vocabulary"] * (compute.itemsize + 8),
-        again=flops.recompute,
-        kept_again=head * shape["layers"] + known.activations / shape["layers"] if settings.recompute else 0.0,
+    model = build(config)
+    model.compute = dtypes(config.precision.compute, device)[0]
+    launch = None if settings.launch is None else settings.launch / 1e3
+    return shaped(
+        config,
+        model,
+        cluster,
+        device=device,
+        rate=settings.rate * 1e12,
+        launch=launch,
+        quantum=settings.quantum,
+        recompute=settings.recompute,
     )
-    transport = config.parallel.transport
-    recurrence = "gather" if transport.recurrence == "auto" else transport.recurrence
-    how = How(recurrence, transport.attention, transport.blocks)
-    sizes = fitting(asks, how, powers(cluster.ranks))
-    launch = (settings.launch or 0.0) / 1e3
-    if settings.launch is None:
-        units = weight_units(model, itemsize=compute.itemsize, reshard=engine.get("reshard_after_forward", True))
-        launch = sum(of_weights(units, cluster.ranks, 1).bytes.values()) / cluster.wire(cluster.ranks).bandwidth
-    return Costs(model_of(shapes, asks, how, sizes, rate=settings.rate * 1e12, launch=launch), cluster, sizes)

@@ -18,6 +18,7 @@ from launch.preflight.check import device_of
 from launch.preflight.checked import cores
 from launch.preflight.configure import overlay
 from launch.preflight.corpus import open_batches
+from launch.preflight.layout import check_layout
 from launch.preflight.refusals import refusals
 from launch.run import rundir
 from launch.run.checkpoints import has_average
@@ -104,7 +105,6 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
     from train.checkpoints import checkpoint
     from train.evaluation.harness import MISSING
     from train.evaluation.run import check
-    from train.layout import check_experts
 
     with refusals(config):
         cluster, settings = config.cluster, config.evaluate
@@ -121,7 +121,7 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
             config = replace(config, parallel=replace(config.parallel, transport=transport))
         mesh = config.parallel.mesh(cluster.workers)
         model = model_of(config.model.values)
-        check_experts(model, mesh.expert)
+        check_layout(config, mesh, model)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if (difference := checkpoint.first_difference(found, shapes)) is not None:
             raise ValueError(f"RUN={run}: holds another model: {difference}")

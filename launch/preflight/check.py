@@ -11,8 +11,10 @@ from launch.config.model import model_of
 from launch.preflight import continuation, init_from
 from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.corpus import open_batches
+from launch.preflight.layout import check_layout
 from launch.preflight.refusals import refusals
 from launch.run.rundir import is_checkpoint, latest
+from parallel.schedule import Adaptive
 from train.run_config import RunConfig
 from train.settings import ClusterSettings
 
@@ -28,7 +30,6 @@ def check_run(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
-    from train.layout import check_experts
     from train.tracking import obey_environment
 
     with refusals(config):
@@ -50,10 +51,8 @@ def check_run(
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         _optimizer(config, device)
-        check_experts(model, mesh.expert)
-        _heads(config, sequence)
+        check_layout(config, mesh, model)
         _bases(config, model)
-        _stages(config, device)
         if not data_here:
             _objects(config, data, sequence)
             return CheckedRun(config, device, mesh, shapes, None)
@@ -64,7 +63,8 @@ def check_run(
         steps = train.steps_at(batches.filled(train.total_steps))
         batches.batch(config.seed, steps - 1)  # there is enough for all steps
         _objects(config, data, sequence, batches.shapes())
-        _stages(config, device, batches.shapes())
+        flight = CheckedRun(config, device, mesh, shapes, batches)
+        _fitting(flight, model)
         if compute == "bf16" and device == "cpu":
             _warn_without_bf16(say)
         lengths = min(batches.shapes(), key=len)
@@ -73,7 +73,7 @@ def check_run(
                 f"train.batch_tokens={sum(lengths)}: a step has {len(lengths)} sequences of {lengths[0]:,} "
                 f"tokens for parallel.data={data} groups: the others will idle"
             )
-        checked = _with_checkpoints(CheckedRun(config, device, mesh, shapes, batches), say)
+        checked = _with_checkpoints(flight, say)
         return continuation.settled(checked, say)
 
 
@@ -128,6 +128,23 @@ def _objects(config: RunConfig, data: int, sequence: int, batches: list[list[int
     config.schedule.build().check(config.train.total_tokens, max(config.train.ramp.sizes))
 
 
+def _fitting(flight: CheckedRun, model: Any) -> None:
+    """Raises ValueError where adaptive groups cannot hold the longest sequence that a step may have."""
+    config, batches = flight.config, flight.batches
+    scheduler = config.scheduler.build()
+    if not isinstance(scheduler, Adaptive):
+        return
+    from train.precision import dtypes
+    from train.step_costs import check_fits, costs_of
+
+    model.compute = dtypes(config.precision.compute, flight.device)[0]
+    longest = max(map(max, batches.shapes()))
+    if scheduler.documents:
+        longest = min(longest, getattr(batches, "longest_piece", longest))
+    costs, _ = costs_of(config, scheduler, model, device=flight.device, mesh=flight.mesh, threads=flight.threads or 1)
+    check_fits(scheduler, costs, longest)
+
+
 def _optimizer(config: RunConfig, device: str) -> None:
     """Builds it for one weight as the run has them. Raises ValueError."""
     import torch
@@ -137,34 +154,6 @@ def _optimizer(config: RunConfig, device: str) -> None:
     on_host = config.engine.get("offload_optimizer", False)
     dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
     try_optimizer(config.optimizer, device="cpu" if on_host else device, dtype=dtype)
-
-
-def _heads(config: RunConfig, sequence: int) -> None:
-    """Raises ValueError where softmax attention has heads that its transport cannot share out to the ranks."""
-    import torch
-
-    from train.metrics.comm_trace import check_heads
-
-    if (attention := config.parallel.transport.attention) == "ulysses" and sequence > 1:
-        with torch.device("meta"):
-            model = config.model.build()
-        check_heads(model, attention, sequence)
-
-
-def _stages(config: RunConfig, device: str, batches: list[list[int]] | None = None) -> None:
-    """Raises ValueError for a pipeline that the model cannot be cut into, or that cannot run plans of `batches`."""
-    import torch
-
-    from train.stages import refuse
-
-    if config.parallel.stages == 1 and config.parallel.pipeline_layers is None:
-        return
-    with torch.device("meta"):
-        model = config.model.build()
-    data, sequence = config.parallel.mesh(config.cluster.workers).split
-    scheduler = config.scheduler.build()
-    plans = [scheduler.plan(0, lengths, data=data, sequence=sequence) for lengths in batches or ()]
-    refuse(config, model, device, plans)
 
 
 def _warn_without_bf16(say: Callable[[str], None]) -> None:

@@ -57,7 +57,7 @@ def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) 
         _copy(asked, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
     if any(override.lstrip("+").startswith("train.tokens=") for override in overrides):
         saved["train"]["steps"] = asked["train"]["steps"]  # of the two budgets, the one that is given now
-    for key in ("evaluate", "simulation", "stages"):
+    for key in ("evaluate", "simulation", "cost", "stages"):
         saved.setdefault(key, asked[key])
 
 

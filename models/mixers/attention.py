@@ -12,6 +12,7 @@ from models.mixers import heads as sizes
 from models.norm import RMSNorm, checked
 from models.positions import Positions, RoPE, turn
 from models.sequence import Sequence
+from models.width import Units
 
 ROPE = RoPE()
 
@@ -57,6 +58,7 @@ class Attention(nn.Module):
             raise ValueError(f"sinks={sinks}: must be 0 without a window, else at least 0")
         positions.frequencies(self.head_dim)  # refuses a width that it cannot rotate
         self.window, self.sinks, self.positions = window, sinks, positions
+        self.units: Units = {"heads": heads, "kv_heads": kv_heads}
         width = heads * self.head_dim
         self.q = Linear(dim, width, axes=("heads", "embed"))
         self.kv = Linear(dim, 2 * kv_heads * self.head_dim, axes=("kv_heads", "embed"), parts=2 * (self.head_dim,))

@@ -19,6 +19,7 @@ from models.linear import Linear
 from models.precision import wide
 from models.recurrence import Complex
 from models.sequence import Sequence
+from models.width import Units
 
 
 def slow(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -38,6 +39,7 @@ class GateLoop(nn.Module):
     def __init__(self, *, dim: int, heads: int | None = None, expand: float = 1.0):
         super().__init__()
         inner = int(dim * expand)
+        self.units: Units = {"heads": None}
         positive(dim=dim, **{"dim * expand": inner})
         self.qkv = Linear(dim, 3 * inner, axes=("heads", "embed"), parts=(1, 1, 1))
         self.alpha = Linear(dim, inner, axes=("heads", "embed"))

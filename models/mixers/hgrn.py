@@ -14,6 +14,7 @@ from models.mixers.lower_bounds import log_forget, lower_bound
 from models.norm import GatedRMSNorm, checked
 from models.recurrence import Elementwise
 from models.sequence import Sequence
+from models.width import Units
 
 
 class HGRN(nn.Module):
@@ -29,6 +30,7 @@ class HGRN(nn.Module):
     def __init__(self, *, dim: int, heads: int | None = None, expand: float = 1.0, norm_eps: float = 1e-5):
         super().__init__()
         inner = int(dim * expand)
+        self.units: Units = {"heads": None}
         positive(dim=dim, **{"dim * expand": inner})
         self.i = Linear(dim, inner, axes=("heads", "embed"))
         self.f = Linear(dim, inner, axes=("heads", "embed"))

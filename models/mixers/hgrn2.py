@@ -15,6 +15,7 @@ from models.mixers.lower_bounds import log_forget, lower_bound
 from models.norm import RMSNorm, checked
 from models.recurrence import Diagonal
 from models.sequence import Sequence
+from models.width import Units, split
 
 
 class HGRN2(nn.Module):
@@ -33,6 +34,7 @@ class HGRN2(nn.Module):
         keys = int(dim * expand_k)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(dim, heads)
+        self.units: Units = {"heads": heads}
         self.widths = (keys, keys, dim)
         self.qfv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.norm = RMSNorm(dim, eps=checked(norm_eps), axis="heads")
@@ -41,7 +43,7 @@ class HGRN2(nn.Module):
         self.couplings = (lower_bound(keys),)
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str, lower_bound: Tensor | None = None) -> Tensor:
-        q, f, v = self.qfv(x_BTD).split(self.widths, dim=-1)
+        q, f, v = split(self.qfv(x_BTD), self.widths)
         g_BTHK = log_forget(f, lower_bound).unflatten(-1, (-1, self.key_dim))
         q_BTHK = F.silu(q).unflatten(-1, (-1, self.key_dim))
         k_BTHK = -torch.expm1(g_BTHK)  # 1 - e^g is 0 where a gate is nearly open

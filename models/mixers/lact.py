@@ -23,6 +23,7 @@ from models.norm import RMSNorm, checked, l2_normalise
 from models.positions import RoPE, turn
 from models.precision import wide
 from models.sequence import Sequence
+from models.width import Units
 
 ROPE = RoPE()
 RATE = -6.9073  # softplus⁻¹(1e-3)
@@ -62,6 +63,7 @@ class LaCT(nn.Module):
         super().__init__()
         positive(dim=dim, chunk=chunk)
         self.head_dim = K = head_dim(dim, heads)
+        self.units: Units = {"heads": heads}
         hidden = int(K * expand)
         positive(**{"expand * dim / heads": hidden})
         self.qkv = Linear(dim, 3 * dim, axes=("heads", "embed"))

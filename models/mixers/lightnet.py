@@ -14,6 +14,7 @@ from models.mixers.heads import head_dim
 from models.norm import GatedRMSNorm, checked
 from models.recurrence import Normalised
 from models.sequence import Sequence
+from models.width import Units, split
 
 
 class LightNet(nn.Module):
@@ -34,6 +35,7 @@ class LightNet(nn.Module):
         keys = int(dim * expand_k)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(dim, heads)
+        self.units: Units = {"heads": heads}
         self.widths = (keys, keys, dim)
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=self.widths)
         self.gate_in = Linear(dim, self.value_dim, axes=(None, "embed"))
@@ -43,7 +45,7 @@ class LightNet(nn.Module):
         self.recurrence = Normalised("lightnet")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q, k, v = self.qkv(x_BTD).split(self.widths, dim=-1)
+        q, k, v = split(self.qkv(x_BTD), self.widths)
         q_BTHK, k_BTHK = (x.unflatten(-1, (-1, self.key_dim)) for x in (F.silu(q), k))
         v_BTHV = v.unflatten(-1, (-1, self.value_dim))
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, slot=slot)

@@ -20,6 +20,7 @@ from models.norm import RMSNorm, checked
 from models.precision import wide
 from models.recurrence import Scalar
 from models.sequence import Sequence
+from models.width import UNDIVIDED, Units, Width
 
 
 def minimax(h: Tensor, heads: int, depth: Depth) -> Tensor:
@@ -54,8 +55,10 @@ class Lightning(nn.Module):
         positive(dim=dim)
         if rates not in RATES:
             raise ValueError(f"rates={rates}: must be one of {', '.join(RATES)}")
+        self.units: Units = {"heads": heads}
         self.head_dim = head_dim(dim, heads)
-        self.rates, self.depth = RATES[rates], depth
+        self.rates, self.depth, self.heads = RATES[rates], depth, heads
+        self.width: Width = UNDIVIDED
         self.qkv = Linear(dim, 3 * dim, axes=("heads", "embed"), parts=3 * (self.head_dim,))
         self.gate = Linear(dim, dim, axes=("heads", "embed"))
         self.norm = RMSNorm(dim, eps=checked(norm_eps), axis="heads")
@@ -71,6 +74,6 @@ class Lightning(nn.Module):
 
     def log_decays(self, like_BTHV: Tensor) -> Tensor:
         """[H], worked out in fp64."""
-        heads = like_BTHV.shape[2]
-        h = torch.arange(heads, device=like_BTHV.device, dtype=torch.float64)
-        return -self.rates(h, heads, self.depth).to(wide(like_BTHV[:0]).dtype)
+        begin, end = self.width.span(self.heads)
+        h = torch.arange(begin, end, device=like_BTHV.device, dtype=torch.float64)
+        return -self.rates(h, self.heads, self.depth).to(wide(like_BTHV[:0]).dtype)

@@ -46,7 +46,7 @@ class Longhorn(MambaBlock):
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         v_BTV = self.conv(self.x(x_BTD), seq, slot=slot)
-        dt, k_BTN, q_BTN = self.dkq(v_BTV).split(self.widths, dim=-1)
+        dt, k_BTN, q_BTN = self.width.sum(self.dkq(v_BTV)).split(self.widths, dim=-1)
         beta_BTV = wide(self.dt(dt)).sigmoid()
         delta_BTV = beta_BTV / (1 + beta_BTV * wide(k_BTN).square().sum(-1, keepdim=True))
         y_BTV = seq.scan(self.recurrence, q_BTN, k_BTN, wide(v_BTV), delta_BTV, slot=slot)

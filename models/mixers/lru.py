@@ -16,6 +16,7 @@ from models.linear import Linear
 from models.precision import wide
 from models.recurrence import Complex
 from models.sequence import Sequence
+from models.width import UNDIVIDED, Units, Width
 
 
 def _squares(shape: tuple[int, ...], r_min: float, r_max: float) -> Tensor:
@@ -62,18 +63,20 @@ class LRU(nn.Module):
     ):
         super().__init__()
         inner = int(dim * expand)
+        self.units: Units = {"heads": None}
         positive(dim=dim, **{"dim * expand": inner})
         if not 0 <= r_min < r_max < 1:
             raise ValueError(f"r_min={r_min}: must be from 0 to below r_max={r_max}, itself below 1")
         if not 0 < max_phase <= 2 * math.pi:
             raise ValueError(f"max_phase={max_phase}: must be above 0 and at most 2π")
+        self.width: Width = UNDIVIDED
         self.B = Linear(dim, 2 * inner, axes=("heads", "embed"), init=normal((2 * dim) ** -0.5))
         self.nu_log = declare(inner, axes=("heads",), init=rates(r_min, r_max), decay=False)
         self.theta_log = declare(inner, axes=("heads",), init=angles(max_phase), decay=False)
         self.gamma_log = declare(inner, axes=("heads",), init=gains(r_min, r_max), decay=False)
         self.C = Linear(2 * inner, dim, axes=("embed", "heads"), init=normal(inner**-0.5))
         self.D = declare(dim, axes=("embed",), init=normal(1.0), decay=False)
-        self.glu = Linear(dim, 2 * dim, axes=(None, "embed"), parts=(dim, dim))
+        self.glu = Linear(dim, 2 * dim, axes=("ffn", "embed"), parts=(dim, dim))
         self.recurrence = Complex("complex")
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
@@ -82,6 +85,6 @@ class LRU(nn.Module):
         g_BTN, turns_BTN = (x.expand(u_BTN2.shape[:-1]) for x in (g_N, turns_N))
         h_BTN2 = seq.scan(self.recurrence, u_BTN2, g_BTN, turns_BTN, slot=slot)
         # Re(C h) = (Re C) (Re h) - (Im C) (Im h): one real matmul, whose weights take the sign.
-        y_BTD = self.C(h_BTN2.flatten(-2).to(x_BTD.dtype)) + self.D.to(x_BTD.dtype) * x_BTD
+        y_BTD = self.width.sum(self.C(h_BTN2.flatten(-2).to(x_BTD.dtype))) + self.D.to(x_BTD.dtype) * x_BTD
         value_BTD, gate_BTD = self.glu(F.gelu(y_BTD, approximate="tanh")).chunk(2, dim=-1)
-        return value_BTD * gate_BTD.sigmoid()
+        return self.width.place(value_BTD * gate_BTD.sigmoid(), x_BTD.shape[-1])

@@ -18,6 +18,7 @@ from models.linear import Linear
 from models.precision import wide
 from models.recurrence import Elementwise
 from models.sequence import Sequence
+from models.width import UNDIVIDED, Units, Width
 
 
 def harmonics(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -34,8 +35,10 @@ class MambaBlock(nn.Module):
 
     def __init__(self, *, dim: int, expand: float, state: int, rank: int | None, conv: int, conv_bias: bool):
         super().__init__()
+        self.width: Width = UNDIVIDED
         self.inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
         positive(dim=dim, **{"dim * expand": self.inner}, state=state, rank=rank)
+        self.units: Units = {"heads": None}
         self.widths = (rank, state, state)
         self.x = Linear(dim, self.inner, axes=("heads", "embed"))
         self.z = Linear(dim, self.inner, axes=("heads", "embed"))
@@ -84,7 +87,7 @@ class Mamba(MambaBlock):
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         v_BTV = self.conv(self.x(x_BTD), seq, slot=slot)
-        dt, b_BTN, c_BTN = self.dbc(v_BTV).split(self.widths, dim=-1)
+        dt, b_BTN, c_BTN = self.width.sum(self.dbc(v_BTV)).split(self.widths, dim=-1)
         delta_BTV = F.softplus(wide(self.dt(dt)) + wide(self.dt_bias))
         recurrence = replace(self.recurrence, shared=(-wide(self.A_log).exp(),))
         y_BTV = seq.scan(recurrence, c_BTN, b_BTN, wide(v_BTV), delta_BTV, slot=slot)

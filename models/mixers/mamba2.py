@@ -15,6 +15,7 @@ from models.norm import GroupRMSNorm, checked
 from models.precision import wide
 from models.recurrence import Scalar
 from models.sequence import Sequence
+from models.width import Units
 
 
 class Mamba2(nn.Module):
@@ -44,6 +45,7 @@ class Mamba2(nn.Module):
         super().__init__()
         positive(dim=dim, state=state, groups=groups)
         inner = int(dim * expand)
+        self.units: Units = {"heads": heads, "groups": groups}
         self.value_dim, self.key_dim = head_dim(inner, heads, what="dim * expand"), state
         if heads % groups:
             raise ValueError(f"groups={groups}: must divide heads={heads}")

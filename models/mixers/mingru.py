@@ -14,6 +14,7 @@ from models.linear import Linear
 from models.precision import wide
 from models.recurrence import Elementwise
 from models.sequence import Sequence
+from models.width import Units
 
 
 def candidate(x: Tensor) -> Tensor:
@@ -33,6 +34,7 @@ class MinGRU(nn.Module):
     def __init__(self, *, dim: int, heads: int | None = None, expand: float = 1.0):
         super().__init__()
         inner = int(dim * expand)
+        self.units: Units = {"heads": None}
         positive(dim=dim, **{"dim * expand": inner})
         self.z = Linear(dim, inner, axes=("heads", "embed"))
         self.h = Linear(dim, inner, axes=("heads", "embed"))

@@ -14,6 +14,7 @@ from models.mixers.mingru import candidate
 from models.precision import wide
 from models.recurrence import Elementwise
 from models.sequence import Sequence
+from models.width import Units
 
 
 class MinLSTM(nn.Module):
@@ -28,6 +29,7 @@ class MinLSTM(nn.Module):
     def __init__(self, *, dim: int, heads: int | None = None, expand: float = 1.0):
         super().__init__()
         inner = int(dim * expand)
+        self.units: Units = {"heads": None}
         positive(dim=dim, **{"dim * expand": inner})
         self.f = Linear(dim, inner, axes=("heads", "embed"))
         self.i = Linear(dim, inner, axes=("heads", "embed"))

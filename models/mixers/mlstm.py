@@ -16,6 +16,7 @@ from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.recurrence import Stabilised
 from models.sequence import Sequence
+from models.width import Units
 
 CAP = 15.0
 
@@ -39,6 +40,7 @@ class MLSTM(nn.Module):
     def __init__(self, *, dim: int, heads: int, expand_k: float = 0.5, expand_v: float = 1.0, norm_eps: float = 1e-6):
         super().__init__()
         positive(dim=dim)
+        self.units: Units = {"heads": heads}
         keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         self.value_dim = head_dim(values, heads, what="dim * expand_v")

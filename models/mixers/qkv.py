@@ -9,6 +9,7 @@ from models.conv import short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim
 from models.sequence import Sequence
+from models.width import Units, split
 
 
 class QKVMixer(nn.Module):
@@ -40,6 +41,7 @@ class QKVMixer(nn.Module):
     ):
         super().__init__()
         positive(dim=dim)
+        self.units: Units = {"heads": heads}
         self.keys, self.values = keys, values = int(dim * expand_k), int(dim * expand_v)
         self.key_dim = head_dim(keys, heads, what="dim * expand_k")
         if value_heads is None:
@@ -54,11 +56,11 @@ class QKVMixer(nn.Module):
         self.widths = (keys, writes * keys, writes * values)
         parts = (keys, *writes * (keys,), *writes * (values,))
         self.qkv = Linear(dim, sum(self.widths), axes=("heads", "embed"), parts=parts)
-        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias, off=silu)
+        self.conv = short_conv(sum(self.widths), conv, bias=conv_bias, off=silu, parts=parts)
 
     def project(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D] -> queries [B, T, H, K], keys [B, T, writes·H, K], values [B, T, writes·N, V], in x's dtype."""
-        q, k, v = self.conv(self.qkv(x_BTD), seq, slot=slot).split(self.widths, dim=-1)
+        q, k, v = split(self.conv(self.qkv(x_BTD), seq, slot=slot), self.widths)
         q_BTHK, k_BTHK = (x.unflatten(-1, (-1, self.key_dim)) for x in (q, k))
         return q_BTHK, k_BTHK, v.unflatten(-1, (-1, self.value_dim))
 

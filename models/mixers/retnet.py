@@ -14,6 +14,7 @@ from models.positions import rotate
 from models.precision import wide
 from models.recurrence import Scalar
 from models.sequence import Sequence
+from models.width import UNDIVIDED, Width
 
 
 class RetNet(QKVMixer):
@@ -44,7 +45,8 @@ class RetNet(QKVMixer):
             )
         if rope_base <= 0:
             raise ValueError(f"rope_base={rope_base}: must be above 0")
-        self.rope_base = rope_base
+        self.rope_base, self.heads = rope_base, heads
+        self.width: Width = UNDIVIDED
         self.gate = Linear(dim, self.values, axes=("heads", "embed"))
         self.norm = GatedRMSNorm(self.value_dim, eps=checked(norm_eps), axis=None)
         self.out = Linear(self.values, dim, axes=("embed", "heads"))
@@ -53,12 +55,13 @@ class RetNet(QKVMixer):
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
         q_BTHK, k_BTHK = (rotate(x, seq.positions, self.rope_base) for x in (q_BTHK, k_BTHK))
-        g_BTH = log_decays(v_BTHV).expand(v_BTHV.shape[:3])
+        g_BTH = log_decays(v_BTHV, *self.width.span(self.heads)).expand(v_BTHV.shape[:3])
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, slot=slot)
         return self.output(o_BTHV, self.gate(x_BTD))
 
 
-def log_decays(like_BTHV: Tensor) -> Tensor:
-    """log(1 - 2^(-5-h)) [H], worked out in fp64: in fp32 the plain formula is exactly 0 from head 20 on."""
-    h = torch.arange(like_BTHV.shape[2], device=like_BTHV.device, dtype=torch.float64)
+def log_decays(like_BTHV: Tensor, begin: int, end: int) -> Tensor:
+    """log(1 - 2^(-5-h)) [H] of heads [begin, end), worked out in fp64: in fp32 the plain formula is exactly 0 from
+    head 20 on."""
+    h = torch.arange(begin, end, device=like_BTHV.device, dtype=torch.float64)
     return torch.log1p(-(2 ** (-5 - h))).to(wide(like_BTHV[:0]).dtype)

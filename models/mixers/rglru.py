@@ -16,6 +16,7 @@ from models.mixers.heads import head_dim
 from models.precision import wide
 from models.recurrence import Elementwise
 from models.sequence import Sequence
+from models.width import Units
 
 SHARPNESS = 8.0  # c of the paper
 STEEPEST = 1000.0  # bound on the derivative of the square root, as in the authors' code
@@ -68,6 +69,7 @@ class RGLRU(nn.Module):
     ):
         super().__init__()
         positive(dim=dim)
+        self.units: Units = {"heads": heads}
         inner = int(dim * expand)
         block = head_dim(inner, heads, what="dim * expand")
         self.x = Linear(dim, inner, axes=("heads", "embed"), bias=bias)

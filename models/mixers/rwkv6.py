@@ -22,6 +22,7 @@ from models.precision import wide
 from models.recurrence import Diagonal
 from models.sequence import Sequence
 from models.token_shift import orthogonal, previous, ramp
+from models.width import Units
 
 STRONGEST = 10.0  # of w: e^{-e^10} is 0, and e^w overflows not far above
 
@@ -64,6 +65,7 @@ class RWKV6(nn.Module):
     ):
         super().__init__()
         positive(dim=dim, mix_rank=mix_rank, decay_rank=decay_rank)
+        self.units: Units = {"heads": heads}
         self.head_dim = head_dim(dim, heads)
         up, down = depth.layer / max(1, depth.layers - 1), 1 - depth.layer / depth.layers
         self.mix = declare(dim, axes=("embed",), init=ramp(down), decay=False)

@@ -25,6 +25,7 @@ from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
 from models.token_shift import orthogonal, previous, ramp
+from models.width import Units
 
 MIXED = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # what is mixed, and the exponent of its ramp
 FASTEST = math.exp(-0.5)  # the largest -log w
@@ -98,6 +99,7 @@ class RWKV7(nn.Module):
         super().__init__()
         ranks = {"decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank, "gate_rank": gate_rank}
         positive(dim=dim, **{name: 1 if rank is None else rank for name, rank in ranks.items()})
+        self.units: Units = {"heads": heads}
         self.head_dim = head = head_dim(dim, heads)
         up, down = depth.layer / max(1, depth.layers - 1), 1 - depth.layer / depth.layers
         self.mixes = nn.ParameterDict(

@@ -21,6 +21,7 @@ from models.nonlinear_recurrence import Ran, Serial
 from models.norm import HeadNorm, checked
 from models.precision import wide
 from models.sequence import Sequence
+from models.width import Units
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class SLSTM(nn.Module):
     ):
         super().__init__()
         positive(dim=dim)
+        self.units: Units = {"heads": heads}
         self.head_dim = K = head_dim(dim, heads)
         self.conv = short_conv(dim, conv, bias=conv_bias, off=False, axis="embed")
         self.gates = Linear(dim, 2 * dim, axes=("heads", "embed"))

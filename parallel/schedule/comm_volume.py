@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, Protocol
 
 from parallel.schedule.plan import Plan, Span
@@ -173,6 +173,10 @@ class AttendCall:
         if self.window is not None:
             return self._in_window(layout, rank, self.window)
         return self._gathered(layout, how) if how.attention == "gather" else self._meshed(layout, how)
+
+    def here(self, tensor: int) -> AttendCall:
+        """The same on one of `tensor` ranks that share out the heads."""
+        return replace(self, heads=self.heads // tensor, kv_heads=max(1, self.kv_heads // tensor))
 
     def split(self, ranks: int, how: str) -> int:
         """Over how many ranks heads are split. Raises ValueError where the transport cannot split them."""

@@ -20,9 +20,7 @@ class Static:
     """
 
     def __init__(self, *, tokens_per_rank: int | None = None, layout: LayoutName = "auto", simulate: int | None = None):
-        if simulate is not None and not 1 <= simulate <= 100_000:
-            raise ValueError(f"scheduler.simulate={simulate}: must be at least 1, and at most 100,000, or null")
-        self.simulate = simulate
+        self.simulate = checked_simulate(simulate)
         if layout not in LAYOUTS:
             raise ValueError(f"scheduler.layout={layout}: must be one of {', '.join(LAYOUTS)}")
         self.layout = layout
@@ -64,6 +62,13 @@ class Static:
     def _group(self, ranks: tuple[int, ...], sequences: list[int], lengths: list[int]) -> list[Group]:
         total = sum(lengths[s] for s in sequences)
         return [Group(ranks, tuple(sequences), lay_out(total, len(ranks), self.layout))]
+
+
+def checked_simulate(steps: int | None) -> int | None:
+    """A number of steps to simulate. Raises ValueError for one out of range."""
+    if steps is not None and not 1 <= steps <= 100_000:
+        raise ValueError(f"scheduler.simulate={steps}: must be at least 1, and at most 100,000, or null")
+    return steps
 
 
 def lay_out(total: int, size: int, layout: str) -> tuple[tuple[Span, ...], ...]:

@@ -112,5 +112,7 @@ def _identities(group: Group, batch: Listed[PackedSequence], step: int, idle: in
     for s in group.sequences:
         starts = np.flatnonzero(batch[s].positions == 0)
         lengths = np.diff(starts, append=len(batch[s].positions))
-        found += [DocumentKey(step, s, index, length) for index, length in enumerate(lengths.tolist())]
+        origin = getattr(batch[s], "origin", None)  # a piece keeps the name that it has in its packed sequence
+        number, first = (s, 0) if origin is None else origin[:2]
+        found += [DocumentKey(step, number, first + index, length) for index, length in enumerate(lengths.tolist())]
     return [*found, DocumentKey(step, len(batch), 0, idle)] if idle else found

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.pack import NO_TARGET, Packed, read
+from data.pack import NO_TARGET, Packed, read, unpacked
 from data.stores.store import Store
 from data.tokenizer import Bytes
 from tests.data import store_of
@@ -70,3 +70,16 @@ def test_the_order_never_changes_between_versions(tmp_path: Path, packing: str, 
     sequences = [s for seed in (0, 1 << 40) for step in (0, 1, 200) for s in one.batch(seed, step)]
     content = b"".join(array.astype("<i8").tobytes() for s in sequences for array in (s.tokens, s.targets, s.starts))
     assert hashlib.sha256(content).hexdigest()[:16] == expected
+
+
+def test_unpacked_pieces_are_the_windows_without_padding(store: Store) -> None:
+    windows = [packed(store, [[8, 15], [0, 4], [15, 17]], 16), packed(store, [[5, 8], [17, 20]], 6)]
+    pieces = unpacked(windows)
+    assert [len(p.tokens) for p in pieces] == [7, 4, 2, 3, 3]
+    assert [p.origin for p in pieces] == [(0, 0, 0), (0, 1, 7), (0, 2, 11), (1, 0, 0), (1, 1, 3)]
+    for name in ("tokens", "targets", "positions"):
+        whole = np.concatenate([getattr(w, name)[w.counted] for w in windows])
+        assert np.array_equal(np.concatenate([getattr(p, name) for p in pieces]), whole)
+    assert all(p.starts.tolist() == [True] + [False] * (len(p.tokens) - 1) and not p.padding for p in pieces)
+    bare = packed(store, [[8, 15], [0, 4]], 13, masked=False)
+    assert [len(p.tokens) for p in unpacked([bare])] == [11], "tokens that see each other stay together"

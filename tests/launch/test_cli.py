@@ -268,6 +268,11 @@ BAD = {
     "resume=nowhere": "resume=nowhere: no such run",
     "init_from=nowhere": "init_from=nowhere: no such run",
     "scheduler.tokens_per_rank=10": "scheduler.tokens_per_rank=10: 2 ranks hold 20 tokens, a sequence has 96",
+    "scheduler=adaptive scheduler.tokens_per_rank=40 scheduler.quantum=8 cluster.workers=2": "scheduler.tokens_per_rank"
+    "=40: a sequence of 96 tokens fits no group: the largest that fits 2 ranks is 80; more ranks, more memory",
+    "scheduler=adaptive scheduler.tokens_per_rank=40": "scheduler.quantum=128: must be at most",
+    "data.too_long=drop": "data.too_long=drop: must be one of split, skip, error; nearest",
+    "data.too_long=error": "data.too_long=error: there are",
     "schedule.warmup=1.5": "schedule.warmup=1.5: must be a share",
     "++model._target_=os.system": "model._target_=os.system: must be a class of",
     "tracking.mode=onlin": "tracking.mode",

@@ -33,10 +33,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from data import reading
-from parallel.collectives import Comm
 from parallel.parallelize import parameter_name
+from parallel.tensor import Division, division_of
 from train.checkpoints import stored
 from train.checkpoints.hf_reader import Published, PublishedReader, is_folder
+from train.checkpoints.pieces import logical
 from train.checkpoints.stored import METADATA, DamagedError
 from train.checkpoints.stored import CheckpointReader as _Reader
 from train.facts import wrong
@@ -59,12 +60,11 @@ def save(
     keep: int,
     companions: Sequence[Path] = (),
     parts: dict[str, Any] | None = None,
-    pipeline: Comm | None = None,
 ) -> Path:
     """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective.
 
     companions: files that travel with it, so that it is of use without its run: configuration, tokenizer, corpus card.
-    parts: tensors beside those of the model and the optimizer, by name. pipeline: the ranks that have other layers.
+    parts: tensors beside those of the model and the optimizer, by name.
     """
     final = folder / f"step-{facts['step']}"
     aside = final.with_suffix(".partial")
@@ -77,8 +77,14 @@ def save(
                 shutil.copyfile(companion, aside / companion.name)
         dist.barrier()
         files = _write_tensors(aside, model, optimizer, parts or {}, [companion.name for companion in companions])
-        tensors = _tensors(model, pipeline)
         if first:
+            named = model.named_parameters()
+            whole = division_of(model)
+            shapes = {} if whole is None else {name: piece.shape for name, piece in whole.pieces.items()}
+            tensors = {
+                (name := parameter_name(n)): [list(shapes.get(name, p.shape)), str(p.dtype).removeprefix("torch.")]
+                for n, p in named
+            }
             manifest = {"format": FORMAT, **facts, "model": tensors, "files": files}
             _write(aside / MANIFEST, json.dumps(manifest, indent=1))
             shutil.rmtree(final, ignore_errors=True)
@@ -95,17 +101,6 @@ def save(
     return final
 
 
-def _tensors(model: nn.Module, pipeline: Comm | None) -> dict[str, Any]:
-    """Returns the shape and the dtype of every parameter, those of other stages included. Collective."""
-    named = model.named_parameters()
-    own = {parameter_name(n): [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in named}
-    if pipeline is None:
-        return own
-    ranks: list[dict[str, Any]] = [{} for _ in pipeline.ranks]
-    dist.all_gather_object(ranks, own, group=pipeline.group)
-    return {name: found for rank in ranks for name, found in rank.items()}
-
-
 def _write_tensors(
     aside: Path, model: nn.Module, optimizer: Optimizer, parts: dict[str, Any], names: list[str]
 ) -> dict[str, Any]:
@@ -115,7 +110,8 @@ def _write_tensors(
     """
     weights, moments = get_state_dict(model, optimizer)
     state = {"state": moments["state"]}  # its settings, which are no tensors, are the run's own and never read again
-    dcp.save({"model": weights, "optimizer": state, **parts}, checkpoint_id=str(aside))
+    planner = stored.TensorSavePlanner(division_of(model))
+    dcp.save({"model": weights, "optimizer": state, **parts}, checkpoint_id=str(aside), planner=planner)
     rank = dist.get_rank()
     own = {METADATA, *names} if rank == 0 else set()
     mine = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or p.name in own]
@@ -181,12 +177,12 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
         buffers = (parameter_name(name) for name, _ in model.named_buffers())
         new = {name for name in buffers if f"model.{name}" not in saved}
         weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
-        read({"model": weights}, checkpoint)
+        read({"model": weights}, checkpoint, division=division_of(model))
         set_model_state_dict(model, weights, options=StateDictOptions(strict=not new))
     else:
         weights, moments = get_state_dict(model, optimizer)
         state = {"state": moments["state"]}  # and not its settings: a resumed run may have been given others
-        read({"model": weights, "optimizer": state}, checkpoint)
+        read({"model": weights, "optimizer": state}, checkpoint, division=division_of(model))
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return manifest(checkpoint)
 
@@ -194,7 +190,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
 def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Fills the optimizer's state, and not its settings: this run has its own. Collective."""
     moments = get_optimizer_state_dict(model, optimizer)
-    read({"optimizer": {"state": moments["state"]}}, checkpoint)
+    read({"optimizer": {"state": moments["state"]}}, checkpoint, division=division_of(model))
     set_optimizer_state_dict(model, optimizer, moments)
 
 
@@ -210,25 +206,26 @@ def has_moments(checkpoint: Path) -> bool:
 def load_average(checkpoint: Path, model: nn.Module) -> None:
     """Fills the model's parameters from the averaged weights; what it remembers besides stays. Collective."""
     averaged = {parameter_name(name): p.detach() for name, p in model.named_parameters()}
-    read({"average": {"mean": averaged}}, checkpoint)
+    read({"average": {"mean": averaged}}, checkpoint, division=division_of(model))
 
 
-def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False) -> None:
-    """Fills a state dict of tensors in place from a checkpoint's files; `alone`: without a process group.
+def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False, division: Division | None = None) -> None:
+    """Fills a state dict of tensors in place from a checkpoint's files; `alone`: without a process group. division: of
+    the model that they belong to.
 
     Raises DamagedError for a checkpoint that lacks one of them or has it in another shape, before any is filled.
     """
     reader = _reader(checkpoint)
-    _check_saved(state, reader.read_metadata())
+    _check_saved(state, reader.read_metadata(), division)
     try:
-        dcp.load(state, storage_reader=reader, planner=stored.TensorLoadPlanner(), no_dist=alone)
+        dcp.load(state, storage_reader=reader, planner=stored.TensorLoadPlanner(division), no_dist=alone)
     except CheckpointException as error:
         told = [each for each, _ in error.failures.values() if isinstance(each, DamagedError | ValueError)]
         raise told[0] if told else error from None
 
 
-def _check_saved(state: dict[str, Any], saved: Metadata) -> None:
-    for name, value in flatten_state_dict(state)[0].items():
+def _check_saved(state: dict[str, Any], saved: Metadata, division: Division | None) -> None:
+    for name, value in logical(*flatten_state_dict(state), division).items():
         entry = saved.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise DamagedError(f"it has no tensor {name}")

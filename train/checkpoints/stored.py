@@ -29,7 +29,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from data import reading
+from parallel.tensor import Division
 from train.checkpoints.inert import Elsewhere, InertDict, Made, Name, parsed
+from train.checkpoints.pieces import LogicalTensor, logical
 
 METADATA = ".metadata"
 LONGEST, LEAST = 1 << 28, 1 << 20  # bytes of a .metadata, whatever it says
@@ -84,10 +86,38 @@ class CheckpointReader(dcp.FileSystemReader):
 
 
 class TensorLoadPlanner(dcp.DefaultLoadPlanner):
-    """Asks for tensors alone."""
+    """Asks for tensors alone, as logical ones where a model is divided."""
+
+    def __init__(self, division: Division | None = None):
+        super().__init__()
+        self.division = division
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        self.state_dict = logical(self.state_dict, self.mappings, self.division)
+
+    def lookup_tensor(self, index: Any) -> torch.Tensor:
+        found = self.state_dict[index.fqn]
+        return found.at(index) if isinstance(found, LogicalTensor) else super().lookup_tensor(index)
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         raise DamagedError(f"{read_item.dest_index.fqn}: is an entry of bytes, which is never loaded")
+
+
+class TensorSavePlanner(dcp.DefaultSavePlanner):
+    """Writes tensors as logical ones where a model is divided."""
+
+    def __init__(self, division: Division | None = None):
+        super().__init__()
+        self.division = division
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        self.state_dict = logical(self.state_dict, self.mappings, self.division)
+
+    def lookup_object(self, index: Any) -> Any:
+        found = self.state_dict[index.fqn]
+        return found.at(index) if isinstance(found, LogicalTensor) else super().lookup_object(index)
 
 
 class StoredPiece(NamedTuple):

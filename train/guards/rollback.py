@@ -17,7 +17,7 @@ from parallel.schedule.plan import Plan
 from parallel.schedule.static import Static
 from train.checkpoints import checkpoint
 from train.execute import Executor
-from train.guards.step_guard import TokenRun, Watched, first_parameter, name, save_batch, suspects
+from train.guards.step_guard import TokenRun, Watched, first_parameter, in_window, name, save_batch, suspects
 from train.hooks import Record
 from train.state import State, TrainProgress
 
@@ -45,11 +45,14 @@ class Rollback:
     load: Callable[[Path], dict[str, Any]]
     tell: Callable[[str], None]
 
-    def skip(self, plan: Plan, batch: Any, loss: float, norm: float, rate: float) -> Record:
-        """Passes over the batch of a step that was held back, and returns the step's record. Collective."""
+    def skip(self, plan: Plan, batch: Any, windows: Any, loss: float, norm: float, rate: float) -> Record:
+        """Passes over the batch of a step that was held back, and returns the step's record. Collective.
+
+        batch: the sequences of the plan. windows: those that the batch was read as.
+        """
         state = self.progress.state
         finite = math.isfinite(loss) and math.isfinite(norm)
-        where, whose = (None, "") if finite else self._first(plan, batch)
+        where, whose = (None, "") if finite else self._first(plan, batch, windows)
         self.optimizer.zero_grad()
         step, place = state.step + 1, state.place
         self.progress.skipped()
@@ -66,7 +69,7 @@ class Rollback:
         if where is not None:
             record["skipped"]["first"] = where + whose
         if self.groups.first:
-            saved = save_batch(self.run_dir / "skipped", f"batch-{place}", batch)
+            saved = save_batch(self.run_dir / "skipped", f"batch-{place}", windows)
             line += f"; saved as {saved.relative_to(self.run_dir)}"
         self.tell(line)
         return record
@@ -109,13 +112,10 @@ class Rollback:
             f"times {back.scale:g}"
         )
 
-    def _first(self, plan: Plan, batch: Any) -> tuple[str, str]:
+    def _first(self, plan: Plan, batch: Any, windows: Any) -> tuple[str, str]:
         """Returns where something was first not finite: forward, whose layers run again, and of which documents; else
         backward, by what it has left. Collective."""
-        pipeline = self.executor.pipeline
-        parameter = first_parameter(self.model, self.groups.world_comm, pipeline)
-        if pipeline is not None:  # no rank has all layers to run again
-            return (f"the gradient of {parameter}" if parameter else "the loss"), ""
+        parameter = first_parameter(self.model, self.groups.all_comm)
         layers = {f"layers.{name}": layer for name, layer in self.model.layers.items()}  # type: ignore[operator, union-attr]
         with Watched(layers) as watched:
             (depths,) = self.executor.by_token(plan, batch, watched.read)
@@ -124,8 +124,8 @@ class Rollback:
                 return (f"the gradient of {parameter}" if parameter else "the loss"), ""
             groups = suspects(plan, batch, (depths == deepest).cpu().numpy())
             found = [origin(self.executor, watched, batch, group, plan.step, self.split) for group in groups[:NAMED]]
-        held = self._held()
-        names = [name(piece, batch[piece.sequence], held and held[piece.sequence]) for piece in found]
+        held, found = self._held(), [in_window(piece, batch[piece.sequence]) for piece in found]
+        names = [name(piece, windows[piece.sequence], held and held[piece.sequence]) for piece in found]
         more = [f"{len(groups) - NAMED} more"] if len(groups) > NAMED else []
         return watched.name(deepest) or "the loss", "".join(f", {each}" for each in (*names, *more))
 

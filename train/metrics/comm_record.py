@@ -23,11 +23,14 @@ ENTRIES = (
         for purpose in ("state", "halo", "queries", "keys and values", "outputs", "document sums")
         for way in ("", GRADIENT)
     ),
+    *(LedgerEntry(axis, "weights" + way) for axis in ("world", "dense") for way in ("", GRADIENT)),
+    LedgerEntry("replicate", "weights" + GRADIENT),
+    *(LedgerEntry("tensor", purpose + way) for purpose in ("hidden", "channels") for way in ("", GRADIENT)),
+    LedgerEntry("tensor", "loss"),
+    LedgerEntry("tensor", "partial gradients"),
     *(LedgerEntry("expert", purpose + way) for purpose in (ROWS, OUTPUTS) for way in ("", GRADIENT)),
     LedgerEntry("expert", COUNTS),
     *(LedgerEntry("experts", "weights" + way) for way in ("", GRADIENT)),
-    LedgerEntry("world", "weights"),
-    LedgerEntry("world", "weights" + GRADIENT),
     LedgerEntry("world", PURPOSE),
     OTHER,
 )

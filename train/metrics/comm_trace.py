@@ -34,10 +34,11 @@ def asked(model: LM, *, device: str = "cpu") -> tuple[Ask, ...]:
     return tuple(seq.asks)
 
 
-def check_heads(model: LM, attention: str, ranks: int) -> None:
+def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> None:
     """Raises ValueError where that transport of keys cannot share out the heads of a model on the meta device.
 
-    A window needs none of it; a model whose course depends on data is not known here, and speaks when it runs.
+    tensor: ranks that share out the heads before that. A window needs none of it; a model whose course depends on data
+    is not known here, and speaks when it runs.
     """
     try:
         asks = asked(model)
@@ -45,7 +46,7 @@ def check_heads(model: LM, attention: str, ranks: int) -> None:
         return
     for ask in asks:
         if isinstance(ask, AttendCall) and ask.window is None:
-            ask.split(ranks, attention)
+            ask.here(tensor).split(ranks, attention)
 
 
 def weight_units(model: LM, *, itemsize: int, reshard: bool) -> list[Unit]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import Comm
+from parallel.mesh import Groups
 from train.execute import Tally
 from train.metrics import comm_record
 from train.metrics.timing import peak_memory_bytes
@@ -17,14 +17,16 @@ class StepTotals:
     """Sums over all ranks, the same on each.
 
     stop, held: whether any rank was asked to stop, or held the step back. memory: the largest peak of a rank, bytes.
-    cpu: seconds of processor time. choices: by layer, how many tokens each expert got, [E]. dropped: by layer, the
-    share of these that an expert had no room for. communication: as `comm_record.record` has it.
+    cpu: seconds of processor time. computing: seconds in layers, of each rank of a plan. choices: by layer, how many
+    tokens each expert got, [E]. dropped: by layer, the share of these that an expert had no room for. communication: as
+    `comm_record.record` has it.
     """
 
     stop: bool
     held: bool
     memory: int
     cpu: float
+    computing: tuple[float, ...]
     cross_entropy: float
     balance: float
     z: float
@@ -33,17 +35,19 @@ class StepTotals:
     communication: dict[str, Any]
 
 
-def totals(tally: Tally, held: Tensor, stop: bool, cpu: float, device: torch.device, comm: Comm) -> StepTotals:
+def totals(
+    tally: Tally, held: Tensor, stop: bool, cpu: float, device: torch.device, groups: Groups, computing: float = 0.0
+) -> StepTotals:
     """Adds up what this rank found in a step with that of the others. held: bool []. Collective."""
     layers, limited = sorted(tally.load), sorted(tally.dropped)
     loads = [tally.load[name].double() for name in layers]
     sums = [tally.cross_entropy, tally.balance, tally.z, *(tally.dropped[name] for name in limited)]
     memory = float(peak_memory_bytes(str(device)))
-    own = torch.tensor([float(stop), memory, cpu, 0.0], dtype=torch.float64, device=device)
+    own = torch.tensor([float(stop), memory, cpu, 0.0, computing], dtype=torch.float64, device=device)
     own[3] = held  # without a word from the device to the host
     received = torch.tensor(comm_record.taken(), dtype=torch.float64, device=device)
-    row = torch.cat([own, *(x.double().view(1) for x in sums), *loads, received])
-    rows = comm.all_gather(row, purpose="metrics")
+    found = torch.cat([x.double().view(-1) for x in (*sums, *loads)]) * float(groups.counts)
+    rows = groups.all_comm.all_gather(torch.cat([own, found, received]), purpose="metrics")
     total = rows.sum(0)
     first = len(own) + len(sums)
     *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])
@@ -55,6 +59,7 @@ def totals(tally: Tally, held: Tensor, stop: bool, cpu: float, device: torch.dev
         held=bool(total[3] > 0),
         memory=int(rows[:, 1].max()),
         cpu=total[2].item(),
+        computing=tuple(rows[list(groups.speakers), 4].tolist()),
         cross_entropy=cross_entropy,
         balance=balance,
         z=z,

@@ -55,6 +55,10 @@ class PhaseTimes:
         taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
         return taken
 
+    def spent(self, name: str) -> float:
+        """The seconds of a phase since `take`, without those of one that is open now."""
+        return self._seconds[name]
+
     def _charge(self) -> None:
         """Give the time since the last change to the innermost open phase."""
         now = self._clock()

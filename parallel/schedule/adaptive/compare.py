@@ -16,7 +16,7 @@ from parallel.schedule.adaptive.rivals import Balanced, BestFit, LongestFirst, O
 from parallel.schedule.adaptive.simulate import timing
 
 
-class Adaptive:
+class _Adaptive:
     """The fast planner behind the schedulers' interface. `bounds`: of what it has planned, in order."""
 
     def __init__(self, costs: Costs, quantum: int = 128):
@@ -31,7 +31,7 @@ class Adaptive:
 _OPTIONAL = {"megatron_balanced": "megatron-core"}
 
 SCHEDULERS: dict[str, Callable[[Costs], Scheduler]] = {
-    "adaptive": Adaptive,
+    "adaptive": _Adaptive,
     "auto": Auto,
     "one_size": OneSize,
     "longest_first": LongestFirst,

@@ -22,6 +22,7 @@ Seconds and bytes throughout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -138,6 +139,7 @@ class Cluster:
     """`ranks` of `memory` bytes each. wires: from this group size on, up to the next one given.
 
     speeds, memories: a rank's own, of `ranks` entries; None: all ranks are alike (speed 1, `memory` bytes).
+    most_tokens: that a rank may hold at a time, whatever its memory.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Cluster:
     wires: dict[int, Wire] = field(hash=False)
     speeds: tuple[float, ...] | None = None
     memories: tuple[float, ...] | None = None
+    most_tokens: float = math.inf
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -198,7 +201,7 @@ class Costs:
         self.token_bytes = np.array(
             [model.activation_bytes * choice.activations + model.logit_bytes for choice in model.recompute]
         )
-        self.rank_tokens = free[None] / self.token_bytes[:, None]
+        self.rank_tokens = np.minimum(free[None] / self.token_bytes[:, None], cluster.most_tokens)
         """[recompute, ranks], tokens that a rank may hold."""
         self._messages = {size: (self._sending(size), self._fixed(size)) for size in self.sizes}
 

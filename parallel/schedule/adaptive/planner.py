@@ -222,6 +222,13 @@ class _Search:
         return best
 
 
+def rounded(costs: Costs, lengths: Sequence[int], quantum: int) -> np.ndarray:
+    """Lengths as multiples of `quantum`, int64 [n]; one that would fit no group for that stays as it is."""
+    exact = np.asarray(lengths, dtype=np.int64)
+    padded = -(-exact // quantum) * quantum
+    return np.where(padded > max(costs.sizes) * costs.rank_tokens.min(axis=1).max(), exact, padded)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A plan, its seconds, and a bound below which no plan's can be."""
@@ -242,7 +249,7 @@ class Planner:
         """Raises TooLongError for a sequence that fits no group, ValueError for no sequence or an empty one."""
         if not len(lengths) or min(lengths) < 1:
             raise ValueError("a step needs a sequence, and every sequence a token")
-        padded = -(-np.asarray(lengths, dtype=np.int64) // self.quantum) * self.quantum
+        padded = rounded(self.costs, lengths, self.quantum)
         values, counts = np.unique(padded, return_counts=True)
         search = _Search(self.costs, values[::-1].tolist(), counts[::-1].tolist())
         bound = lower_bound(self.costs, search.lengths, search.counts)

@@ -20,6 +20,24 @@ PROFILES = (RUN, *MODELS)
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostSettings:
+    """Measured costs of steps, by which scheduler=adaptive and auto plan.
+
+    profile: true has `farspan plan` measure the model's layers and the workers' messages on this machine, and store
+    them. path: the file of the costs; null for one in the user's cache, named by model and machine, which a run uses
+    where it is there. seconds: time to measure, at most some more.
+    """
+
+    profile: bool = False
+    path: str | None = None
+    seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seconds <= 3600:
+            raise ValueError(f"cost.seconds={self.seconds:g}: must be at least 1, and at most 3,600")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulationSettings:
     """A cluster, a model and lengths for `farspan plan scheduler.simulate=N`, which needs no GPU; training reads none.
 

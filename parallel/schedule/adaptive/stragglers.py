@@ -8,6 +8,7 @@ for `patience` steps in a row; then all ranks' speeds are set at once, to the av
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,18 @@ class Speeds:
         self._average: Floats = np.ones(ranks)
         self._away = np.zeros(ranks, dtype=np.int64)
         self._weight, self._change, self._patience, self._floor = 0.5 ** (1 / half_life), change, patience, floor
+
+    def state(self) -> dict[str, Any]:
+        """All that a later `observe` depends on, in JSON's types."""
+        return {"believed": self.believed.tolist(), "average": self._average.tolist(), "away": self._away.tolist()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave of as many ranks. Raises KeyError or ValueError for something else."""
+        believed, average = (np.array(state[name], dtype=np.float64) for name in ("believed", "average"))
+        away = np.array(state["away"], dtype=np.int64)
+        if not believed.shape == average.shape == away.shape == self._away.shape or min(*believed, *average) <= 0:
+            raise ValueError(f"speeds of {len(believed)} ranks, there are {len(self._away)}")
+        self.believed, self._average, self._away = believed, average, away
 
     def observe(self, expected: Sequence[float] | Floats, measured: Sequence[float] | Floats) -> str | None:
         """After a step: seconds of computing that a rank of speed 1 needs for each rank's share, and what it took.

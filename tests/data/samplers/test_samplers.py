@@ -1,5 +1,6 @@
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,3 +193,24 @@ def test_an_index_goes_to_the_cache_where_the_store_cannot_be_written_to(
     (tmp_path / "store.index").write_text("in the way")
     assert len(documents(tmp_path, [50, 60, 70])) == 180
     assert len(indices(tmp_path / "cache" / "farspan" / "index")) == 1
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "decomposition"])
+def test_documents_that_are_too_long_are_split_left_out_or_refused(tmp_path: Path, packing: str) -> None:
+    lengths = [100, 16, 64, 30, 65, 40, 8, 50]
+    documents = np.cumsum([0, *lengths])
+    kept = {i for i, n in enumerate(lengths) if n <= 64}
+
+    def seen(how: str) -> tuple[set[int], Any]:
+        found = batches(tmp_path, lengths, 64, packing=packing, too_long=how)
+        tokens = np.concatenate([s.tokens[s.counted] for step in range(20) for s in found.batch(0, step)])
+        return set((np.searchsorted(documents, tokens) - 1).tolist()), found
+
+    split, skipped = seen("split"), seen("skip")
+    assert split[0] == set(range(8)) and skipped[0] == kept
+    assert split[1].longest_piece == 64 and split[1].fingerprint != skipped[1].fingerprint
+    assert skipped[1].told()[-1] == (
+        "data.too_long=skip: 2 documents with more than data.max_length=64 tokens, 165 together, are left out"
+    )
+    with pytest.raises(ValueError, match="error: there are 2 documents .* longest has 100; must be skip or split, or"):
+        seen("error")

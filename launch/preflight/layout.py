@@ -1,0 +1,28 @@
+"""Refusals of a mesh that the model, or what else the run is built from, cannot be divided by."""
+
+from typing import Any
+
+from parallel.schedule.mesh import Mesh
+from train.run_config import RunConfig
+
+
+def check_layout(config: RunConfig, mesh: Mesh, model: Any) -> None:
+    """Raises ValueError that names the size and what stands in its way. model: on the meta device."""
+    from models.axes import declarations
+    from parallel.tensor import division
+    from train.layout import check_experts
+    from train.metrics.comm_trace import check_heads
+
+    check_experts(model, mesh.expert)
+    attention = config.parallel.transport.attention
+    if mesh.tensor > 1:
+        division(model, declarations(model), mesh.tensor)
+        if config.train.span_tokens is not None:
+            raise ValueError(f"parallel.tensor={mesh.tensor}: must be 1 with train.span_tokens")
+    if attention == "ulysses" and mesh.sequence > 1:
+        check_heads(model, attention, mesh.sequence, tensor=mesh.tensor)
+    for name in ("tensor", "replicate"):
+        if (size := getattr(mesh, name)) > 1 and config.optimizer.target == "train.optim.Muon":
+            raise ValueError(f"parallel.{name}={size}: must be 1 with optimizer=muon, which shares out whole matrices")
+        if size > 1 and config.engine.target != "train.engines.FSDP":
+            raise ValueError(f"parallel.{name}={size}: must be 1 with engine={config.engine.target}; accepts fsdp")

@@ -1,0 +1,323 @@
+"""Layers divided over tensor ranks, and copies of shards, against one process: losses, gradients, norms, checkpoints.
+
+`make tensor` prints how far every mixer is from one process, at two tensor ranks and with two sequence ranks to each.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import distribute_tensor
+
+import parallel.tensor
+import parallel.tensor_loss
+import train.execute
+from models.axes import declarations
+from models.block import Block
+from models.ffn import SwiGLU
+from models.linear import Linear
+from models.lm import LM
+from models.mixers import MIXERS
+from models.moe import MoE
+from parallel.mesh import Groups, Meshes
+from parallel.parallelize import parallelise, parameter_name
+from parallel.schedule.mesh import Mesh
+from parallel.schedule.static import Static
+from parallel.tensor import TensorPiece, division
+from tests.parallel.test_mixers import BUILDS
+from tests.parallel.test_parity import BATCH, static
+from tests.parity import TOLERANCE, VOCABULARY, differences, logical, mixer_model, small_model, spread, truth
+from tests.world import run_world
+from train.checkpoints import checkpoint
+from train.optim.build import build_optimizer
+from train.optim.clip import clip, layer_norms
+
+pytestmark = pytest.mark.dist
+
+SHORT = BATCH[2:]  # documents that end on a span's edge, and one shorter than a convolution
+
+
+def shared() -> LM:
+    """Fewer key heads than four ranks, B and C shared by heads, a tied head, a gate on the shared expert, a vocabulary
+    that does not divide."""
+    moe = partial(MoE, num_experts=4, top_k=2, hidden=12, shared_hidden=8, shared_gate=True)
+    heads = partial(MIXERS["attention"], heads=4, kv_heads=2, gate=True, qk_norm=True)
+    blocks = {
+        "attention": partial(Block, mixer=heads, ffn=moe),
+        "mamba2": partial(Block, mixer=partial(MIXERS["mamba2"], heads=4, groups=2, state=8), ffn=None),
+        "gdn": partial(Block, mixer=partial(MIXERS["gated_deltanet"], heads=4), ffn=partial(SwiGLU, hidden=24)),
+    }
+    return LM(vocabulary=VOCABULARY + 1, dim=32, layers=3, pattern=list(blocks), blocks=blocks, tied=True)
+
+
+MODELS: dict[str, Callable[[], LM]] = {"hybrid": small_model, "shared heads": shared}
+LAYOUTS: dict[str, tuple[Mesh, str, str, int | None]] = {  # mesh, model, recomputation, tokens a rank at a time
+    "tensor 2 × sequence 2, recomputed": (Mesh(tensor=2, sequence=2), "hybrid", "full", None),
+    "tensor 4": (Mesh(tensor=4), "shared heads", "none", None),
+    "replicate 2 × tensor 2": (Mesh(replicate=2, tensor=2), "hybrid", "none", None),
+    "expert 2 × tensor 2": (Mesh(expert=2, tensor=2), "hybrid", "none", None),
+    "replicate 2 × data 2, accumulated, recomputed": (Mesh(replicate=2, data=2), "hybrid", "selective", 140),
+}
+DIVISIONS = {"tensor 2": Mesh(tensor=2), "tensor 2 × sequence 2": Mesh(tensor=2, sequence=2)}
+OPTIONS = {  # that are divided in another way than the mixer's plain form
+    "gated_deltanet, value heads": partial(mixer_model, "gated_deltanet", heads=2, value_heads=4),
+    "attention, one key head": partial(mixer_model, "attention", heads=4, kv_heads=1, gate=True, qk_norm=True),
+    "mamba2, two groups": partial(mixer_model, "mamba2", heads=4, groups=2, state=8),
+}
+
+
+def every_layout() -> dict[str, Any]:
+    return {
+        name: spread(BATCH, static(*mesh.split, tokens), "fp64", remat, mesh=mesh, build=MODELS[model])
+        for name, (mesh, model, remat, tokens) in LAYOUTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return {name: truth(BATCH, "fp64", build=build) for name, build in MODELS.items()}
+
+
+def test_every_layout_gives_the_loss_and_gradients_of_one_process(run, wanted):
+    for got in run(4, every_layout):
+        for name, (_, model, *_) in LAYOUTS.items():
+            for what, error in differences(got[name], wanted[model]).items():
+                assert error <= TOLERANCE["fp64"], f"{name}: {what}: {error:.1e}"
+
+
+# --- mutations: each breaks one thing for the time of a pass, and the pass must then differ ---
+
+
+@contextmanager
+def instead(place: Any, name: str, value: Any) -> Iterator[None]:
+    honest = getattr(place, name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, honest)
+
+
+def mutations() -> dict[str, tuple[Any, str, Any]]:
+    """Where each stands, and what is put there."""
+    tensor, segments = parallel.tensor, TensorPiece.segments
+
+    def side_by_side(self: TensorPiece, rank: int) -> list[tuple[int, int]]:
+        """Cuts q, k and v as if they were one matrix."""
+        return segments(TensorPiece(self.shape, self.ranks, self.along, self.pieces), rank)
+
+    def reversed_shares(y, ranks):
+        return dealt(y, ranks).flip(0)
+
+    dealt = tensor._dealt
+    return {
+        "gradients of whole parameters are not summed": (train.execute, "sum_gradients", lambda model: None),
+        "losses of routers count on every rank": (tensor.DividedWidth, "alike", lambda self, x: x),
+        "norms over all heads see their own alone": (tensor.DividedWidth, "sum", lambda self, x: x * self.comm.size),
+        "parts are cut as one": (TensorPiece, "segments", side_by_side),
+        "tokens are dealt out in another order": (tensor, "_dealt", reversed_shares),
+        "every rank looks up the first rows": (parallel.tensor_loss, "_own", _blind),
+        "the logsumexp is the rank's own": (parallel.tensor_loss, "_over_all", _alone),
+        "a bias is added by every rank": (Linear, "forward", _whole_bias),
+    }
+
+
+def _whole_bias(self: Linear, x):
+    return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _blind(tokens, rows, first):
+    return tokens.clamp(0, rows - 1), (tokens < 0) | (tokens >= rows)
+
+
+def _alone(comm, z_CV, index_C, elsewhere_C):
+    _, target = HONEST(comm, z_CV, index_C, elsewhere_C)
+    return z_CV.logsumexp(-1), target
+
+
+HONEST = parallel.tensor_loss._over_all
+
+
+def probe() -> LM:
+    """Two layers that meet all of the mutations: a norm over all heads, packed parts, a router, a bias behind heads."""
+    moe = partial(MoE, num_experts=4, top_k=2, hidden=12)
+    blocks = {
+        "hgrn2": partial(Block, mixer=partial(MIXERS["hgrn2"], heads=2), ffn=moe),
+        "rglru": partial(Block, mixer=partial(MIXERS["rglru"], heads=2, bias=True), ffn=None),
+    }
+    return LM(vocabulary=VOCABULARY, dim=16, layers=2, pattern=list(blocks), blocks=blocks)
+
+
+def broken() -> dict[str, Any]:
+    plan = Static().plan(0, [len(s.tokens) for s in SHORT], data=1, sequence=1)
+    pass_ = partial(spread, SHORT, plan, "fp64", mesh=Mesh(tensor=2), build=probe)
+    found = {"nothing": pass_()}
+    for name, (place, attribute, value) in mutations().items():
+        with instead(place, attribute, value):
+            found[name] = pass_()
+    return found
+
+
+def test_each_mechanism_broken_on_purpose_is_seen(run):
+    want, worlds = truth(SHORT, "fp64", build=probe), run(2, broken)
+    for got in worlds:
+        assert max(differences(got["nothing"], want).values()) <= TOLERANCE["fp64"]
+    for name in mutations():
+        worst = max(max(differences(got[name], want).values()) for got in worlds)
+        assert not worst < 1e-4, f"{name}: {worst:.1e}"
+
+
+# --- norms, clipping, checkpoints ---
+
+
+def model_on(mesh: Mesh, seed: int) -> tuple[LM, Any, Groups]:
+    """A model on a mesh of this world, and AdamW."""
+    with torch.device("meta"):
+        model = shared()
+    model.compute = torch.float64
+    declared = declarations(model)
+    meshes = Meshes(mesh, torch.device("cpu"))
+    parallelise(model, meshes, seed=seed, dtype=torch.float64, remat="none", reshard_after_forward=True)
+    make = partial(torch.optim.AdamW, lr=1e-2)
+    return model, build_optimizer(make, model, declared), Groups(mesh)
+
+
+def filled(model: LM, division: Any, rank: int) -> None:
+    """Gives each parameter a gradient that its name and place alone decide."""
+    generator = torch.Generator().manual_seed(3)
+    for name, p in sorted(model.named_parameters()):
+        name = parameter_name(name)
+        shape = tuple(p.shape) if division is None else division.pieces[name].shape
+        whole = torch.randn(shape, generator=generator, dtype=torch.float64)
+        own = whole if division is None else division.pieces[name].of(whole, rank)
+        p.grad = distribute_tensor(own, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def state_of(model: LM, optimizer: Any) -> dict[str, np.ndarray]:
+    found = {}
+    for name, p in model.named_parameters():
+        name = parameter_name(name)
+        found[name] = logical(model, name, p.detach()).numpy()
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[f"{name}/{key}"] = logical(model, name, optimizer.state[p][key]).numpy()
+    return found
+
+
+def travelled(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
+    """Norms on meshes of four ranks, and a state that goes from each to the next through a checkpoint."""
+    norms, states = {}, []
+    path, meshes = None, (Mesh(tensor=2, sequence=2), Mesh(replicate=2, data=2), Mesh(tensor=4))
+    for step, mesh in enumerate(meshes):
+        model, optimizer, groups = model_on(mesh, seed=step)
+        filled(model, model.division, groups.mesh.coordinates(groups.all_comm.rank)["tensor"])
+        layers = layer_norms(model, groups.all_comm)["gradient_norms"]
+        norm = clip(model, groups.all_comm, largest=1.0, each=5.0, value=2.0)
+        after = clip(model, groups.all_comm, largest=1e9, each=None, value=None)
+        norms[str(mesh)] = (norm.item(), after.item(), layers)
+        optimizer.step()
+        if path is not None:
+            checkpoint.load(path, model, optimizer)
+        states.append(state_of(model, optimizer))
+        if mesh != meshes[-1]:
+            path = checkpoint.save(folder, model, optimizer, {"step": step + 1}, keep=9)
+    return norms, states
+
+
+def test_norms_are_those_of_whole_tensors_and_checkpoints_load_on_any_mesh(run, tmp_path):
+    for norms, states in run(4, travelled, tmp_path):
+        first, *others = norms.values()
+        for norm, after, layers in others:
+            assert norm == pytest.approx(first[0], rel=1e-12) and after == pytest.approx(first[1], rel=1e-12)
+            assert layers == pytest.approx(first[2], rel=1e-12)
+        assert first[0] > 10 and first[1] == pytest.approx(1.0, rel=1e-6)
+        for state in states[1:]:
+            assert state.keys() == states[0].keys()
+            for name, value in state.items():
+                assert np.array_equal(value, states[0][name]), name
+                assert np.isfinite(value).all(), name
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("build", "ranks", "line"),
+    [
+        (small_model, 4, "parallel.tensor=4: must divide the 2 heads of layers.0.mixer.qkv"),
+        (
+            partial(mixer_model, "mamba2", heads=6, groups=3, expand=3),
+            2,
+            "must divide the 3 groups of layers.0.mixer.bc",
+        ),
+        (partial(mixer_model, "hgrn"), 3, "parallel.tensor=3: must divide the 16 heads of layers.0.mixer.i"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_by_name(build, ranks, line):
+    with torch.device("meta"):
+        model = build()
+    with pytest.raises(ValueError, match=line):
+        division(model, declarations(model), ranks)
+
+
+def test_a_mixer_that_does_not_say_how_its_heads_divide_is_refused():
+    with torch.device("meta"):
+        model = mixer_model("gla", heads=2)
+    del model.layers["1"].mixer.units
+    with pytest.raises(ValueError, match="parallel.tensor: must be 1 with layers.1.mixer.*does not say"):
+        division(model, declarations(model), 2)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_pieces_of_a_parameter_are_all_of_it(ranks):
+    with torch.device("meta"):
+        model = shared()
+    for name, piece in division(model, declarations(model), ranks).items():
+        if piece.along is None:
+            continue
+        numbers = torch.arange(int(np.prod(piece.shape))).view(piece.shape)
+        found = torch.cat([piece.of(numbers, rank).flatten() for rank in range(0, ranks, piece.copies)])
+        assert torch.equal(found.sort().values, numbers.flatten()), name
+        for rank in range(ranks):
+            assert tuple(piece.of(numbers, rank).shape) == piece.local_shape(rank)
+
+
+# --- every mixer: a command, and a slow test ---
+
+
+def every_mixer(division: str, names: list[str]) -> dict[str, Any]:
+    mesh = DIVISIONS[division]
+    plan = Static().plan(0, [len(s.tokens) for s in SHORT], data=mesh.split[0], sequence=mesh.split[1])
+    builds = BUILDS | OPTIONS
+    return {name: spread(SHORT, plan, "fp64", mesh=mesh, build=builds[name]) for name in names}
+
+
+def worst(division: str, names: list[str], run: Callable[..., Any] = run_world) -> dict[str, tuple[float, str]]:
+    """The largest error of each mixer on any rank, and of what."""
+    wants = {name: truth(SHORT, "fp64", build=(BUILDS | OPTIONS)[name]) for name in names}
+    found: dict[str, tuple[float, str]] = {name: (0.0, "") for name in names}
+    for got in run(DIVISIONS[division].world, every_mixer, division, names, timeout=1800):
+        for name in names:
+            errors = differences(got[name], wants[name])
+            found[name] = max(found[name], max((error, what) for what, error in errors.items()))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_every_mixer_divided_gives_the_loss_and_gradients_of_one_process(run, division):
+    for name, (error, what) in worst(division, list(BUILDS | OPTIONS), run).items():
+        assert error <= TOLERANCE["fp64"], f"{name}: {what}: {error:.1e}"
+
+
+if __name__ == "__main__":
+    wanted_names = sys.argv[1:] or list(BUILDS | OPTIONS)
+    for each in DIVISIONS:
+        for mixer, (error, what) in worst(each, wanted_names).items():
+            print(f"{each:<24}{mixer:<32}{error:9.1e}  {what}", flush=True)

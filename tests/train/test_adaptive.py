@@ -1,0 +1,81 @@
+"""Training with adaptive groups: the losses of one process, plans that differ from step to step, a resume that is
+bitwise, a slow rank that gets less work."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.jobs import order
+from train.build import build
+from train.checkpoints.hook import Checkpoints
+
+pytestmark = pytest.mark.dist
+
+# Windows hold whole documents of one byte to some hundred; of the last, padding is left out.
+JOB = ["precision=fp64", "train.steps=12", "data.packing=best_fit", "data.max_length=192", "train.batch_tokens=768"]
+ADAPTIVE = ["scheduler=adaptive", "scheduler.tokens_per_rank=96", "scheduler.quantum=1", "scheduler.stragglers=false"]
+STEPS = 4
+
+
+def train(job: dict[str, Any], steps: int, save_at: int | None = None) -> Any:
+    """Of each step its loss and gradient norm, and its groups; where the run was saved."""
+    trainer, found, saved = build(job), [], None
+    plans: list[Any] = []
+    honest = trainer.executor.train
+    object.__setattr__(trainer.executor, "train", lambda plan, batch: plans.append(plan) or honest(plan, batch))
+    for step in range(1, steps + 1):
+        record, _ = trainer.step()
+        groups = [[(g.ranks, g.sequences) for g in micro.groups] for micro in plans[-1].micro_steps]
+        found.append((record["loss"], record["grad_norm"], record["tokens"], groups))
+        if step == save_at:
+            saved = str(trainer.hooks.of(Checkpoints).save())
+    return found, saved
+
+
+def numbers(steps: Any) -> list[Any]:
+    return [row[:3] for row in steps]
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory) -> Any:
+    """One process, the static scheduler, packed sequences."""
+    folder = tmp_path_factory.mktemp("alone")
+    return run(1, train, order(folder, folder / "run", *JOB, "cluster.workers=1"), STEPS)[0][0]
+
+
+@pytest.fixture(scope="module")
+def adaptive(run, tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp("adaptive")
+    job = order(folder, folder / "run", *JOB, *ADAPTIVE, "cluster.workers=4")
+    return folder, run(4, train, job, STEPS, save_at=STEPS // 2)
+
+
+def test_an_adaptive_run_has_the_losses_of_one_process(alone: Any, adaptive: Any) -> None:
+    _, ranks = adaptive
+    for steps, _ in ranks:
+        np.testing.assert_allclose(numbers(steps), numbers(alone), rtol=1e-10)
+    sizes = [{len(ranks) for micro in groups for ranks, _ in micro} for *_, groups in ranks[0][0]]
+    assert set.union(*sizes) >= {1, 2}, "groups of several sizes"
+    assert len({str(groups) for *_, groups in ranks[0][0]}) > STEPS // 2, "that follow the lengths"
+
+
+def test_resuming_replays_the_logged_plans_and_is_bitwise_uninterrupted(run, adaptive: Any) -> None:
+    folder, ranks = adaptive
+    whole, path = ranks[0]
+    log = folder / "run" / "plans" / "plans.jsonl"
+    lines = log.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # Another plan than the planner would make: all of step 4 in micro-steps of one group each.
+    last = rows[-1]
+    last["micro_steps"] = [[group] for micro in last["micro_steps"] for group in micro]
+    log.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    job = order(folder, folder / "run", *JOB, *ADAPTIVE, "cluster.workers=4", resume=path)
+    rest, _ = run(4, train, job, STEPS // 2)[0]
+    assert rest[0] == whole[STEPS // 2]
+    replayed = [[group for group in micro if group[1]] for micro in rest[1][-1]]
+    assert max(map(len, replayed)) == 1 < len(replayed)
+    np.testing.assert_allclose(numbers(rest), numbers(whole[STEPS // 2 :]), rtol=1e-10)
+    assert len(log.read_text().splitlines()) == STEPS, "no plan is logged twice"

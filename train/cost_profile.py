@@ -1,0 +1,182 @@
+"""Measured costs of a model on a machine: the file that `farspan plan cost.profile=true` writes and training reads.
+
+A layer's seconds are pair · pairs + token · tokens + launch, forward and backward, fitted for each kind of layer; wires
+are a latency and a bandwidth for each size of group. Bytes, of memory and of messages, are not measured: the model's
+shapes say them exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from data import reading
+from parallel.schedule.adaptive.cost import Costs, Layer, Wire
+from train.run_config import RunConfig
+
+FORMAT = 1
+LONGEST = 1 << 20  # bytes of a file
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The costs of `count` layers of one kind: seconds a pair of a query and a key, a token, and whatever it holds.
+    error: of the fit, relative, on average and at worst."""
+
+    kind: str
+    count: int
+    pair: float
+    token: float
+    launch: float
+    window: int | None = None
+    error: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if not (self.count >= 1 and min(self.pair, self.token, self.launch) >= 0):
+            raise ValueError(f"layers {self.kind} have {self.count} layers of negative seconds")
+
+
+@dataclass(frozen=True)
+class CostProfile:
+    """Constants of a model's layers and of a machine's wires. model: a digest, `model_key`. machine: `machine_name`.
+    wires: (bandwidth, latency) by the size of a group. head: seconds a token of embedding, head and loss."""
+
+    model: str
+    machine: str
+    layers: tuple[LayerCost, ...]
+    head: float
+    wires: dict[int, tuple[float, float]]
+
+    @classmethod
+    def read(cls, path: Path) -> CostProfile:
+        """Raises ValueError for a file that is none."""
+        try:
+            found = reading.json_object(path)
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']}")
+            layers = tuple(LayerCost(**{**each, "error": tuple(each["error"])}) for each in found["layers"])
+            wires = {int(size): (float(b), float(latency)) for size, (b, latency) in found["wires"].items()}
+            if not layers or any(b <= 0 or latency < 0 for b, latency in wires.values()):
+                raise ValueError("no layers, or wires that carry nothing")
+            return cls(str(found["model"]), str(found["machine"]), layers, float(found["head"]), wires)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"is no profile of costs ({' '.join(str(error).split())[:80]})") from None
+
+    def write(self, path: Path) -> None:
+        """Writes the file aside, then renames it. Raises OSError where it cannot."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.partial")
+        aside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        aside.replace(path)
+
+    def applied(self, costs: Costs, gathered: float) -> Costs:
+        """Costs with these seconds in place of those from shapes. gathered: bytes of weights and their gradients that a
+        rank receives in a micro-step."""
+        *_, rest = costs.model.layers  # its messages, of all layers together
+        layers = [
+            Layer(each.count, pair=each.pair, token=each.token, window=each.window, states="scan")
+            for each in self.layers
+        ]
+        wires = {1: next(iter(self.wires.values()), (1e12, 0.0)), **self.wires}
+        cluster = replace(costs.cluster, wires={size: Wire(*wire) for size, wire in wires.items()})
+        launch = sum(each.count * each.launch for each in self.layers)
+        if cluster.ranks > 1:
+            launch += gathered / cluster.wire(cluster.ranks).bandwidth
+        model = replace(costs.model, layers=(*layers, replace(rest, token=self.head)), launch=launch)
+        return Costs(model, cluster, costs.sizes)
+
+    def lines(self) -> list[str]:
+        """The constants for people, a line a kind of layer and a line a size of group."""
+        found = [
+            f"{each.count} x {each.kind}: {each.token * 1e6:.3g} µs a token, {each.pair * 1e9:.3g} ns a pair, "
+            f"{each.launch * 1e3:.3g} ms whatever it holds; error {each.error[0]:.1%} on average, {each.error[1]:.1%} "
+            "at worst"
+            for each in self.layers
+        ]
+        found.append(f"embedding, head and loss: {self.head * 1e6:.3g} µs a token")
+        found += [
+            f"{size} ranks: {latency * 1e6:.3g} µs a message, {bandwidth / 1e9:.3g} GB/s"
+            for size, (bandwidth, latency) in self.wires.items()
+        ]
+        return found
+
+
+def model_key(config: RunConfig) -> str:
+    """A digest of all that a layer's seconds depend on but the machine."""
+    named = {key: value for key, value in config.model.values.items() if key != "layers"}
+    kept = [named, config.precision.compute, config.engine.get("recompute", "none")]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@cache
+def machine_name(device: str, threads: int) -> str:
+    """The device, and on a CPU its threads: the same on machines of one kind."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {threads} thread{'s' * (threads > 1)} a rank"
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    import platform
+
+    try:
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def profile_path(config: RunConfig, machine: str) -> Path:
+    """The file of `cost.path`, or the one in the user's cache that is named by model and machine."""
+    if config.cost.path is not None:
+        return Path(config.cost.path).expanduser()
+    name = hashlib.sha256(f"{model_key(config)} {machine}".encode()).hexdigest()[:16]
+    cache_ = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_ / "farspan" / "costs" / f"{name}.json"
+
+
+def found_profile(config: RunConfig, machine: str) -> tuple[CostProfile, Path] | None:
+    """The profile that a run plans by; None where `cost.path` names none and the cache has none.
+
+    Raises ValueError, one line that opens with the key, for a file that is missing, damaged, or of another machine or
+    model.
+    """
+    path = profile_path(config, machine)
+    if config.cost.path is None and not path.exists():
+        return None
+    again = f"`farspan plan cost.profile=true cost.path={path}` with this run's keys makes a new one"
+    if not path.exists():
+        raise ValueError(f"cost.path={config.cost.path}: no such file; {again}")
+    try:
+        profile = CostProfile.read(path)
+    except ValueError as error:
+        if config.cost.path is None:
+            return None
+        raise ValueError(f"cost.path={config.cost.path}: {error}; {again}") from None
+    if profile.model != model_key(config):
+        raise ValueError(f"cost.path={config.cost.path}: was measured with another model; {again}")
+    if profile.machine != machine:
+        raise ValueError(
+            f"cost.path={config.cost.path}: was measured on {profile.machine}, the workers run on {machine}; {again}"
+        )
+    return profile, path
+
+
+def said(profile: CostProfile, path: Path) -> str:
+    """The line that says by what a run plans."""
+    worst = max((each.error[0] for each in profile.layers), default=0.0)
+    return f"scheduler: plans by costs measured on {profile.machine} ({path}; error of the fit {worst:.1%})"
+
+
+def order_of(config: RunConfig, device: str, path: Path) -> dict[str, Any]:
+    """An order to measure, for `train.measure_costs.run`."""
+    return {"config": config, "device": device, "path": str(path)}

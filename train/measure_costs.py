@@ -1,0 +1,202 @@
+"""Measures the costs of a run's model on its ranks: seconds of each kind of layer at several lengths, and of messages.
+
+Seconds of a CPU are those of its processor, divided by its threads, so that a machine that does something else besides
+gives the same; a GPU's are those of its clock. Every rank measures, as all compute at once in training; rank 0's
+are kept. All of it takes `cost.seconds`, half a minute as it is.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.axes import declarations, initial, start_buffers
+from models.lm import LM
+from models.sequence import Whole
+from parallel.schedule.adaptive.cost import Layer, powers
+from parallel.schedule.adaptive.fit import fit, fit_wire
+from train.cost_profile import CostProfile, LayerCost, machine_name, model_key
+from train.precision import dtypes
+from train.run_config import RunConfig
+
+SHORTEST = 64  # tokens
+MESSAGES = (1 << 12, 1 << 16, 1 << 19, 1 << 21)  # bytes from each rank
+REPEATS = 3  # at least, of each length
+
+
+@dataclass(kw_only=True)
+class _Attending(Whole):
+    """Notes the windows of softmax attention."""
+
+    windows: list[int | None] = field(default_factory=list)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    ) -> Tensor:
+        self.windows.append(window)
+        return super().attend(q, k, v, slot=slot, window=window, sinks=sinks)
+
+
+def run(order: dict[str, Any]) -> None:
+    """The entry of every rank: measures, and writes the profile on rank 0."""
+    config: RunConfig = order["config"]
+    device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
+    with torch.device("meta"):
+        model = config.model.build()
+    compute = dtypes(config.precision.compute, device.type)[0]
+    limit = config.data.get("max_length") or 4096
+    kinds = {kind: str(model.kinds.index(kind)) for kind in dict.fromkeys(model.kinds)}
+    budget = config.cost.seconds / (len(kinds) + 2)
+    layers = tuple(
+        _layer(kind, model.layers[name], model.kinds.count(kind), config.model["dim"], limit, device, compute, budget)
+        for kind, name in kinds.items()
+    )
+    head = _head(model, config, limit, device, compute, budget)
+    wires = _wires(device, budget)
+    if dist.get_rank() == 0:
+        machine = machine_name(order["device"], torch.get_num_threads())
+        CostProfile(model_key(config), machine, layers, head, wires).write(Path(order["path"]))
+
+
+def _layer(
+    kind: str,
+    layer: nn.Module,
+    count: int,
+    dim: int,
+    limit: int,
+    device: torch.device,
+    compute: torch.dtype,
+    budget: float,
+) -> LayerCost:
+    """The cost of one layer, fitted to several lengths. Raises ValueError for one that cannot run alone."""
+    declared = declarations(layer)
+    layer = layer.to_empty(device=device).to(compute)
+    start_buffers(layer, device.type)
+    with torch.no_grad():
+        for name, each in declared.items():
+            parameter = layer.get_parameter(name)
+            parameter.copy_(initial(0, name, each, tuple(parameter.shape)))
+    windows: list[int | None] = []
+
+    def step(tokens: int) -> Callable[[], None]:
+        x_BTD = torch.randn(1, tokens, dim, device=device, dtype=compute, requires_grad=True)
+
+        def once() -> None:
+            seq = _Attending.of(torch.arange(tokens, device=device)[None])
+            y_BTD = layer(x_BTD, seq)[0]
+            y_BTD.backward(torch.ones_like(y_BTD))
+            windows[:] = cast(_Attending, seq).windows
+            layer.zero_grad()
+
+        return once
+
+    try:
+        samples = _timed(step, _lengths(limit), device, budget)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"cost.profile: a layer {kind} cannot be measured alone ({str(error)[:80]})") from None
+    shape = Layer(1, window=windows[0] if windows else None)
+    tokens = torch.tensor([float(n) for n, _ in samples], dtype=torch.float64).numpy()
+    features: dict[str, Any] = {"token": tokens, "launch": tokens * 0 + 1}
+    if windows and windows[0] is None or windows and tokens.max() < 2 * (windows[0] or 0):
+        features["pair"] = shape.pairs(tokens) * len(windows)
+    elif windows:  # beyond its window a layer is linear, and what is short tells little of its pairs
+        features["token"] = tokens
+    found = fit(features, [seconds for _, seconds in samples])
+    own = found.constants
+    pair = own.get("pair", 0.0) * max(len(windows), 1)
+    return LayerCost(kind, count, pair, own["token"], own["launch"], shape.window, (found.rms, found.worst))
+
+
+def _head(model: LM, config: RunConfig, limit: int, device: torch.device, compute: torch.dtype, budget: float) -> float:
+    """Seconds a token of embedding, head and loss."""
+    weight_VD = torch.randn(model.embedding.shape, device=device, dtype=compute, requires_grad=True)
+
+    def step(tokens: int) -> Callable[[], None]:
+        x_TD = torch.randn(tokens, config.model["dim"], device=device, dtype=compute, requires_grad=True)
+        targets_T = torch.zeros(tokens, dtype=torch.long, device=device)
+
+        def once() -> None:
+            weight_VD.grad = None
+            F.cross_entropy(F.linear(x_TD, weight_VD).float(), targets_T).backward()
+
+        return once
+
+    samples = _timed(step, _lengths(min(limit, config.train.loss_chunk or limit)), device, budget)
+    own = fit({"token": [n for n, _ in samples], "launch": [1.0] * len(samples)}, [s for _, s in samples])
+    return own.constants["token"]
+
+
+def _lengths(limit: int) -> list[int]:
+    """Lengths, each four times the one before, and the limit: three at least."""
+    found, limit = [SHORTEST], max(limit, 16 * SHORTEST)
+    while 4 * found[-1] < limit:
+        found.append(4 * found[-1])
+    return [*found, limit]
+
+
+def _timed(
+    step: Callable[[int], Callable[[], None]], lengths: Iterable[int], device: torch.device, budget: float
+) -> list[tuple[int, float]]:
+    """(tokens, seconds), the least of some repeats for each length, the short first; three lengths at least, and then
+    as many as the budget has time for."""
+    end, found = time.monotonic() + budget, list[tuple[int, float]]()
+    for tokens in lengths:
+        once = step(tokens)
+        began = time.monotonic()
+        once()  # allocates, and compiles, what later ones find
+        taken = [_seconds(once, device) for _ in range(REPEATS)]
+        found.append((tokens, min(taken)))
+        if len(found) >= 3 and time.monotonic() + 5 * (time.monotonic() - began) > end:
+            break
+    return found
+
+
+def _seconds(once: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cpu":
+        began = time.process_time()
+        once()
+        return (time.process_time() - began) / torch.get_num_threads()
+    torch.cuda.synchronize(device)
+    wall = time.perf_counter()
+    once()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - wall
+
+
+def _wires(device: torch.device, budget: float) -> dict[int, tuple[float, float]]:
+    """(bandwidth, latency) of an all-gather in the first ranks, for each size of group from two on."""
+    found: dict[int, tuple[float, float]] = {}
+    sizes = [size for size in powers(dist.get_world_size()) if size > 1]
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        if dist.get_rank() < size:
+            found[size] = _wire(group, size, device, budget / len(sizes))
+        dist.barrier()
+    return found
+
+
+def _wire(group: Any, size: int, device: torch.device, budget: float) -> tuple[float, float]:
+    received, seconds = [], []
+    for number in MESSAGES:
+        own = torch.zeros(number // 4, device=device)
+        parts = [torch.empty_like(own) for _ in range(size)]
+        taken = []
+        for _ in range(4):
+            began = time.perf_counter()
+            dist.all_gather(parts, own, group=group)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - began)
+        received.append(float((size - 1) * number))
+        seconds.append(min(taken[1:]))
+    try:
+        wire, _ = fit_wire(received, seconds)
+    except ValueError:  # time that does not grow with the message: a wire that is never what is waited for
+        return received[-1] / seconds[-1], min(seconds)
+    return wire.bandwidth, wire.latency
