@@ -238,7 +238,7 @@ class _Attend(torch.autograd.Function):
 class Evenly(Here):
     """A `Dispatch` that deals the tokens out without looking: as many rows, in the same shapes."""
 
-    def send(self, x: Tensor, experts: Tensor, num_experts: int, *, dropping: bool = False) -> Sent:
+    def send(self, x: Tensor, experts: Tensor, num_experts: int, room: int | None) -> Sent:
         rows = x.repeat_interleave(experts.shape[1], dim=0)
         # On the CPU, since the loop over experts, where it stands in for a fused matmul, reads them.
         ends = torch.arange(1, num_experts + 1, device="cpu") * len(rows) // num_experts
@@ -267,10 +267,16 @@ def by_shape(layer: nn.Module, device: str) -> Iterator[None]:
 
 
 def _in_turn(
-    experts: Experts, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Evenly, beside: Beside
+    experts: Experts,
+    x_ND: Tensor,
+    choices_NX: Tensor,
+    weights_NX: Tensor,
+    dispatch: Evenly,
+    beside: Beside,
+    room: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Runs one expert after another, as `Experts` do on a CPU."""
-    sent = dispatch.send(x_ND, choices_NX, experts.num_experts)
+    sent = dispatch.send(x_ND, choices_NX, experts.num_experts, room)
     sizes = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).tolist()
     weights = (experts.gate_up.to(x_ND.dtype), experts.down.to(x_ND.dtype))
     return mixture(x_ND, weights_NX, sent.order, sizes, *weights), beside()

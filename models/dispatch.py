@@ -28,8 +28,11 @@ class Dispatch(Protocol):
         """Returns the part of a weight [E, ...] that is of this device's experts."""
         ...
 
-    def send(self, x: Tensor, experts: Tensor, num_experts: int) -> Sent:
-        """x [N, D] to the experts [N, X] of each token. The rows may still be on their way."""
+    def send(self, x: Tensor, experts: Tensor, num_experts: int, room: int | None) -> Sent:
+        """x [N, D] to the experts [N, X] of each token. The rows may still be on their way.
+
+        room: the most choices of one expert on any device, where that is known without looking at them.
+        """
         ...
 
     def receive(self, sent: Sent) -> Sent:
@@ -58,7 +61,7 @@ class Here:
     def __init__(self, *, dropping: bool = False):
         self.dropping = dropping
 
-    def send(self, x: Tensor, experts: Tensor, num_experts: int) -> Sent:
+    def send(self, x: Tensor, experts: Tensor, num_experts: int, room: int | None) -> Sent:
         order, counts = by_expert(experts, num_experts)
         offsets = counts.cumsum(0)
         if self.dropping:

@@ -37,7 +37,7 @@ Beside = Callable[[], Tensor | None]
 
 class Experts(nn.Module):
     """E SwiGLU feed-forwards. x [N, D], choices [N, X] (E: none), weights [N, X] -> [N, D], weighted and summed; and
-    the result of `beside`, which is computed while rows are on their way to other devices."""
+    the result of `beside`, which is computed while rows are on their way to other devices. room: as `Dispatch` says."""
 
     def __init__(self, num_experts: int, dim: int, hidden: int):
         super().__init__()
@@ -49,14 +49,20 @@ class Experts(nn.Module):
         self.down = declare(num_experts, hidden, dim, axes=("expert", "ffn", "embed"), init=fan_in(hidden))
 
     def forward(
-        self, x_ND: Tensor, choices_NX: Tensor, weights_NX: Tensor, dispatch: Dispatch, beside: Beside
+        self,
+        x_ND: Tensor,
+        choices_NX: Tensor,
+        weights_NX: Tensor,
+        dispatch: Dispatch,
+        beside: Beside,
+        room: int | None,
     ) -> tuple[Tensor, Tensor | None]:
         gate_up, down = (dispatch.held(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
         if isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
             order, counts = by_expert(choices_NX, self.num_experts)
             sizes = counts.tolist()
             return mixture(x_ND, weights_NX, order[: sum(sizes)], sizes, gate_up, down), beside()
-        sent = dispatch.send(x_ND, choices_NX, self.num_experts)
+        sent = dispatch.send(x_ND, choices_NX, self.num_experts, room)
         y_BTD = beside()
         sent = dispatch.receive(sent)
         gate, up = grouped_linear(sent.rows, gate_up, sent.offsets).chunk(2, dim=-1)
@@ -138,14 +144,15 @@ class MoE(Dispatched):
 
     def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, Routing]:
         weights_BTX, routing = self.router(x_BTD)
-        choices_BTX = routing.choices
+        choices_BTX, room = routing.choices, None
         if self.capacity_factor is not None:
-            capacity_B = self.capacity(seq.counted.sum(1))
+            capacity_B = self.capacities(seq.counted.sum(1))
             kept_BTX = within_capacity(choices_BTX, self.num_experts, capacity_B, seq.counted)
             choices_BTX, weights_BTX = choices_BTX.where(kept_BTX, self.num_experts), weights_BTX * kept_BTX
             routing = routing._replace(dropped=(~kept_BTX).sum(-1))
+            room = max(B * self.capacity(T) for B, T in seq.shapes or [x_BTD.shape[:2]])
         sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
-        y_ND, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD))
+        y_ND, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD), room)
         y_BTD = y_ND.view_as(x_BTD)
         y_BTD = y_BTD if shared_BTD is None else y_BTD + shared_BTD
         alike = self.width.alike
@@ -158,8 +165,13 @@ class MoE(Dispatched):
         y_BTD = self.shared.transform(x_BTD)
         return y_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * y_BTD
 
-    def capacity(self, tokens_B: Tensor) -> Tensor:
-        """The most choices that an expert accepts from spans of so many counted tokens, [B] int64."""
+    def capacity(self, tokens: int) -> int:
+        """The most choices that an expert accepts from a span of so many counted tokens."""
+        assert self.capacity_factor is not None
+        return math.ceil(self.capacity_factor * tokens * self.top_k / self.num_experts - 1e-9)
+
+    def capacities(self, tokens_B: Tensor) -> Tensor:
+        """The same of several spans, [B] int64."""
         assert self.capacity_factor is not None
         fair_B = self.capacity_factor * tokens_B.double() * self.top_k / self.num_experts
         return (fair_B - 1e-9).ceil().long()

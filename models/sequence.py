@@ -41,6 +41,7 @@ class Sequence(Protocol):
     num_documents: int
     counted: Tensor  # [B, T] bool, False for a token that only fills a place: no statistic may count it
     identities: list[DocumentKey] | None  # of each document, in training; None where nothing is to be random
+    shapes: tuple[tuple[int, int], ...]  # (B, T) of every device that computes at the same time; () where it is alone
 
     @property
     def pieces(self) -> list[list[Piece]]:
@@ -136,6 +137,7 @@ class Tokens:
     counted: Tensor
     identities: list[DocumentKey] | None = None
     memory: Memory | None = None
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def starts(self) -> Tensor:

@@ -39,15 +39,20 @@ COUNTS, ROWS, OUTPUTS = "expert counts", "expert rows", "expert outputs"
 
 
 class Exchange:
-    """A `Dispatch` over the ranks of `comm`, of which rank p holds the experts pL to (p+1)L."""
+    """A `Dispatch` over the ranks of `comm`, of which rank p holds the experts pL to (p+1)L.
 
-    def __init__(self, comm: Comm):
-        self.comm = comm
+    padded: where `room` is known, every rank sends so many rows to every expert, zeros among them, and asks nobody.
+    """
+
+    def __init__(self, comm: Comm, *, padded: bool = False):
+        self.comm, self.padded = comm, padded
 
     def held(self, weight: Tensor) -> Tensor:
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
-    def send(self, x: Tensor, experts: Tensor, num_experts: int) -> Sent:
+    def send(self, x: Tensor, experts: Tensor, num_experts: int, room: int | None) -> Sent:
+        if self.padded and room is not None:
+            return self._send_padded(x, experts, num_experts, room)
         order, counts_E = by_expert(experts, num_experts)
         given, taken = self._counts(counts_E.view(self.comm.size, -1))
         trip = Trip(self.comm, [sum(each) for each in given], [sum(each) for each in taken], ROWS)
@@ -57,13 +62,45 @@ class Exchange:
         return Sent(rows, ends.to(torch.int32), order, Journey(trip, _by_expert(taken, x.device)))
 
     def receive(self, sent: Sent) -> Sent:
-        return sent._replace(rows=sent.journey.trip.arrive(sent.rows).index_select(0, sent.journey.places))
+        trip, places = sent.journey
+        rows = trip.arrive(sent.rows)
+        if isinstance(places, Tensor):
+            return sent._replace(rows=rows.index_select(0, places))
+        return sent._replace(rows=rows.unflatten(0, (self.comm.size, -1, places)).transpose(0, 1).flatten(0, 2))
 
     def collect(self, rows: Tensor, sent: Sent, weights: Tensor) -> Tensor:
         trip, places = sent.journey
+        if not isinstance(places, Tensor):
+            return self._collect_padded(rows, sent, weights)
         by_sender = torch.empty_like(rows).index_copy(0, places, rows)
         home = Trip(self.comm, trip.here, trip.there, OUTPUTS)
         return combined(home.arrive(home.depart(by_sender)), sent.order, weights)
+
+    def _send_padded(self, x: Tensor, experts: Tensor, num_experts: int, room: int) -> Sent:
+        """Sends the row of each place [E, room]; the `order` is the place of each choice [N·X], behind all: none."""
+        (N, X), P, device = experts.shape, self.comm.size, x.device
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
+        begins = counts.scatter_add(0, flat, torch.ones_like(flat)).cumsum(0).roll(1)
+        begins[0] = 0
+        sorted_ = flat[order]
+        within = torch.arange(N * X, device=device) - begins[sorted_]
+        places = torch.where(sorted_ < num_experts, sorted_ * room + within, num_experts * room)
+        tokens = torch.full((num_experts * room + 1,), N, device=device).scatter(0, places, order // X)[:-1]
+        rows = torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, tokens)
+        each = [num_experts // P * room] * P
+        trip = Trip(self.comm, each, each, ROWS)
+        offsets = torch.arange(1, num_experts // P + 1, dtype=torch.int32, device=device) * (P * room)
+        return Sent(trip.depart(rows), offsets, torch.empty_like(places).scatter(0, order, places), Journey(trip, room))
+
+    def _collect_padded(self, rows: Tensor, sent: Sent, weights: Tensor) -> Tensor:
+        trip, room = sent.journey
+        by_sender = rows.unflatten(0, (-1, self.comm.size, room)).transpose(0, 1).flatten(0, 2)
+        home = Trip(self.comm, trip.here, trip.there, OUTPUTS)
+        back = home.arrive(home.depart(by_sender))
+        by_choice = torch.cat((back, back.new_zeros(1, back.shape[1]))).index_select(0, sent.order)
+        return (by_choice.unflatten(0, weights.shape) * weights.unsqueeze(-1).to(back.dtype)).sum(1)
 
     def _counts(self, counts_PL: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Rows from this rank to each expert of each rank, and from each rank to each expert of this one, [P][L]."""
@@ -107,10 +144,10 @@ class Trip:
 
 class Journey(NamedTuple):
     """The way of rows to this rank's experts. places [M] int64: of each row that an expert reads, the place among those
-    that came."""
+    that came; or how many each rank sends to each expert, where that is one number."""
 
     trip: Trip
-    places: Tensor
+    places: Tensor | int
 
 
 class _Depart(torch.autograd.Function):
@@ -148,6 +185,13 @@ def _by_expert(taken: list[list[int]], device: torch.device) -> Tensor:
     sizes = torch.tensor(taken, device=device).flatten()
     total, experts = sum(map(sum, taken)), torch.arange(len(taken[0]), device=device).repeat(len(taken))
     return experts.repeat_interleave(sizes, output_size=total).argsort(stable=True)
+
+
+def pad(model: nn.Module) -> None:
+    """Has every exchange send rows in a number of places that its capacity gives, and ask no device for theirs."""
+    for module in model.modules():
+        if isinstance(module, Dispatched) and isinstance(module.dispatch, Exchange):
+            module.dispatch.padded = True
 
 
 def spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from models.axes import declarations
 from models.lm import LM
 from models.nonlinear_recurrence import Serial
 from parallel.activation_memory import give_back
+from parallel.expert import pad
 from parallel.mesh import Groups, Meshes
 from parallel.schedule.adaptive.scheduler import Adaptive
 from parallel.schedule.comm_volume import Ask
@@ -80,6 +81,8 @@ def build(order: dict[str, Any]) -> Trainer:
     counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
     utilisation = _utilisation(model, order["device"], say) if first else None
     config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master)
+    if config.parallel.transport.experts == "padded":
+        pad(model)
     adamw = build_optimizer(config.optimizer.build(), model, declared)
 
     state, facts = _start(order, model, adamw, train.init_optimizer)

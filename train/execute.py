@@ -22,6 +22,7 @@ from train.loss import LossSums, sums
 from train.time_spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
+Shapes = tuple[tuple[int, int], ...]
 
 
 def _no_clock(phase: str) -> AbstractContextManager[None]:
@@ -92,9 +93,9 @@ class Executor:
         last: bool,
     ) -> Iterator[LossSums]:
         """Forward and backward of a micro-step, whole or span after span in time."""
-        groups = self._in_time(plan, micro)
+        groups, shapes = self._in_time(plan, micro)
         if self.spans is None or len(groups) == 1:
-            placed = self._place(groups[0], batch, step=plan.step)
+            placed = self._place(groups[0], batch, shapes[0], step=plan.step)
             communicate_gradients(self.model, last)
             with self.phase("forward"):
                 part = sums(self.model(placed.tokens, placed.seq, placed.targets))
@@ -105,7 +106,7 @@ class Executor:
         tokens = [sum(end - begin for held in g.spans for begin, end in held) for g in groups]
 
         def forward(i: int, memory: Memory) -> LossSums:
-            placed = self._place(groups[i], batch, step=plan.step, memory=memory)
+            placed = self._place(groups[i], batch, shapes[i], step=plan.step, memory=memory)
             return sums(self.model(placed.tokens, placed.seq, placed.targets))
 
         def begin_backward(ends: bool) -> None:
@@ -155,19 +156,20 @@ class Executor:
     def _outputs(self, plan: Plan, batch: Sequence[PackedSequence]) -> Iterator[tuple[Group, Output]]:
         """Returns what the model says of each micro-step, whole or span after span in time."""
         for _, micro in self._micro_steps(plan, batch):
-            groups = self._in_time(plan, micro)
+            groups, shapes = self._in_time(plan, micro)
             memory = Memory() if len(groups) > 1 else None
-            for group in groups:
-                placed = self._place(group, batch, memory=memory if any(group.spans) else None)
+            for group, shape in zip(groups, shapes, strict=True):
+                placed = self._place(group, batch, shape, memory=memory if any(group.spans) else None)
                 yield group, self.model(placed.tokens, placed.seq, placed.targets)
                 if memory is not None:
                     memory.advance()
 
-    def _in_time(self, plan: Plan, micro: MicroStep) -> list[Group]:
-        """This rank's group, whole or as spans in time: as many on every rank."""
-        group = micro.group_of(self.groups.rank)
+    def _in_time(self, plan: Plan, micro: MicroStep) -> tuple[list[Group], list[Shapes]]:
+        """This rank's group, whole or as spans in time: as many on every rank; and the shapes of all ranks in each."""
         count = 1 if self.spans is None else time_spans.count(micro, plan.lengths, self.spans.tokens)
-        return [group] if count == 1 else time_spans.in_time(group, plan.lengths, count)
+        cut = [[g] if count == 1 else time_spans.in_time(g, plan.lengths, count) for g in micro.groups]
+        own = micro.groups.index(micro.group_of(self.groups.rank))
+        return cut[own], [time_spans.shapes(together) for together in zip(*cut, strict=True)]
 
     def _micro_steps(self, plan: Plan, batch: Sequence[PackedSequence]) -> Iterator[tuple[bool, MicroStep]]:
         """Each micro-step, and whether it is the last. Raises ValueError for a plan that fails or is another's."""
@@ -180,7 +182,12 @@ class Executor:
             yield m == len(plan.micro_steps) - 1, micro
 
     def _place(
-        self, group: Group, batch: Sequence[PackedSequence], step: int | None = None, memory: Memory | None = None
+        self,
+        group: Group,
+        batch: Sequence[PackedSequence],
+        shapes: Shapes,
+        step: int | None = None,
+        memory: Memory | None = None,
     ) -> Placed:
         with self.phase("plan"):
             return place(
@@ -192,6 +199,7 @@ class Executor:
                 attention=self.attention,
                 step=step,
                 memory=memory,
+                shapes=shapes,
             )
 
     def _empty(self) -> Tally:

@@ -7,9 +7,15 @@ from models.moe import mixtures
 from train.settings import TrainSettings
 
 
-def check_experts(model: LM, ranks: int) -> None:
-    """Raises ValueError where so many ranks cannot share out the experts of every layer."""
+def check_experts(model: LM, ranks: int, transport: str) -> None:
+    """Raises ValueError where so many ranks cannot share out the experts of every layer, or rows not travel so."""
     found = mixtures(model)
+    unlimited = [name for name, moe in found.items() if moe.capacity_factor is None]
+    if ranks > 1 and transport == "padded" and unlimited:
+        raise ValueError(
+            f"parallel.transport.experts=padded: must be counted, for the experts of {unlimited[0]} have no "
+            "capacity_factor"
+        )
     if ranks > 1 and not found:
         raise ValueError(f"parallel.expert={ranks}: must be 1, for the model has no experts")
     for name, moe in found.items():

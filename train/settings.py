@@ -190,6 +190,10 @@ class TrainSettings:
         return step >= self.total_steps and (self.steps is not None or tokens >= self.total_tokens)
 
 
+ExpertTransportName = Literal["counted", "padded"]
+EXPERT_TRANSPORTS = get_args(ExpertTransportName)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransportSettings:
     """Transports between the ranks that share a sequence: they bring to a span what it needs of those before it.
@@ -201,14 +205,21 @@ class TransportSettings:
     uses the same measurement. blocks: number of blocks into which allscan cuts a state, at least 2. attention:
     transport of keys and values for softmax attention. gather: an all-gather of keys and values, a head at a time
     (Llama 3, 2407.21783, section 3.3.2); ring: they pass every rank (2310.01889); ulysses: ranks exchange tokens for
-    heads (2309.14509); usp: heads over as many ranks as there are heads, a ring over the rest (2405.07719).
+    heads (2309.14509); usp: heads over as many ranks as there are heads, a ring over the rest (2405.07719). experts:
+    the way of rows to experts on other ranks (parallel.expert). counted: ranks first tell each other how many rows they
+    send, and send as many; padded: every rank sends each expert as many rows as its capacity_factor allows, zeros among
+    them, and waits for no count.
     """
 
     recurrence: StateTransportName = "gather"
     attention: AttentionTransportName = "gather"
     blocks: int = 4
+    experts: ExpertTransportName = "counted"
 
     def __post_init__(self) -> None:
+        if self.experts not in EXPERT_TRANSPORTS:
+            accepted = ", ".join(EXPERT_TRANSPORTS)
+            raise ValueError(f"parallel.transport.experts={self.experts}: must be one of {accepted}")
         if (self.recurrence, self.attention) != ("gather", "gather"):  # what is there by default costs no torch
             from parallel.sequence import TRANSPORTS
 

@@ -13,7 +13,7 @@ def check_layout(config: RunConfig, mesh: Mesh, model: Any) -> None:
     from train.layout import check_experts
     from train.metrics.comm_trace import check_heads
 
-    check_experts(model, mesh.expert)
+    check_experts(model, mesh.expert, config.parallel.transport.experts)
     attention = config.parallel.transport.attention
     if mesh.tensor > 1:
         division(model, declarations(model), mesh.tensor)

@@ -4,6 +4,8 @@ All groups of a micro-step take equally many, since every rank takes part in wha
 to do begins later, and idles until then.
 """
 
+from collections.abc import Iterable
+
 from parallel.schedule.plan import Group, MicroStep, Span
 
 
@@ -22,6 +24,12 @@ def in_time(group: Group, lengths: tuple[int, ...], spans: int) -> list[Group]:
     idle = [Group(group.ranks, group.sequences, ((),) * size)] * (spans - used)
     cuts = [total * i // used for i in range(used + 1)]
     return idle + [Group(group.ranks, group.sequences, _over(size, b, e)) for b, e in zip(cuts, cuts[1:], strict=False)]
+
+
+def shapes(groups: Iterable[Group]) -> tuple[tuple[int, int], ...]:
+    """The spans of a rank and their length, of all ranks, each pair once; an idle one has a masked token."""
+    found = {(len(held), held[0][1] - held[0][0]) if held else (1, 1) for group in groups for held in group.spans}
+    return tuple(sorted(found))
 
 
 def _over(size: int, begin: int, end: int) -> tuple[tuple[Span, ...], ...]:

@@ -53,11 +53,13 @@ def place(
     attention: Keys,
     step: int | None = None,
     memory: Memory | None = None,
+    shapes: tuple[tuple[int, int], ...] = (),
 ) -> Placed:
     """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
 
     `step` is that of the training; None where nothing is to be random. `memory`: the group's spans are one of several
     spans in time, see `parallel.schedule.time_spans`; what it leaves to the next and has from the one before is there.
+    shapes: of what all ranks compute at the same time (`models.sequence`).
     Raises ValueError for a sequence that begins inside a document: it would be one with what is joined before it.
     """
     tokens, targets, positions, counted = (
@@ -92,6 +94,7 @@ def place(
         "counted": rows(counted),
         "identities": None if step is None else _identities(group, batch, step, idle),
         "memory": memory,
+        "shapes": shapes,
     }
     seq: Sequence
     if comm.size == 1 and len(mine) == 1:

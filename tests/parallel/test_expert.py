@@ -11,7 +11,8 @@ import torch.distributed as dist
 import parallel.expert
 from models.moe import MoE
 from models.sequence import Whole
-from parallel.expert import OUTPUTS, Exchange, Trip, spread_experts
+from parallel.collectives import LEDGER
+from parallel.expert import OUTPUTS, Exchange, Trip, pad, spread_experts
 from parallel.matrix_owners import local
 from parallel.mesh import Meshes
 from parallel.schedule.mesh import Mesh
@@ -38,19 +39,25 @@ def build(kind: str):
     return moe(num_experts=6, **{"top_k": 2, **KINDS[kind]})
 
 
-def over_ranks() -> dict[str, tuple]:
-    """By kind: this rank's outputs, the gradient of its inputs, and of the weights that it holds."""
+def over_ranks() -> dict[tuple[str, bool], tuple]:
+    """By kind, counted and padded: this rank's outputs, the gradient of its inputs, and of the weights that it holds;
+    the bytes that it received."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     meshes, found = Meshes(Mesh(expert=ranks), torch.device("cpu")), {}
-    for kind in KINDS:
+    for kind, padded in [*((kind, False) for kind in KINDS), *((kind, True) for kind in KINDS if "capacity" in kind)]:
         m = build(kind)
         spread_experts(m, meshes)
+        if padded:
+            pad(m)
         x, out = tokens(rank)
         x.requires_grad_()
-        y = m(x, Whole.of(torch.arange(x.shape[1]).expand(2, -1)))[0]
+        seq = Whole.of(torch.arange(x.shape[1]).expand(2, -1))
+        seq.shapes = tuple((2, count) for count in TOKENS[:ranks])
+        LEDGER.take()
+        y = m(x, seq)[0]
         y.backward(out)
         gradients = {n: local(p.grad).numpy() for n, p in m.named_parameters()}
-        found[kind] = (y.detach().numpy(), x.grad.numpy(), gradients)
+        found[kind, padded] = (y.detach().numpy(), x.grad.numpy(), gradients, dict(LEDGER.take()[0]))
     return found
 
 
@@ -69,7 +76,7 @@ def alone(kind: str, ranks: int):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_experts_on_other_ranks_equal_every_expert_on_every_token(run, ranks):
     for rank, by_kind in enumerate(got := run(ranks, over_ranks)):
-        for kind, (y, dx, held) in by_kind.items():
+        for (kind, padded), (y, dx, held, _) in by_kind.items():
             each, whole = alone(kind, ranks)
             np.testing.assert_allclose(y, each[rank][0], rtol=1e-10, atol=1e-12, err_msg=kind)
             np.testing.assert_allclose(dx, each[rank][1], rtol=1e-10, atol=1e-12, err_msg=kind)
@@ -77,7 +84,7 @@ def test_experts_on_other_ranks_equal_every_expert_on_every_token(run, ranks):
                 if name.startswith("experts."):
                     mine, want = held[name], np.split(gradient, ranks)[rank]
                 else:
-                    mine, want = sum(g[kind][2][name] for g in got), gradient
+                    mine, want = sum(g[kind, padded][2][name] for g in got), gradient
                 np.testing.assert_allclose(mine, want, rtol=1e-10, atol=1e-12, err_msg=f"{kind}, {name}")
 
 
