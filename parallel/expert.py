@@ -34,8 +34,7 @@ from models.dispatch import Dispatched, Sent, by_expert, combined
 from parallel.collectives import Comm
 from parallel.liveness import Marked
 from parallel.mesh import Meshes
-
-COUNTS, ROWS, OUTPUTS = "expert counts", "expert rows", "expert outputs"
+from parallel.schedule.expert_volume import COUNTS, OUTPUTS, ROWS
 
 
 class Exchange:

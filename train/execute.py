@@ -14,6 +14,7 @@ from parallel.fsdp import communicate_gradients
 from parallel.mesh import Groups
 from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep, Plan
+from parallel.schedule.time_spans import Shape
 from parallel.sequence.attention import Keys
 from parallel.sequence.place import PackedSequence, Placed, place
 from parallel.sequence.states import Transport
@@ -22,7 +23,6 @@ from train.loss import LossSums, sums
 from train.time_spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
-Shapes = tuple[tuple[int, int], ...]
 
 
 def _no_clock(phase: str) -> AbstractContextManager[None]:
@@ -164,7 +164,7 @@ class Executor:
                 if memory is not None:
                     memory.advance()
 
-    def _in_time(self, plan: Plan, micro: MicroStep) -> tuple[list[Group], list[Shapes]]:
+    def _in_time(self, plan: Plan, micro: MicroStep) -> tuple[list[Group], list[tuple[Shape, ...]]]:
         """This rank's group, whole or as spans in time: as many on every rank; and the shapes of all ranks in each."""
         count = 1 if self.spans is None else time_spans.count(micro, plan.lengths, self.spans.tokens)
         cut = [[g] if count == 1 else time_spans.in_time(g, plan.lengths, count) for g in micro.groups]
@@ -185,7 +185,7 @@ class Executor:
         self,
         group: Group,
         batch: Sequence[PackedSequence],
-        shapes: Shapes,
+        shapes: tuple[Shape, ...],
         step: int | None = None,
         memory: Memory | None = None,
     ) -> Placed:

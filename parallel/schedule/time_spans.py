@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from parallel.schedule.plan import Group, MicroStep, Span
 
+Shape = tuple[int, int]  # spans of a rank, and the tokens of each
+
 
 def count(micro: MicroStep, lengths: tuple[int, ...], tokens: int) -> int:
     """Counts the spans in time of a micro-step, each of at most `tokens` tokens a rank."""
@@ -26,7 +28,7 @@ def in_time(group: Group, lengths: tuple[int, ...], spans: int) -> list[Group]:
     return idle + [Group(group.ranks, group.sequences, _over(size, b, e)) for b, e in zip(cuts, cuts[1:], strict=False)]
 
 
-def shapes(groups: Iterable[Group]) -> tuple[tuple[int, int], ...]:
+def shapes(groups: Iterable[Group]) -> tuple[Shape, ...]:
     """The spans of a rank and their length, of all ranks, each pair once; an idle one has a masked token."""
     found = {(len(held), held[0][1] - held[0][0]) if held else (1, 1) for group in groups for held in group.spans}
     return tuple(sorted(found))

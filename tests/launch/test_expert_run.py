@@ -8,7 +8,7 @@ from launch.cli import main
 from tests.launch.test_cli import finish, overrides, records, start
 
 MODEL = ["model=qwen3_moe_tiny", "model.dim=32", "model.layers=2", "model.blocks.moe.mixer.head_dim=8"]
-MODEL += ["model.blocks.moe.ffn.hidden=8", "precision=fp64"]
+MODEL += ["model.blocks.moe.ffn.hidden=8", "precision=fp64", "schedule=constant"]
 
 
 def settings(place) -> list[str]:

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from parallel.collectives import LEDGER, LedgerEntry
-from parallel.expert import COUNTS, OUTPUTS, ROWS
 from parallel.matrix_owners import PURPOSE
 from parallel.mesh import Groups
 from parallel.schedule.comm_volume import GRADIENT, Ask, ScanCall
+from parallel.schedule.expert_volume import COUNTS, OUTPUTS, ROWS
 from parallel.schedule.transport_cost import LinkCost
 from parallel.sequence.states import AutoTransport
 from parallel.sequence.states.auto import measure

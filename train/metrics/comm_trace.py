@@ -11,9 +11,11 @@ from torch import Tensor
 
 from models.accounting import Traced, by_shape
 from models.lm import LM
+from models.moe import mixtures
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
 from parallel.schedule.comm_volume import Ask, AttendCall, Halo, ScanCall, SumCall, Unit
+from parallel.schedule.expert_volume import ExpertCall
 
 TOKENS = 64
 
@@ -49,19 +51,42 @@ def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> No
             ask.here(tensor).split(ranks, attention)
 
 
-def weight_units(model: LM, *, itemsize: int, reshard: bool) -> list[Unit]:
-    """Returns what FSDP gathers at a time, as `parallel.data.shard` wraps it: each layer, then the rest.
+def weight_units(model: LM, *, itemsize: int, reshard: bool, experts: int = 1) -> list[Unit]:
+    """Returns what FSDP gathers at a time, as `parallel.fsdp.shard` wraps it: each layer, then the rest.
 
     itemsize: bytes of a master weight. reshard: whether a layer's weights are let go between forward and backward.
+    experts: ranks over which experts are cut: where there are several, these are units of their own (`expert_units`).
     """
-    layers = [dict(layer.named_parameters(prefix=f"layers.{n}")) for n, layer in model.layers.items()]
+    apart = set() if experts == 1 else {p for moe in mixtures(model).values() for p in moe.experts.parameters()}
+    layers = [
+        {name: p for name, p in layer.named_parameters(prefix=f"layers.{n}") if p not in apart}
+        for n, layer in model.layers.items()
+    ]
     inside = {name for layer in layers for name in layer}
-    rest = {name: p for name, p in model.named_parameters() if name not in inside}
+    rest = {name: p for name, p in model.named_parameters() if name not in inside and p not in apart}
 
     def unit(parameters: dict[str, torch.nn.Parameter], stays: bool) -> Unit:
         return Unit(tuple((p.shape[0], p[0].numel()) for p in parameters.values()), itemsize, stays)
 
     return [*(unit(layer, not reshard) for layer in layers), unit(rest, True)]
+
+
+def expert_units(model: LM, *, itemsize: int, reshard: bool, experts: int) -> list[Unit]:
+    """Returns what FSDP gathers at a time of experts cut over so many ranks, among those that hold the same."""
+    return [
+        Unit(tuple((len(p) // experts, p[0].numel()) for p in moe.experts.parameters()), itemsize, not reshard)
+        for moe in mixtures(model).values()
+    ]
+
+
+def expert_calls(model: LM) -> list[ExpertCall]:
+    """Returns what each layer's experts ask of other ranks, computing in `model.compute`."""
+    return [
+        ExpertCall(
+            moe.top_k, moe.num_experts, moe.experts.gate_up.shape[1], model.compute.itemsize, moe.capacity_factor
+        )
+        for moe in mixtures(model).values()
+    ]
 
 
 @dataclass(kw_only=True)
