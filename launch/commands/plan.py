@@ -266,7 +266,8 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
 
     from models.axes import declarations
     from parallel.schedule.comm_volume import How, Traffic, of_plan, of_weights
-    from train.metrics.comm_trace import asked, weight_units
+    from parallel.schedule.expert_volume import of_experts
+    from train.metrics.comm_trace import asked, expert_calls, expert_units, weight_units
     from train.optim.build import build_optimizer
     from train.precision import dtypes
 
@@ -280,18 +281,25 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     asks = asked(model, device=flight.device) if together > 1 else ()
     found = of_plan(first, starts, asks, how, recompute=engine.get("recompute", "none"))
     master = dtypes(flight.config.precision.compute, flight.device)[1]
-    units = weight_units(model, itemsize=master.itemsize, reshard=engine.get("reshard_after_forward", True))
-    weights = of_weights(units, workers, len(first.micro_steps))
+    options = {"itemsize": master.itemsize, "reshard": engine.get("reshard_after_forward", True)}
+    options["experts"] = cut = flight.mesh.expert
+    weights = of_weights(weight_units(model, **options), workers, len(first.micro_steps))
+    if cut > 1:
+        weights.include(of_weights(expert_units(model, **options), workers // cut, len(first.micro_steps)))
+    padded, recompute = transport.experts == "padded", engine.get("recompute", "none")
+    rows = of_experts(first, flight.mesh, expert_calls(model), padded=padded, recompute=recompute)
     total, most = Counter[str](), Counter[str]()
     stepping: Any = build_optimizer(flight.config.optimizer.build(), model, declarations(model))
     if hasattr(stepping, "received"):
-        for rank, traffic in enumerate(stepping.received(workers, master, flight.device)):
+        for rank, traffic in enumerate(stepping.received(flight.mesh, master, flight.device)):
             found.setdefault(rank, Traffic()).include(traffic)
-    for traffic in found.values():
+    for rank, traffic in found.items():
         traffic.include(weights)
+        traffic.include(rows[rank])
         total.update(traffic.bytes)
         most |= traffic.bytes
     note = "; auto, as if it chose gather for states" if auto and together > 1 else ""
+    note += "" if padded or cut == 1 else "; experts, as if each were chosen as often"
     return [
         f"traffic     {_size(total.total())} a step between {workers} ranks, by what it is, and the most a rank "
         f"receives{note}",

@@ -46,6 +46,8 @@ def test_train_resume_generate_evaluate_and_export(tmp_path, capsys):
     [
         (["model=llama_tiny"], "parallel.expert=2: must be 1, for the model has no experts"),
         ([*MODEL, "model.blocks.moe.ffn.num_experts=15"], "parallel.expert=2: must divide the num_experts=15 of"),
+        ([*MODEL, "parallel.transport.experts=padded"], "padded: must be counted, for the experts of layers.0 have no"),
+        ([*MODEL, "parallel.transport.experts=some"], "experts=some: must be one of counted, padded"),
         ([*MODEL, "parallel.data=2"], "is 4, must be cluster.workers=2"),
     ],
 )

@@ -87,13 +87,13 @@ def together(**sizes: int) -> dict[str, np.ndarray]:
     return five_steps(built, declared)
 
 
-def counted() -> tuple[int, int]:
+def counted(**sizes: int) -> tuple[int, int]:
     """(bytes, calls) that this rank has counted of its matrices over five steps."""
     LEDGER.take()
-    together()
+    together(**sizes)
     received, calls = LEDGER.take()
-    entry = LedgerEntry("world", PURPOSE)
-    return received[entry], calls[entry]
+    entries = [LedgerEntry(axis, PURPOSE) for axis in ("world", "experts")]
+    return sum(received[e] for e in entries), sum(calls[e] for e in entries)
 
 
 # The oracle: which matrices a tensor holds is written out by hand, and every step is a loop over them.
@@ -176,14 +176,23 @@ def test_the_rest_steps_as_adamw_does():
 
 
 @pytest.mark.dist
+def test_matrices_of_experts_are_foretold_on_every_rank(run):
+    """Each of the two meshes that share experts, and the one of all."""
+    sizes = {"expert": 2, "sequence": 2}
+    foretold = build_optimizer(partial(Muon, **SETTINGS), built := model(), declarations(built))
+    told = foretold.received(Mesh(**sizes), torch.float64, "cpu")
+    assert run(4, counted, **sizes) == [(STEPS * e.bytes[PURPOSE], STEPS * e.calls[PURPOSE]) for e in told]
+
+
+@pytest.mark.dist
 def test_what_is_received_is_foretold_byte_for_byte_on_every_rank(run):
     foretold = build_optimizer(partial(Muon, **SETTINGS), built := model(), declarations(built))
-    told = foretold.received(3, torch.float64, "cpu")
+    told = foretold.received(Mesh(sequence=3), torch.float64, "cpu")
     found = run(3, counted)
     assert found == [(STEPS * each.bytes[PURPOSE], STEPS * each.calls[PURPOSE]) for each in told]
     assert len({received for received, _ in found}) > 1 and all(received for received, _ in found)
-    assert not any(each.calls for each in foretold.received(1, torch.float64, "cpu"))
-    (half,), (whole,) = (foretold.received(2, torch.float32, device)[:1] for device in ("cuda", "cpu"))
+    assert not any(each.calls for each in foretold.received(Mesh(sequence=1), torch.float64, "cpu"))
+    (half,), (whole,) = (foretold.received(Mesh(sequence=2), torch.float32, device)[:1] for device in ("cuda", "cpu"))
     assert 2 * half.bytes[PURPOSE] == whole.bytes[PURPOSE]
 
 

@@ -20,7 +20,9 @@ from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
 from parallel.fsdp import by_mesh
 from parallel.matrix_owners import MatrixCut, Owners, cuts, local, received, shape_here
+from parallel.mesh import DENSE, EXPERTS
 from parallel.schedule.comm_volume import Traffic
+from parallel.schedule.mesh import Mesh
 from train.optim.adamw import AdamW, FusedStep
 from train.optim.build import axes, refined
 
@@ -118,12 +120,23 @@ class Muon(Optimizer):
 
         return self.owners[key].apply(directions, update, dtype)
 
-    def received(self, world: int, dtype: torch.dtype, device: str) -> list[Traffic]:
-        """Returns what each rank receives in a step, weights being spread over `world` of them. dtype: of master
-        weights."""
+    def received(self, mesh: Mesh, dtype: torch.dtype, device: str) -> list[Traffic]:
+        """Returns what each rank of a mesh receives in a step, of a model that is whole here. dtype: of master weights.
+
+        Experts are cut over the mesh's expert ranks, and matrices whole on one of those that share the rest.
+        """
+        itemsize, found = _travels(dtype, device).itemsize, [Traffic() for _ in range(mesh.world)]
         parameters = [p for group in self._groups(muon=True) for p in group["params"]]
-        matrices = [_cuts(p) for p in parameters]
-        return received([p.shape[0] for p in parameters], matrices, world, _travels(dtype, device).itemsize)
+        for apart, sharing, cut in ((False, DENSE, 1), (True, EXPERTS, mesh.expert)):
+            several = [p for p in parameters if apart == (mesh.expert > 1 and p.ndim == 3 and "expert" in axes(p))]
+            shapes = [(len(p) // cut, *p.shape[1:]) for p in several]
+            told = [p.declared for p in several]  # type: ignore[attr-defined]
+            matrices = [cuts(shape, d.parts, d.along) for shape, d in zip(shapes, told, strict=True)]
+            for ranks in mesh.groups(*sharing):
+                each = received([shape[0] for shape in shapes], matrices, len(ranks), itemsize)
+                for rank, traffic in zip(ranks, each, strict=True):
+                    found[rank].include(traffic)
+        return found
 
 
 def _cuts(parameter: Tensor) -> list[MatrixCut]:
