@@ -146,11 +146,11 @@ class MoE(Dispatched):
         weights_BTX, routing = self.router(x_BTD)
         choices_BTX, room = routing.choices, None
         if self.capacity_factor is not None:
-            capacity_B = self.capacities(seq.counted.sum(1))
+            capacity_B = self.capacity(seq.counted.sum(1))
             kept_BTX = within_capacity(choices_BTX, self.num_experts, capacity_B, seq.counted)
             choices_BTX, weights_BTX = choices_BTX.where(kept_BTX, self.num_experts), weights_BTX * kept_BTX
             routing = routing._replace(dropped=(~kept_BTX).sum(-1))
-            room = max(B * self.capacity(T) for B, T in seq.shapes or [x_BTD.shape[:2]])
+            room = max(B * self.places(T) for B, T in seq.shapes or [x_BTD.shape[:2]])
         sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
         y_ND, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD), room)
         y_BTD = y_ND.view_as(x_BTD)
@@ -165,12 +165,12 @@ class MoE(Dispatched):
         y_BTD = self.shared.transform(x_BTD)
         return y_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * y_BTD
 
-    def capacity(self, tokens: int) -> int:
+    def places(self, tokens: int) -> int:
         """The most choices that an expert accepts from a span of so many counted tokens."""
         assert self.capacity_factor is not None
         return math.ceil(self.capacity_factor * tokens * self.top_k / self.num_experts - 1e-9)
 
-    def capacities(self, tokens_B: Tensor) -> Tensor:
+    def capacity(self, tokens_B: Tensor) -> Tensor:
         """The same of several spans, [B] int64."""
         assert self.capacity_factor is not None
         fair_B = self.capacity_factor * tokens_B.double() * self.top_k / self.num_experts
