@@ -150,7 +150,7 @@ class MoE(Dispatched):
             kept_BTX = within_capacity(choices_BTX, self.num_experts, capacity_B, seq.counted)
             choices_BTX, weights_BTX = choices_BTX.where(kept_BTX, self.num_experts), weights_BTX * kept_BTX
             routing = routing._replace(dropped=(~kept_BTX).sum(-1))
-            room = max(B * self.places(T) for B, T in seq.shapes or [x_BTD.shape[:2]])
+            room = max(B * self.places(T) for B, T in seq.shapes or [tuple(seq.positions.shape)])
         sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
         y_ND, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD), room)
         y_BTD = y_ND.view_as(x_BTD)
