@@ -13,7 +13,7 @@ from launch.verify.shrink import Shrunk, with_sizes
 from launch.world import spawn
 from parallel.schedule.mesh import Mesh
 from train.run_config import RunConfig
-from train.verify.trace import Place, Trace, Verdict, allowed, compare
+from train.verify.trace import Place, RankTrace, Trace, Verdict, allowed, compare
 
 ENTRY = "train.verify.world:run"
 STEPS = 3
@@ -48,7 +48,7 @@ def reference(config: RunConfig, steps: int = STEPS) -> Reference:
     return Reference(want, allowed(want, moved))
 
 
-def world(config: RunConfig, steps: int = STEPS) -> list[Trace]:
+def world(config: RunConfig, steps: int = STEPS) -> list[RankTrace]:
     """The side of many processes: the trace of each rank. Raises WorldError where they do not finish, and UserError
     where they refuse the configuration."""
     import torch
@@ -85,11 +85,11 @@ def world(config: RunConfig, steps: int = STEPS) -> list[Trace]:
         raise WorldError(last.strip()[:300])
 
 
-def judged(config: RunConfig, held: Reference, sizes: dict[str, int], steps: int = STEPS) -> Verdict:
+def judged(config: RunConfig, held: Reference, steps: int = STEPS) -> Verdict:
     """The verdict on a layout after so many steps. Raises WorldError where it does not run."""
     want = {place: x for place, x in held.want.items() if place.step < steps}
     try:
-        return compare(want, held.limits, world(config, steps), sizes["tensor"])
+        return compare(want, held.limits, world(config, steps))
     except ValueError as error:
         raise WorldError(str(error)) from None
 
@@ -99,14 +99,14 @@ def both(shrunk: Shrunk) -> tuple[Reference, Verdict | str]:
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(reference, shrunk.config)
         try:
-            traces: list[Trace] | str = world(shrunk.config)
+            traces: list[RankTrace] | str = world(shrunk.config)
         except WorldError as error:
             traces = str(error)
         held = made.result()
     if isinstance(traces, str):
         return held, traces
     try:
-        return held, compare(held.want, held.limits, traces, shrunk.sizes["tensor"])
+        return held, compare(held.want, held.limits, traces)
     except ValueError as error:
         return held, str(error)
 
@@ -179,7 +179,7 @@ def blame(shrunk: Shrunk, held: Reference, steps: int, say: Callable[[str], None
     def is_wrong(config: RunConfig, sizes: dict[str, int]) -> bool:
         say(f"looking for the axis: {Mesh(**sizes)}")
         try:
-            return judged(with_sizes(config, sizes), held, sizes, steps).first is not None
+            return judged(with_sizes(config, sizes), held, steps).first is not None
         except WorldError:
             return True
 

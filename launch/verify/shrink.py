@@ -23,6 +23,7 @@ VOCABULARY = 64
 CAPS = {"hidden": 32, "shared_hidden": 16, "state": 8, "rank": 4, "chunk": 16, "window": 20, "sinks": 3}
 CAPS |= {"mix_rank": 4, "decay_rank": 8, "rate_rank": 8, "value_rank": 8, "gate_rank": 8, "head_dim": 16}
 TOKENS = 16  # of a tile, of a chunk of the loss
+QUANTUM = 4  # tokens
 CLIP = 0.05  # a norm that gradients exceed, so that clipping acts
 
 
@@ -90,6 +91,8 @@ def shrink(config: RunConfig) -> Shrunk:
     if engine.get("tile") is not None:
         engine = engine.having(tile=TOKENS)
     scheduler = config.scheduler
+    if scheduler.get("quantum") is not None:  # of adaptive groups; speeds of ranks would make each run another
+        scheduler = scheduler.having(quantum=QUANTUM, memory=None, stragglers=False)
     if accumulated or stages > 1:
         scheduler = scheduler.having(tokens_per_rank=-(-length // sizes["sequence"]))
     small = replace(
@@ -183,10 +186,10 @@ def _sized(node: Any, sizes: Mapping[str, int], told: list[str]) -> Any:
     if isinstance(experts := found.get("num_experts"), int):
         found["num_experts"] = _divided(experts, 4, sizes)
         found["top_k"] = min(found.get("top_k", 1), 2, found["num_experts"])
-    if found.get("capacity_factor") is not None:
-        line = f"capacity_factor={found['capacity_factor']:g}: depends on the layout; verified as null"
+    if (limit := found.get("capacity_factor")) is not None:  # so much that no choice is dropped
+        found["capacity_factor"] = found["num_experts"] / found["top_k"]
+        line = f"capacity_factor={limit:g}: depends on the layout; verified as {found['capacity_factor']:g}"
         told += [] if line in told else [line]
-        found["capacity_factor"] = None
     return found
 
 

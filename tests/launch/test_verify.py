@@ -123,7 +123,7 @@ def blamed(monkeypatch, *overrides, wrong):
     shrunk = shrink(composed([*SMALL, *overrides]))
     place = Place(0, "scalar", "loss")
 
-    def judged(config, held, sizes, steps):
+    def judged(config, held, steps):
         found = Difference(place, 1.0, 2.0 if wrong(config) else 0.5, 0)
         return Verdict(found if wrong(config) else None, found, 1)
 

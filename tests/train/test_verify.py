@@ -13,7 +13,7 @@ from launch.verify.shrink import shrink
 from models.axes import declarations, initialise
 from train.optim.build import build_optimizer, set_rate
 from train.verify import EdgeCases, alone
-from train.verify.trace import FACTOR, GRADIENT, OUTPUT, SCALAR, WEIGHT, Place, allowed, compare
+from train.verify.trace import FACTOR, GRADIENT, OUTPUT, SCALAR, WEIGHT, Part, Place, RankTrace, allowed, compare
 
 
 def test_documents_have_every_edge_and_packing_keeps_each_token():
@@ -95,7 +95,7 @@ WANT = {
     Place(0, SCALAR, "loss"): torch.tensor(3.0),
     Place(0, GRADIENT, "layers.0.a"): torch.tensor([1.0, 1.0]),
     Place(0, GRADIENT, "layers.0.zero"): torch.tensor([1e-17, 0.0]),
-    Place(0, WEIGHT, "layers.0.a"): torch.tensor([4.0]),
+    Place(0, WEIGHT, "layers.0.b"): torch.tensor([4.0]),
 }
 WANT = {place: x.double() for place, x in WANT.items()}
 
@@ -110,7 +110,11 @@ def test_the_limit_of_a_tensor_is_what_a_perturbation_moves_it_by():
     assert found[Place(0, SCALAR, "loss")] == pytest.approx(FACTOR * 1e-12, rel=0.01)
     still = allowed(WANT, [(WANT, WANT)])
     assert 0 < still[Place(0, GRADIENT, "layers.0.zero")] < 1e-20
-    assert still[Place(0, WEIGHT, "layers.0.a")] == pytest.approx(4e-14)
+    assert still[Place(0, WEIGHT, "layers.0.b")] == pytest.approx(4e-14)
+
+
+def judged(traces):
+    return compare(WANT, limits(), [RankTrace(trace, {}) for trace in traces])
 
 
 @pytest.mark.parametrize("kind", [SCALAR, GRADIENT, WEIGHT])
@@ -118,22 +122,32 @@ def test_the_first_tensor_that_parts_is_named_with_the_rank(kind):
     wrong = {place: x + (1e-6 if place.kind == kind else 0) for place, x in WANT.items()}
     half = {place: x / 2 if place.kind == OUTPUT else x for place, x in WANT.items()}
     ranks = [half, {**wrong, Place(0, OUTPUT, "layers.0"): half[Place(0, OUTPUT, "layers.0")]}]
-    verdict = compare(WANT, limits(), ranks)
+    verdict = judged(ranks)
     assert verdict.first is not None and verdict.first.place.kind == kind and verdict.first.rank == 1
     assert verdict.worst.excess >= verdict.first.excess > 1
-    assert compare(WANT, limits(), [half, half]).first is None
+    assert judged([half, half]).first is None
 
 
 def test_outputs_of_layers_are_parts_of_a_sum_over_ranks():
-    assert compare(WANT, limits(), [WANT, WANT]).first.place.kind == OUTPUT
-    assert compare(WANT, limits(), [WANT, WANT], copies=2).first is None
+    assert judged([WANT, WANT]).first.place.kind == OUTPUT
+    assert judged([WANT]).first is None
+
+
+def test_a_rank_may_have_a_part_of_a_weight():
+    whole = Place(0, GRADIENT, "layers.0.a")
+    part = Part(0, [(1, 2)])
+    for value, right in ((1.0, True), (2.0, False)):
+        got = {**WANT, whole: torch.tensor([value]).double()}
+        assert (compare(WANT, limits(), [RankTrace(got, {"layers.0.a": part})]).first is None) == right
+    with pytest.raises(ValueError, match="has shape"):
+        compare(WANT, limits(), [RankTrace(WANT, {"layers.0.a": part})])
 
 
 def test_what_is_no_number_or_not_there_is_wrong():
     place = Place(0, GRADIENT, "layers.0.a")
-    verdict = compare(WANT, limits(), [{**WANT, place: WANT[place] * math.nan}])
+    verdict = judged([{**WANT, place: WANT[place] * math.nan}])
     assert verdict.first.place == place and verdict.first.excess == math.inf
     with pytest.raises(ValueError, match="no rank has the gradient of layers.0.a in step 1"):
-        compare(WANT, limits(), [{p: x for p, x in WANT.items() if p != place}])
+        judged([{p: x for p, x in WANT.items() if p != place}])
     with pytest.raises(ValueError, match="one process has no weight of more in step 1"):
-        compare(WANT, limits(), [{**WANT, Place(0, WEIGHT, "more"): torch.ones(1)}])
+        judged([{**WANT, Place(0, WEIGHT, "more"): torch.ones(1)}])

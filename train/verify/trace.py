@@ -6,16 +6,18 @@ traced the same way.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 OUTPUT, SCALAR, LOAD, OUTPUT_GRADIENT = "output", "scalar", "load", "gradient of the output"
 GRADIENT, CLIPPED, WEIGHT = "gradient", "clipped gradient", "weight"
 SUMMED = (OUTPUT, OUTPUT_GRADIENT)  # over ranks
+OF_WEIGHTS = (GRADIENT, CLIPPED, WEIGHT)
 
 
 class Place(NamedTuple):
@@ -48,10 +50,32 @@ class Place(NamedTuple):
 Trace = dict[Place, Tensor]
 
 
-class Streams:
-    """Sums over this process's counted tokens of each layer's output and of its gradient, float64 [D] by layer."""
+class Part(NamedTuple):
+    """A rank's part of a weight: the stretches [begin, end) of dimension `along`, side by side."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]):
+    along: int
+    segments: list[tuple[int, int]]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of a whole tensor."""
+        return torch.cat([whole.narrow(self.along, b, e - b) for b, e in self.segments], dim=self.along)
+
+
+class RankTrace(NamedTuple):
+    """The trace of a rank. parts: of the weights of which it has less than a tensor, by name."""
+
+    trace: Trace
+    parts: dict[str, Part]
+
+
+class Streams:
+    """Sums over this process's counted tokens of each layer's output and of its gradient, float64 [D] by layer.
+
+    share: (p, P) where P processes see the same tokens, and each has the p-th P-th of them between layers.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], share: tuple[int, int] = (0, 1)):
+        self._share = share
         self._sums: dict[str, dict[str, Tensor]] = {OUTPUT: {}, OUTPUT_GRADIENT: {}}
         for name, layer in layers.items():
             layer.register_forward_hook(partial(self._see, f"layers.{name}"))
@@ -64,9 +88,12 @@ class Streams:
     def _see(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         y_BTD, seq = output[0], args[1]
         again = torch._C._current_graph_task_id() != -1  # a layer that runs once more for its backward
-        if again or not torch.is_grad_enabled() or y_BTD.shape[:2] != seq.positions.shape:
+        if again or not torch.is_grad_enabled():
             return
-        weights_BT = (torch.cos(0.7 * seq.positions.double()) + 0.1) * seq.counted
+        weights = ((torch.cos(0.7 * seq.positions.double()) + 0.1) * seq.counted).flatten()
+        (place, of), held = self._share, y_BTD.shape[:2].numel()
+        weights = F.pad(weights, (0, held * of - len(weights)))  # shares are equal, the last ones padded
+        weights_BT = weights[held * place : held * (place + 1)].view(y_BTD.shape[:2])
         self._add(OUTPUT, layer, weights_BT, y_BTD.detach())
         if y_BTD.requires_grad:
             y_BTD.register_hook(partial(self._add, OUTPUT_GRADIENT, layer, weights_BT))
@@ -161,28 +188,29 @@ def allowed(want: Trace, moved: list[tuple[Trace, Trace]]) -> dict[Place, float]
     return found
 
 
-def compare(want: Trace, limits: Mapping[Place, float], ranks: list[Trace], copies: int = 1) -> Verdict:
-    """Holds the traces of all ranks to one. copies: how many ranks have the same part of a layer's tokens.
-
-    Raises ValueError where a trace has a place that the other lacks.
-    """
+def compare(want: Trace, limits: Mapping[Place, float], ranks: list[RankTrace]) -> Verdict:
+    """Holds the traces of all ranks to one. Raises ValueError where a trace has a place that the other lacks."""
     first, worst, count = None, None, 0
     for place, x in want.items():
-        holding = [(rank, trace[place]) for rank, trace in enumerate(ranks) if place in trace]
+        holding = [(rank, each.trace[place]) for rank, each in enumerate(ranks) if place in each.trace]
         if not holding:
             raise ValueError(f"no rank has the {place}")
         if place.kind in SUMMED:
-            holding = [(0, sum((part for _, part in holding), torch.zeros_like(x)) / copies)]
+            holding = [(0, sum((part for _, part in holding), torch.zeros_like(x)))]
         for rank, got in holding:
-            if got.shape != x.shape:
-                raise ValueError(f"the {place} has shape {tuple(got.shape)} on rank {rank}, not {tuple(x.shape)}")
-            distance = _norm(got - x)
+            part = ranks[rank].parts.get(place.name) if place.kind in OF_WEIGHTS else None
+            expected = x if part is None else part.of(x)
+            if got.shape != expected.shape:
+                raise ValueError(
+                    f"the {place} has shape {tuple(got.shape)} on rank {rank}, not {tuple(expected.shape)}"
+                )
+            distance = _norm(got - expected)
             distance = distance if math.isfinite(distance) else math.inf
             found = Difference(place, distance / max(_norm(x), 1e-300), distance / max(limits[place], 1e-300), rank)
             worst = found if worst is None or found.excess > worst.excess else worst
             first = found if first is None and found.excess > 1 else first
             count += 1
-    if extra := [place for trace in ranks for place in trace if place not in want]:
+    if extra := [place for each in ranks for place in each.trace if place not in want]:
         raise ValueError(f"one process has no {extra[0]}")
     assert worst is not None
     return Verdict(first, worst, count)
@@ -190,6 +218,3 @@ def compare(want: Trace, limits: Mapping[Place, float], ranks: list[Trace], copi
 
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.double()))
-
-
-Say = Callable[[str], None]

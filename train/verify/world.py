@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.parallelize import parameter_name
+from parallel.tensor import division_of
 from train.build import build
 from train.execute import Executor
 from train.loop import Trainer
-from train.verify.trace import Moment, Streams, Trace, written
+from train.verify.trace import Moment, Part, RankTrace, Streams, Trace, written
 
 
 def run(order: dict[str, Any]) -> None:
@@ -29,8 +30,9 @@ def file_of(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.pt"
 
 
-def trace(order: dict[str, Any]) -> Trace:
-    """The trace of the first steps of a run, as this rank has it. A step that the guard held back ends it."""
+def trace(order: dict[str, Any]) -> RankTrace:
+    """The trace of the first steps of a run, as this rank has it. Raises FloatingPointError for a gradient that is not
+    finite. Collective."""
     trainer = build(order)
     watched, found = _Watched(trainer), Trace()
     for step in range(order["steps"]):
@@ -38,7 +40,7 @@ def trace(order: dict[str, Any]) -> Trace:
         if "skipped" in record:
             raise FloatingPointError(f"the guard held step {step + 1} back: a gradient is not finite")
         found |= written(step, watched.moment(record))
-    return found
+    return RankTrace(found, watched.parts())
 
 
 class _Watched:
@@ -46,7 +48,9 @@ class _Watched:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.streams = Streams(trainer.model.layers)  # type: ignore[arg-type]
+        mesh = trainer.groups.mesh
+        share = mesh.coordinates(dist.get_rank())["tensor"], mesh.tensor
+        self.streams = Streams(trainer.model.layers, share)  # type: ignore[arg-type]
         self.gradients: dict[str, Tensor] = {}
         self.clipped: dict[str, Tensor] = {}
         trainer.executor = cast(Executor, _Noting(trainer.executor, self))
@@ -68,15 +72,24 @@ class _Watched:
         weights = self._every({name: p.detach() for name, p in self._named().items()})
         return Moment(self.streams.take(), scalars, loads, self.gradients, clipped, weights)
 
+    def parts(self) -> dict[str, Part]:
+        """The weights of which this rank's tensor group holds several parts."""
+        division = division_of(self.trainer.model)
+        if division is None:
+            return {}
+        pieces = {name: piece for name, piece in division.pieces.items() if piece.along is not None}
+        return {name: Part(piece.along or 0, piece.segments(division.rank)) for name, piece in pieces.items()}
+
     def _named(self) -> dict[str, nn.Parameter]:
         return {parameter_name(name): p for name, p in self.trainer.model.named_parameters()}
 
     def _every(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """The logical tensors of all weights, zeros for one that is not there. Collective."""
+        """Of all weights the whole tensors, or a tensor rank's parts of them; zeros for one that is not there.
+        Collective."""
         found = {}
         for name, parameter in self._named().items():
             value = held.get(name)
-            found[name] = logical(torch.zeros_like(parameter) if value is None else value).detach().clone()
+            found[name] = gathered(torch.zeros_like(parameter) if value is None else value).detach().clone()
         return found
 
 
@@ -95,6 +108,6 @@ class _Noting:
         return tally
 
 
-def logical(x: Tensor) -> Tensor:
-    """The tensor as one device would hold it. Collective over the ranks that share it."""
+def gathered(x: Tensor) -> Tensor:
+    """The tensor that sharding has cut into pieces. Collective over the ranks that share it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
