@@ -84,7 +84,7 @@ class _Watched:
         return {parameter_name(name): p for name, p in self.trainer.model.named_parameters()}
 
     def _every(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Of all weights the whole tensors, or a tensor rank's parts of them; zeros for one that is not there.
+        """The whole tensors of all weights, or a tensor rank's parts of them; zeros for one that is not there.
         Collective."""
         found = {}
         for name, parameter in self._named().items():
