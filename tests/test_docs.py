@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.preflight.check import check_run
+from launch.preflight.configure import configure
 from tests import warm
 from tests.launch.processes import ROOT, mentioning, wait_for
 
@@ -48,24 +50,29 @@ PAGES = [
     ),
 ]
 TAKE_MINUTES = [
-    f"docs/{page}.md"
-    for page in (
-        "first-run",
-        "models",
-        "parallel",
-        "verify",
-        "data",
-        "schedules",
-        "continual",
-        "guards",
-        "optimizers",
-        "cluster",
-        "evaluate",
-        "extension",
-        "decoding",
-        "hub",
-    )
+    "README.md",
+    *(
+        f"docs/{page}.md"
+        for page in (
+            "first-run",
+            "models",
+            "parallel",
+            "verify",
+            "data",
+            "schedules",
+            "continual",
+            "guards",
+            "optimizers",
+            "cluster",
+            "evaluate",
+            "extension",
+            "decoding",
+            "hub",
+        )
+    ),
 ]
+# The README's runs that `make test` starts; it checks the others as a run does before it starts a process.
+STARTED = ("farspan train parallel.data=2", "farspan train resume=first")
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",
     ".venv/bin/python -m pip": "installs: `make` does the same",
@@ -154,6 +161,21 @@ def test_every_command_works_as_printed(page, tmp_path):
     finally:
         _end_ray(tmp_path)
         shutil.rmtree(sockets, ignore_errors=True)
+
+
+@pytest.mark.e2e
+def test_the_readmes_runs_are_accepted_and_some_start(tmp_path, monkeypatch):
+    """All of them, started, are `make docs`."""
+    _write_texts(tmp_path / "my_texts")
+    monkeypatch.chdir(tmp_path)
+    env = os.environ | {"PATH": f"{_console(tmp_path)}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    trained = [command for command in commands("README.md") if command.startswith("farspan train")]
+    assert len(trained) >= 8 and all(any(c.startswith(start) for c in trained) for start in STARTED)
+    for command in trained:
+        if command.startswith(STARTED):
+            _type(command, tmp_path, env)
+        else:
+            check_run(configure(shlex.split(command)[2:]), lambda line: None)
 
 
 def _write_texts(folder: Path) -> None:
