@@ -116,7 +116,7 @@ class LM(nn.Module):
             logits_BTV = self.head(x_BTD)
         else:
             logits_BTV = F.linear(x_BTD * self.tied_scale, self.embedding.to(x_BTD.dtype))
-        return self.width.sum(self.width.place(logits_BTV, self.vocabulary))
+        return self.width.join(logits_BTV, self.vocabulary)
 
     def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, ...]:
         """The same logits' cross-entropy in nats, summed over the targets; without gradients, all of `Scored`."""

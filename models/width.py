@@ -48,6 +48,10 @@ class Width(Protocol):
         """[..., N] at its place among `total` channels, zeros elsewhere: what `leave` and `sum` then put together."""
         ...
 
+    def join(self, x: Tensor, total: int) -> Tensor:
+        """All `total` channels, on every device, from this one's [..., N]."""
+        ...
+
     def alike(self, x: Tensor) -> Tensor:
         """The same x, which every device has computed alike and which counts once: its gradient is shared out."""
         ...
@@ -83,6 +87,9 @@ class Undivided:
         return x
 
     def place(self, x: Tensor, total: int) -> Tensor:
+        return x
+
+    def join(self, x: Tensor, total: int) -> Tensor:
         return x
 
     def alike(self, x: Tensor) -> Tensor:

@@ -107,6 +107,9 @@ class DividedWidth:
         begin, end = self.span(total)
         return nn.functional.pad(x, (begin, total - end))
 
+    def join(self, x: Tensor, total: int) -> Tensor:
+        return sum_over(self.comm, self.place(x, total), purpose="logits")
+
     def alike(self, x: Tensor) -> Tensor:
         y: Tensor = _Alike.apply(self.comm.size, x)
         return y
@@ -213,7 +216,13 @@ def divide(model: nn.Module, pieces: Mapping[str, TensorPiece], meshes: Meshes) 
     """Gives a model on the meta device this rank's shapes, and its modules the answers of the group. Collective."""
     comm = meshes.comm("tensor")
     same = {count: meshes.copies(count) for count in sorted({piece.copies for piece in pieces.values()} - {1})}
-    width = DividedWidth(comm)
+    replace_parameters(model, pieces, DividedWidth(comm))
+    return Division(pieces, comm.rank, same)
+
+
+def replace_parameters(model: nn.Module, pieces: Mapping[str, TensorPiece], width: DividedWidth) -> None:
+    """Gives a model on the meta device the shapes of this rank of a group, and its modules the group's answers."""
+    comm = width.comm
     for module_name, module in model.named_modules():
         if hasattr(module, "width"):
             module.width = width
@@ -226,7 +235,6 @@ def divide(model: nn.Module, pieces: Mapping[str, TensorPiece], meshes: Meshes) 
         if hasattr(module, "bias_share") and module.bias is not None:
             if pieces[f"{module_name}.weight"].along == 1:  # each rank adds its share of the bias to its part
                 module.bias_share = 1 / comm.size
-    return Division(pieces, comm.rank, same)
 
 
 @dataclass(frozen=True)

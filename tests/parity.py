@@ -26,6 +26,7 @@ from parallel.sequence.attention import GatherKeys, Keys
 from parallel.sequence.states import GatherEffects, Transport
 from train.execute import Executor
 from train.loss import sums
+from train.time_spans import Spans
 
 VOCABULARY, BALANCE = 32, 0.05
 DTYPE = {"fp64": torch.float64, "fp32": torch.float32}
@@ -110,10 +111,11 @@ def spread(
     recurrence: Transport | None = None,
     keys: Keys | None = None,
     mesh: Mesh | None = None,
+    spans: Spans | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it.
 
-    mesh: how the world is divided; None for sequences alone.
+    mesh: how the world is divided; None for sequences alone. spans: in time, None for none.
     """
     groups = Groups(mesh)
     plan.check(groups.world)
@@ -123,7 +125,7 @@ def spread(
     meshes = Meshes(groups.mesh, torch.device(device))
     parallelise(model, meshes, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
     executor = Executor(
-        model, groups, torch.device(device), recurrence or GatherEffects(), keys or GatherKeys(), BALANCE
+        model, groups, torch.device(device), recurrence or GatherEffects(), keys or GatherKeys(), BALANCE, spans=spans
     )
     tally = executor.train(plan, batch)
     targets = sum(int((s.targets != -100).sum()) for s in batch)

@@ -269,7 +269,8 @@ class ParallelSettings:
             if size > 1 and name in NOT_YET:
                 raise ValueError(f"parallel.{name}={size}: must be 1; this version cannot divide a run so yet")
         product = math.prod(given.values())
-        factors = " × ".join(f"parallel.{name}={size}" for name, size in given.items())
+        chosen = {name: size for name, size in given.items() if size > 1 or name in ("data", "sequence")}
+        factors = " × ".join(f"parallel.{name}={size}" for name, size in chosen.items())
         if workers % product or workers != product and {"data", "sequence"} <= given.keys():
             raise ValueError(f"{factors}: is {product}, must be cluster.workers={workers}")
         left = workers // product

@@ -186,6 +186,7 @@ def _model(flight: CheckedRun) -> LM:
     with torch.device("meta"):
         model = flight.config.model.build()
     model.compute = dtypes(flight.config.precision.compute, flight.device)[0]
+    model.loss_chunk = flight.train.loss_chunk
     return model
 
 
@@ -220,17 +221,23 @@ def _spans(flight: CheckedRun, first: Plan) -> int:
 
 
 def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int) -> list[str]:
-    """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward. held: tokens
-    of a span in time."""
+    """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward, on a rank
+    that has all heads. held: tokens of a span in time."""
+    import math
+
+    from models.axes import declarations
+    from parallel.tensor import division
     from train.optim.build import moments
     from train.precision import dtypes
 
     compute, master = dtypes(flight.config.precision.compute, flight.device)
     engine, model = flight.config.engine, flight.config.model
-    share = master.itemsize / flight.cluster.workers
+    mesh, pieces = flight.mesh, division(built, declarations(built), flight.mesh.tensor).values()
+    own = sum(math.prod(piece.local_shape(0)) for piece in pieces) / costs.parameters  # of a tensor rank
+    share = master.itemsize * own / (mesh.data * mesh.expert * mesh.sequence)
     states = (2 * costs.parameters + moments(flight.config.optimizer.build(), built)) * share
     averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
-    gathered = costs.parameters * master.itemsize
+    gathered = int(costs.parameters * own * master.itemsize)
     if engine["reshard_after_forward"]:
         gathered = gathered * 2 // model["layers"]
     kept = costs.activations
@@ -244,7 +251,7 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
         **({"averages of weights": averages * costs.parameters * share} if averages else {}),
         "gathered weights": gathered,
         "activations": kept * held,
-        f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] * (compute.itemsize + 8)
+        f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] // mesh.tensor * (compute.itemsize + 8)
         + held * model["dim"] * compute.itemsize,  # and its gradient of the head's input
     }
     if spans > 1 and flight.train.span_gradient == "exact":
@@ -265,9 +272,8 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     from collections import Counter
 
     from models.axes import declarations
-    from parallel.schedule.comm_volume import How, Traffic, of_plan, of_weights
-    from parallel.schedule.expert_volume import of_experts
-    from train.metrics.comm_trace import asked, expert_calls, expert_units, weight_units
+    from parallel.schedule.comm_volume import How
+    from train.metrics.width_trace import of_step
     from train.optim.build import build_optimizer
     from train.precision import dtypes
 
@@ -277,29 +283,33 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     auto = transport.recurrence == "auto"
     how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)
     starts = [s.starts.nonzero()[0].tolist() for s in batch]
-    together = max(len(group.ranks) for micro in first.micro_steps for group in micro.groups)
-    asks = asked(model, device=flight.device) if together > 1 else ()
-    found = of_plan(first, starts, asks, how, recompute=engine.get("recompute", "none"))
     master = dtypes(flight.config.precision.compute, flight.device)[1]
-    options = {"itemsize": master.itemsize, "reshard": engine.get("reshard_after_forward", True)}
-    options["experts"] = cut = flight.mesh.expert
-    weights = of_weights(weight_units(model, **options), workers, len(first.micro_steps))
-    if cut > 1:
-        weights.include(of_weights(expert_units(model, **options), workers // cut, len(first.micro_steps)))
-    padded, recompute = transport.experts == "padded", engine.get("recompute", "none")
-    rows = of_experts(first, flight.mesh, expert_calls(model), padded=padded, recompute=recompute)
+    found = of_step(
+        lambda: _model(flight),
+        flight.mesh,
+        first,
+        starts,
+        how,
+        itemsize=master.itemsize,
+        reshard=engine.get("reshard_after_forward", True),
+        recompute=engine.get("recompute", "none"),
+        experts=transport.experts,
+        device=flight.device,
+    )
     total, most = Counter[str](), Counter[str]()
     stepping: Any = build_optimizer(flight.config.optimizer.build(), model, declarations(model))
-    if hasattr(stepping, "received"):
-        for rank, traffic in enumerate(stepping.received(flight.mesh, master, flight.device)):
-            found.setdefault(rank, Traffic()).include(traffic)
-    for rank, traffic in found.items():
-        traffic.include(weights)
-        traffic.include(rows[rank])
-        total.update(traffic.bytes)
-        most |= traffic.bytes
+    more = stepping.received(flight.mesh, master, flight.device) if hasattr(stepping, "received") else [None] * workers
+    for by_axis, matrices in zip(found, more, strict=True):
+        received = Counter[str]()
+        for traffic in (*by_axis.values(), *([matrices] if matrices else [])):
+            received.update(traffic.bytes)
+        total.update(received)
+        most |= received
+    together = max(len(group.ranks) for micro in first.micro_steps for group in micro.groups)
     note = "; auto, as if it chose gather for states" if auto and together > 1 else ""
-    note += "" if padded or cut == 1 else "; experts, as if each were chosen as often"
+    note += (
+        "" if transport.experts == "padded" or flight.mesh.expert == 1 else "; experts, as if each were chosen as often"
+    )
     return [
         f"traffic     {_size(total.total())} a step between {workers} ranks, by what it is, and the most a rank "
         f"receives{note}",

@@ -17,12 +17,12 @@ def check_layout(config: RunConfig, mesh: Mesh, model: Any) -> None:
     attention = config.parallel.transport.attention
     if mesh.tensor > 1:
         division(model, declarations(model), mesh.tensor)
-        if config.train.span_tokens is not None:
-            raise ValueError(f"parallel.tensor={mesh.tensor}: must be 1 with train.span_tokens")
+        if config.optimizer.target == "train.optim.Muon":
+            raise ValueError(
+                f"parallel.tensor={mesh.tensor}: must be 1 with optimizer=muon, which needs whole matrices"
+            )
     if attention == "ulysses" and mesh.sequence > 1:
         check_heads(model, attention, mesh.sequence, tensor=mesh.tensor)
     for name in ("tensor", "replicate"):
-        if (size := getattr(mesh, name)) > 1 and config.optimizer.target == "train.optim.Muon":
-            raise ValueError(f"parallel.{name}={size}: must be 1 with optimizer=muon, which shares out whole matrices")
-        if size > 1 and config.engine.target != "train.engines.FSDP":
+        if (size := getattr(mesh, name)) > 1 and config.engine.target != "train.engines.FSDP":
             raise ValueError(f"parallel.{name}={size}: must be 1 with engine={config.engine.target}; accepts fsdp")

@@ -70,7 +70,7 @@ def test_sizes_that_are_not_given_take_what_is_left(sizes, workers, want):
     [
         ({"data": 3}, "parallel.data=3: must divide cluster.workers=8"),
         ({"data": 0}, "parallel.data=0: must divide"),
-        ({"data": 2, "sequence": 2}, "parallel.replicate=1 × parallel.data=2 × .* is 4, must be cluster.workers=8"),
+        ({"data": 2, "sequence": 2}, "parallel.data=2 × parallel.sequence=2: is 4, must be cluster.workers=8"),
     ],
 )
 def test_a_mesh_that_does_not_multiply_to_the_workers_is_refused_with_its_factors(sizes, line):

@@ -26,18 +26,25 @@ from models.linear import Linear
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
+from parallel.collectives import LEDGER
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
+from parallel.schedule.comm_volume import How
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.static import Static
+from parallel.sequence.attention import GatherKeys
+from parallel.sequence.states import GatherEffects
 from parallel.tensor import TensorPiece, division
 from tests.parallel.test_mixers import BUILDS
 from tests.parallel.test_parity import BATCH, static
 from tests.parity import TOLERANCE, VOCABULARY, differences, logical, mixer_model, small_model, spread, truth
 from tests.world import run_world
 from train.checkpoints import checkpoint
+from train.execute import Executor
+from train.metrics.width_trace import of_step
 from train.optim.build import build_optimizer
 from train.optim.clip import clip, layer_norms
+from train.time_spans import Spans
 
 pytestmark = pytest.mark.dist
 
@@ -73,11 +80,17 @@ OPTIONS = {  # that are divided in another way than the mixer's plain form
 }
 
 
+IN_TIME = Spans(40)
+
+
 def every_layout() -> dict[str, Any]:
-    return {
+    """Each layout, and the first in spans of time."""
+    found = {
         name: spread(BATCH, static(*mesh.split, tokens), "fp64", remat, mesh=mesh, build=MODELS[model])
         for name, (mesh, model, remat, tokens) in LAYOUTS.items()
     }
+    mesh = Mesh(tensor=2, sequence=2)
+    return found | {"in time": spread(BATCH, static(*mesh.split), "fp64", mesh=mesh, spans=IN_TIME)}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +100,8 @@ def wanted():
 
 def test_every_layout_gives_the_loss_and_gradients_of_one_process(run, wanted):
     for got in run(4, every_layout):
-        for name, (_, model, *_) in LAYOUTS.items():
+        for name in got:
+            model = LAYOUTS[name][1] if name in LAYOUTS else "hybrid"
             for what, error in differences(got[name], wanted[model]).items():
                 assert error <= TOLERANCE["fp64"], f"{name}: {what}: {error:.1e}"
 
@@ -242,6 +256,51 @@ def test_norms_are_those_of_whole_tensors_and_checkpoints_load_on_any_mesh(run, 
             for name, value in state.items():
                 assert np.array_equal(value, states[0][name]), name
                 assert np.isfinite(value).all(), name
+
+
+# --- bytes ---
+
+
+def bytes_received() -> dict[str, dict[str, tuple[int, int]]]:
+    """By layout and by "axis/purpose", the bytes and calls that this rank counts in one step."""
+    found = {}
+    for name in COUNTED:
+        mesh, model_name, remat, tokens = LAYOUTS[name]
+        with torch.device("meta"):
+            model = MODELS[model_name]()
+        model.compute = torch.float64
+        meshes, groups = Meshes(mesh, torch.device("cpu")), Groups(mesh)
+        parallelise(model, meshes, seed=1, dtype=torch.float64, remat=remat, reshard_after_forward=True)
+        executor = Executor(model, groups, torch.device("cpu"), GatherEffects(), GatherKeys(), 0.05)
+        LEDGER.take()
+        executor.train(static(*mesh.split, tokens), BATCH)
+        size, calls = LEDGER.take()
+        found[name] = {"/".join(entry): (size[entry], calls[entry]) for entry in calls}
+    return found
+
+
+COUNTED = ("tensor 2 × sequence 2, recomputed", "tensor 4", "replicate 2 × data 2, accumulated, recomputed")
+
+
+def test_bytes_by_axis_are_those_foretold(run):
+    measured = run(4, bytes_received)
+    starts = [np.flatnonzero(s.positions == 0).tolist() for s in BATCH]
+    for name in COUNTED:
+        mesh, model_name, remat, tokens = LAYOUTS[name]
+
+        def build(model_name=model_name):
+            with torch.device("meta"):
+                model = MODELS[model_name]()
+            model.compute = torch.float64
+            return model
+
+        plan = static(*mesh.split, tokens)
+        foretold = of_step(build, mesh, plan, starts, How(), itemsize=8, reshard=True, recompute=remat)
+        for got, want in zip(measured, foretold, strict=True):
+            there = {f"{axis}/{p}": (t.bytes[p], t.calls[p]) for axis, t in want.items() for p in t.calls}
+            assert got[name] == there, name
+        axes = {key.partition("/")[0] for got in measured for key in got[name]}
+        assert axes >= {axis for axis in ("tensor", "replicate", "sequence") if mesh.sizes[axis] > 1}
 
 
 # --- refusals ---

@@ -196,8 +196,11 @@ def test_what_is_received_is_foretold_byte_for_byte_on_every_rank(run):
     assert 2 * half.bytes[PURPOSE] == whole.bytes[PURPOSE]
 
 
+HYBRID = pytest.param({"replicate": 2, "data": 2}, marks=pytest.mark.slow)
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("sizes", [{}, {"sequence": 2}, {"sequence": 3}, {"expert": 2, "data": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"sequence": 2}, {"sequence": 3}, {"expert": 2, "data": 2}, HYBRID], ids=str)
 def test_spread_over_ranks_every_parameter_is_that_of_one_process(run, sizes):
     want = alone()
     for got in run(Mesh(**sizes).world, together, **sizes):
