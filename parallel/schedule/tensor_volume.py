@@ -1,4 +1,4 @@
-"""What ranks receive in their tensor groups, and of weights that are sharded in several groups, in bytes and calls.
+"""Traffic in tensor groups, and between the copies of shards, in bytes and calls that a rank receives.
 
 Counterpart of `parallel.schedule.comm_volume` for the other dimensions of the mesh; what a model exchanges by token is
 found by `train.metrics.comm_trace`.

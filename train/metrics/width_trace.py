@@ -1,5 +1,5 @@
-"""What ranks receive in a step on a mesh of any dimensions but pipeline: what the model exchanges by token is found by
-running it once on the meta device, as each of the tensor ranks.
+"""Traffic of a step on a mesh of any dimensions but pipeline: the model, run once on the meta device as each of the
+tensor ranks, tells what it exchanges by token.
 
 The counterpart of `train.metrics.comm_trace` for `models.width`.
 """
