@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
 from parallel.liveness import HERE, Wait
+from parallel.matrix_owners import local
 
 
 def shard(
@@ -116,21 +117,22 @@ def communicate_gradients(model: nn.Module, last: bool) -> None:
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm over all tensors together, sharded over one mesh or several, the same plain scalar on every rank."""
-    totals = [_plain(nn.utils.get_total_norm(several)) for several in by_mesh(tensors) or [tensors]]
+    totals = [_of_one_mesh(several) for several in by_mesh(tensors) or [tensors]]
     return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals))
 
 
-def _plain(total: torch.Tensor) -> torch.Tensor:
-    """A norm of sharded tensors, over all dimensions of their mesh."""
-    if not isinstance(total, DTensor):
-        return total
-    if total.device_mesh.ndim == 1:
-        return total.full_tensor()
-    square = total.to_local().square()  # of this rank's part; torch would do the same, with a line of warning
-    for dim, placement in enumerate(total.placements):
-        if placement.is_partial():
-            dist.all_reduce(square, group=total.device_mesh.get_group(dim))
-    return square.sqrt()
+def _of_one_mesh(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm over tensors that are sharded over the same dimensions of one mesh."""
+    first = tensors[0] if tensors else None
+    if isinstance(first, DTensor) and first.device_mesh.ndim > 1:
+        # torch would reduce each tensor's norm over each dimension by itself, and warn of it.
+        square = nn.utils.get_total_norm([local(x) for x in tensors]).square()
+        for dim, placement in enumerate(first.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(square, group=first.device_mesh.get_group(dim))
+        return square.sqrt()
+    total = nn.utils.get_total_norm(tensors)
+    return total.full_tensor() if isinstance(total, DTensor) else total
 
 
 def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
