@@ -6,15 +6,18 @@ READY := $(VENV)/.ready
 # A file runs on one worker, in the order that tests/conftest.py gives to files.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test unit check slow mutations foreign matrix tensor plans fuzz stops faults docs bench reference clean
+.PHONY: train test tests unit check slow mutations foreign matrix tensor plans fuzz stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
 
-# Tests that measure time run alone. All others share the cores.
-test: $(READY) check
-	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not timing and not gpu and not slow"
+# Tests that measure time run alone. All others share the cores, and the checks run beside them.
+test: $(READY)
+	$(MAKE) --no-print-directory --jobs 2 check tests
 	$(VENV)/bin/python -m pytest -q -m "timing and not gpu and not slow"
+
+tests: $(READY)
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not timing and not gpu and not slow"
 
 unit: $(READY)
 	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not composes and not dist and not e2e and not timing and not gpu and not slow"

@@ -23,6 +23,7 @@ SMALL = [
     "train.batch_tokens=384",
     "train.evaluate_every=null",
     "train.checkpoint_every=null",
+    "train.mfu=false",
     "precision=fp32",
 ]
 

@@ -89,7 +89,13 @@ NOT_RUN = {
     "wandb login": "needs an account",
     "wandb sync": "needs a server; tests/train/tracking runs it against one of its own",
 }
-SMALL = ["model.dim=64", "data.heldout_tokens=4096", "train.evaluate_every=null", "train.checkpoint_every=null"]
+SMALL = [
+    "model.dim=64",
+    "data.heldout_tokens=4096",
+    "train.evaluate_every=null",
+    "train.checkpoint_every=null",
+    "train.mfu=false",
+]
 MARK = "FARSPAN_TEST_DOCS"
 PROGRAMS = ("farspan", "make", "ray", "python", "pip", "wandb", "sbatch", "kubectl", "eval", "export", "source")
 

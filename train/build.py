@@ -79,7 +79,7 @@ def build(order: dict[str, Any]) -> Trainer:
     asks = _asks(model, config, order["device"])
     declared = declarations(model)
     counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
-    utilisation = _utilisation(model, order["device"], say) if first else None
+    utilisation = _utilisation(model, order["device"], say) if first and train.mfu else None
     config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master)
     if config.parallel.transport.experts == "padded":
         pad(model)
@@ -325,8 +325,7 @@ def _spans(config: RunConfig, train: TrainSettings) -> Spans | None:
 
 def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisation | None:
     """Returns what steps' FLOP/s are held against: plain matmuls on as many devices as rank 0's. None where a model's
-    costs are
-    not known."""
+    costs are not known."""
     try:
         costs = account(model, device=device)
     except NotImplementedError as error:

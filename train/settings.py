@@ -112,7 +112,8 @@ class TrainSettings:
     weights of a checkpoint that init_from loads; raw: the trained ones; average: their average. evaluate_every: tokens
     between two evaluations of the held-out loss; null for one, at the end. checkpoint_every: tokens between two
     checkpoints; null for one, at the end, which a stopped run writes too. keep: number of the newest checkpoints that
-    stay on disk.
+    stay on disk. mfu: record model FLOP/s, and their share of the devices' rate of matmuls; rank 0 counts and measures
+    them for a second or two before the first step.
     """
 
     tokens: int = 1_000_000
@@ -135,6 +136,7 @@ class TrainSettings:
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
+    mfu: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tokens", "clip", "keep"):

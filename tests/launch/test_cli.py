@@ -75,7 +75,7 @@ def numbers(run: Path) -> list[tuple]:
     return [(r["step"], r["tokens"], r["loss"], r["grad_norm"], r["lr"], r["expert_load"]) for r in records(run)]
 
 
-TOLD = ["tracking.mode=offline", "tracking.norms=true", "train.evaluate_every=3840"]
+TOLD = ["train.mfu=true", "tracking.mode=offline", "tracking.norms=true", "train.evaluate_every=3840"]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ SMALL = [
     "train.tokens=256",
     "train.evaluate_every=null",
     "train.checkpoint_every=null",
+    "train.mfu=false",
 ]
 
 

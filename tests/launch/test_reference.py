@@ -135,7 +135,7 @@ def test_accepted_values_are_read_from_the_source():
     assert "offline" in accepts("train.tracking.Tracking", "mode")  # a class that its package hands on
     assert accepts("train.settings.TrainSettings", "tokens") == accepts("torch.optim.AdamW", "lr") == []
     hints = {"recurrence": "StateTransportName", "attention": "AttentionTransportName", "blocks": "int"}
-    assert parameters("train.settings.TransportSettings") == hints
+    assert parameters("train.settings.TransportSettings") == hints | {"experts": "ExpertTransportName"}
     assert parameters("no.such.Module") == {}
     assert nested("train.settings.ParallelSettings", "transport") == "train.settings.TransportSettings"
     assert nested("train.settings.ParallelSettings", "data") is None

@@ -1,4 +1,4 @@
-"""Every mixer of the registry across ranks, against one process: loss and every gradient on every rank."""
+"""Mixers of the registry across ranks, against one process: loss and every gradient on every rank."""
 
 import inspect
 from functools import partial
@@ -37,25 +37,28 @@ LAYOUTS = {
     "2 ranks": (2, static(1, 2), "none"),
     "4 ranks, unequal spans, recomputed": (4, unequal(), "full"),
 }
+# One for each kind of state, and those whose layers share something.
+KINDS = ("attention", "gateloop", "gla", "kda", "linear", "mamba", "mamba2", "mlstm", "mom, one norm", "rglru", "slstm")
+EVERY_RUN = (*KINDS, "rwkv7, channel mix", "titans")
 
 
-def every_mixer(plan, remat):
-    return {name: spread(BATCH, plan, "fp64", remat=remat, build=build) for name, build in BUILDS.items()}
-
-
-@pytest.fixture(scope="module")
-def want():
-    return {name: truth(BATCH, "fp64", build=build) for name, build in BUILDS.items()}
+def mixers(names, plan, remat):
+    return {name: spread(BATCH, plan, "fp64", remat=remat, build=BUILDS[name]) for name in names}
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param("2 ranks", marks=pytest.mark.slow), "4 ranks, unequal spans, recomputed"]
+    "layout, names",
+    [
+        ("4 ranks, unequal spans, recomputed", EVERY_RUN),
+        *(pytest.param(layout, tuple(BUILDS), marks=pytest.mark.slow) for layout in LAYOUTS),
+    ],
 )
-def test_every_mixer_gives_the_loss_and_gradients_of_one_process(run, want, layout):
+def test_mixers_give_the_loss_and_gradients_of_one_process(run, layout, names):
     """One world for all of them: packed unequal documents, three layers, so that what layers share is shared."""
     world, plan, remat = LAYOUTS[layout]
-    for got in run(world, every_mixer, plan, remat):
-        for name in BUILDS:
+    want = {name: truth(BATCH, "fp64", build=BUILDS[name]) for name in names}
+    for got in run(world, mixers, names, plan, remat):
+        for name in names:
             try:
                 assert_close(got[name], want[name], "fp64")
             except AssertionError as error:

@@ -11,7 +11,7 @@ from tests.jobs import order
 from train.build import build
 from train.checkpoints import checkpoint
 from train.checkpoints.hook import Checkpoints
-from train.evaluation.heldout import Evaluation, heldout
+from train.evaluation.heldout import Evaluation, Heldout, heldout
 from train.inference.decode import Decoder
 from train.optim.average import Average
 
@@ -30,6 +30,11 @@ def whole(weights) -> Weights:
 
 def raw(trainer) -> Weights:
     return whole({parameter_name(n): p.detach() for n, p in trainer.model.named_parameters()})
+
+
+def held_out(trainer) -> Heldout:
+    own = trainer.hooks.of(Evaluation)
+    return heldout(own.executor, own.batches, own.plan)
 
 
 def steps(job, count: int) -> tuple[list[Weights], Weights]:
@@ -75,9 +80,9 @@ def saved(job, count: int, evaluate: bool) -> tuple[Weights, Weights, Weights, d
     before = raw(trainer)
     scores = {}
     if evaluate:  # as the loop does: FSDP holds whole weights after the first
-        scores["raw"] = heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss
+        scores["raw"] = held_out(trainer).overall.loss
         scores |= trainer.hooks.of(Evaluation).averaged()
-        assert heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss == scores["raw"]
+        assert held_out(trainer).overall.loss == scores["raw"]
     trainer.hooks.of(Checkpoints).save()
     return before, raw(trainer), whole(trainer.hooks.of(Average).averaged()), scores
 
@@ -92,7 +97,7 @@ def continued(job, count: int) -> tuple[Weights, Weights]:
 def initial(job) -> tuple[Weights, float]:
     """The first weights of a run, and their held-out loss."""
     trainer = build(job)
-    return raw(trainer), heldout(trainer.executor, trainer.batches, trainer.plan).overall.loss
+    return raw(trainer), held_out(trainer).overall.loss
 
 
 @pytest.mark.dist
