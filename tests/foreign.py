@@ -39,7 +39,7 @@ from parallel.sequence.spread import Spread
 from tests import mutations
 from tests.world import run_world
 from train.verify import world
-from train.verify.trace import Verdict, compare
+from train.verify.trace import Difference, Verdict, compare
 
 
 def backward() -> bool:
@@ -603,29 +603,29 @@ def main(arguments: list[str]) -> int:
     """Runs every fault and every right configuration, or those whose name has a word. Returns the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("word", nargs="?", default="")
-    word = parser.parse_args(arguments).word
+    parser.add_argument("--steps", type=int, default=STEPS)
+    chosen = parser.parse_args(arguments)
+    cases = [(name, each.overrides, name) for name, each in FOREIGN.items()]
+    cases += [(name, overrides, None) for name, overrides in RIGHT.items()]
     failed = 0
-    for name, each in FOREIGN.items():
-        if word in name:
-            began, found = time.monotonic(), verdict(name, each.overrides)
-            first = found if isinstance(found, str) else found.first
-            failed += first is None
-            shown = (
-                first if isinstance(first, str) or first is None else f"{first.place}, {first.error:.1e} of its norm"
-            )
-            print(
-                f"{'MISSED' if first is None else 'caught'}  {name}: {shown} ({time.monotonic() - began:.0f} s)",
-                flush=True,
-            )
-    for name, overrides in RIGHT.items():
-        if word in name:
-            began, found = time.monotonic(), verdict(None, overrides)
-            wrong = isinstance(found, str) or found.first is not None
-            failed += wrong
-            worst = found if isinstance(found, str) else found.worst
-            print(f"{'ALARM' if wrong else 'right'}   {name}: {worst} ({time.monotonic() - began:.0f} s)", flush=True)
+    for name, overrides, fault in cases:
+        if chosen.word not in name:
+            continue
+        began, found = time.monotonic(), verdict(fault, overrides, chosen.steps)
+        first = found if isinstance(found, str) else found.first
+        as_it_should_be = (first is None) == (fault is None)
+        failed += not as_it_should_be
+        said = "right" if first is None else first if isinstance(first, str) else _shown(first)
+        if first is None and not isinstance(found, str):
+            said += f"; worst: {_shown(found.worst)}"
+        state = "as it should be" if as_it_should_be else "WRONG"
+        print(f"{state}  {name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     print(f"{failed} of {len(FOREIGN)} faults and {len(RIGHT)} right configurations are not as they should be")
     return bool(failed)
+
+
+def _shown(found: Difference) -> str:
+    return f"{found.place}, by {found.error:.1e} of its norm, {found.excess:.1e} of what rounding may"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.errors import UserError
+from launch.run.signals import stop_file
 from launch.verify.shrink import Shrunk, with_sizes
 from launch.world import spawn
 from parallel.schedule.mesh import Mesh
@@ -55,15 +56,16 @@ def world(config: RunConfig, steps: int = STEPS) -> list[RankTrace]:
 
     from train.verify.world import file_of
 
-    until = time.monotonic() + LIMIT_S
-
-    def tick() -> None:
-        if time.monotonic() > until:
-            raise WorldError(f"its ranks were not done after {LIMIT_S:g} s: they wait for each other")
-
-    workers = config.cluster.workers
+    until, workers = time.monotonic() + LIMIT_S, config.cluster.workers
     with tempfile.TemporaryDirectory(prefix="farspan-verify-") as place:
         folder = Path(place)
+
+        def tick() -> None:
+            if time.monotonic() > until:
+                raise WorldError(f"its ranks were not done after {LIMIT_S:g} s: they wait for each other")
+            if stop_file(folder).exists():  # an interrupt: nothing here is worth a graceful end
+                raise KeyboardInterrupt
+
         order: dict[str, Any] = {"config": config, "run_dir": place, "device": "cpu", "steps": steps}
         outcome = spawn.spawn(
             ENTRY,
