@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from launch.errors import UserError
 from launch.run.signals import stop_file
-from launch.verify.shrink import Shrunk, with_sizes
+from launch.verify.shrink import PIPELINE, Shrunk, with_sizes
 from launch.world import spawn
 from parallel.schedule.mesh import Mesh
 from train.run_config import RunConfig
@@ -137,6 +137,11 @@ def options(config: RunConfig) -> Iterator[Option]:
     for name in ("recurrence", "attention"):
         if (chosen := getattr(config.parallel.transport, name)) != "gather":
             yield Option(f"parallel.transport.{name}={chosen}", _transport(name))
+    if (order := getattr(config.parallel, "pipeline_schedule", "1f1b")) != "1f1b":
+        plain_order: dict[str, Any] = {**PIPELINE}
+        yield Option(
+            f"parallel.pipeline_schedule={order}", lambda c: replace(c, parallel=replace(c.parallel, **plain_order))
+        )
     for name in ("span_tokens", "loss_chunk"):
         if getattr(config.train, name) is not None:
             yield Option(f"train.{name}", _train(name))

@@ -37,10 +37,15 @@ class Shrunk:
     told: tuple[str, ...]
 
 
+PIPELINE = {"pipeline_schedule": "1f1b", "pipeline_layers": None, "stages_per_rank": 1}  # keys of one, as without it
+
+
 def with_sizes(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
     """The same run on another mesh."""
     mesh = Mesh(**sizes)
     own: dict[str, Any] = mesh.sizes
+    if mesh.pipeline == 1:
+        own |= {key: value for key, value in PIPELINE.items() if hasattr(config.parallel, key)}
     parallel = replace(config.parallel, **own)
     return replace(config, parallel=parallel, cluster=replace(config.cluster, workers=mesh.world))
 
@@ -53,19 +58,24 @@ def shrink(config: RunConfig) -> Shrunk:
         mesh = Mesh(**{axis: min(size, 2) for axis, size in asked.sizes.items()})
         told.append(f"mesh {asked}: verified as {mesh}")
     sizes = mesh.sizes
-    model, lines = _model(config.model.values, sizes)
+    stages = mesh.pipeline * getattr(config.parallel, "stages_per_rank", 1)
+    if getattr(config.parallel, "pipeline_layers", None) is not None:
+        own: dict[str, Any] = {"pipeline_layers": None}
+        config = replace(config, parallel=replace(config.parallel, **own))
+        told.append("parallel.pipeline_layers: says nothing of a small model; verified with stages of equal work")
+    model, lines = _model(config.model.values, sizes, stages)
     told += lines
     pieces = 2 * sizes["sequence"]
     length = max(48, 12 * pieces)
     accumulated = config.scheduler.get("tokens_per_rank") is not None
-    groups, stages = mesh.split[0], mesh.pipeline
+    groups = mesh.split[0]
     data = {
         "_target_": "train.verify.EdgeCases",
         "vocabulary": model["vocabulary"],
         "length": length,
-        "sequences": max(5, groups + 1) if stages == 1 else 2 * stages * groups,
+        "sequences": max(5, groups + 1) if mesh.pipeline == 1 else 2 * mesh.pipeline * groups,
         "pieces": pieces,
-        "equal": config.scheduler.get("layout") == "zigzag" or stages > 1,
+        "equal": config.scheduler.get("layout") == "zigzag" or mesh.pipeline > 1,
     }
     train = config.train
     if train.span_gradient == "truncated" and train.span_tokens is not None:
@@ -93,7 +103,7 @@ def shrink(config: RunConfig) -> Shrunk:
     scheduler = config.scheduler
     if scheduler.get("quantum") is not None:  # of adaptive groups; speeds of ranks would make each run another
         scheduler = scheduler.having(quantum=QUANTUM, memory=None, stragglers=False)
-    if accumulated or stages > 1:
+    if accumulated or mesh.pipeline > 1:
         scheduler = scheduler.having(tokens_per_rank=-(-length // sizes["sequence"]))
     small = replace(
         config,
@@ -121,11 +131,11 @@ def _optimizer(node: ObjectConfig) -> ObjectConfig:
     return node.having(fused="none") if node.get("fused") == "apex" else node
 
 
-def _model(values: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
+def _model(values: Mapping[str, Any], sizes: Mapping[str, int], stages: int) -> tuple[dict[str, Any], list[str]]:
     """The small model, and what had to change. Raises ValueError where none is built."""
     whole = model_of(values)
     told: list[str] = []
-    small = _layers(deepcopy(dict(values)), whole, sizes["pipeline"])
+    small = _layers(deepcopy(dict(values)), whole, stages)
     small["vocabulary"] = min(small["vocabulary"], VOCABULARY)
     kept: Any = None
     for width in (*(w for w in WIDTHS if w < small["dim"]), small["dim"]):
@@ -158,7 +168,7 @@ def _layers(values: dict[str, Any], whole: Any, stages: int) -> dict[str, Any]:
         if chosen.count(key) < (2 if kind in coupled else 1):
             chosen.append(key)
     cycle = [key for key in chosen if not key[1]] or chosen
-    while len(chosen) < min(len(whole.kinds), max(2, 2 * stages if stages > 1 else 0)):
+    while len(chosen) < min(len(whole.kinds), max(2, stages)):
         chosen.append(cycle[len(chosen) % len(cycle)])
     chosen.sort(key=lambda key: not key[1])
     if "first_k_dense" in values:

@@ -96,7 +96,13 @@ class Streams:
         weights_BT = weights[held * place : held * (place + 1)].view(y_BTD.shape[:2])
         self._add(OUTPUT, layer, weights_BT, y_BTD.detach())
         if y_BTD.requires_grad:
-            y_BTD.register_hook(partial(self._add, OUTPUT_GRADIENT, layer, weights_BT))
+            hooks: list[Any] = []
+
+            def once(gradient_BTD: Tensor) -> None:  # a backward pass in two halves comes by twice
+                hooks.pop().remove()
+                self._add(OUTPUT_GRADIENT, layer, weights_BT, gradient_BTD)
+
+            hooks.append(y_BTD.register_hook(once))
 
     def _add(self, kind: str, layer: str, weights_BT: Tensor, x_BTD: Tensor) -> None:
         part = torch.einsum("bt,btd->d", weights_BT, x_BTD.double())
