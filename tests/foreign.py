@@ -25,6 +25,8 @@ import models.sequence
 import parallel.fsdp
 import parallel.parallelize
 import parallel.sequence.place
+import parallel.tensor
+import train.engines.fsdp
 import train.execute
 import train.loop
 import train.loss
@@ -310,6 +312,37 @@ def ignore_a_window_across_ranks() -> None:
     Spread.attend = lambda self, q, k, v, *, slot, window=None, sinks=0: honest(self, q, k, v, slot=slot)
 
 
+def forget_the_sums_over_tensor_ranks() -> None:
+    train.execute.sum_gradients = lambda model: None
+
+
+def look_tokens_up_in_the_wrong_rows() -> None:
+    honest = parallel.tensor.embed
+    parallel.tensor.embed = lambda tokens, table, first: honest(tokens, table, 0)
+
+
+def count_each_replica_in_the_norm() -> None:
+    honest = train.engines.fsdp.parallelise
+
+    def parallelise(*args, **options):
+        model = honest(*args, **options)
+        for p in model.parameters():
+            p.holders = 1
+        return model
+
+    train.engines.fsdp.parallelise = parallelise
+
+
+def leave_gradients_to_each_replica() -> None:
+    honest = train.execute.communicate_gradients
+
+    def alone(model, last):
+        honest(model, last)
+        model.set_requires_all_reduce(False)
+
+    train.execute.communicate_gradients = alone
+
+
 class Foreign(NamedTuple):
     """A fault of another system. source: the thread or paper. fault: in our words. breaks: seeds it. overrides: the run
     in which it shows."""
@@ -323,6 +356,8 @@ class Foreign(NamedTuple):
 TWO = ("cluster.workers=2", "parallel.sequence=2")
 DATA = ("cluster.workers=2", "parallel.data=2", "scheduler.tokens_per_rank=4096")
 CONTIGUOUS = (*TWO, "scheduler.layout=contiguous")
+REPLICAS = ("cluster.workers=2", "parallel.replicate=2", "parallel.sequence=1")
+TENSOR = ("cluster.workers=2", "parallel.tensor=2")
 STEPWISE = (*CONTIGUOUS, "scheduler.tokens_per_rank=4096")
 MEGATRON = "NVIDIA/Megatron-LM#"
 FOREIGN: dict[str, Foreign] = {
@@ -335,7 +370,7 @@ FOREIGN: dict[str, Foreign] = {
             TWO,
         ),
         Foreign(
-            f"{MEGATRON}1446, EleutherAI/gpt-neox#1257",
+            "EleutherAI/gpt-neox#1257",
             "Norms see a part of the tokens on each rank; their gradients are never added up.",
             leave_norms_to_each_rank,
             TWO,
@@ -479,10 +514,34 @@ FOREIGN: dict[str, Foreign] = {
             TWO,
         ),
         Foreign(
-            "ByteDance-Seed/VeOmni#184",
-            "The norm counts gradients once for each rank that has them.",
+            "mindspore-ai/hyper-parallel#526",
+            "The norm counts what all ranks have alike as often as there are ranks.",
             count_a_norm_once_a_replica,
             TWO,
+        ),
+        Foreign(
+            "ByteDance-Seed/VeOmni#184",
+            "With replicas of the shards, the norm counts every gradient once a replica.",
+            count_each_replica_in_the_norm,
+            REPLICAS,
+        ),
+        Foreign(
+            f"{MEGATRON}7186, of hybrid sharding",
+            "Replicas of the shards keep their gradients to themselves.",
+            leave_gradients_to_each_replica,
+            REPLICAS,
+        ),
+        Foreign(
+            f"{MEGATRON}1446",
+            "Tensor ranks have tokens of their own between layers; what they share is not summed over them.",
+            forget_the_sums_over_tensor_ranks,
+            TENSOR,
+        ),
+        Foreign(
+            "TTrace (2506.09280): embedding mask",
+            "A tensor rank takes tokens of another's rows of the vocabulary for its own.",
+            look_tokens_up_in_the_wrong_rows,
+            TENSOR,
         ),
         Foreign(
             f"{MEGATRON}7452",
@@ -512,7 +571,7 @@ FOREIGN: dict[str, Foreign] = {
             "allenai/OLMo-core#319, pytorch/torchtitan#166",
             "Ranks draw their first weights from different seeds.",
             draw_other_weights_on_each_rank,
-            TWO,
+            REPLICAS,
         ),
     )
 }
