@@ -34,8 +34,11 @@ def test_documents_have_every_edge_and_packing_keeps_each_token():
             ).all()
             assert all(d.targets[-1] == -100 for d in documents)
     first = batches.batch(3, 0)
-    assert {0, 12, 13, 23, 37, 46} == set(np.flatnonzero(first[0].starts).tolist())
-    assert first[1].padding == 3 and (first[2].targets[:24] == -100).all() and first[3].num_targets > 24
+    assert {0, 12, 13, 23, 37, 46} == set(np.flatnonzero(first[3].starts).tolist())
+    assert first[0].padding == 3 and (first[1].targets[:24] == -100).all() and first[2].num_targets > 24
+    for seed in range(3):  # the token before the border of two ranks that share all sequences predicts the one behind
+        middle = np.concatenate([s.targets for s in batches.batch(seed, 0)])[5 * 48 // 2 - 1]
+        assert middle >= 0
     assert len(set(batches.lengths(1))) > 2 and min(batches.lengths(1)) == 5
     equal = EdgeCases(vocabulary=9, length=48, sequences=2, pieces=4, equal=True).open(0, None)
     assert equal.lengths(1) == [48, 48]

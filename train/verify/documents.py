@@ -110,7 +110,7 @@ class EdgeBatches:
             for size, end in zip(parts, ends, strict=True):
                 tokens = draw.integers(0, cases.vocabulary, size)
                 targets = np.append(tokens[1:], NO_TARGET)
-                if s % 4 == 2:  # the first half has nothing to predict
+                if _kind(s) == 2:  # the first half has nothing to predict
                     hidden = max(0, length // 2 - (end - size))
                     targets[:hidden] = NO_TARGET
                 documents.append((tokens, targets, False))
@@ -127,16 +127,22 @@ class EdgeBatches:
         return Packed(tokens, targets, starts, sum(len(d[0]) for d in documents if d[2]))
 
 
+def _kind(s: int) -> int:
+    """The kind of a sequence. Joined end to end, as many as a step has end their first half inside a document."""
+    return (s + 1) % 4
+
+
 def _parts(s: int, length: int, pieces: int, draw: np.random.Generator) -> tuple[list[int], int]:
     """The lengths of a sequence's documents, and its padding."""
     if length <= 2 * SHORTEST:
         return [length - 1, 1], 0
     edge = max(2, length // pieces)
-    if s % 4 == 0:  # on an edge, one token before and one behind
+    kind = _kind(s)
+    if kind == 0:  # on an edge, one token before and one behind
         cuts = {edge, edge + 1, 2 * edge - 1, 3 * edge + 1, length - 2}
-    elif s % 4 == 1:  # one of nearly all tokens
+    elif kind == 1:  # one of nearly all tokens
         return [length - PADDING], PADDING
-    elif s % 4 == 2:  # shorter than a convolution, one after another
+    elif kind == 2:  # shorter than a convolution, one after another
         cuts = {length - n for n in (1, 2, 4, 7)} | {length // 2}
     else:
         cuts = set(draw.integers(1, length, 3).tolist())
