@@ -663,9 +663,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("word", nargs="?", default="")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", choices=("faults", "right"))
     chosen = parser.parse_args(arguments)
-    cases = [(name, each.overrides, name) for name, each in FOREIGN.items()]
-    cases += [(name, overrides, None) for name, overrides in RIGHT.items()]
+    cases: list[tuple[str, tuple[str, ...], str | None]] = []
+    if chosen.only != "right":
+        cases += [(name, each.overrides, name) for name, each in FOREIGN.items()]
+    if chosen.only != "faults":
+        cases += [(name, overrides, None) for name, overrides in RIGHT.items()]
     failed = 0
     for name, overrides, fault in cases:
         if chosen.word not in name:
@@ -679,7 +683,7 @@ def main(arguments: list[str]) -> int:
             said += f"; worst: {_shown(found.worst)}"
         state = "as it should be" if as_it_should_be else "WRONG"
         print(f"{state}  {name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
-    print(f"{failed} of {len(FOREIGN)} faults and {len(RIGHT)} right configurations are not as they should be")
+    print(f"{failed} of these are not as they should be")
     return bool(failed)
 
 
