@@ -50,6 +50,9 @@ def parallelise(
     start_buffers(model, device)
     initialise_sharded(model, declared, seed, pieces, meshes.place["tensor"])
     for name, parameter in model.named_parameters():
+        parameter.piece = pieces[parameter_name(name)]  # type: ignore[attr-defined]
+        if model.division is not None:
+            parameter.tensor_comm = model.division.comm  # type: ignore[attr-defined]
         parameter.holders = meshes.mesh.replicate * pieces[parameter_name(name)].copies  # type: ignore[attr-defined]
     return model
 

@@ -217,7 +217,7 @@ def divide(model: nn.Module, pieces: Mapping[str, TensorPiece], meshes: Meshes) 
     comm = meshes.comm("tensor")
     same = {count: meshes.copies(count) for count in sorted({piece.copies for piece in pieces.values()} - {1})}
     replace_parameters(model, pieces, DividedWidth(comm))
-    return Division(pieces, comm.rank, same)
+    return Division(pieces, comm, same)
 
 
 def replace_parameters(model: nn.Module, pieces: Mapping[str, TensorPiece], width: DividedWidth) -> None:
@@ -239,12 +239,17 @@ def replace_parameters(model: nn.Module, pieces: Mapping[str, TensorPiece], widt
 
 @dataclass(frozen=True)
 class Division:
-    """A model's pieces by parameter name, this rank's place in its tensor group, and by how many ranks hold the same
-    piece, the group of those."""
+    """A model's pieces by parameter name, the tensor group, and by how many ranks hold the same piece, the group of
+    those."""
 
     pieces: Mapping[str, TensorPiece]
-    rank: int
+    comm: Comm
     same: Mapping[int, Comm]
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in its tensor group."""
+        return self.comm.rank
 
 
 def division_of(model: nn.Module) -> Division | None:

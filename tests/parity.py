@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from models.axes import initialise
 from models.block import Block
@@ -137,7 +138,7 @@ def spread(
 
 def logical(model: LM, name: str, x: Tensor) -> Tensor:
     """The whole of a tensor that lies as the parameter of that name does. Collective."""
-    own = x.full_tensor()
+    own = x.full_tensor() if isinstance(x, DTensor) else x
     if model.division is None or (piece := model.division.pieces[name]).along is None:
         return own
     comm = next(module.width for module in model.modules() if hasattr(module, "width")).comm

@@ -298,7 +298,8 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     )
     total, most = Counter[str](), Counter[str]()
     stepping: Any = build_optimizer(flight.config.optimizer.build(), model, declarations(model))
-    more = stepping.received(flight.mesh, master, flight.device) if hasattr(stepping, "received") else [None] * workers
+    matrices_known = hasattr(stepping, "received") and flight.mesh.tensor == 1
+    more = stepping.received(flight.mesh, master, flight.device) if matrices_known else [None] * workers
     for by_axis, matrices in zip(found, more, strict=True):
         received = Counter[str]()
         for traffic in (*by_axis.values(), *([matrices] if matrices else [])):
@@ -307,6 +308,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         most |= received
     together = max(len(group.ranks) for micro in first.micro_steps for group in micro.groups)
     note = "; auto, as if it chose gather for states" if auto and together > 1 else ""
+    note += "; without the optimizer's matrices" if hasattr(stepping, "received") and not matrices_known else ""
     note += (
         "" if transport.experts == "padded" or flight.mesh.expert == 1 else "; experts, as if each were chosen as often"
     )

@@ -17,10 +17,8 @@ def check_layout(config: RunConfig, mesh: Mesh, model: Any) -> None:
     attention = config.parallel.transport.attention
     if mesh.tensor > 1:
         division(model, declarations(model), mesh.tensor)
-        if config.optimizer.target == "train.optim.Muon":
-            raise ValueError(
-                f"parallel.tensor={mesh.tensor}: must be 1 with optimizer=muon, which needs whole matrices"
-            )
+        if (axes := config.optimizer.get("adamw")) is not None and "vocab" not in axes:
+            raise ValueError(f"optimizer.adamw={list(axes)}: must have vocab with parallel.tensor={mesh.tensor}")
     if attention == "ulysses" and mesh.sequence > 1:
         check_heads(model, attention, mesh.sequence, tensor=mesh.tensor)
     for name in ("tensor", "replicate"):

@@ -264,7 +264,7 @@ BAD = {
     "and cannot; gather, ring and usp can",
     "parallel.tensor=2 parallel.sequence=2": "parallel.sequence=2 × parallel.tensor=2: is 4, must be cluster.workers=2",
     "parallel.tensor=8 cluster.workers=8": "parallel.tensor=8: must divide the 2 heads of layers.0.mixer",
-    "parallel.tensor=2 optimizer=muon": "parallel.tensor=2: must be 1 with optimizer=muon, which needs whole matrices",
+    "parallel.tensor=2 optimizer=muon optimizer.adamw=[]": "optimizer.adamw=[]: must have vocab with parallel.tensor=2",
     "cluster.device=cuda": "cluster.device=cuda: this machine has no CUDA device",
     "data.path=/no/such/place": "data.path=/no/such/place: no such file or folder",
     "data.max_length=100": "train.batch_tokens=384: expected a multiple of data.max_length=100",

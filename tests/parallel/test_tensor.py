@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
+import parallel.matrix_pieces
 import parallel.tensor
 import parallel.tensor_loss
 import train.execute
-from models.axes import declarations
+from models.axes import declarations, initialise
 from models.block import Block
 from models.ffn import SwiGLU
 from models.linear import Linear
@@ -42,6 +43,7 @@ from tests.world import run_world
 from train.checkpoints import checkpoint
 from train.execute import Executor
 from train.metrics.width_trace import of_step
+from train.optim import Muon
 from train.optim.build import build_optimizer
 from train.optim.clip import clip, layer_norms
 from train.time_spans import Spans
@@ -191,15 +193,17 @@ def test_each_mechanism_broken_on_purpose_is_seen(run):
 # --- norms, clipping, checkpoints ---
 
 
-def model_on(mesh: Mesh, seed: int) -> tuple[LM, Any, Groups]:
-    """A model on a mesh of this world, and AdamW."""
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
+
+
+def model_on(mesh: Mesh, seed: int, make: Any = ADAMW) -> tuple[LM, Any, Groups]:
+    """A model on a mesh of this world, and its optimizer."""
     with torch.device("meta"):
         model = shared()
     model.compute = torch.float64
     declared = declarations(model)
     meshes = Meshes(mesh, torch.device("cpu"))
     parallelise(model, meshes, seed=seed, dtype=torch.float64, remat="none", reshard_after_forward=True)
-    make = partial(torch.optim.AdamW, lr=1e-2)
     return model, build_optimizer(make, model, declared), Groups(mesh)
 
 
@@ -211,6 +215,9 @@ def filled(model: LM, division: Any, rank: int) -> None:
         shape = tuple(p.shape) if division is None else division.pieces[name].shape
         whole = torch.randn(shape, generator=generator, dtype=torch.float64)
         own = whole if division is None else division.pieces[name].of(whole, rank)
+        if not hasattr(p, "device_mesh"):
+            p.grad = own
+            continue
         p.grad = distribute_tensor(own, p.device_mesh, p.placements, src_data_rank=None)
 
 
@@ -256,6 +263,38 @@ def test_norms_are_those_of_whole_tensors_and_checkpoints_load_on_any_mesh(run, 
             for name, value in state.items():
                 assert np.array_equal(value, states[0][name]), name
                 assert np.isfinite(value).all(), name
+
+
+def muon_steps(model: LM, optimizer: Any, rank: int) -> dict[str, np.ndarray]:
+    """The parameters after two steps along gradients that depend on names alone."""
+    for _ in range(2):
+        filled(model, model.division, rank)
+        optimizer.step()
+    return {(n := parameter_name(name)): logical(model, n, p.detach()).numpy() for name, p in model.named_parameters()}
+
+
+def muon_on(sizes: list[Mesh]) -> list[dict[str, np.ndarray]]:
+    found = []
+    for mesh in sizes:
+        model, optimizer, groups = model_on(mesh, seed=1, make=MUON)
+        found.append(muon_steps(model, optimizer, groups.mesh.coordinates(groups.all_comm.rank)["tensor"]))
+    if sizes[1:]:
+        with instead(parallel.matrix_pieces.Beside, "through", lambda self, function: function):
+            found += muon_on(sizes[:1])
+    return found
+
+
+MUON = partial(Muon, lr=0.05, weight_decay=0.2)
+
+
+def test_muon_moves_divided_matrices_as_one_process_does(run):
+    whole = initialise(shared().double(), seed=1)
+    want = muon_steps(whole, build_optimizer(MUON, whole, declarations(whole)), 0)
+    for *meshes, broken in run(4, muon_on, [Mesh(tensor=4), Mesh(tensor=2, sequence=2)]):
+        for got in meshes:
+            for name, b in want.items():
+                assert np.linalg.norm(got[name] - b) <= 1e-10 * np.linalg.norm(b), name
+        assert any(np.linalg.norm(broken[name] - b) > 1e-3 * np.linalg.norm(b) for name, b in want.items())
 
 
 # --- bytes ---

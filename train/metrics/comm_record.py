@@ -31,7 +31,7 @@ ENTRIES = (
     *(LedgerEntry("expert", purpose + way) for purpose in (ROWS, OUTPUTS) for way in ("", GRADIENT)),
     LedgerEntry("expert", COUNTS),
     *(LedgerEntry("experts", "weights" + way) for way in ("", GRADIENT)),
-    LedgerEntry("world", PURPOSE),
+    *(LedgerEntry(axis, PURPOSE) for axis in ("world", "dense", "tensor")),
     OTHER,
 )
 COLUMNS = 2 * len(ENTRIES)

@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 
 from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
+from parallel.collectives import Comm
 from parallel.fsdp import by_mesh
 from parallel.matrix_owners import MatrixCut, Owners, cuts, local, received, shape_here
+from parallel.matrix_pieces import Beside, gathered, own
 from parallel.mesh import DENSE, EXPERTS
 from parallel.schedule.comm_volume import Traffic
 from parallel.schedule.mesh import Mesh
@@ -109,16 +111,37 @@ class Muon(Optimizer):
         return list(torch._foreach_lerp(gradients, means, self.momentum)) if self.nesterov else means
 
     def _orthogonal(self, parameters: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        """This rank's rows of the update."""
-        key = tuple(map(id, parameters))
-        if key not in self.owners:
-            self.owners[key] = Owners(parameters, [_cuts(p) for p in parameters])
+        """This rank's rows of the update: of parameters that are whole here, and of those divided over tensor ranks."""
+        found: list[Tensor] = list(directions)
+        kinds = [Beside.of(getattr(p, "piece", None)) for p in parameters]
+        ways = [None if kind is None else (kind.rows, kind.piece.pieces) for kind in kinds]
+        for way in dict.fromkeys(ways):
+            places = [i for i, each in enumerate(ways) if each == way]
+            some, theirs = [parameters[i] for i in places], [directions[i] for i in places]
+            made = self._updates(some, theirs, [kind for i in places if (kind := kinds[i]) is not None])
+            for i, update in zip(places, made, strict=True):
+                found[i] = update
+        return found
+
+    def _updates(self, parameters: list[Tensor], directions: list[Tensor], divided: list[Beside]) -> list[Tensor]:
+        """The same of parameters that are divided in one way; divided: how each is, none of whole ones."""
         dtype = _travels(directions[0].dtype, directions[0].device.type)
 
         def update(x_SMN: Tensor) -> Tensor:
             return RMS * max(x_SMN.shape[1:]) ** 0.5 * newton_schulz(x_SMN, self.steps)
 
-        return self.owners[key].apply(directions, update, dtype)
+        key = tuple(map(id, parameters))
+        if not divided:
+            if key not in self.owners:
+                self.owners[key] = Owners(parameters, [_cuts(p) for p in parameters])
+            return self.owners[key].apply(directions, update, dtype)
+        comm: Comm = parameters[0].tensor_comm  # type: ignore[attr-defined]
+        if key not in self.owners:
+            told = zip(divided, parameters, strict=True)
+            self.owners[key] = Owners(parameters, [kind.matrices(p, p.declared) for kind, p in told])  # type: ignore[attr-defined]
+        wide = gathered(directions, divided, comm, dtype)
+        made = self.owners[key].apply(wide, divided[0].through(update), dtype)
+        return [x.to(d.dtype) for x, d in zip(own(made, divided, comm.rank), directions, strict=True)]
 
     def received(self, mesh: Mesh, dtype: torch.dtype, device: str) -> list[Traffic]:
         """Returns what each rank of a mesh receives in a step, of a model that is whole here. dtype: of master weights.
@@ -141,7 +164,9 @@ class Muon(Optimizer):
 
 def _cuts(parameter: Tensor) -> list[MatrixCut]:
     """The matrices that lie in it."""
-    declared = parameter.declared  # type: ignore[attr-defined]
+    declared, piece = parameter.declared, getattr(parameter, "piece", None)  # type: ignore[attr-defined]
+    if piece is not None and piece.parts:  # and has some of the matrices of heads
+        raise NotImplementedError(f"matrices of a parameter that is cut in parts {piece.parts}")
     return cuts(shape_here(parameter), declared.parts, declared.along)
 
 
@@ -159,4 +184,5 @@ def is_matrix(parameter: Tensor, adamw: list[str]) -> bool:
         return False
     if axes(parameter) & set(adamw):
         return False
-    return all(min(cut.shape) > 1 for cut in cuts(parameter.shape, declared.parts, declared.along))
+    whole = getattr(parameter, "piece", parameter).shape
+    return all(min(cut.shape) > 1 for cut in cuts(whole, declared.parts, declared.along))
