@@ -14,14 +14,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    ActivationWrapper,
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.recompute import Tape
 from models.recurrence import Recurrence
 from parallel.collectives import NAMESPACE
 
-RecomputePolicy = Literal["none", "full", "selective"]
+RecomputePolicy = Literal["none", "full", "selective", "planned"]
 RECOMPUTE = get_args(RecomputePolicy)
 
 # What costs most to compute for the bytes that it holds. Products inside a chunk (bmm) are not here: they are large.
@@ -38,7 +42,8 @@ def parameter_name(name: str) -> str:
 
 
 def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> None:
-    """Wraps every layer: "full" keeps its input alone, "selective" also what is dear; "none" wraps nothing.
+    """Wraps every layer: "full" keeps its input alone, "selective" also what is dear, "planned" does as "full" while
+    `recompute_group` says so; "none" wraps nothing.
 
     Dear is what asks `models.recompute` on a CPU. Elsewhere it is what `keep` names: a policy asked for every operator
     sees kernels that are not ours, and Python is ahead of a GPU. Raises ValueError for another policy.
@@ -52,8 +57,32 @@ def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> Non
         asked = partial(create_selective_checkpoint_contexts, keep)
         chosen["context_fn"] = taped if device == "cpu" else asked
     for name, layer in layers.items():
-        if policy != "none":
+        if policy == "planned":
+            layers[name] = PlannedRecompute(layer)
+        elif policy != "none":
             layers[name] = checkpoint_wrapper(layer, **chosen)
+
+
+class PlannedRecompute(CheckpointWrapper):
+    """A layer that computes again in its backward pass where `again` is set when it runs forward."""
+
+    again = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.again:
+            return super().forward(*args, **kwargs)
+        return self._checkpoint_wrapped_module(*args, **kwargs)
+
+
+def recompute_group(layers: nn.ModuleDict, again: bool) -> None:
+    """Sets whether the next forward pass of this rank's group keeps the layers' inputs alone, under "planned".
+
+    Ranks of one group choose alike: a layer that runs again repeats the group's messages.
+    """
+    for layer in layers.values():
+        for each in (layer, getattr(layer, "_checkpoint_wrapped_module", None)):
+            if isinstance(each, PlannedRecompute):
+                each.again = again
 
 
 def give_back(layers: nn.ModuleDict) -> None:

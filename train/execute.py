@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.lm import Output
 from models.sequence import Memory
+from parallel.activation_memory import recompute_group
 from parallel.fsdp import communicate_gradients
 from parallel.mesh import Groups
 from parallel.schedule import time_spans
@@ -97,6 +98,7 @@ class Executor:
         if self.spans is None or len(groups) == 1:
             placed = self._place(groups[0], batch, shapes[0], step=plan.step)
             communicate_gradients(self.model, last)
+            recompute_group(self.model.layers, groups[0].recompute)  # type: ignore[arg-type]
             with self.phase("forward"):
                 part = sums(self.model(placed.tokens, placed.seq, placed.targets))
             with self.phase("backward"):

@@ -83,7 +83,7 @@ def shaped(
         logit_bytes=head,
         resident_bytes=gathered + chunk * shape["vocabulary"] * (compute.itemsize + 8),
         again=flops.recompute,
-        kept_again=inputs if recompute and recomputed == "none" else 0.0,
+        kept_again=inputs if recompute and recomputed in ("none", "planned") else 0.0,
     )
     transport = config.parallel.transport
     recurrence = "gather" if transport.recurrence == "auto" else transport.recurrence
@@ -107,8 +107,9 @@ def costs_of(
     memory = _UNLIMITED if scheduler.memory is None else scheduler.memory * _GIB
     most = math.inf if scheduler.tokens_per_rank is None else float(scheduler.tokens_per_rank)
     cluster = Cluster(f"{mesh.planned} ranks", mesh.planned, memory, {1: wire}, most_tokens=most)
+    planned = config.engine.get("recompute", "none") == "planned"
     try:
-        costs = shaped(config, model, cluster, device=device, rate=rate, quantum=scheduler.quantum)
+        costs = shaped(config, model, cluster, device=device, rate=rate, quantum=scheduler.quantum, recompute=planned)
     except NoRoomError as error:
         raise ValueError(f"scheduler.memory={scheduler.memory:g}: {error}") from None
     if mesh.expert > 1:  # ranks of several groups meet in every layer

@@ -241,7 +241,7 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
     if engine["reshard_after_forward"]:
         gathered = gathered * 2 // model["layers"]
     kept = costs.activations
-    if engine["recompute"] != "none":  # every layer's input, and all of one layer while it runs again
+    if engine["recompute"] in ("full", "selective"):  # every layer's input, and all of one layer while it runs again
         kept = model["dim"] * compute.itemsize * model["layers"] + kept / model["layers"]
     if engine["recompute"] == "selective":
         kept += costs.dear

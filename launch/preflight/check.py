@@ -129,9 +129,15 @@ def _objects(config: RunConfig, data: int, sequence: int, batches: list[list[int
 
 
 def _fitting(flight: CheckedRun, model: Any) -> None:
-    """Raises ValueError where adaptive groups cannot hold the longest sequence that a step may have."""
+    """Raises ValueError where adaptive groups cannot hold the longest sequence that a step may have, or the plan is to
+    choose what is computed again and none does."""
     config, batches = flight.config, flight.batches
     scheduler = config.scheduler.build()
+    if config.engine.get("recompute") == "planned":
+        if not isinstance(scheduler, Adaptive):
+            raise ValueError("engine.recompute=planned: must come with scheduler=adaptive or scheduler=auto")
+        if flight.mesh.expert > 1:  # groups that meet in their experts' messages would repeat them unequally
+            raise ValueError(f"engine.recompute=planned: must come with parallel.expert=1, not {flight.mesh.expert}")
     if not isinstance(scheduler, Adaptive):
         return
     from train.precision import dtypes

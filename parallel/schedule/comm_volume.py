@@ -275,11 +275,12 @@ def of_plan(
     for micro in plan.micro_steps:
         for group in micro.groups:
             layout = lay([plan.lengths[s] for s in group.sequences], [starts[s] for s in group.sequences], group.spans)
+            again = recompute == "full" or recompute == "planned" and group.recompute
             for i, rank in enumerate(group.ranks):
                 total = found.setdefault(rank, Traffic())
                 for ask, times in several.items() if layout.ranks > 1 else ():
                     forward, backward = ask.received(layout, i, how)
-                    total.include(forward, times * (2 if ask.in_layer and recompute == "full" else 1))
+                    total.include(forward, times * (2 if ask.in_layer and again else 1))
                     total.include(backward, times)
     return found
 

@@ -15,12 +15,14 @@ class Group:
 
     A rank with no span, or a group with no sequence, is idle: it runs one masked token so that every collective has it.
     The order in which ranks are listed, and the spans of a rank, means nothing: both are kept ascending, as process
-    groups number their ranks and as chains are walked.
+    groups number their ranks and as chains are walked. recompute: whether the backward pass computes layers again,
+    which engine.recompute=planned leaves to the plan.
     """
 
     ranks: tuple[int, ...]
     sequences: tuple[int, ...]
     spans: tuple[tuple[Span, ...], ...]
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if len(self.ranks) == len(self.spans):
@@ -88,5 +90,5 @@ class Plan:
                     for rank, spans in zip(group.ranks, group.spans, strict=True)
                 )
                 names = ", ".join(f"#{s} ({self.lengths[s]:,})" for s in group.sequences) or "nothing"
-                lines.append(f"    {names} on {held}")
+                lines.append(f"    {names} on {held}" + (", computed again" if group.recompute else ""))
         return "\n".join(lines)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from parallel.schedule.adaptive.cost import Costs
 from parallel.schedule.adaptive.packing import Packing
-from parallel.schedule.adaptive.planner import Planner
+from parallel.schedule.adaptive.planner import Planner, TooLongError
 from parallel.schedule.adaptive.rivals import LongestFirst
 from parallel.schedule.adaptive.simulate import seconds
 
@@ -22,7 +22,10 @@ class Auto:
     def choose(self, lengths: Sequence[int]) -> tuple[str, Packing]:
         """`static` or `adaptive`, and its packing. Raises TooLongError."""
         adaptive = self._adaptive.plan(lengths).packing
-        static = self._static.pack(lengths)
+        try:
+            static = self._static.pack(lengths)
+        except TooLongError:  # a sequence fits only where it is computed again
+            return "adaptive", adaptive
         pays = seconds(self.costs, adaptive, lengths) < (1 - self.margin) * seconds(self.costs, static, lengths)
         return ("adaptive", adaptive) if pays else ("static", static)
 

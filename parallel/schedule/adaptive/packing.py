@@ -70,7 +70,8 @@ class Packing:
             for share in sorted(shares, key=lambda share: share.first):
                 total = sum(lengths[s] for s in share.sequences)
                 spans = balanced(total, share.size) if layout == "auto" else lay_out(total, share.size, layout)
-                groups.append(Group(tuple(range(share.first, share.first + share.size)), share.sequences, spans))
+                ranks_of = tuple(range(share.first, share.first + share.size))
+                groups.append(Group(ranks_of, share.sequences, spans, share.recompute != "none"))
             busy = {rank for group in groups for rank in group.ranks}
             groups += [Group((rank,), (), ((),)) for rank in range(ranks) if rank not in busy]
             micro_steps.append(MicroStep(tuple(groups)))
