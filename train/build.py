@@ -114,9 +114,6 @@ def build(order: dict[str, Any]) -> Trainer:
     def plan(lengths: list[int]) -> Plan:
         return scheduler.plan(progress.state.step + 1, lengths, data=data, sequence=sequence)
 
-    def as_read(windows: list[Any]) -> tuple[list[Any], Plan]:
-        return windows, plan([len(s.tokens) for s in windows])
-
     planning = (
         Planning.of(config, groups, batches.following, progress, run_dir, order["device"], say) if adaptive else None
     )
@@ -139,7 +136,7 @@ def build(order: dict[str, Any]) -> Trainer:
         optimizer=adamw,
         schedule=config.schedule.build(),
         batches=batches,
-        plan=planning.next if planning else as_read,
+        plan=plan,
         executor=executor,
         groups=groups,
         phases=phases,
@@ -149,6 +146,7 @@ def build(order: dict[str, Any]) -> Trainer:
         hooks=hooks,
         utilisation=utilisation,
         norms=bool(config.tracking.get("norms")),
+        planned=planning.next if planning else None,
         computing=clock.take if clock else None,
         observe=planning.observe if planning else None,
     )

@@ -31,10 +31,11 @@ from train.state import State, TrainProgress
 class Trainer:
     """Runs the steps of a run on this rank; `hooks` do all else, see `train.hooks`.
 
-    rate: the optimizer's, before the schedule. plan: the sequences of a batch, and their plan in the next step. stop:
-    the file by which a person asks for the end; rank 0 looks for it. utilisation: on rank 0, where a model's costs are
-    known. norms: record those of each layer. computing: this rank's seconds in its layers since the last step, and
-    observe: takes a plan and those of all ranks, where a planner asks for them.
+    rate: the optimizer's, before the schedule. plan: of sequences of these lengths in the next step. stop: the file by
+    which a person asks for the end; rank 0 looks for it. utilisation: on rank 0, where a model's costs are known.
+    norms: record those of each layer. planned: in place of `plan`, the sequences that a batch becomes, and their plan.
+    computing: this rank's seconds in its layers since the last step, and observe: takes a plan and those of all ranks,
+    where a planner asks for them.
     """
 
     progress: TrainProgress
@@ -45,7 +46,7 @@ class Trainer:
     optimizer: Optimizer
     schedule: Any
     batches: Any
-    plan: Callable[[list[Any]], tuple[list[Any], Plan]]
+    plan: Callable[[list[int]], Plan]
     executor: Executor
     groups: Groups
     phases: PhaseTimes
@@ -55,6 +56,7 @@ class Trainer:
     hooks: Hooks
     utilisation: Utilisation | None = None
     norms: bool = False
+    planned: Callable[[list[Any]], tuple[list[Any], Plan]] | None = None
     computing: Callable[[], float] | None = None
     observe: Callable[[Plan, Sequence[float]], None] | None = None
     by_layer: Record = field(default_factory=dict)  # the norms of the last step
@@ -95,7 +97,10 @@ class Trainer:
             windows = self.batches.batch(self.seed, state.step, state.skips)
         with self.phases("plan"):
             rebase(self.model, self.batches.rope_theta(state.step, state.skips))
-            batch, plan = self.plan(windows)
+            if self.planned:
+                batch, plan = self.planned(windows)
+            else:
+                batch, plan = windows, self.plan([len(s.tokens) for s in windows])
             self.hooks.before_step(plan)
             tokens, places = self._count(windows), sum(len(s.tokens) for s in windows)
         tally = self.executor.train(plan, batch)

@@ -7,21 +7,28 @@ are kept. All of it takes `cost.seconds`, half a minute as it is.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.pack import Packed
 from models.axes import declarations, initial, start_buffers
 from models.lm import LM
 from models.sequence import Whole
+from parallel.mesh import Groups, Meshes
 from parallel.schedule.adaptive.cost import Layer, powers
 from parallel.schedule.adaptive.fit import fit, fit_wire
+from parallel.schedule.mesh import Mesh
+from parallel.schedule.plan import Group, MicroStep, Plan
 from train.cost_profile import CostProfile, LayerCost, machine_name, model_key
+from train.execute import Executor
 from train.precision import dtypes
 from train.run_config import RunConfig
 
@@ -58,6 +65,8 @@ def run(order: dict[str, Any]) -> None:
         for kind, name in kinds.items()
     )
     head = _head(model, config, limit, device, compute, budget)
+    beside = _beside(config, layers, head, device) / len(layers)
+    layers = tuple(replace(each, launch=each.launch + beside) for each in layers)
     wires = _wires(device, budget)
     if dist.get_rank() == 0:
         machine = machine_name(order["device"], torch.get_num_threads())
@@ -132,6 +141,38 @@ def _head(model: LM, config: RunConfig, limit: int, device: torch.device, comput
     return own.constants["token"]
 
 
+def _beside(config: RunConfig, layers: tuple[LayerCost, ...], head: float, device: torch.device) -> float:
+    """Seconds of a micro-step beside its layers: placing tokens, gathering and letting go of weights, hooks.
+
+    Of a model with one layer of each kind, sharded as the run's is: the second of two micro-steps, since the last also
+    reduces gradients. 0 for a model that cannot be cut down so.
+    """
+    names, world = [each.kind for each in layers], dist.get_world_size()
+    compute, master = dtypes(config.precision.compute, device.type)
+    try:
+        with torch.device("meta"):
+            model = config.model.having(layers=len(names), pattern=names).build()
+    except ValueError:
+        return 0.0
+    model.compute = compute
+    config.engine.build().prepare(model, Meshes(Mesh(sequence=world), device), seed=0, dtype=master)
+    executor = Executor(model, Groups(), device, *config.parallel.transport.build(), 0.0)
+    tokens = np.zeros(SHORTEST, dtype=np.int64)
+    batch = [Packed(tokens=tokens, targets=tokens, starts=np.arange(SHORTEST) == 0) for _ in range(2 * world)]
+    taken = []
+    for count in (1, 2):
+        micro_steps = tuple(
+            MicroStep(tuple(Group((r,), (m * world + r,), (((0, SHORTEST),),)) for r in range(world)))
+            for m in range(count)
+        )
+        plan = Plan(0, (SHORTEST,) * (count * world), micro_steps)
+        once = partial(executor.train, plan, batch[: count * world])
+        once()
+        taken.append(min(_seconds(once, device) for _ in range(REPEATS)))
+    known = sum(each.token * SHORTEST + each.launch + each.pair * SHORTEST**2 / 2 for each in layers)
+    return max(0.0, taken[1] - taken[0] - known - head * SHORTEST)
+
+
 def _lengths(limit: int) -> list[int]:
     """Lengths, each four times the one before, and the limit: three at least."""
     found, limit = [SHORTEST], max(limit, 16 * SHORTEST)
@@ -157,11 +198,13 @@ def _timed(
     return found
 
 
-def _seconds(once: Callable[[], None], device: torch.device) -> float:
+def _seconds(once: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cpu":
-        began = time.process_time()
+        threads = torch.get_num_threads()
+        clock = time.thread_time if threads == 1 else time.process_time  # the first leaves out threads that only send
+        began = clock()
         once()
-        return (time.process_time() - began) / torch.get_num_threads()
+        return (clock() - began) / threads
     torch.cuda.synchronize(device)
     wall = time.perf_counter()
     once()

@@ -34,6 +34,29 @@ def train(job: dict[str, Any], steps: int, save_at: int | None = None) -> Any:
     return found, saved
 
 
+def slowed(job: dict[str, Any], steps: int, rank: int, times: float) -> list[float]:
+    """Of each step this rank's tokens. A rank's clock counts them, and that of one rank runs faster from step 3 on."""
+    trainer = build(job)
+    seen = {"tokens": 0.0}
+
+    def note(module: Any, inputs: Any) -> None:
+        seen["tokens"] += inputs[0].shape[0] * inputs[0].shape[1]
+
+    next(iter(trainer.model.layers.values())).register_forward_pre_hook(note)
+    found: list[float] = []
+
+    def clock() -> float:
+        found.append(seen["tokens"])
+        seen["tokens"] = 0.0
+        return found[-1] * (times if trainer.groups.rank == rank and len(found) > 2 else 1.0)
+
+    assert trainer.computing is not None
+    trainer.computing = clock
+    for _ in range(steps):
+        trainer.step()
+    return found
+
+
 def numbers(steps: Any) -> list[Any]:
     return [row[:3] for row in steps]
 
@@ -79,3 +102,18 @@ def test_resuming_replays_the_logged_plans_and_is_bitwise_uninterrupted(run, ada
     assert max(map(len, replayed)) == 1 < len(replayed)
     np.testing.assert_allclose(numbers(rest), numbers(whole[STEPS // 2 :]), rtol=1e-10)
     assert len(log.read_text().splitlines()) == STEPS, "no plan is logged twice"
+
+
+def test_a_slow_rank_gets_less_work_and_the_log_says_so(run, tmp_path: Any) -> None:
+    """At least half of what a rank of half the speed costs is won back; the clock is one of tokens, so that a busy
+    machine changes nothing."""
+    more = ["scheduler=adaptive", "scheduler.quantum=1", "cluster.workers=2", "model.layers=1", "train.steps=20"]
+    job = order(tmp_path, tmp_path / "run", *JOB, *more)
+    fast, slow = run(2, slowed, job, 14, 1, 2.0)
+    before = np.mean([max(a, b) for a, b in zip(fast[:2], slow[:2], strict=True)])
+    lost = np.mean([max(a, 2 * b) for a, b in zip(fast[2:6], slow[2:6], strict=True)])
+    after = np.mean([max(a, 2 * b) for a, b in zip(fast[-4:], slow[-4:], strict=True)])
+    best = before * 4 / 3  # of speeds 1 and 1/2
+    assert lost - after > 0.5 * (lost - best) > 0
+    (line,) = [each for each in (tmp_path / "run" / "log.txt").read_text().splitlines() if "speeds of ranks" in each]
+    assert "step 6: speeds of ranks changed: rank 1 at 0." in line or "step 7:" in line
