@@ -274,6 +274,7 @@ BAD = {
     "scheduler=adaptive scheduler.tokens_per_rank=40 scheduler.quantum=8 cluster.workers=2": "scheduler.tokens_per_rank"
     "=40: a sequence of 96 tokens fits no group: the largest that fits 2 ranks is 80; more ranks, more memory",
     "scheduler=adaptive scheduler.tokens_per_rank=40": "scheduler.quantum=128: must be at most",
+    "engine.recompute=planned": "engine.recompute=planned: must come with scheduler=adaptive",
     "data.too_long=drop": "data.too_long=drop: must be one of split, skip, error; nearest",
     "data.too_long=error": "data.too_long=error: there are",
     "schedule.warmup=1.5": "schedule.warmup=1.5: must be a share",
