@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parallel.collectives import LEDGER
 from parallel.liveness import HERE, Wait
@@ -134,6 +134,18 @@ def shares(length: int, world: int) -> list[int]:
 def local(x: Tensor) -> Tensor:
     """This rank's part of it."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor of which ranks hold parts, dimension after dimension of its mesh: torch warns of two at a time.
+    Collective."""
+    if not isinstance(x, DTensor):
+        return x
+    placements = list(x.placements)
+    for dim in range(len(placements) - 1):
+        placements[dim] = Replicate()
+        x = x.redistribute(placements=placements)
+    return x.full_tensor()
 
 
 class Owners:

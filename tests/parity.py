@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from models.axes import initialise
 from models.block import Block
@@ -19,6 +18,7 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Whole
+from parallel.matrix_owners import whole
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
@@ -138,19 +138,19 @@ def spread(
 
 def logical(model: LM, name: str, x: Tensor) -> Tensor:
     """The whole of a tensor that lies as the parameter of that name does. Collective."""
-    own = x.full_tensor() if isinstance(x, DTensor) else x
+    own = whole(x)
     if model.division is None or (piece := model.division.pieces[name]).along is None:
         return own
     comm = next(module.width for module in model.modules() if hasattr(module, "width")).comm
     parts: list[Any] = [None] * comm.size
     dist.all_gather_object(parts, own, group=comm.group)
-    whole = own.new_full(piece.shape, float("nan"))
+    full = own.new_full(piece.shape, float("nan"))
     for rank, part in enumerate(parts):
         at = 0
         for begin, end in piece.segments(rank):
-            whole.narrow(piece.along, begin, end - begin).copy_(part.narrow(piece.along, at, end - begin))
+            full.narrow(piece.along, begin, end - begin).copy_(part.narrow(piece.along, at, end - begin))
             at += end - begin
-    return whole
+    return full
 
 
 def counted(batch: list[Sample]) -> int:

@@ -22,7 +22,7 @@ def test_train_resume_generate_evaluate_and_export(tmp_path, capsys):
     said = finish(
         start(tmp_path, "train", *settings(tmp_path), f"run.dir={both}", "parallel.expert=2", "train.steps=3")
     )
-    assert "2 workers (data 1 x expert 2 x sequence 1)" in said and "W1" not in said
+    assert "2 workers (data 1 x expert 2 x sequence 1)" in said and "redistributing" not in said
     one = ["parallel.expert=1", "cluster.workers=1", "train.steps=4"]
     finish(start(tmp_path, "train", f"resume={both}", *one))
     losses = [r["loss"] for r in records(both)]

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from parallel.matrix_owners import whole
 from parallel.parallelize import parameter_name
 from parallel.tensor import division_of
 from train.build import build
@@ -89,7 +89,7 @@ class _Watched:
         found = {}
         for name, parameter in self._named().items():
             value = held.get(name)
-            found[name] = gathered(torch.zeros_like(parameter) if value is None else value).detach().clone()
+            found[name] = whole(torch.zeros_like(parameter) if value is None else value).detach().clone()
         return found
 
 
@@ -106,8 +106,3 @@ class _Noting:
         tally = self._executor.train(*args, **kwargs)
         self._watched.accumulate()
         return tally
-
-
-def gathered(x: Tensor) -> Tensor:
-    """The tensor that sharding has cut into pieces. Collective over the ranks that share it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
