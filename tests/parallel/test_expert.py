@@ -102,15 +102,17 @@ LAYOUTS = {
 
 def every_layout(ranks: int) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
     alike = {name: layout for name, layout in LAYOUTS.items() if layout[0].world == ranks}
-    return {name: spread(BATCH, plan, "fp64", remat, mesh=mesh) for name, (mesh, plan, remat) in alike.items()}
+    found = {name: spread(BATCH, plan, "fp64", remat, mesh=mesh) for name, (mesh, plan, remat) in alike.items()}
+    return found | ({"fp32": spread(BATCH, static(2, 1), "fp32", mesh=Mesh(expert=2))} if ranks == 2 else {})
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_and_every_gradient_equal_one_process(run, ranks):
-    want = truth(BATCH, "fp64")
+    want = {precision: truth(BATCH, precision) for precision in ("fp64", "fp32")}
     for found in run(ranks, every_layout, ranks):
-        for got in found.values():
-            assert_close(got, want, "fp64")
+        for name, got in found.items():
+            precision = name if name in want else "fp64"
+            assert_close(got, want[precision], precision)
 
 
 class Swapped:
