@@ -21,12 +21,18 @@ from models.precision import wide
 from models.recompute import kept
 
 FUSED = (torch.float32, torch.bfloat16)
+ALIGNED = 16  # bytes, of a row that the fused operator takes
 IN_TURN = {("cpu", torch.float32), ("cpu", torch.float64)}  # where `mixture` is faster; bf16 is converted
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """rows [M, I] in expert order, weight [E, I, O], offsets [E] int32 (where each expert's rows end) -> [M, O]."""
-    if rows.dtype not in FUSED:
+    """rows [M, I] in expert order, weight [E, I, O], offsets [E] int32 (where each expert's rows end) -> [M, O].
+
+    The fused operator takes rows of whole 16 bytes alone; other widths, as of hidden channels that ranks have divided,
+    are multiplied one expert at a time.
+    """
+    whole = all(width * weight.itemsize % ALIGNED == 0 for width in weight.shape[1:])
+    if rows.dtype not in FUSED or not whole:
         return loop(rows, weight, offsets)
     return F.grouped_mm(rows, weight, offs=offsets)
 
