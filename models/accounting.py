@@ -76,6 +76,17 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
+class LayerCost(NamedTuple):
+    """The work of one layer on a token: matmul FLOPs, without what attention does on pairs, and that attention."""
+
+    per_token: Flops
+    attention: tuple[AttentionCost, ...]
+
+    def flops(self, length: int) -> float:
+        """The FLOPs of training on a token of documents of this length, without recomputation."""
+        return self.per_token.model + sum(3 * each.flops * each.pairs(length) / length for each in self.attention)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Account:
     """The costs of a model; bytes in the dtypes that it computes in."""
@@ -84,6 +95,8 @@ class Account:
     embedding: int  # of them, rows that are looked up and multiply nothing; 0 where the head multiplies them too
     activated: int  # that act on a token: one row of such an embedding, of the experts those that it goes to
     per_token: Flops  # without what attention does on pairs of tokens
+    layers: tuple[LayerCost, ...]
+    head: float  # FLOPs that training needs for a token's logits; looking up its embedding takes none
     attention: tuple[AttentionCost, ...]  # a softmax layer each
     activations: float  # bytes a token that the layers keep for the backward
     dear: float  # bytes a token of the results that they keep besides their inputs where the rest is computed again
@@ -142,6 +155,10 @@ def account(model: LM, *, device: str = "cpu") -> Account:
         embedding=looked_up,
         activated=parameters - idle(model) - (looked_up and looked_up - dim),
         per_token=Flops(forward / TOKENS + head, backward / TOKENS + 2 * head, forward / TOKENS),
+        layers=tuple(
+            LayerCost(Flops(e.forward / TOKENS, e.backward / TOKENS, e.forward / TOKENS), e.attention) for e in found
+        ),
+        head=3.0 * head,
         attention=tuple(attention for each in found for attention in each.attention),
         activations=sum(each.kept for each in found) / TOKENS,
         dear=sum(each.dear for each in found) / TOKENS,

@@ -11,7 +11,7 @@ from models.axes import declare, normal, positive
 from models.block import Factory
 from models.cross_layer import Coupled, Depth
 from models.linear import Linear
-from models.moe import Routing, balance
+from models.moe import Routing, balance, mixtures
 from models.norm import RMSNorm
 from models.pattern import dense_front, unroll
 from models.sequence import Sequence
@@ -29,6 +29,13 @@ class Output(NamedTuple):
     correct: Tensor | None = None  # scalar int64: targets that are the likeliest token
     nats: Tensor | None = None  # [B, T], each target's, 0 where there is none
     right: Tensor | None = None  # [B, T] bool, whether it is the likeliest token
+
+
+class Part(NamedTuple):
+    """The results of some of the layers."""
+
+    passed: Tensor  # [1 + H, B, T, D]: the residual stream, and H tensors that later layers take; empty after the last
+    output: Output  # of these layers alone; without the last of the model its cross-entropy is 0
 
 
 class LM(nn.Module):
@@ -70,6 +77,7 @@ class LM(nn.Module):
             raise ValueError(f"norm_eps={norm_eps}: must be above 0")
         if tied_scale is not None and (tied_scale <= 0 or not tied):
             raise ValueError(f"tied_scale={tied_scale}: must be null without a tied head, else above 0")
+        self.dim = dim
         self.tied_scale = dim**-0.5 if tied_scale is None else tied_scale
         self.kinds = unroll(pattern, layers, list(blocks))
         front = dense_front(first_k_dense, dense, layers)
@@ -89,26 +97,70 @@ class LM(nn.Module):
         self.hands = {name: getattr(layer, "hands", None) for name, layer in self.layers.items()}
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
+        self.routed = len(mixtures(self))  # layers with experts: the routers' losses are means over them
 
     def forward(
         self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor | None = None, *, last: int | None = None
     ) -> Output:
-        x_BTD = self.width.embed(tokens_BT, self.embedding, self.vocabulary)
-        x_BTD = self.width.leave(x_BTD.to(self.compute))
-        routings: dict[str, Routing] = {}
-        rows, handed = self.coupled(), dict[str | None, Tensor]()
-        for name, block in self.layers.items():
-            hands = self.hands[name]
-            x_BTD, routing, made = block(x_BTD, seq, handed.get(hands), **rows.get(name, {}))
-            if made is not None:
-                handed[hands] = made
-            if routing is not None:
-                routings[f"layers.{name}"] = routing
+        x_BTD, _, routings = self._run(range(len(self.kinds)), self._embed(tokens_BT), {}, seq)
         x_BTD = self.width.enter(self.norm(x_BTD), (tokens_BT.shape[0], tokens_BT.shape[1]))
         counts = balance(routings, seq)
         if targets_BT is None:
             return Output(self.unembed(x_BTD if last is None else x_BTD[:, -last:]), *counts)
         return Output(x_BTD.new_empty(0), *counts, *self.score(x_BTD, targets_BT))
+
+    def part(
+        self,
+        layers: range,
+        tokens_BT: Tensor,
+        seq: Sequence,
+        targets_BT: Tensor | None = None,
+        passed: Tensor | None = None,
+    ) -> Part:
+        """`forward` with targets, of these layers alone. The first of them embed the tokens, the last score the
+        targets; others take what the layers before them passed on, [1 + H, B, T, D]. All else may be missing.
+
+        The parts' routers' losses and cross-entropies add up to those of `forward`.
+        """
+        if passed is None:
+            x_BTD, handed = self._embed(tokens_BT), dict[str, Tensor]()
+        else:
+            x_BTD, *values = passed.unbind()
+            handed = dict(zip(self.crossing(layers.start), values, strict=True))
+        x_BTD, handed, routings = self._run(layers, x_BTD, handed, seq)
+        counts = balance(routings, seq, layers=self.routed)
+        if layers.stop == len(self.kinds):
+            assert targets_BT is not None
+            none, rows = x_BTD.new_empty(0), (tokens_BT.shape[0], tokens_BT.shape[1])
+            x_BTD = self.width.enter(self.norm(x_BTD), rows)
+            return Part(none, Output(none, *counts, *self.score(x_BTD, targets_BT)))
+        leaving = torch.stack([x_BTD, *(handed[name] for name in self.crossing(layers.stop))])
+        return Part(leaving, Output(x_BTD.new_empty(0), *counts, torch.zeros((), device=x_BTD.device)))
+
+    def crossing(self, layer: int) -> list[str]:
+        """The names of what layers before this one hand to it or to a later one."""
+        before, after = ({self.hands[str(i)] for i in r} for r in (range(layer), range(layer, len(self.kinds))))
+        return sorted(name for name in before & after if name is not None)
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = self.width.embed(tokens_BT, self.embedding, self.vocabulary)
+        return self.width.leave(x_BTD.to(self.compute))
+
+    def _run(
+        self, layers: range, x_BTD: Tensor, handed: dict[str, Tensor], seq: Sequence
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Routing]]:
+        """The residual stream after these layers, what they hand on, and where their routers sent tokens."""
+        routings: dict[str, Routing] = {}
+        rows = self.coupled()
+        for name in map(str, layers):
+            hands = self.hands[name]
+            taken = None if hands is None else handed.get(hands)
+            x_BTD, routing, made = self.layers[name](x_BTD, seq, taken, **rows.get(name, {}))
+            if made is not None and hands is not None:
+                handed[hands] = made
+            if routing is not None:
+                routings[f"layers.{name}"] = routing
+        return x_BTD, handed, routings
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] of the normalised residual stream."""

@@ -186,8 +186,11 @@ class Routed(NamedTuple):
     dropped: dict[str, Tensor]  # by layer that has a capacity, how many choices found no place
 
 
-def balance(routings: dict[str, Routing], seq: Sequence) -> Routed:
-    """The losses and counts of all layers, by their names; zeros without any. One `seq.sum` for all of them."""
+def balance(routings: dict[str, Routing], seq: Sequence, *, layers: int | None = None) -> Routed:
+    """The losses and counts of all layers, by their names; zeros without any. One `seq.sum` for all of them.
+
+    layers: over how many the losses are means, where others have theirs elsewhere; None: over these.
+    """
     if not routings:
         return Routed(torch.zeros((), device=seq.counted.device), {}, torch.zeros((), device=seq.counted.device), {})
     counted = seq.counted.unsqueeze(-1)
@@ -200,10 +203,11 @@ def balance(routings: dict[str, Routing], seq: Sequence) -> Routed:
         r.probabilities.shape[-1] / r.choices.shape[-1] * (r.probabilities * frequencies[n] * counted).sum()
         for n, r in routings.items()
     ]
+    share = 1.0 if layers is None else len(routings) / layers
     return Routed(
-        balance=torch.stack(losses).mean(),
+        balance=torch.stack(losses).mean() * share,
         load={n: c.sum((0, 1)).long() for n, c in chosen.items()},
-        z=torch.stack([(r.z * seq.counted).sum() for r in routings.values()]).mean(),
+        z=torch.stack([(r.z * seq.counted).sum() for r in routings.values()]).mean() * share,
         dropped={n: (r.dropped * seq.counted).sum() for n, r in routings.items() if r.dropped is not None},
     )
 

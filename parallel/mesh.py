@@ -122,6 +122,7 @@ class Groups:
         self._plane = self.mesh.group(dist.get_rank(), *PLANNED)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._all = dist.group.WORLD if self.world == self.mesh.world else self._open(tuple(range(self.world)), "plan")
+        self._stages = self._all if self.mesh.pipeline == 1 else self._open_stages()
 
     def prepare(self, plan: Plan) -> None:
         self.open(group.ranks for micro in plan.micro_steps for group in micro.groups)
@@ -159,6 +160,22 @@ class Groups:
     def world_comm(self) -> Comm:
         """The communicator of all ranks of a plan."""
         return self._comm(tuple(range(self.world)), self._all if self.world > 1 else None)
+
+    @property
+    def stages_comm(self) -> Comm:
+        """The communicator of all ranks of a plan in all stages of a pipeline: what sums over layers is summed by."""
+        if self.mesh.pipeline == 1:
+            return self.world_comm
+        ranks = self.mesh.group(dist.get_rank(), "pipeline", *PLANNED)
+        return Comm(ranks, ranks.index(dist.get_rank()), self._stages, self.waiting)
+
+    def _open_stages(self) -> dist.ProcessGroup:
+        groups = self.mesh.groups("pipeline", *PLANNED)
+        if len(groups) == 1:
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
+        opened = {ranks: dist.new_group(list(ranks), timeout=TIMEOUT) for ranks in groups}
+        return opened[self.mesh.group(dist.get_rank(), "pipeline", *PLANNED)]
 
     def _comm(self, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Comm:
         return Comm(tuple(self._plane[rank] for rank in ranks), ranks.index(self.rank), group, self.waiting)

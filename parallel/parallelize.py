@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.axes import Declared, declarations, initial, start_buffers
@@ -11,6 +12,7 @@ from parallel.activation_memory import parameter_name as parameter_name
 from parallel.expert import spread_experts
 from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
+from parallel.pipeline.cut import PipelineCut
 from parallel.tensor import TensorPiece, divide, division
 
 
@@ -25,13 +27,17 @@ def parallelise(
     tile: int | None = None,
     offload_activations: bool = False,
     offload_optimizer: bool = False,
+    cut: PipelineCut | None = None,
 ) -> LM:
-    """Applies, in order: the division of layers over tensor ranks, experts over ranks, recomputation of activations,
-    sharding, memory, each parameter from (seed, name).
+    """Applies, in order: the cut into pipeline stages, the division of layers over tensor ranks, experts over ranks,
+    recomputation of activations, sharding, memory, each parameter from (seed, name).
 
-    dtype: of the master weights. remat, tile, offload_activations: see `parallel.activation_memory`. offload_optimizer:
-    master weights, gradients and optimizer state live on the host. Returns the same model.
+    cut: of the layers among the ranks of a pipeline; None without one. dtype: of the master weights. remat, tile,
+    offload_activations: see `parallel.activation_memory`. offload_optimizer: master weights, gradients and optimizer
+    state live on the host. Returns the same model.
     """
+    if cut is not None:
+        cut.apply(model, meshes.place["pipeline"])
     declared, device = declarations(model), meshes.device.type
     pieces = division(model, declared, meshes.mesh.tensor)
     model.division = divide(model, pieces, meshes) if meshes.mesh.tensor > 1 else None
@@ -46,14 +52,18 @@ def parallelise(
     if experts:
         shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)
     shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
+    if cut is not None:
+        register_fsdp_forward_method(model, "part")
     model.to_empty(device="cpu" if on_host else device)
     start_buffers(model, device)
     initialise_sharded(model, declared, seed, pieces, meshes.place["tensor"])
     for name, parameter in model.named_parameters():
-        parameter.piece = pieces[parameter_name(name)]  # type: ignore[attr-defined]
+        name = parameter_name(name)
+        parameter.piece = pieces[name]  # type: ignore[attr-defined]
         if model.division is not None:
             parameter.tensor_comm = model.division.comm  # type: ignore[attr-defined]
-        parameter.holders = meshes.mesh.replicate * pieces[parameter_name(name)].copies  # type: ignore[attr-defined]
+        parameter.holders = meshes.mesh.replicate * pieces[name].copies  # type: ignore[attr-defined]
+        parameter.elsewhere = cut is not None and cut.holders[name][0] != meshes.place["pipeline"]  # type: ignore[attr-defined]
     return model
 
 

@@ -17,10 +17,12 @@ from data.prefetch import Prefetched
 from models.accounting import account
 from models.axes import declarations
 from models.lm import LM
+from models.moe import mixtures
 from models.nonlinear_recurrence import Serial
 from parallel.activation_memory import give_back
 from parallel.expert import pad
 from parallel.mesh import Groups, Meshes
+from parallel.pipeline import Pipeline, PipelineCut
 from parallel.schedule.adaptive.scheduler import Adaptive
 from parallel.schedule.comm_volume import Ask
 from parallel.schedule.plan import Plan
@@ -48,6 +50,7 @@ from train.planning import Planning
 from train.precision import dtypes
 from train.run_config import RunConfig
 from train.settings import TrainSettings
+from train.stages import pipeline_cut
 from train.state import State, TrainProgress
 from train.time_spans import Spans, SpansTold
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
@@ -78,11 +81,13 @@ def build(order: dict[str, Any]) -> Trainer:
     _announce(model, train, say)
     asks = _asks(model, config, order["device"])
     declared = declarations(model)
-    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
     utilisation = _utilisation(model, order["device"], say) if first and train.mfu else None
-    config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master)
+    cut, counts = pipeline_cut(config, model, order["device"]), _counts(model, utilisation)
+    experts = mixtures(model) if cut is not None else {}
+    config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master, cut=cut)
     if config.parallel.transport.experts == "padded":
         pad(model)
+    pipeline = None if cut is None else _pipeline(config, model, cut, meshes, phases)
     adamw = build_optimizer(config.optimizer.build(), model, declared)
 
     state, facts = _start(order, model, adamw, train.init_optimizer)
@@ -108,6 +113,9 @@ def build(order: dict[str, Any]) -> Trainer:
         train.z_weight,
         spans,
         SpansTold(say),
+        pipeline,
+        {name: moe.num_experts for name, moe in experts.items()},
+        [name for name, moe in experts.items() if moe.capacity_factor is not None],
     )
     progress = TrainProgress(train, state)
 
@@ -126,7 +134,7 @@ def build(order: dict[str, Any]) -> Trainer:
     # A transport is measured here: before a tracker has threads.
     hooks.load(facts, Path(order["resume"]) if order.get("resume") else None, division_of(model))
     if first:
-        hooks.of(Recording).tracker = _tracker(order, say, counts, utilisation)
+        hooks.of(Recording).tracker = _tracker(order, say, counts)
     return Trainer(
         progress=progress,
         seed=config.seed,
@@ -180,7 +188,7 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
     recording = Recording(parts.run_dir, progress, parts.phases)
     average = _average(config.train, parts.model, progress, parts.say)
     hooks = Hooks()
-    hooks.add(Guard(config.train.guard, groups.world_comm, parts.executor.device))
+    hooks.add(Guard(config.train.guard, groups.stages_comm, parts.executor.device))
     hooks.add(transport)
     if average is not None:
         hooks.add(average)
@@ -213,6 +221,7 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
         written=recording.checkpoint,
         facts=_of_the_run(config, parts.batches, facts),
         companions=_companions(parts.run_dir, parts.batches) if first else (),
+        pipeline=parts.executor.pipeline,
     )
     hooks.add(checkpoints)
     hooks.add(recording)
@@ -358,10 +367,24 @@ def _attempt(order: dict[str, Any], saved: int) -> int:
     return max(order.get("attempt") or 1, saved + 1, recorded[0] + 1)
 
 
-def _tracker(
-    order: dict[str, Any], say: Callable[[str], None], counts: dict[str, int], utilisation: Utilisation | None
-) -> Tracker:
-    counts = counts | {"activated": utilisation.account.activated} if utilisation else {}
+def _counts(model: LM, utilisation: Utilisation | None) -> dict[str, int]:
+    """Returns how many parameters a whole model has."""
+    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
+    return counts | ({"activated": utilisation.account.activated} if utilisation else {})
+
+
+def _pipeline(config: RunConfig, model: LM, cut: PipelineCut, meshes: Meshes, phases: PhaseTimes) -> Pipeline:
+    return Pipeline(
+        model,
+        cut,
+        config.parallel.pipeline_schedule,
+        meshes,
+        phase=phases,
+        reshard_after_forward=config.engine.get("reshard_after_forward", True),
+    )
+
+
+def _tracker(order: dict[str, Any], say: Callable[[str], None], counts: dict[str, int]) -> Tracker:
     return order["config"].tracking.build().open(replace(Facts.of(order), parameters=counts), say)
 
 

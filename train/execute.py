@@ -1,8 +1,8 @@
 """The executor: runs a Plan's micro-steps on this rank. It knows only Plans."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from models.sequence import Memory
 from parallel.activation_memory import recompute_group
 from parallel.fsdp import communicate_gradients
 from parallel.mesh import Groups
+from parallel.pipeline import Pipeline
 from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.time_spans import Shape
@@ -57,7 +58,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Executor:
-    """Placement, forward and, for training, backward of every micro-step."""
+    """Placement, forward and, for training, backward of every micro-step; through the stages of a pipeline, if any."""
 
     model: nn.Module
     groups: Groups
@@ -69,6 +70,9 @@ class Executor:
     z_weight: float = 0.0
     spans: Spans | None = None
     passed: Callable[[int, int], None] = lambda done, of: None  # of spans in time, see `Passage`
+    pipeline: Pipeline | None = None
+    experts: Mapping[str, int] = field(default_factory=dict)  # by layer, those of all stages of a pipeline
+    limited: Sequence[str] = ()  # those of them whose experts have a capacity
 
     def train(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
@@ -79,7 +83,14 @@ class Executor:
             weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
             return part.objective(targets=targets, tokens=tokens, **weights)
 
-        for last, micro in self._micro_steps(plan, batch):
+        micro_steps = self._micro_steps(plan, batch)
+        if self.pipeline is not None:
+            whole = (self._in_time(plan, micro) for _, micro in micro_steps)
+            placed = [self._place(group, batch, shapes, step=plan.step) for (group,), (shapes,) in whole]
+            for output in self.pipeline.train(plan, placed, lambda output: objective(sums(output))):
+                tally.add(sums(output))
+            return tally
+        for last, micro in micro_steps:
             for part in self._run(plan, micro, batch, objective, last):
                 tally.add(part)
         sum_gradients(self.model)
@@ -138,8 +149,8 @@ class Executor:
     @torch.no_grad()
     def by_token(self, plan: Plan, batch: Sequence[PackedSequence], read: Callable[[Output], list[Tensor]]) -> Tensor:
         """Returns what `read` takes of each micro-step, some values [B, T]: fp64 [values, N], of every token of the
-        batch, end
-        to end, the same on every rank. Forward only."""
+        batch, end to end, the same on every rank. Forward only, and not in a pipeline."""
+        assert self.pipeline is None
         begins = np.cumsum([0, *plan.lengths])
         found: Tensor | None = None
         for group, output in self._outputs(plan, batch):
@@ -162,7 +173,8 @@ class Executor:
             memory = Memory() if len(groups) > 1 else None
             for group, shape in zip(groups, shapes, strict=True):
                 placed = self._place(group, batch, shape, memory=memory if any(group.spans) else None)
-                yield group, self.model(placed.tokens, placed.seq, placed.targets)
+                run = self.model if self.pipeline is None else self.pipeline.forward
+                yield group, run(placed.tokens, placed.seq, placed.targets)
                 if memory is not None:
                     memory.advance()
 
@@ -206,4 +218,6 @@ class Executor:
 
     def _empty(self) -> Tally:
         nats, balance, z, count = torch.zeros(4, device=self.device).unbind()
-        return Tally(nats, balance, {}, z, {}, count.long())
+        load = {name: torch.zeros(size, dtype=torch.long, device=self.device) for name, size in self.experts.items()}
+        dropped = dict.fromkeys(self.limited, count.long())
+        return Tally(nats, balance, load, z, dropped, count.long())

@@ -118,7 +118,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.stepped(tokens, places)
         for name, counts in found.choices.items():
-            mixtures(self.model)[name].router.settle(counts)
+            if (moe := mixtures(self.model).get(name)) is not None:  # else another pipeline rank has it
+                moe.router.settle(counts)
         seconds = time.perf_counter() - began
         self.patience.stepped(seconds)
         if self.observe:
@@ -131,9 +132,12 @@ class Trainer:
         middle: where the step stands in the budget. cross_entropy: this rank's part of the sum over all `targets`.
         Returns the learning rate, and the gradient norm before clipping.
         """
-        own, comm = self.progress.settings, self.groups.all_comm
-        self.by_layer = layer_norms(self.model, comm) if self.norms else {}
-        gradient_norm = clip(self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value)
+        own, pipeline = self.progress.settings, self.executor.pipeline
+        comm = self.groups.all_comm if pipeline is None else self.groups.world_comm
+        self.by_layer = layer_norms(self.model, comm, pipeline) if self.norms else {}
+        gradient_norm = clip(
+            self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value, pipeline=pipeline
+        )
         held = self.guard.decide(cross_entropy, targets, gradient_norm)
         rate = self.rate * self.state.scale * self.schedule.multiplier(middle, own.total_tokens)
         set_rate(self.optimizer, rate)

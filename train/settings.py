@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from data.batch_ramp import Ramp
 from parallel.schedule.mesh import DIMENSIONS, Mesh
+from parallel.schedule.stages import PIPELINE_SCHEDULES, PipelineScheduleName
 
 if TYPE_CHECKING:
     from parallel.sequence.attention import Keys
@@ -240,27 +241,48 @@ class TransportSettings:
         return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention]()
 
 
-NOT_YET = ("pipeline",)  # dimensions of the mesh that no run can have
-
-
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
     """Sizes of the mesh, whose product is cluster.workers.
 
     data: groups of ranks, each with sequences of its own; null for what the workers leave. sequence: ranks of a group,
     which share each of its sequences; null for what the workers leave: all of them, where `data` is null too.
-    replicate: copies of the sharded weights, whose gradients are summed over them (HSDP). pipeline: stages that the
-    layers are cut into. expert: ranks that share out each layer's experts. tensor: ranks that share the heads and
-    widths of each layer.
+    replicate: copies of the sharded weights, whose gradients are summed over them (HSDP). pipeline: ranks that have
+    layers of their own, each a stage or several. pipeline_schedule: order of their work. 1f1b: forward and backward
+    passes in turn (2006.09503); interleaved: the same with several stages a rank, for less waiting and more messages
+    (2104.04473); zero_bubble: gradients of weights are computed while a rank would wait (2401.10241). pipeline_layers:
+    numbers of layers of the stages, first to last; null for cuts that make the heaviest stage as light as can be, by
+    FLOPs, the head's included. stages_per_rank: stages of each pipeline rank, one round after another. expert: ranks
+    that share out each layer's experts. tensor: ranks that share the heads and widths of each layer.
     """
 
     data: int | None = None
     sequence: int | None = None
     replicate: int = 1
     pipeline: int = 1
+    pipeline_schedule: PipelineScheduleName = "1f1b"
+    pipeline_layers: list[int] | None = None
+    stages_per_rank: int = 1
     expert: int = 1
     tensor: int = 1
     transport: TransportSettings = TransportSettings()
+
+    def __post_init__(self) -> None:
+        name, each = self.pipeline_schedule, self.stages_per_rank
+        if name not in PIPELINE_SCHEDULES:
+            raise ValueError(f"parallel.pipeline_schedule={name}: must be one of {', '.join(PIPELINE_SCHEDULES)}")
+        if each < 1 or name == "1f1b" and each > 1:
+            must = "must be 1 with parallel.pipeline_schedule=1f1b" if each > 1 else "must be at least 1"
+            raise ValueError(f"parallel.stages_per_rank={each}: {must}")
+        if name == "interleaved" and each == 1:
+            raise ValueError(
+                "parallel.stages_per_rank=1: must be at least 2 with parallel.pipeline_schedule=interleaved"
+            )
+
+    @property
+    def stages(self) -> int:
+        """The number of stages of all pipeline ranks."""
+        return self.pipeline * self.stages_per_rank
 
     def mesh(self, workers: int) -> Mesh:
         """The sizes, whose product is `workers`. Raises ValueError when it cannot be, and prints the factors."""
@@ -268,8 +290,6 @@ class ParallelSettings:
         for name, size in given.items():
             if size < 1 or workers % size:
                 raise ValueError(f"parallel.{name}={size}: must divide cluster.workers={workers}")
-            if size > 1 and name in NOT_YET:
-                raise ValueError(f"parallel.{name}={size}: must be 1; this version cannot divide a run so yet")
         product = math.prod(given.values())
         chosen = {name: size for name, size in given.items() if size > 1 or name in ("data", "sequence")}
         factors = " × ".join(f"parallel.{name}={size}" for name, size in chosen.items())

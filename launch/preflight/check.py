@@ -53,6 +53,7 @@ def check_run(
         _optimizer(config, device)
         check_layout(config, mesh, model)
         _bases(config, model)
+        _stages(config, device)
         if not data_here:
             _objects(config, data, sequence)
             return CheckedRun(config, device, mesh, shapes, None)
@@ -65,6 +66,7 @@ def check_run(
         _objects(config, data, sequence, batches.shapes())
         flight = CheckedRun(config, device, mesh, shapes, batches)
         _fitting(flight, model)
+        _stages(config, device, batches.shapes())
         if compute == "bf16" and device == "cpu":
             _warn_without_bf16(say)
         lengths = min(batches.shapes(), key=len)
@@ -160,6 +162,22 @@ def _optimizer(config: RunConfig, device: str) -> None:
     on_host = config.engine.get("offload_optimizer", False)
     dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
     try_optimizer(config.optimizer, device="cpu" if on_host else device, dtype=dtype)
+
+
+def _stages(config: RunConfig, device: str, batches: list[list[int]] | None = None) -> None:
+    """Raises ValueError for a pipeline that the model cannot be cut into, or that cannot run plans of `batches`."""
+    import torch
+
+    from train.stages import refuse
+
+    if config.parallel.stages == 1 and config.parallel.pipeline_layers is None:
+        return
+    with torch.device("meta"):
+        model = config.model.build()
+    data, sequence = config.parallel.mesh(config.cluster.workers).split
+    scheduler = config.scheduler.build()
+    plans = [scheduler.plan(0, lengths, data=data, sequence=sequence) for lengths in batches or ()]
+    refuse(config, model, device, plans)
 
 
 def _warn_without_bf16(say: Callable[[str], None]) -> None:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from data import reading
+from parallel.collectives import Comm
 from parallel.parallelize import parameter_name
 from parallel.tensor import Division, division_of
 from train.checkpoints import stored
@@ -60,11 +61,12 @@ def save(
     keep: int,
     companions: Sequence[Path] = (),
     parts: dict[str, Any] | None = None,
+    pipeline: Comm | None = None,
 ) -> Path:
     """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective.
 
     companions: files that travel with it, so that it is of use without its run: configuration, tokenizer, corpus card.
-    parts: tensors beside those of the model and the optimizer, by name.
+    parts: tensors beside those of the model and the optimizer, by name. pipeline: the ranks that have other layers.
     """
     final = folder / f"step-{facts['step']}"
     aside = final.with_suffix(".partial")
@@ -77,14 +79,8 @@ def save(
                 shutil.copyfile(companion, aside / companion.name)
         dist.barrier()
         files = _write_tensors(aside, model, optimizer, parts or {}, [companion.name for companion in companions])
+        tensors = _tensors(model, pipeline)
         if first:
-            named = model.named_parameters()
-            whole = division_of(model)
-            shapes = {} if whole is None else {name: piece.shape for name, piece in whole.pieces.items()}
-            tensors = {
-                (name := parameter_name(n)): [list(shapes.get(name, p.shape)), str(p.dtype).removeprefix("torch.")]
-                for n, p in named
-            }
             manifest = {"format": FORMAT, **facts, "model": tensors, "files": files}
             _write(aside / MANIFEST, json.dumps(manifest, indent=1))
             shutil.rmtree(final, ignore_errors=True)
@@ -99,6 +95,21 @@ def save(
         raise DiskError(f"{final.name} cannot be saved in {folder}: {full}") from error
     dist.barrier()
     return final
+
+
+def _tensors(model: nn.Module, pipeline: Comm | None) -> dict[str, Any]:
+    """Returns the shape and the dtype of every parameter, those of other stages included. Collective."""
+    whole = division_of(model)
+    shapes = {} if whole is None else {name: piece.shape for name, piece in whole.pieces.items()}
+    own = {
+        (name := parameter_name(n)): [list(shapes.get(name, p.shape)), str(p.dtype).removeprefix("torch.")]
+        for n, p in model.named_parameters()
+    }
+    if pipeline is None:
+        return own
+    ranks: list[dict[str, Any]] = [{} for _ in pipeline.ranks]
+    dist.all_gather_object(ranks, own, group=pipeline.group)
+    return {name: found for rank in ranks for name, found in rank.items()}
 
 
 def _write_tensors(

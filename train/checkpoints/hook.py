@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from parallel.pipeline import Pipeline
 from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.guards.hang_timeout import Patience
@@ -36,6 +37,7 @@ class Checkpoints(Hook):
     written: Callable[[Path, Record], None]
     facts: dict[str, Any] = field(default_factory=dict)
     companions: Sequence[Path] = ()
+    pipeline: Pipeline | None = None
 
     def after_step(self, record: Record) -> None:
         if self.progress.ended or self.progress.due(self.progress.settings.checkpoint_every):
@@ -64,6 +66,7 @@ class Checkpoints(Hook):
                 keep=self.progress.settings.keep,
                 companions=self.companions,
                 parts=self.hooks.tensors(),
+                pipeline=None if self.pipeline is None else self.pipeline.comm,
             )
         self.say(f"checkpoint {path.relative_to(self.folder.parent)}")
         return path

@@ -7,6 +7,7 @@ from models.lm import LM
 from parallel.activation_memory import RECOMPUTE, RecomputePolicy
 from parallel.mesh import Meshes
 from parallel.parallelize import parallelise
+from parallel.pipeline.cut import PipelineCut
 
 
 class FSDP:
@@ -36,8 +37,10 @@ class FSDP:
         self.recompute, self.reshard_after_forward, self.tile = recompute, reshard_after_forward, tile
         self.offload_activations, self.offload_optimizer = offload_activations, offload_optimizer
 
-    def prepare(self, model: LM, meshes: Meshes, *, seed: int, dtype: torch.dtype) -> LM:
-        """The model, from the meta device to sharded and initialised.
+    def prepare(
+        self, model: LM, meshes: Meshes, *, seed: int, dtype: torch.dtype, cut: PipelineCut | None = None
+    ) -> LM:
+        """The model, from the meta device to sharded and initialised; of a pipeline's, this rank's layers.
 
         Raises ValueError where the optimizer's state goes to the host and no process group reaches tensors there.
         """
@@ -56,4 +59,5 @@ class FSDP:
             tile=self.tile,
             offload_activations=self.offload_activations,
             offload_optimizer=self.offload_optimizer,
+            cut=cut,
         )

@@ -63,7 +63,7 @@ def _sums(
         batch = scored[begin : begin + batches.windows_per_batch]
         tally = executor.evaluate(plan([len(s.tokens) for s in batch]), batch)
         parts = torch.stack([tally.cross_entropy.double(), tally.correct.double()])
-        more, hits = executor.groups.world_comm.all_reduce(parts, purpose="evaluation").tolist()
+        more, hits = executor.groups.stages_comm.all_reduce(parts, purpose="evaluation").tolist()
         nats, right = nats + more, right + hits
         targets += sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
     return nats, right, targets

@@ -115,7 +115,11 @@ class Rollback:
     def _first(self, plan: Plan, batch: Any, windows: Any) -> tuple[str, str]:
         """Returns where something was first not finite: forward, whose layers run again, and of which documents; else
         backward, by what it has left. Collective."""
-        parameter = first_parameter(self.model, self.groups.all_comm)
+        pipeline = self.executor.pipeline
+        comm = self.groups.all_comm if pipeline is None else self.groups.world_comm
+        parameter = first_parameter(self.model, comm, pipeline)
+        if pipeline is not None:  # no rank has all layers to run again
+            return (f"the gradient of {parameter}" if parameter else "the loss"), ""
         layers = {f"layers.{name}": layer for name, layer in self.model.layers.items()}  # type: ignore[operator, union-attr]
         with Watched(layers) as watched:
             (depths,) = self.executor.by_token(plan, batch, watched.read)

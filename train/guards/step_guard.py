@@ -18,12 +18,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from parallel.collectives import Comm
 from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
+from parallel.pipeline import Pipeline
 from parallel.schedule.plan import Plan
 from train.hooks import Hook
 from train.settings import GuardSettings
@@ -109,8 +111,20 @@ def apply(optimizer: Optimizer, held: Tensor) -> None:
         optimizer.step()
 
 
-def first_parameter(model: nn.Module, comm: Comm) -> str | None:
-    """The weight nearest the loss, where a backward pass begins, with a gradient that is not finite. Collective."""
+def first_parameter(model: nn.Module, comm: Comm, pipeline: Pipeline | None = None) -> str | None:
+    """The weight nearest the loss, where a backward pass begins, with a gradient that is not finite. Collective.
+
+    comm: the ranks that share the weights. pipeline: whose later ranks are nearer the loss, None without one.
+    """
+    found = _nearest(model, comm)
+    if pipeline is None:
+        return found
+    ranks: list[str | None] = [None for _ in pipeline.comm.ranks]
+    dist.all_gather_object(ranks, found, group=pipeline.comm.group)
+    return next((name for name in reversed(ranks) if name is not None), None)
+
+
+def _nearest(model: nn.Module, comm: Comm) -> str | None:
     named = [(parameter_name(name), p.grad) for name, p in model.named_parameters() if p.grad is not None]
     bad = torch.stack([~torch.isfinite(local(grad)).all() for _, grad in named]).double()
     found = comm.all_reduce(bad, purpose=PURPOSE).nonzero().flatten().tolist()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -10,20 +11,29 @@ from parallel.collectives import Comm
 from parallel.fsdp import by_mesh, norm
 from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
+from parallel.pipeline import Pipeline
 
 PURPOSE = "gradient norms"
 
 
-def clip(model: nn.Module, comm: Comm, *, largest: float, each: float | None, value: float | None) -> Tensor:
+def clip(
+    model: nn.Module,
+    comm: Comm,
+    *,
+    largest: float,
+    each: float | None,
+    value: float | None,
+    pipeline: Pipeline | None = None,
+) -> Tensor:
     """Clips in place, in this order, and returns the 2-norm of all gradients together as it was. Collective.
 
     value: largest magnitude of an element, None for any. each: largest 2-norm of one weight's gradient, None for any;
     component-wise clipping (2210.10325). largest: of all of them together. comm: all ranks that
-    hold some of the weights.
+    hold some of the weights. pipeline: whose other ranks have weights of their own, None without one.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    before = after = _total(parameters, gradients, comm)
+    before = after = _total(parameters, gradients, comm, pipeline)
     if value is not None:
         for gradient in gradients:
             local(gradient).clamp_(-value, value)
@@ -31,7 +41,7 @@ def clip(model: nn.Module, comm: Comm, *, largest: float, each: float | None, va
         for gradient, size in zip(gradients, norms(gradients, comm, parameters).unbind(), strict=True):
             local(gradient).mul_((each / (size + EPSILON)).clamp(max=1.0).to(gradient.dtype))
     if value is not None or each is not None:
-        after = _total(parameters, gradients, comm)
+        after = _total(parameters, gradients, comm, pipeline)
     # One that is not finite scales nothing: it would spread to all gradients, and hide where it is from.
     size = after.nan_to_num(0.0, 0.0, 0.0)
     for several in by_mesh(parameters):
@@ -44,12 +54,19 @@ def _holders(parameter: Tensor) -> int:
     return getattr(parameter, "holders", 1)
 
 
-def _total(parameters: list[nn.Parameter], gradients: list[Tensor], comm: Comm) -> Tensor:
+def _total(parameters: list[nn.Parameter], gradients: list[Tensor], comm: Comm, pipeline: Pipeline | None) -> Tensor:
     """The 2-norm of all gradients together, whatever meshes they lie on: what a rank holds counts by the share that is
-    its alone. Collective."""
+    its alone, and what several ranks of a pipeline hold once. Collective."""
+    if pipeline is not None:
+        gradients = [g for p, g in zip(parameters, gradients, strict=True) if not getattr(p, "elsewhere", False)]
+        parameters = [p for p in parameters if not getattr(p, "elsewhere", False)]
     if all(p.device_mesh.size() == comm.size for p in parameters if isinstance(p, DTensor)):
-        return norm(gradients)
-    return norms(gradients, comm, parameters).square().sum().sqrt()
+        found = norm(gradients)
+    else:
+        found = norms(gradients, comm, parameters).square().sum().sqrt()
+    if pipeline is None:
+        return found
+    return pipeline.comm.all_reduce(found.double().square(), purpose=PURPOSE).sqrt()
 
 
 EPSILON = 1e-6  # beside a norm, as torch.nn.utils has it
@@ -64,7 +81,7 @@ def norms(tensors: list[Tensor], comm: Comm, parameters: Sequence[Tensor]) -> Te
     return comm.all_reduce(own, purpose=PURPOSE).sqrt()
 
 
-def layer_norms(model: nn.Module, comm: Comm) -> dict[str, dict[str, float]]:
+def layer_norms(model: nn.Module, comm: Comm, pipeline: Pipeline | None = None) -> dict[str, dict[str, float]]:
     """The 2-norms of each layer's gradients and weights, and of what stands outside of layers, by name. Collective."""
     named = [(_layer(parameter_name(n)), p, p.grad) for n, p in model.named_parameters() if p.grad is not None]
     found: dict[str, dict[str, float]] = {}
@@ -75,7 +92,14 @@ def layer_norms(model: nn.Module, comm: Comm) -> dict[str, dict[str, float]]:
         for (layer, *_), size in zip(named, norms(tensors, comm, [p for _, p, _ in named]).tolist(), strict=True):
             squares[layer] = squares.get(layer, 0.0) + size**2
         found[what] = {layer: square**0.5 for layer, square in squares.items()}
-    return found
+    return found if pipeline is None else _of_all(found, pipeline.comm)
+
+
+def _of_all(found: dict[str, dict[str, float]], comm: Comm) -> dict[str, dict[str, float]]:
+    """The norms of all ranks of a pipeline; what several hold is the same on each."""
+    ranks: list[dict[str, dict[str, float]]] = [{} for _ in comm.ranks]
+    dist.all_gather_object(ranks, found, group=comm.group)
+    return {what: {layer: norm for rank in reversed(ranks) for layer, norm in rank[what].items()} for what in found}
 
 
 def _layer(name: str) -> str:

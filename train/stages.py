@@ -1,0 +1,93 @@
+"""The stages of a run's pipeline: which layers each rank has, and whether the run can have them at all."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from models.accounting import account
+from models.lm import LM
+from parallel.pipeline import PipelineCut, check
+from parallel.schedule.plan import Plan
+from parallel.schedule.stages import cut, given
+from train.run_config import RunConfig
+
+LENGTH = 4096  # tokens of the documents by which layers are weighed where the configuration says nothing
+
+
+class Work(NamedTuple):
+    """The work of training on a token: FLOPs of each layer, and of the head; numbers of parameters where no FLOPs are
+    known."""
+
+    layers: tuple[float, ...]
+    head: float
+
+
+def work(model: LM, length: int, device: str) -> Work:
+    """The work of a whole model on the meta device, on documents of `length` tokens. Embedding takes none."""
+    try:
+        costs = account(model, device=device)
+    except NotImplementedError:
+        sizes = tuple(float(sum(p.numel() for p in layer.parameters())) for layer in model.layers.values())
+        return Work(sizes, float(model.embedding.numel()))
+    return Work(tuple(layer.flops(length) for layer in costs.layers), costs.head)
+
+
+def cuts(config: RunConfig, model: LM, device: str) -> tuple[range, ...]:
+    """The layers of each stage. model: the whole, on the meta device. Raises ValueError for what cannot be cut so."""
+    parallel, count = config.parallel, len(model.kinds)
+    stages = parallel.stages
+    if stages > count:
+        key = f"parallel.pipeline={parallel.pipeline}"
+        each = f", times parallel.stages_per_rank={parallel.stages_per_rank}" if stages > parallel.pipeline else ""
+        raise ValueError(f"{key}{each}: makes {stages} stages, must make at most {count}, one a layer")
+    if (own := parallel.pipeline_layers) is not None:
+        if len(own) != stages or sum(own) != count or min(own) < 1:
+            raise ValueError(
+                f"parallel.pipeline_layers={list(own)}: must be {stages} numbers of layers, one a stage and each at "
+                f"least 1, that make up {count}"
+            )
+        return given(own)
+    found = work(model, documents(config), device)
+    return cut(found.layers, stages, head=found.head)
+
+
+def documents(config: RunConfig) -> int:
+    """The length of the documents by which layers are weighed, in tokens."""
+    longest = config.data.get("max_length")
+    return longest if isinstance(longest, int) else LENGTH
+
+
+def pipeline_cut(config: RunConfig, model: LM, device: str) -> PipelineCut | None:
+    """The layers of each pipeline rank, the same on every rank of the run; None without a pipeline."""
+    if config.parallel.pipeline == 1:
+        return None
+    return PipelineCut.of(model, cuts(config, model, device), config.parallel.pipeline)
+
+
+def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> None:
+    """Raises ValueError for a pipeline that cannot be, or cannot run these plans. model: the whole, on the meta
+    device."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        for key, without in (("stages_per_rank", 1), ("pipeline_layers", None)):
+            if (value := getattr(parallel, key)) != without:
+                must = "null" if without is None else without
+                raise ValueError(f"parallel.{key}={value}: must be {must} with parallel.pipeline=1")
+        return
+    cuts(config, model, device)
+    if not config.scheduler.target.endswith(".Static"):
+        name = config.scheduler.target.rpartition(".")[2].lower()
+        raise ValueError(
+            f"scheduler={name}: must be static with parallel.pipeline={parallel.pipeline}: its sequence groups change "
+            "from micro-step to micro-step"
+        )
+    if parallel.tensor > 1:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor}: must be 1 with parallel.pipeline={parallel.pipeline}: stages send "
+            "each other all channels of their tokens"
+        )
+    if config.train.span_tokens is not None:
+        raise ValueError(
+            f"train.span_tokens={config.train.span_tokens}: must be null with parallel.pipeline={parallel.pipeline}"
+        )
+    for plan in plans:
+        check(plan, parallel.pipeline_schedule, parallel.pipeline)
