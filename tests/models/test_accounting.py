@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from launch.config.compose import composed
 from launch.config.validate import build
-from models.accounting import Account, AttentionCost, Flops, account
+from models.accounting import Account, AttentionCost, Flops, LayerCost, account
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
@@ -149,6 +149,8 @@ def test_documents_cost_what_their_tokens_and_pairs_do_however_they_are_packed()
         embedding=0,
         activated=0,
         per_token=Flops(1000, 2000, 500),
+        layers=(LayerCost(Flops(1000, 2000, 500), layers),),
+        head=0,
         attention=layers,
         activations=0,
         dear=0,
@@ -157,6 +159,7 @@ def test_documents_cost_what_their_tokens_and_pairs_do_however_they_are_packed()
     on_pairs = 20 * (6 + 6 + 1) + 100 * (5 + 5 + 1)
     assert costs.flops([3, 1, 3]) == (7000 + on_pairs, 14000 + 2 * on_pairs, 3500 + on_pairs)
     assert costs.flops([3, 1, 3]).model == 21000 + 3 * on_pairs
+    assert costs.layers[0].flops(3) == costs.flops([3]).model / 3
     assert costs.state(10) == 64 + 2 * 4 * 10 + 4 * 1
 
 
