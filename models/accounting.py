@@ -76,7 +76,7 @@ class Flops(NamedTuple):
         return self.forward + self.backward
 
 
-class LayerCost(NamedTuple):
+class LayerWork(NamedTuple):
     """The work of one layer on a token: matmul FLOPs, without what attention does on pairs, and that attention."""
 
     per_token: Flops
@@ -95,7 +95,7 @@ class Account:
     embedding: int  # of them, rows that are looked up and multiply nothing; 0 where the head multiplies them too
     activated: int  # that act on a token: one row of such an embedding, of the experts those that it goes to
     per_token: Flops  # without what attention does on pairs of tokens
-    layers: tuple[LayerCost, ...]
+    layers: tuple[LayerWork, ...]
     head: float  # FLOPs that training needs for a token's logits; looking up its embedding takes none
     attention: tuple[AttentionCost, ...]  # a softmax layer each
     activations: float  # bytes a token that the layers keep for the backward
@@ -156,7 +156,7 @@ def account(model: LM, *, device: str = "cpu") -> Account:
         activated=parameters - idle(model) - (looked_up and looked_up - dim),
         per_token=Flops(forward / TOKENS + head, backward / TOKENS + 2 * head, forward / TOKENS),
         layers=tuple(
-            LayerCost(Flops(e.forward / TOKENS, e.backward / TOKENS, e.forward / TOKENS), e.attention) for e in found
+            LayerWork(Flops(e.forward / TOKENS, e.backward / TOKENS, e.forward / TOKENS), e.attention) for e in found
         ),
         head=3.0 * head,
         attention=tuple(attention for each in found for attention in each.attention),

@@ -31,7 +31,7 @@ class Output(NamedTuple):
     right: Tensor | None = None  # [B, T] bool, whether it is the likeliest token
 
 
-class Part(NamedTuple):
+class PartOutput(NamedTuple):
     """The results of some of the layers."""
 
     passed: Tensor  # [1 + H, B, T, D]: the residual stream, and H tensors that later layers take; empty after the last
@@ -116,7 +116,7 @@ class LM(nn.Module):
         seq: Sequence,
         targets_BT: Tensor | None = None,
         passed: Tensor | None = None,
-    ) -> Part:
+    ) -> PartOutput:
         """`forward` with targets, of these layers alone. The first of them embed the tokens, the last score the
         targets; others take what the layers before them passed on, [1 + H, B, T, D]. All else may be missing.
 
@@ -133,9 +133,9 @@ class LM(nn.Module):
             assert targets_BT is not None
             none, rows = x_BTD.new_empty(0), (tokens_BT.shape[0], tokens_BT.shape[1])
             x_BTD = self.width.enter(self.norm(x_BTD), rows)
-            return Part(none, Output(none, *counts, *self.score(x_BTD, targets_BT)))
+            return PartOutput(none, Output(none, *counts, *self.score(x_BTD, targets_BT)))
         leaving = torch.stack([x_BTD, *(handed[name] for name in self.crossing(layers.stop))])
-        return Part(leaving, Output(x_BTD.new_empty(0), *counts, torch.zeros((), device=x_BTD.device)))
+        return PartOutput(leaving, Output(x_BTD.new_empty(0), *counts, torch.zeros((), device=x_BTD.device)))
 
     def crossing(self, layer: int) -> list[str]:
         """The names of what layers before this one hand to it or to a later one."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from launch.config.compose import composed
 from launch.config.validate import build
-from models.accounting import Account, AttentionCost, Flops, LayerCost, account
+from models.accounting import Account, AttentionCost, Flops, LayerWork, account
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
@@ -149,7 +149,7 @@ def test_documents_cost_what_their_tokens_and_pairs_do_however_they_are_packed()
         embedding=0,
         activated=0,
         per_token=Flops(1000, 2000, 500),
-        layers=(LayerCost(Flops(1000, 2000, 500), layers),),
+        layers=(LayerWork(Flops(1000, 2000, 500), layers),),
         head=0,
         attention=layers,
         activations=0,
