@@ -10,6 +10,7 @@ from launch.config.compose import composed
 SMALL = [
     "data=text",
     "cluster=none",
+    "cluster.threads=1",  # more would spin beside other tests
     "tracking.mode=disabled",
     "model.dim=32",
     "model.blocks.gla.mixer.heads=2",

@@ -95,6 +95,7 @@ SMALL = [
     "train.evaluate_every=null",
     "train.checkpoint_every=null",
     "train.mfu=false",
+    "cluster.threads=1",
 ]
 MARK = "FARSPAN_TEST_DOCS"
 PROGRAMS = ("farspan", "make", "ray", "python", "pip", "wandb", "sbatch", "kubectl", "eval", "export", "source")

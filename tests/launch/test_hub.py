@@ -164,7 +164,7 @@ def test_a_folder_that_is_not_whole_is_refused_and_nothing_written(damage, here,
     break_it(here / "source")
     assert refused(capsys, "import", "source", "dest").startswith(f"farspan import: SOURCE=source: {line}")
     if damage != "tokenizer":
-        quiet = ["cluster=none", "cluster.workers=1", "tracking=none", "run.dir=new"]
+        quiet = ["cluster=none", "cluster.workers=1", "cluster.threads=1", "tracking=none", "run.dir=new"]
         assert refused(capsys, "train", "init_from=source", *quiet).startswith(
             f"farspan train: init_from=source: {line}"
         )

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 SMALL = [
     "cluster=none",
     "cluster.workers=1",
+    "cluster.threads=1",
     "tracking.mode=disabled",
     "model.dim=32",
     "model.blocks.gla.mixer.heads=2",

@@ -26,7 +26,7 @@ def first_step(job):
     """The record of a step, the plan behind it, and what its batch is; then a checkpoint."""
     trainer = build(job)
     batch = trainer.batches.batch(trainer.seed, trainer.state.step, trainer.state.skips)
-    _, plan = trainer.plan(batch)
+    plan = trainer.plan([len(s.tokens) for s in batch])
     record, _ = trainer.step()
     trainer.hooks.of(Checkpoints).save()
     return record, plan, [s.starts.nonzero()[0].tolist() for s in batch], trainer.executor.recurrence.wire

@@ -327,7 +327,14 @@ def test_an_exported_run_writes_the_same_greedy_text(tmp_path, monkeypatch, caps
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"the {name} of it and so on, " * 400)
     short = ["model.dim=32", "model.layers=2", "train.steps=3", "data.max_length=64", "train.batch_tokens=256"]
-    quiet = ["tracking=none", "cluster=none", "cluster.workers=1", "train.evaluate_every=null", "optimizer.lr=1e-2"]
+    quiet = [
+        "tracking=none",
+        "cluster=none",
+        "cluster.workers=1",
+        "cluster.threads=1",
+        "train.evaluate_every=null",
+        "optimizer.lr=1e-2",
+    ]
     data = ["data=text", f"data.path={tmp_path}", "data.store=store", "data.heldout=0.5", "data.heldout_tokens=64"]
     assert main(["train", "model=llama_tiny", "run.dir=run", *short, *quiet, *data, "precision=fp32"]) == 0
     assert main(["export", "run", "out", "max_shard=20KB"]) == 0

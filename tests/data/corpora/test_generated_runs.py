@@ -14,6 +14,7 @@ SMALL = [
     "experiment=smoke",
     "cluster=none",
     "cluster.workers=1",
+    "cluster.threads=1",
     "tracking.mode=disabled",
     "model.dim=32",
     "model.blocks.gla.mixer.heads=2",
