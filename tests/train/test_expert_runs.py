@@ -75,3 +75,32 @@ def test_a_run_and_its_checkpoints_are_those_of_one_process(run, tmp_path, optim
         for before, (after, more) in ((state, behind), (kept, back)):
             same(after, before)
             np.testing.assert_allclose(more, want[BEFORE:], rtol=1e-9)
+
+
+def losses(*jobs) -> list[list[float]]:
+    trainers = [build(job) for job in jobs]
+    return [[trainer.step()[0]["loss"] for _ in range(AFTER)] for trainer in trainers]
+
+
+SETTINGS = {
+    "spans in time": ["train.span_tokens=20"],
+    "in micro-steps, selectively recomputed": ["engine.recompute=selective", "scheduler.tokens_per_rank=100"],
+}
+LIMITED = ["model.blocks.gla.ffn.capacity_factor=0.9", "train.span_tokens=40"]
+
+
+@pytest.mark.slow
+def test_losses_with_other_settings_and_ways_of_rows(run, tmp_path):
+    def job(name, *more):
+        return order(tmp_path, tmp_path / name, *more, *MORE)
+
+    ((want,),) = run(1, losses, job("alone", "cluster.workers=1"))
+    limited = [[*EXPERTS, "parallel.transport.experts=padded"], EXPERTS, ["parallel.data=2"]]
+    jobs = [job(name, "cluster.workers=2", *EXPERTS, *more) for name, more in SETTINGS.items()]
+    jobs += [job(f"limited {i}", "cluster.workers=2", *each, *LIMITED) for i, each in enumerate(limited)]
+    for *several, padded, counted, here in run(2, losses, *jobs):
+        for each in several:
+            np.testing.assert_allclose(each, want, rtol=1e-9)
+        np.testing.assert_allclose(padded, counted, rtol=1e-12)
+        np.testing.assert_allclose(here, counted, rtol=1e-9)
+        assert abs(counted[0] - want[0]) > 1e-6, "choices should be dropped"
