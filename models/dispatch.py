@@ -94,4 +94,5 @@ def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     Flat indices into [N, X], those of no expert (`num_experts`) last, and counts [E], int64 both.
     """
     flat = experts.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)  # a device's bincount would wait
+    return flat.argsort(stable=True), counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]

@@ -226,6 +226,7 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
     import math
 
     from models.axes import declarations
+    from models.moe import mixtures
     from parallel.tensor import division
     from train.optim.build import moments
     from train.precision import dtypes
@@ -237,7 +238,9 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
     share = master.itemsize * own / (mesh.data * mesh.expert * mesh.sequence)
     states = (2 * costs.parameters + moments(flight.config.optimizer.build(), built)) * share
     averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
-    gathered = int(costs.parameters * own * master.itemsize)
+    experts = sum(p.numel() for moe in mixtures(built).values() for p in moe.experts.parameters())
+    elsewhere = experts - experts // mesh.expert  # of other ranks, which no rank gathers
+    gathered = int((costs.parameters - elsewhere) * own * master.itemsize)
     if engine["reshard_after_forward"]:
         gathered = gathered * 2 // model["layers"]
     kept = costs.activations

@@ -1,12 +1,14 @@
 """Experts over ranks: rows that travel, weights that are cut, and all else as one process has it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import parallel.expert
 from models.moe import MoE
@@ -113,6 +115,38 @@ def test_loss_and_every_gradient_equal_one_process(run, ranks):
         for name, got in found.items():
             precision = name if name in want else "fp64"
             assert_close(got, want[precision], precision)
+
+
+class Loop:
+    """A rank of two whose messages come back to it."""
+
+    size, rank, waiting = 2, 0, nullcontext
+
+    def all_to_all(self, x: torch.Tensor, *, purpose: str) -> torch.Tensor:
+        return x.clone()
+
+    def start_all_to_all(self, x: torch.Tensor, there: list[int], here: list[int], *, purpose: str):
+        return None, x.new_empty(sum(here), x.shape[1])
+
+
+def test_a_fixed_number_of_places_is_no_question_to_the_device():
+    """On tensors without values, which nobody can ask for one."""
+
+    def there_and_back(padded: bool) -> tuple[torch.Tensor, ...]:
+        dispatch = Exchange(Loop(), padded=padded)  # type: ignore[arg-type]
+        x, weights = torch.randn(7, 4, requires_grad=True), torch.rand(7, 2)
+        choices = torch.randint(0, 7, (7, 2))
+        sent = dispatch.receive(dispatch.send(x, choices, 6, 3))
+        y = dispatch.collect(sent.rows, sent, weights)
+        y.sum().backward()
+        assert x.grad is not None and y.shape == x.grad.shape
+        return sent.rows, sent.offsets
+
+    with FakeTensorMode():
+        rows, offsets = there_and_back(padded=True)
+        assert rows.shape == (2 * 3 * 3, 4) and offsets.shape == (3,)
+        with pytest.raises(DataDependentOutputException):
+            there_and_back(padded=False)
 
 
 class Swapped:
