@@ -190,6 +190,7 @@ def doubled(self: Exchange, weight: torch.Tensor) -> torch.Tensor:
 honest_start, honest_held, honest_shared = Trip.start, Exchange.held, MoE.shared_output
 honest_back = parallel.expert._Depart.backward
 
+# Kinds of faults that other systems had; docs/experts.md says where.
 BROKEN: dict[str, Callable[[], Swapped]] = {
     "gradients come home in another order": lambda: Swapped(
         (parallel.expert._Depart, "backward", staticmethod(lambda ctx, grad: (None, honest_back(ctx, grad)[1].flip(0))))

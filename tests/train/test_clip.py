@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch.distributed.tensor import distribute_tensor
 
+import parallel.fsdp
+from parallel.matrix_owners import local
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
@@ -65,6 +67,28 @@ def test_gradients_are_clipped_as_whole_ones(run, sizes):
             assert norm == pytest.approx(before, rel=1e-12)
             for name, b in want.items():
                 assert np.linalg.norm(got[name] - b) <= 1e-12 * np.linalg.norm(b), (limits, name)
+
+
+def experts_apart() -> list[float]:
+    """The norm before clipping, as it is; then where experts are left out, and where each rank knows its own alone."""
+    honest, found = parallel.fsdp._of_one_mesh, []
+
+    def own(tensors):
+        return torch.nn.utils.get_total_norm([local(x) for x in tensors])
+
+    faults = (honest, lambda tensors: 0 * own(tensors), own)
+    for fault in faults:
+        parallel.fsdp._of_one_mesh = lambda x, fault=fault: (honest if x[0].device_mesh.ndim == 1 else fault)(x)
+        found.append(clipped(expert=2)[0][0])
+    return found
+
+
+@pytest.mark.dist
+def test_a_norm_without_the_experts_of_other_ranks_is_another(run):
+    before, _ = by_hand(**LIMITS[0])
+    for norm, without, own in run(2, experts_apart):
+        assert norm == pytest.approx(before, rel=1e-12)
+        assert without < 0.99 * before and own < 0.99 * before and without < own
 
 
 def test_limits_bite():
