@@ -98,13 +98,13 @@ def _with_types(path: Path) -> object:
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
-def composing() -> list[Path]:
+def unlike() -> list[Path]:
     """The files with a list of defaults, and one file of each group: the others are composed as that one is."""
     first = {file.parts[0]: file for file in reversed(FILES)}
     return [f for f in FILES if f in first.values() or "defaults:" in (CONF / f"{f}.yaml").read_text()]
 
 
-@pytest.mark.parametrize("file", [None, *composing()], ids=str)
+@pytest.mark.parametrize("file", [None, *unlike()], ids=str)
 def test_plain_reading_of_the_files_says_what_hydra_composes(file, monkeypatch):
     """`launch.config.files`, which completion and help read, against Hydra: the same keys, the same values."""
     monkeypatch.setattr(files, "_load", lambda path: copy.deepcopy(_with_types(path)))

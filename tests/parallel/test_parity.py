@@ -1,6 +1,7 @@
 """Loss and every parameter's gradient on every rank, against one process: the contract of the whole system."""
 
-from functools import partial
+import json
+from functools import cache
 
 import pytest
 import torch
@@ -82,46 +83,55 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("name", PLANS)
-def test_loss_and_gradients_equal_one_process(run, name, precision):
-    world, plan = PLANS[name]
-    want = truth(BATCH, precision)
-    for got in run(world, spread, BATCH, plan, precision):
-        assert_close(got, want, precision)
+def in_turn(plan: Plan, cases: dict[str, tuple[str, dict]]) -> dict:
+    """Loss and gradients of each case, a precision and options of `spread`, in one world."""
+    return {name: spread(BATCH, plan, precision, **more) for name, (precision, more) in cases.items()}
 
 
-@pytest.mark.parametrize("transport", [Relay(), AllScan(2), AllScan(3)], ids=["relay", "allscan 2", "allscan 3"])
-@pytest.mark.parametrize("name", ["zigzag 2", "unequal 4"])
-def test_every_transport_of_effects_gives_the_same(run, name, transport):
-    world, plan = PLANS[name]
-    want = truth(BATCH, "fp64")
-    for got in run(world, partial(spread, recurrence=transport), BATCH, plan, "fp64"):
-        assert_close(got, want, "fp64")
+@cache
+def wanted(precision: str, attention: str) -> tuple:
+    return truth(BATCH, precision, json.loads(attention))
+
+
+def equal_one_process(run, plan: str, cases: dict[str, tuple[str, dict]]) -> None:
+    world, planned = PLANS[plan]
+    for got in run(world, in_turn, planned, cases):
+        for name, (precision, more) in cases.items():
+            try:
+                assert_close(got[name], wanted(precision, json.dumps(more.get("attention"))), precision)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_loss_and_gradients_equal_one_process(run, plan):
+    equal_one_process(run, plan, {precision: (precision, {}) for precision in ("fp64", "fp32")})
+
+
+@pytest.mark.parametrize("plan", ["zigzag 2", "unequal 4"])
+def test_every_transport_of_effects_gives_the_same(run, plan):
+    transports = {"relay": Relay(), "allscan 2": AllScan(2), "allscan 3": AllScan(3)}
+    equal_one_process(run, plan, {name: ("fp64", {"recurrence": each}) for name, each in transports.items()})
 
 
 KEYS = {
-    "gather": (GatherKeys(2), ["zigzag 2", "unequal 4"], {}),
-    "ring": (Ring(), ["zigzag 2", "sequence 4", "unequal 4"], {}),
-    "ulysses": (Ulysses(), ["zigzag 2", "sequence 4"], {}),
+    "gather": (GatherKeys(2), ["zigzag 2", "unequal 4"], None),
+    "ring": (Ring(), ["zigzag 2", "sequence 4", "unequal 4"], None),
+    "ulysses": (Ulysses(), ["zigzag 2", "sequence 4"], None),
     "ulysses, three ranks": (Ulysses(), ["unequal 4"], {"heads": 12, "kv_heads": 6, "head_dim": 4}),
     "usp": (MeshKeys(), ["sequence 4"], {"heads": 2, "kv_heads": 1, "head_dim": 8}),  # two by two
 }
 
 
-@pytest.mark.parametrize(("transport", "name"), [(t, name) for t, (_, names, _) in KEYS.items() for name in names])
-def test_every_transport_of_keys_gives_the_same(run, transport, name):
-    world, plan = PLANS[name]
-    keys, _, attention = KEYS[transport]
-    want = truth(BATCH, "fp64", attention)
-    for got in run(world, partial(spread, keys=keys), BATCH, plan, "fp64", attention=attention):
-        assert_close(got, want, "fp64")
+@pytest.mark.parametrize("plan", ["zigzag 2", "sequence 4", "unequal 4"])
+def test_every_transport_of_keys_gives_the_same(run, plan):
+    cases = {name: (keys, attention) for name, (keys, plans, attention) in KEYS.items() if plan in plans}
+    assert len(cases) >= 3
+    equal_one_process(run, plan, {n: ("fp64", {"keys": k, "attention": a}) for n, (k, a) in cases.items()})
 
 
 def test_recomputed_activations_change_nothing(run):
-    want = truth(BATCH, "fp64")
-    for got in run(4, spread, BATCH, unequal(), "fp64", remat="full"):
-        assert_close(got, want, "fp64")
+    equal_one_process(run, "unequal 4", {"recomputed": ("fp64", {"remat": "full"})})
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
