@@ -5,7 +5,7 @@ Constructors check values; the configuration's keys and types are checked agains
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from data.batch_ramp import Ramp
@@ -283,6 +283,12 @@ class ParallelSettings:
     def stages(self) -> int:
         """The number of stages of all pipeline ranks."""
         return self.pipeline * self.stages_per_rank
+
+    def without_pipeline(self) -> "ParallelSettings":
+        """The same workers, each with all layers."""
+        data = None if self.data is None else self.data * self.pipeline
+        own: dict[str, Any] = {"pipeline_schedule": "1f1b", "pipeline_layers": None, "stages_per_rank": 1}
+        return replace(self, pipeline=1, data=data, **own)
 
     def mesh(self, workers: int) -> Mesh:
         """The sizes, whose product is `workers`. Raises ValueError when it cannot be, and prints the factors."""

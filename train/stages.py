@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from models.accounting import account
 from models.lm import LM
-from parallel.pipeline import PipelineCut, check
+from parallel.pipeline import PipelineCut, bubble, check, orders
 from parallel.schedule.plan import Plan
-from parallel.schedule.stages import cut, given
+from parallel.schedule.stages import cut, given, in_flight
 from train.run_config import RunConfig
 
 LENGTH = 4096  # tokens of the documents by which layers are weighed where the configuration says nothing
@@ -61,6 +61,46 @@ def pipeline_cut(config: RunConfig, model: LM, device: str) -> PipelineCut | Non
     if config.parallel.pipeline == 1:
         return None
     return PipelineCut.of(model, cuts(config, model, device), config.parallel.pipeline)
+
+
+def messages(model: LM, cuts: Sequence[range], plan: Plan) -> int:
+    """Bytes that ranks receive of each other's activations and their gradients in a step, all ranks together."""
+    spans = [held for micro in plan.micro_steps for group in micro.groups for held in group.spans]
+    tokens = sum(sum(end - begin for begin, end in held) or 1 for held in spans)  # an idle rank sends a masked one
+    tensors = sum(1 + len(model.crossing(layers.start)) for layers in cuts[1:])
+    return 2 * tensors * tokens * model.dim * model.compute.itemsize
+
+
+def lines(config: RunConfig, model: LM, device: str, plan: Plan) -> list[str]:
+    """The stages for people: layers, shares of the work and of the parameters, the wait; [] without a pipeline."""
+    found, parallel = pipeline_cut(config, model, device), config.parallel
+    if found is None:
+        return []
+    costs, sizes = work(model, documents(config), device), {n: p.numel() for n, p in model.named_parameters()}
+    shares = [sum(costs.layers[i] for i in layers) for layers in found.cuts]
+    shares[-1] += costs.head
+    name, ranks, steps = parallel.pipeline_schedule, parallel.pipeline, len(plan.micro_steps)
+    waits = bubble(name, ranks, [(share, 2 * share) for share in shares], steps)
+    told = [f"{name} over {ranks} ranks, {steps} micro-steps in the first step: ranks wait {waits:.1%} of it"]
+    for s, (layers, share) in enumerate(zip(found.cuts, shares, strict=True)):
+        ends = ["embedding"] * (s == 0), ["head"] * (s == len(shares) - 1)
+        parts = ", ".join([*ends[0], f"layers {layers.start} to {layers.stop - 1}", *ends[1]])
+        told.append(f"stage {s} on rank {s % ranks}: {parts}, {share / sum(shares):.1%} of the work")
+    held = [sum(size for n, size in sizes.items() if rank in found.holders[n]) for rank in range(ranks)]
+    told.append(f"parameters a rank: {', '.join(f'{count:,}' for count in held)}")
+    return told
+
+
+def fullest(config: RunConfig, model: LM, device: str, plan: Plan) -> tuple[float, float]:
+    """The largest share of the parameters that a pipeline rank holds, and of a micro-step's activations; 1 each without
+    a pipeline."""
+    found = pipeline_cut(config, model, device)
+    if found is None:
+        return 1.0, 1.0
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    held = [sum(n for name, n in sizes.items() if rank in found.holders[name]) for rank in range(found.ranks)]
+    order = orders(config.parallel.pipeline_schedule, found.ranks, len(found.cuts), len(plan.micro_steps))
+    return max(held) / sum(sizes.values()), in_flight(order, [len(layers) for layers in found.cuts])
 
 
 def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> None:

@@ -79,6 +79,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
     from train.layout import dependences
     from train.metrics.timing import pieces
+    from train.stages import lines as stages_of
 
     config, train = flight.config, flight.train
     placement = place(flight.cluster.workers, nodes, flight.sizes)
@@ -99,13 +100,17 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         f"mesh        {flight.cluster.workers} workers on {flight.device}: {flight.layout}; parameters sharded over "
         f"{'all' if flight.mesh.replicate == 1 else flight.mesh.world // flight.mesh.replicate} of them",
         *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
+        *(
+            f"{'' if i else 'pipeline':<12}{line}"
+            for i, line in enumerate(stages_of(config, model, flight.device, first))
+        ),
         _budget(flight, sizes),
         *schedule_plot.lines(flight),
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
         *_flops(costs, read, config.engine.get("recompute", "none")),
         *_order(flight),
         *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
-        *_memory(flight, model, costs, -(-held // spans), spans),
+        *_memory(flight, model, costs, -(-held // spans), spans, first),
         f"state       {_size(costs.state(longest))} to go on after {longest:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
         *by,
@@ -220,7 +225,7 @@ def _spans(flight: CheckedRun, first: Plan) -> int:
     return 1 if most is None else max(count(micro, first.lengths, most) for micro in first.micro_steps)
 
 
-def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int) -> list[str]:
+def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int, first: Plan) -> list[str]:
     """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward, on a rank
     that has all heads. held: tokens of a span in time."""
     import math
@@ -230,11 +235,14 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
     from parallel.tensor import division
     from train.optim.build import moments
     from train.precision import dtypes
+    from train.stages import fullest
 
     compute, master = dtypes(flight.config.precision.compute, flight.device)
+    of_parameters, of_activations = fullest(flight.config, built, flight.device, first)
     engine, model = flight.config.engine, flight.config.model
     mesh, pieces = flight.mesh, division(built, declarations(built), flight.mesh.tensor).values()
     own = sum(math.prod(piece.local_shape(0)) for piece in pieces) / costs.parameters  # of a tensor rank
+    own *= of_parameters
     share = master.itemsize * own / (mesh.data * mesh.expert * mesh.sequence)
     states = (2 * costs.parameters + moments(flight.config.optimizer.build(), built)) * share
     averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
@@ -253,7 +261,7 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
         "weights, gradients, moments": states,
         **({"averages of weights": averages * costs.parameters * share} if averages else {}),
         "gathered weights": gathered,
-        "activations": kept * held,
+        "activations": kept * held * of_activations,
         f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] // mesh.tensor * (compute.itemsize + 8)
         + held * model["dim"] * compute.itemsize,  # and its gradient of the head's input
     }
@@ -283,6 +291,11 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     transport, engine, workers = flight.config.parallel.transport, flight.config.engine, flight.cluster.workers
     if workers == 1:
         return []
+    if flight.mesh.pipeline > 1:
+        from train.stages import cuts, messages
+
+        sent = messages(model, cuts(flight.config, model, flight.device), first)
+        return [f"traffic     {_size(sent)} a step between stages; what else is sent in a pipeline, a run counts"]
     auto = transport.recurrence == "auto"
     how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)
     starts = [s.starts.nonzero()[0].tolist() for s in batch]

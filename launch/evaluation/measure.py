@@ -116,6 +116,7 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
             raise ValueError(
                 f"evaluate.weights=average: must be raw, {found} holds no averaged weights (train.average)"
             )
+        config = replace(config, parallel=config.parallel.without_pipeline())
         if config.parallel.transport.recurrence == "auto":  # measured for steps of training
             transport = replace(config.parallel.transport, recurrence="gather")
             config = replace(config, parallel=replace(config.parallel, transport=transport))

@@ -67,6 +67,20 @@ def refusal(schedule: str, ranks: int, micro_steps: int) -> str | None:
     return None
 
 
+def in_flight(orders: Mapping[int, Sequence[Action]], layers: Sequence[int]) -> float:
+    """The most activations that a rank holds at a time, 1 for those of one micro-step in all layers.
+
+    layers: of each stage.
+    """
+    most = 0.0
+    for actions in orders.values():
+        held = 0
+        for kind, stage, _ in actions:
+            held += {"F": 1, "B": -1, "W": -1}.get(kind, 0) * layers[stage]
+            most = max(most, held / sum(layers))
+    return most
+
+
 def idle(orders: Mapping[int, Sequence[Action]], costs: Sequence[tuple[float, float]]) -> list[float]:
     """The share of a step that each rank waits for others, were messages free.
 

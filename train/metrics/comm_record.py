@@ -9,6 +9,8 @@ import torch
 from parallel.collectives import LEDGER, LedgerEntry
 from parallel.matrix_owners import PURPOSE
 from parallel.mesh import Groups
+from parallel.pipeline.runner import SHARED
+from parallel.pipeline.stage import ACTIVATIONS
 from parallel.schedule.comm_volume import GRADIENT, Ask, ScanCall
 from parallel.schedule.expert_volume import COUNTS, OUTPUTS, ROWS
 from parallel.schedule.transport_cost import LinkCost
@@ -31,6 +33,7 @@ ENTRIES = (
     *(LedgerEntry("expert", purpose + way) for purpose in (ROWS, OUTPUTS) for way in ("", GRADIENT)),
     LedgerEntry("expert", COUNTS),
     *(LedgerEntry("experts", "weights" + way) for way in ("", GRADIENT)),
+    *(LedgerEntry("pipeline", purpose) for purpose in (ACTIVATIONS, ACTIVATIONS + GRADIENT, SHARED)),
     *(LedgerEntry(axis, PURPOSE) for axis in ("world", "dense", "tensor")),
     OTHER,
 )
