@@ -26,6 +26,7 @@ import parallel.fsdp
 import parallel.parallelize
 import parallel.sequence.place
 import parallel.tensor
+import tests.world
 import train.engines.fsdp
 import train.execute
 import train.loop
@@ -693,4 +694,5 @@ def _shown(found: Difference) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    tests.world._context.set_forkserver_preload(["train.build", "train.verify.world", "tests.foreign"])
     sys.exit(main(sys.argv[1:]))

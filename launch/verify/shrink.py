@@ -91,6 +91,7 @@ def shrink(config: RunConfig) -> Shrunk:
         clip_each=train.clip_each and min(train.clip_each, CLIP / 2),
         clip_value=train.clip_value and min(train.clip_value, CLIP / 50),
         average="none",
+        mfu=False,
         init_weights="raw",
         init_optimizer="reset",
         guard=GuardSettings(),
