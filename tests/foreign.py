@@ -694,5 +694,7 @@ def _shown(found: Difference) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tests.world._context.set_forkserver_preload(["train.build", "train.verify.world", "tests.foreign"])
+    tests.world._context.set_forkserver_preload(
+        ["train.build", "train.verify.world", "launch.verify.proof", "tests.mutations"]
+    )
     sys.exit(main(sys.argv[1:]))
