@@ -143,3 +143,12 @@ def test_random_choices_know_a_document_by_its_window(alone: None, tmp_path: Pat
     whole = _identities(Group((0,), (0, 1), ()), windows, 7, 0)
     apart = _identities(Group((0,), (3, 2, 1, 0), ()), pieces, 7, 0)
     assert whole == apart[::-1] == [(7, 0, 0, 5), (7, 0, 1, 9), (7, 0, 2, 1), (7, 1, 0, 15)]
+
+
+@pytest.mark.parametrize("mutation", ["logged", "_digest"])
+def test_a_planner_that_forgets_the_log_or_takes_any_of_it_is_caught(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutation: str
+) -> None:
+    monkeypatch.setattr(train.planning, mutation, {"logged": lambda *_: {}, "_digest": lambda lengths: 0}[mutation])
+    with pytest.raises((AssertionError, ValueError)):
+        test_logged_plans_are_replayed_where_they_fit(None, tmp_path)
