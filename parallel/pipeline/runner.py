@@ -144,7 +144,8 @@ class Pipeline:
 def check(plan: Plan, schedule: str, ranks: int) -> None:
     """Raises ValueError for a plan that cannot run in a pipeline of so many ranks."""
     if (why := refusal(schedule, ranks, len(plan.micro_steps))) is not None:
-        raise ValueError(f"parallel.pipeline={ranks}: a step of {len(plan.lengths)} sequences {why}")
+        many = f"{len(plan.lengths)} sequence{'s' * (len(plan.lengths) != 1)}"
+        raise ValueError(f"parallel.pipeline={ranks}: a step of {many} {why}")
     groups = {group.ranks for micro in plan.micro_steps for group in micro.groups if group.sequences}
     members = [rank for group in groups for rank in group]
     if len(members) != len(set(members)):

@@ -60,7 +60,7 @@ def refusal(schedule: str, ranks: int, micro_steps: int) -> str | None:
     """Says what keeps a schedule from so many micro-steps, as the end of a sentence; None where nothing does."""
     many = f"has {micro_steps} micro-step{'s' * (micro_steps != 1)}"
     if micro_steps < ranks:
-        return f"{many}, must have at least {ranks} (scheduler.tokens_per_rank)"
+        return f"{many}, must have at least {ranks} (train.batch_tokens, scheduler.tokens_per_rank)"
     rounds = micro_steps // ranks
     if schedule != "1f1b" and micro_steps % rounds:
         return f"{many}, must have a multiple of {rounds} with parallel.pipeline_schedule={schedule}"
