@@ -40,7 +40,8 @@ def test_what_no_pipeline_can_run_is_refused_in_one_line(place, capsys, more, wo
 
 @pytest.mark.dist
 def test_a_run_in_a_pipeline_sends_what_its_plan_foretells(place, capsys):
-    """The first step's messages between stages, byte for byte; and stages, their work and the wait are printed."""
+    """The first step's messages between stages, byte for byte; and stages, their work and the wait are printed. What it
+    saves is evaluated, continued and trained further without a pipeline."""
     common = [*overrides(place), *TWO, MICRO, "parallel.pipeline_schedule=zero_bubble"]
     assert main(["plan", *common]) == 0
     told = capsys.readouterr().out
@@ -53,3 +54,8 @@ def test_a_run_in_a_pipeline_sends_what_its_plan_foretells(place, capsys):
     sent = [first["comm_bytes"][f"pipeline/{name}"] for name in ("activations", "activations_gradient")]
     assert sent[0] == sent[1] == 384 * 32 * 4  # tokens, width, bytes of fp32
     assert f"{sum(sent) / 1000:.1f} kB" in foretold
+    run = str(place / "run")
+    assert main(["evaluate", run, "evaluate.parts=[positions]", "evaluate.tokens=400", "evaluate.length=96"]) == 0
+    assert main(["generate", run, "prompt=alpha ", "tokens=5"]) == 0
+    alone = ["parallel.pipeline=1", "parallel.pipeline_schedule=1f1b", "cluster.workers=1", "train.steps=3"]
+    assert main(["train", f"resume={run}", *alone]) == 0
