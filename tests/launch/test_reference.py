@@ -16,7 +16,7 @@ from models.mixers.lightning import RateRule
 from models.mixers.linear import LinearFeature
 from models.router import ROUTERS, RouterName
 from parallel.sequence import TRANSPORTS
-from train.settings import AttentionTransportName, StateTransportName
+from train.parallel_settings import AttentionTransportName, StateTransportName
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +128,24 @@ def test_meanings_are_found_in_a_docstring_and_nothing_else_is_lost(style):
 
 def test_accepted_values_are_read_from_the_source():
     assert accepts("train.settings.ClusterSettings", "device") == ["auto", "cpu", "cuda"]  # a hint beside it
-    assert accepts("train.engines.FSDP", "recompute") == ["none", "full", "selective"]  # one that is imported
-    assert accepts("train.settings.TransportSettings", "attention") == ["gather", "ring", "ulysses", "usp"]
+    assert accepts("train.engines.FSDP", "recompute") == [
+        "none",
+        "full",
+        "selective",
+        "planned",
+    ]  # one that is imported
+    assert accepts("train.parallel_settings.TransportSettings", "attention") == ["gather", "ring", "ulysses", "usp"]
     assert accepts("data.Data", "corpus")[:2] == ["stdlib", "text"]  # or null
     assert accepts("data.Data", "on_error") == ["stop", "skip"]
     assert "offline" in accepts("train.tracking.Tracking", "mode")  # a class that its package hands on
     assert accepts("train.settings.TrainSettings", "tokens") == accepts("torch.optim.AdamW", "lr") == []
     hints = {"recurrence": "StateTransportName", "attention": "AttentionTransportName", "blocks": "int"}
-    assert parameters("train.settings.TransportSettings") == hints | {"experts": "ExpertTransportName"}
+    assert parameters("train.parallel_settings.TransportSettings") == hints | {"experts": "ExpertTransportName"}
     assert parameters("no.such.Module") == {}
-    assert nested("train.settings.ParallelSettings", "transport") == "train.settings.TransportSettings"
-    assert nested("train.settings.ParallelSettings", "data") is None
+    assert (
+        nested("train.parallel_settings.ParallelSettings", "transport") == "train.parallel_settings.TransportSettings"
+    )
+    assert nested("train.parallel_settings.ParallelSettings", "data") is None
 
 
 @pytest.mark.parametrize(

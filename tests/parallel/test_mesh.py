@@ -9,7 +9,7 @@ import torch.distributed as dist
 from parallel.mesh import Groups, Meshes
 from parallel.schedule.mesh import DIMENSIONS, Mesh
 from parallel.schedule.static import Static
-from train.settings import ParallelSettings
+from train.parallel_settings import ParallelSettings
 
 EVERY = Mesh(pipeline=2, replicate=3, data=2, expert=2, sequence=2, tensor=3)
 
