@@ -27,7 +27,6 @@ import parallel.parallelize
 import parallel.sequence.place
 import parallel.tensor
 import tests.world
-import train.engines.fsdp
 import train.execute
 import train.loop
 import train.loss
@@ -286,8 +285,9 @@ def double_gradients_at_each_micro_step() -> None:
         for module in model.modules():
             if isinstance(module, parallel.fsdp.FSDPModule):
                 for each in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
-                    if (held := each.unsharded_accumulated_grad) is not None:
-                        held.mul_(2)
+                    whole = getattr(each, "_unsharded_param", None)
+                    if whole is not None and whole.grad is not None:
+                        whole.grad.mul_(2)
         honest(model, last)
 
     train.execute.communicate_gradients = doubling
@@ -323,15 +323,12 @@ def look_tokens_up_in_the_wrong_rows() -> None:
 
 
 def count_each_replica_in_the_norm() -> None:
-    honest = train.engines.fsdp.parallelise
+    def norm(tensors):
+        square = torch.stack([torch.linalg.vector_norm(local(x)).square() for x in tensors]).sum()
+        dist.all_reduce(square)
+        return square.sqrt()
 
-    def parallelise(*args, **options):
-        model = honest(*args, **options)
-        for p in model.parameters():
-            p.holders = 1
-        return model
-
-    train.engines.fsdp.parallelise = parallelise
+    train.optim.clip.norm = norm
 
 
 def leave_gradients_to_each_replica() -> None:
