@@ -48,12 +48,14 @@ def shaped(
     launch: float | None = None,
     quantum: int = 128,
     recompute: bool = False,
+    spans: int = 1,
 ) -> Costs:
     """The costs of a model on the meta device, read off its shapes, in groups of the sizes that its transports serve.
 
     model: computing in `model.compute`. rate: FLOP/s of a rank. launch: seconds of a micro-step; None for gathering the
     weights twice and scattering their gradients. recompute: a group may compute activations again where the engine
-    keeps them. Raises ValueError for a model whose costs are not known, NoRoomError where its states fill a rank.
+    keeps them. spans: of a rank in a group. Raises ValueError for a model whose costs are not known, NoRoomError where
+    its states fill a rank.
     """
     compute, master = dtypes(config.precision.compute, device)
     engine, shape = config.engine, config.model
@@ -92,7 +94,7 @@ def shaped(
     if launch is None:
         units = weight_units(model, itemsize=compute.itemsize, reshard=reshard)
         launch = sum(of_weights(units, cluster.ranks, 1).bytes.values()) / cluster.wire(cluster.ranks).bandwidth
-    return Costs(model_of(shapes, asks, how, sizes, rate=rate, launch=launch), cluster, sizes)
+    return Costs(model_of(shapes, asks, how, sizes, rate=rate, launch=launch, spans=spans), cluster, sizes)
 
 
 def costs_of(
@@ -107,9 +109,11 @@ def costs_of(
     memory = _UNLIMITED if scheduler.memory is None else scheduler.memory * _GIB
     most = math.inf if scheduler.tokens_per_rank is None else float(scheduler.tokens_per_rank)
     cluster = Cluster(f"{mesh.planned} ranks", mesh.planned, memory, {1: wire}, most_tokens=most)
-    planned = config.engine.get("recompute", "none") == "planned"
+    planned, spans = config.engine.get("recompute", "none") == "planned", 2 if scheduler.layout == "auto" else 1
     try:
-        costs = shaped(config, model, cluster, device=device, rate=rate, quantum=scheduler.quantum, recompute=planned)
+        costs = shaped(
+            config, model, cluster, device=device, rate=rate, quantum=scheduler.quantum, recompute=planned, spans=spans
+        )
     except NoRoomError as error:
         raise ValueError(f"scheduler.memory={scheduler.memory:g}: {error}") from None
     if mesh.expert > 1:  # ranks of several groups meet in every layer

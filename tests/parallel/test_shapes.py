@@ -20,10 +20,11 @@ SHAPES = Shapes("m", 6e6, (Pairs(1, 512.0), Pairs(1, 512.0, 512)), 1e6, 1000.0, 
 @pytest.mark.parametrize("recurrence", ["gather", "relay", "allscan"])
 @pytest.mark.parametrize("attention", ["gather", "ring", "ulysses"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_traffic_is_what_a_plan_sends(recurrence, attention, size):
+@pytest.mark.parametrize(("spans", "layout"), [(1, "contiguous"), (2, "zigzag")])
+def test_traffic_is_what_a_plan_sends(recurrence, attention, size, spans, layout):
     how, tokens = How(recurrence, attention), 3 * 4096 * size
-    model = model_of(SHAPES, ASKS, how, [1, 2, 4], rate=1e9, launch=0.0)
-    plan = Packing(((Share(0, size, (0,)),),)).plan(0, [tokens], size, layout="contiguous")
+    model = model_of(SHAPES, ASKS, how, [1, 2, 4], rate=1e9, launch=0.0, spans=spans)
+    plan = Packing(((Share(0, size, (0,)),),)).plan(0, [tokens], size, layout=layout)
     received = comm_volume.of_plan(plan, [[0]], ASKS, how)[size // 2]
     expected = model.layers[-1].messages(size)
     assert expected.fixed + tokens * expected.token == pytest.approx(sum(received.bytes.values()), rel=1e-9)

@@ -41,12 +41,13 @@ class Shapes(NamedTuple):
 
 
 def model_of(
-    shapes: Shapes, asks: Iterable[Ask], how: How, sizes: Sequence[int], *, rate: float, launch: float
+    shapes: Shapes, asks: Iterable[Ask], how: How, sizes: Sequence[int], *, rate: float, launch: float, spans: int = 1
 ) -> Model:
     """asks: what all layers ask, as `comm_volume.of_plan` takes them. sizes: of groups. rate: FLOP/s of a rank. launch:
-    seconds of a micro-step. Raises ValueError where a transport cannot serve one of the sizes."""
+    seconds of a micro-step. spans: of a rank, one or two (zigzag), which send their states and halos each. Raises
+    ValueError where a transport cannot serve one of the sizes."""
     several = Counter(ask for ask in asks if ask.in_layer)
-    sent = {size: _messages(several, how, size) for size in sizes if size > 1}
+    sent = {size: _messages(several, how, size, spans) for size in sizes if size > 1}
     layers = [Layer(each.layers, pair=3 * each.flops / rate, window=each.window) for each in shapes.pairs]
     rest = Layer(1, token=shapes.token_flops / rate, by_size=tuple(sent.items()))
     recompute = [NONE]
@@ -84,11 +85,13 @@ def fitting(asks: Iterable[Ask], how: How, sizes: Sequence[int]) -> list[int]:
     return [size for size in sizes if served(size)]
 
 
-def _messages(several: Counter[Ask], how: How, size: int) -> Messages:
-    """Messages of all layers together, for a rank in the middle, with contiguous spans."""
+def _messages(several: Counter[Ask], how: How, size: int, spans: int) -> Messages:
+    """Messages of all layers together, for a rank in the middle, with one span a rank or two in zigzag."""
     found = []
     for span in (_SPAN, 2 * _SPAN):
-        layout = Layout(tuple(((r * span, (r + 1) * span),) for r in range(size)))
+        cuts = [i * span // spans for i in range(size * spans + 1)]
+        pieces = list(zip(cuts, cuts[1:], strict=False))
+        layout = Layout(tuple((pieces[r], *pieces[2 * size - 1 - r :][: spans - 1]) for r in range(size)))
         total, calls = 0, 0
         for ask, times in several.items():
             for way in ask.received(layout, size // 2, how):
