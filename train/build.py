@@ -14,17 +14,10 @@ from torch.optim import Optimizer
 
 from data.batch_ramp import opened
 from data.prefetch import Prefetched
-from models.accounting import account
-from models.axes import declarations
 from models.lm import LM
-from models.moe import mixtures
-from models.nonlinear_recurrence import Serial
 from parallel.activation_memory import give_back
-from parallel.expert import pad
 from parallel.mesh import Groups, Meshes
-from parallel.pipeline import Pipeline, PipelineCut
 from parallel.schedule.adaptive.scheduler import Adaptive
-from parallel.schedule.comm_volume import Ask
 from parallel.schedule.plan import Plan
 from parallel.tensor import division_of
 from train.checkpoints import checkpoint
@@ -36,21 +29,17 @@ from train.guards.hang_timeout import Patience
 from train.guards.rollback import ALERT, Rollback
 from train.guards.step_guard import Guard
 from train.hooks import Hooks
-from train.layout import dependences
 from train.loop import Trainer
 from train.metrics.comm_record import TransportChoice
-from train.metrics.comm_trace import asked
 from train.metrics.layer_clock import LayerClock
 from train.metrics.plan_notes import NOTED, PlanNotes
-from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
+from train.metrics.timing import PhaseTimes
 from train.optim import carry_over
 from train.optim.average import Average
-from train.optim.build import build_optimizer
+from train.placed_model import place_model
 from train.planning import Planning
-from train.precision import dtypes
 from train.run_config import RunConfig
 from train.settings import TrainSettings
-from train.stages import pipeline_cut
 from train.state import State, TrainProgress
 from train.time_spans import Spans, SpansTold
 from train.tracking import Facts, RunLog, Tracker, newest_attempt
@@ -67,7 +56,6 @@ def build(order: dict[str, Any]) -> Trainer:
     config: RunConfig = order["config"]
     train, run_dir = config.train, Path(order["run_dir"])
     device = torch.device("cuda", torch.cuda.current_device()) if order["device"] == "cuda" else torch.device("cpu")
-    compute, master = dtypes(config.precision.compute, device.type)
     first = dist.get_rank() == 0
     say = RunLog(run_dir / "log.txt") if first else lambda line: None
     phases = PhaseTimes()
@@ -75,27 +63,13 @@ def build(order: dict[str, Any]) -> Trainer:
     waiting = partial(phases, "wait")
     meshes, groups = Meshes(mesh, device, waiting=waiting), Groups(mesh, waiting=waiting)
 
-    with torch.device("meta"):
-        model = config.model.build()
-    model.compute = compute
-    _announce(model, train, say)
-    asks = _asks(model, config, order["device"])
-    declared = declarations(model)
-    utilisation = _utilisation(model, order["device"], say) if first and train.mfu else None
-    cut, counts = pipeline_cut(config, model, order["device"]), _counts(model, utilisation)
-    experts = mixtures(model) if cut is not None else {}
-    config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master, cut=cut)
-    if config.parallel.transport.experts == "padded":
-        pad(model)
-    pipeline = None if cut is None else _pipeline(config, model, cut, meshes, phases)
-    adamw = build_optimizer(config.optimizer.build(), model, declared)
-
+    placed = place_model(order, meshes, phases, say)
+    model, adamw = placed.model, placed.optimizer
     state, facts = _start(order, model, adamw, train.init_optimizer)
 
-    parallel = config.parallel
     model.loss_chunk = train.loss_chunk
     data, sequence = mesh.split
-    recurrence, attention = parallel.transport.build()
+    recurrence, attention = config.parallel.transport.build()
     batches = Prefetched(_batches(config, train))
     scheduler, spans = config.scheduler.build(), _spans(config, train)
     adaptive = isinstance(scheduler, Adaptive)
@@ -113,9 +87,9 @@ def build(order: dict[str, Any]) -> Trainer:
         train.z_weight,
         spans,
         SpansTold(say),
-        pipeline,
-        {name: moe.num_experts for name, moe in experts.items()},
-        [name for name, moe in experts.items() if moe.capacity_factor is not None],
+        placed.pipeline,
+        placed.experts,
+        placed.limited,
     )
     progress = TrainProgress(train, state)
 
@@ -129,12 +103,12 @@ def build(order: dict[str, Any]) -> Trainer:
     patience = Patience(config.cluster.timeout)
     parts = _Parts(config, run_dir, model, adamw, batches, executor, plan, progress, phases, say, patience, planning)
     widest = groups.world if adaptive else sequence
-    transport = TransportChoice(recurrence, asks, groups, widest, 2 if adaptive else each, device, say)
+    transport = TransportChoice(recurrence, placed.asks, groups, widest, 2 if adaptive else each, device, say)
     hooks = _hooks(parts, transport, facts, replays=bool(order.get("init_from") and batches.sides))
     # A transport is measured here: before a tracker has threads.
     hooks.load(facts, Path(order["resume"]) if order.get("resume") else None, division_of(model))
     if first:
-        hooks.of(Recording).tracker = _tracker(order, say, counts)
+        hooks.of(Recording).tracker = _tracker(order, say, placed.counts)
     return Trainer(
         progress=progress,
         seed=config.seed,
@@ -152,7 +126,7 @@ def build(order: dict[str, Any]) -> Trainer:
         guard=hooks.of(Guard),
         rollback=_rollback(parts, hooks, split=(data, sequence)),
         hooks=hooks,
-        utilisation=utilisation,
+        utilisation=placed.utilisation,
         norms=bool(config.tracking.get("norms")),
         planned=planning.next if planning else None,
         computing=clock.take if clock else None,
@@ -250,15 +224,6 @@ def _rollback(parts: _Parts, hooks: Hooks, *, split: tuple[int, int]) -> Rollbac
     )
 
 
-def _announce(model: LM, train: TrainSettings, say: Callable[[str], None]) -> None:
-    """Says what of the model keeps a run from having the same loss on every layout, or from its transport."""
-    for line in dependences(model, train):
-        say(line)
-    declared = (getattr(module, "recurrence", None) for module in model.modules())
-    for rule in sorted({each.rule for each in declared if isinstance(each, Serial)}):
-        say(f"parallel.transport.recurrence: the state of {rule} is relayed, whatever is chosen: no span has an effect")
-
-
 def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tuple[State, dict[str, Any]]:
     """Returns where the run stands, its weights filled; and what the checkpoint that it goes on from says, {} without
     one.
@@ -296,17 +261,6 @@ def _of_the_run(config: RunConfig, batches: Any, facts: dict[str, Any]) -> dict[
     return found | ({} if facts.get("published") is None else {"published": facts["published"]})
 
 
-def _asks(model: LM, config: RunConfig, device: str) -> tuple[Ask, ...]:
-    """Returns what a transport is chosen for, where one is to be; none of it where the model's shapes depend on
-    data."""
-    if config.parallel.transport.recurrence != "auto":
-        return ()
-    try:
-        return asked(model, device=device)
-    except NotImplementedError:
-        return ()
-
-
 def _most_spans(scheduler: Any, shapes: Sequence[Sequence[int]], data: int, sequence: int) -> int:
     """That a rank has of a packed sequence in any plan."""
     plans = [scheduler.plan(0, lengths, data=data, sequence=sequence) for lengths in shapes]
@@ -328,17 +282,6 @@ def _spans(config: RunConfig, train: TrainSettings) -> Spans | None:
     if train.span_tokens is None:
         return None
     return Spans(train.span_tokens, train.span_gradient, bool(config.engine.get("offload_activations")))
-
-
-def _utilisation(model: LM, device: str, say: Callable[[str], None]) -> Utilisation | None:
-    """Returns what steps' FLOP/s are held against: plain matmuls on as many devices as rank 0's. None where a model's
-    costs are not known."""
-    try:
-        costs = account(model, device=device)
-    except NotImplementedError as error:
-        say(f"model_flops and mfu are not known: {' '.join(str(error).split())[:200]}")
-        return None
-    return Utilisation(costs, matmul_peak(device, model.compute) * dist.get_world_size())
 
 
 def _companions(run_dir: Path, batches: Any) -> list[Path]:
@@ -365,23 +308,6 @@ def _attempt(order: dict[str, Any], saved: int) -> int:
     recorded = [newest_attempt(Path(order["run_dir"]) / "metrics.jsonl") if dist.get_rank() == 0 else 0]
     dist.broadcast_object_list(recorded)
     return max(order.get("attempt") or 1, saved + 1, recorded[0] + 1)
-
-
-def _counts(model: LM, utilisation: Utilisation | None) -> dict[str, int]:
-    """Returns how many parameters a whole model has."""
-    counts = {"total": sum(p.numel() for p in model.parameters()), "embedding": model.embedding.numel()}
-    return counts | ({"activated": utilisation.account.activated} if utilisation else {})
-
-
-def _pipeline(config: RunConfig, model: LM, cut: PipelineCut, meshes: Meshes, phases: PhaseTimes) -> Pipeline:
-    return Pipeline(
-        model,
-        cut,
-        config.parallel.pipeline_schedule,
-        meshes,
-        phase=phases,
-        reshard_after_forward=config.engine.get("reshard_after_forward", True),
-    )
 
 
 def _tracker(order: dict[str, Any], say: Callable[[str], None], counts: dict[str, int]) -> Tracker:
