@@ -208,13 +208,14 @@ configuration is the run's; cluster, parallel and evaluate are what is given her
     ),
     "import": Verb(
         function="launch.commands.convert:import_",
-        synopsis="SOURCE [DEST] [extend_vocab=true] [vocabulary=N] [document=TOKEN]",
+        synopsis="SOURCE [DEST] [extend_vocab=true] [vocabulary=N] [document=TOKEN], or --list",
         line="a model from Hugging Face's format, to go on from with init_from",
         text="""\
-SOURCE is a folder with config.json and *.safetensors: Llama, Qwen3-MoE, Qwen3-Next or Mamba-2. It becomes DEST, a run
+SOURCE is a folder with config.json and *.safetensors, of an architecture that --list names. It becomes DEST, a run
 of no steps (default: runs/ and the name of SOURCE), one stretch of a tensor after another. The model and its tokenizer
 come with it. Rows for more tokens than the folder has, on request: each is the mean of those that there are.
 
+  farspan import --list
   farspan import models/Qwen3-30B-A3B-Base runs/qwen
   farspan train init_from=runs/qwen data.tokenizer=runs/qwen data=text data.path=my_texts data.max_length=65536
 """,

@@ -36,7 +36,10 @@ class Import:
 
 
 def import_(arguments: list[str]) -> int:
-    """Writes a Hugging Face folder's model as a run of no steps. Raises UserError before anything is written."""
+    """Writes a Hugging Face folder's model as a run of no steps, or lists the architectures with `--list`. Raises
+    UserError before anything is written."""
+    if arguments == ["--list"]:
+        return _families()
     from train.checkpoints.hf_convert import take
     from train.checkpoints.hf_reader import CONFIG
 
@@ -69,6 +72,16 @@ def import_(arguments: list[str]) -> int:
         _say(f"{source} names no token that ends a text: nothing stands between documents; document=TOKEN names one")
     more = [override("data.tokenizer", run)] if card is not None and card["name"] == "json" else []
     _say(f"  {command('train', override('init_from', run), *more)}  # trains it further")
+    return 0
+
+
+def _families() -> int:
+    """Prints the architectures, and what of each is here."""
+    from models.hub import ARCHITECTURES
+
+    longest = max(map(len, ARCHITECTURES))
+    for name, each in ARCHITECTURES.items():
+        print(f"{name.ljust(longest)}  {each.about.replace('`', '')}")
     return 0
 
 

@@ -17,9 +17,11 @@ from typing import Any
 from launch.config import files
 from launch.config.choices import GIVEN, accepts
 from launch.config.validate import LISTS, SCALARS, SECTIONS, class_of, hints_of, parameters_of, words
+from models.hub import families
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
+HUB = ROOT / "docs" / "hub.md"
 INTRO = """\
 # Configuration
 
@@ -373,9 +375,17 @@ def _table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def hub_page(text: str) -> str:
+    """docs/hub.md with its table of architectures as it is now."""
+    begin, end = "<!-- families: written by make reference -->\n\n", "\n<!-- end -->"
+    front, rest = text.split(begin)
+    return front + begin + families() + end + rest.split(end, 1)[1]
+
+
 def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"written: {PAGE.relative_to(ROOT)}")
+    HUB.write_text(hub_page(HUB.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}, {HUB.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,25 @@ are pickled, and nothing needs `transformers`.
 """
 
 from models.hub.architecture import Architecture
+from models.hub.dense import ERNIE, MISTRAL, PHI3, QWEN3, SMOLLM3
 from models.hub.llama import LLAMA
+from models.hub.mamba import MAMBA
 from models.hub.mamba2 import MAMBA2
+from models.hub.mixtral import MIXTRAL
 from models.hub.qwen3_moe import QWEN3_MOE
 from models.hub.qwen3_next import QWEN3_NEXT
 from models.hub.values import WORDS, shown
 
-ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (LLAMA, QWEN3_MOE, QWEN3_NEXT, MAMBA2)}
+# In the order in which an export asks them: the first that can say a model does.
+_FIRST = (LLAMA, QWEN3_MOE, QWEN3_NEXT, MAMBA2)
+_MORE = (MISTRAL, QWEN3, SMOLLM3, MIXTRAL, MAMBA, PHI3, ERNIE)
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in _FIRST + _MORE}
+
+
+def families() -> str:
+    """A Markdown table of the architectures, as docs/hub.md has it."""
+    rows = [f"| `{each.name}` | {each.about} |" for each in ARCHITECTURES.values()]
+    return "\n".join(["| architecture | here |", "|---|---|", *rows]) + "\n"
 
 
 def of_config(config: dict) -> Architecture:
@@ -25,15 +37,17 @@ def of_config(config: dict) -> Architecture:
     raise ValueError(f"config.json: architectures={shown(said)}: must be one of {', '.join(ARCHITECTURES)}")
 
 
-def of_model(model: dict) -> tuple[Architecture, dict]:
+def of_model(model: dict, origin: str | None = None) -> tuple[Architecture, dict]:
     """The architecture that can say what a `model` section says, and its config.json.
+
+    origin: the architecture that the weights came from, which is asked first: several can say the same.
 
     Raises ValueError for a model that none can express: the key that stands in the way of the nearest one, which is
     told by the mixers and the feed-forwards.
     """
     mixers = {block["mixer"]["_target_"] for name, block in model["blocks"].items() if name in model["pattern"]}
     refused = None
-    for architecture in ARCHITECTURES.values():
+    for architecture in sorted(ARCHITECTURES.values(), key=lambda each: each.name != origin):
         if architecture.suits(model, mixers):
             try:
                 return architecture, architecture.write(model)

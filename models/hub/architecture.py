@@ -22,14 +22,14 @@ GIVEN = ("dim", "slot", "depth")  # what the model itself gives its parts
 class Architecture:
     """One class of `transformers`.
 
-    name, kind: its `architectures` and `model_type`. mixers: the `_target_`s that its layers may have. defaults: what a
-    config.json that does not name a key means by it. kinds: what its keys may be, beside those of `values.USUAL`.
-    fixed: keys that must have one value. fits: raises ValueError for values that are no model together, in the words of
-    config.json. body: a complete config.json to our `model` section. express: the other way, but for what is fixed.
-    entries: of a complete config.json, the rows of our parameters. suits: whether a `model` section, its mixers'
-    targets given, would be this one. aliases: other names of keys. left_out: beginnings and endings of tensors' names
-    that a folder may hold and no model of ours reads. unstacked: tensors that a folder may hold as one, by the names of
-    the tables.
+    name, kind: its `architectures` and `model_type`. about: the parts of it that are here, for people. mixers: the
+    `_target_`s that its layers may have. defaults: what a config.json that does not name a key means by it. kinds: what
+    its keys may be, beside those of `values.USUAL`. fixed: keys that must have one value. fits: raises ValueError for
+    values that are no model together, in the words of config.json. body: a complete config.json to our `model` section.
+    express: the other way, but for what is fixed. entries: of a complete config.json, the rows of our parameters.
+    suits: whether a `model` section, its mixers' targets given, would be this one. aliases: other names of keys.
+    left_out: beginnings and endings of tensors' names that a folder may hold and no model of ours reads. unstacked:
+    tensors that a folder may hold as one, by the names of the tables.
 
     All are held to the class of `transformers`, the reader: what that has not is refused, by its key, in both
     directions. `fits`, `body` and `express` raise ValueError, a line that begins with the key.
@@ -37,6 +37,7 @@ class Architecture:
 
     name: str
     kind: str
+    about: str
     mixers: frozenset[str]
     defaults: Config
     fixed: Config
@@ -103,6 +104,7 @@ LARGE = 65_536  # a size up to which anything is made at once
 UNBOUNDED = {  # whole numbers that no tensor has for a size
     *("max_position_embeddings", "original_max_position_embeddings", "num_hidden_layers", "sliding_window"),
     *("decoder_sparse_step", "full_attention_interval", "rope_theta"),
+    *("max_window_layers", "no_rope_layer_interval"),
 }
 
 

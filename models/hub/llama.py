@@ -46,6 +46,7 @@ def _suits(model: Node, mixers: set[str]) -> bool:
 LLAMA = Architecture(
     name=NAME,
     kind="llama",
+    about="attention and SwiGLU (`model=llama_tiny`, `llama_1b`)",
     mixers=frozenset({parts.ATTENTION}),
     defaults={
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), REQUIRED),

@@ -95,6 +95,7 @@ def _suits(model: Node, mixers: set[str]) -> bool:
 MAMBA2 = Architecture(
     name=NAME,
     kind="mamba2",
+    about="Mamba-2 layers without a feed-forward (`model=mamba2_tiny`)",
     mixers=frozenset({MIXER}),
     defaults={
         **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"), REQUIRED),

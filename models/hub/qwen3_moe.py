@@ -61,6 +61,7 @@ def _suits(model: Node, mixers: set[str]) -> bool:
 QWEN3_MOE = Architecture(
     name=NAME,
     kind="qwen3_moe",
+    about="attention with `qk_norm`, experts, in some layers SwiGLU (`model=qwen3_moe_tiny`)",
     mixers=frozenset({parts.ATTENTION}),
     defaults={
         **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), REQUIRED),

@@ -156,6 +156,7 @@ def _suits(model: Node, mixers: set[str]) -> bool:
 QWEN3_NEXT = Architecture(
     name=NAME,
     kind="qwen3_next",
+    about="Gated DeltaNet and gated attention, experts beside a shared one (`model=qwen3_next_tiny`)",
     mixers=frozenset(KINDS),
     defaults={
         **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), REQUIRED),

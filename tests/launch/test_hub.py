@@ -16,7 +16,7 @@ from launch.cli import main
 from launch.errors import UserError
 from launch.preflight.configure import configure
 from launch.preflight.init_from import same_tokens, sound
-from models.hub import tensors
+from models.hub import ARCHITECTURES, tensors
 from tests import published_folder
 from tests.published_folder import LLAMA
 from train.checkpoints import checkpoint
@@ -212,6 +212,12 @@ def test_what_is_there_already_is_left_alone(here, capsys):
     capsys.readouterr()
     assert refused(capsys, "export", "run", "dest").startswith("farspan export: DEST=dest: is there already")
     assert not list((here / "dest").iterdir())
+
+
+def test_the_architectures_are_listed(capsys):
+    assert main(["import", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(ARCHITECTURES) and all(len(line.split()) > 3 for line in lines)
 
 
 def test_arguments_are_checked(here, capsys):

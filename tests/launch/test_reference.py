@@ -9,7 +9,8 @@ from data.corpora.corpus import CORPORA, CorpusName
 from data.samplers import PACKINGS, PackingName
 from launch.config import files, reference
 from launch.config.choices import accepts, nested, parameters
-from launch.config.reference import PAGE, documentation, meanings, page
+from launch.config.reference import HUB, PAGE, documentation, hub_page, meanings, page
+from models.hub import ARCHITECTURES
 from models.mixers import gla, lightning, linear
 from models.mixers.gla import GatedFeature
 from models.mixers.lightning import RateRule
@@ -29,6 +30,12 @@ def test_the_committed_page_is_current(text):
     assert PAGE.read_text(encoding="utf-8") == text, (
         "docs/configuration.md is not current: make reference, and commit it"
     )
+
+
+def test_the_table_of_architectures_is_current():
+    text = HUB.read_text(encoding="utf-8")
+    assert hub_page(text) == text, "docs/hub.md is not current: make reference, and commit it"
+    assert all(f"| `{name}` |" in text for name in ARCHITECTURES)
 
 
 def test_it_is_the_same_twice_and_names_no_machine(text):

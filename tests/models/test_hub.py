@@ -12,7 +12,7 @@ from models.hub import of_config, of_model, positions, tensors
 from models.hub.architecture import fold, node, ratio
 from models.hub.rows import ABOUT_ZERO, ParameterSource, PublishedRows, experts, joined, parts, published, whole
 from models.mixers.attention import Attention
-from models.positions import Interpolated, Llama3, RoPE, Truncated, YaRN
+from models.positions import Interpolated, Llama3, NTKAware, RoPE, Truncated, YaRN
 
 
 def test_rows_of_a_span_are_found_in_the_pieces_that_make_it_up():
@@ -236,11 +236,11 @@ def test_a_config_json_without_a_size_is_refused():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"window": 8}, "model.blocks.attn.mixer.window=8: must be null, as in LlamaForCausalLM"),
+        ({"window": 8, "sinks": 2}, "model.blocks.attn.mixer.sinks=2: must be 0, as in LlamaForCausalLM"),
         ({"gate": True}, "model.blocks.attn.mixer.gate=true: must be false, as in LlamaForCausalLM"),
         (
-            {"positions": {"_target_": "models.positions.NoPE"}},
-            "model.blocks.attn.mixer.positions=NoPE: must be one of RoPE",
+            {"positions": node(NTKAware, partial=False, factor=2.0)},
+            "model.blocks.attn.mixer.positions=NTKAware: must be one of RoPE",
         ),
         (
             {"positions": node(Truncated, partial=False, high=1.0, low=0.1, middle=0.5)},
@@ -256,6 +256,23 @@ def test_a_model_that_nobody_has_is_refused_with_what_stands_in_the_way(change, 
     with pytest.raises(ValueError) as refused:
         of_model(model)
     assert str(refused.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"window": 8}, "MistralForCausalLM"),
+        ({"positions": {"_target_": "models.positions.NoPE"}}, "SmolLM3ForCausalLM"),
+        ({"positions": node(RoPE, partial=False, fraction=0.5)}, "Phi3ForCausalLM"),
+        ({}, "LlamaForCausalLM"),
+    ],
+)
+def test_a_model_is_what_the_first_that_can_say_it_says(change, name):
+    model = of_config(LLAMA).read(LLAMA)
+    block = model["blocks"]["attn"]
+    model["blocks"] = {"attn": {**block, "mixer": {**block["mixer"], **change}}}
+    assert of_model(model)[0].name == name
+    assert of_model(model, "Ernie4_5ForCausalLM")[0].name == (name if change else "Ernie4_5ForCausalLM")
 
 
 def test_layers_that_differ_where_an_architecture_has_one_value_are_refused():

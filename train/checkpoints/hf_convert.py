@@ -129,7 +129,8 @@ class Saved:
         if base := facts.get("rope_theta"):  # what the curriculum has made of it
             rebase(built, base)
             model = rebased(model, base) if rotary(built) else model
-        architecture, self.config = of_model(model)
+        came = facts.get("published") or {}
+        architecture, self.config = of_model(model, came.get("architecture"))
         self.name = architecture.name
         self.shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
         self._entries = architecture.rows(self.config)
@@ -138,8 +139,7 @@ class Saved:
         self._dtypes = {name: dtype for name, (_, dtype) in facts["model"].items()}
         self._own = lru_cache(maxsize=2)(self._read)
         trained = trained_length(config, facts.get("places", facts["tokens"]))
-        came = (facts.get("published") or {}).get("positions")
-        self.max_length = max(trained or 0, came or 0) or None  # never less than it came with
+        self.max_length = max(trained or 0, came.get("positions") or 0) or None  # never less than it came with
 
     def order(self) -> list[str]:
         """The published tensors, layer by layer as the model has them."""

@@ -77,7 +77,7 @@ class Published:
         self.left_out = self._compare(wanted, architecture.left_out)
         self.dtypes = {name: self._dtype(name) for name in self.shapes}
         self.max_length: int | None = architecture.complete(self.config).get("max_position_embeddings")
-        self.unpublishable = _why_not(self.model)
+        self.unpublishable = _why_not(self.model, self.name)
         self._rows = dict(self.shapes)  # as they are in the folder
         self._means: dict[str, Tensor] = {}
         self._extend(vocabulary, extend)
@@ -238,10 +238,10 @@ def _same(one: tensors.StoredTensor, other: tensors.StoredTensor) -> bool:
     )
 
 
-def _why_not(model: dict[str, Any]) -> str | None:
+def _why_not(model: dict[str, Any], origin: str) -> str | None:
     """Returns what stands in the way of an export, null where nothing does."""
     try:
-        of_model(model)
+        of_model(model, origin)
     except ValueError as error:
         return str(error)
     return None
