@@ -61,10 +61,11 @@ def _express(model: Node) -> Config:
     return parts.shapes(model, NAME) | one(found, NAME) | {"layer_norm_epsilon": eps, "pad_token_id": None}
 
 
-def _entries(config: Config) -> Entries:
-    D, H, G, N = config["hidden_size"], config["num_heads"], config["n_groups"], config["state_size"]
-    inner = H * config["head_dim"]
-    rows = parts.ends(config, body="backbone", embed="embeddings", last="norm_f")
+def mixer_rows(
+    ours: str, theirs: str, *, dim: int, heads: int, inner: int, groups: int, state: int, conv_bias: bool
+) -> Entries:
+    """The rows of one layer's mixer."""
+    H, G, N = heads, groups, state
 
     def split(source: str, start: int, form: Form = PLAIN) -> tuple[ParameterSource, ParameterSource]:
         """x, and B and C group by group, of a tensor that has x, all B, all C from a row on."""
@@ -72,19 +73,27 @@ def _entries(config: Config) -> Entries:
         groups = tuple(PublishedRows(source, b + part * G * N + g * N, N) for g in range(G) for part in (0, 1))
         return ParameterSource((PublishedRows(source, start, inner),), form), ParameterSource(groups, form)
 
+    into, conv, rows = f"{theirs}.in_proj.weight", f"{theirs}.conv1d", {}
+    rows[f"{ours}.z.weight"] = ParameterSource((PublishedRows(into, 0, inner),))
+    rows[f"{ours}.x.weight"], rows[f"{ours}.bc.weight"] = split(into, inner)
+    rows[f"{ours}.dt.weight"] = ParameterSource((PublishedRows(into, 2 * inner + 2 * G * N, H),))
+    rows[f"{ours}.conv.weight"], rows[f"{ours}.bc_conv.weight"] = split(f"{conv}.weight", 0, TAPS)
+    if conv_bias:
+        rows[f"{ours}.conv.bias"], rows[f"{ours}.bc_conv.bias"] = split(f"{conv}.bias", 0)
+    rows |= {f"{ours}.{name}": whole(f"{theirs}.{name}", H) for name in ("A_log", "dt_bias", "D")}
+    rows[f"{ours}.norm.weight"] = whole(f"{theirs}.norm.weight", inner)
+    rows[f"{ours}.out.weight"] = whole(f"{theirs}.out_proj.weight", dim)
+    return rows
+
+
+def _entries(config: Config) -> Entries:
+    D, H = config["hidden_size"], config["num_heads"]
+    sizes = {"dim": D, "heads": H, "inner": H * config["head_dim"], "groups": config["n_groups"]}
+    sizes |= {"state": config["state_size"], "conv_bias": config["use_conv_bias"]}
+    rows = parts.ends(config, body="backbone", embed="embeddings", last="norm_f")
     for i in range(config["num_hidden_layers"]):
-        ours, theirs = f"layers.{i}.mixer", f"backbone.layers.{i}.mixer"
-        into, conv = f"{theirs}.in_proj.weight", f"{theirs}.conv1d"
         rows[f"layers.{i}.mixer_norm.weight"] = whole(f"backbone.layers.{i}.norm.weight", D)
-        rows[f"{ours}.z.weight"] = ParameterSource((PublishedRows(into, 0, inner),))
-        rows[f"{ours}.x.weight"], rows[f"{ours}.bc.weight"] = split(into, inner)
-        rows[f"{ours}.dt.weight"] = ParameterSource((PublishedRows(into, 2 * inner + 2 * G * N, H),))
-        rows[f"{ours}.conv.weight"], rows[f"{ours}.bc_conv.weight"] = split(f"{conv}.weight", 0, TAPS)
-        if config["use_conv_bias"]:
-            rows[f"{ours}.conv.bias"], rows[f"{ours}.bc_conv.bias"] = split(f"{conv}.bias", 0)
-        rows |= {f"{ours}.{name}": whole(f"{theirs}.{name}", H) for name in ("A_log", "dt_bias", "D")}
-        rows[f"{ours}.norm.weight"] = whole(f"{theirs}.norm.weight", inner)
-        rows[f"{ours}.out.weight"] = whole(f"{theirs}.out_proj.weight", D)
+        rows |= mixer_rows(f"layers.{i}.mixer", f"backbone.layers.{i}.mixer", **sizes)
     return rows
 
 

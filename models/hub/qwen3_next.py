@@ -23,7 +23,8 @@ DELTA = target(GatedDeltaNet)
 KINDS = {parts.ATTENTION: "full_attention", DELTA: "linear_attention"}
 
 
-def _types(config: Config) -> list[str]:
+def types(config: Config) -> list[str]:
+    """The kinds of the layers. Raises ValueError for a list of others."""
     count, every = config["num_hidden_layers"], config["full_attention_interval"]
     usual = [f"{'linear' if (i + 1) % every else 'full'}_attention" for i in range(count)]
     found = config["layer_types"] or usual
@@ -45,7 +46,8 @@ def _delta(config: Config) -> Node:
     )
 
 
-def _body(config: Config) -> Node:
+def body(config: Config) -> Node:
+    """The `model` section of a complete config.json."""
     eps = config["rms_norm_eps"]
     mixers = {
         "full_attention": ("attn", parts.attention(config, fraction=FRACTION, qk_norm=True, gate=True, norm_eps=eps)),
@@ -57,21 +59,21 @@ def _body(config: Config) -> Node:
         False: ("_dense", node(SwiGLU, hidden=config["intermediate_size"])),
     }
     blocks, kinds = {}, []
-    for kind, sparse in zip(_types(config), parts.sparse(config), strict=True):
+    for kind, sparse in zip(types(config), parts.sparse(config), strict=True):
         (mixer, section), (suffix, ffn) = mixers[kind], ffns[sparse]
         blocks[mixer + suffix] = parts.block(section, ffn, eps)
         kinds.append(mixer + suffix)
     return parts.stack(config, kinds, blocks, eps)
 
 
-def _delta_keys(model: Node) -> Config:
+def _delta_keys(model: Node, who: str) -> Config:
     found, dim = [], model["dim"]
     for name, section in layers(model):
         if section["mixer"]["_target_"] == DELTA:
             path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], GatedDeltaNet)
-            must(path, mixer, {"negative_eigenvalues": False, "conv_bias": False}, NAME)
+            must(path, mixer, {"negative_eigenvalues": False, "conv_bias": False}, who)
             if mixer["conv"] is None:
-                raise ValueError(f"{path}.conv=null: must be at least 1, as in {NAME}")
+                raise ValueError(f"{path}.conv=null: must be at least 1, as in {who}")
             heads, values = mixer["heads"], mixer["value_heads"] or mixer["heads"]
             keys = {
                 "linear_num_key_heads": heads,
@@ -81,18 +83,19 @@ def _delta_keys(model: Node) -> Config:
                 "linear_conv_kernel_dim": mixer["conv"],
             }
             found.append((path, keys))
-    return one(found, NAME) or {}
+    return one(found, who) or {}
 
 
-def _express(model: Node) -> Config:
-    attention = parts.attention_keys(model, NAME, partial=True, window=None, qk_norm=True, gate=True)
+def express(model: Node, who: str) -> Config:
+    """The keys of a config.json of `who`. Raises ValueError."""
+    attention = parts.attention_keys(model, who, partial=True, window=None, qk_norm=True, gate=True)
     if not attention:  # transformers' cache asks an attention layer for the length
-        raise ValueError(f"model.pattern=[{','.join(model['pattern'])}]: must have a layer of attention for {NAME}")
+        raise ValueError(f"model.pattern=[{','.join(model['pattern'])}]: must have a layer of attention for {who}")
     del attention["sliding_window"]
-    experts = parts.ffn_keys(model, NAME, shared_gate=True)
+    experts = parts.ffn_keys(model, who, shared_gate=True)
     types = {"layer_types": [KINDS[block["mixer"]["_target_"]] for _, block in layers(model)]}
-    eps = {"rms_norm_eps": parts.eps_of(model, NAME, {parts.ATTENTION: Attention, DELTA: GatedDeltaNet})}
-    return parts.shapes(model, NAME) | eps | attention | _delta_keys(model) | experts | types
+    eps = {"rms_norm_eps": parts.eps_of(model, who, {parts.ATTENTION: Attention, DELTA: GatedDeltaNet})}
+    return parts.shapes(model, who) | eps | attention | _delta_keys(model, who) | experts | types
 
 
 def _delta_rows(ours: str, theirs: str, config: Config) -> Entries:
@@ -122,7 +125,7 @@ def _delta_rows(ours: str, theirs: str, config: Config) -> Entries:
 
 def _entries(config: Config) -> Entries:
     rows, D = parts.ends(config, norm=ABOUT_ZERO), config["hidden_size"]
-    for i, (kind, sparse) in enumerate(zip(_types(config), parts.sparse(config), strict=True)):
+    for i, (kind, sparse) in enumerate(zip(types(config), parts.sparse(config), strict=True)):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         rows |= parts.norms(i, D, ABOUT_ZERO)
         if kind == "full_attention":
@@ -138,7 +141,8 @@ def _entries(config: Config) -> Entries:
     return rows
 
 
-def _fits(config: Config) -> None:
+def fits(config: Config) -> None:
+    """Raises ValueError for values that are no model together."""
     parts.heads_fit(config)
     parts.experts_fit(config)
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
@@ -190,10 +194,10 @@ QWEN3_NEXT = Architecture(
         "layer_types": optional(WORDS),
         "full_attention_interval": count(),
     },
-    fits=_fits,
+    fits=fits,
     unstacked=parts.unstacked,
-    body=_body,
-    express=_express,
+    body=body,
+    express=lambda model: express(model, NAME),
     entries=_entries,
     suits=_suits,
     left_out=("mtp.",),  # of the prediction of several tokens, which transformers leaves out as well

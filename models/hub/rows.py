@@ -7,6 +7,7 @@ says where a published tensor's rows lie in our parameters. What else differs is
 Legend: E experts, D model width, K columns, C channels, W taps.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,13 +24,15 @@ class Form:
     """The published form of a parameter's rows.
 
     unit: of our shape, how many published rows make up one index of the first dimension. columns: of our shape, the
-    shape of a published row. here: published rows [n·unit, *columns] to our [n, …]; there: and back.
+    shape of a published row. here: published rows [n·unit, *columns] to our [n, …]; there: and back. computed: whether
+    numbers change on the way, which then have more digits than those that they come from.
     """
 
     unit: Callable[[Shape], int]
     columns: Callable[[Shape], Shape]
     here: Callable[[Tensor], Tensor]
     there: Callable[[Tensor], Tensor]
+    computed: bool = False
 
 
 class _Same:
@@ -38,7 +41,7 @@ class _Same:
 
 
 PLAIN = Form(lambda shape: 1, lambda shape: shape[1:], _Same(), _Same())
-ABOUT_ZERO = Form(lambda shape: 1, lambda shape: shape[1:], lambda x: wide(x) + 1, lambda x: x - 1)  # a norm's weight
+ABOUT_ZERO = Form(lambda shape: 1, lambda shape: shape[1:], lambda x: wide(x) + 1, lambda x: x - 1, True)  # a norm's
 TAPS = Form(  # ours [C, W], the present token's first; published [C, 1, W], it last
     lambda shape: 1,
     lambda shape: (1, *shape[1:]),
@@ -55,6 +58,13 @@ def experts(columns: int) -> Form:
         lambda x: x.unflatten(0, (-1, columns)).transpose(1, 2),
         lambda x: x.transpose(1, 2).flatten(0, 1),
     )
+
+
+def scaled(form: Form, factor: float) -> Form:
+    """The same rows times a factor of the published model's, which no layer of ours has."""
+    if math.isclose(factor, 1, rel_tol=1e-12):
+        return form
+    return Form(form.unit, form.columns, lambda x: wide(form.here(x)) * factor, lambda x: form.there(x / factor), True)
 
 
 class PublishedRows(NamedTuple):

@@ -1,11 +1,13 @@
 """The families that need only a table, held to their classes of `transformers` at small random weights, fp32: logits,
 every gradient, packed documents, the numbers after a round trip, and greedy text."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.hub import tensors
+from models.hub import ARCHITECTURES, of_config, tensors
 from models.sequence import Whole
 from tests.train.test_hub import NO_TOKENS, SEQ, TOKENS, close, loaded
 from train.checkpoints.hf_convert import Saved, give, take
@@ -16,6 +18,13 @@ transformers = pytest.importorskip("transformers", minversion="5")
 SIZES = {"vocab_size": 72, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 DENSE = SIZES | {"intermediate_size": 40, "num_key_value_heads": 2}
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+SSM = {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+FACTORS = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22}
+FACTORS |= {"attention_multiplier": 0.25}
+HYBRID = {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3, "num_local_experts": 0}
+HYBRID |= {"shared_intermediate_size": 20}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 4}
+DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
 # As they are published, at small sizes; those after the first of a family have its other flags.
 FAMILIES = {
     "qwen3": ("Qwen3", DENSE | {"head_dim": 16, "tie_word_embeddings": True} | THETA),
@@ -44,6 +53,23 @@ FAMILIES = {
         {"vocab_size": 72, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4, "expand": 3, "conv_kernel": 3}
         | {"time_step_rank": 3, "use_conv_bias": False, "tie_word_embeddings": False},
     ),
+    "bamba": ("Bamba", DENSE | SSM | {"num_hidden_layers": 3, "attn_layer_indices": [1], "head_dim": 8}),
+    "qwen3_5": ("Qwen3_5", DENSE | DELTA | {"head_dim": 16}),
+    "qwen3_5, experts": (
+        "Qwen3_5Moe",
+        SIZES
+        | DELTA
+        | {"head_dim": 16, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "tie_word_embeddings": True},
+    ),
+    "granite": ("Granite", DENSE | FACTORS | {"tie_word_embeddings": True} | THETA),
+    "granite, untied": ("Granite", DENSE | FACTORS | {"head_dim": 12}),
+    "granite_hybrid": ("GraniteMoeHybrid", DENSE | SSM | FACTORS | HYBRID | {"tie_word_embeddings": True}),
+    "granite_hybrid, positions": (
+        "GraniteMoeHybrid",
+        DENSE | SSM | FACTORS | HYBRID | {"position_embedding_type": "rope", "mamba_n_groups": 2},
+    ),
+    "granite_hybrid, experts": ("GraniteMoeHybrid", DENSE | SSM | FACTORS | HYBRID | {"num_local_experts": 4}),
 }
 LENGTHS = (11, 4, 30)  # of documents in one row
 
@@ -51,7 +77,8 @@ LENGTHS = (11, 4, 30)  # of documents in one row
 def theirs(name):
     """A small random model of transformers, every parameter away from where it would not be seen."""
     kind, sizes = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**sizes, **NO_TOKENS)
+    text = "Text" if kind.startswith("Qwen3_5") else ""  # its other configuration is that of a model with pictures
+    config = getattr(transformers, f"{kind}{text}Config")(**sizes, **NO_TOKENS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
@@ -73,18 +100,25 @@ def held_to(found, ours, model, folder):
     """Every gradient of ours is that of `model`, which is read as weights are. A parameter of ours is a + b·theirs, so
     what is read of their gradient is a + b²·ours."""
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.double()  # a norm's gradient is read as 1 + g: in fp32 that would round it
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.grad)
     model.save_pretrained(folder)
+    model.float()
     told = Published(folder)
+    # The gradient of Gated DeltaNet's decay is tiny: theirs in fp32 is 3e-4 off ours in fp64, ours in fp32 1e-6.
+    least = 1e-7 * torch.stack([p.grad.norm() for p in ours.parameters()]).norm()
     for name, p in ours.named_parameters():
         read = told.read(name, 0, len(p))
         form = told._entries[name].form
-        zero, unit = (form.here(form.there(torch.full_like(p, 0.0)) * 0 + value) for value in (0.0, 1.0))
+        zero, unit = (form.here(form.there(torch.zeros_like(read)) * 0 + value) for value in (0.0, 1.0))
         want = (read - zero) / (unit - zero) ** 2
         assert p.grad is not None and want.norm() > 0, name
-        close(p.grad, want, 1e-5)
+        assert (p.grad - want).norm() <= 1e-5 * want.norm() + least, (
+            name,
+            ((p.grad - want).norm() / want.norm()).item(),
+        )
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
@@ -98,7 +132,7 @@ def test_a_family_is_its_class_of_transformers(name, tmp_path):
     model, folder = theirs(name), tmp_path / "folder"
     model.save_pretrained(folder)
     found = Published(folder)
-    assert not found.left_out and found.unpublishable is None and found.name == type(model).__name__
+    assert not found.left_out and found.name == type(model).__name__
     ours = loaded(found.model, folder)
     want, got = model(TOKENS).logits, ours(TOKENS, SEQ).logits
     close(got, want)
@@ -108,15 +142,23 @@ def test_a_family_is_its_class_of_transformers(name, tmp_path):
     gradients(model, want)
     gradients(ours, got)
     held_to(found, ours, model, tmp_path / "gradients")
+    if name == "granite_hybrid, experts":
+        assert "model.blocks.mamba.ffn=MoE: must be SwiGLU for GraniteMoeHybrid" in str(found.unpublishable)
+        return
+    assert found.unpublishable is None
     out = Saved(
         take(found, tmp_path / "run", {}, lambda name: None), {"model": found.model, "data": {"max_length": 77}}
     )
     give(out, tmp_path / "back", {}, config=NO_TOKENS)
-    before, after = tensors.folder(folder), tensors.folder(tmp_path / "back")
+    names = ARCHITECTURES[found.name].unstacked
+    before, after = names(tensors.folder(folder)), names(tensors.folder(tmp_path / "back"))
     assert before.keys() == after.keys()
+    # Norms about zero lose a last digit; Granite's factors stay in the weights that took them in.
+    computed = {piece.source for each in found._entries.values() if each.form.computed for piece in each.pieces}
+    computed |= {"model.norm.weight"} if found.model["tied_scale"] not in (None, 1.0) else set()
     for key, each in before.items():
         rows = [tensors.rows(x, 0, each.shape[0]) for x in (each, after[key])]
-        assert torch.equal(*rows), key
+        assert torch.equal(*rows) or key in computed, key
     with torch.no_grad():
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
         assert type(again) is type(model)
@@ -127,3 +169,47 @@ def test_a_family_is_its_class_of_transformers(name, tmp_path):
             seq = Whole.of(torch.arange(tokens.shape[1])[None])
             tokens = torch.cat((tokens, ours(tokens, seq).logits[:, -1:].argmax(-1)), 1)
         assert torch.equal(written, tokens)
+
+
+@torch.no_grad()
+def test_the_text_of_a_model_that_sees_is_read_and_its_pictures_left_out(tmp_path):
+    text = FAMILIES["qwen3_5"][1]
+    sees = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(text_config=text | NO_TOKENS, vision_config=sees, tie_word_embeddings=False)
+    model = transformers.Qwen3_5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "in")
+    found = Published(tmp_path / "in")
+    assert found.name == "Qwen3_5ForCausalLM" and found.left_out
+    assert all(name.startswith("model.visual.") for name in found.left_out)
+    close(loaded(found.model, tmp_path / "in")(TOKENS, SEQ).logits, model(TOKENS).logits)
+    whole = json.loads((tmp_path / "in/config.json").read_text())
+    (tmp_path / "in/config.json").write_text(json.dumps({key: whole[key] for key in whole if key != "text_config"}))
+    with pytest.raises(ValueError, match="config.json: text_config: missing"):
+        Published(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "line"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}, "no_rope_layers=[1, 2, 1, 1]: must be 4 of 0, 1"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "layer_types=['sliding_attention', 'sliding_attention']"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=true: must be false"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type=longrope: must be default for Phi3ForCausalLM"),
+        ("ernie", {"use_bias": True}, "use_bias=true: must be false"),
+        ("mamba", {"use_bias": True}, "use_bias=true: must be false"),
+        ("mamba", {"time_step_rank": "x"}, "time_step_rank=x: must be auto, or a whole number of at least 1"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be at most num_local_experts=4"),
+        ("bamba", {"mamba_proj_bias": True}, "mamba_proj_bias=true: must be false"),
+        ("bamba", {"time_step_limit": [0.0, 1.0]}, "time_step_limit=[0.0, 1.0]: must be [0, Infinity]"),
+        ("bamba", {"attn_layer_indices": [3]}, "attn_layer_indices=[3]: 3 must be below 3"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier=0: must be a number above 0"),
+        ("granite_hybrid", {"layer_types": ["x"] * 3}, "layer_types=['x', 'x', 'x']: must be 3 of attention, "),
+        ("granite_hybrid", {"position_embedding_type": "nope"}, "position_embedding_type=nope: must be rope, or null"),
+    ],
+)
+def test_a_value_that_no_layer_has_is_refused_by_its_key(name, change, line):
+    kind, sizes = FAMILIES[name]
+    config = sizes | {"architectures": [f"{kind}ForCausalLM"]} | change
+    with pytest.raises(ValueError) as refused:
+        of_config(config).read(config)
+    assert str(refused.value).startswith(f"config.json: {line}")

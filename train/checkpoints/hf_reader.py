@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from models.hub import of_config, of_model, tensors
+from models.hub import of_config, of_model, tensors, text_of
 from models.hub.architecture import Config
-from models.hub.rows import ABOUT_ZERO, Entries, parts, published
+from models.hub.rows import Entries, parts, published
 from train.instantiate import construct
 
 CONFIG = "config.json"
@@ -59,7 +59,7 @@ class Published:
     """
 
     def __init__(self, path: Path, *, vocabulary: int | None = None, extend: bool = False):
-        self.path, config = path, tensors.table(path / CONFIG)
+        self.path, config = path, text_of(tensors.table(path / CONFIG))
         architecture = of_config(config)
         architecture.complete(config)  # refuses what its keys may not be
         stored = architecture.unstacked(tensors.folder(path))
@@ -101,7 +101,7 @@ class Published:
     def _dtype(self, name: str) -> torch.dtype:
         entry = self._entries[name]
         found = reduce(torch.promote_types, (self._stored[piece.source].dtype for piece in entry.pieces))
-        return torch.promote_types(found, torch.float32) if entry.form is ABOUT_ZERO else found
+        return torch.promote_types(found, torch.float32) if entry.form.computed else found
 
     def _extend(self, vocabulary: int | None, extend: bool) -> None:
         has: int = self.model["vocabulary"]
