@@ -49,6 +49,7 @@ _RAY_ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_register_timeout_seconds": "180",
+    "RAY_worker_niceness": "0",  # by default 15: any other program on the machine goes before training
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # after a failure, peers may hang in theirs; 30 by default
 }
 

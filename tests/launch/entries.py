@@ -47,7 +47,8 @@ def add(config: dict[str, Any]) -> None:
     """Note the time of entry, the sum over ranks, and what the world looks like."""
     _note(config, "entered", time.time())
     _note(config, "sum", _sum())
-    _note(config, "threads", f"{torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']} {dist.get_backend()}")
+    threads = f"{torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']}"
+    _note(config, "threads", f"{threads} {dist.get_backend()} {os.nice(0)}")
     _note(config, "pid", os.getpid())
     _note(config, "left", time.time())
 

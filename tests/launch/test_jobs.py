@@ -69,6 +69,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.place / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # else the tests on the other cores go first
             "OMP_NUM_THREADS": "1",
             "PATH": os.pathsep.join([str(self.wrong()), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
