@@ -19,7 +19,6 @@ from parallel.sequence import TRANSPORTS
 from tests import parity
 from tests.parity import Sample, assert_close, mixer_model, spread, truth
 from train import time_spans as spans_of
-from train.execute import Executor
 from train.time_spans import Borders, Spans, SpansTold
 
 pytestmark = pytest.mark.dist
@@ -35,12 +34,10 @@ ATTENTION = {
 
 
 def in_spans(spans, batch, *, sequence=1, data=1, per_rank=None, **options):
-    """Loss and gradients of an executor that takes spans in time. It breaks into a module: this process is the test's.
-    `batch` in one micro-step where the ranks hold it."""
-    parity.Executor = partial(Executor, spans=spans)
+    """Loss and gradients of an executor that takes spans in time, `batch` in one micro-step where the ranks hold it."""
     lengths = [len(s.tokens) for s in batch]
     plan = Static(tokens_per_rank=per_rank).plan(0, lengths, data=data, sequence=sequence)
-    return spread(batch, plan, "fp64", **options)
+    return spread(batch, plan, "fp64", spans=spans, **options)
 
 
 def each(several, batch, **options):
