@@ -148,7 +148,7 @@ REFUSED = {
     "~experiment=smoke": "~experiment=smoke: is not chosen",
     "mixer=gla": f"mixer=gla: where? for example mixer@{GLA}.mixer=gla",
     "mixr@model.blocks.gla.mixer=gla": "mixr is no group; nearest: mixer",
-    "run@model=gla": "run is no group; accepts cluster, cost, curriculum, data,",
+    "run@model=gla": "run is no group; accepts cluster, curriculum, data,",
     f"mixer@{GLA}.mixer=gated": f"mixer@{GLA}.mixer=gated: no such option; accepts attention, deltanet,",
     f"mixer@{GLA}.mixer=null": "null: no such option",
     f"mixer@{GLA}.mixer=[gla,attention]": "takes one option",
