@@ -184,7 +184,7 @@ def leave_gradients_where_they_arise() -> None:
 
 
 def reduce_a_copy() -> None:
-    """What a layer hands to other ranks has a gradient of its own rank alone: the sum went into a copy."""
+    """A tensor that a layer hands to other ranks has a gradient of its own rank alone: the sum went into a copy."""
     Comm.reduce_scatter = lambda self, x, purpose: x[self.rank].clone()
 
 

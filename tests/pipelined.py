@@ -1,4 +1,4 @@
-"""What tests of pipelines share: cases, and a rank's side of one, run by the executor."""
+"""Cases that tests of pipelines share, and a rank's side of one, run by the executor."""
 
 from collections.abc import Callable
 from functools import partial

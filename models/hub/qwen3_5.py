@@ -140,7 +140,7 @@ QWEN3_5_MOE = _architecture(
         "shared_expert_intermediate_size": count(),
     },
 )
-# Of a model that sees: the class of its text part. Its configuration is a table in the whole model's.
+# The class of the text part of a model that sees. Its configuration is a table in the whole model's.
 WITH_PICTURES = {"Qwen3_5ForConditionalGeneration": QWEN3_5, "Qwen3_5MoeForConditionalGeneration": QWEN3_5_MOE}
 
 

@@ -85,7 +85,7 @@ class PipelineStage:
         placed = self.placed[m]
         return self.model.part(self.layers, placed.tokens, placed.seq, placed.targets, arrived)
 
-    # What torch's schedules call.
+    # torch's schedules call these.
 
     def forward_one_chunk(self, m: int, *_: Any, **__: Any) -> None:
         arrived = None if self.is_first else self.entering[m].requires_grad_()

@@ -40,8 +40,8 @@ def test_what_no_pipeline_can_run_is_refused_in_one_line(place, capsys, more, wo
 
 @pytest.mark.dist
 def test_a_run_in_a_pipeline_sends_what_its_plan_foretells(place, capsys):
-    """The first step's messages between stages, byte for byte; and stages, their work and the wait are printed. What it
-    saves is evaluated, continued and trained further without a pipeline."""
+    """The first step's messages between stages, byte for byte; `plan` prints stages, their work and the wait. The saved
+    run is evaluated, continued and trained further without a pipeline."""
     common = [*overrides(place), *TWO, MICRO, "parallel.pipeline_schedule=zero_bubble"]
     assert main(["plan", *common]) == 0
     told = capsys.readouterr().out
