@@ -14,7 +14,7 @@ train: $(READY)
 # Tests that measure time run alone. All others share the cores, and the checks run beside them.
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs 2 check tests
-	$(VENV)/bin/python -m pytest -q -m "timing and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q -m "timing and not gpu and not slow" $$(grep -rl "mark.timing" tests)
 
 tests: $(READY)
 	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not timing and not gpu and not slow"

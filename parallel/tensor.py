@@ -7,8 +7,8 @@ them is a part of a sum (`models.width`), which `DividedWidth.leave` adds up.
 Between blocks a rank has its share of the tokens, of whole width: norms and residuals cost each rank a part of the
 work and memory, and `enter` and `leave`, an all-gather and a reduce-scatter, send what an all-reduce alone would
 (Korthikanti et al. 2022, 2205.05198). A rank's gradient of a parameter that is not divided comes from its own tokens,
-heads or channels, so it is a part of a sum too, wherever the parameter stands: `sum_gradients` adds all of them up once
-a step, after the last backward pass.
+heads or channels, so it is a part of a sum too, wherever the parameter stands: `sum_undivided_gradients` adds all of
+them up once a step, after the last backward pass.
 
 Two ranks, a mixer of two heads of width 2, D = 3: q's weight [4, 3] is cut by rows, rank 0 has [2, 3], out's weight
 [3, 4] by columns. Each rank gathers all tokens, computes its head, multiplies by its [3, 2] of `out`, and the two
@@ -258,7 +258,7 @@ def division_of(model: nn.Module) -> Division | None:
     return found
 
 
-def sum_gradients(model: nn.Module) -> None:
+def sum_undivided_gradients(model: nn.Module) -> None:
     """Adds up, over the ranks of tensor groups, the gradients that are parts of a sum: those of parameters of which
     several ranks hold the same piece. Once a step, after the last backward pass, on the shards. Collective."""
     divided = division_of(model)

@@ -20,7 +20,7 @@ from parallel.schedule.time_spans import Shape
 from parallel.sequence.attention import Keys
 from parallel.sequence.place import PackedSequence, Placed, place
 from parallel.sequence.states import Transport
-from parallel.tensor import sum_gradients
+from parallel.tensor import sum_undivided_gradients
 from train.loss import LossSums, sums
 from train.time_spans import Passage, Spans
 
@@ -93,7 +93,7 @@ class Executor:
         for last, micro in micro_steps:
             for part in self._run(plan, micro, batch, objective, last):
                 tally.add(part)
-        sum_gradients(self.model)
+        sum_undivided_gradients(self.model)
         return tally
 
     def _run(

@@ -117,9 +117,9 @@ class Trainer:
             return self.rollback.skip(plan, batch, windows, loss, gradient_norm, rate), found.stop
         self.optimizer.zero_grad()
         self.progress.stepped(tokens, places)
-        for name, counts in found.choices.items():
-            if (moe := mixtures(self.model).get(name)) is not None:  # else another pipeline rank has it
-                moe.router.settle(counts)
+        own = mixtures(self.model)  # of this pipeline rank
+        for name in own.keys() & found.choices.keys():
+            own[name].router.settle(found.choices[name])
         seconds = time.perf_counter() - began
         self.patience.stepped(seconds)
         if self.observe:

@@ -6,7 +6,7 @@ of the mesh divides stay divided by it, a window still ends before a document do
 width that the model is built with is taken.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -207,5 +207,8 @@ def _sized(node: Any, sizes: Mapping[str, int], told: list[str]) -> Any:
 def _divided(count: int, cap: int, sizes: Mapping[str, int]) -> int:
     """The smallest number from `cap` on, at most `count`, that each size of the mesh divides where it divides
     `count`."""
-    same: Callable[[int], bool] = lambda n: all((n % size == 0) == (count % size == 0) for size in sizes.values())  # noqa: E731
+
+    def same(n: int) -> bool:
+        return all((n % size == 0) == (count % size == 0) for size in sizes.values())
+
     return next((n for n in range(min(cap, count), count) if same(n)), count)

@@ -134,7 +134,7 @@ def mutations() -> dict[str, tuple[Any, str, Any]]:
 
     dealt = tensor._dealt
     return {
-        "gradients of whole parameters are not summed": (train.execute, "sum_gradients", lambda model: None),
+        "gradients of whole parameters are not summed": (train.execute, "sum_undivided_gradients", lambda model: None),
         "losses of routers count on every rank": (tensor.DividedWidth, "alike", lambda self, x: x),
         "norms over all heads see their own alone": (tensor.DividedWidth, "sum", lambda self, x: x * self.comm.size),
         "parts are cut as one": (TensorPiece, "segments", side_by_side),

@@ -27,6 +27,7 @@ from train.tracking.record import records
 from train.tracking.tracker import reason
 
 PROJECT = "farspan"  # where nobody says another
+LOCAL_S = 30.0  # for work on this machine, where no server is waited for; a busy machine takes seconds to start wandb
 
 
 def mode_of(mode: str) -> str:
@@ -68,7 +69,7 @@ class WandB:
     name = "W&B"
 
     def __init__(self, options: WandBOptions, facts: Facts, say: Callable[[str], None]):
-        self.patience = 4 * options.timeout + 15
+        self.patience = 4 * options.timeout + 2 * LOCAL_S
         self._options = options
         self._facts = facts
         self._say = say
@@ -141,7 +142,7 @@ class WandB:
         timeout = self._options.timeout
         run = self._told(run_id)
         # What the session is told, login and init obey: without it they would talk, and ask for a key.
-        session = wandb.setup(wandb.Settings(silent=True, console="off", mode="online", x_service_wait=timeout))
+        session = wandb.setup(wandb.Settings(silent=True, console="off", mode="online", x_service_wait=LOCAL_S))
         why = ""
         if mode != "offline":
             try:
@@ -155,7 +156,7 @@ class WandB:
                 why = reason(error)
                 _teardown()  # the service holds the id of the run that failed to start
         if self._run is None:
-            self._run = within(2 * timeout, lambda: wandb.init(mode="offline", **run))
+            self._run = within(LOCAL_S, lambda: wandb.init(mode="offline", **run))
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
         if not self._run.offline:
