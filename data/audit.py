@@ -31,9 +31,9 @@ def audit(batches: Batches, seed: int, steps: int, first: int = 0, skips: int = 
     before = batches.drawn(first, skips)
     for step in range(first, first + steps):
         slots = batches.slots(step, skips)
-        found = [slot.pieces(seed) for slot in slots]
-        _read(batches, slots, found, seed, step, skips)
-        for slot, held in zip(slots, found, strict=True):
+        pieces_by_slot = [slot.pieces(seed) for slot in slots]
+        _read(batches, slots, pieces_by_slot, seed, step, skips)
+        for slot, held in zip(slots, pieces_by_slot, strict=True):
             number, _ = parts.setdefault(id(slot.part), (len(parts), slot.part))
             epoch, place = divmod(slot.index, slot.part.pool.count)
             pieces[number, epoch].append(held)
@@ -81,12 +81,12 @@ def passed_over(skipped: list[list[int]], step: int, skips: int, trained: dict[i
     return f"{step:,} steps before, {skips:,} batches passed over: {rows}; every other one trained on once"
 
 
-def _read(batches: Batches, slots: Sequence[Slot], found: list[Ints], seed: int, step: int, skips: int) -> None:
+def _read(batches: Batches, slots: Sequence[Slot], results: list[Ints], seed: int, step: int, skips: int) -> None:
     """Holds what a step reads against the store, token by token."""
     batch = batches.batch(seed, step, skips)
     if sum(len(s.tokens) for s in batch) != batches.tokens(step, skips):
         raise AssertionError(f"step {step} has {sum(len(s.tokens) for s in batch):,} tokens")
-    for slot, held, packed in zip(slots, found, batch, strict=True):
+    for slot, held, packed in zip(slots, results, batch, strict=True):
         stored = np.concatenate([slot.part.source.store.tokens[a:b] for a, b in held.tolist()])
         if not np.array_equal(packed.tokens[: len(stored)], stored):
             raise AssertionError(f"step {step} does not read what the store holds")

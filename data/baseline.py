@@ -85,5 +85,5 @@ def _interpolate(
 def _look_up(keys: NDArray[np.int64], values: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
     """values[i] where keys[i] (sorted) is wanted, 0 where none is."""
     places = np.searchsorted(keys, wanted)
-    found = np.append(keys, -1)[places] == wanted
-    return np.where(found, np.append(values, 0)[places], 0)
+    present = np.append(keys, -1)[places] == wanted
+    return np.where(present, np.append(values, 0)[places], 0)

@@ -89,14 +89,14 @@ class Ramped:
     """The batches of a ramp, made of those of its units. Raises ValueError for batches whose lengths change."""
 
     def __init__(self, units: Any, ramp: Ramp) -> None:
-        asked = [list(line) for line in ramp.lines]
+        ramps = [list(line) for line in ramp.lines]
         if len(units.shapes()) > 1 or len(getattr(units, "stages", ())) > 1:
             raise ValueError(
-                f"train.batch_tokens={asked}: must be one number where the lengths of sequences change from step to "
+                f"train.batch_tokens={ramps}: must be one number where the lengths of sequences change from step to "
                 "step: data.packing=concat or best_fit, without curriculum.context, takes a ramp"
             )
         self._units, self.ramp = units, ramp
-        self.order = {**units.order, "train.batch_tokens": asked}
+        self.order = {**units.order, "train.batch_tokens": ramps}
         self.fingerprint = hashlib.sha256(json.dumps(self.order, sort_keys=True).encode()).hexdigest()
 
     def __getattr__(self, name: str) -> Any:

@@ -69,14 +69,14 @@ class Sequencing:
 
     def order(self) -> dict[str, Any]:
         """Every key that a batch depends on."""
-        found = {"data.packing": self.packing, "data.max_length": self.max_length, "data.heldout": self.heldout}
+        settings = {"data.packing": self.packing, "data.max_length": self.max_length, "data.heldout": self.heldout}
         if self.packing == "decomposition":
-            found |= {"data.min_length": self.min_length, "data.overlong": self.overlong}
+            settings |= {"data.min_length": self.min_length, "data.overlong": self.overlong}
         else:
-            found |= {"data.document_mask": self.document_mask}
+            settings |= {"data.document_mask": self.document_mask}
         if self.too_long == "skip":  # the others read the same
-            found |= {"data.too_long": self.too_long}
-        return found
+            settings |= {"data.too_long": self.too_long}
+        return settings
 
 
 class Batches:
@@ -159,9 +159,9 @@ class Batches:
         """Lines about documents of training that have more than data.max_length tokens. Raises ValueError where none
         may, and where no others are left."""
         how, limit = self.sequencing.too_long, self.sequencing.max_length
-        found: list[str] = []
+        lines: list[str] = []
         if how == "split" and self.sequencing.packing != "best_fit":  # which cuts documents wherever they lie
-            return found
+            return lines
         for source in self.sources:
             lengths = (limit + 1, None)
             long = Documents(source.store, side="train", heldout=self.sequencing.heldout, lengths=lengths)
@@ -176,17 +176,17 @@ class Batches:
                     f"must be skip or split, or data.max_length at least {longest}"
                 )
             done = "left out" if how == "skip" else "cut"
-            found.append(f"data.too_long={how}: {many}, {len(long):,} together, {'are' if count > 1 else 'is'} {done}")
+            lines.append(f"data.too_long={how}: {many}, {len(long):,} together, {'are' if count > 1 else 'is'} {done}")
             if how == "skip" and not source.documents("train", self.sequencing.heldout):
                 raise ValueError(f"data.too_long=skip: leaves no documents: all have more than data.max_length={limit}")
-        return found
+        return lines
 
     def _held_out(self, source: Source) -> Documents:
         heldout = self.sequencing.heldout
         ((held, _),) = source.documents("heldout", heldout)
         sides = (("training", source.documents("train", heldout)), ("held-out", [(held, 1)] if len(held.ids) else []))
-        for side, found in sides:
-            if not found:
+        for side, choices in sides:
+            if not choices:
                 raise ValueError(
                     f"data.heldout={heldout}: leaves no {side} documents of the corpus' {len(source.store.hashes)}"
                 )
@@ -194,42 +194,42 @@ class Batches:
 
     def _order(self, curriculum: Curriculum) -> dict[str, Any]:
         versions = [VERSION, Permutation.version, self._lanes()[0].parts[0].pool.version]
-        found: dict[str, Any] = {"version": versions, "train.batch_tokens": self.batch_tokens}
-        found |= self.sequencing.order()
+        order: dict[str, Any] = {"version": versions, "train.batch_tokens": self.batch_tokens}
+        order |= self.sequencing.order()
         for source in self.sources:
             at = f"data.sources.{source.name}" if source.name else "data"
-            found[f"{at}.corpus"] = source.store.fingerprint
+            order[f"{at}.corpus"] = source.store.fingerprint
             if (cut := getattr(source.store, "cut", None)) is not None:
-                found[f"{at}.cut"] = list(cut)
+                order[f"{at}.cut"] = list(cut)
             if source.name:
-                found[f"{at}.weight"] = [[token, str(weight)] for token, weight in source.weight]
-                found[f"{at}.epochs"] = str(source.epochs)
-                found[f"{at}.long"] = [[least, str(factor)] for least, factor in source.long]
-                found[f"{at}.order"] = source.order
+                order[f"{at}.weight"] = [[token, str(weight)] for token, weight in source.weight]
+                order[f"{at}.epochs"] = str(source.epochs)
+                order[f"{at}.long"] = [[least, str(factor)] for least, factor in source.long]
+                order[f"{at}.order"] = source.order
         if curriculum.odds != "uniform":
-            found |= {f"curriculum.{key}": getattr(curriculum, key) for key in ("odds", "cycles", "tokens")}
+            order |= {f"curriculum.{key}": getattr(curriculum, key) for key in ("odds", "cycles", "tokens")}
         if curriculum.context is not None:
-            found["curriculum.context"] = [list(stage) for stage in curriculum.context]
-        return found
+            order["curriculum.context"] = [list(stage) for stage in curriculum.context]
+        return order
 
-    def told(self) -> list[str]:
+    def report(self) -> list[str]:
         """Describes the split and documents too long, a line each: one that is cut, less than a window held out."""
-        found, longest = [], self.sequencing.max_length
+        lines, longest = [], self.sequencing.max_length
         for source, held in zip(self.sources, self.heldout_documents, strict=True):
             at = f"data.sources.{source.name}.data.path" if source.name else "data.path"
             if isinstance(store := source.store, Divided):
                 count = len(store.whole.hashes)
                 whole = "the document" if count == 1 else f"the longest of {count} documents"
-                found.append(
+                lines.append(
                     f"{at}: too few documents to hold out whole ones by data.heldout={self.sequencing.heldout}: of "
                     f"{whole} the first {store.cut[1]:,} tokens are trained on, and those behind them are held out"
                 )
             if len(held) <= longest:
-                found.append(
+                lines.append(
                     f"{at}: {len(held):,} tokens are held out, less than a sequence of data.max_length={longest}: "
                     "evaluations read no more than those"
                 )
-        return found + self.too_long
+        return lines + self.too_long
 
     def _lanes(self) -> list[Any]:
         return [lane for _, sampler, _ in self.stages for lane in sampler.lanes]
@@ -287,14 +287,14 @@ class Batches:
 
     def drawn(self, step: int, skips: int = 0) -> dict[str, int]:
         """The tokens that each source and bucket has given before a step: they sum to those of all steps before."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         at = step + skips
         ends = [begin for begin, _, _ in self.stages[1:]] + [at]
         for (begin, sampler, _), end in zip(self.stages, ends, strict=True):
             if begin < at:
                 for name, tokens in sampler.drawn(min(end, at) - begin).items():
-                    found[name] = found.get(name, 0) + tokens
-        return found
+                    counts[name] = counts.get(name, 0) + tokens
+        return counts
 
     def filled(self, step: int) -> float:
         """The share of the places before a step that hold a token, as it is in whole epochs; the others are padding."""
@@ -315,8 +315,8 @@ class Batches:
 
     def shapes(self) -> list[list[int]]:
         """The lengths of every kind of batch that there is."""
-        found = {lane.length: [lane.length] * lane.per_step for lane in self._lanes()}
-        return [found[length] for length in sorted(found)]
+        shapes = {lane.length: [lane.length] * lane.per_step for lane in self._lanes()}
+        return [shapes[length] for length in sorted(shapes)]
 
     @property
     def longest_piece(self) -> int:
@@ -338,16 +338,16 @@ class Batches:
 
     def heldout_by_source(self) -> dict[str, list[Packed]]:
         """The same, by the name of the source; that of a single corpus is ""."""
-        longest, found = self.sequencing.max_length, {}
+        longest, sources = self.sequencing.max_length, {}
         wanted = max(self.sequencing.heldout_tokens // len(self.sources) // longest, 1)
         for source, held in zip(self.sources, self.heldout_documents, strict=True):
             there = max((len(held) - 1) // longest, 1)
             count = min(wanted, there)
             begins = [i * there // count * longest for i in range(count)]
-            found[source.name] = [
+            sources[source.name] = [
                 self._read(held.store, held.pieces(n, min(n + longest, len(held))), longest) for n in begins
             ]
-        return found
+        return sources
 
     def _stage(self, step: int) -> tuple[int, Sampler, float | None]:
         return next(stage for stage in reversed(self.stages) if stage[0] <= step)
@@ -364,11 +364,11 @@ def changed(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
     """Lists the differences between two `order`s; None for an order that was not saved."""
     if before is None:
         return "its corpus, data.max_length or train.batch_tokens, or it is of another version of farspan"
-    found = []
+    changes = []
     for key in sorted({*before, *after}):
         a, b = before.get(key), after.get(key)
         if a != b and key.endswith(".corpus"):
-            found.append(f"{key}: other documents" if a and b else f"{key}: {'gone' if a else 'new'}")
+            changes.append(f"{key}: other documents" if a and b else f"{key}: {'gone' if a else 'new'}")
         elif a != b:
-            found.append("this version of farspan has another" if key == "version" else f"{key} was {a}, is {b}")
-    return "; ".join(found)
+            changes.append("this version of farspan has another" if key == "version" else f"{key} was {a}, is {b}")
+    return "; ".join(changes)

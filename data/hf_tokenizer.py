@@ -59,8 +59,8 @@ def ids_of(card: dict[str, Any]) -> dict[str, Any]:
     stop = list(roles.stop)
     end = {"eos_token_id": stop if len(stop) > 1 else roles.end}
     if "ids" in card:
-        said = "eos_token_id" in json.loads(card["files"].get("generation_config.json", "{}"))
-        return card["ids"] if said or roles.end is None else {**end, **card["ids"]}
+        named = "eos_token_id" in json.loads(card["files"].get("generation_config.json", "{}"))
+        return card["ids"] if named or roles.end is None else {**end, **card["ids"]}
     return {"bos_token_id": (roles.begin or (None,))[0], **end, "pad_token_id": roles.pad}
 
 
@@ -84,9 +84,9 @@ def from_file(path: str | Path, document: str | None = None) -> Any:
     file = Path(path).expanduser()
     card = file / "tokenizer.json" if file.is_dir() else file
     try:
-        found = reading.json_object(card)
-        if found.get("name") == Json.name:
-            return named(from_card(found), document)
+        loaded = reading.json_object(card)
+        if loaded.get("name") == Json.name:
+            return named(from_card(loaded), document)
     except ValueError:
         pass  # no store's
     return read(file, document)
@@ -105,15 +105,15 @@ def read(path: Path, document: str | None = None) -> Json | Bytes:
         return Bytes()
     beside = {}
     if path.is_dir() or path.name == "tokenizer.json":
-        beside = {name: found for name in (*BESIDE, "config.json") if (found := _text(folder / name)) is not None}
-    told = {name: _object(name, found) for name, found in beside.items() if name.endswith("config.json")}
-    roles = _roles(text, backend, beside, told)
-    config = told.get("config.json")
+        beside = {name: texts for name in (*BESIDE, "config.json") if (texts := _text(folder / name)) is not None}
+    objects = {name: _object(name, texts) for name, texts in beside.items() if name.endswith("config.json")}
+    roles = _roles(text, backend, beside, objects)
+    config = objects.get("config.json")
     if document is None and not roles.marks and config is None:
         return Json(text)
     ids = None if config is None else {key: config[key] for key in IDS if key in config}
-    kept = {name: beside[name] for name in BESIDE if name in beside}
-    return named(_stopping(Json(text, roles=roles, files=kept, ids=ids)), document)
+    files = {name: beside[name] for name in BESIDE if name in beside}
+    return named(_stopping(Json(text, roles=roles, files=files, ids=ids)), document)
 
 
 def named(tokenizer: Any, document: str | None) -> Any:
@@ -145,7 +145,7 @@ def _stopping(tokenizer: Json, end: int | None = None) -> Json:
         return {**config, "eos_token_id": every if len(every) > 1 else next(iter(every), None)}
 
     files, name = dict(tokenizer.files), "generation_config.json"
-    if name in files and (told := _object(name, files[name])) != (new := mended(told)):
+    if name in files and (settings := _object(name, files[name])) != (new := mended(settings)):
         files[name] = json.dumps(new, indent=2)
     ids = None if tokenizer.ids is None else mended(tokenizer.ids)
     if files == tokenizer.files and ids == tokenizer.ids:
@@ -153,13 +153,13 @@ def _stopping(tokenizer: Json, end: int | None = None) -> Json:
     return Json(tokenizer.text, roles=tokenizer.roles, files=files, ids=ids)
 
 
-def _roles(text: str, backend: Any, beside: dict[str, str], told: dict[str, dict[str, Any]]) -> Roles:
+def _roles(text: str, backend: Any, beside: dict[str, str], tokenizer_settings: dict[str, dict[str, Any]]) -> Roles:
     """Reads a folder's special tokens: those that its own tokenizer would put around a text, and the ids that end
     one that is written, those of its generation_config.json before those of its config.json."""
-    settings = told.get("tokenizer_config.json", {})
+    settings = tokenizer_settings.get("tokenizer_config.json", {})
     if "special_tokens_map.json" in beside:
         settings = {**_object("special_tokens_map.json", beside["special_tokens_map.json"]), **settings}
-    config, generation = told.get("config.json", {}), told.get("generation_config.json", {})
+    config, generation = tokenizer_settings.get("config.json", {}), tokenizer_settings.get("generation_config.json", {})
     inner = config.get("text_config")
     config = {**(inner if isinstance(inner, dict) else {}), **config}
     size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -201,18 +201,18 @@ def around(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _as_they_came(tokenizer: Json, max_length: int | None) -> dict[str, str]:
-    found, name = {"tokenizer.json": tokenizer.text, **tokenizer.files}, "tokenizer_config.json"
-    if name not in found:
+    files, name = {"tokenizer.json": tokenizer.text, **tokenizer.files}, "tokenizer_config.json"
+    if name not in files:
         backend, roles = loaded(tokenizer.text), tokenizer.roles
         both = {"bos_token": next(iter(roles.begin), None), "eos_token": roles.end}
         words = {key: backend.id_to_token(i) for key, i in both.items() if i is not None}
         words |= {} if max_length is None else {"model_max_length": max_length}
-        found[name] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **words}, indent=2)
-    config = json.loads(found[name])
+        files[name] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **words}, indent=2)
+    config = json.loads(files[name])
     known = config.get("model_max_length")
     if max_length is not None and isinstance(known, int | float) and known < max_length:
-        found[name] = json.dumps({**config, "model_max_length": max_length}, indent=2, ensure_ascii=False)
-    return found
+        files[name] = json.dumps({**config, "model_max_length": max_length}, indent=2, ensure_ascii=False)
+    return files
 
 
 def _tokenizer_json(path: Path) -> str:
@@ -235,26 +235,26 @@ def _text(file: Path) -> str | None:
 
 def _object(name: str, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({str(error)[:100]})") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"{name} is not a JSON object")
-    return found
+    return value
 
 
 def _added(settings: dict[str, Any]) -> dict[str | None, int]:
     """The ids of the tokens that a tokenizer_config.json adds, by their text."""
-    told = settings.get("added_tokens_decoder") or {}
-    if not isinstance(told, dict) or not all(str(i).isdecimal() for i in told):
+    tokens = settings.get("added_tokens_decoder") or {}
+    if not isinstance(tokens, dict) or not all(str(i).isdecimal() for i in tokens):
         raise ValueError("tokenizer_config.json: added_tokens_decoder must be an object whose keys are ids")
-    return {_name(token): int(i) for i, token in told.items()}
+    return {_name(token): int(i) for i, token in tokens.items()}
 
 
 def _name(token: Any) -> str | None:
     """A token's text, as a configuration has it: alone, or with how it is matched."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def _listed(ids: Any) -> list[int]:

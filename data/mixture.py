@@ -64,7 +64,7 @@ class Portion:
 
 def _lines(key: str, given: Any, lines: Sequence[Any]) -> tuple[tuple[int, Fraction], ...]:
     """[[tokens, number], …] in whole tokens and exact numbers. Raises ValueError."""
-    found = []
+    loaded = []
     for line in lines:
         numbers = line if isinstance(line, list | tuple) else ()
         if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
@@ -72,10 +72,10 @@ def _lines(key: str, given: Any, lines: Sequence[Any]) -> tuple[tuple[int, Fract
         tokens, number = Fraction(str(numbers[0])), Fraction(str(numbers[1]))
         if tokens.denominator != 1 or tokens < 0 or number < 0:
             raise ValueError(f"{key}={given}: must not be negative")
-        found.append((int(tokens), number))
-    if [tokens for tokens, _ in found] != sorted({tokens for tokens, _ in found}):
+        loaded.append((int(tokens), number))
+    if [tokens for tokens, _ in loaded] != sorted({tokens for tokens, _ in loaded}):
         raise ValueError(f"{key}={given}: must have its tokens in order")
-    return tuple(found)
+    return tuple(loaded)
 
 
 class Mixture:
@@ -107,14 +107,14 @@ class Mixture:
         for name, portion in sources.items():
             if not isinstance(portion, Portion) or "/" in name:
                 raise ValueError(f"data.sources.{name}: must be a data.Portion, under a name without /")
-        found = [portion.source(name) for name, portion in sources.items()]
-        for token in sorted({token for source in found for token, _ in source.weight}) or [0]:
-            if not any(source.weight_at(token) for source in found):
+        parts = [portion.source(name) for name, portion in sources.items()]
+        for token in sorted({token for source in parts for token, _ in source.weight}) or [0]:
+            if not any(source.weight_at(token) for source in parts):
                 raise ValueError(f"data.sources: some weight must be above 0 from token {token} on")
         self.sources, self.replay = dict(sources), replay
-        self.weights = {source.name: source.weight for source in found}
+        self.weights = {source.name: source.weight for source in parts}
         if replay is not None:
-            self.weights = _shared(found, {name for name, portion in sources.items() if portion.old}, replay)
+            self.weights = _shared(parts, {name for name, portion in sources.items() if portion.old}, replay)
         self.sequencing = Sequencing(
             max_length=max_length,
             packing=packing,
@@ -162,14 +162,14 @@ class Mixture:
         )
 
 
-def _shared(found: list[Source], old: set[str], replay: float) -> dict[str, Weight]:
+def _shared(parts: list[Source], old: set[str], replay: float) -> dict[str, Weight]:
     """Weights such that the old sources have `replay` of all together at every token. Raises ValueError."""
     if isinstance(replay, bool) or not isinstance(replay, int | float) or not 0 <= replay <= 1:
         raise ValueError(f"data.replay={replay}: must be a share from 0 to 1, or null")
-    share, tokens = Fraction(str(replay)), sorted({token for source in found for token, _ in source.weight})
-    weights: dict[str, list[tuple[int, Fraction]]] = {source.name: [] for source in found}
+    share, tokens = Fraction(str(replay)), sorted({token for source in parts for token, _ in source.weight})
+    weights: dict[str, list[tuple[int, Fraction]]] = {source.name: [] for source in parts}
     for of, names in ((share, old), (1 - share, set(weights) - old)):
-        members = [source for source in found if source.name in names]
+        members = [source for source in parts if source.name in names]
         for token in tokens:
             total = sum(source.weight_at(token) for source in members)
             if of and not total:

@@ -93,14 +93,14 @@ def unpacked(batch: Sequence[Packed]) -> list[Packed]:
     piece remembers its `origin`, by which random choices know it. The windows of a batch whose documents see each other
     are one piece each.
     """
-    found = []
+    documents = []
     for sequence, window in enumerate(batch):
         edges = [*np.flatnonzero(window.starts[: window.num_tokens]).tolist(), window.num_tokens]
         for piece, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
             starts = np.zeros(end - begin, dtype=bool)
             starts[0] = True
             origin = PieceOrigin(sequence, piece, begin)
-            found.append(
+            documents.append(
                 Packed(tokens=window.tokens[begin:end], targets=window.targets[begin:end], starts=starts, origin=origin)
             )
-    return found
+    return documents

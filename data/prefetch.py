@@ -3,7 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-Asked = tuple[int, int, int]  # seed, step, skips
+BatchKey = tuple[int, int, int]  # seed, step, skips
 
 
 class Prefetched:
@@ -15,7 +15,7 @@ class Prefetched:
     def __init__(self, batches: Any) -> None:
         self._batches = batches
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._next: tuple[Asked, Future[Any]] | None = None
+        self._next: tuple[BatchKey, Future[Any]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)
@@ -26,8 +26,8 @@ class Prefetched:
 
     def batch(self, seed: int, step: int, skips: int = 0) -> Any:
         """The global batch of a step, `skips` batches having been skipped before it."""
-        asked, following = (seed, step, skips), (seed, step + 1, skips)
+        key, following = (seed, step, skips), (seed, step + 1, skips)
         made = self._next
         if made is None or made[0] != following:  # a step asked for again leaves the next one as it is
             self._next = following, self._thread.submit(self._batches.batch, *following)
-        return made[1].result() if made is not None and made[0] == asked else self._batches.batch(*asked)
+        return made[1].result() if made is not None and made[0] == key else self._batches.batch(*key)

@@ -30,10 +30,10 @@ def opened(path: Path) -> BinaryIO:
 def content(path: Path, most: int) -> bytes:
     """All of a regular file of at most `most` bytes. Raises ValueError."""
     with opened(path) as file:
-        found = file.read(most + 1)
-    if len(found) > most:
+        bytes_read = file.read(most + 1)
+    if len(bytes_read) > most:
         raise ValueError(f"{path.name}: has more than {most:,} bytes")
-    return found
+    return bytes_read
 
 
 def text(path: Path, most: int) -> str:
@@ -48,26 +48,26 @@ def json_object(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
     """The object that a JSON file holds. Raises ValueError for anything else."""
     whole = text(path, most)
     try:
-        found = json.loads(whole)
+        value = json.loads(whole)
     except (ValueError, RecursionError) as error:
         why = "is nested too deep" if isinstance(error, RecursionError) else f"is not JSON ({error})"
         raise ValueError(f"{path.name}: {why}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"{path.name}: is not a JSON object")
-    return found
+    return value
 
 
 def json_lines(path: Path, most: int = JSON_BYTES) -> list[dict[str, Any]]:
     """The objects of a file that has one a line; lines that hold none are passed over. Raises ValueError."""
-    found = []
+    lines = []
     for line in content(path, most).splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
-            found.append(record)
-    return found
+            lines.append(record)
+    return lines
 
 
 def is_step(record: Any) -> bool:

@@ -33,8 +33,8 @@ class Roles:
         return cls(tuple(card["begin"]), card["end"], tuple(card["stop"]), card["pad"], card["unknown"])
 
     def card(self) -> dict[str, Any]:
-        found = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+        roles = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in roles.items()}
 
     @property
     def joint(self) -> bool:
@@ -64,5 +64,5 @@ class Roles:
 
 def roles_of(tokenizer: Any) -> Roles:
     """The roles of a tokenizer's special tokens; a tokenizer that names a `DOCUMENT` alone uses it for all of them."""
-    found = getattr(tokenizer, "roles", None)
-    return Roles.of(tokenizer.DOCUMENT) if found is None else found
+    roles = getattr(tokenizer, "roles", None)
+    return Roles.of(tokenizer.DOCUMENT) if roles is None else roles

@@ -22,10 +22,10 @@ class Spelling:
     """
 
     def __init__(self, backend: Any, text: str, silent: frozenset[int]) -> None:
-        told = parsed(text)
+        settings = parsed(text)
         self._backend, self.silent = backend, silent
-        decoder, model = told.get("decoder"), told["model"]
-        steps, before = _flat(decoder, "decoders"), _flat(told.get("pre_tokenizer"), "pretokenizers")
+        decoder, model = settings.get("decoder"), settings["model"]
+        steps, before = _flat(decoder, "decoders"), _flat(settings.get("pre_tokenizer"), "pretokenizers")
         kinds, splits = {step.get("type") for step in steps}, {step.get("type") for step in before}
         self.by_letters = "ByteLevel" in kinds or (not steps and "ByteLevel" in splits)
         self._added = frozenset(self._backend.get_added_tokens_decoder())
@@ -73,10 +73,10 @@ class Spelling:
 
     def __call__(self, ids: Sequence[int]) -> bytes:
         """Spells tokens one after another."""
-        kept = [i for i in ids if i not in self.silent]
+        audible = [i for i in ids if i not in self.silent]
         if self._decode is None:
-            return b"".join(map(self.each, kept))
-        return self._decode([self._backend.id_to_token(i) or "" for i in kept]).encode()
+            return b"".join(map(self.each, audible))
+        return self._decode([self._backend.id_to_token(i) or "" for i in audible]).encode()
 
     def writer(self, before: Sequence[int]) -> "SpellingWriter":
         """For the tokens that follow those of a text."""

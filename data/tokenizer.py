@@ -112,11 +112,11 @@ class Json:
         if roles is None:
             known = [name for name in CLOSING if self._backend.token_to_id(name) is not None]
             self.document = document or next(iter(known), None)
-            found = own if self.document is None else self._backend.token_to_id(self.document)
-            if found is None:
+            document_id = own if self.document is None else self._backend.token_to_id(self.document)
+            if document_id is None:
                 raise ValueError(f"has no token {document}" + (f"; it has {', '.join(known)}" if known else ""))
-            self.DOCUMENT = found
-            roles = Roles.of(found)
+            self.DOCUMENT = document_id
+            roles = Roles.of(document_id)
         self.roles = roles
         self.size = max([own - 1, *roles.marks]) + 1
         self.dtype = smallest(self.size)
@@ -143,8 +143,8 @@ class Json:
         head = {"name": self.name, "size": self.size}
         if not self.of_folder:
             return {**head, "special": {"document": self.DOCUMENT}, "document": self.document, "json": self.text}
-        found = {**head, "special": self.roles.card(), "json": self.text, "files": self.files}
-        return found if self.ids is None else {**found, "ids": self.ids}
+        card = {**head, "special": self.roles.card(), "json": self.text, "files": self.files}
+        return card if self.ids is None else {**card, "ids": self.ids}
 
     def spells(self, content: bytes) -> bool:
         try:
@@ -161,8 +161,8 @@ class Json:
         """`encode` of each. One call for many: the package's own batches cost less than as many single ones."""
         texts = [content.decode() for content in contents]
         with sound():
-            found = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
-        for encoding in found:
+            encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        for encoding in encodings:
             yield np.array(encoding.ids, dtype=self.dtype)
 
     def unknown(self, text: str) -> str | None:
@@ -179,8 +179,8 @@ class Json:
 
         A blank that the tokenizer puts in front of every text is none of its bytes.
         """
-        found = self._spelling([int(i) for i in np.asarray(ids).reshape(-1)])
-        return found[1:] if found[:1] == b" " and self._leads else found
+        text = self._spelling([int(i) for i in np.asarray(ids).reshape(-1)])
+        return text[1:] if text[:1] == b" " and self._leads else text
 
     def writer(self, before: Sequence[int] = ()) -> SpellingWriter:
         """For the tokens that follow those of a text."""
@@ -255,10 +255,10 @@ class Given:
     def fitted(self, largest: int) -> "Given":
         """With the size that the largest id asks for, and the token between documents."""
         size, document = self.asked
-        found = Given(max(size or largest + 1, (document or 0) + 1), document)
+        tokenizer = Given(max(size or largest + 1, (document or 0) + 1), document)
         if document is None:
-            found.size += 1
-        return found
+            tokenizer.size += 1
+        return tokenizer
 
     def card(self) -> dict[str, Any]:
         """The card that a checkpoint saves."""
@@ -276,8 +276,8 @@ class Given:
 
     def decode(self, ids: ArrayLike) -> bytes:
         """Their numbers, which is all that is known of them."""
-        kept = [int(i) for i in np.asarray(ids).reshape(-1) if int(i) != self.DOCUMENT]
-        return "".join(f"{i} " for i in kept).encode()
+        plain = [int(i) for i in np.asarray(ids).reshape(-1) if int(i) != self.DOCUMENT]
+        return "".join(f"{i} " for i in plain).encode()
 
 
 class Symbols:
@@ -327,19 +327,19 @@ def from_card(card: dict[str, Any]) -> Any:
         raise ValueError(f"tokenizer={str(name)[:80]}: not in this version, which has {', '.join(TOKENIZERS)}")
     try:
         if name == Json.name and "document" in card:
-            found: Any = Json(card["json"], document=card["document"])
+            tokenizer: Any = Json(card["json"], document=card["document"])
         elif name == Json.name:
             roles = Roles.from_card(card["special"])
-            found = Json(card["json"], roles=roles, files=card["files"], ids=card.get("ids"))
+            tokenizer = Json(card["json"], roles=roles, files=card["files"], ids=card.get("ids"))
         elif name == Given.name:
-            found = Given(card["size"], card["special"]["document"])
+            tokenizer = Given(card["size"], card["special"]["document"])
         else:
-            found = TOKENIZERS[name]()
+            tokenizer = TOKENIZERS[name]()
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"tokenizer={name}: its card is not whole ({error})") from None
-    if found.card() != card:
-        raise ValueError(f"tokenizer={name}: its card says {_short(card)}, this version's {_short(found.card())}")
-    return found
+    if tokenizer.card() != card:
+        raise ValueError(f"tokenizer={name}: its card says {_short(card)}, this version's {_short(tokenizer.card())}")
+    return tokenizer
 
 
 def _short(card: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from data.spelling import parsed
 
 
 @contextmanager
-def sound(said: str = "the tokenizer gave up on a text") -> Iterator[None]:
-    """Turns an error of the `tokenizers` package into a ValueError of one line, `said` and the reason.
+def sound(problem: str = "the tokenizer gave up on a text") -> Iterator[None]:
+    """Turns an error of the `tokenizers` package into a ValueError of one line, `problem` and the reason.
 
     It has no class of its own for errors, and a panic of its Rust is no `Exception`: an expression of a tokenizer.json
     that backtracks without end ends in one, at the limit of the package's regular expressions.
@@ -21,7 +21,7 @@ def sound(said: str = "the tokenizer gave up on a text") -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{said} ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{problem} ({' '.join(str(error).split())[:200]})") from None
 
 
 def loaded(text: str) -> Any:
@@ -50,14 +50,14 @@ def deaf(text: str, backend: Any, special: set[int]) -> Any:
     ):  # which makes words by merges: most have no way to a special token
         probes = [probe for name in names.values() for probe in (name, f"a{name}b", f" {name} ")]
         with sound():
-            found = {i for each in backend.encode_batch(probes, add_special_tokens=False) for i in each.ids}
-        if not special & found - {unknown_of(text, backend)}:
+            ids = {i for each in backend.encode_batch(probes, add_special_tokens=False) for i in each.ids}
+        if not special & ids - {unknown_of(text, backend)}:
             return backend
-    told = json.loads(text)
-    model = told["model"]
+    settings = json.loads(text)
+    model = settings["model"]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     secret = {name: f"\ufdd0{digest}-{i}" for i, name in names.items()}
-    for token in told.get("added_tokens", ()):
+    for token in settings.get("added_tokens", ()):
         if token["content"] in secret:
             token |= {"content": secret[token["content"]], "special": True}
     vocabulary = model.get("vocab", {})
@@ -70,7 +70,7 @@ def deaf(text: str, backend: Any, special: set[int]) -> Any:
         model["merges"] = [pair for pair in pairs if not secret.keys() & {*pair, "".join(pair)}]
     if model.get("unk_token") in secret:
         model["unk_token"] = secret[model["unk_token"]]
-    return loaded(json.dumps(told))
+    return loaded(json.dumps(settings))
 
 
 def unknown_of(text: str, backend: Any) -> int | None:

@@ -14,7 +14,7 @@ def unknown(tokenizer: Any, contents: Sequence[bytes], ids: Sequence[NDArray[np.
     one that drops such text, how many characters it has dropped."""
     mark, text = getattr(tokenizer, "unknown_id", None), getattr(tokenizer, "text", None)
     if mark is not None:
-        return sum(int(np.count_nonzero(found == mark)) for found in ids)
+        return sum(int(np.count_nonzero(piece == mark)) for piece in ids)
     if text is None or not _drops(text):  # bytes, ids, or a vocabulary that spells every byte
         return 0
     return sum(_dropped(text, content) for content in contents)
@@ -33,15 +33,15 @@ def _dropped(text: str, content: bytes) -> int:
 def _backend(text: str) -> Any:
     from tokenizers import Tokenizer
 
-    found = Tokenizer.from_str(text)
-    found.no_truncation()
-    found.no_padding()
-    found.encode_special_tokens = True
-    return found
+    backend = Tokenizer.from_str(text)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
 
 
 @lru_cache(maxsize=4)
 def _drops(text: str) -> bool:
     """True for a tokenizer.json without an unknown token that has no tokens for single bytes, either."""
-    told = json.loads(text)
-    return not told["model"].get("byte_fallback") and '"ByteLevel"' not in json.dumps(told.get("pre_tokenizer"))
+    settings = json.loads(text)
+    return not settings["model"].get("byte_fallback") and '"ByteLevel"' not in json.dumps(settings.get("pre_tokenizer"))

@@ -62,8 +62,8 @@ def _around(backend: Any, settings: dict[str, Any]) -> None:
     """Puts before a text and behind it what the settings ask for."""
     from tokenizers import processors
 
-    asked = {kind: settings.get(f"{kind}_token") for kind in ("bos", "eos") if settings.get(f"add_{kind}_token")}
-    names = {kind: each.get("content") if isinstance(each, dict) else each for kind, each in asked.items()}
+    roles = {kind: settings.get(f"{kind}_token") for kind in ("bos", "eos") if settings.get(f"add_{kind}_token")}
+    names = {kind: each.get("content") if isinstance(each, dict) else each for kind, each in roles.items()}
     known = {kind: name for kind, name in names.items() if name and backend.token_to_id(name) is not None}
     if known:
         words = (known.get("bos"), "$A", known.get("eos"))
@@ -75,17 +75,17 @@ def _around(backend: Any, settings: dict[str, Any]) -> None:
 
 def _added(folder: Path, settings: dict[str, Any]) -> dict[str, bool]:
     """The tokens that no merge makes, in the order of their ids, and whether each is special."""
-    found: dict[int, tuple[str, bool]] = {}
+    added: dict[int, tuple[str, bool]] = {}
     for name, i in _object(folder / "added_tokens.json").items():
-        found[int(i)] = (name, True)
-    told = settings.get("added_tokens_decoder") or {}
+        added[int(i)] = (name, True)
+    decoder = settings.get("added_tokens_decoder") or {}
     try:
-        found |= {int(i): (str(each["content"]), bool(each.get("special"))) for i, each in told.items()}
+        added |= {int(i): (str(each["content"]), bool(each.get("special"))) for i, each in decoder.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             "tokenizer_config.json: added_tokens_decoder must be an object of tokens by their ids"
         ) from None
-    tokens = {name: special for _, (name, special) in sorted(found.items())}
+    tokens = {name: special for _, (name, special) in sorted(added.items())}
     for key, value in {**_object(folder / "special_tokens_map.json"), **settings}.items():
         token = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(token, str):

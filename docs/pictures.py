@@ -38,14 +38,14 @@ ARROWS = {
 
 def imports() -> set[tuple[str, str]]:
     """(importer, imported) for each pair of different rooms."""
-    found = set()
+    rooms = set()
     for room in ROOMS:
         for file in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                found |= {(room, name.split(".")[0]) for name in names}
-    return {(one, other) for one, other in found if other in ROOMS and other != one}
+                rooms |= {(room, name.split(".")[0]) for name in names}
+    return {(one, other) for one, other in rooms if other in ROOMS and other != one}
 
 
 def rooms() -> None:

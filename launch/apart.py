@@ -21,8 +21,8 @@ def clean(path: list[str]) -> list[str]:
     except OSError:  # it was deleted
         return [entry for entry in path if entry]
     ours = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    kept = {ours, *(os.path.realpath(folder) for folder in sysconfig.get_paths().values())}
-    if here in kept:
+    folders = {ours, *(os.path.realpath(folder) for folder in sysconfig.get_paths().values())}
+    if here in folders:
         return [entry or here for entry in path]
     return [entry for entry in path if entry and os.path.realpath(entry) != here]
 

@@ -62,12 +62,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _moved(corpus: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(corpus)
+    moved = dict(corpus)
     for key in _PLACES:
         if key in corpus:
             may_be_a_name = key == "tokenizer" or key == "path" and corpus.get("corpus") == "hf"
-            found[key] = absolute(corpus[key], may_be_a_name)
-    return found
+            moved[key] = absolute(corpus[key], may_be_a_name)
+    return moved
 
 
 def absolute(value: Any, may_be_a_name: bool = False) -> Any:

@@ -135,7 +135,7 @@ def account(model: LM, *, device: str = "cpu") -> Account:
     if model.embedding.device.type != "meta":
         raise ValueError(f"model: is on {model.embedding.device.type}; must be on the meta device to be accounted for")
     known: dict[Any, _Layer] = {}
-    rows, found = model.coupled(), []
+    rows, layers = model.coupled(), []
     for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
         alike = (kind, *(p.shape for p in layer.parameters()))
         if alike not in known:
@@ -144,8 +144,8 @@ def account(model: LM, *, device: str = "cpu") -> Account:
             except RuntimeError as error:  # what the meta device cannot do
                 line = (str(error).splitlines() or [""])[0]
                 raise NotImplementedError(f"costs of layers.{name} ({kind}): {line}") from error
-        found.append(known[alike])
-    forward, backward = sum(each.forward for each in found), sum(each.backward for each in found)
+        layers.append(known[alike])
+    forward, backward = sum(each.forward for each in layers), sum(each.backward for each in layers)
     vocabulary, dim = model.embedding.shape
     head = 2 * vocabulary * dim
     looked_up = vocabulary * dim if model.head is not None else 0
@@ -156,13 +156,13 @@ def account(model: LM, *, device: str = "cpu") -> Account:
         activated=parameters - idle(model) - (looked_up and looked_up - dim),
         per_token=Flops(forward / TOKENS + head, backward / TOKENS + 2 * head, forward / TOKENS),
         layers=tuple(
-            LayerWork(Flops(e.forward / TOKENS, e.backward / TOKENS, e.forward / TOKENS), e.attention) for e in found
+            LayerWork(Flops(e.forward / TOKENS, e.backward / TOKENS, e.forward / TOKENS), e.attention) for e in layers
         ),
         head=3.0 * head,
-        attention=tuple(attention for each in found for attention in each.attention),
-        activations=sum(each.kept for each in found) / TOKENS,
-        dear=sum(each.dear for each in found) / TOKENS,
-        recurrent=sum(each.recurrent for each in found),
+        attention=tuple(attention for each in layers for attention in each.attention),
+        activations=sum(each.kept for each in layers) / TOKENS,
+        dear=sum(each.dear for each in layers) / TOKENS,
+        recurrent=sum(each.recurrent for each in layers),
     )
 
 
@@ -189,7 +189,7 @@ class _Layer(NamedTuple):
 def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Layer:
     x_BTD = torch.empty(1, TOKENS, model.embedding.shape[1], dtype=model.compute, device="meta", requires_grad=True)
     parameters = list(layer.parameters())
-    saved = _Kept(parameters)
+    saved = _SavedBytes(parameters)
     seq, remembering = Traced.of_length(TOKENS), Traced.of_length(TOKENS, memory := Memory())
     with by_shape(layer, device):
         with saved.hooks, FlopCounterMode(display=False) as forward:
@@ -299,7 +299,7 @@ def _in_turn(
     return mixture(x_ND, weights_NX, sent.order, sizes, *weights), beside()
 
 
-class _Kept:
+class _SavedBytes:
     """Bytes of the storages that autograd saves, each once, parameters not counted."""
 
     def __init__(self, parameters: Iterable[Tensor]):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from models.cross_layer import ALONE, Depth, told
+from models.cross_layer import ALONE, Depth, build_with
 from models.moe import Routing
 from models.norm import RMSNorm
 from models.sequence import Sequence
@@ -38,9 +38,9 @@ class Block(nn.Module):
         super().__init__()
         self.slot = slot
         self.mixer_norm = RMSNorm(dim, eps=norm_eps)
-        self.mixer = told(mixer, dim=dim, depth=depth)
+        self.mixer = build_with(mixer, dim=dim, depth=depth)
         self.ffn_norm = None if ffn is None else RMSNorm(dim, eps=norm_eps)
-        self.ffn = None if ffn is None else told(ffn, dim=dim, depth=depth, slot=f"{slot}/ffn")
+        self.ffn = None if ffn is None else build_with(ffn, dim=dim, depth=depth, slot=f"{slot}/ffn")
         self.width: Width = UNDIVIDED
         self.couplings = getattr(self.mixer, "couplings", ())
         self.hands: str | None = getattr(self.mixer, "hands", None)

@@ -29,10 +29,10 @@ class Depth(NamedTuple):
 ALONE = Depth(0, 1)
 
 
-def told(build: Callable[..., nn.Module], *, dim: int, **facts: Any) -> nn.Module:
+def build_with(build: Callable[..., nn.Module], *, dim: int, **facts: Any) -> nn.Module:
     """build(dim=dim), with those of the facts too that its signature asks for: most layers need not know."""
-    asked = inspect.signature(build).parameters
-    return build(dim=dim, **{name: fact for name, fact in facts.items() if name in asked})
+    parameters = inspect.signature(build).parameters
+    return build(dim=dim, **{name: fact for name, fact in facts.items() if name in parameters})
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,17 @@ class Coupled(nn.Module):
         for name, layer in layers.items():
             for coupling in getattr(layer, "couplings", ()):
                 asking.setdefault(f"{coupling.name}_{coupling.width}", []).append((name, coupling))
-        self.asking = {key: found for key, found in asking.items() if len(found) > 1}
-        for key, found in self.asking.items():
-            _, first = found[0]
+        self.asking = {key: several for key, several in asking.items() if len(several) > 1}
+        for key, several in self.asking.items():
+            _, first = several[0]
             axes = (None, first.axis)
-            self.register_parameter(key, declare(len(found), first.width, axes=axes, init=first.init, decay=False))
+            self.register_parameter(key, declare(len(several), first.width, axes=axes, init=first.init, decay=False))
 
     def forward(self) -> dict[str, dict[str, Tensor | None]]:
         """Returns for each layer its rows, by argument."""
         given: dict[str, dict[str, Tensor | None]] = {}
-        for key, found in self.asking.items():
-            _, first = found[0]
-            for (name, coupling), row in zip(found, first.rows(self.get_parameter(key)), strict=True):
+        for key, layers in self.asking.items():
+            _, first = layers[0]
+            for (name, coupling), row in zip(layers, first.rows(self.get_parameter(key)), strict=True):
                 given.setdefault(name, {})[coupling.name] = row
         return given

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.kernels.packed_attention import Piece
 
 
-class Past(NamedTuple):
+class KVCache(NamedTuple):
     """k [B, L, G, K] and v [B, L, G, V], tokens one after the other, but for the first `sinks` places.
 
     Those hold the first tokens of each row's document in progress, where it may be too long to be held whole. While it
@@ -23,7 +23,7 @@ class Past(NamedTuple):
     v: Tensor
     sinks: int = 0
 
-    def joined(self, k_BTGK: Tensor, v_BTGV: Tensor) -> "Past":
+    def joined(self, k_BTGK: Tensor, v_BTGV: Tensor) -> "KVCache":
         """With a span's own keys and values behind."""
         return self._replace(k=torch.cat((self.k, k_BTGK), dim=1), v=torch.cat((self.v, v_BTGV), dim=1))
 
@@ -33,7 +33,7 @@ class Past(NamedTuple):
         pasts = [runs[0].past for runs in pieces]
         return [length - past if past <= length - self.sinks else 0 for past in pasts] if self.sinks else None
 
-    def kept(self, pieces: list[list[Piece]], firsts: list[int] | None, window: int | None, sinks: int) -> "Past":
+    def kept(self, pieces: list[list[Piece]], firsts: list[int] | None, window: int | None, sinks: int) -> "KVCache":
         """Selects the keys and values that the next span may need: `pieces` is the span at their end, entered with
         `firsts`."""
         length = self.k.shape[1]
@@ -44,24 +44,24 @@ class Past(NamedTuple):
             begins.append(offset + begin if begin else first)
         if window is None:
             oldest = min(begins)
-            return Past(self.k[:, oldest:], self.v[:, oldest:])
+            return KVCache(self.k[:, oldest:], self.v[:, oldest:])
         oldest = max(self.sinks, length - max(window - 1, sinks))
         k, v = self.k[:, oldest:], self.v[:, oldest:]
         if sinks:
             k, v = (
                 torch.cat((_rows(whole, begins, sinks), recent), dim=1) for whole, recent in ((self.k, k), (self.v, v))
             )
-        return Past(k, v, sinks)
+        return KVCache(k, v, sinks)
 
 
-class Growing(Past):
+class Growing(KVCache):
     """Keys and values of a text that is written token by token: room for more of them is made in steps, so that a token
     does not cost a copy of all before it. Only one continuation may be written: a second would be into the same room.
     """
 
     room: tuple[Tensor, Tensor] | None = None
 
-    def joined(self, k_BTGK: Tensor, v_BTGV: Tensor) -> "Past":
+    def joined(self, k_BTGK: Tensor, v_BTGV: Tensor) -> "KVCache":
         length, more = self.k.shape[1], k_BTGK.shape[1]
         room = self.room
         if room is None or room[0].shape[1] < length + more:
@@ -69,16 +69,16 @@ class Growing(Past):
             room = F.pad(self.k, [0, 0, 0, 0, 0, spare]), F.pad(self.v, [0, 0, 0, 0, 0, spare])
         for held, new in zip(room, (k_BTGK, v_BTGV), strict=True):
             held[:, length : length + more] = new
-        found = Growing(room[0][:, : length + more], room[1][:, : length + more], self.sinks)
-        found.room = room
-        return found
+        cache = Growing(room[0][:, : length + more], room[1][:, : length + more], self.sinks)
+        cache.room = room
+        return cache
 
-    def kept(self, pieces: list[list[Piece]], firsts: list[int] | None, window: int | None, sinks: int) -> "Past":
-        found = super().kept(pieces, firsts, window, sinks)
-        if found.sinks or self.room is None:
-            return found
-        cut = self.k.shape[1] - found.k.shape[1]
-        growing = Growing(*found)
+    def kept(self, pieces: list[list[Piece]], firsts: list[int] | None, window: int | None, sinks: int) -> "KVCache":
+        window_cache = super().kept(pieces, firsts, window, sinks)
+        if window_cache.sinks or self.room is None:
+            return window_cache
+        cut = self.k.shape[1] - window_cache.k.shape[1]
+        growing = Growing(*window_cache)
         growing.room = self.room[0][:, cut:], self.room[1][:, cut:]
         return growing
 

@@ -40,11 +40,11 @@ class Linear(nn.Module):
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if bias is not None and self.bias_share != 1.0:
             bias = bias * self.bias_share
-        y: Tensor = _Kept.apply(x, weight, bias) if keeping() else F.linear(x, weight, bias)
+        y: Tensor = _SavedLinear.apply(x, weight, bias) if keeping() else F.linear(x, weight, bias)
         return y
 
 
-class _Kept(torch.autograd.Function):
+class _SavedLinear(torch.autograd.Function):
     """F.linear, whose result is kept."""
 
     @staticmethod

@@ -154,8 +154,8 @@ class LM(nn.Module):
         rows = self.coupled()
         for name in map(str, layers):
             hands = self.hands[name]
-            taken = None if hands is None else handed.get(hands)
-            x_BTD, routing, made = self.layers[name](x_BTD, seq, taken, **rows.get(name, {}))
+            handed_over = None if hands is None else handed.get(hands)
+            x_BTD, routing, made = self.layers[name](x_BTD, seq, handed_over, **rows.get(name, {}))
             if made is not None and hands is not None:
                 handed[hands] = made
             if routing is not None:

@@ -200,8 +200,8 @@ class Llama3(RoPE):
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         trained = _frequencies(self.base, self.rotated(head_dim))
         turns = self.trained_length * trained / (2 * math.pi)
-        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
-        return trained * (kept + (1 - kept) / self.factor), 1.0
+        smooth = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return trained * (smooth + (1 - smooth) / self.factor), 1.0
 
 
 class LongRoPE(RoPE):

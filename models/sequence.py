@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.packed_attention import Piece, attend_pieces, pieces_of
-from models.kv_cache import Past
+from models.kv_cache import KVCache
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
 
@@ -204,7 +204,7 @@ class Whole(Tokens):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
     ) -> Tensor:
-        past = self.recall(slot) or Past(k[:, :0], v[:, :0])
+        past = self.recall(slot) or KVCache(k[:, :0], v[:, :0])
         firsts = past.firsts(self.pieces)
         held = past.joined(k, v)
         self.leave(slot, lambda: held.kept(self.pieces, firsts, window, sinks))

@@ -78,14 +78,14 @@ class RaggedSpans(Begun):
 
     @cached_property
     def effect(self) -> Effect:
-        found = []
+        effects = []
         for begun, n, cut in zip(self.begun, self.choice.counts, self.cut, strict=True):
             A, U, alive = begun.effect
             if not n:
                 A, U, alive = self.recurrence.unchanged(A), _gone(U), torch.ones_like(alive)
-            kept = (~cut).to(U.dtype)
-            found.append(Effect(A, U.masked_fill(cut.view(-1, *(1,) * (U.dim() - 1)), 0.0), alive * kept))
-        return Effect(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            carry = (~cut).to(U.dtype)
+            effects.append(Effect(A, U.masked_fill(cut.view(-1, *(1,) * (U.dim() - 1)), 0.0), alive * carry))
+        return Effect(*(torch.cat(parts) for parts in zip(*effects, strict=True)))
 
     def ahead(self) -> None:
         for begun in self.begun:
@@ -163,7 +163,7 @@ class Tail(Dense):
 
 
 @dataclass
-class Taken:
+class TokenSubset:
     """The `choice` of a sequence's tokens as a `Sequence`; positions [B, R] count those taken in the document."""
 
     seq: Sequence
@@ -207,19 +207,19 @@ class Taken:
 
 def places(seq: Sequence, mask_BTE: Tensor, *, slot: str) -> Tensor:
     """Counts for each token [B, T, E] int64 the tokens of its document before it that are true in the mask."""
-    taken = mask_BTE.double()  # whole numbers to 2^53; fp32 would lose count at 16 million
+    marks = mask_BTE.double()  # whole numbers to 2^53; fp32 would lose count at 16 million
     with torch.no_grad():
-        counts = seq.scan(Elementwise("elementwise"), taken, torch.zeros_like(taken), slot=f"{slot}/places")
-    return (counts - taken).long()
+        counts = seq.scan(Elementwise("elementwise"), marks, torch.zeros_like(marks), slot=f"{slot}/places")
+    return (counts - marks).long()
 
 
-def take(seq: Sequence, mask_BTE: Tensor, places_BTE: Tensor, share: float) -> list[Taken]:
+def take(seq: Sequence, mask_BTE: Tensor, places_BTE: Tensor, share: float) -> list[TokenSubset]:
     """For each of E choices of tokens, those of its mask; on the meta device, where masks are not known, a `share`."""
-    found = []
+    parts = []
     for mask, place in zip(mask_BTE.unbind(-1), places_BTE.unbind(-1), strict=True):
         choice = TokenChoice.of(mask, share)
-        found.append(Taken(seq, choice, choice.rows(place)))
-    return found
+        parts.append(TokenSubset(seq, choice, choice.rows(place)))
+    return parts
 
 
 def _gone(x: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ def recompute(layers: nn.ModuleDict, policy: str, *, device: str = "cpu") -> Non
         give_back(layers)
     chosen: dict[str, Any] = {}
     if policy == "selective":
-        asked = partial(create_selective_checkpoint_contexts, keep)
-        chosen["context_fn"] = taped if device == "cpu" else asked
+        contexts = partial(create_selective_checkpoint_contexts, keep)
+        chosen["context_fn"] = taped if device == "cpu" else contexts
     for name, layer in layers.items():
         if policy == "planned":
             layers[name] = PlannedRecompute(layer)

@@ -53,12 +53,12 @@ class Exchange:
         if self.padded and room is not None:
             return self._send_padded(x, experts, num_experts, room)
         order, counts_E = by_expert(experts, num_experts)
-        given, taken = self._counts(counts_E.view(self.comm.size, -1))
-        trip = Trip(self.comm, [sum(each) for each in given], [sum(each) for each in taken], ROWS)
+        given, received = self._counts(counts_E.view(self.comm.size, -1))
+        trip = Trip(self.comm, [sum(each) for each in given], [sum(each) for each in received], ROWS)
         order = order[: sum(trip.there)]
         rows = trip.depart(x.index_select(0, order // experts.shape[1]))
-        ends = torch.tensor(taken, device=x.device).sum(0).cumsum(0)
-        return Sent(rows, ends.to(torch.int32), order, Journey(trip, _by_expert(taken, x.device)))
+        ends = torch.tensor(received, device=x.device).sum(0).cumsum(0)
+        return Sent(rows, ends.to(torch.int32), order, Journey(trip, _by_expert(received, x.device)))
 
     def receive(self, sent: Sent) -> Sent:
         trip, places = sent.journey
@@ -104,8 +104,8 @@ class Exchange:
     def _counts(self, counts_PL: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Rows from this rank to each expert of each rank, and from each rank to each expert of this one, [P][L]."""
         taken_PL = self.comm.all_to_all(counts_PL, purpose=COUNTS)
-        given, taken = torch.stack((counts_PL, taken_PL)).tolist()
-        return given, taken
+        given, received = torch.stack((counts_PL, taken_PL)).tolist()
+        return given, received
 
 
 class Trip:
@@ -178,11 +178,11 @@ class _Arrive(torch.autograd.Function):
         return None, grad
 
 
-def _by_expert(taken: list[list[int]], device: torch.device) -> Tensor:
+def _by_expert(received: list[list[int]], device: torch.device) -> Tensor:
     """The places of received rows, sender after sender and each sender's by expert, in the order of experts: [M] int64;
     those of one expert in the order of senders."""
-    sizes = torch.tensor(taken, device=device).flatten()
-    total, experts = sum(map(sum, taken)), torch.arange(len(taken[0]), device=device).repeat(len(taken))
+    sizes = torch.tensor(received, device=device).flatten()
+    total, experts = sum(map(sum, received)), torch.arange(len(received[0]), device=device).repeat(len(received))
     return experts.repeat_interleave(sizes, output_size=total).argsort(stable=True)
 
 
@@ -199,7 +199,7 @@ def spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:
     Returns the modules that hold experts, which are to be sharded over those who have the same. Raises ValueError where
     the ranks do not divide the experts.
     """
-    comm, mesh, found = meshes.comm("expert"), meshes.experts["expert"], list[nn.Module]()
+    comm, mesh, modules = meshes.comm("expert"), meshes.experts["expert"], list[nn.Module]()
     for name, module in model.named_modules():
         if not isinstance(module, Dispatched):
             continue
@@ -210,5 +210,5 @@ def spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:
             part = weight.detach().chunk(comm.size)[comm.rank].clone()
             cut = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
             module.experts.register_parameter(each, nn.Parameter(cut))
-        found.append(module.experts)
-    return found
+        modules.append(module.experts)
+    return modules

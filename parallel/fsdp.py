@@ -137,7 +137,7 @@ def _of_one_mesh(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """The tensors of each mesh, in their order: an operator over many takes those of one alone."""
-    found: dict[DeviceMesh | None, list[torch.Tensor]] = {}
+    groups: dict[DeviceMesh | None, list[torch.Tensor]] = {}
     for tensor in tensors:
-        found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
-    return list(found.values())
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(groups.values())

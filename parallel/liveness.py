@@ -27,7 +27,7 @@ class Wait(NamedTuple):
         return ", ".join(filter(None, (self.layer, f"{self.purpose} ({self.kind})")))
 
 
-class Whereabouts:
+class Liveness:
     """patience: seconds without a sign of life that are no fault; None while nobody should ask. pulse: the same of a
     process that does not run at all, whatever it was about; the shorter of the two counts.
 
@@ -70,7 +70,7 @@ class Marked:
 
     __slots__ = ("_here", "_wait", "_work")
 
-    def __init__(self, here: Whereabouts, work: Any, wait: Wait):
+    def __init__(self, here: Liveness, work: Any, wait: Wait):
         self._here, self._work, self._wait = here, work, wait
 
     def wait(self) -> Any:
@@ -81,4 +81,4 @@ class Marked:
         return getattr(self._work, name)
 
 
-HERE = Whereabouts()  # of this process
+HERE = Liveness()  # of this process

@@ -96,11 +96,11 @@ def assigned(
     begins: Sequence[Sequence[int]], matrices: Sequence[Sequence[MatrixCut]], world: int
 ) -> list[list[OwnedMatrix]]:
     """The matrices of each exchange. begins: of each parameter the first row of every rank, and how many it has."""
-    found = [(i, cut) for i, several in enumerate(matrices) for cut in several]
-    found.sort(key=lambda each: -_cost(each[1]))
+    pieces = [(i, cut) for i, several in enumerate(matrices) for cut in several]
+    pieces.sort(key=lambda each: -_cost(each[1]))
     busy, buckets = [0.0] * world, list[list[OwnedMatrix]]()
     size = TOGETHER * world + 1
-    for i, cut in found:
+    for i, cut in pieces:
         owner = min(range(world), key=busy.__getitem__)
         busy[owner] += _cost(cut)
         elements = cut.shape[0] * cut.shape[1]
@@ -115,14 +115,14 @@ def assigned(
 def received(
     lengths: Sequence[int], matrices: Sequence[Sequence[MatrixCut]], world: int, itemsize: int
 ) -> list[Traffic]:
-    """Traffic that each rank receives in `Owners.apply`, for parameters of so many rows that FSDP has sharded."""
-    found = [Traffic() for _ in range(world)]
+    """Traffic that each rank receives in `MatrixOwners.apply`, for parameters of so many rows that FSDP has sharded."""
+    counts = [Traffic() for _ in range(world)]
     for bucket in assigned([shares(length, world) for length in lengths], matrices, world):
-        for rank, traffic in enumerate(found):
+        for rank, traffic in enumerate(counts):
             there = sum((sum(m.rows) - m.rows[rank]) * m.cut.shape[1] for m in bucket if m.owner == rank)
             back = sum(m.rows[rank] * m.cut.shape[1] for m in bucket if m.owner != rank)
             traffic.add(PURPOSE, (there + back) * itemsize, 2 * (world > 1))
-    return found
+    return counts
 
 
 def shares(length: int, world: int) -> list[int]:
@@ -148,7 +148,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor()
 
 
-class Owners:
+class MatrixOwners:
     """Who owns which matrix of some parameters: the largest first, each by whoever has the least to compute so far.
 
     parameters: whole, or sharded by rows over one mesh. matrices: of what the ranks that share a parameter hold of it
@@ -253,12 +253,12 @@ def _cost(cut: MatrixCut) -> float:
 
 def _group(parameters: Sequence[Tensor]) -> tuple[dist.ProcessGroup | None, int, int]:
     """The ranks over which they are sharded: the group, this rank in it, its size; (None, 0, 1) on one."""
-    found = {_shared(p) for p in parameters if isinstance(p, DTensor)}
-    if not found:
+    groups = {_shared(p) for p in parameters if isinstance(p, DTensor)}
+    if not groups:
         return None, 0, 1
-    if len(found) > 1:
+    if len(groups) > 1:
         raise NotImplementedError("whole matrices of parameters that are sharded over several meshes")
-    mesh, dim = found.pop()
+    mesh, dim = groups.pop()
     return (None if mesh.size(dim) == 1 else mesh.get_group(dim)), mesh.get_local_rank(dim), mesh.size(dim)
 
 

@@ -68,18 +68,18 @@ class Beside(NamedTuple):
 def gathered(directions: Sequence[Tensor], several: Sequence[Beside], comm: Comm, dtype: torch.dtype) -> list[Tensor]:
     """This rank's shards of pieces [..., N] -> the same rows of all pieces [..., pieces·N]. Collective."""
     flat = comm.all_gather(torch.cat([x.to(dtype).flatten() for x in directions]), purpose=PURPOSE)
-    found = []
+    pieces = []
     for x, beside, parts in zip(directions, several, flat.split([x.numel() for x in directions], dim=1), strict=True):
         different = parts[:: beside.piece.copies].unflatten(1, x.shape) if x.numel() else None
         wide = (*x.shape[:-1], x.shape[-1] * beside.piece.pieces)
-        found.append(x.new_empty(wide, dtype=dtype) if different is None else different.movedim(0, -2).reshape(wide))
-    return found
+        pieces.append(x.new_empty(wide, dtype=dtype) if different is None else different.movedim(0, -2).reshape(wide))
+    return pieces
 
 
 def own(results: Sequence[Tensor], several: Sequence[Beside], rank: int) -> list[Tensor]:
     """The way back: this rank's columns of what has become of all pieces."""
-    found = []
+    parts = []
     for x, beside in zip(results, several, strict=True):
         which = rank * beside.piece.pieces // beside.piece.ranks
-        found.append(x.chunk(beside.piece.pieces, dim=-1)[which])
-    return found
+        parts.append(x.chunk(beside.piece.pieces, dim=-1)[which])
+    return parts

@@ -136,15 +136,15 @@ class Groups:
 
     def _open(self, ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
         """One group for each stage and tensor rank; returns this process's, or what stands for one it is not in."""
-        found = None
+        mine = None
         for plane in self._planes:
             group = dist.new_group([plane[rank] for rank in ranks], timeout=TIMEOUT)
             if plane == self._plane:
-                found = group
+                mine = group
                 if self.rank in ranks:
                     LEDGER.axes[group.group_name] = name
-        assert found is not None
-        return found
+        assert mine is not None
+        return mine
 
     def comm(self, ranks: tuple[int, ...]) -> Comm:
         """The communicator of a prepared sequence group that this rank belongs to."""

@@ -62,11 +62,11 @@ class TensorPiece:
     def segments(self, rank: int) -> list[tuple[int, int]]:
         """[begin, end) along the dimension, of what `rank` has, in its own order."""
         assert self.along is not None
-        piece, at, found = rank * self.pieces // self.ranks, 0, []
+        piece, at, parts = rank * self.pieces // self.ranks, 0, []
         for width in self.parts or (self.shape[self.along],):
-            found.append((at + width * piece // self.pieces, at + width * (piece + 1) // self.pieces))
+            parts.append((at + width * piece // self.pieces, at + width * (piece + 1) // self.pieces))
             at += width
-        return found
+        return parts
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of a rank's piece."""
@@ -196,9 +196,9 @@ def _units(model: nn.Module, name: str, axis: str) -> int:
     size = model.get_parameter(name).shape
     path = name.split(".")[:-1]
     for depth in range(len(path), -1, -1):
-        said = getattr(model.get_submodule(".".join(path[:depth])), "units", {})
-        if axis in said:
-            return said[axis] or size[_along(model, name, axis)]
+        units = getattr(model.get_submodule(".".join(path[:depth])), "units", {})
+        if axis in units:
+            return units[axis] or size[_along(model, name, axis)]
     if axis in WHOLE_UNITS:
         raise ValueError(f"parallel.tensor: must be 1 with {_place(name)}, which does not say how its {axis} divide")
     return size[_along(model, name, axis)]
@@ -254,8 +254,8 @@ class Division:
 
 def division_of(model: nn.Module) -> Division | None:
     """The division of a model that `divide` was given; None of any other."""
-    found: Division | None = getattr(model, "division", None)
-    return found
+    division: Division | None = getattr(model, "division", None)
+    return division
 
 
 def sum_undivided_gradients(model: nn.Module) -> None:

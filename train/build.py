@@ -235,8 +235,8 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
         state = State.of(facts)
     elif order.get("init_from"):
-        told = checkpoint.load(Path(order["init_from"]), model, None)
-        facts = {} if told.get("published") is None else {"published": told["published"]}
+        manifest = checkpoint.load(Path(order["init_from"]), model, None)
+        facts = {} if manifest.get("published") is None else {"published": manifest["published"]}
         if order["config"].train.init_weights == "average":
             checkpoint.load_average(Path(order["init_from"]), model)
         if keep != "reset":
@@ -257,8 +257,8 @@ def _of_the_run(config: RunConfig, batches: Any, facts: dict[str, Any]) -> dict[
     """Returns what every checkpoint's manifest says of the run. published: the folder in Hugging Face's format that its
     weights
     first came from, as the checkpoint that it goes on from has it."""
-    found = {"seed": config.seed, "data": batches.fingerprint, "order": batches.order}
-    return found | ({} if facts.get("published") is None else {"published": facts["published"]})
+    identity = {"seed": config.seed, "data": batches.fingerprint, "order": batches.order}
+    return identity | ({} if facts.get("published") is None else {"published": facts["published"]})
 
 
 def _most_spans(scheduler: Any, shapes: Sequence[Sequence[int]], data: int, sequence: int) -> int:
@@ -270,10 +270,10 @@ def _most_spans(scheduler: Any, shapes: Sequence[Sequence[int]], data: int, sequ
 def _batches(config: RunConfig, train: TrainSettings) -> Any:
     """The batches of the run's corpus. Raises ValueError where machines have another one under the same name."""
     batches = opened(config.data.build(), train.batch_tokens, config.curriculum.build())
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (batches.fingerprint, socket.gethostname()))
-    if others := [host for fingerprint, host in found if fingerprint != found[0][0]]:
-        raise ValueError(f"data: {others[0]} has other documents than {found[0][1]}; share them through data.store")
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (batches.fingerprint, socket.gethostname()))
+    if others := [host for fingerprint, host in shares if fingerprint != shares[0][0]]:
+        raise ValueError(f"data: {others[0]} has other documents than {shares[0][1]}; share them through data.store")
     return batches
 
 

@@ -31,15 +31,15 @@ def read(folder: Path) -> dict[str, Any]:
     section's.
     """
     try:
-        found = with_canonical_names(_read(reading.text(folder / CONFIG, LONGEST)))
+        config = with_canonical_names(_read(reading.text(folder / CONFIG, LONGEST)))
     except ValueError as error:
         line = " ".join(str(error).split())
         raise ValueError(line if line.startswith(CONFIG) else f"{CONFIG}: {line}") from None
     for key, rooms in ROOMS.items():
-        for target in _targets(found.get(key)):
+        for target in _targets(config.get(key)):
             if not isinstance(target, str) or not target.startswith(rooms):
                 raise ValueError(f"{CONFIG}: {key}: _target_={str(target)[:80]}: must be a class of {', '.join(rooms)}")
-    return found
+    return config
 
 
 def _read(text: str) -> dict[str, Any]:
@@ -51,16 +51,16 @@ def _read(text: str) -> dict[str, Any]:
         raise ValueError("has a NUL")
     try:
         _check(text)
-        found = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+        config = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"is no YAML ({getattr(error, 'problem', None) or 'unreadable'}{where})") from None
     except (OmegaConfBaseException, RecursionError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"is no configuration ({(str(error).splitlines() or [''])[0][:120]})") from None
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError("is not a section with keys")
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in config.items()}
 
 
 def _check(text: str) -> None:

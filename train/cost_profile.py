@@ -56,14 +56,14 @@ class CostProfile:
     def read(cls, path: Path) -> CostProfile:
         """Raises ValueError for a file that is none."""
         try:
-            found = reading.json_object(path)
-            if found["format"] != FORMAT:
-                raise ValueError(f"format {found['format']}")
-            layers = tuple(LayerCost(**{**each, "error": tuple(each["error"])}) for each in found["layers"])
-            wires = {int(size): (float(b), float(latency)) for size, (b, latency) in found["wires"].items()}
+            card = reading.json_object(path)
+            if card["format"] != FORMAT:
+                raise ValueError(f"format {card['format']}")
+            layers = tuple(LayerCost(**{**each, "error": tuple(each["error"])}) for each in card["layers"])
+            wires = {int(size): (float(b), float(latency)) for size, (b, latency) in card["wires"].items()}
             if not layers or any(b <= 0 or latency < 0 for b, latency in wires.values()):
                 raise ValueError("no layers, or wires that carry nothing")
-            return cls(str(found["model"]), str(found["machine"]), layers, float(found["head"]), wires)
+            return cls(str(card["model"]), str(card["machine"]), layers, float(card["head"]), wires)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"is no profile of costs ({' '.join(str(error).split())[:80]})") from None
 
@@ -92,25 +92,25 @@ class CostProfile:
 
     def lines(self) -> list[str]:
         """The constants for people, a line a kind of layer and a line a size of group."""
-        found = [
+        lines = [
             f"{each.count} x {each.kind}: {each.token * 1e6:.3g} µs a token, {each.pair * 1e9:.3g} ns a pair, "
             f"{each.launch * 1e3:.3g} ms whatever it holds; error {each.error[0]:.1%} on average, {each.error[1]:.1%} "
             "at worst"
             for each in self.layers
         ]
-        found.append(f"embedding, head and loss: {self.head * 1e6:.3g} µs a token")
-        found += [
+        lines.append(f"embedding, head and loss: {self.head * 1e6:.3g} µs a token")
+        lines += [
             f"{size} ranks: {latency * 1e6:.3g} µs a message, {bandwidth / 1e9:.3g} GB/s"
             for size, (bandwidth, latency) in self.wires.items()
         ]
-        return found
+        return lines
 
 
 def model_key(config: RunConfig) -> str:
     """A digest of all that a layer's seconds depend on but the machine."""
     named = {key: value for key, value in config.model.values.items() if key != "layers"}
-    kept = [named, config.precision.compute, config.engine.get("recompute", "none")]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    parts = [named, config.precision.compute, config.engine.get("recompute", "none")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @cache

@@ -152,19 +152,19 @@ class Executor:
         batch, end to end, the same on every rank. Forward only, and not in a pipeline."""
         assert self.pipeline is None
         begins = np.cumsum([0, *plan.lengths])
-        found: Tensor | None = None
+        losses: Tensor | None = None
         for group, output in self._outputs(plan, batch):
             values = torch.stack([x.flatten().double() for x in read(output)])
-            if found is None:
-                found = values.new_zeros(len(values), int(begins[-1]))
+            if losses is None:
+                losses = values.new_zeros(len(values), int(begins[-1]))
             held = group.spans[group.ranks.index(self.groups.rank)]
             if not held:
                 continue
             places = np.concatenate([np.arange(begins[s], begins[s + 1]) for s in group.sequences])
             mine = torch.from_numpy(np.concatenate([places[begin:end] for begin, end in held])).to(self.device)
-            found[:, mine] = values
-        assert found is not None
-        return self.groups.world_comm.all_reduce(found, purpose="evaluation")
+            losses[:, mine] = values
+        assert losses is not None
+        return self.groups.world_comm.all_reduce(losses, purpose="evaluation")
 
     def _outputs(self, plan: Plan, batch: Sequence[PackedSequence]) -> Iterator[tuple[Group, Output]]:
         """Returns what the model says of each micro-step, whole or span after span in time."""

@@ -128,13 +128,13 @@ class Hooks:
 
     def state(self) -> dict[str, Any]:
         """Returns the states of all hooks by their keys, for a manifest."""
-        found = {hook.key: hook.state() for hook in self._hooks if hook.key}
-        return {key: state for key, state in found.items() if state is not None}
+        states = {hook.key: hook.state() for hook in self._hooks if hook.key}
+        return {key: state for key, state in states.items() if state is not None}
 
     def tensors(self) -> dict[str, Any]:
         """Returns the tensors of all hooks by their keys, for the files of a checkpoint."""
-        found = {hook.key: hook.tensors() for hook in self._hooks if hook.key}
-        return {key: tensors for key, tensors in found.items() if tensors is not None}
+        by_key = {hook.key: hook.tensors() for hook in self._hooks if hook.key}
+        return {key: tensors for key, tensors in by_key.items() if tensors is not None}
 
     def load(self, manifest: dict[str, Any], path: Path | None, division: Division | None = None) -> None:
         """Hands every hook its state of the checkpoint `path`, whose manifest this is; {} and None without one.

@@ -19,10 +19,10 @@ def is_class(target: str) -> bool:
     if not allowed(target):
         return False
     try:
-        found = getattr(import_module(room), name, None)
+        value = getattr(import_module(room), name, None)
     except ImportError:
         return False
-    return isinstance(found, type) and allowed(f"{found.__module__}.")
+    return isinstance(value, type) and allowed(f"{value.__module__}.")
 
 
 def construct(node: Any) -> Any:

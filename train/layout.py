@@ -9,29 +9,29 @@ from train.settings import TrainSettings
 
 def check_experts(model: LM, ranks: int, transport: str) -> None:
     """Raises ValueError where so many ranks cannot share out the experts of every layer, or rows not travel so."""
-    found = mixtures(model)
-    unlimited = [name for name, moe in found.items() if moe.capacity_factor is None]
+    layers = mixtures(model)
+    unlimited = [name for name, moe in layers.items() if moe.capacity_factor is None]
     if ranks > 1 and transport == "padded" and unlimited:
         raise ValueError(
             f"parallel.transport.experts=padded: must be counted, for the experts of {unlimited[0]} have no "
             "capacity_factor"
         )
-    if ranks > 1 and not found:
+    if ranks > 1 and not layers:
         raise ValueError(f"parallel.expert={ranks}: must be 1, for the model has no experts")
-    for name, moe in found.items():
+    for name, moe in layers.items():
         if moe.num_experts % ranks:
             raise ValueError(f"parallel.expert={ranks}: must divide the num_experts={moe.num_experts} of {name}")
 
 
 def dependences(model: LM, train: TrainSettings) -> list[str]:
     """A line for each, which opens with its key."""
-    found = []
+    lines = []
     limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
     for limit in sorted(limits):
-        found.append(f"capacity_factor={limit:g}: choices are dropped by span of tokens")
+        lines.append(f"capacity_factor={limit:g}: choices are dropped by span of tokens")
     if train.span_tokens is not None and train.span_gradient == "truncated":
-        found.append(
+        lines.append(
             f"train.span_gradient=truncated: gradients, and the experts' balance, end where the ranks of a sequence "
             f"have read train.span_tokens={train.span_tokens:,} each"
         )
-    return [f"{line}, so the loss depends on the layout" for line in found]
+    return [f"{line}, so the loss depends on the layout" for line in lines]

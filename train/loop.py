@@ -108,23 +108,23 @@ class Trainer:
         with self.phases("optimizer"):
             middle = self.progress.middle(tokens, places)
             rate, gradient_norm = self._update(middle, tally.cross_entropy, targets)
-        asked = self.groups.first and self.stop.exists()
+        stop_asked = self.groups.first and self.stop.exists()
         cpu = time.process_time() - cpu
         computing = self.computing() if self.computing else 0.0
-        found = totals(tally, self.guard.held, asked, cpu, self.executor.device, self.groups, computing)
-        loss = found.cross_entropy / max(targets, 1)
-        if found.held:
-            return self.rollback.skip(plan, batch, windows, loss, gradient_norm, rate), found.stop
+        sums = totals(tally, self.guard.held, stop_asked, cpu, self.executor.device, self.groups, computing)
+        loss = sums.cross_entropy / max(targets, 1)
+        if sums.held:
+            return self.rollback.skip(plan, batch, windows, loss, gradient_norm, rate), sums.stop
         self.optimizer.zero_grad()
         self.progress.stepped(tokens, places)
         own = mixtures(self.model)  # of this pipeline rank
-        for name in own.keys() & found.choices.keys():
-            own[name].router.settle(found.choices[name])
+        for name in own.keys() & sums.choices.keys():
+            own[name].router.settle(sums.choices[name])
         seconds = time.perf_counter() - began
         self.patience.stepped(seconds)
         if self.observe:
-            self.observe(plan, found.computing)
-        return self._record(windows, found, loss, gradient_norm, rate, seconds), found.stop
+            self.observe(plan, sums.computing)
+        return self._record(windows, sums, loss, gradient_norm, rate, seconds), sums.stop
 
     def _update(self, middle: float, cross_entropy: Tensor, targets: int) -> tuple[float, float]:
         """Clips and applies the step's gradients, unless the guard holds them back.
@@ -153,7 +153,7 @@ class Trainer:
         return sum(s.num_tokens for s in batch)
 
     def _record(
-        self, batch: Sequence[Any], found: StepTotals, loss: float, gradient_norm: float, rate: float, seconds: float
+        self, batch: Sequence[Any], sums: StepTotals, loss: float, gradient_norm: float, rate: float, seconds: float
     ) -> Record:
         """Returns what metrics.jsonl says of a step. Raises FloatingPointError for a loss or a norm that is none."""
         state, tokens = self.state, self.progress.tokens
@@ -163,22 +163,22 @@ class Trainer:
             "time": time.time(),
             "attempt": state.attempt,
             "loss": loss,
-            "balance_loss": found.balance / max(tokens, 1),
-            "z_loss": found.z / max(tokens, 1),
+            "balance_loss": sums.balance / max(tokens, 1),
+            "z_loss": sums.z / max(tokens, 1),
             "lr": rate,
             "grad_norm": gradient_norm,
             "tokens_per_second": tokens / seconds,
-            "cpu_seconds": found.cpu,
-            "memory_bytes": found.memory,
-            "expert_load": {name: (n / n.sum().clamp_min(1)).tolist() for name, n in found.choices.items()},
+            "cpu_seconds": sums.cpu,
+            "memory_bytes": sums.memory,
+            "expert_load": {name: (n / n.sum().clamp_min(1)).tolist() for name, n in sums.choices.items()},
         }
-        record |= self.by_layer | found.communication
+        record |= self.by_layer | sums.communication
         if state.skips:
             record["skips"] = state.skips
         if len(drawn := self.batches.drawn(state.step, state.skips)) > 1:
             record["drawn"] = {name: places - state.padding.get(name, 0) for name, places in drawn.items()}
-        if found.dropped:
-            record["expert_dropped"] = found.dropped
+        if sums.dropped:
+            record["expert_dropped"] = sums.dropped
         if self.utilisation is not None:
             record |= self.utilisation.of([s.starts[s.counted] for s in batch], seconds)
         for name in ("loss", "grad_norm"):

@@ -116,10 +116,10 @@ def _layer(
         features["pair"] = shape.pairs(tokens) * len(windows)
     elif windows:  # beyond its window a layer is linear, and what is short tells little of its pairs
         features["token"] = tokens
-    found = fit(features, [seconds for _, seconds in samples])
-    own = found.constants
+    cost = fit(features, [seconds for _, seconds in samples])
+    own = cost.constants
     pair = own.get("pair", 0.0) * max(len(windows), 1)
-    return LayerCost(kind, count, pair, own["token"], own["launch"], shape.window, (found.rms, found.worst))
+    return LayerCost(kind, count, pair, own["token"], own["launch"], shape.window, (cost.rms, cost.worst))
 
 
 def _head(model: LM, config: RunConfig, limit: int, device: torch.device, compute: torch.dtype, budget: float) -> float:
@@ -159,7 +159,7 @@ def _beside(config: RunConfig, layers: tuple[LayerCost, ...], head: float, devic
     executor = Executor(model, Groups(), device, *config.parallel.transport.build(), 0.0)
     tokens = np.zeros(SHORTEST, dtype=np.int64)
     batch = [Packed(tokens=tokens, targets=tokens, starts=np.arange(SHORTEST) == 0) for _ in range(2 * world)]
-    taken = []
+    seconds = []
     for count in (1, 2):
         micro_steps = tuple(
             MicroStep(tuple(Group((r,), (m * world + r,), (((0, SHORTEST),),)) for r in range(world)))
@@ -168,17 +168,17 @@ def _beside(config: RunConfig, layers: tuple[LayerCost, ...], head: float, devic
         plan = Plan(0, (SHORTEST,) * (count * world), micro_steps)
         once = partial(executor.train, plan, batch[: count * world])
         once()
-        taken.append(min(_seconds(once, device) for _ in range(REPEATS)))
+        seconds.append(min(_seconds(once, device) for _ in range(REPEATS)))
     known = sum(each.token * SHORTEST + each.launch + each.pair * SHORTEST**2 / 2 for each in layers)
-    return max(0.0, taken[1] - taken[0] - known - head * SHORTEST)
+    return max(0.0, seconds[1] - seconds[0] - known - head * SHORTEST)
 
 
 def _lengths(limit: int) -> list[int]:
     """Lengths, each four times the one before, and the limit: three at least."""
-    found, limit = [SHORTEST], max(limit, 16 * SHORTEST)
-    while 4 * found[-1] < limit:
-        found.append(4 * found[-1])
-    return [*found, limit]
+    lengths, limit = [SHORTEST], max(limit, 16 * SHORTEST)
+    while 4 * lengths[-1] < limit:
+        lengths.append(4 * lengths[-1])
+    return [*lengths, limit]
 
 
 def _timed(
@@ -186,16 +186,16 @@ def _timed(
 ) -> list[tuple[int, float]]:
     """(tokens, seconds), the least of some repeats for each length, the short first; three lengths at least, and then
     as many as the budget has time for."""
-    end, found = time.monotonic() + budget, list[tuple[int, float]]()
+    end, samples = time.monotonic() + budget, list[tuple[int, float]]()
     for tokens in lengths:
         once = step(tokens)
         began = time.monotonic()
         once()  # allocates, and compiles, what later ones find
-        taken = [_seconds(once, device) for _ in range(REPEATS)]
-        found.append((tokens, min(taken)))
-        if len(found) >= 3 and time.monotonic() + 5 * (time.monotonic() - began) > end:
+        times = [_seconds(once, device) for _ in range(REPEATS)]
+        samples.append((tokens, min(times)))
+        if len(samples) >= 3 and time.monotonic() + 5 * (time.monotonic() - began) > end:
             break
-    return found
+    return samples
 
 
 def _seconds(once: Callable[[], Any], device: torch.device) -> float:
@@ -214,14 +214,14 @@ def _seconds(once: Callable[[], Any], device: torch.device) -> float:
 
 def _wires(device: torch.device, budget: float) -> dict[int, tuple[float, float]]:
     """(bandwidth, latency) of an all-gather in the first ranks, for each size of group from two on."""
-    found: dict[int, tuple[float, float]] = {}
+    wires: dict[int, tuple[float, float]] = {}
     sizes = [size for size in powers(dist.get_world_size()) if size > 1]
     for size in sizes:
         group = dist.new_group(list(range(size)))
         if dist.get_rank() < size:
-            found[size] = _wire(group, size, device, budget / len(sizes))
+            wires[size] = _wire(group, size, device, budget / len(sizes))
         dist.barrier()
-    return found
+    return wires
 
 
 def _wire(group: Any, size: int, device: torch.device, budget: float) -> tuple[float, float]:
@@ -229,15 +229,15 @@ def _wire(group: Any, size: int, device: torch.device, budget: float) -> tuple[f
     for number in MESSAGES:
         own = torch.zeros(number // 4, device=device)
         parts = [torch.empty_like(own) for _ in range(size)]
-        taken = []
+        readings = []
         for _ in range(4):
             began = time.perf_counter()
             dist.all_gather(parts, own, group=group)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            taken.append(time.perf_counter() - began)
+            readings.append(time.perf_counter() - began)
         received.append(float((size - 1) * number))
-        seconds.append(min(taken[1:]))
+        seconds.append(min(readings[1:]))
     try:
         wire, _ = fit_wire(received, seconds)
     except ValueError:  # time that does not grow with the message: a wire that is never what is waited for

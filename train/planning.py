@@ -125,18 +125,18 @@ class Planning(Hook):
         """
         batch = self._sequences(windows)
         step, lengths = self._progress.state.step + 1, tuple(len(s.tokens) for s in batch)
-        told: list[Any] = [None]
+        message: list[Any] = [None]
         if self._costs is not None:
             try:
-                told = [self._packing(step, lengths).rows()]
+                message = [self._packing(step, lengths).rows()]
             except ValueError as error:
-                told = [str(error)]
+                message = [str(error)]
         if not self._alone:
-            dist.broadcast_object_list(told, group=self._group)
-        if isinstance(told[0], str):
-            raise ValueError(told[0])
+            dist.broadcast_object_list(message, group=self._group)
+        if isinstance(message[0], str):
+            raise ValueError(message[0])
         self._begin()
-        return batch, Packing.of(told[0]).plan(step, lengths, self._ranks, self._scheduler.layout)
+        return batch, Packing.of(message[0]).plan(step, lengths, self._ranks, self._scheduler.layout)
 
     def observe(self, plan: Plan, seconds: Sequence[float]) -> None:
         """After a step: takes the seconds that each rank computed in its layers; a rank that is slow gets less work
@@ -214,17 +214,17 @@ class Planning(Hook):
 
 def logged(path: Path, after: int) -> dict[int, Any]:
     """The newest logged plan of each step behind `after`, by step; lines that are no plan's are passed over."""
-    found: dict[int, Any] = {}
+    plans: dict[int, Any] = {}
     if path.exists():
         with reading.opened(path) as file:
             for line in file:
                 try:
                     row = json.loads(line)
                     if row["step"] > after:
-                        found[row["step"]] = row
+                        plans[row["step"]] = row
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue
-    return found
+    return plans
 
 
 def _digest(lengths: Sequence[int]) -> int:
@@ -234,9 +234,9 @@ def _digest(lengths: Sequence[int]) -> int:
 def _expected(costs: Costs, plan: Plan, ranks: int) -> np.ndarray:
     """Seconds [ranks] of computing that ranks of speed 1 need for a plan."""
     own = costs.computing(np.asarray(plan.lengths, dtype=np.float64)).sum(0)
-    found = np.zeros(ranks)
+    seconds = np.zeros(ranks)
     for micro in plan.micro_steps:
         for group in micro.groups:
             if group.sequences:
-                found[list(group.ranks)] += own[list(group.sequences)].sum() / len(group.ranks)
-    return found
+                seconds[list(group.ranks)] += own[list(group.sequences)].sum() / len(group.ranks)
+    return seconds

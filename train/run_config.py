@@ -139,7 +139,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.yaml; `of` takes it back."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, ObjectConfig):
@@ -148,5 +148,5 @@ class RunConfig:
                 value = [asdict(stage) for stage in value]
             elif each.name in SECTIONS:
                 value = asdict(value)
-            found[each.name] = value
-        return found
+            values[each.name] = value
+        return values

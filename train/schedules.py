@@ -212,9 +212,9 @@ class Infinite(Schedule):
         self.given, self.level, self.floor, self.shape, self.alpha = durations, level, floor, shape, alpha
 
     def durations(self, budget: float) -> dict[str, float]:
-        found = {key: tokens_of(value, budget) for key, value in self.given.items() if value is not None}
-        left = max(budget - sum(found.values()), 0.0)
-        return {key: found.get(key, left) for key in self.given}
+        lengths = {key: tokens_of(value, budget) for key, value in self.given.items() if value is not None}
+        left = max(budget - sum(lengths.values()), 0.0)
+        return {key: lengths.get(key, left) for key in self.given}
 
     def phases(self, budget: float) -> list[Phase]:
         warmup, cooldown, constant, anneal = self.durations(budget).values()
@@ -307,12 +307,12 @@ class Phases(Schedule):
         return {f"phase {i}": tokens_of(line[0], budget) for i, line in enumerate(self.lines, 1)}
 
     def phases(self, budget: float) -> list[Phase]:
-        found: list[Phase] = []
+        phases: list[Phase] = []
         at, first = 0.0, self.start
         for length, (_, last, curve) in zip(self.durations(budget).values(), self.lines, strict=True):
-            found.append(self._phase(f"phase {len(found) + 1}: {curve}", at, length, (curve, first, last)))
+            phases.append(self._phase(f"phase {len(phases) + 1}: {curve}", at, length, (curve, first, last)))
             at, first = at + length, last
-        return found
+        return phases
 
     @staticmethod
     def _phase(name: str, begin: float, length: float, how: tuple[str, float, float]) -> Phase:

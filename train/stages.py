@@ -46,8 +46,8 @@ def cuts(config: RunConfig, model: LM, device: str) -> tuple[range, ...]:
                 f"least 1, that make up {count}"
             )
         return given(own)
-    found = work(model, documents(config), device)
-    return cut(found.layers, stages, head=found.head)
+    costs = work(model, documents(config), device)
+    return cut(costs.layers, stages, head=costs.head)
 
 
 def documents(config: RunConfig) -> int:
@@ -73,34 +73,34 @@ def messages(model: LM, cuts: Sequence[range], plan: Plan) -> int:
 
 def lines(config: RunConfig, model: LM, device: str, plan: Plan) -> list[str]:
     """The stages for people: layers, shares of the work and of the parameters, the wait; [] without a pipeline."""
-    found, parallel = pipeline_cut(config, model, device), config.parallel
-    if found is None:
+    stages, parallel = pipeline_cut(config, model, device), config.parallel
+    if stages is None:
         return []
     costs, sizes = work(model, documents(config), device), {n: p.numel() for n, p in model.named_parameters()}
-    shares = [sum(costs.layers[i] for i in layers) for layers in found.cuts]
+    shares = [sum(costs.layers[i] for i in layers) for layers in stages.cuts]
     shares[-1] += costs.head
     name, ranks, steps = parallel.pipeline_schedule, parallel.pipeline, len(plan.micro_steps)
     waits = bubble(name, ranks, [(share, 2 * share) for share in shares], steps)
-    told = [f"{name} over {ranks} ranks, {steps} micro-steps in the first step: ranks wait {waits:.1%} of it"]
-    for s, (layers, share) in enumerate(zip(found.cuts, shares, strict=True)):
+    lines = [f"{name} over {ranks} ranks, {steps} micro-steps in the first step: ranks wait {waits:.1%} of it"]
+    for s, (layers, share) in enumerate(zip(stages.cuts, shares, strict=True)):
         ends = ["embedding"] * (s == 0), ["head"] * (s == len(shares) - 1)
         parts = ", ".join([*ends[0], f"layers {layers.start} to {layers.stop - 1}", *ends[1]])
-        told.append(f"stage {s} on rank {s % ranks}: {parts}, {share / sum(shares):.1%} of the work")
-    held = [sum(size for n, size in sizes.items() if rank in found.holders[n]) for rank in range(ranks)]
-    told.append(f"parameters a rank: {', '.join(f'{count:,}' for count in held)}")
-    return told
+        lines.append(f"stage {s} on rank {s % ranks}: {parts}, {share / sum(shares):.1%} of the work")
+    held = [sum(size for n, size in sizes.items() if rank in stages.holders[n]) for rank in range(ranks)]
+    lines.append(f"parameters a rank: {', '.join(f'{count:,}' for count in held)}")
+    return lines
 
 
 def fullest(config: RunConfig, model: LM, device: str, plan: Plan) -> tuple[float, float]:
     """The largest share of the parameters that a pipeline rank holds, and of a micro-step's activations; 1 each without
     a pipeline."""
-    found = pipeline_cut(config, model, device)
-    if found is None:
+    stages = pipeline_cut(config, model, device)
+    if stages is None:
         return 1.0, 1.0
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    held = [sum(n for name, n in sizes.items() if rank in found.holders[name]) for rank in range(found.ranks)]
-    order = orders(config.parallel.pipeline_schedule, found.ranks, len(found.cuts), len(plan.micro_steps))
-    return max(held) / sum(sizes.values()), in_flight(order, [len(layers) for layers in found.cuts])
+    held = [sum(n for name, n in sizes.items() if rank in stages.holders[name]) for rank in range(stages.ranks)]
+    order = orders(config.parallel.pipeline_schedule, stages.ranks, len(stages.cuts), len(plan.micro_steps))
+    return max(held) / sum(sizes.values()), in_flight(order, [len(layers) for layers in stages.cuts])
 
 
 def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> None:

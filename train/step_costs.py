@@ -118,12 +118,12 @@ def costs_of(
         raise ValueError(f"scheduler.memory={scheduler.memory:g}: {error}") from None
     if mesh.expert > 1:  # ranks of several groups meet in every layer
         costs = Costs(replace(costs.model, meets=True), cluster, costs.sizes)
-    if (found := found_profile(config, machine_name(device, threads))) is not None:
+    if (profile := found_profile(config, machine_name(device, threads))) is not None:
         reshard = config.engine.get("reshard_after_forward", True)
         master = dtypes(config.precision.compute, device)[1]
         units = weight_units(model, itemsize=master.itemsize, reshard=reshard)
         gathered = sum(of_weights(units, mesh.planned, 1).bytes.values())
-        return found[0].applied(costs, gathered), said(*found)
+        return profile[0].applied(costs, gathered), said(*profile)
     return costs, (
         f"scheduler: plans by the model's shapes at {rate / 1e12:g} TFLOP/s a rank and {wire.bandwidth / 1e9:g} GB/s "
         "between ranks, which are assumed"

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from models.kv_cache import Past
+from models.kv_cache import KVCache
 from models.sequence import DocumentSums, Memory
 from train.loss import LossSums
 
@@ -86,9 +86,9 @@ class Borders:
 
     def _own(self, value: Any, tokens: int) -> tuple[Any, int]:
         """Returns what a border keeps of a value, and how long the value is where that is not all."""
-        if not isinstance(value, Past) or value.sinks or value.k.shape[1] <= tokens:
+        if not isinstance(value, KVCache) or value.sinks or value.k.shape[1] <= tokens:
             return tree_map(self._hold, value), 0
-        return tree_map(self._hold, Past(value.k[:, -tokens:], value.v[:, -tokens:])), value.k.shape[1]
+        return tree_map(self._hold, KVCache(value.k[:, -tokens:], value.v[:, -tokens:])), value.k.shape[1]
 
     def _hold(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -107,7 +107,7 @@ class Borders:
             pieces.insert(0, piece)
             missing -= piece.k.shape[1]
         k, v = (torch.cat(parts, dim=1)[:, -length:] for parts in zip(*(p[:2] for p in pieces), strict=True))
-        return Past(k, v)
+        return KVCache(k, v)
 
 
 class _At:
@@ -163,13 +163,13 @@ class Passage:
 
     def _exact(self, on_host: bool) -> Iterator[LossSums]:
         last, sums, borders = len(self.tokens) - 1, DocumentSums(), Borders(on_host)
-        memory, asked = Memory(sums=sums), 0
+        memory, count = Memory(sums=sums), 0
         with torch.no_grad():
             for i, tokens in enumerate(self.tokens):
-                if i == last and not asked:
+                if i == last and not count:
                     break  # nobody waits for what is summed over the whole sequence
                 memory.last = i == last
-                asked = self._forward(i, memory)[1]
+                count = self._forward(i, memory)[1]
                 memory.advance()
                 borders.add(memory.entering, tokens)
                 self.passed(i + 1, last + 3 * len(self.tokens))

@@ -15,10 +15,10 @@ from data.corpora.files import (
     guarded,
     is_text,
     is_there,
+    left_out_note,
     listing,
     named,
     opens_as_text,
-    told,
 )
 from data.corpora.generated import Copies, Needles
 from data.corpora.hub import HuggingFace
@@ -106,7 +106,7 @@ class Text(CorpusReader):
         return dict(+left)
 
     def nothing(self) -> ValueError:
-        return ValueError(f"data.path={self.path}: holds no text; expected UTF-8 files{told(self.left_out())}")
+        return ValueError(f"data.path={self.path}: holds no text; expected UTF-8 files{left_out_note(self.left_out())}")
 
     def _walk(self, left: Counter[str] | None = None) -> Iterator[Path]:
         return iter([self.root]) if self.root.is_file() else files(self.root, left=left)

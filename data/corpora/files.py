@@ -84,9 +84,9 @@ def files(root: Path, outside: frozenset[str] = frozenset(), left: Counter[str] 
         shown = sorted(name for name in inner if not name.startswith("."))
         left[LINKED] += sum(os.path.islink(os.path.join(folder, name)) for name in shown)
         folders[:] = shown
-        found = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        left[HIDDEN] += len(inner) - len(shown) + len(names) - len(found)
-        for file in found:
+        readable = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        left[HIDDEN] += len(inner) - len(shown) + len(names) - len(readable)
+        for file in readable:
             if file.is_file():
                 yield file
             else:
@@ -109,7 +109,7 @@ def is_there(key: str, path: Path) -> bool:
     return True
 
 
-def told(left: dict[str, int]) -> str:
+def left_out_note(left: dict[str, int]) -> str:
     """Formats the counts as the end of a line; empty where nothing was left out."""
     return f" (left out: {counted(left)})" if left else ""
 
@@ -124,8 +124,8 @@ def _short(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def guarded(values: Iterable[T], said: str) -> Iterator[T]:
-    """Yields the values. An error in reading them becomes a ValueError of one line, `said` and the
+def guarded(values: Iterable[T], problem: str) -> Iterator[T]:
+    """Yields the values. An error in reading them becomes a ValueError of one line, `problem` and the
     reason: every container has errors of its own, and a file that cannot be opened is among them."""
     try:
         yield from values
@@ -133,29 +133,29 @@ def guarded(values: Iterable[T], said: str) -> Iterator[T]:
         why = str(error)
         if isinstance(error, OSError) and error.strerror:
             why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        raise ValueError(f"{said} ({' '.join(why.split())[:200] or type(error).__name__})") from None
+        raise ValueError(f"{problem} ({' '.join(why.split())[:200] or type(error).__name__})") from None
 
 
-def named(root: Path, found: Iterator[Path]) -> list[tuple[str, Path]]:
+def named(root: Path, paths: Iterator[Path]) -> list[tuple[str, Path]]:
     """(path relative to the root, file), sorted by that."""
-    return sorted((file.name if file == root else file.relative_to(root).as_posix(), file) for file in found)
+    return sorted((file.name if file == root else file.relative_to(root).as_posix(), file) for file in paths)
 
 
-def listing(found: Sequence[tuple[str, Path]]) -> dict[str, str | int]:
+def listing(paths: Sequence[tuple[str, Path]]) -> dict[str, str | int]:
     """Number and total size of files, and a digest of their names, sizes and mtimes."""
-    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in ((name, file.stat()) for name, file in found)]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in ((name, file.stat()) for name, file in paths)]
     return {
-        "files": len(told),
-        "bytes": sum(size for _, size, _ in told),
-        "digest": hashlib.sha256(repr(told).encode()).hexdigest(),
+        "files": len(stats),
+        "bytes": sum(size for _, size, _ in stats),
+        "digest": hashlib.sha256(repr(stats).encode()).hexdigest(),
     }
 
 
-def grouped(found: Sequence[tuple[str, Path]]) -> Iterator[CorpusPart]:
+def grouped(paths: Sequence[tuple[str, Path]]) -> Iterator[CorpusPart]:
     """Whole files, in their order, some to a part."""
     group: list[tuple[str, str]] = []
     size = 0
-    for name, file in found:
+    for name, file in paths:
         group.append((name, str(file)))
         size += file.stat().st_size
         if size >= PART_BYTES:

@@ -31,8 +31,8 @@ def hay(root: Path) -> bytes:
     """The standard library's files that may be hay, in the order of their hashes, end to end: some 18 MB."""
     library = Stdlib()
     library.root = root
-    found = {hashed(content): content for _, content in library if content.isascii() and b"\0" not in content}
-    safe = [content for key, content in sorted(found.items()) if key >= SAFE * 2**64]
+    texts = {hashed(content): content for _, content in library if content.isascii() and b"\0" not in content}
+    safe = [content for key, content in sorted(texts.items()) if key >= SAFE * 2**64]
     return b"".join(content if content.endswith(b"\n") else content + b"\n" for content in safe)
 
 
@@ -81,10 +81,11 @@ class Generated(CorpusReader):
 
     def identity(self) -> dict[str, str | int]:
         """The parameters, the version of what is drawn, and the standard library's identity."""
-        told: dict[str, str | int] = {"corpus": self.name, "version": 1, "documents": self.documents, "seed": self.seed}
+        identity: dict[str, str | int] = {"corpus": self.name, "version": 1}
+        identity |= {"documents": self.documents, "seed": self.seed}
         least, most = self.lengths
         library = {f"hay {key}": value for key, value in Stdlib().identity().items()}
-        return {**told, "least": least, "most": most, **library}
+        return {**identity, "least": least, "most": most, **library}
 
     def parts(self) -> Iterator[CorpusPart]:
         """Ranges of numbers of documents."""
@@ -114,13 +115,13 @@ class Generated(CorpusReader):
     def straw(self, draw: Draw, size: int, *, from_line: bool = False) -> bytes:
         """So many bytes of hay, from anywhere in it, or from the begin of any line; from its own begin again where all
         of it is shorter."""
-        found = hay(self.root)
-        if len(found) < size:
-            found *= -(-size // len(found))
-        begin = int(draw.below(len(found) - size + 1, 1)[0])
+        text = hay(self.root)
+        if len(text) < size:
+            text *= -(-size // len(text))
+        begin = int(draw.below(len(text) - size + 1, 1)[0])
         if from_line:
-            begin = found.rfind(b"\n", 0, begin) + 1
-        return found[begin : begin + size]
+            begin = text.rfind(b"\n", 0, begin) + 1
+        return text[begin : begin + size]
 
 
 class Needles(Generated):
@@ -136,10 +137,10 @@ class Needles(Generated):
 
     def text(self, draw: Draw, size: int) -> bytes:
         number = 10_000 + int(draw.below(90_000, 1)[0])
-        needle, asked = KEY.format(number).encode(), f"{QUESTION} {number}".encode()
-        room = size - len(needle) - len(asked)
+        needle, question = KEY.format(number).encode(), f"{QUESTION} {number}".encode()
+        room = size - len(needle) - len(question)
         straw, at = self.straw(draw, room), int(draw.below(room + 1, 1)[0])
-        return b"".join((straw[:at], needle, straw[at:], asked))
+        return b"".join((straw[:at], needle, straw[at:], question))
 
 
 class Copies(Generated):

@@ -65,14 +65,15 @@ class HuggingFace(Records):
 
     def identity(self) -> dict[str, str | int]:
         """Path, subset, split and field; on disk also the number of rows, and its files by size and mtime."""
-        told: dict[str, str | int] = {"corpus": self.name, "path": str(self.path), "subset": str(self.subset)}
-        told |= {"split": self.split, "field": self.field, "on_error": self.on_error, "streaming": int(self.streaming)}
+        identity: dict[str, str | int] = {"corpus": self.name, "path": str(self.path), "subset": str(self.subset)}
+        identity |= {"split": self.split, "field": self.field, "on_error": self.on_error}
+        identity["streaming"] = int(self.streaming)
         opened = self._dataset()
         if not self.streaming:
             stats = [Path(file["filename"]).stat() for file in opened.cache_files]
             digest = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()).hexdigest()
-            told |= {"rows": len(opened), "digest": digest}
-        return told
+            identity |= {"rows": len(opened), "digest": digest}
+        return identity
 
     def parts(self) -> Iterator[CorpusPart]:
         """Ranges of rows, or shards of a stream, whose size is not known before they are read."""
@@ -139,17 +140,17 @@ class HuggingFace(Records):
                 chosen = _apart_from_outputs(folder) if is_local else None
                 place = str(folder) if is_local else str(self.path)
                 return datasets.load_dataset(place, self.subset, data_files=chosen, **how)
-            found = datasets.load_from_disk(str(folder))
+            dataset = datasets.load_from_disk(str(folder))
         except Exception as error:  # of a dozen kinds, several of them the network's
             line = " ".join(str(error).split())[:300]
             raise ValueError(f"data.path={self.path}: datasets cannot open it ({line})") from None
         if self.streaming:
             raise ValueError("data.streaming=true: the dataset lies on this disk already; must be false")
-        if isinstance(found, dict):
-            if self.split not in found:
-                raise ValueError(f"data.split={self.split}: must be one of {', '.join(found)}")
-            found = found[self.split]
-        return found
+        if isinstance(dataset, dict):
+            if self.split not in dataset:
+                raise ValueError(f"data.split={self.split}: must be one of {', '.join(dataset)}")
+            dataset = dataset[self.split]
+        return dataset
 
 
 def _builder(file: Path) -> str | None:
@@ -174,6 +175,6 @@ def _apart_from_outputs(folder: Path) -> dict[str, list[str]] | None:
         return None
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
-    kept = {split: [file for file in paths if not is_inside(Path(file), folder)] for split, paths in found.items()}
-    return {split: paths for split, paths in kept.items() if paths}
+    patterns = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    inputs = {split: [file for file in paths if not is_inside(Path(file), folder)] for split, paths in patterns.items()}
+    return {split: paths for split, paths in inputs.items() if paths}

@@ -68,11 +68,11 @@ class Megatron(CorpusReader):
 
     def identity(self) -> dict[str, str | int]:
         """The resolved path, and both files' sizes and mtimes."""
-        told: dict[str, str | int] = {"corpus": self.name, "path": str(self.prefix.resolve())}
+        identity: dict[str, str | int] = {"corpus": self.name, "path": str(self.prefix.resolve())}
         for file in (self.bin, self.idx):
             stat = file.stat()
-            told |= {f"{file.suffix[1:]}_bytes": stat.st_size, f"{file.suffix[1:]}_mtime": stat.st_mtime_ns}
-        return told
+            identity |= {f"{file.suffix[1:]}_bytes": stat.st_size, f"{file.suffix[1:]}_mtime": stat.st_mtime_ns}
+        return identity
 
     def parts(self) -> Iterator[CorpusPart]:
         """Ranges of documents."""
@@ -109,8 +109,8 @@ class Megatron(CorpusReader):
         count = len(index.documents) - 1
         tokens = np.memmap(self.bin, dtype=index.dtype, mode="r")
         looked = range(0, count, max(count // SAMPLE, 1))
-        found = {int(tokens[index.offset(document + 1) - 1]) for document in looked}
-        return found.pop() if len(found) == 1 and count > 1 else None
+        last = {int(tokens[index.offset(document + 1) - 1]) for document in looked}
+        return last.pop() if len(last) == 1 and count > 1 else None
 
     def nothing(self) -> ValueError:
         return ValueError(f"data.path={self.path}: holds no documents")

@@ -26,9 +26,9 @@ from data.corpora.files import (
     files,
     guarded,
     is_there,
+    left_out_note,
     listing,
     named,
-    told,
 )
 from data.corpora.outputs import is_inside
 
@@ -71,21 +71,21 @@ class Records(CorpusReader):
     def identity(self) -> dict[str, str | int]:
         """The path, the field, number and total size of the files, a digest of their names, sizes and mtimes."""
         path = str(Path(self.path or "").expanduser().absolute())
-        told: dict[str, str | int] = {"corpus": self.name, "path": path, "field": self.field}
-        return {**told, "on_error": self.on_error, **listing(self._files())}
+        identity: dict[str, str | int] = {"corpus": self.name, "path": path, "field": self.field}
+        return {**identity, "on_error": self.on_error, **listing(self._files())}
 
     def left_out(self) -> dict[str, int]:
         """Files that are no such records, and what a walk skips, by reason."""
         left: Counter[str] = Counter()
-        found = self._files(left)
-        left[EMPTY] += sum(file.stat().st_size == 0 for _, file in found)
+        files = self._files(left)
+        left[EMPTY] += sum(file.stat().st_size == 0 for _, file in files)
         return dict(+left)
 
     def nothing(self) -> ValueError:
         root = Path(self.path or "").expanduser()
         if not glob.has_magic(str(root)) and not root.exists():
             return ValueError(f"data.path={self.path}: no such file or folder")
-        expected = f"expected files {self.expected}{told(self.left_out())}"
+        expected = f"expected files {self.expected}{left_out_note(self.left_out())}"
         return ValueError(f"data.path={self.path}: holds no documents; {expected}")
 
     def _files(self, left: Counter[str] | None = None) -> list[tuple[str, Path]]:
@@ -95,19 +95,19 @@ class Records(CorpusReader):
         if root.is_file():
             return [(root.name, root)]
         every = list(files(root, left=left))
-        found = [file for file in every if file.name.lower().endswith(self.suffixes)]
-        left[OTHER] += len(every) - len(found)
-        return named(root, iter(found))
+        matching = [file for file in every if file.name.lower().endswith(self.suffixes)]
+        left[OTHER] += len(every) - len(matching)
+        return named(root, iter(matching))
 
     def _matching(self, pattern: Path, left: Counter[str]) -> list[tuple[str, Path]]:
         """The files of a pattern but for those in folders that farspan has written. A folder that matches is none."""
         plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
         matched = [Path(file) for file in sorted(glob.glob(str(pattern), recursive=True))]
-        found = [file for file in matched if file.is_file()]
-        left[NO_FILE] += sum(not file.is_dir() for file in matched) - len(found)
-        kept = [file for file in found if not is_inside(file, Path(*plain))]
-        left[OURS] += len(found) - len(kept)
-        return [(str(file), file) for file in kept]
+        files = [file for file in matched if file.is_file()]
+        left[NO_FILE] += sum(not file.is_dir() for file in matched) - len(files)
+        outside = [file for file in files if not is_inside(file, Path(*plain))]
+        left[OURS] += len(files) - len(outside)
+        return [(str(file), file) for file in outside]
 
     def _text(self, value: Any, where: Callable[[], str], skipped: Counter[str]) -> bytes | None:
         """The UTF-8 bytes of a field's value, None where it is left out."""
@@ -122,10 +122,10 @@ class Records(CorpusReader):
             return self._bad("empty", "is an empty document", where, skipped)
         return value
 
-    def _bad(self, reason: str, said: str, where: Callable[[], str], skipped: Counter[str]) -> bytes | None:
+    def _bad(self, reason: str, problem: str, where: Callable[[], str], skipped: Counter[str]) -> bytes | None:
         """None, where it is left out."""
         if self.on_error == "stop":
-            raise ValueError(f"data.path={self.path}: {where()} {said}; data.on_error=skip leaves such out")
+            raise ValueError(f"data.path={self.path}: {where()} {problem}; data.on_error=skip leaves such out")
         skipped[reason] += 1
         return None
 
@@ -278,9 +278,9 @@ def _opened(path: str | None, name: str, file: Path) -> Any:
     except ImportError:
         raise ValueError("data.corpus=parquet: needs pyarrow, which is not installed: pip install pyarrow") from None
     try:
-        found = pq.ParquetFile(file, page_checksum_verification=True)
-        found.schema_arrow.names  # noqa: B018  (what is damaged may show here)
+        table = pq.ParquetFile(file, page_checksum_verification=True)
+        table.schema_arrow.names  # noqa: B018  (what is damaged may show here)
     except Exception as error:  # pyarrow's own, and what its bindings raise
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"data.path={path}: {name} is no Parquet file, or a damaged one ({why})") from None
-    return found
+    return table

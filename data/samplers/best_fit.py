@@ -58,8 +58,8 @@ class Bins(Pool):
 
     def __init__(self, documents: Documents, length: int) -> None:
         spec = {"best_fit": self.version, "length": length}
-        found = documents.derived(spec, partial(self._write, documents, length))
-        self._begins, self._ends, self._edges = found["begins"], found["ends"], found["edges"]
+        index = documents.derived(spec, partial(self._write, documents, length))
+        self._begins, self._ends, self._edges = index["begins"], index["ends"], index["edges"]
         super().__init__(documents, length, len(self._edges) - 1, len(documents))
 
     @staticmethod

@@ -35,8 +35,8 @@ def chunks(documents: Documents, cut: Cut) -> list[Pool]:
     return [DocumentChunks(documents, cut.longest)]
 
 
-def too_few(documents: Documents, length: int, found: Any) -> None:
-    if not found:
+def too_few(documents: Documents, length: int, total: Any) -> None:
+    if not total:
         raise ValueError(
             f"data.max_length={length}: {len(documents.ids)} documents, {len(documents)} tokens together, "
             f"do not fill one sequence; must be at most {len(documents)}"

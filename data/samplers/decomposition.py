@@ -28,8 +28,8 @@ def buckets(documents: Documents, cut: Cut) -> list[Pool]:
     """A pool for each length that there are sequences of, the shortest first. Raises ValueError if there are none."""
     low, high = cut.shortest.bit_length() - 1, cut.longest.bit_length() - 1
     spec = {"decomposition": decompose.VERSION, "low": low, "high": high, "overlong": cut.overlong}
-    found = documents.derived(spec, partial(_write, documents, cut))
-    pools = [Bucket(documents, 1 << k, begins) for k in range(low, high + 1) if len(begins := found[str(k)])]
+    index = documents.derived(spec, partial(_write, documents, cut))
+    pools = [Bucket(documents, 1 << k, begins) for k in range(low, high + 1) if len(begins := index[str(k)])]
     if not pools:
         raise ValueError(f"data.min_length={cut.shortest}: must be at most the length of some document")
     return list(pools)
@@ -38,5 +38,5 @@ def buckets(documents: Documents, cut: Cut) -> list[Pool]:
 def _write(documents: Documents, cut: Cut, writer: IndexWriter) -> None:
     low, high = cut.shortest.bit_length() - 1, cut.longest.bit_length() - 1
     for begins, lengths in documents.blocks():
-        for k, found in decompose.split(begins, lengths, low, high, cut.overlong):
-            writer.append(str(k), found)
+        for k, part in decompose.split(begins, lengths, low, high, cut.overlong):
+            writer.append(str(k), part)

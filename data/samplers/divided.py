@@ -59,7 +59,7 @@ def divided(store: StoredDocuments, heldout: float) -> Any:
     lengths = np.diff(store.offsets)
     longest, total = int(lengths.argmax()), int(lengths.sum())
     share = heldout if not held.any() else 1 - heldout  # of all tokens, on the side that has none
-    taken = min(max(math.ceil(share * total), 2), int(lengths[longest]) - 2)
-    if taken < 2:
+    length = min(max(math.ceil(share * total), 2), int(lengths[longest]) - 2)
+    if length < 2:
         return store
-    return Divided(store, longest, int(lengths[longest]) - taken if not held.any() else taken)
+    return Divided(store, longest, int(lengths[longest]) - length if not held.any() else length)

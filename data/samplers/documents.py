@@ -32,8 +32,8 @@ class Documents:
         }
         if (cut := getattr(store, "cut", None)) is not None:  # `data.samplers.divided`
             self.spec["cut"] = list(cut)
-        found = index(store, self.spec, self._write)
-        self._index, self.ids, self.edges = found, found["ids"], found["edges"]
+        sampled = index(store, self.spec, self._write)
+        self._index, self.ids, self.edges = sampled, sampled["ids"], sampled["edges"]
 
     def __len__(self) -> int:
         return int(self.edges[-1])
@@ -48,11 +48,11 @@ class Documents:
             ids = np.arange(first, min(first + BLOCK, count))
             ids = ids if order is None else order(ids)
             lengths = self.store.offsets[ids + 1] - self.store.offsets[ids]
-            kept = ((self.store.hashes[ids] < limit) == held) & (lengths >= max(least, 1))
+            chosen = ((self.store.hashes[ids] < limit) == held) & (lengths >= max(least, 1))
             if below is not None:
-                kept &= lengths < below
-            edges = total + np.cumsum(lengths[kept])
-            writer.append("ids", ids[kept])
+                chosen &= lengths < below
+            edges = total + np.cumsum(lengths[chosen])
+            writer.append("ids", ids[chosen])
             writer.append("edges", edges)
             total = int(edges[-1]) if len(edges) else total
 

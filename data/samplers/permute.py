@@ -40,10 +40,10 @@ class Permutation:
         given = np.asarray(places)
         if given.size and not 0 <= given.min() <= given.max() < self.size:
             raise ValueError(f"places {given.min()} to {given.max()} of an order of {self.size}")
-        found = self._network(given.astype(np.uint64).ravel(), keys, backwards)
-        while (outside := np.flatnonzero(found >= np.uint64(self.size))).size:
-            found[outside] = self._network(found[outside], keys, backwards)
-        return found.astype(np.int64).reshape(given.shape)
+        images = self._network(given.astype(np.uint64).ravel(), keys, backwards)
+        while (outside := np.flatnonzero(images >= np.uint64(self.size))).size:
+            images[outside] = self._network(images[outside], keys, backwards)
+        return images.astype(np.int64).reshape(given.shape)
 
     def _network(self, x: NDArray[np.uint64], keys: NDArray[np.uint64], backwards: bool) -> NDArray[np.uint64]:
         left, right = x >> self._half, x & self._mask

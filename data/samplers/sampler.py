@@ -43,20 +43,20 @@ class Source:
         """(least tokens, below, factor) of documents, None for no limit."""
         begins = [(0, Fraction(1)), *self.long]
         ends: list[int | None] = [*(least for least, _ in self.long), None]
-        found = [(least, below, factor) for (least, factor), below in zip(begins, ends, strict=True)]
+        classes = [(least, below, factor) for (least, factor), below in zip(begins, ends, strict=True)]
         if (end := self.longest) is None:
-            return found
-        return [(a, end + 1 if b is None else min(b, end + 1), factor) for a, b, factor in found if a <= end]
+            return classes
+        return [(a, end + 1 if b is None else min(b, end + 1), factor) for a, b, factor in classes if a <= end]
 
     def documents(self, side: str, heldout: float) -> list[tuple[Documents, Fraction]]:
         """The documents of each class that has any, and its factor. Held out, there is one class."""
         if side == "heldout":
             return [(Documents(self.store, side=side, heldout=heldout), Fraction(1))]
-        found = [
+        runs = [
             (Documents(self.store, side=side, heldout=heldout, lengths=(least, below)), factor)
             for least, below, factor in self.classes()
         ]
-        return [(documents, factor) for documents, factor in found if len(documents.ids)]
+        return [(documents, factor) for documents, factor in runs if len(documents.ids)]
 
     def weight_at(self, token: int) -> Fraction:
         return next(weight for begin, weight in reversed(self.weight) if begin <= token)
@@ -159,20 +159,20 @@ class Sampler:
 
     def drawn(self, step: int) -> dict[str, int]:
         """The tokens that each part has given before a step, padding included."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for lane, steps in zip(self.lanes, self.buckets.before(step), strict=True):
             for part, count in zip(lane.parts, lane.shares.before(steps * lane.per_step), strict=True):
-                found[part.name] = count * lane.length
-        return found
+                counts[part.name] = count * lane.length
+        return counts
 
 
 def _parts(source: Source, packing: str, cut: Cut, heldout: float, key: Key) -> list[SourcePart]:
-    found = [
+    parts = [
         (documents.spec["lengths"][0], pool, pool.tokens * factor)
         for documents, factor in source.documents("train", heldout)
         for pool in PACKINGS[packing](documents, cut)
     ]
-    total = sum(weight for *_, weight in found)
+    total = sum(weight for *_, weight in parts)
     return [
         SourcePart(
             "/".join(filter(None, [source.name, f"from {least}" if source.long else "", str(pool.length)])),
@@ -181,11 +181,11 @@ def _parts(source: Source, packing: str, cut: Cut, heldout: float, key: Key) -> 
             (*key, source.name, source.order, least, pool.length),
             weight / total,
         )
-        for least, pool, weight in found
+        for least, pool, weight in parts
     ]
 
 
 def _together(caps: Iterable[int | None]) -> int | None:
-    found = list(caps)
-    known = [cap for cap in found if cap is not None]
-    return sum(known) if len(known) == len(found) else None
+    caps_together = list(caps)
+    known = [cap for cap in caps_together if cap is not None]
+    return sum(known) if len(known) == len(caps_together) else None

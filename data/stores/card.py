@@ -17,8 +17,8 @@ def lengths_of(offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[n
     """The lengths that documents have, ascending, and how many have each: of T tokens, at most sqrt(2 T) lengths."""
     lengths, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for begin in range(0, len(offsets) - 1, BLOCK):
-        found, times = np.unique(np.diff(offsets[begin : begin + BLOCK + 1]), return_counts=True)
-        lengths, places = np.unique(np.concatenate([lengths, found]), return_inverse=True)
+        distinct, times = np.unique(np.diff(offsets[begin : begin + BLOCK + 1]), return_counts=True)
+        lengths, places = np.unique(np.concatenate([lengths, distinct]), return_inverse=True)
         counts = np.bincount(places, np.concatenate([counts, times]), len(lengths)).astype(np.int64)
     return lengths, counts
 
@@ -36,12 +36,12 @@ def duplicates(hashes: NDArray[np.uint64]) -> int:
     `HASHES`."""
     rounds = max(-(-len(hashes) // HASHES), 1)
     width = np.uint64(-(-(2**64) // rounds) if rounds > 1 else 2**64 - 1)
-    found = 0
+    repeated = 0
     for turn in range(rounds):
-        kept = [block[block // width == turn] if rounds > 1 else block for block in _blocks(hashes)]
-        mine = np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.uint64)
-        found += int(np.count_nonzero(mine[1:] == mine[:-1]))
-    return found
+        chosen = [block[block // width == turn] if rounds > 1 else block for block in _blocks(hashes)]
+        mine = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.uint64)
+        repeated += int(np.count_nonzero(mine[1:] == mine[:-1]))
+    return repeated
 
 
 def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -58,8 +58,8 @@ def write(folder: Path, names: list[str], tokens: BlockChecksums) -> None:
             for block in _blocks(folder / name):
                 sums.update(block)
             files[name] = sums.values()
-    told = {"algorithm": "crc32", "part_bytes": PART_BYTES, "files": files}
-    (folder / CHECKSUMS).write_text(json.dumps(told) + "\n")
+    card = {"algorithm": "crc32", "part_bytes": PART_BYTES, "files": files}
+    (folder / CHECKSUMS).write_text(json.dumps(card) + "\n")
 
 
 def checked_card(card: Any) -> dict[str, Any]:
@@ -121,15 +121,15 @@ def _pieces(store: Any, at: str) -> list[FilePiece]:
     step, known = PART_BYTES, {}
     if (path := store.folder / CHECKSUMS).exists():
         try:
-            told = reading.json_object(path)
-            step, known = told["part_bytes"], told["files"]
+            card = reading.json_object(path)
+            step, known = card["part_bytes"], card["files"]
             right = type(step) is int and step > 0 and isinstance(known, dict)
             right = right and all(isinstance(sums, list) and all(map(_is_count, sums)) for sums in known.values())
         except (ValueError, KeyError):
             right = False
         if not right or TOKENS not in known:
             raise ValueError(f"{at}: {CHECKSUMS} is damaged{_way_out(store)}")
-    found = []
+    parsed = []
     for name in sorted({*known, TOKENS, "offsets.npy"} - {CHECKSUMS}, key=lambda name: (name == TOKENS, name)):
         size, sums = _size(_path(store, name), at), known.get(name)
         begins = range(0, size, step)
@@ -138,19 +138,19 @@ def _pieces(store: Any, at: str) -> list[FilePiece]:
         parts = [FilePiece(name, b, min(b + step, size), sums[i] if sums else None) for i, b in enumerate(begins)]
         if name == TOKENS:
             random.shuffle(parts)
-        found += parts
-    return found
+        parsed += parts
+    return parsed
 
 
 def _size(path: Path, at: str) -> int:
     """The bytes of a regular file: a device or a pipe may have no end. Raises ValueError."""
     try:
-        found = path.stat()
+        facts = path.stat()
     except OSError as error:
         raise ValueError(f"{at}: {path.name} cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(facts.st_mode):
         raise ValueError(f"{at}: {path.name} is no regular file")
-    return found.st_size
+    return facts.st_size
 
 
 def _path(store: Any, name: str) -> Path:

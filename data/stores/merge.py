@@ -72,7 +72,7 @@ class Merge:
         self.digest, self.sums = hashlib.sha256(), BlockChecksums()
         if written:
             self._read(folder / "tokens.bin", written)
-        self._told = time.monotonic()
+        self._journaled = time.monotonic()
         self._merged: list[int] = []
 
     def append(self, number: int, part: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Merge:
             facts["skipped"][reason] = facts["skipped"].get(reason, 0) + times
         facts["parts"] = number + 1
         self._merged.append(number)
-        if time.monotonic() - self._told > JOURNAL_S:
+        if time.monotonic() - self._journaled > JOURNAL_S:
             self.journal()
 
     def journal(self) -> None:
@@ -120,7 +120,7 @@ class Merge:
             for kind in ("json", "npy", "bin"):
                 (self.parts / f"{number:06}.{kind}").unlink(missing_ok=True)
         self._merged = []
-        self._told = time.monotonic()
+        self._journaled = time.monotonic()
 
     def finish(self) -> str:
         """Completes the files, and returns the fingerprint: sha256 (hex) of the tokens, then of the offsets."""

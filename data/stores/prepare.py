@@ -164,7 +164,7 @@ def _card(folder: Path, corpus: Corpus, source: dict[str, Any], tokenizer: Any, 
     title = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens"
     card.draw(bars, title, folder / PICTURE)
     elsewhere = {"at": str(corpus.prefix)} if isinstance(corpus, Megatron) else {}
-    told = {
+    lines_of_card = {
         "version": VERSION,
         **source,
         **elsewhere,
@@ -182,4 +182,4 @@ def _card(folder: Path, corpus: Corpus, source: dict[str, Any], tokenizer: Any, 
         "files": {name: (folder / name).stat().st_size for name in FILES if (folder / name).exists()},
         "fingerprint": fingerprint,
     }
-    (folder / "card.json").write_text(json.dumps(told, indent=2) + "\n")
+    (folder / "card.json").write_text(json.dumps(lines_of_card, indent=2) + "\n")

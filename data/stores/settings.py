@@ -137,20 +137,20 @@ class Storing:
         """Counts documents left out by `prepare`, by reason, and the tokens that stand for text that the tokenizer
         does not know. Files that lie beside the corpus are counted as they are now."""
         store = Store(folder)
-        found = dict(store.card["skipped"])
+        counts = dict(store.card["skipped"])
         if not isinstance(self.source, Prepared):
             beside = self.source.left_out()
-            found = {reason: count for reason, count in found.items() if reason not in BESIDE} | beside
+            counts = {reason: count for reason, count in counts.items() if reason not in BESIDE} | beside
         if unknown := store.card.get("unknown", 0):
-            found[f"of {store.card['tokens']:,} tokens unknown to the tokenizer"] = unknown
-        return found
+            counts[f"of {store.card['tokens']:,} tokens unknown to the tokenizer"] = unknown
+        return counts
 
     @cached_property
     def source(self) -> Any:
         """The corpus (`data.corpora.corpus.Corpus`), not yet checked."""
-        found = CORPORA[str(self.corpus)]
-        known = signature(found).parameters
-        return found(**{key: getattr(self, key) for key in ("path", *_OF_A_CORPUS) if key in known})
+        corpus = CORPORA[str(self.corpus)]
+        known = signature(corpus).parameters
+        return corpus(**{key: getattr(self, key) for key in ("path", *_OF_A_CORPUS) if key in known})
 
     def vocabulary_size(self) -> int | None:
         """The size of the vocabulary, where it is known before any tokens are made."""

@@ -59,8 +59,8 @@ class Store:
             if self.card["version"] != VERSION:
                 raise ValueError(f"of version {self.card['version']}, expected {VERSION}")
             for name, size in self.card["files"].items():
-                if (found := regular(self.folder / name).stat().st_size) != size:
-                    raise ValueError(f"{name} has {found:,} bytes, its card says {size:,}")
+                if (size_on_disk := regular(self.folder / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {size_on_disk:,} bytes, its card says {size:,}")
             self.fingerprint: str = self.card["fingerprint"]
             prefix = self.card.get("at") or str(self.folder / "tokens")
             self.dtype = TokenIndex(regular(Path(f"{prefix}.idx"))).dtype
@@ -100,12 +100,12 @@ class Store:
 def column(path: Path, dtype: str) -> Any:
     """The array of one axis in an .npy file, mapped. Raises ValueError, without a key, for anything else."""
     try:
-        found = np.lib.format.open_memmap(path, mode="r")  # not np.load, which opens archives too
+        array = np.lib.format.open_memmap(path, mode="r")  # not np.load, which opens archives too
     except Exception as error:  # of a damaged header, numpy raises whatever it comes to
         raise ValueError(f"{path.name} is damaged ({' '.join(str(error).split())[:200]})") from None
-    if found.ndim != 1 or found.dtype != np.dtype(dtype):
-        raise ValueError(f"{path.name} holds {found.dtype} of {found.ndim} axes")
-    return found
+    if array.ndim != 1 or array.dtype != np.dtype(dtype):
+        raise ValueError(f"{path.name} holds {array.dtype} of {array.ndim} axes")
+    return array
 
 
 def regular(path: Path) -> Path:

@@ -91,10 +91,10 @@ def _watch(job: Job, place: str, tick: Callable[[], None], say: Callable[[str], 
             if stopping.attend():
                 return Outcome(False, AT_ONCE, 1)
             if connection.wait([pipe, process.sentinel], _POLL_S):
-                told = _receive(pipe)
-                if not isinstance(told, str):
-                    return _judge(told, process, job.run_dir)
-                say(told)
+                message = _receive(pipe)
+                if not isinstance(message, str):
+                    return _judge(message, process, job.run_dir)
+                say(message)
     finally:
         _end(process, pipe, joined=job.address is not None)
 
@@ -155,10 +155,10 @@ def _end(process: BaseProcess, pipe: connection.Connection[Any, Any], *, joined:
 
 def _members(session: int) -> list[int]:
     """The processes of a session, zombies left out (Linux)."""
-    found = []
+    members = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, _, theirs = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(theirs) == session and state != "Z":
-                found.append(int(folder.name))
-    return found
+                members.append(int(folder.name))
+    return members

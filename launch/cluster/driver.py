@@ -190,7 +190,7 @@ def _join_ray(job: Job, say: Callable[[str], None]) -> bool:
     assert job.address is not None
     # A submitted job's own code is deleted when its first driver ends: every attempt brings it again.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
-    told = False
+    announced = False
     while True:
         try:
             ray.init(
@@ -208,9 +208,9 @@ def _join_ray(job: Job, say: Callable[[str], None]) -> bool:
             line = f"cluster.address={job.address}: no Ray to join from this machine ({line[:200]})"
             if not job.patient:
                 raise UserError(line) from None
-        if not told:
+        if not announced:
             say(f"waiting for Ray: {line}")
-        told = True
+        announced = True
         ray.shutdown()
         time.sleep(_JOIN_S)
         if stop_file(job.run_dir).exists():
@@ -281,12 +281,12 @@ def _off_main_thread(function: Any, *, meanwhile: Callable[[], bool]) -> bool:
     return True
 
 
-def _work(told: dict[str, Any]) -> None:
+def _work(message: dict[str, Any]) -> None:
     """A Ray Train worker's life: enter the world, run the entry, and leave the world together."""
     import ray.train
     import torch.distributed as dist
 
-    job: Job = told["job"]
+    job: Job = message["job"]
     rank = ours = ray.train.get_context().get_world_rank()
     try:
         if job.address is None:
@@ -321,10 +321,10 @@ def _reports(job: Job) -> list[Failure]:
 def _members(job: Job) -> dict[int, dict[str, Any]]:
     """Ray's rank of each worker that entered the world -> its rank and its machine's address."""
     try:
-        told = json.loads((scratch(job.run_dir) / _MEMBERS).read_text(encoding="utf-8"))
+        members = json.loads((scratch(job.run_dir) / _MEMBERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {member["ray_rank"]: {**member, "rank": rank} for rank, member in enumerate(told)}
+    return {member["ray_rank"]: {**member, "rank": rank} for rank, member in enumerate(members)}
 
 
 def _lost_with_machines(job: Job, members: dict[int, dict[str, Any]]) -> dict[int, str]:
@@ -346,12 +346,12 @@ def _lost_with_machines(job: Job, members: dict[int, dict[str, Any]]) -> dict[in
         or not nodes[id]["Alive"]
         or not inspection.answers(nodes[id]["NodeManagerAddress"], nodes[id]["NodeManagerPort"])
     }
-    found = [member for member in members.values() if member["node"] in gone]
+    lost = [member for member in members.values() if member["node"] in gone]
     return {
         member["rank"]: f"was lost {MACHINE}, {inspection.name_of(nodes[member['node']])}"
         if member["node"] in nodes
         else f"was lost {MACHINE} on {member['address']}"
-        for member in sorted(found, key=lambda member: member["rank"])
+        for member in sorted(lost, key=lambda member: member["rank"])
     }
 
 

@@ -12,9 +12,9 @@ def run_folder(key: str, value: str, cluster: ClusterSettings) -> Path:
 
     An id is looked for in the runs here, then, with cluster=ray, among the cluster's jobs.
     """
-    found = rundir.run_here(key, value)
-    if found is not None:
-        return found
+    folder = rundir.run_here(key, value)
+    if folder is not None:
+        return folder
     if cluster.kind == "ray" and "/" not in value:
         return jobs.folder_of(value, cluster.address, key)
     raise rundir.no_such_run(key, value)

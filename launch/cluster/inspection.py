@@ -68,7 +68,7 @@ def inspect_machines(job: Job, say: Callable[[str], None]) -> bool:
 
     False when a stop was asked for while waiting. Raises UserError.
     """
-    told = ""
+    message = ""
     while True:
         placement, ids = _place(job, say)
         if placement is None:
@@ -79,9 +79,9 @@ def inspect_machines(job: Job, say: Callable[[str], None]) -> bool:
         except UserError as error:  # a machine that was lost just now, or one that has come and is not ready yet
             if not job.patient:
                 raise
-            if str(error) != told:
-                told = str(error)
-                say(f"waiting for machines: {told}")
+            if str(error) != message:
+                message = str(error)
+                say(f"waiting for machines: {message}")
         if _stopped(job):
             return False
     count = len(placement.nodes)
@@ -94,7 +94,7 @@ def inspect_machines(job: Job, say: Callable[[str], None]) -> bool:
 
 def _place(job: Job, say: Callable[[str], None]) -> tuple[Placement | None, list[str]]:
     """The placement and Ray's ids of the machines with room; None when a stop was asked for while waiting for them."""
-    told = ""
+    message = ""
     while True:
         machines = _machines(job.device, say)
         try:
@@ -102,9 +102,9 @@ def _place(job: Job, say: Callable[[str], None]) -> tuple[Placement | None, list
         except ValueError as error:
             if not job.patient:
                 raise UserError(str(error)) from None
-            if str(error) != told:
-                told = str(error)
-                say(f"waiting for machines: {told}")
+            if str(error) != message:
+                message = str(error)
+                say(f"waiting for machines: {message}")
         if _stopped(job):
             return None, []
 
@@ -122,22 +122,22 @@ def _machines(device: str, say: Callable[[str], None]) -> list[tuple[str, Node]]
     """
     import ray
 
-    deadline, told = time.monotonic() + _LOOK_S, False
+    deadline, announced = time.monotonic() + _LOOK_S, False
     while True:
         alive = [node for node in ray.nodes() if node["Alive"]]
         lost = [node for node in alive if not answers(node["NodeManagerAddress"], node["NodeManagerPort"])]
         if not lost or time.monotonic() > deadline:
             break
-        if not told:
+        if not announced:
             say(f"a machine was lost: {', '.join(name_of(node) for node in lost)}; waiting until Ray has found out")
-        told = True
+        announced = True
         time.sleep(_TURN_S)
-    found = []
+    machines = []
     for node in alive:
         slots = int(node["Resources"].get("GPU" if device == "cuda" else "CPU", 0))
         if slots and node not in lost:
-            found.append((node["NodeID"], Node(node["NodeName"], node["NodeManagerAddress"], slots)))
-    return found
+            machines.append((node["NodeID"], Node(node["NodeName"], node["NodeManagerAddress"], slots)))
+    return machines
 
 
 def answers(host: str, port: int) -> bool:
@@ -164,7 +164,7 @@ def _compare(job: Job, ids: list[str]) -> Sight:
     (folder / token).touch()
     names = {node["NodeID"]: name_of(node) for node in ray.nodes()}
     task = ray.remote(num_cpus=0, max_retries=0)(look)
-    asked = {
+    sights_by_host = {
         each: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(each, soft=False)).remote(
             str(folder), token, f"{token}-{each[:12]}"
         )
@@ -172,7 +172,7 @@ def _compare(job: Job, ids: list[str]) -> Sight:
     }
     here = Sight(platform.python_version(), _version("ray"), _version("torch"), None)
     sights: dict[str, Sight] = {"the driver": here}
-    for each, answer in asked.items():
+    for each, answer in sights_by_host.items():
         try:
             sights[names[each]] = ray.get(answer, timeout=_LOOK_S)
         except Exception as error:
@@ -204,11 +204,11 @@ def _compare(job: Job, ids: list[str]) -> Sight:
 def difference(sights: dict[str, Sight]) -> None:
     """Raises UserError, naming the first package whose versions differ, with the machines that have each."""
     for compared in _COMPARED:
-        found: dict[str, list[str]] = {}
+        differences: dict[str, list[str]] = {}
         for name, sight in sights.items():
-            found.setdefault(asdict(sight)[compared], []).append(name)
-        if len(found) > 1:
-            each = "; ".join(f"{which} on {', '.join(names)}" for which, names in found.items())
+            differences.setdefault(asdict(sight)[compared], []).append(name)
+        if len(differences) > 1:
+            each = "; ".join(f"{which} on {', '.join(names)}" for which, names in differences.items())
             raise UserError(f"cluster: versions of {compared} differ between machines: {each}; they must be the same")
 
 
@@ -217,12 +217,12 @@ def _wait(job: Job, say: Callable[[str], None]) -> bool:
     import ray
 
     kind = "GPU" if job.device == "cuda" else "CPU"
-    told: Any = None
+    last: Any = None
     while (free := int(ray.available_resources().get(kind, 0))) < job.workers:
         if stop_file(job.run_dir).exists():
             return False
-        if free != told:
+        if free != last:
             say(f"waiting for {job.workers} workers: {free} {kind}s are free")
-            told = free
+            last = free
         time.sleep(_TURN_S)
     return True

@@ -55,8 +55,8 @@ class Jobs:
 
     def list(self) -> list[Any]:
         """Ray's details of every job that was submitted, oldest first."""
-        found = [each for each in self._ask(self._client.list_jobs) if each.submission_id]
-        return sorted(found, key=lambda each: each.start_time or 0)
+        jobs = [each for each in self._ask(self._client.list_jobs) if each.submission_id]
+        return sorted(jobs, key=lambda each: each.start_time or 0)
 
     def find(self, job: str) -> Any:
         """Ray's details of a job. Raises UserError, naming the nearest that exist."""

@@ -38,13 +38,13 @@ class Machine:
 
 def address_of(given: str | None) -> str:
     """The address of the cluster to use: the one given, else what the environment says, else Ray's own default."""
-    found = given or next((os.environ[name] for name in _OVERRIDES if os.environ.get(name)), DASHBOARD)
-    if found.startswith("ray://"):
+    address = given or next((os.environ[name] for name in _OVERRIDES if os.environ.get(name)), DASHBOARD)
+    if address.startswith("ray://"):
         raise UserError(
-            f"cluster.address={found}: Ray Client is not used; expected the dashboard's http://HOST:8265, "
+            f"cluster.address={address}: Ray Client is not used; expected the dashboard's http://HOST:8265, "
             "or auto on one of the cluster's machines"
         )
-    return found.rstrip("/")
+    return address.rstrip("/")
 
 
 def is_remote(address: str) -> bool:
@@ -85,7 +85,7 @@ def _get(address: str, path: str, timeout: float) -> dict[str, Any]:
     request = urllib.request.Request(address + path, headers=_credentials())
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            found = json.load(answer)
+            value = json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise UserError(
@@ -96,7 +96,7 @@ def _get(address: str, path: str, timeout: float) -> dict[str, Any]:
         raise UserError(f"cluster.address={address}: what answers there is not Ray's dashboard") from None
     except OSError as error:
         raise UserError(f"cluster.address={address}: no Ray answers there ({error})") from None
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _credentials() -> dict[str, str]:
@@ -126,13 +126,13 @@ def nodes(address: str) -> list[Machine]:
         from ray.util.state import list_nodes
 
         with alone() if is_remote(address) else contextlib.nullcontext():
-            found = list_nodes(address=address, timeout=int(_ANSWER_S), limit=10_000)
+            listed = list_nodes(address=address, timeout=int(_ANSWER_S), limit=10_000)
     except ImportError:
         raise UserError("cluster.kind=ray: Ray is not installed (ray[default,train])") from None
     except Exception as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cluster.address={address}: Ray does not tell its machines ({line[:200]})") from None
-    alive = [node for node in found if node.state == "ALIVE"]
+    alive = [node for node in listed if node.state == "ALIVE"]
     return [
         Machine(
             name=node.node_name or node.node_ip,
@@ -156,14 +156,14 @@ def device(wanted: str, workers: int, address: str) -> str:
 
 def room(cluster: Any, device: str) -> list[Node]:
     """The machines of `cluster.address` and the workers that each can hold, for `launch.cluster.placement.place`."""
-    found = nodes(address_of(cluster.address))
-    names = [machine.name for machine in found]
+    alive = nodes(address_of(cluster.address))
+    names = [machine.name for machine in alive]
     return [
         Node(
             name=machine.name if names.count(machine.name) == 1 else f"{machine.name} ({number})",
             address=machine.address,
             slots=machine.slots(device),
         )
-        for number, machine in enumerate(found, start=1)
+        for number, machine in enumerate(alive, start=1)
         if machine.slots(device)
     ]

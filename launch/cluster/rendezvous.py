@@ -64,8 +64,8 @@ def enter(job: Job, members_file: Path) -> tuple[int, str, int, int]:
     dist.init_process_group(job.backend, store=apart, rank=rank, world_size=size, device_id=device, timeout=TIMEOUT)
     if rank == 0:
         facts = ("address", "node", "local", "pid")
-        told = [{**dict(zip(facts, members[each], strict=True)), "ray_rank": each} for each in ranks]
-        members_file.write_text(json.dumps(told), encoding="utf-8")
+        replies = [{**dict(zip(facts, members[each], strict=True)), "ray_rank": each} for each in ranks]
+        members_file.write_text(json.dumps(replies), encoding="utf-8")
     return rank, host, port, ranks.index(0)
 
 
@@ -104,9 +104,9 @@ def _interface(address: str) -> str | None:
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                told = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:
                 continue
-        if socket.inet_ntoa(told[20:24]) == address:
+        if socket.inet_ntoa(reply[20:24]) == address:
             return name
     return None

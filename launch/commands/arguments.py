@@ -107,16 +107,16 @@ def request(kind: Callable[..., Kind], values: dict[str, Any], keys: Mapping[str
 
 def asks_for_configuration(arguments: list[str]) -> list[str] | None:
     """The overrides beside --cfg, or beside what Hydra's users write: -c, --cfg job, --cfg=job; None without it."""
-    overrides, asked = [], False
+    overrides, asks = [], False
     for word in arguments:
         option, equals, what = word.partition("=")
         if option not in ("--cfg", "-c"):
             overrides.append(word)
             continue
-        asked = True
+        asks = True
         if equals and what != "job":
             raise UserError(f"{word}: accepts --cfg, or --cfg job")
-    if not asked:
+    if not asks:
         return None
     return [word for word in overrides if word not in ("job", "--resolve")]  # what Hydra takes besides: it is resolved
 

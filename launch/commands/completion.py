@@ -76,10 +76,10 @@ def completion(arguments: list[str]) -> int:
 def complete(words: list[str]) -> int:
     """Prints the candidates for the last of the words."""
     try:
-        found = candidates(words[1:] if words[:1] == ["--"] else words)
+        lines = candidates(words[1:] if words[:1] == ["--"] else words)
     except Exception:  # a line that is half typed may be anything, and nothing may be written into it
-        found = []
-    print("".join(f"{candidate}\n" for candidate in sorted(set(found))), end="")
+        lines = []
+    print("".join(f"{candidate}\n" for candidate in sorted(set(lines))), end="")
     return 0
 
 
@@ -122,19 +122,19 @@ def _override(word: str, verb: Verb, before: list[str]) -> list[str]:
     tree, placed = files.written(dict(other.split("=", 1) for other in verb.arguments(given)))
     key, equals, value = bare.partition("=")
     if not equals:
-        found = [f"{sign}{full}" for full in _starting(bare, _keys(bare, tree, placed))]
-        return [full.rstrip("=") for full in found] if sign == "~" else found
+        keys = [f"{sign}{full}" for full in _starting(bare, _keys(bare, tree, placed))]
+        return [full.rstrip("=") for full in keys] if sign == "~" else keys
     several, comma, last = value.rpartition(",") if verb is VERBS["sweep"] else ("", "", value)
     group = key.partition("@")[0]
     if key in placed and group in files.groups():
-        found = _starting(last, files.groups()[group])
+        keys = _starting(last, files.groups()[group])
     elif key in RUN_KEYS:
-        found = _runs(last)
+        keys = _runs(last)
     elif key in PATH_KEYS:
-        found = _paths(last)
+        keys = _paths(last)
     else:
-        found = _starting(last, values(key, tree))
-    return [f"{sign}{key}={several}{comma}{accepted}" for accepted in found]
+        keys = _starting(last, values(key, tree))
+    return [f"{sign}{key}={several}{comma}{accepted}" for accepted in keys]
 
 
 def _keys(word: str, tree: dict[str, Any], placed: Iterable[str]) -> list[str]:
@@ -155,10 +155,10 @@ def _classes(node: Any, path: str = "", above: str = "") -> dict[str, str]:
         return {}
     name = path.rpartition(".")[2]
     own = node.get("_target_") or (nested(above, name) if above else f"train.settings.{name.title()}Settings") or ""
-    found = {path: own} if parameters(own) else {}
+    classes = {path: own} if parameters(own) else {}
     for key, child in node.items():
-        found |= _classes(child, f"{path}.{key}" if path else key, own if path else "")
-    return found
+        classes |= _classes(child, f"{path}.{key}" if path else key, own if path else "")
+    return classes
 
 
 def _runs(start: str) -> list[str]:

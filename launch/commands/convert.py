@@ -17,7 +17,7 @@ from launch.errors import UserError
 from launch.paths import RUNS
 from launch.run import rundir
 from launch.run.checkpoints import checkpoint_of
-from launch.run.export import Export, _disk, _size, _told, written
+from launch.run.export import Export, _disk, _progress, _size, written
 from launch.shell import command, override
 
 if TYPE_CHECKING:
@@ -52,20 +52,20 @@ def import_(arguments: list[str]) -> int:
         raise UserError(f"SOURCE={source}: no such folder; expected one with {CONFIG} and *.safetensors")
     _free(run, "DEST")
     with _refusals(f"SOURCE={source}"):
-        card, found = _read(folder, request)
-    config = {"model": found.model, "data": {"max_length": found.max_length}, "code": rundir.code_version()}
+        card, published = _read(folder, request)
+    config = {"model": published.model, "data": {"max_length": published.max_length}, "code": rundir.code_version()}
     companions = {"config.yaml": yaml.safe_dump(config, sort_keys=False)}
     if card is not None:
         companions["tokenizer.json"] = json.dumps(card, indent=2) + "\n"
-    with _told("reading") as watch, _disk(run, "DEST"), _refusals(f"SOURCE={source}"):
-        take(found, run, companions, watch)
-    _say(f"{found.name}, {_size(found.shapes)} parameters: {run}")
-    for line in found.said:
+    with _progress("reading") as watch, _disk(run, "DEST"), _refusals(f"SOURCE={source}"):
+        take(published, run, companions, watch)
+    _say(f"{published.name}, {_size(published.shapes)} parameters: {run}")
+    for line in published.said:
         _say(line)
-    if found.unpublishable is not None:
-        _say(f"cannot be exported again as it is: {found.unpublishable}")
-    if found.left_out:
-        _say(f"left out: {_some(found.left_out)}, which no model here reads")
+    if published.unpublishable is not None:
+        _say(f"cannot be exported again as it is: {published.unpublishable}")
+    if published.left_out:
+        _say(f"left out: {_some(published.left_out)}, which no model here reads")
     if card is None:
         _say(f"{source} has no tokenizer.json: the tokens have no text")
     elif card["special"].get("end", 0) is None:
@@ -91,10 +91,10 @@ def _read(folder: Path, request: Import) -> tuple[dict[str, Any] | None, Publish
     from train.checkpoints.hf_reader import Published
 
     card = card_of(folder, request.document)
-    found = Published(folder, vocabulary=request.vocabulary, extend=request.extend_vocab)
-    tokens, rows = (0 if card is None else card["size"]), found.model["vocabulary"]
+    published = Published(folder, vocabulary=request.vocabulary, extend=request.extend_vocab)
+    tokens, rows = (0 if card is None else card["size"]), published.model["vocabulary"]
     if tokens <= rows:
-        return card, found
+        return card, published
     if request.vocabulary is not None:
         raise ValueError(f"vocabulary={request.vocabulary}: must be at least {tokens}, the tokens of its tokenizer")
     if not request.extend_vocab:
@@ -110,8 +110,8 @@ def export(arguments: list[str]) -> int:
     dest = Path(to).expanduser()
     _free(dest, "DEST")
     with _refusals(f"RUN={run}"):
-        found = checkpoint_of(run)
-        lines = written(found, dest, request)
+        saved = checkpoint_of(run)
+        lines = written(saved, dest, request)
     for line in lines:
         _say(line)
     return 0

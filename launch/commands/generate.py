@@ -65,16 +65,16 @@ class Request:
 
     def prompts(self) -> list[bytes]:
         """Raises UserError for a file that cannot be read."""
-        found = [os.fsencode(prompt) for prompt in self.prompt]  # what a shell gives may be no UTF-8
+        texts = [os.fsencode(prompt) for prompt in self.prompt]  # what a shell gives may be no UTF-8
         for name in self.prompt_file:
             try:
                 with Path(name).open("rb") as file:
-                    found.append(file.read(LONGEST_PROMPT + 1))  # a device has no end
+                    texts.append(file.read(LONGEST_PROMPT + 1))  # a device has no end
             except (OSError, ValueError) as error:
                 raise UserError(f"prompt_file={name}: cannot be read ({getattr(error, 'strerror', error)})") from None
-            if len(found[-1]) > LONGEST_PROMPT:
+            if len(texts[-1]) > LONGEST_PROMPT:
                 raise UserError(f"prompt_file={name}: must have at most {LONGEST_PROMPT:,} bytes")
-        return found or [b"import "]
+        return texts or [b"import "]
 
 
 def generate(given: list[str]) -> int:
@@ -82,18 +82,18 @@ def generate(given: list[str]) -> int:
     from train.checkpoints.stored import DamagedError
 
     run, request = _parse(given)
-    found = checkpoint_of(run)
-    saved = saved_config(found)
-    if request.weights == "average" and not has_average(found):
-        raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
-    tokenizer = tokenizer_of(found, f"RUN={run}")
+    saved_run = checkpoint_of(run)
+    saved = saved_config(saved_run)
+    if request.weights == "average" and not has_average(saved_run):
+        raise UserError(f"weights=average: must be raw, {saved_run} holds no averaged weights (train.average)")
+    tokenizer = tokenizer_of(saved_run, f"RUN={run}")
     prompts = request.prompts()
     tokens = [_encoded(tokenizer, prompt) for prompt in prompts]
-    _check_model(run, found, saved["model"])
+    _check_model(run, saved_run, saved["model"])
     _say_beyond(saved, max(map(len, tokens)), request.tokens)
     if request.workers == 1:
         try:
-            write(found, saved["model"], request, prompts, tokens, tokenizer)
+            write(saved_run, saved["model"], request, prompts, tokens, tokenizer)
         except DamagedError as error:
             raise UserError(f"RUN={run}: this checkpoint is damaged ({error})") from None
         except ValueError as error:
@@ -104,7 +104,7 @@ def generate(given: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="farspan-generate-") as place:
         outcome = spawn.spawn(
             ENTRY,
-            {"checkpoint": str(found.resolve()), "model": saved["model"], "request": asdict(request)}
+            {"checkpoint": str(saved_run.resolve()), "model": saved["model"], "request": asdict(request)}
             | {"prompts": prompts, "tokens": tokens, "place": place},
             workers=request.workers,
             run_dir=Path(place),
@@ -120,33 +120,33 @@ def generate(given: list[str]) -> int:
     return outcome.exit_code
 
 
-def _check_model(run: str, found: Path, model: dict[str, Any]) -> None:
+def _check_model(run: str, saved: Path, model: dict[str, Any]) -> None:
     """Raises UserError for a model that does not build, or is another than a checkpoint holds, before it has memory."""
     from train.checkpoints import checkpoint
 
     with refusals({"model": model}):
         built = model_of(model)
         shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
-        if (difference := checkpoint.first_difference(found, shapes)) is not None:
+        if (difference := checkpoint.first_difference(saved, shapes)) is not None:
             raise UserError(f"RUN={run}: holds another model than its config.yaml says: {difference}")
 
 
 def work(order: dict[str, Any]) -> None:
     """A rank of several: it reads its part of each prompt, and the last one, which has their ends, goes on alone."""
-    found = Path(order["checkpoint"])
+    checkpoint = Path(order["checkpoint"])
     write(
-        found,
+        checkpoint,
         order["model"],
         Request(**order["request"]),
         order["prompts"],
         order["tokens"],
-        tokenizer_of(found, "RUN"),
+        tokenizer_of(checkpoint, "RUN"),
         stop=stop_file(Path(order["place"])),
     )
 
 
 def write(
-    found: Path,
+    writer: Path,
     model: dict[str, Any],
     request: Request,
     prompts: list[bytes],
@@ -158,7 +158,7 @@ def write(
     file that asks to end."""
     from train.inference.decode import ALONE, Decoder
 
-    decoder, comm = Decoder.load(model, found, average=request.weights == "average"), ALONE
+    decoder, comm = Decoder.load(model, writer, average=request.weights == "average"), ALONE
     if stop is not None:
         from parallel.mesh import Groups
 
@@ -267,10 +267,10 @@ def _encoded(tokenizer: Any, prompt: bytes) -> list[int]:
     from data.tokenizer import encoded
 
     try:
-        found = [*roles_of(tokenizer).begin, *encoded(tokenizer, prompt).tolist()]
-        if not found:
+        ids = [*roles_of(tokenizer).begin, *encoded(tokenizer, prompt).tolist()]
+        if not ids:
             raise ValueError("must not be empty: this tokenizer puts no token in front of a text")
-        return found
+        return ids
     except ValueError as error:
         shown = prompt[:40].decode("utf-8", "replace") + ("…" if len(prompt) > 40 else "")
         raise UserError(f"prompt={shown}: {error}") from None
@@ -295,9 +295,9 @@ def _parse(given: list[str]) -> tuple[str, Request]:
 def _stops(value: str) -> list[str]:
     r"""A text, or a list of them in brackets and double quotes; \n is a new line in both. Raises UserError."""
     try:
-        found = json.loads(value if value.startswith("[") else f'["{value}"]', strict=False)
+        texts = json.loads(value if value.startswith("[") else f'["{value}"]', strict=False)
     except ValueError:
-        found = None if value.startswith("[") else [value]
-    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        texts = None if value.startswith("[") else [value]
+    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
         raise UserError(f'stop={value}: must be a text, or a list such as \'["\\n\\n", "def "]\'')
-    return found
+    return texts

@@ -57,14 +57,14 @@ def _planned(config: RunConfig) -> Machines | None:
     """The machines of the cluster's template; None where there is none, or the cluster itself can be asked."""
 
     address = config.cluster.address
-    found = template.machines(config)
-    if found is None or address is None:
-        return found
+    rendered = template.machines(config)
+    if rendered is None or address is None:
+        return rendered
     try:
         nodes.check_answers(nodes.address_of(address))
     except UserError as error:
         print(f"{error}; planned on the machines of cluster.template")
-        return found
+        return rendered
     return None
 
 
@@ -164,15 +164,15 @@ def _audit(flight: CheckedRun, steps: int) -> list[str]:
 
     facts: dict[str, Any] = checkpoint.manifest(flight.resume) if flight.resume else {"step": 0, "skips": 0}
     try:
-        found = audit(flight.batches, flight.config.seed, steps, facts["step"], facts["skips"])
+        report = audit(flight.batches, flight.config.seed, steps, facts["step"], facts["skips"])
         if flight.resume is not None:
             trained = {
                 record["step"]: record["step"] - 1 + record.get("skips", 0) for record in _trained(flight.resume)
             }
-            found.append(passed_over(facts.get("skipped", []), facts["step"], facts["skips"], trained))
+            report.append(passed_over(facts.get("skipped", []), facts["step"], facts["skips"], trained))
     except AssertionError as error:
         raise ValueError(f"data.audit={steps}: {error}") from None
-    return [f"{'' if i else 'audit':<12}{line}" for i, line in enumerate(found)]
+    return [f"{'' if i else 'audit':<12}{line}" for i, line in enumerate(report)]
 
 
 def _trained(checkpoint: Path) -> list[dict[str, Any]]:
@@ -251,17 +251,17 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
     gathered = int((costs.parameters - elsewhere) * own * master.itemsize)
     if engine["reshard_after_forward"]:
         gathered = gathered * 2 // model["layers"]
-    kept = costs.activations
+    activations = costs.activations
     if engine["recompute"] in ("full", "selective"):  # every layer's input, and all of one layer while it runs again
-        kept = model["dim"] * compute.itemsize * model["layers"] + kept / model["layers"]
+        activations = model["dim"] * compute.itemsize * model["layers"] + activations / model["layers"]
     if engine["recompute"] == "selective":
-        kept += costs.dear
+        activations += costs.dear
     chunk = min(held, flight.train.loss_chunk or held)
     parts = {
         "weights, gradients, moments": states,
         **({"averages of weights": averages * costs.parameters * share} if averages else {}),
         "gathered weights": gathered,
-        "activations": kept * held * of_activations,
+        "activations": activations * held * of_activations,
         f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] // mesh.tensor * (compute.itemsize + 8)
         + held * model["dim"] * compute.itemsize,  # and its gradient of the head's input
     }

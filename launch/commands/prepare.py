@@ -46,11 +46,11 @@ def prepare(overrides: list[str]) -> int:
         data.check()
         try:
             with _runner(config) as runner, watching(console) as watch:
-                found = data.prepare(runner, watch)
+                store = data.prepare(runner, watch)
         except KeyboardInterrupt:
             console.print("interrupted: the same command goes on from here", markup=False)
             return 1
-        made = [(folder, corpus.left_out(folder)) for _, corpus, folder in stores(data, found)]
+        made = [(folder, corpus.left_out(folder)) for _, corpus, folder in stores(data, store)]
         for folder, _ in made:
             verify(Store(folder))
     print("\n\n".join("\n".join(lines(folder, left)) for folder, left in made))

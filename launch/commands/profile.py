@@ -51,6 +51,6 @@ def measured(config: RunConfig) -> int:
         profile.write(path)
     except OSError as error:
         raise UserError(f"cost.path={path}: cannot be written ({error.strerror})") from None
-    found = [f"measured on {profile.machine}, {workers} at once", *profile.lines(), f"stored in {path}"]
-    print("\n".join(f"{'' if i else 'costs':<12}{line}" for i, line in enumerate(found)))
+    lines = [f"measured on {profile.machine}, {workers} at once", *profile.lines(), f"stored in {path}"]
+    print("\n".join(f"{'' if i else 'costs':<12}{line}" for i, line in enumerate(lines)))
     return 0

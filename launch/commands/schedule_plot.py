@@ -16,7 +16,7 @@ def lines(flight: CheckedRun) -> list[str]:
     schedule, rate, total = _schedule(flight)
     begin = schedule.begin or 0
     phases = [phase for phase in schedule.phases(total - begin) if phase.end > phase.begin]
-    found = [
+    lines = [
         f"{phase.name} from {begin + phase.begin:,.0f}: {rate * phase.value(phase.begin):.3g} to "
         f"{rate * phase.value(phase.end):.3g}"
         for phase in phases
@@ -24,8 +24,8 @@ def lines(flight: CheckedRun) -> list[str]:
     ramp = flight.train.ramp
     if len(ramp.lines) > 1:
         sizes = [f"{size:,} from {reached:,}" for (_, size), (_, reached) in zip(ramp.lines, ramp.begins, strict=True)]
-        found.append(f"tokens of a step: {', '.join(sizes)}")
-    return [f"{'' if i else 'schedule':<12}{line}" for i, line in enumerate(found)]
+        lines.append(f"tokens of a step: {', '.join(sizes)}")
+    return [f"{'' if i else 'schedule':<12}{line}" for i, line in enumerate(lines)]
 
 
 def points(flight: CheckedRun) -> tuple[list[float], list[float], list[int]]:

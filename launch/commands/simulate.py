@@ -22,38 +22,39 @@ def simulated(config: RunConfig, steps: int) -> list[str]:
         costs = settings.costs(lambda cluster: _configured(config, settings, cluster))
     except NoRoomError as error:
         raise ValueError(f"simulation.memory={settings.memory:g}: {error}") from None
-    batches, told = _batches(config, settings, steps)
+    batches, lines = _batches(config, settings, steps)
     try:
         rows = compare(costs, batches, settings.schedulers, quantum=settings.quantum)
     except TooLongError as error:
         raise ValueError(f"simulation.longest={settings.longest}: {error}") from None
     except ValueError as error:
         raise ValueError(f"simulation.schedulers={settings.schedulers}: {error}") from None
-    found = [
+    results = [
         f"simulated   {steps:,} steps of model {costs.model.name} on {costs.cluster.name}",
-        f"sequences   {told}",
+        f"sequences   {lines}",
         *(f"{'' if i else 'schedulers':<12}{line}" for i, line in enumerate(text(rows, costs))),
     ]
     if (picture := config.run.plot) and not rows[0].why:
         lengths = [-(-n // settings.quantum) * settings.quantum for n in batches[0]]
         packing = SCHEDULERS[rows[0].name](costs).pack(lengths)
         gantt.draw(costs, packing, lengths, f"{rows[0].name}, {costs.model.name}, first step", Path(picture))
-        found.append(f"picture     {picture}: {timing(costs, packing, lengths).seconds:.4g} s of {rows[0].name}")
-    return found
+        results.append(f"picture     {picture}: {timing(costs, packing, lengths).seconds:.4g} s of {rows[0].name}")
+    return results
 
 
 def _batches(config: RunConfig, settings: SimulationSettings, steps: int) -> tuple[list[list[int]], str]:
     """Each step's lengths, and what to say of them."""
     if settings.lengths is None:
         run = check_run(config, print)
-        found = [[len(s.tokens) for s in run.batches.batch(config.seed, step)] for step in range(steps)]
-        return found, f"{len(found[0]):,} in the first of the run's own steps, {sum(map(sum, found)):,} tokens in all"
-    found, left_out = settings.batches(steps)
-    longest = max(map(max, found))
+        lengths = [[len(s.tokens) for s in run.batches.batch(config.seed, step)] for step in range(steps)]
+        tokens = sum(map(sum, lengths))
+        return lengths, f"{len(lengths[0]):,} in the first of the run's own steps, {tokens:,} tokens in all"
+    lengths, left_out = settings.batches(steps)
+    longest = max(map(max, lengths))
     dropped = f"; {left_out:,} longer than {settings.longest:,} are left out" if settings.longest else ""
-    tokens = sum(map(sum, found)) // steps
+    tokens = sum(map(sum, lengths)) // steps
     size = f"{tokens:,} tokens, at most {longest:,}"
-    return found, f"{settings.sequences:,} a step of {settings.lengths}, {size}{dropped}"
+    return lengths, f"{settings.sequences:,} a step of {settings.lengths}, {size}{dropped}"
 
 
 def _configured(config: RunConfig, settings: SimulationSettings, cluster: Cluster) -> Costs:

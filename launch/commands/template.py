@@ -19,16 +19,16 @@ def template(overrides: list[str]) -> int:
     The run is checked as far as it can be from here: its data, and what it continues from, may be on the cluster only.
     """
     config = composed(overrides)
-    found = machines(config)
-    if found is None:
+    rendered = machines(config)
+    if rendered is None:
         accepted = ", ".join(f"cluster={name}" if i == 0 else name for i, name in enumerate(_with_template()))
         raise UserError(f"cluster={_chosen(overrides)}: describes no machines; accepts {accepted}")
     with refusals(config):
-        device = found.device(config.cluster.device)
+        device = rendered.device(config.cluster.device)
     flight = check_run(config, lambda line: print(line, file=sys.stderr), device=device, data_here=False)
     with refusals(config):
-        place(flight.cluster.workers, found.nodes_planned(device), flight.sizes)
-        text = found.render(config, overrides)
+        place(flight.cluster.workers, rendered.nodes_planned(device), flight.sizes)
+        text = rendered.render(config, overrides)
     print(text, end="")
     return 0
 
@@ -39,11 +39,11 @@ def machines(config: RunConfig) -> Machines | None:
     if node is None:
         return None
     with refusals(config):
-        found = ObjectConfig(node).build()
-    if not isinstance(found, Machines):
+        template = ObjectConfig(node).build()
+    if not isinstance(template, Machines):
         target = node.get("_target_") if isinstance(node, dict) else node
         raise UserError(f"cluster.template._target_={target}: must be a class of launch.templates")
-    return found
+    return template
 
 
 def _with_template() -> list[str]:

@@ -44,9 +44,9 @@ def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str] | N
         return overrides
     others = [override for override in overrides if override != "resume=auto"]
     given = next((override for override in reversed(others) if override.startswith("run.dir=")), None)
-    if given is None or (asked := composed(others).run.dir) is None:
+    if given is None or (given_folder := composed(others).run.dir) is None:
         raise UserError("resume=auto: needs run.dir, the folder of the run, there or not")
-    folder = Path(asked).expanduser()
+    folder = Path(given_folder).expanduser()
     await_lock(folder, say)
     if not (folder / "config.yaml").exists():
         return others
@@ -54,5 +54,5 @@ def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str] | N
         say(f"run {folder} is complete")
         return None
     say(f"resume=auto: the run in {folder} goes on, in its own configuration")
-    kept = [override for override in others if override.lstrip("+").split(".")[0].split("=")[0] == "cluster"]
-    return [*kept, f"resume={given.partition('=')[2]}"]
+    others_left = [override for override in others if override.lstrip("+").split(".")[0].split("=")[0] == "cluster"]
+    return [*others_left, f"resume={given.partition('=')[2]}"]

@@ -23,18 +23,18 @@ def verify(arguments: list[str]) -> int:
     from launch.verify.proof import blame, both
 
     print("\n".join(_head(shrunk)), flush=True)
-    held, found = both(shrunk)
-    if isinstance(found, str):
-        print(f"wrong       the layout does not run: {found}")
+    held, ranks = both(shrunk)
+    if isinstance(ranks, str):
+        print(f"wrong       the layout does not run: {ranks}")
         return 1
-    worst = found.worst
-    if found.first is None:
+    worst = ranks.worst
+    if ranks.first is None:
         print(
-            f"right       {found.compared:,} tensors; worst: {worst.place}, by {worst.error:.1e} of its norm, which is "
+            f"right       {ranks.compared:,} tensors; worst: {worst.place}, by {worst.error:.1e} of its norm, which is "
             f"{worst.excess:.1e} of what rounding may ({time.monotonic() - began:.0f} s)"
         )
         return 0
-    first = found.first
+    first = ranks.first
     print(
         f"wrong       {first.place}: differs by {first.error:.1e} of its norm on rank {first.rank}, {first.excess:.1e} "
         f"times what rounding may"
@@ -83,7 +83,7 @@ def _head(shrunk: Shrunk) -> list[str]:
         f"verify      {mesh}: {config.cluster.workers} processes beside one, in fp64",
         f"model       {model['layers']} layers ({', '.join(model['pattern'])}) of width {model['dim']}, "
         f"{config.data['sequences']} sequences of {config.data['length']} tokens or fewer a step",
-        *(f"{'' if i else 'instead':<12}{line}" for i, line in enumerate(shrunk.told)),
+        *(f"{'' if i else 'instead':<12}{line}" for i, line in enumerate(shrunk.notes)),
     ]
 
 

@@ -44,9 +44,9 @@ def _hints(target: str) -> dict[str, tuple[str, ast.AST | None]]:
     for node in owner.body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             return {a.arg: (module, a.annotation) for a in [*node.args.args[1:], *node.args.kwonlyargs]}
-    found = {k: v for base in owner.bases for k, v in _hints(f"{module}.{_name(base)}").items()}
+    hints = {k: v for base in owner.bases for k, v in _hints(f"{module}.{_name(base)}").items()}
     fields = [node for node in owner.body if isinstance(node, ast.AnnAssign)]
-    return found | {str(_name(node.target)): (module, node.annotation) for node in fields}
+    return hints | {str(_name(node.target)): (module, node.annotation) for node in fields}
 
 
 def nested(target: str, key: str) -> str | None:

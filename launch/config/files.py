@@ -20,11 +20,11 @@ def stamp() -> Stamp:
     """When each file of conf/ last changed, and its size: another value where one is edited, added or removed."""
     with os.scandir(CONF) as entries:
         folders = [entry.path for entry in entries if entry.is_dir()]
-    found = []
+    stamps = []
     for folder in (str(CONF), *folders):
         with os.scandir(folder) as entries:
-            found += [(entry.path, *_version(entry.stat())) for entry in entries if entry.name.endswith(".yaml")]
-    return tuple(sorted(found))
+            stamps += [(entry.path, *_version(entry.stat())) for entry in entries if entry.name.endswith(".yaml")]
+    return tuple(sorted(stamps))
 
 
 def groups() -> dict[str, list[str]]:
@@ -135,7 +135,7 @@ def head_comment(path: Path) -> str:
 
 def comments(path: Path) -> dict[str, str]:
     """Returns what stands behind the `#` of a key's line, by the key's full name within the file."""
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     above: list[tuple[int, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         match = re.match(r"( *)([\w@/.]+):(?: .*?)??(?: # ?(.*))?$", line)
@@ -143,8 +143,8 @@ def comments(path: Path) -> dict[str, str]:
             continue
         above = [(indent, key) for indent, key in above if indent < len(match[1])] + [(len(match[1]), match[2])]
         if match[3]:
-            found[".".join(key for _, key in above)] = match[3].strip()
-    return found
+            lines[".".join(key for _, key in above)] = match[3].strip()
+    return lines
 
 
 def _is_global(group: str, name: str) -> bool:
@@ -155,8 +155,8 @@ def _load(path: Path) -> dict[str, Any]:
     return copy.deepcopy(_parsed(path, _version(path.stat())))
 
 
-def _version(found: os.stat_result) -> tuple[int, int]:
-    return found.st_mtime_ns, found.st_size
+def _version(text: os.stat_result) -> tuple[int, int]:
+    return text.st_mtime_ns, text.st_size
 
 
 @cache

@@ -68,9 +68,9 @@ def page() -> str:
                 parts[each] = _placed(each, [name.partition("@")[2] for name in placed if name.startswith(f"{each}@")])
     parts[", ".join(scalars)] = _scalars(scalars)
     for key in sections:
-        said = files.comments(files.CONF / "train.yaml")
-        said = {k.removeprefix(f"{key}."): text for k, text in said.items() if k.startswith(f"{key}.")}
-        parts[key] = _described(SECTIONS[key], {"": tree[key]}, f"{key}.", said)
+        texts = files.comments(files.CONF / "train.yaml")
+        texts = {k.removeprefix(f"{key}."): text for k, text in texts.items() if k.startswith(f"{key}.")}
+        parts[key] = _described(SECTIONS[key], {"": tree[key]}, f"{key}.", texts)
     for key, hint in LISTS.items():
         (kind,) = typing.get_args(hint)
         parts[key] = _described(kind, {"": {}}, f"{key}[i].", {})
@@ -84,23 +84,23 @@ def meanings(text: str, keys: Iterable[str]) -> tuple[str, dict[str, str]]:
     """Returns what a docstring says of each key, and the rest of it."""
     keys = set(keys)
     rest: list[str] = []
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for paragraph in _paragraphs(text):
         if _SHAPES.match(paragraph):
             continue
         column = _columns(paragraph, keys)
         if column:
-            found |= column
+            texts |= column
             continue
         matches = [m for m in _NAMED.finditer(paragraph) if set(_names(m[1])) <= keys]
         ends = [*(m.start() for m in matches[1:]), len(paragraph)]
         before = paragraph[: matches[0].start()] if matches else paragraph
         for match, end in zip(matches, ends, strict=True) if matches else ():
-            said = paragraph[match.end() : end].partition("Raises ")[0]
-            found |= dict.fromkeys(_names(match[1]), " ".join(said.split()).removesuffix("."))
+            meaning = paragraph[match.end() : end].partition("Raises ")[0]
+            texts |= dict.fromkeys(_names(match[1]), " ".join(meaning.split()).removesuffix("."))
         before = before.partition("Raises ")[0].strip()
         rest += [before] if before else []
-    return "\n\n".join(rest), found
+    return "\n\n".join(rest), texts
 
 
 _PAPER = re.compile(r"(?<![\w./\[])(\d{4}\.\d{5})(?![\w.]?\w)")  # by its number on arXiv
@@ -114,29 +114,29 @@ def _names(text: str) -> list[str]:
 
 def _paragraphs(text: str) -> list[str]:
     """A docstring's paragraphs; one that does not end its sentence goes on in the next."""
-    found: list[str] = []
+    paragraphs: list[str] = []
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
-        if found and paragraph[:1].islower() and not found[-1].rstrip().endswith((".", ":", "!", "?")):
-            found[-1] += f"\n{paragraph}"
+        if paragraphs and paragraph[:1].islower() and not paragraphs[-1].rstrip().endswith((".", ":", "!", "?")):
+            paragraphs[-1] += f"\n{paragraph}"
         else:
-            found.append(paragraph)
-    return found
+            paragraphs.append(paragraph)
+    return paragraphs
 
 
 def _columns(paragraph: str, keys: set[str]) -> dict[str, str]:
     """The keys of a paragraph that is a table: names, two blanks or more, meaning; {} where it is none."""
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     current: list[str] = []
     for line in paragraph.splitlines():
         match = re.match(r"((?:\w+, )*\w+)\s{2,}(\S.*)", line)
         if match and set(_names(match[1])) <= keys:
             current = _names(match[1])
-            found |= dict.fromkeys(current, match[2])
+            columns |= dict.fromkeys(current, match[2])
         elif current and line.startswith(" "):
-            found |= {name: f"{found[name]} {line.strip()}" for name in current}
+            columns |= {name: f"{columns[name]} {line.strip()}" for name in current}
         else:
             return {}
-    return {name: text.removesuffix(".") for name, text in found.items()}
+    return {name: text.removesuffix(".") for name, text in columns.items()}
 
 
 def documentation(constructor: type) -> str:
@@ -200,13 +200,13 @@ def _inner(group: str, nodes: dict[str, dict[str, Any]]) -> str:
 def _objects(node: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects below a node, but for those that a group of their own describes."""
     placed = {name.partition("@")[2] for name in files.written()[1] if "@" in name}
-    found = []
+    objects = []
     for key, child in node.items():
         full = f"{path}.{key}"
         if isinstance(child, dict) and full not in placed and not _is_of_a_group(child):
-            found += [(full, child)] if "_target_" in child else []
-            found += _objects(child, full)
-    return found
+            objects += [(full, child)] if "_target_" in child else []
+            objects += _objects(child, full)
+    return objects
 
 
 def _is_of_a_group(node: dict[str, Any]) -> bool:
@@ -221,17 +221,17 @@ def _placed(group: str, places: list[str]) -> str:
     options = files.groups()[group]
     where = ", ".join(f"`{group}@{place}=OPTION`" for place in places)
     nodes = {option: files.option(group, option) for option in options}
-    said = f"Placed where one is wanted: {where}. Its keys are then below that place: `{places[0]}.KEY`.\n\n"
-    return said + _options(group, options, None) + _by_class(group, nodes, "")
+    text = f"Placed where one is wanted: {where}. Its keys are then below that place: `{places[0]}.KEY`.\n\n"
+    return text + _options(group, options, None) + _by_class(group, nodes, "")
 
 
 def _options(group: str, options: list[str], default: str | None) -> str:
     lines = []
     for option in options:
         path = files.CONF / group / f"{option}.yaml"
-        said = files.head_comment(path)
+        text = files.head_comment(path)
         mark = " (default)" if option == default else ""
-        lines.append(f"- [`{group}={option}`](../conf/{group}/{option}.yaml){mark}{f': {said}' if said else ''}")
+        lines.append(f"- [`{group}={option}`](../conf/{group}/{option}.yaml){mark}{f': {text}' if text else ''}")
     return "\n".join(lines) + "\n\n"
 
 
@@ -239,9 +239,9 @@ def _experiments() -> str:
     lines = ["None by default. Each of them sets some keys at once.", ""]
     for option in files.groups()["experiment"]:
         node = files.option("experiment", option)
-        said = files.head_comment(files.CONF / "experiment" / f"{option}.yaml")
+        text = files.head_comment(files.CONF / "experiment" / f"{option}.yaml")
         keys = " ".join(f"{key}={files.flow(value)}" for key, value in files.leaves(node).items())
-        lines.append(f"- [`experiment={option}`](../conf/experiment/{option}.yaml): {said} `{keys}`")
+        lines.append(f"- [`experiment={option}`](../conf/experiment/{option}.yaml): {text} `{keys}`")
     return "\n".join(lines) + "\n"
 
 
@@ -266,8 +266,8 @@ def _described(target: Any, nodes: dict[str, dict[str, Any]], prefix: str, comme
             for key, value in next(iter(nodes.values())).items()
             if not key.startswith("_")
         ]
-        said = f"Builds [`{target}`]({page}), which takes further keys, and says there what each means."
-        return f"{said}\n\n{_table(rows)}\n"
+        text = f"Builds [`{target}`]({page}), which takes further keys, and says there what each means."
+        return f"{text}\n\n{_table(rows)}\n"
     prose, rows = _rows(constructor, nodes, prefix, comments)
     parts = [f"Builds `{target}`." if isinstance(target, str) else "", prose, _table(rows) if rows else ""]
     return "\n\n".join(part.strip() for part in parts if part) + "\n\n"
@@ -282,10 +282,10 @@ def _rows(constructor: type, nodes: dict[str, Any], prefix: str, comments: dict[
     partial = any(node.get("_partial_") == "true" for node in nodes.values())
     written = [key for node in nodes.values() for key in node if key in parameters]
     keys = [key for key in dict.fromkeys([*written, *parameters]) if not (partial and key in GIVEN)]
-    prose, said = meanings(documentation(constructor), parameters)
+    prose, texts = meanings(documentation(constructor), parameters)
     for base in constructor.__mro__[1:-1]:
         if base.__doc__ and base.__module__.split(".")[0] == constructor.__module__.split(".")[0]:
-            said = meanings(base.__doc__, parameters)[1] | said
+            texts = meanings(base.__doc__, parameters)[1] | texts
     rows: list[Row] = []
     for key in keys:
         hint = hints.get(key, Any)
@@ -300,7 +300,7 @@ def _rows(constructor: type, nodes: dict[str, Any], prefix: str, comments: dict[
         kind = _type(constructor, key, hint)
         if hint is Any and any("_target_" in node.get(key, "") for node in nodes.values()):
             kind = "object or null" if default == "`null`" else "object"
-        meaning = said.get(key) or comments.get(key, "")
+        meaning = texts.get(key) or comments.get(key, "")
         rows.append((prefix + key, kind, _default(key, nodes, default), meaning))
     return prose, rows
 
@@ -309,11 +309,11 @@ def _comments(group: str, options: list[str], inside: str = "") -> dict[str, str
     """Returns what the files of options say behind the keys, of a node inside them perhaps; the first option's count
     first."""
     start = f"{inside}." if inside else ""
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for option in reversed(options):
-        said = files.comments(files.CONF / group / f"{option}.yaml")
-        found |= {key.removeprefix(start): text for key, text in said.items() if key.startswith(start)}
-    return found
+        texts = files.comments(files.CONF / group / f"{option}.yaml")
+        lines |= {key.removeprefix(start): text for key, text in texts.items() if key.startswith(start)}
+    return lines
 
 
 def _type(constructor: type, key: str, hint: Any) -> str:
@@ -324,10 +324,10 @@ def _type(constructor: type, key: str, hint: Any) -> str:
 
 
 def _kind(hint: Any) -> str:
-    said = words(hint) if hint is not Any else "anything"
-    said = said.replace("an object, a section with _target_", "an object").replace("a section with keys", "a section")
-    said = re.sub(r"\b(a|an) ", "", said)
-    return said.replace("list of object", "list of objects").replace("list of section", "list of sections")
+    text = words(hint) if hint is not Any else "anything"
+    text = text.replace("an object, a section with _target_", "an object").replace("a section with keys", "a section")
+    text = re.sub(r"\b(a|an) ", "", text)
+    return text.replace("list of object", "list of objects").replace("list of section", "list of sections")
 
 
 def _guess(value: Any) -> str:

@@ -122,9 +122,9 @@ def fields(path: str, values: Any, constructor: Callable[..., Any], *, given: Co
 
 def parameters_of(constructor: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """A constructor's named parameters, and whether it takes others as well."""
-    found = inspect.signature(constructor).parameters
-    named = {k: p for k, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return named, any(p.kind is p.VAR_KEYWORD for p in found.values())
+    parameters = inspect.signature(constructor).parameters
+    named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def hints_of(constructor: Callable[..., Any]) -> dict[str, Any]:
@@ -259,8 +259,9 @@ def _try(path: str, make: Callable[..., Any], *arguments: Any) -> None:
             line = f"{path}.{line}"
         elif not key and not line.startswith(path):
             line = f"{path}: {line}"
-        said = re.search(r"(?:=(\S+): (?:must be|expected) one of|got '(\S+)', accepts) ([^;]+)$", line)
-        if said and (close := get_close_matches((said[1] or said[2]).lower(), said[3].split(", "), n=1, cutoff=0.4)):
+        match = re.search(r"(?:=(\S+): (?:must be|expected) one of|got '(\S+)', accepts) ([^;]+)$", line)
+        word = (match[1] or match[2]).lower() if match else ""
+        if match and (close := get_close_matches(word, match[3].split(", "), n=1, cutoff=0.4)):
             line += f"; nearest: {close[0]}"
         raise UserError(line) from None
 

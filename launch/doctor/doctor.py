@@ -86,11 +86,11 @@ def facts(run_dir: Path, address: str | None) -> Iterator[Fact | str]:
     yield from _torch()
     required, optional = _requirements()
     with ThreadPoolExecutor(max_workers=max(2, min(4, machine.cores()))) as pool:
-        found = {n: pool.submit(package, n, spec, n in required) for n, spec in {**required, **optional}.items()}
+        packages = {n: pool.submit(package, n, spec, n in required) for n, spec in {**required, **optional}.items()}
         yield "Packages that farspan needs"
-        yield from (found[name].result() for name in required)
+        yield from (packages[name].result() for name in required)
         yield "Packages that it can use"
-        yield from (found[name].result() for name in optional)
+        yield from (packages[name].result() for name in optional)
     yield "Kernels of the mixers"
     yield from _kernels()
     yield "Where runs are written, and a cluster"
@@ -142,28 +142,28 @@ def _machine() -> Iterator[Fact]:
 
 def _torch() -> Iterator[Fact]:
     """The facts that a process finds which imports torch."""
-    for name, sign, value in _told("torch"):
+    for name, sign, value in _trial_lines("torch"):
         yield Fact(name, sign, value, name in ("torch", "gloo") or name == "nccl" and sign == "broken")
 
 
 def _kernels() -> Iterator[Fact]:
     """Returns what each mixer is computed by here, and why."""
-    yield from (Fact(*told) for told in _told("kernels"))
+    yield from (Fact(*fields) for fields in _trial_lines("kernels"))
 
 
-def _told(trial: str) -> Iterator[tuple[str, str, str]]:
+def _trial_lines(trial: str) -> Iterator[tuple[str, str, str]]:
     """The facts that a trial prints, name, sign and value; one of its own name where it fails."""
-    said = False
+    any_line = False
     try:
         for line in _tried(trial, trial):
             with contextlib.suppress(ValueError):
                 name, sign, value = json.loads(line)
-                said = True
+                any_line = True
                 yield name, sign, value
     except TrialError as error:
         yield trial, "broken", str(error)
     else:
-        if not said:
+        if not any_line:
             yield trial, "broken", "says nothing"
 
 
@@ -289,15 +289,15 @@ def _cache() -> Fact:
 
 def _ray(address: str | None) -> Iterator[Fact]:
     """Says whether a Ray answers at the address given, which must, or at that of the environment."""
-    told = address or os.environ.get("RAY_ADDRESS")
+    given_address = address or os.environ.get("RAY_ADDRESS")
     name = "cluster.address" if address else "RAY_ADDRESS"
-    if not told:
+    if not given_address:
         yield Fact("cluster", "missing", "no cluster.address, no RAY_ADDRESS: runs start a Ray of their own")
         return
     try:
-        yield Fact(name, "ok", f"{told}: {_answer(told)}")
+        yield Fact(name, "ok", f"{given_address}: {_answer(given_address)}")
     except (UserError, OSError, ValueError) as error:
-        yield Fact(name, "broken", f"{told}: {str(error).removeprefix(f'cluster.address={told}: ')}")
+        yield Fact(name, "broken", f"{given_address}: {str(error).removeprefix(f'cluster.address={given_address}: ')}")
 
 
 def _answer(address: str) -> str:
@@ -311,10 +311,10 @@ def _answer(address: str) -> str:
         check_answers(address.rstrip("/"))
         return f"Ray {metadata.version('ray')} answers, as here"
     if address == "auto":
-        told = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-        if not told.exists():
+        file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        if not file.exists():
             raise OSError("no Ray runs on this machine")
-        address = told.read_text().strip()
+        address = file.read_text().strip()
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         raise ValueError("expected http://HOST:8265, HOST:PORT or auto")

@@ -64,9 +64,9 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str = platform.mac
 
 def memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int] | None:
     """(bytes in all, bytes available), or None where the system does not say."""
-    found = dict(line.split(":", 1) for line in _text(meminfo).splitlines() if ":" in line)
+    entries = dict(line.split(":", 1) for line in _text(meminfo).splitlines() if ":" in line)
     try:
-        total, available = (int(found[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
+        total, available = (int(entries[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
     except (KeyError, ValueError, IndexError):
         return None
     return total, available

@@ -40,9 +40,9 @@ def try_torch() -> None:
     _tell("mpi", *(("ok", "built in; not used") if dist.is_mpi_available() else ("missing", "not built in; not used")))
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     triton = importlib.util.find_spec("triton") is not None
-    found = [f"compiler {compiler}"] if compiler else []
-    found += ["triton"] if triton else []
-    _tell("compile", "ok" if found else "missing", f"torch.compile has {', '.join(found) or 'no compiler, no triton'}")
+    lines = [f"compiler {compiler}"] if compiler else []
+    lines += ["triton"] if triton else []
+    _tell("compile", "ok" if lines else "missing", f"torch.compile has {', '.join(lines) or 'no compiler, no triton'}")
 
 
 def try_kernels() -> None:
@@ -172,8 +172,8 @@ def _nccl() -> str:
 
 
 def try_apex() -> None:
-    found = importlib.util.find_spec("apex")
-    if found is None or not any(Path(p, "optimizers").exists() for p in found.submodule_search_locations or ()):
+    spec = importlib.util.find_spec("apex")
+    if spec is None or not any(Path(p, "optimizers").exists() for p in spec.submodule_search_locations or ()):
         raise RuntimeError(
             "PyPI's package of this name, a web toolkit; farspan can use NVIDIA's, built from its source"
         )

@@ -30,7 +30,7 @@ ENTRY = "train.evaluation.run:run"
 OURS = ("cluster", "parallel", "evaluate")  # sections that an evaluation has from the command line, not from the run
 
 
-def measured(config: RunConfig, found: Path, folder: Path, device: str, console: Console) -> int:
+def measured(config: RunConfig, results: Path, folder: Path, device: str, console: Console) -> int:
     """Writes what `evaluate.parts` ask of a checkpoint to results.json in a folder. Returns the exit code; raises
     UserError where the workers refuse it, KeyboardInterrupt where it is stopped."""
     workers = config.cluster.workers
@@ -40,11 +40,11 @@ def measured(config: RunConfig, found: Path, folder: Path, device: str, console:
     ):
         order = {
             "config": config,
-            "checkpoint": str(found.resolve()),
+            "checkpoint": str(results.resolve()),
             "results": str((folder / "results.json").resolve()),
             "progress": str(shown.path),
             "device": device,
-            "trained": trained_on(found),
+            "trained": trained_on(results),
         }
         outcome = spawn.spawn(
             ENTRY,
@@ -67,36 +67,36 @@ def measured(config: RunConfig, found: Path, folder: Path, device: str, console:
     return outcome.exit_code
 
 
-def trained_on(found: Path) -> int | None:
+def trained_on(saved: Path) -> int | None:
     """Tokens of the longest sequences that a checkpoint, or a folder of Hugging Face's, was trained on; None where it
     does not say."""
     from train.checkpoints import checkpoint, hf_reader
     from train.checkpoints.hf_convert import trained_length
 
-    if hf_reader.is_folder(found):
-        return hf_reader.Published(found).max_length
-    home = found if (found / "config.yaml").exists() else found.parent.parent
-    facts = checkpoint.manifest(found)
+    if hf_reader.is_folder(saved):
+        return hf_reader.Published(saved).max_length
+    home = saved if (saved / "config.yaml").exists() else saved.parent.parent
+    facts = checkpoint.manifest(saved)
     return trained_length(rundir.saved_config(home), facts.get("places", facts["tokens"]))
 
 
-def configured(found: Path, overrides: list[str]) -> RunConfig:
+def configured(saved_run: Path, overrides: list[str]) -> RunConfig:
     """The run's configuration with the overrides on top; where and how it is evaluated, from these alone."""
-    asked = composed(overrides).to_dict()
+    settings = composed(overrides).to_dict()
     for key in ("resume", "init_from"):
-        if asked[key] is not None:
-            raise UserError(f"{key}={asked[key]}: not of an evaluation; RUN says which weights")
-    saved = init_from.own_tokens(rundir.saved_config(found), found)
+        if settings[key] is not None:
+            raise UserError(f"{key}={settings[key]}: not of an evaluation; RUN says which weights")
+    saved = init_from.own_tokens(rundir.saved_config(saved_run), saved_run)
     if "train" not in saved:  # an import: a model, and nothing that it was trained on
-        saved = {**asked, "model": saved["model"]}
-    overlay(saved, asked, overrides)
-    saved |= {key: asked[key] for key in OURS} | {"resume": None, "init_from": None}
+        saved = {**settings, "model": saved["model"]}
+    overlay(saved, settings, overrides)
+    saved |= {key: settings[key] for key in OURS} | {"resume": None, "init_from": None}
     if isinstance(saved["train"]["batch_tokens"], list):  # a batch that grows: nothing here depends on its size
         saved["train"]["batch_tokens"] = saved["train"]["batch_tokens"][-1][1]
     return checked(saved)
 
 
-def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tuple[RunConfig, str]:
+def check_evaluation(config: RunConfig, saved_run: Path, run: str, say: Any) -> tuple[RunConfig, str]:
     """Checks everything that can be checked before a process starts. Raises UserError.
 
     Returns the configuration, with the transport that an evaluation has, and the device.
@@ -112,9 +112,9 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
             raise ValueError("cluster=ray: must be none or local: an evaluation runs on this machine")
         if settings.tasks and importlib.util.find_spec("lm_eval") is None:
             raise ValueError(f"evaluate.tasks=[{','.join(settings.tasks)}]: {MISSING}")
-        if settings.weights == "average" and not has_average(found):
+        if settings.weights == "average" and not has_average(saved_run):
             raise ValueError(
-                f"evaluate.weights=average: must be raw, {found} holds no averaged weights (train.average)"
+                f"evaluate.weights=average: must be raw, {saved_run} holds no averaged weights (train.average)"
             )
         config = replace(config, parallel=config.parallel.without_pipeline())
         if config.parallel.transport.recurrence == "auto":  # measured for steps of training
@@ -124,14 +124,14 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
         model = model_of(config.model.values)
         check_layout(config, mesh, model)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        if (difference := checkpoint.first_difference(found, shapes)) is not None:
+        if (difference := checkpoint.first_difference(saved_run, shapes)) is not None:
             raise ValueError(f"RUN={run}: holds another model: {difference}")
         batches = open_batches(config, shapes["embedding"][0], say)
-        saved = _tokenizer(found)
+        saved = _tokenizer(saved_run)
         if saved is not None and (given := batches.tokenizer.card()) != saved:
             raise ValueError(
                 f"data.tokenizer={given['name']}: must be the one that the run was trained with, "
-                f"{saved['name']}: {found / 'tokenizer.json'}"
+                f"{saved['name']}: {saved_run / 'tokenizer.json'}"
             )
         if settings.tasks and not isinstance(batches.tokenizer, Bytes | Json):
             raise ValueError(
@@ -141,26 +141,26 @@ def check_evaluation(config: RunConfig, found: Path, run: str, say: Any) -> tupl
         return config, device_of(cluster)
 
 
-def _tokenizer(found: Path) -> dict[str, Any] | None:
+def _tokenizer(saved: Path) -> dict[str, Any] | None:
     """The card of the tokenizer that a model was trained with; None where there is none beside it."""
     from data import reading
     from data.hf_tokenizer import card_of
     from train.checkpoints import hf_reader
 
-    if hf_reader.is_folder(found):
-        return card_of(found)
-    file = found / "tokenizer.json"
+    if hf_reader.is_folder(saved):
+        return card_of(saved)
+    file = saved / "tokenizer.json"
     return reading.json_object(file) if file.exists() else None
 
 
-def folder_of(found: Path, weights: str = "raw") -> Path:
+def folder_of(saved: Path, weights: str = "raw") -> Path:
     """Returns where results go: RUN/evaluation/step-N, or beside a checkpoint that has no run; those of averaged
     weights into a
     folder of their own."""
-    run, suffix = found.parent.parent, "" if weights == "raw" else f"-{weights}"
-    if found.parent.name == "checkpoints" and (run / "config.yaml").exists():
-        return run / "evaluation" / f"{found.name}{suffix}"
-    return found.with_name(f"{found.resolve().name}-evaluation{suffix}")
+    run, suffix = saved.parent.parent, "" if weights == "raw" else f"-{weights}"
+    if saved.parent.name == "checkpoints" and (run / "config.yaml").exists():
+        return run / "evaluation" / f"{saved.name}{suffix}"
+    return saved.with_name(f"{saved.resolve().name}-evaluation{suffix}")
 
 
 class EvaluationProgress:
@@ -194,10 +194,10 @@ class EvaluationProgress:
         whole = lines[: lines.rfind("\n") + 1]
         self._read += len(whole.encode())
         for line in whole.splitlines():
-            told = json.loads(line)
+            progress = json.loads(line)
             if self._bar and self._task is not None:
-                part = told["part"].replace("_", " ")
-                self._bar.update(self._task, total=told["of"], completed=told["done"], description=part)
-            elif told["part"] != self._part:
-                self.console.print(told["part"].replace("_", " "), markup=False)
-            self._part = told["part"]
+                part = progress["part"].replace("_", " ")
+                self._bar.update(self._task, total=progress["of"], completed=progress["done"], description=part)
+            elif progress["part"] != self._part:
+                self.console.print(progress["part"].replace("_", " "), markup=False)
+            self._part = progress["part"]

@@ -30,68 +30,68 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> li
     ]
 
 
-def _loss(found: dict[str, Any]) -> list[str]:
+def _loss(loss: dict[str, Any]) -> list[str]:
     def row(name: str, facts: dict[str, Any]) -> list[str]:
         counts = [f"{facts['documents']:,}", f"{facts['targets']:,}"]
         return [name, *counts, f"{facts['loss']:.4f}", f"{facts['accuracy']:.1%}"]
 
-    rows = [row("all", found)]
-    if len(found["sources"]) > 1:
-        rows += [row(f"  {name}", facts) for name, facts in found["sources"].items()]
-    rows += [row(f"  {_from(facts)} tokens", facts) for facts in found["lengths"]]
-    said = [f"per byte: {found['loss_per_byte']:.4f}"] if "loss_per_byte" in found else []
-    return columns(["documents", "targets", "nats", "right"], rows, "held-out loss") + said
+    rows = [row("all", loss)]
+    if len(loss["sources"]) > 1:
+        rows += [row(f"  {name}", facts) for name, facts in loss["sources"].items()]
+    rows += [row(f"  {_from(facts)} tokens", facts) for facts in loss["lengths"]]
+    parts = [f"per byte: {loss['loss_per_byte']:.4f}"] if "loss_per_byte" in loss else []
+    return columns(["documents", "targets", "nats", "right"], rows, "held-out loss") + parts
 
 
-def _positions(found: list[dict[str, Any]]) -> list[str]:
-    rows = [[_from(r), f"{r['targets']:,}", f"{r['loss']:.4f}", f"{r['accuracy']:.1%}"] for r in found]
+def _positions(entries: list[dict[str, Any]]) -> list[str]:
+    rows = [[_from(r), f"{r['targets']:,}", f"{r['loss']:.4f}", f"{r['accuracy']:.1%}"] for r in entries]
     return columns(["targets", "nats", "right"], rows, "tokens before")
 
 
-def _extrapolation(found: dict[str, Any]) -> list[str]:
-    if not found["octaves"]:
-        return [f"extrapolation: held-out text has no {2 * found['trained']:,} tokens on end"]
+def _extrapolation(result: dict[str, Any]) -> list[str]:
+    if not result["octaves"]:
+        return [f"extrapolation: held-out text has no {2 * result['trained']:,} tokens on end"]
     rows = []
-    for i, row in enumerate(found["octaves"]):
+    for i, row in enumerate(result["octaves"]):
         spread = "" if row["error"] is None else f" ± {row['error']:.4f}"
         rise = [f"{row['rise']:+.4f}{spread}", f"{row['ratio']:.3f}"] if i else ["", ""]
         rows.append([f"{row['from']:,} to {row['to'] - 1:,}", f"{row['loss']:.4f}", *rise])
-    text = "documents" if found["whole"] else "stretches of documents end to end"
-    said = f"{found['sequences']} {text}, trained on {found['trained']:,} tokens: {found['verdict']}"
-    return [*columns(["nats", "rise", "ratio"], rows, "extrapolation, tokens before"), said]
+    text = "documents" if result["whole"] else "stretches of documents end to end"
+    verdict = f"{result['sequences']} {text}, trained on {result['trained']:,} tokens: {result['verdict']}"
+    return [*columns(["nats", "rise", "ratio"], rows, "extrapolation, tokens before"), verdict]
 
 
-def _needle(found: dict[str, Any]) -> list[str]:
-    head = [f"{length:,}" for length in found["lengths"]]
+def _needle(result: dict[str, Any]) -> list[str]:
+    head = [f"{length:,}" for length in result["lengths"]]
     if not head:
         return ["needle: no length has room for one"]
     rows = [
-        [f"{depth:.0%} deep", *(f"{e[d]:.0%} ({p[d]:.1f})" for e, p in zip(*_grids(found), strict=True))]
-        for d, depth in enumerate(found["depths"])
+        [f"{depth:.0%} deep", *(f"{e[d]:.0%} ({p[d]:.1f})" for e, p in zip(*_grids(result), strict=True))]
+        for d, depth in enumerate(result["depths"])
     ]
     return columns(head, rows, "needle: exact (nats)")
 
 
-def _grids(found: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]:
-    return found["exact"], found["logprob"]
+def _grids(results: dict[str, Any]) -> tuple[list[list[float]], list[list[float]]]:
+    return results["exact"], results["logprob"]
 
 
 def _asked(name: str) -> Any:
-    def lines(found: dict[str, Any]) -> list[str]:
-        rows = [[f"{r['length']:,}", f"{r['accuracy']:.1%}", f"{r['loss']:.3f}"] for r in found["lengths"]]
-        return columns(["right", "nats"], rows, f"{name} (guess: {found['chance']:.1%})")
+    def lines(result: dict[str, Any]) -> list[str]:
+        rows = [[f"{r['length']:,}", f"{r['accuracy']:.1%}", f"{r['loss']:.3f}"] for r in result["lengths"]]
+        return columns(["right", "nats"], rows, f"{name} (guess: {result['chance']:.1%})")
 
     return lines
 
 
-def _long_range(found: dict[str, Any]) -> list[str]:
-    if not found["lengths"]:
-        return [f"long range: no held-out document has the {2 * found['context']:,} tokens that it takes"]
+def _long_range(result: dict[str, Any]) -> list[str]:
+    if not result["lengths"]:
+        return [f"long range: no held-out document has the {2 * result['context']:,} tokens that it takes"]
     rows = [
         [f"{r['length']:,}", str(r["documents"]), f"{r['full']:.4f}", f"{r['near']:.4f}", _gain(r)]
-        for r in found["lengths"]
+        for r in result["lengths"]
     ]
-    head = ["documents", "all before", f"last {found['context']:,}", "gain"]
+    head = ["documents", "all before", f"last {result['context']:,}", "gain"]
     return columns(head, rows, "long range, tokens")
 
 
@@ -99,10 +99,10 @@ def _gain(row: dict[str, Any]) -> str:
     return f"{row['gain']:+.4f}" + (f" ± {row['error']:.4f}" if row["error"] is not None else "")
 
 
-def _tasks(found: dict[str, Any]) -> list[str]:
+def _tasks(results: dict[str, Any]) -> list[str]:
     rows = [
         [task, metric.partition(",")[0], f"{value:.4f}"]
-        for task, numbers in found.items()
+        for task, numbers in results.items()
         for metric, value in numbers.items()
         if isinstance(value, float)
     ]
@@ -184,10 +184,10 @@ def _draw_positions(path: Path, results: dict[str, Any]) -> None:
 
 def _draw_needle(path: Path, results: dict[str, Any]) -> None:
     """Colours go over the range of the data, and the bar beside them says which that is."""
-    found = results["needle"]
-    wide, high = len(found["lengths"]), len(found["depths"])
+    result = results["needle"]
+    wide, high = len(result["lengths"]), len(result["depths"])
     figure, panels = figure_of(max(9.6, 1.5 * wide + 3.2), 0.5 * high + 1.8, 2)
-    exact, logprob = _grids(found)
+    exact, logprob = _grids(result)
     scales = (
         (exact, "answers that are exact", "viridis", "{:.0%}"),
         (logprob, "nats of the answer", "cividis", "{:.1f}"),
@@ -206,9 +206,9 @@ def _draw_needle(path: Path, results: dict[str, Any]) -> None:
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=[least, most] if most > least else [least])
         bar.ax.set_yticklabels([text.format(value) for value in dict.fromkeys((least, most))])
         bar.outline.set_visible(False)
-        ticks(axes, "x", [f"{n:,}" for n in found["lengths"]])
-        ticks(axes, "y", [f"{d:.0%}" for d in found["depths"]])
+        ticks(axes, "x", [f"{n:,}" for n in result["lengths"]])
+        ticks(axes, "y", [f"{d:.0%}" for d in result["depths"]])
         axes.grid(False)
-        said = f"{text.format(least)} to {text.format(most)}" if most > least else f"{text.format(least)} everywhere"
-        axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"Needle: {title} ({said})")
+        depths = f"{text.format(least)} to {text.format(most)}" if most > least else f"{text.format(least)} everywhere"
+        axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"Needle: {title} ({depths})")
     save(figure, path)

@@ -53,7 +53,7 @@ def extend(config: RunConfig, overrides: list[str], console: Console) -> RunResu
         console.print(line, markup=False)
 
     folder: Path | None = None
-    with SignalLatch() as heard:
+    with SignalLatch() as latch:
         try:
             resumed = None if config.resume is None else Path(config.resume)
             if resumed is not None:
@@ -72,7 +72,7 @@ def extend(config: RunConfig, overrides: list[str], console: Console) -> RunResu
                 say(f"chain {folder}: {len(legs)} stages, all checked before the first starts")
                 for line in stages.table(parent, legs):
                     say(line)
-                ended = StagedRun(config, overrides, folder, parent, legs, console, heard).run()
+                ended = StagedRun(config, overrides, folder, parent, legs, console, latch).run()
         except KeyboardInterrupt:
             if folder is None:
                 say("stopped before the chain started: nothing was written")
@@ -93,10 +93,10 @@ class StagedRun:
         parent: Parent,
         legs: list[StagePlan],
         console: Console,
-        heard: SignalLatch,
+        latch: SignalLatch,
     ):
         self.config, self.overrides, self.folder, self.parent, self.legs = config, overrides, folder, parent, legs
-        self.console, self.heard = console, heard
+        self.console, self.heard = console, latch
         self.record = Record(folder, parent.trained, [leg.stage.length for leg in legs])
 
     def run(self) -> RunResult:
@@ -136,16 +136,16 @@ class StagedRun:
         config = replace(leg.config, init_from=str(source), resume=None, run=own, tracking=tracking)
         return checked(config.to_dict())
 
-    def _measure(self, name: str, found: Path, model: ObjectConfig, leg: StagePlan | None) -> int:
+    def _measure(self, name: str, saved: Path, model: ObjectConfig, leg: StagePlan | None) -> int:
         """Evaluates a checkpoint at the chain's lengths, unless that is done. Returns the exit code."""
         if name in self.record:
             return 0
         config = asked(self.legs, self.parent, model)
-        config, device = check_evaluation(config, found, str(found), lambda line: None)
-        folder = self.folder / "evaluation" / name if leg is None else folder_of(found)
+        config, device = check_evaluation(config, saved, str(saved), lambda line: None)
+        folder = self.folder / "evaluation" / name if leg is None else folder_of(saved)
         folder.mkdir(parents=True, exist_ok=True)
         self.console.print(f"measuring {'what is extended' if leg is None else f'stage {leg.name}'}", markup=False)
-        if code := measured(config, found, folder, device, self.console):
+        if code := measured(config, saved, folder, device, self.console):
             return code
         self.record.add(name, folder / "results.json", leg)
         return 0
@@ -197,8 +197,8 @@ def _known(model: ObjectConfig) -> list[int]:
     """The positions that layers know, of rules that draw them at random."""
     from train.rope_base import rotary
 
-    found = (getattr(module.positions, "longest", None) for module in rotary(model_of(model.values)))
-    return [longest for longest in found if longest is not None]
+    lengths = (getattr(module.positions, "longest", None) for module in rotary(model_of(model.values)))
+    return [longest for longest in lengths if longest is not None]
 
 
 def _check_folder(config: RunConfig, legs: list[StagePlan]) -> None:
@@ -233,7 +233,7 @@ def _is_done(place: Path) -> bool:
 def _checkpoint(place: Path) -> Path:
     from train.checkpoints import checkpoint
 
-    found = checkpoint.newest(place / "checkpoints", lambda line: None)
-    if found is None:
+    path = checkpoint.newest(place / "checkpoints", lambda line: None)
+    if path is None:
         raise UserError(f"{place}: is done, and has no complete checkpoint")
-    return found
+    return path

@@ -18,20 +18,20 @@ def configured(config: RunConfig, stage: Stage, number: int, model: ObjectConfig
     batch = config.train.batch_tokens
     if stage.batch_tokens is None and not isinstance(batch, int):
         raise ValueError("batch_tokens: missing; train.batch_tokens grows, and a stage has a number")
-    found = config.to_dict()
-    found["stages"] = []
-    found["seed"] = config.seed + number  # else a stage would read again what the one before has read
-    found["model"] = positioned(dict(model.values), stage.positions)
-    found["data"]["max_length"] = stage.length
-    found["train"] |= {"tokens": stage.tokens, "steps": None}
-    found["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)  # type: ignore[type-var]
+    settings = config.to_dict()
+    settings["stages"] = []
+    settings["seed"] = config.seed + number  # else a stage would read again what the one before has read
+    settings["model"] = positioned(dict(model.values), stage.positions)
+    settings["data"]["max_length"] = stage.length
+    settings["train"] |= {"tokens": stage.tokens, "steps": None}
+    settings["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)  # type: ignore[type-var]
     if number > 1:  # from the second stage on, the chain goes on from itself
-        found["train"] |= {"init_optimizer": "keep", "init_weights": "raw"}
+        settings["train"] |= {"init_optimizer": "keep", "init_weights": "raw"}
     if stage.lr is not None:
-        found["optimizer"]["lr"] = stage.lr
+        settings["optimizer"]["lr"] = stage.lr
     if stage.weights is not None:
-        _weigh(found["data"], stage.weights)
-    return found
+        _weigh(settings["data"], stage.weights)
+    return settings
 
 
 def _weigh(data: Node, weights: dict[str, float]) -> None:
@@ -58,8 +58,8 @@ def positioned(model: Node, positions: Any) -> Node:
     for name, rule in rules.items():
         new = rule
         if "_target_" in positions:
-            kept = () if positions["_target_"] == target(NoPE) else ("base", "fraction")
-            new = {key: rule[key] for key in kept}
+            dropped = () if positions["_target_"] == target(NoPE) else ("base", "fraction")
+            new = {key: rule[key] for key in dropped}
         mixer = {**blocks[name]["mixer"], "positions": new | positions}
         blocks[name] = {**blocks[name], "mixer": mixer}
     return {**model, "blocks": blocks}
@@ -67,11 +67,11 @@ def positioned(model: Node, positions: Any) -> Node:
 
 def rules_of(model: Node) -> dict[str, Node]:
     """The rotary rule of each kind of block that has one, and that a layer is of; complete."""
-    found = {}
+    rules = {}
     for name, block in layers(model):
         mixer = block["mixer"]
         if "positions" in parameters(mixer["_target_"]):
             rule = node(RoPE, partial=False) | mixer.get("positions", {})
             if rule["_target_"] != target(NoPE):
-                found[name] = rule
-    return found
+                rules[name] = rule
+    return rules

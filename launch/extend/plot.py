@@ -19,20 +19,20 @@ def table(facts: dict[str, Any]) -> list[str]:
     for stage in stages:
         cells = [_needle(stage, n) for n in lengths]
         if last:
-            found = [row["loss"] for row in stage.get("positions", []) if row["from"] == last]
-            cells.append(f"{found[0]:.4f}" if found else "")
+            losses = [row["loss"] for row in stage.get("positions", []) if row["from"] == last]
+            cells.append(f"{losses[0]:.4f}" if losses else "")
         rows.append([stage["name"], *cells])
     far = [stage for stage in stages if stage.get("extrapolation", {}).get("octaves")]
-    said = [f"{stage['name']}: {stage['extrapolation']['verdict']}" for stage in far]
-    return [*columns(head, rows, "stage (needle: nats, exact)"), *said]
+    verdicts = [f"{stage['name']}: {stage['extrapolation']['verdict']}" for stage in far]
+    return [*columns(head, rows, "stage (needle: nats, exact)"), *verdicts]
 
 
 def _needle(stage: dict[str, Any], length: int) -> str:
-    found = stage.get("needle", {})
-    if length not in found.get("lengths", []):
+    needle = stage.get("needle", {})
+    if length not in needle.get("lengths", []):
         return ""
-    i = found["lengths"].index(length)
-    nats, exact = (sum(found[key][i]) / len(found[key][i]) for key in ("logprob", "exact"))
+    i = needle["lengths"].index(length)
+    nats, exact = (sum(needle[key][i]) / len(needle[key][i]) for key in ("logprob", "exact"))
     return f"{nats:.2f} ({exact:.0%})"
 
 
@@ -50,11 +50,11 @@ def draw(path: Path, facts: dict[str, Any]) -> None:
         figure, panels = figure_of(3.4 * (len(shown) + 1), 3.4, len(shown) + 1)
         for axes, length in zip(panels, shown, strict=False):
             for i, stage in enumerate(stages):
-                found = stage.get("needle", {})
-                if length in found.get("lengths", []):
-                    nats = found["logprob"][found["lengths"].index(length)]
+                needle = stage.get("needle", {})
+                if length in needle.get("lengths", []):
+                    nats = needle["logprob"][needle["lengths"].index(length)]
                     axes.plot(
-                        [100 * depth for depth in found["depths"]], nats, color=_colour(i), marker="o", markersize=4
+                        [100 * depth for depth in needle["depths"]], nats, color=_colour(i), marker="o", markersize=4
                     )
             axes.set(xlabel="depth of the needle, %", title=f"Needle in {length:,} tokens")
             axes.set_ylim(1.05 * worst, -0.03 * worst)

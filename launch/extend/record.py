@@ -34,13 +34,13 @@ class Record:
 
     def add(self, name: str, results: Path, leg: StagePlan | None) -> None:
         """Adds an evaluation's results after a stage; those of the parent, without one."""
-        found = json.loads(results.read_text())
+        measured = json.loads(results.read_text())
         stage: dict[str, Any] = {"name": name, "length": self.facts["trained"] if leg is None else leg.stage.length}
         if leg is not None:
             stage |= {"tokens": leg.flight.train.total_tokens, "lr": leg.config.optimizer["lr"]}
             stage |= {"rotary": leg.positions, "seconds": self._took.get(name)}
-        stage |= {"checkpoint": found["checkpoint"], "read": found["length"]}
-        stage |= {part: found[part] for part in found if part not in ("checkpoint", "length")}
+        stage |= {"checkpoint": measured["checkpoint"], "read": measured["length"]}
+        stage |= {part: measured[part] for part in measured if part not in ("checkpoint", "length")}
         self.facts["stages"].append(stage)
         aside = self.path.with_suffix(".partial")
         aside.write_text(json.dumps(self.facts, indent=1) + "\n")
@@ -50,11 +50,11 @@ class Record:
 def _read(path: Path) -> dict[str, Any]:
     """Raises UserError for a file that is none of a chain's."""
     try:
-        found = reading.json_object(path)
-        if not isinstance(found.get("stages"), list) or not all(
-            isinstance(stage, dict) and isinstance(stage.get("name"), str) for stage in found["stages"]
+        value = reading.json_object(path)
+        if not isinstance(value.get("stages"), list) or not all(
+            isinstance(stage, dict) and isinstance(stage.get("name"), str) for stage in value["stages"]
         ):
             raise ValueError(f"{path.name}: has no stages")
     except ValueError as error:
         raise UserError(f"{path.parent}: {error}") from None
-    return found
+    return value

@@ -59,7 +59,7 @@ def legs(config: RunConfig, overrides: list[str]) -> tuple[Parent, list[StagePla
     if stages := config.curriculum.get("context"):
         raise UserError(f"curriculum.context={stages}: must be null with stages, which say lengths and positions")
     parent = _parent(config)
-    found: list[StagePlan] = []
+    legs_so_far: list[StagePlan] = []
     model, before = parent.model, parent.trained
     for i, stage in enumerate(config.stages):
         try:
@@ -68,9 +68,9 @@ def legs(config: RunConfig, overrides: list[str]) -> tuple[Parent, list[StagePla
             raise UserError(f"stages[{i}].{' '.join(str(error).split())}") from None
         except UserError as error:
             raise UserError(f"stages[{i}]: {error}") from None
-        found.append(leg)
+        legs_so_far.append(leg)
         model, before = leg.config.model, leg.stage.length
-    return parent, found
+    return parent, legs_so_far
 
 
 def _leg(
@@ -79,13 +79,13 @@ def _leg(
     if before is not None and stage.length < before:
         what = f"those of init_from={config.init_from}" if number == 1 else "the stage before"
         raise ValueError(f"length={stage.length}: must be at least {before}, as {what}")
-    found = checked(configured(config, stage, number, model))
-    alone = replace(found, init_from=str(parent.path))
+    leg = checked(configured(config, stage, number, model))
+    alone = replace(leg, init_from=str(parent.path))
     if number > 1:  # from the second stage on, the chain goes on from itself
         alone = replace(alone, train=replace(alone.train, init_optimizer=config.train.init_optimizer))
-    said = _positions(stage, parent, model, found.model, before)
+    texts = _positions(stage, parent, model, leg.model, before)
     flight = check_run(alone, lambda line: None)  # the run itself says it again
-    return StagePlan(stage, rundir.stage_name(number, stage.length), found, said, flight)
+    return StagePlan(stage, rundir.stage_name(number, stage.length), leg, texts, flight)
 
 
 def _parent(config: RunConfig) -> Parent:
@@ -147,21 +147,21 @@ def _layers(model: ObjectConfig) -> list[Any]:
 def _turns(was: Any, now: Any, trained: int | None, length: int) -> str:
     """Returns what the slowest pair of channels turns by over all of a document, before and after."""
     old, new = (float(m.positions.frequencies(m.head_dim)[0].min()) for m in (was, now))
-    said = f"the slowest pair turns by {new * length:.3g} rad over {length:,} tokens"
+    text = f"the slowest pair turns by {new * length:.3g} rad over {length:,} tokens"
     if trained is not None:
         times = new * length / (old * trained) if old else 0.0
         far = f"{times:.3g} times as far" if times > 1 + 1e-9 else "no farther"
-        said += f", by {old * trained:.3g} over the {trained:,} before: {far}"
+        text += f", by {old * trained:.3g} over the {trained:,} before: {far}"
     a, b = was.positions, now.positions
     if type(a) is not type(b):
-        said += f"; {type(a).__name__} becomes {type(b).__name__}"
+        text += f"; {type(a).__name__} becomes {type(b).__name__}"
     if a.base != b.base:
         faster = ", so that pairs turn faster than was trained" if b.base < a.base else ""
-        return f"{said}; base {a.base:,.0f} becomes {b.base:,.0f}{faster}"
-    return f"{said}; base {b.base:,.0f} as before"
+        return f"{text}; base {a.base:,.0f} becomes {b.base:,.0f}{faster}"
+    return f"{text}; base {b.base:,.0f} as before"
 
 
-def table(parent: Parent, found: list[StagePlan]) -> list[str]:
+def table(parent: Parent, stages: list[StagePlan]) -> list[str]:
     """The stages, for a person: a line each, and what becomes of positions."""
 
     rows = [
@@ -174,14 +174,14 @@ def table(parent: Parent, found: list[StagePlan]) -> list[str]:
             *_flops(leg),
             _weights(leg.config),
         ]
-        for leg in found
+        for leg in stages
     ]
     head = ["length", "tokens", "a step", "lr", "FLOPs a token", "attention", "weights"]
     known = "of unknown length" if parent.trained is None else f"trained on {parent.trained:,} tokens"
     return [
         f"extends     {parent.path}, {known}",
         *columns(head, rows, "stage"),
-        *(f"{leg.name}: {line}" for leg in found for line in leg.positions),
+        *(f"{leg.name}: {line}" for leg in stages for line in leg.positions),
     ]
 
 

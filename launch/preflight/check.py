@@ -207,10 +207,10 @@ def _with_checkpoints(flight: CheckedRun, say: Callable[[str], None]) -> Checked
             except ValueError as error:
                 raise ValueError(f"{key}={value}: {error}") from None
         else:
-            found = _newest(flight, key, value, say)
-            if found is None:
+            newest = _newest(flight, key, value, say)
+            if newest is None:
                 continue
-            path = found
+            path = newest
         difference = checkpoint.first_difference(path, flight.shapes)
         if difference is not None:
             raise ValueError(f"{key}={value}: holds another model: {difference}")
@@ -243,11 +243,11 @@ def _newest(flight: CheckedRun, key: str, value: str, say: Callable[[str], None]
     folder = run_folder(key, value, flight.cluster)
     folder = (folder if key == "resume" else latest(folder)) / "checkpoints"
     anew = key == "resume" and flight.config.run.anew
-    found = checkpoint.newest(folder, say)
-    if found is not None:
+    newest = checkpoint.newest(folder, say)
+    if newest is not None:
         if anew:
-            raise ValueError(f"run.anew=true: must be false: {found} is whole, and resume={value} goes on from it")
-        return found
+            raise ValueError(f"run.anew=true: must be false: {newest} is whole, and resume={value} goes on from it")
+        return newest
     damaged = checkpoint.damaged(folder)
     if damaged and not anew:
         last, why = list(damaged.items())[-1]

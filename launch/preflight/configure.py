@@ -14,18 +14,18 @@ from train.run_config import RunConfig
 def configure(overrides: list[str]) -> RunConfig:
     """The configuration of a new run, or of a resumed one: what it was, with the overrides on top. Raises UserError."""
 
-    asked = composed(overrides, init_from.model_of(overrides))
-    if asked.resume is None:
-        return init_from.replayed(asked)
-    if asked.init_from is not None:
-        raise UserError(f"init_from={asked.init_from}: must be null with resume={asked.resume}, a run that has begun")
-    path = Path(asked.resume)
+    wanted = composed(overrides, init_from.model_of(overrides))
+    if wanted.resume is None:
+        return init_from.replayed(wanted)
+    if wanted.init_from is not None:
+        raise UserError(f"init_from={wanted.init_from}: must be null with resume={wanted.resume}, a run that has begun")
+    path = Path(wanted.resume)
     named = is_checkpoint(path)
-    folder = _run_of(path) if named else run_folder("resume", asked.resume, asked.cluster)
+    folder = _run_of(path) if named else run_folder("resume", wanted.resume, wanted.cluster)
     saved = init_from.own_tokens(saved_config(folder), folder)
     if "train" not in saved:
-        raise UserError(f"resume={asked.resume}: is an import and has trained nothing; expected init_from=")
-    overlay(saved, asked.to_dict(), overrides)
+        raise UserError(f"resume={wanted.resume}: is an import and has trained nothing; expected init_from=")
+    overlay(saved, wanted.to_dict(), overrides)
     saved["resume"] = str(path if named else folder)
     saved["run"]["dir"] = str(folder)
     return checked(saved)
@@ -43,22 +43,22 @@ def _run_of(path: Path) -> Path:
     return run
 
 
-def overlay(saved: dict[str, Any], asked: dict[str, Any], overrides: list[str]) -> None:
-    """Puts what `overrides` choose, and `asked` has, into a saved configuration; and sections that came since, as they
+def overlay(saved: dict[str, Any], wanted: dict[str, Any], overrides: list[str]) -> None:
+    """Puts what `overrides` choose, and `wanted` has, into a saved configuration; and sections that came since, as they
     are. Raises UserError."""
     for override in overrides:
         key, _, package = override.lstrip("+").split("=")[0].partition("@")
         path = (package or key).split(".")
         if path[0] == "experiment" or override.startswith("~"):
             raise UserError(f"{override}: cannot be changed of a run; give the keys that should differ")
-        if path == ["cluster"] and saved["cluster"].get("kind") == asked["cluster"]["kind"]:
-            saved["cluster"]["address"] = asked["cluster"]["address"]
+        if path == ["cluster"] and saved["cluster"].get("kind") == wanted["cluster"]["kind"]:
+            saved["cluster"]["address"] = wanted["cluster"]["address"]
             continue  # it was there before: its workers, threads and limits are its own
-        _copy(asked, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
+        _copy(wanted, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
     if any(override.lstrip("+").startswith("train.tokens=") for override in overrides):
-        saved["train"]["steps"] = asked["train"]["steps"]  # of the two budgets, the one that is given now
+        saved["train"]["steps"] = wanted["train"]["steps"]  # of the two budgets, the one that is given now
     for key in ("evaluate", "simulation", "cost", "stages"):
-        saved.setdefault(key, asked[key])
+        saved.setdefault(key, wanted[key])
 
 
 def _copy(source: dict[str, Any], into: dict[str, Any], path: list[str]) -> None:

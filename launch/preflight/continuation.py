@@ -73,26 +73,26 @@ def _config(path: Path) -> dict[str, Any] | None:
     for folder in (path, path.parent.parent):
         if (folder / configuration.CONFIG).exists():
             try:
-                found = configuration.read(folder)
+                config = configuration.read(folder)
             except ValueError as error:
                 raise ValueError(f"{folder}: {error}") from None
-            return found if {"train", "optimizer", "schedule"} <= found.keys() else None
+            return config if {"train", "optimizer", "schedule"} <= config.keys() else None
     return None
 
 
 def _moments(flight: CheckedRun) -> None:
     from train.checkpoints import checkpoint
 
-    asked, path = flight.train.init_optimizer, flight.init_from
-    if asked == "reset" or flight.resume is not None:
+    wanted, path = flight.train.init_optimizer, flight.init_from
+    if wanted == "reset" or flight.resume is not None:
         return
     if path is None:
-        raise ValueError(f"train.init_optimizer={asked}: must be reset without init_from")
+        raise ValueError(f"train.init_optimizer={wanted}: must be reset without init_from")
     if not checkpoint.has_moments(path):
-        raise ValueError(f"train.init_optimizer={asked}: must be reset, {path} holds no optimizer state")
+        raise ValueError(f"train.init_optimizer={wanted}: must be reset, {path} holds no optimizer state")
     config, own = _config(path), _name(flight.config.optimizer.values)
     if config is not None and (was := _name(config["optimizer"])) != own:
-        raise ValueError(f"train.init_optimizer={asked}: must be reset, {path} is of {was}, and this run of {own}")
+        raise ValueError(f"train.init_optimizer={wanted}: must be reset, {path} is of {was}, and this run of {own}")
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -27,11 +27,11 @@ def keep_out(section: Mapping[str, Any], key: str = "data") -> None:
         keep_out(source["data"], f"{key}.sources.{name}.data")
 
 
-def stores(data: Any, found: Any) -> list[tuple[str, Any, Path]]:
+def stores(data: Any, opened: Any) -> list[tuple[str, Any, Path]]:
     """(its key, corpus, folder) of each store that `prepare` has found: of a mixture one for each source."""
-    if not isinstance(found, list):
-        return [("data", data, found)]
-    sources = zip(data.sources.items(), found, strict=True)
+    if not isinstance(opened, list):
+        return [("data", data, opened)]
+    sources = zip(data.sources.items(), opened, strict=True)
     return [(f"data.sources.{name}.data", portion.data, folder) for (name, portion), folder in sources]
 
 
@@ -59,20 +59,20 @@ def open_batches(config: RunConfig, vocabulary: int, say: Callable[[str], None])
             verify(Store(folder), START_S)
             if left := corpus.left_out(folder):
                 say(f"{key}: left out: {counted(left)}")
-    found = opened(data, config.train.batch_tokens, config.curriculum.build())
-    fits(found.vocab_size)
-    for line in getattr(found, "told", list)():
+    batches = opened(data, config.train.batch_tokens, config.curriculum.build())
+    fits(batches.vocab_size)
+    for line in getattr(batches, "report", list)():
         say(line)
-    return found
+    return batches
 
 
 def now_and_then(say: Callable[[str], None]) -> Watch:
-    told = time.monotonic()
+    last = time.monotonic()
 
     def watch(progress: PrepareProgress) -> None:
-        nonlocal told
-        if time.monotonic() - told > _TOLD_S:
-            told = time.monotonic()
+        nonlocal last
+        if time.monotonic() - last > _TOLD_S:
+            last = time.monotonic()
             say(f"the corpus, part {progress.parts:,} of {progress.of:,}: {volume(progress)}")
 
     return watch

@@ -54,10 +54,10 @@ def replayed(config: RunConfig) -> RunConfig:
         raise UserError(
             f"data.sources.{more[0]}.data.corpus=null: must be a corpus: data.sources.{name} takes that of init_from"
         )
-    found = next((f for f in _folders(value) if (f / "config.yaml").exists()), None)
-    if found is None and not Path(value).is_dir():
+    folder = next((f for f in _folders(value) if (f / "config.yaml").exists()), None)
+    if folder is None and not Path(value).is_dir():
         run_folder("init_from", value, config.cluster)  # which says what there is
-    theirs = own_tokens(saved_config(latest(found)), latest(found)).get("data", {}) if found else {}
+    theirs = own_tokens(saved_config(latest(folder)), latest(folder)).get("data", {}) if folder else {}
     portion = sources[name]
     if theirs.get("_target_") == "data.Data":
         own = {name: {**portion, "data": theirs}}
@@ -68,10 +68,10 @@ def replayed(config: RunConfig) -> RunConfig:
         raise UserError(
             f"data.sources.{name}.data.corpus=null: must be a corpus: init_from={value} tells of none that is here"
         )
-    kept = {each: value for each, value in sources.items() if each != name}
-    if both := sorted(kept.keys() & own.keys()):
+    others = {each: value for each, value in sources.items() if each != name}
+    if both := sorted(others.keys() & own.keys()):
         raise UserError(f"data.sources.{both[0]}: must be named otherwise: {name} of init_from={value} has that name")
-    return replace(config, data=config.data.having(sources=kept | own))
+    return replace(config, data=config.data.having(sources=others | own))
 
 
 def own_tokens(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -110,11 +110,11 @@ def _last_weights(mixture: dict[str, Any]) -> dict[str, float]:
     for name, portion in mixture["sources"].items():
         weight = portion["weight"][-1][1] if isinstance(portion["weight"], list) else portion["weight"]
         groups.setdefault(replay is not None and bool(portion.get("old")), {})[name] = weight
-    found = dict[str, float]()
+    shares = dict[str, float]()
     for old, weights in groups.items():
         share = 1.0 if replay is None else replay if old else 1 - replay
-        found |= {name: share * weight / (sum(weights.values()) or 1.0) for name, weight in weights.items()}
-    return found
+        shares |= {name: share * weight / (sum(weights.values()) or 1.0) for name, weight in weights.items()}
+    return shares
 
 
 def _folders(init_from: str) -> tuple[Path, ...]:
@@ -152,12 +152,12 @@ def sound(path: Path, model: Mapping[str, Any], say: Callable[[str], None]) -> N
     from train.checkpoints import checkpoint, hf_reader
 
     if hf_reader.is_folder(path):
-        found = hf_reader.Published(path)
+        published = hf_reader.Published(path)
         try:
-            found.verify()
+            published.verify()
         except ValueError as error:
             raise ValueError(f"init_from={path}: {error}") from None
-        for line in found.said:
+        for line in published.said:
             say(f"init_from={path}: {line}")
     elif not checkpoint.manifest(path).get("published"):
         return

@@ -16,7 +16,7 @@ def refusals(config: RunConfig | dict[str, Any]):
         line = " ".join(str(error).split())
         key, _, rest = line.partition("=")
         value = rest.partition(":")[0]
-        found = (
+        candidates = (
             None
             if "." in key
             else next(
@@ -28,7 +28,7 @@ def refusals(config: RunConfig | dict[str, Any]):
                 None,
             )
         )
-        raise UserError(f"{found}={rest}" if found else line) from None
+        raise UserError(f"{candidates}={rest}" if candidates else line) from None
 
 
 def _leaves(node: Any, path: str = ""):

@@ -22,27 +22,27 @@ def checkpoint_of(value: str) -> Path:
             raise UserError(f"RUN={value}: this checkpoint is damaged ({error})") from None
         return path
     folder = latest(run_folder("RUN", value))
-    found = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
-    if found is None:
+    newest = checkpoint.newest(folder / "checkpoints", lambda line: print(line, file=sys.stderr))
+    if newest is None:
         raise UserError(f"RUN={value}: has no complete checkpoint")
-    return found
+    return newest
 
 
-def has_average(found: Path) -> bool:
+def has_average(saved: Path) -> bool:
     """Says whether a checkpoint holds an average of the weights beside them."""
     from train.checkpoints import checkpoint
 
-    return bool(checkpoint.manifest(found).get("average"))
+    return bool(checkpoint.manifest(saved).get("average"))
 
 
-def tokenizer_of(found: Path, key: str) -> Any:
+def tokenizer_of(saved: Path, key: str) -> Any:
     """The tokenizer of a checkpoint. Raises UserError for one that spells no text."""
     from data import reading
     from data.tokenizer import from_card
 
-    if not os.path.lexists(found / "tokenizer.json"):
+    if not os.path.lexists(saved / "tokenizer.json"):
         raise UserError(f"{key}: has no tokenizer: its tokens spell no text")
     try:
-        return from_card(reading.json_object(found / "tokenizer.json"))
+        return from_card(reading.json_object(saved / "tokenizer.json"))
     except ValueError as error:
         raise UserError(f"{key}: {error}") from None

@@ -47,11 +47,11 @@ class Export:
     @property
     def shard(self) -> int:
         """Bytes; 0 for what is no size."""
-        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]B|)", str(self.max_shard).upper())
-        return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?([KMG]B|)", str(self.max_shard).upper())
+        return int(float(match[1]) * _UNITS[match[2]]) if match else 0
 
 
-def written(found: Path, dest: Path, request: Export | None = None) -> list[str]:
+def written(source: Path, dest: Path, request: Export | None = None) -> list[str]:
     """Writes a checkpoint of ours as a folder that transformers loads. Returns what there is to say.
 
     Raises ValueError, before anything is written, for a model that no architecture expresses, and UserError for a disk
@@ -62,36 +62,36 @@ def written(found: Path, dest: Path, request: Export | None = None) -> list[str]
     from train.checkpoints.hf_convert import Saved, give
 
     request = request or Export()
-    if request.weights == "average" and not has_average(found):
-        raise UserError(f"weights=average: must be raw, {found} holds no averaged weights (train.average)")
-    saved_run = rundir.saved_config(found)
+    if request.weights == "average" and not has_average(source):
+        raise UserError(f"weights=average: must be raw, {source} holds no averaged weights (train.average)")
+    saved_run = rundir.saved_config(source)
     model_of(saved_run["model"])  # refuses what only a file from elsewhere says
-    saved = Saved(found, saved_run, average=request.weights == "average")
-    files, told = _files(found, saved)
+    saved = Saved(source, saved_run, average=request.weights == "average")
+    files, files_and_lines = _files(source, saved)
     dtype = None if request.dtype is None else getattr(torch, _DTYPES[request.dtype])
-    with _told("writing") as watch, _disk(dest, "DEST"):
-        give(saved, dest, files, config=told, longest=request.shard, dtype=dtype, watch=watch)
-    lines = [f"{saved.name}, {_size(saved.shapes)} parameters, from {found}: {dest}"]
+    with _progress("writing") as watch, _disk(dest, "DEST"):
+        give(saved, dest, files, config=files_and_lines, longest=request.shard, dtype=dtype, watch=watch)
+    lines = [f"{saved.name}, {_size(saved.shapes)} parameters, from {source}: {dest}"]
     if "tokenizer.json" not in files:
         lines.append("without a tokenizer: what the tokens spell is not known")
     return lines
 
 
-def _files(found: Path, saved: Saved) -> tuple[dict[str, str], dict[str, Any]]:
+def _files(saved_run: Path, saved: Saved) -> tuple[dict[str, str], dict[str, Any]]:
     """The text of what lies beside the weights, and what config.json says besides the model. Raises ValueError."""
     from data import reading
     from data.hf_tokenizer import files, ids_of
 
-    path = found / "tokenizer.json"
+    path = saved_run / "tokenizer.json"
     card = reading.json_object(path) if path.exists() else {}
-    told: dict[str, Any] = {**ids_of(card), "use_cache": True}
+    generation: dict[str, Any] = {**ids_of(card), "use_cache": True}
     if saved.max_length is not None and "rope_parameters" in saved.config:
-        told["max_position_embeddings"] = saved.max_length
+        generation["max_position_embeddings"] = saved.max_length
     beside = files(card, saved.max_length)
     if "files" not in card:  # else they are as they came
-        ids = {key: told[key] for key in ("bos_token_id", "eos_token_id")}
+        ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id")}
         beside["generation_config.json"] = json.dumps(ids, indent=2)
-    return beside, told
+    return beside, generation
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _disk(path: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[Any]:
+def _progress(what: str) -> Iterator[Any]:
     """Shows in a terminal which tensor has its turn."""
     from rich.console import Console
 

@@ -36,10 +36,10 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 def run_folder(key: str, value: str) -> Path:
     """The folder of a run given as a path, a name under runs/, or the id of a job that it was. Raises UserError."""
-    found = run_here(key, value)
-    if found is None:
+    folder = run_here(key, value)
+    if folder is None:
         raise no_such_run(key, value)
-    return found
+    return folder
 
 
 def run_here(key: str, value: str) -> Path | None:
@@ -126,8 +126,8 @@ def stage_name(number: int, length: int) -> str:
 
 def stages(folder: Path) -> list[Path]:
     """The runs of a chain's stages, the first one first; [] of a single run."""
-    told = saved_config(folder).get("stages") or []
-    return [folder / stage_name(i + 1, stage["length"]) for i, stage in enumerate(told)]
+    stages = saved_config(folder).get("stages") or []
+    return [folder / stage_name(i + 1, stage["length"]) for i, stage in enumerate(stages)]
 
 
 def latest(folder: Path) -> Path:
@@ -169,16 +169,16 @@ def claim(run: RunSettings, *, resumed: bool) -> tuple[RunSettings, TextIO]:
 def reserved(run: RunSettings) -> tuple[str, Path]:
     """The name and the folder that a run asks for; of one without, the first folder that is free, which is made, since
     another may start in the same second. Raises UserError where it cannot be made."""
-    told = os.environ.get("WANDB_NAME")  # the tracker's word for it, where the configuration has none
+    wandb_name = os.environ.get("WANDB_NAME")  # the tracker's word for it, where the configuration has none
     if run.dir:
-        return run.name or told or Path(run.dir).name, Path(run.dir)
+        return run.name or wandb_name or Path(run.dir).name, Path(run.dir)
     if run.name:
         return run.name, RUNS / run.name
     began = stamp()
     for name in (began, *(f"{began}-{number}" for number in range(2, 1000))):
         try:
             (RUNS / name).mkdir(parents=True)
-            return told or name, RUNS / name
+            return wandb_name or name, RUNS / name
         except FileExistsError:
             continue
         except OSError as error:
@@ -209,8 +209,8 @@ def _taken(folder: Path) -> UserError:
 
 def last_job(folder: Path) -> tuple[str | None, str | None]:
     """(id, cluster address) of the job that a run was last, or (None, None): it was trained without one."""
-    told = _job_lines(folder / JOBS)
-    job, address = (told[-1].get("job"), told[-1].get("address")) if told else (None, None)
+    lines = _job_lines(folder / JOBS)
+    job, address = (lines[-1].get("job"), lines[-1].get("address")) if lines else (None, None)
     return (job, address) if isinstance(job, str) and isinstance(address, str) else (None, None)
 
 
@@ -261,18 +261,19 @@ def code_version() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        found: dict[str, Any] = {"farspan": version("farspan")}
+        versions: dict[str, Any] = {"farspan": version("farspan")}
     except PackageNotFoundError:
-        found = {}
+        versions = {}
     try:
         commit = git("rev-parse", "HEAD")
     except (OSError, subprocess.TimeoutExpired):
-        return found
+        return versions
     if not commit:
-        return found
-    found |= {"commit": commit, "modified": bool(git("status", "--porcelain"))}
-    found |= {"branch": git("rev-parse", "--abbrev-ref", "HEAD"), "remote": _public(git("remote", "get-url", "origin"))}
-    return {key: value for key, value in found.items() if value != ""}
+        return versions
+    versions |= {"commit": commit, "modified": bool(git("status", "--porcelain"))}
+    versions["branch"] = git("rev-parse", "--abbrev-ref", "HEAD")
+    versions["remote"] = _public(git("remote", "get-url", "origin"))
+    return {key: value for key, value in versions.items() if value != ""}
 
 
 def _public(remote: str) -> str:

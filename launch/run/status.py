@@ -106,8 +106,8 @@ def _section(folder: Path, config: dict[str, Any], name: str, kind: type[_Kind])
 
 def _newest(folder: Path) -> tuple[int, str, float] | None:
     """The step, the name and the time of the newest complete checkpoint: found without torch, which takes seconds."""
-    found = ((path.parent.name, path) for path in folder.glob("step-*/manifest.json"))
-    steps = [(int(name[5:]), name, path.stat().st_mtime) for name, path in found if name[5:].isdecimal()]
+    checkpoints = ((path.parent.name, path) for path in folder.glob("step-*/manifest.json"))
+    steps = [(int(name[5:]), name, path.stat().st_mtime) for name, path in checkpoints if name[5:].isdecimal()]
     return max(steps, default=None)
 
 

@@ -150,10 +150,10 @@ def _attempts(
         progress.close()
         if outcome.ok or not outcome.lost or stop_file(folder).exists():
             return outcome
-        found = checkpoint.newest(folder / "checkpoints", lambda line: None)
-        if found is None and checkpoint.damaged(folder / "checkpoints"):
+        newest = checkpoint.newest(folder / "checkpoints", lambda line: None)
+        if newest is None and checkpoint.damaged(folder / "checkpoints"):
             return outcome  # to begin again is for a person to say
-        flight = replace(flight, resume=found or flight.resume)
+        flight = replace(flight, resume=newest or flight.resume)
         if flight.resume != before:
             left, before = flight.cluster.restarts, flight.resume
         if not left:

@@ -21,17 +21,17 @@ POLL_S = 1.0
 SUMMARY_S = 60.0  # seconds between two summaries
 
 
-def run(found: Sweep, ready: list[CheckedMember], following: list[Member], say: Callable[[str], None]) -> None:
+def run(sweep: Sweep, ready: list[CheckedMember], following: list[Member], say: Callable[[str], None]) -> None:
     """Hands the members over and waits for their ends. A stop signal stops all; a second one leaves them to it.
 
     following: members that are jobs already. A waiting job waits by itself, in a driver that takes memory on the head:
     so one more than the room holds is submitted, no more.
     """
-    fleet = _Fleet(found, ready, following, say)
+    fleet = _Fleet(sweep, ready, following, say)
     with SignalCount() as signals:
         while fleet.busy:
             if signals.count > 1:
-                say(f"no longer following; {command('sweep', override('resume', found.folder))} takes it up again")
+                say(f"no longer following; {command('sweep', override('resume', sweep.folder))} takes it up again")
                 return
             if signals.count:
                 fleet.stop()
@@ -45,9 +45,9 @@ class _Fleet:
     """The members that wait for their turn, and those that are jobs."""
 
     def __init__(
-        self, found: Sweep, ready: list[CheckedMember], following: list[Member], say: Callable[[str], None]
+        self, sweep: Sweep, ready: list[CheckedMember], following: list[Member], say: Callable[[str], None]
     ) -> None:
-        self._found, self._say = found, say
+        self._found, self._say = sweep, say
         self._waiting = list(ready)
         self._jobs = {member.number: (member, Jobs(member.address), 0) for member in following}
         self._room = _room(ready[0]) if ready else 0
@@ -123,23 +123,23 @@ class _Fleet:
 
     def _percent(self, member: Member) -> str:
         try:
-            found = status.read(self._found.place(member), running=True)
+            state = status.read(self._found.place(member), running=True)
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return ""
-        return f" ({100 * found.tokens // max(found.total_tokens, 1)}%)"
+        return f" ({100 * state.tokens // max(state.total_tokens, 1)}%)"
 
 
-def end(found: Sweep, member: Member, cluster: Jobs, *, stopping: bool = False) -> tuple[str, str | None]:
+def end(sweep: Sweep, member: Member, cluster: Jobs, *, stopping: bool = False) -> tuple[str, str | None]:
     """The state of a member whose job has ended, and why it failed: by its folder, else by what the job has said."""
     job = member.job or ""
     code = cluster.exit_code(job)
     logs = cluster.logs(job).splitlines()
     if code:
         opening = REFUSED if code == 2 else "failed: "
-        said = next((line.removeprefix(opening) for line in reversed(logs) if line.startswith(opening)), None)
-        return "failed", said or f"job {job}: {cluster.message(job) or f'exit code {code}'}"
-    if (found.place(member) / "config.yaml").exists():
-        complete = status.read(found.place(member), running=False).state == "complete"
+        reason = next((line.removeprefix(opening) for line in reversed(logs) if line.startswith(opening)), None)
+        return "failed", reason or f"job {job}: {cluster.message(job) or f'exit code {code}'}"
+    if (sweep.place(member) / "config.yaml").exists():
+        complete = status.read(sweep.place(member), running=False).state == "complete"
         return ("done" if complete else "stopped"), None
     if not any(line.startswith(PASSED) for line in logs):
         return "waiting", None  # it was stopped while it waited for its turn

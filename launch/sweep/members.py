@@ -46,10 +46,10 @@ class Swept:
     def numbers(self) -> list[float] | None:
         """The values as numbers, or None where one is not."""
         try:
-            found = [float(value) for value in self.values]
+            numbers = [float(value) for value in self.values]
         except ValueError:
             return None
-        return found if all(math.isfinite(number) for number in found) else None
+        return numbers if all(math.isfinite(number) for number in numbers) else None
 
 
 @dataclass

@@ -311,10 +311,10 @@ def _unfinished(swept: list[Swept], results: list[Result]) -> str:
     """Names the members that have not finished, by state; the first of each where they are many."""
     parts = []
     for state in ("failed", "stopped", "running", "waiting"):
-        found = [result for result in results if result.member.state == state]
-        if found:
-            named = "; ".join(f"{r.member.number} ({_words(r, swept)})" for r in found[:6])
-            parts.append(f"{state}: {named}" + (f" and {len(found) - 6} more" if len(found) > 6 else ""))
+        unfinished = [result for result in results if result.member.state == state]
+        if unfinished:
+            named = "; ".join(f"{r.member.number} ({_words(r, swept)})" for r in unfinished[:6])
+            parts.append(f"{state}: {named}" + (f" and {len(unfinished) - 6} more" if len(unfinished) > 6 else ""))
     return "\n".join(parts)
 
 

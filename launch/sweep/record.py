@@ -53,7 +53,7 @@ class Sweep:
 
     def save(self) -> None:
         """Writes sweep.json aside, and renames it."""
-        told = {
+        record = {
             "name": self.name,
             "here": self.here,
             "overrides": self.overrides,
@@ -61,16 +61,16 @@ class Sweep:
             "members": [asdict(member) for member in self.members],
         }
         aside = self.folder / f"{FILE}.partial"
-        aside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         aside.replace(self.folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> Sweep:
         """The sweep of a folder. Raises UserError where its file cannot be read."""
         try:
-            told = reading.json_object(folder / FILE)
-            swept = [Swept(**key) for key in told["swept"]]
-            members = [Member(**member) for member in told["members"]]
+            record = reading.json_object(folder / FILE)
+            swept = [Swept(**key) for key in record["swept"]]
+            members = [Member(**member) for member in record["members"]]
             for member in members:
                 if (
                     not isinstance(member.folder, str)
@@ -78,11 +78,11 @@ class Sweep:
                     or member.folder in (".", "..")
                 ):
                     raise ValueError(f"{member.folder}: is no folder of it")
-            if not isinstance(told["name"], str) or not isinstance(told["overrides"], list):
+            if not isinstance(record["name"], str) or not isinstance(record["overrides"], list):
                 raise TypeError("its name or its overrides are none")
-            here = told.get("here")
+            here = record.get("here")
             if here is not None and not isinstance(here, str):
                 raise TypeError("where it began is no folder")
-            return cls(folder, told["name"], told["overrides"], swept, members, here)
+            return cls(folder, record["name"], record["overrides"], swept, members, here)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"resume={folder}: {FILE} cannot be read ({type(error).__name__}: {error})") from None

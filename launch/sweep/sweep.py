@@ -49,29 +49,29 @@ def sweep(overrides: list[str]) -> int:
     def say(line: str) -> None:
         console.print(line, markup=False)
 
-    with SignalLatch() as heard:
+    with SignalLatch() as latch:
         try:
             if any(_is_resume(each) for each in overrides):
-                found, lock, ready = _reopened(overrides, say)
+                sweep, lock, ready = _reopened(overrides, say)
             else:
-                found, lock, ready = _new(overrides, say)
+                sweep, lock, ready = _new(overrides, say)
         except KeyboardInterrupt:
             say(NOTHING_WRITTEN)
             return 0
         with lock:
             try:
-                following = [member for member in found.members if member.state == "running"]
+                following = [member for member in sweep.members if member.state == "running"]
                 if following or ready and _remote(ready[0].config):
                     from launch.sweep import jobs as sweep_jobs
 
-                    sweep_jobs.run(found, ready, following, say)
+                    sweep_jobs.run(sweep, ready, following, say)
                 else:
-                    _run_here(found, ready, console, heard)
+                    _run_here(sweep, ready, console, latch)
             except KeyboardInterrupt:  # between two members: nothing runs
-                for member in found.members:
+                for member in sweep.members:
                     if member.state == "running" and member.job is None:
-                        found.mark(member, *settled(found, member))
-            return _ended(found, console, began)
+                        sweep.mark(member, *settled(sweep, member))
+            return _ended(sweep, console, began)
 
 
 def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[CheckedMember]]:
@@ -92,25 +92,25 @@ def _new(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextI
 
 
 def _checked_all(
-    found: Sweep, first: RunConfig, say: Callable[[str], None]
+    sweep: Sweep, first: RunConfig, say: Callable[[str], None]
 ) -> tuple[Sweep, TextIO, list[CheckedMember]]:
     """The sweep with its members checked, in its folder. Raises UserError."""
-    folder, members = found.folder, found.members
+    folder, members = sweep.folder, sweep.members
     if (folder / FILE).exists():
         raise UserError(f"run.dir={folder}: already holds a sweep; continue it with {override('resume', folder)}")
-    sizes = " x ".join(f"{len(key.values)} of {key.path}" for key in found.swept)
+    sizes = " x ".join(f"{len(key.values)} of {key.path}" for key in sweep.swept)
     say(f"sweep {folder}: {len(members):,} members ({sizes}), all checked before the first starts")
     ready = []
     for member in members:
-        if (found.place(member) / "config.yaml").exists():
-            raise UserError(f"run.dir={found.place(member)}: already holds a run")
+        if (sweep.place(member) / "config.yaml").exists():
+            raise UserError(f"run.dir={sweep.place(member)}: already holds a run")
         config = first if member is members[0] else _composed(member, member.overrides)
-        ready.append(_checked(found, member, config))
+        ready.append(_checked(sweep, member, config))
     _one_place(ready)
-    _, lock = rundir.claim(RunSettings(name=found.name, dir=str(folder)), resumed=False)
-    found.save()
-    found.tabulate()
-    return found, lock, ready
+    _, lock = rundir.claim(RunSettings(name=sweep.name, dir=str(folder)), resumed=False)
+    sweep.save()
+    sweep.tabulate()
+    return sweep, lock, ready
 
 
 def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, TextIO, list[CheckedMember]]:
@@ -127,35 +127,35 @@ def _reopened(overrides: list[str], say: Callable[[str], None]) -> tuple[Sweep, 
         raise UserError(f"resume={value}: no such sweep; expected the folder of one{has}")
     _, lock = rundir.claim(RunSettings(dir=str(folder)), resumed=True)
     try:
-        found = Sweep.load(folder)
-        if found.here not in (None, os.getcwd()) and Path(str(found.here)).is_dir():
-            found.folder = folder = folder.absolute()
-            os.chdir(str(found.here))
+        sweep = Sweep.load(folder)
+        if sweep.here not in (None, os.getcwd()) and Path(str(sweep.here)).is_dir():
+            sweep.folder = folder = folder.absolute()
+            os.chdir(str(sweep.here))
         ready = []
-        for member in found.members:
-            if member.state not in OPEN or (state := _caught_up(found, member)) is None:
+        for member in sweep.members:
+            if member.state not in OPEN or (state := _caught_up(sweep, member)) is None:
                 continue
             member.state, member.reason = state
             if member.state != "done":
-                ready.append(_checked_again(found, member, others))
+                ready.append(_checked_again(sweep, member, others))
         _one_place(ready)
-        say(f"sweep {folder}: {len(ready):,} of {len(found.members):,} members to start or to resume")
+        say(f"sweep {folder}: {len(ready):,} of {len(sweep.members):,} members to start or to resume")
         for one in ready:
             one.member.state, one.member.reason = "waiting", None
-        found.save()
-        found.tabulate()
-        return found, lock, ready
+        sweep.save()
+        sweep.tabulate()
+        return sweep, lock, ready
     except BaseException:
         lock.close()
         raise
 
 
-def _checked_again(found: Sweep, member: Member, others: list[str]) -> CheckedMember:
+def _checked_again(sweep: Sweep, member: Member, others: list[str]) -> CheckedMember:
     """A member to resume from its folder, or to start where it has none."""
-    folder = found.place(member)
+    folder = sweep.place(member)
     if (folder / "config.yaml").exists():
-        return _checked(found, member, _composed(member, [*others, f"resume={quote(str(folder))}"]))
-    ready = _checked(found, member, _composed(member, [*member.overrides, *others]))
+        return _checked(sweep, member, _composed(member, [*others, f"resume={quote(str(folder))}"]))
+    ready = _checked(sweep, member, _composed(member, [*member.overrides, *others]))
     if _remote(ready.config) and member.job and member.state != "waiting":  # its folder is on the cluster
         return ready._replace(elsewhere=[*others, f"resume={quote(str(folder.absolute()))}"])
     return ready
@@ -168,13 +168,13 @@ def _composed(member: Member, overrides: list[str]) -> RunConfig:
         raise UserError(f"member {member.number} ({member.words}): {error}") from None
 
 
-def _checked(found: Sweep, member: Member, config: RunConfig) -> CheckedMember:
+def _checked(sweep: Sweep, member: Member, config: RunConfig) -> CheckedMember:
     """A member's configuration with its own name, folder and group, checked as far as that can be done from here."""
     if config.resume is None:
-        run = RunSettings(name=f"{found.name}/{member.folder}", dir=str(found.place(member)))
+        run = RunSettings(name=f"{sweep.name}/{member.folder}", dir=str(sweep.place(member)))
         config = replace(config, run=run)
         if config.tracking.get("group", "") is None:
-            config = replace(config, tracking=config.tracking.having(group=found.name))
+            config = replace(config, tracking=config.tracking.having(group=sweep.name))
     try:
         remote = _remote(config)
         check = submit.check if remote else check_run
@@ -184,31 +184,31 @@ def _checked(found: Sweep, member: Member, config: RunConfig) -> CheckedMember:
     return CheckedMember(member, flight.config, flight.device)
 
 
-def _run_here(found: Sweep, ready: list[CheckedMember], console: Console, heard: SignalLatch) -> None:
+def _run_here(sweep: Sweep, ready: list[CheckedMember], console: Console, latch: SignalLatch) -> None:
     """One member after another, until a signal asks for the end."""
     for each in ready:
-        found.mark(each.member, "running")
-        console.print(f"[{each.member.number}/{len(found.members)}] {each.member.words}", style="bold", markup=False)
+        sweep.mark(each.member, "running")
+        console.print(f"[{each.member.number}/{len(sweep.members)}] {each.member.words}", style="bold", markup=False)
         try:
-            state, reason = _one(found, each, console)
+            state, reason = _one(sweep, each, console)
         except KeyboardInterrupt:
-            state, reason = settled(found, each.member)
-        found.mark(each.member, state, reason)
-        if heard():
+            state, reason = settled(sweep, each.member)
+        sweep.mark(each.member, state, reason)
+        if latch():
             return
 
 
-def _one(found: Sweep, each: CheckedMember, console: Console) -> tuple[str, str | None]:
+def _one(sweep: Sweep, each: CheckedMember, console: Console) -> tuple[str, str | None]:
     """Runs a member to its end. Returns its state and, where it failed, why; nothing that it raises ends the sweep."""
     try:
         ended = run(each.config, console, brief=True)
     except UserError as error:
         state, reason = "failed", str(error)
     except Exception as error:
-        with suppress(OSError), (found.folder / "error.txt").open("a", encoding="utf-8") as file:
+        with suppress(OSError), (sweep.folder / "error.txt").open("a", encoding="utf-8") as file:
             file.write(f"member {each.member.number}\n{traceback.format_exc()}\n")
         first = (str(error).strip().splitlines() or [""])[0]
-        state, reason = "failed", f"{type(error).__name__}: {first} (full trace: {found.folder / 'error.txt'})"
+        state, reason = "failed", f"{type(error).__name__}: {first} (full trace: {sweep.folder / 'error.txt'})"
     else:
         if ended.code == 0 and ended.stopped:
             return ("stopped" if ended.folder else "waiting"), None
@@ -219,10 +219,10 @@ def _one(found: Sweep, each: CheckedMember, console: Console) -> tuple[str, str 
     return state, reason
 
 
-def settled(found: Sweep, member: Member) -> tuple[str, str | None]:
+def settled(sweep: Sweep, member: Member) -> tuple[str, str | None]:
     """The state of a member that nothing runs any more, by its folder; as it was noted where that says nothing."""
     try:
-        state = status.read(found.place(member), running=False).state
+        state = status.read(sweep.place(member), running=False).state
     except (OSError, ValueError, KeyError, TypeError, UserError):  # not begun, or not seen from here
         return ("waiting", None) if member.state == "running" else (member.state, member.reason)
     if state == "complete":
@@ -230,39 +230,39 @@ def settled(found: Sweep, member: Member) -> tuple[str, str | None]:
     return ("failed", member.reason) if member.state == "failed" else ("stopped", None)
 
 
-def _caught_up(found: Sweep, member: Member) -> tuple[str, str | None] | None:
+def _caught_up(sweep: Sweep, member: Member) -> tuple[str, str | None] | None:
     """The state of an unfinished member after the last sweep was left; None where it is a job that goes on."""
     if member.state != "running" or member.job is None:
-        return settled(found, member)
+        return settled(sweep, member)
     from launch.sweep import jobs as sweep_jobs
 
     cluster = Jobs(member.address)
     try:
         cluster.find(member.job)
     except UserError:  # a cluster that was started again knows none of its old jobs
-        return settled(found, member)
-    return sweep_jobs.end(found, member, cluster) if cluster.ended(member.job) else None
+        return settled(sweep, member)
+    return sweep_jobs.end(sweep, member, cluster) if cluster.ended(member.job) else None
 
 
-def _ended(found: Sweep, console: Console, began: float) -> int:
+def _ended(sweep: Sweep, console: Console, began: float) -> int:
     """Prints and keeps the table and the plot, and says how to go on. Returns the exit code."""
-    results = found.results()
-    found.tabulate()
-    sweep_table.show(found.swept, results)
-    files = f"{found.folder}/table.txt, table.csv"
+    results = sweep.results()
+    sweep.tabulate()
+    sweep_table.show(sweep.swept, results)
+    files = f"{sweep.folder}/table.txt, table.csv"
     try:
         from launch.sweep import plot as sweep_plot
 
-        sweep_plot.draw(found.folder / PLOT, str(found.folder), found.swept, results)
+        sweep_plot.draw(sweep.folder / PLOT, str(sweep.folder), sweep.swept, results)
         files += f", {PLOT}"
     except (Exception, KeyboardInterrupt) as error:  # a picture is not worth the exit code of a week
         console.print(f"no plot: {type(error).__name__}: {error}", markup=False)
-    counts = {state: sum(member.state == state for member in found.members) for state in ("done", *OPEN)}
-    said = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
-    console.print(f"{said}; {duration(time.monotonic() - began)} in all. {files}", markup=False)
-    if counts["done"] < len(found.members):
+    counts = {state: sum(member.state == state for member in sweep.members) for state in ("done", *OPEN)}
+    text = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
+    console.print(f"{text}; {duration(time.monotonic() - began)} in all. {files}", markup=False)
+    if counts["done"] < len(sweep.members):
         console.print(
-            f"{command('sweep', override('resume', found.folder))} goes on with what is not done", markup=False
+            f"{command('sweep', override('resume', sweep.folder))} goes on with what is not done", markup=False
         )
     return 1 if counts["failed"] else 0
 

@@ -169,10 +169,10 @@ def _number(value: float | None, form: str) -> str:
 
 def _summary(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _replace(path: Path, text: str) -> None:

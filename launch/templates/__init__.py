@@ -45,11 +45,11 @@ class Machines:
         """The machines in the order in which ranks will be placed on them."""
         raise NotImplementedError
 
-    def device(self, asked: str) -> str:
+    def device(self, wanted: str) -> str:
         """Returns what `cluster.device` comes to on these machines. Raises ValueError for CUDA without a GPU."""
-        if asked == "cuda" and not self.gpus_per_node:
+        if wanted == "cuda" and not self.gpus_per_node:
             raise ValueError(f"cluster.device=cuda: {PATH}.gpus_per_node=0; accepts auto or cpu")
-        return "cuda" if asked != "cpu" and self.gpus_per_node else "cpu"
+        return "cuda" if wanted != "cpu" and self.gpus_per_node else "cpu"
 
     def nodes_planned(self, device: str = "auto") -> list[Node]:
         """The machines that there will be, with one worker a GPU or, on CPUs, one a core."""

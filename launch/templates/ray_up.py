@@ -169,10 +169,10 @@ def _check(cluster: dict[str, Any]) -> None:
     except ImportError as error:
         raise ValueError(f"{PATH}: a file for `ray up` is checked by Ray, which is not installed ({error})") from None
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
-    found = jsonschema.exceptions.best_match(jsonschema.Draft7Validator(schema).iter_errors(cluster))
-    if found is not None:
-        where = ".".join(str(part) for part in found.absolute_path) or "the file"
-        raise ValueError(f"{PATH}: {where}: {' '.join(found.message.split())[:200]}")
+    mismatch = jsonschema.exceptions.best_match(jsonschema.Draft7Validator(schema).iter_errors(cluster))
+    if mismatch is not None:
+        where = ".".join(str(part) for part in mismatch.absolute_path) or "the file"
+        raise ValueError(f"{PATH}: {where}: {' '.join(mismatch.message.split())[:200]}")
     try:
         validate_config(prepare_config(json.loads(json.dumps(cluster))))  # a copy: Ray fills in what is missing
     except Exception as refused:  # Ray's checks raise what they like, click's among it

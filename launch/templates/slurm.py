@@ -159,14 +159,14 @@ class Slurm(Machines):
             "requeues": self.requeues,
             "run": _folder(config.run, resumed),
         }
-        asked = command("farspan", "template", *overrides)
+        original = command("farspan", "template", *overrides)
         head = [
             "#!/usr/bin/env bash",
             *self._sbatch(),
             "#",
             commented(
                 "A run of farspan on machines of Slurm, written by",
-                f"  {asked}",
+                f"  {original}",
                 "",
                 "  sbatch FILE                            starts it",
                 "  scancel --batch --signal=TERM JOB      saves and ends it; a plain scancel ends it without saving",

@@ -199,5 +199,5 @@ def blame(shrunk: Shrunk, held: Reference, steps: int, say: Callable[[str], None
         alone = bool(axes)
         sizes = only[axes[0]] if axes else shrunk.sizes
         axes = axes or tuple(large)
-    kept = [option for option in options(shrunk.config) if not is_wrong(option.off(shrunk.config), sizes)]
-    return Blame(axes, tuple(option.text for option in kept), alone)
+    guilty = [option for option in options(shrunk.config) if not is_wrong(option.off(shrunk.config), sizes)]
+    return Blame(axes, tuple(option.text for option in guilty), alone)

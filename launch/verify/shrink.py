@@ -29,12 +29,12 @@ CLIP = 0.05  # a norm that gradients exceed, so that clipping acts
 
 @dataclass(frozen=True)
 class Shrunk:
-    """config: the small run. sizes: of its mesh, by axis. told: what differs from the run that was asked about, a line
+    """config: the small run. sizes: of its mesh, by axis. notes: what differs from the run that was asked about, a line
     each."""
 
     config: RunConfig
     sizes: dict[str, int]
-    told: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 PIPELINE = {"pipeline_schedule": "1f1b", "pipeline_layers": None, "stages_per_rank": 1}  # keys of one, as without it
@@ -52,19 +52,19 @@ def with_sizes(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
 
 def shrink(config: RunConfig) -> Shrunk:
     """The small run. Raises ValueError for sizes that do not fit, and for a model of which no small one is built."""
-    asked = mesh = config.parallel.mesh(config.cluster.workers)
-    told = list[str]()
+    mesh_asked = mesh = config.parallel.mesh(config.cluster.workers)
+    notes = list[str]()
     if mesh.world > MOST:
-        mesh = Mesh(**{axis: min(size, 2) for axis, size in asked.sizes.items()})
-        told.append(f"mesh {asked}: verified as {mesh}")
+        mesh = Mesh(**{axis: min(size, 2) for axis, size in mesh_asked.sizes.items()})
+        notes.append(f"mesh {mesh_asked}: verified as {mesh}")
     sizes = mesh.sizes
     stages = mesh.pipeline * getattr(config.parallel, "stages_per_rank", 1)
     if getattr(config.parallel, "pipeline_layers", None) is not None:
         own: dict[str, Any] = {"pipeline_layers": None}
         config = replace(config, parallel=replace(config.parallel, **own))
-        told.append("parallel.pipeline_layers: says nothing of a small model; verified with stages of equal work")
+        notes.append("parallel.pipeline_layers: says nothing of a small model; verified with stages of equal work")
     model, lines = _model(config.model.values, sizes, stages)
-    told += lines
+    notes += lines
     pieces = 2 * sizes["sequence"]
     length = max(48, 12 * pieces)
     accumulated = config.scheduler.get("tokens_per_rank") is not None
@@ -79,7 +79,7 @@ def shrink(config: RunConfig) -> Shrunk:
     }
     train = config.train
     if train.span_gradient == "truncated" and train.span_tokens is not None:
-        told.append("train.span_gradient=truncated: depends on the layout; verified as exact")
+        notes.append("train.span_gradient=truncated: depends on the layout; verified as exact")
     train = replace(
         train,
         steps=100,
@@ -124,7 +124,7 @@ def shrink(config: RunConfig) -> Shrunk:
         run=replace(config.run, name="verify", dir=None, plot=None, anew=False),
         train=train,
     )
-    return Shrunk(with_sizes(small, sizes), sizes, tuple(told))
+    return Shrunk(with_sizes(small, sizes), sizes, tuple(notes))
 
 
 def _optimizer(node: ObjectConfig) -> ObjectConfig:
@@ -135,24 +135,24 @@ def _optimizer(node: ObjectConfig) -> ObjectConfig:
 def _model(values: Mapping[str, Any], sizes: Mapping[str, int], stages: int) -> tuple[dict[str, Any], list[str]]:
     """The small model, and what had to change. Raises ValueError where none is built."""
     whole = model_of(values)
-    told: list[str] = []
+    notes: list[str] = []
     small = _layers(deepcopy(dict(values)), whole, stages)
     small["vocabulary"] = min(small["vocabulary"], VOCABULARY)
-    kept: Any = None
+    best: Any = None
     for width in (*(w for w in WIDTHS if w < small["dim"]), small["dim"]):
-        found = _sized({**small, "dim": width}, sizes, told if kept is None else [])
+        sized = _sized({**small, "dim": width}, sizes, notes if best is None else [])
         try:
-            model_of(found)
-            return found, told
+            model_of(sized)
+            return sized, notes
         except (UserError, ValueError) as error:
-            kept = error
+            best = error
     try:  # its widths as they are
-        found = {**small, "dim": values["dim"]}
-        model_of(found)
+        sized = {**small, "dim": values["dim"]}
+        model_of(sized)
     except (UserError, ValueError):
-        raise ValueError(f"model: no smaller one is built: {kept}") from None
-    told.append("model: verified at its own widths; a smaller one is not built")
-    return found, told
+        raise ValueError(f"model: no smaller one is built: {best}") from None
+    notes.append("model: verified at its own widths; a smaller one is not built")
+    return sized, notes
 
 
 def _layers(values: dict[str, Any], whole: Any, stages: int) -> dict[str, Any]:
@@ -179,29 +179,29 @@ def _layers(values: dict[str, Any], whole: Any, stages: int) -> dict[str, Any]:
     return values
 
 
-def _sized(node: Any, sizes: Mapping[str, int], told: list[str]) -> Any:
+def _sized(node: Any, sizes: Mapping[str, int], notes: list[str]) -> Any:
     """An object of a model, its sizes cut."""
     if not isinstance(node, Mapping):
         return node
-    found = {key: _sized(value, sizes, told) for key, value in node.items()}
+    sized = {key: _sized(value, sizes, notes) for key, value in node.items()}
     for key, cap in CAPS.items():
-        if isinstance(value := found.get(key), int) and value > cap:
-            found[key] = cap
-    if isinstance(heads := found.get("heads"), int):
-        found["heads"] = _divided(heads, 4, sizes)
+        if isinstance(value := sized.get(key), int) and value > cap:
+            sized[key] = cap
+    if isinstance(heads := sized.get("heads"), int):
+        sized["heads"] = _divided(heads, 4, sizes)
         for key in ("kv_heads", "groups"):
-            if isinstance(fewer := found.get(key), int):
-                found[key] = found["heads"] if fewer == heads else min(fewer, _divided(fewer, 2, sizes))
-        if isinstance(more := found.get("value_heads"), int):
-            found["value_heads"] = found["heads"] * min(max(more // heads, 1), 2)
-    if isinstance(experts := found.get("num_experts"), int):
-        found["num_experts"] = _divided(experts, 4, sizes)
-        found["top_k"] = min(found.get("top_k", 1), 2, found["num_experts"])
-    if (limit := found.get("capacity_factor")) is not None:  # so much that no choice is dropped
-        found["capacity_factor"] = found["num_experts"] / found["top_k"]
-        line = f"capacity_factor={limit:g}: depends on the layout; verified as {found['capacity_factor']:g}"
-        told += [] if line in told else [line]
-    return found
+            if isinstance(fewer := sized.get(key), int):
+                sized[key] = sized["heads"] if fewer == heads else min(fewer, _divided(fewer, 2, sizes))
+        if isinstance(more := sized.get("value_heads"), int):
+            sized["value_heads"] = sized["heads"] * min(max(more // heads, 1), 2)
+    if isinstance(experts := sized.get("num_experts"), int):
+        sized["num_experts"] = _divided(experts, 4, sizes)
+        sized["top_k"] = min(sized.get("top_k", 1), 2, sized["num_experts"])
+    if (limit := sized.get("capacity_factor")) is not None:  # so much that no choice is dropped
+        sized["capacity_factor"] = sized["num_experts"] / sized["top_k"]
+        line = f"capacity_factor={limit:g}: depends on the layout; verified as {sized['capacity_factor']:g}"
+        notes += [] if line in notes else [line]
+    return sized
 
 
 def _divided(count: int, cap: int, sizes: Mapping[str, int]) -> int:

@@ -26,15 +26,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launch.run.failure import Failure
-from parallel.liveness import HERE, PULSE_S, Wait, Whereabouts
+from parallel.liveness import HERE, PULSE_S, Liveness, Wait
 
 START_S = 1800.0  # until training sets its own patience: models are built, corpora opened
 _TICKS = 8  # in a patience
 
 
 @dataclass(frozen=True)
-class Told:
-    """A rank's last word. beat: counts tellings. signs, wait, doing: of its `Whereabouts`. quiet: seconds since the
+class Heartbeat:
+    """A rank's last word. beat: counts tellings. signs, wait, doing: of its `Liveness`. quiet: seconds since the
     signs changed. at: where its main thread is, while quiet. left: it has ended its work."""
 
     beat: int
@@ -46,7 +46,7 @@ class Told:
     left: bool = False
 
     @classmethod
-    def parse(cls, text: str | bytes) -> Told:
+    def parse(cls, text: str | bytes) -> Heartbeat:
         values = json.loads(text)
         if values["wait"] is not None:
             layer, purpose, kind, ranks = values["wait"]
@@ -54,7 +54,7 @@ class Told:
         return cls(**values)
 
 
-Board = dict[int, Told | None]  # what each rank last told; None for one that has told nothing yet
+Board = dict[int, Heartbeat | None]  # what each rank last told; None for one that has told nothing yet
 
 
 def blame(before: Board, now: Board, patience: float | None, quiet: float) -> str | None:
@@ -63,37 +63,37 @@ def blame(before: Board, now: Board, patience: float | None, quiet: float) -> st
     before, now: what ranks had told, long enough apart for each to tell something new. patience: None where a rank may
     do nothing for as long as it likes, as long as it runs.
     """
-    here = {r: told for r, told in now.items() if told is not None and not told.left}
+    here = {r: note for r, note in now.items() if note is not None and not note.left}
     frozen = [r for r in sorted(now) if (r in here or now[r] is None) and before.get(r) == now[r]]
     if frozen:
         place = _place(here, frozen)
-        doing = next((told.doing for told in (now[frozen[0]], *here.values()) if told and told.doing), "")
+        doing = next((note.doing for note in (now[frozen[0]], *here.values()) if note and note.doing), "")
         where = f" in {place}" if place else f", {doing}" if doing else ""
         return f"{_ranks(frozen)} stopped answering{where}: no word for {quiet:.0f} s"
     if patience is None or quiet < patience:
         return None
-    if any(told is None for told in now.values()) or any(told.quiet < patience / 2 for told in here.values()):
+    if any(note is None for note in now.values()) or any(note.quiet < patience / 2 for note in here.values()):
         return None
-    busy = [r for r, told in here.items() if told.wait is None]
+    busy = [r for r, note in here.items() if note.wait is None]
     if not busy:
-        waits = "; ".join(f"rank {r} in {told.wait}" for r, told in list(here.items())[:4])
+        waits = "; ".join(f"rank {r} in {note.wait}" for r, note in list(here.items())[:4])
         return f"the ranks wait for each other for {quiet:.0f} s: {waits}"
     place = _place(here, busy)
-    told = here[busy[0]]
-    what = told.doing or "busy elsewhere"
+    note = here[busy[0]]
+    what = note.doing or "busy elsewhere"
     line = f"{_ranks(busy)} stopped answering{' before ' + place if place else ''}: {what}"
-    return f"{line} for {told.quiet:.0f} s{', at ' + told.at if told.at else ''}"
+    return f"{line} for {note.quiet:.0f} s{', at ' + note.at if note.at else ''}"
 
 
-def _place(here: dict[int, Told], culprits: Sequence[int]) -> str:
+def _place(here: dict[int, Heartbeat], culprits: Sequence[int]) -> str:
     """Returns where the others wait for the culprits: in the smallest group with one of them, the least far on its
     way."""
     waits = [
-        (len(told.wait.ranks) if told.wait.ranks else len(here), told.signs, str(told.wait))
-        for rank, told in here.items()
+        (len(note.wait.ranks) if note.wait.ranks else len(here), note.signs, str(note.wait))
+        for rank, note in here.items()
         if rank not in culprits
-        and told.wait is not None
-        and (told.wait.ranks is None or set(culprits) & set(told.wait.ranks))
+        and note.wait is not None
+        and (note.wait.ranks is None or set(culprits) & set(note.wait.ranks))
     ]
     own = here.get(culprits[0])
     return min(waits)[2] if waits else str(own.wait or "") if own else ""
@@ -117,7 +117,7 @@ class Watch:
         host: str,
         port: int,
         report: Callable[[Failure], None],
-        here: Whereabouts = HERE,
+        here: Liveness = HERE,
         *,
         keeper: int = 0,
     ) -> None:
@@ -148,7 +148,7 @@ class Watch:
         """Say that this rank has ended its work; the others may still be at theirs."""
         self._closed.set()
         if self._mail is not None:
-            self._mail.post(self._told(left=True))
+            self._mail.post(self._heartbeat(left=True))
 
     def _run(self) -> None:
         assert self._mail is not None
@@ -165,7 +165,7 @@ class Watch:
             untold += passed
             if untold >= due:
                 untold = 0.0
-                self._mail.post(self._told())
+                self._mail.post(self._heartbeat())
             self._look(self._pulse)
 
     @property
@@ -184,21 +184,24 @@ class Watch:
                 return
             silent, self._silent = self._silent, now is None
             if now is None:  # its keeper tells nothing new, and nobody else can
-                now = {self._keeper: self._before.get(self._keeper) if self._before else None, self._rank: self._told()}
+                now = {
+                    self._keeper: self._before.get(self._keeper) if self._before else None,
+                    self._rank: self._heartbeat(),
+                }
             if self._before is not None and silent == self._silent and not self._closed.is_set():
                 line = blame(self._before, now, self._here.patience, self._quiet)
                 if line is not None:
                     self._end(line, now)
             self._before, self._due = now, self._quiet + pulse / 2
 
-    def _end(self, line: str, told: Board) -> None:
-        ranks = [f"rank {rank}: {each if each else 'nothing told'}" for rank, each in sorted(told.items())]
+    def _end(self, line: str, notes: Board) -> None:
+        ranks = [f"rank {rank}: {each if each else 'nothing told'}" for rank, each in sorted(notes.items())]
         trace = "\n".join([line, *ranks, f"the main thread of rank {self._rank}:", *self._stack()]) + "\n"
         with contextlib.suppress(OSError):
             self.report(Failure(self._rank, time.monotonic(), line, trace, stopped=True))
         os._exit(1)
 
-    def _told(self, left: bool = False) -> Told:
+    def _heartbeat(self, left: bool = False) -> Heartbeat:
         self._beat += 1
         patience = self._here.patience or START_S
         at = ""
@@ -207,7 +210,7 @@ class Watch:
         here, wait = self._here, self._here.wait
         if wait is not None and wait.ranks is not None and len(wait.ranks) == self._size:
             wait = wait._replace(ranks=None)
-        return Told(self._beat, here.signs, round(self._quiet, 2), wait, here.doing, at, left)
+        return Heartbeat(self._beat, here.signs, round(self._quiet, 2), wait, here.doing, at, left)
 
     def _stack(self) -> list[str]:
         frame = sys._current_frames().get(self._main or 0)
@@ -221,40 +224,40 @@ class _Mail:
 
     def __init__(self, address: tuple[str, int], size: int, rank: int) -> None:
         self._address, self._size, self._rank = address, size, rank
-        self._told: Told | None = None
+        self._pending: Heartbeat | None = None
         self._wake = threading.Condition()
         self._asked = self._answered = 0
         self._answer: Board = {}
         threading.Thread(target=self._run, name="watch-mail", daemon=True).start()
 
-    def post(self, told: Told) -> None:
+    def post(self, note: Heartbeat) -> None:
         """Have it told, soon."""
         with self._wake:
-            self._told = told
+            self._pending = note
             self._wake.notify_all()
 
     def read(self, seconds: float) -> Board | None:
         """Returns what every rank last told; None when the store has not answered within so many seconds."""
         with self._wake:
             self._asked += 1
-            asked = self._asked
+            request = self._asked
             self._wake.notify_all()
-            self._wake.wait_for(lambda: self._answered >= asked, seconds)
-            return self._answer if self._answered >= asked else None
+            self._wake.wait_for(lambda: self._answered >= request, seconds)
+            return self._answer if self._answered >= request else None
 
     def _run(self) -> None:
         with contextlib.suppress(Exception):  # the store is gone with its host: what follows tells of itself
             store = self._store()
             while True:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._told is not None or self._answered < self._asked)
-                    told, self._told, asked = self._told, None, self._asked
-                if told is not None:
-                    store.set(f"watch/{self._rank}", json.dumps(asdict(told)))
-                if self._answered < asked:
+                    self._wake.wait_for(lambda: self._pending is not None or self._answered < self._asked)
+                    note, self._pending, request = self._pending, None, self._asked
+                if note is not None:
+                    store.set(f"watch/{self._rank}", json.dumps(asdict(note)))
+                if self._answered < request:
                     answer = self._read(store)
                     with self._wake:
-                        self._answer, self._answered = answer, asked
+                        self._answer, self._answered = answer, request
                         self._wake.notify_all()
 
     def _store(self) -> Any:
@@ -265,5 +268,5 @@ class _Mail:
     def _read(self, store: Any) -> Board:
         keys = [f"watch/{rank}" for rank in range(self._size)]
         if store.check(keys):
-            return {rank: Told.parse(text) for rank, text in enumerate(store.multi_get(keys))}
-        return {rank: Told.parse(store.get(key)) if store.check([key]) else None for rank, key in enumerate(keys)}
+            return {rank: Heartbeat.parse(text) for rank, text in enumerate(store.multi_get(keys))}
+        return {rank: Heartbeat.parse(store.get(key)) if store.check([key]) else None for rank, key in enumerate(keys)}

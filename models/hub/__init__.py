@@ -40,8 +40,8 @@ def of_config(config: dict) -> Architecture:
     for name in named or () if WORDS.holds(named) else ():
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    said = named[0] if isinstance(named, list) and named else named
-    raise ValueError(f"config.json: architectures={shown(said)}: must be one of {', '.join(ARCHITECTURES)}")
+    kind = named[0] if isinstance(named, list) and named else named
+    raise ValueError(f"config.json: architectures={shown(kind)}: must be one of {', '.join(ARCHITECTURES)}")
 
 
 def of_model(model: dict, origin: str | None = None) -> tuple[Architecture, dict]:

@@ -120,8 +120,8 @@ def target(kind: type) -> str:
 
 def node(kind: type[nn.Module] | type, *, partial: bool = True, **values: Any) -> Node:
     """A section that builds a `kind` with these values, every other key there with its default."""
-    asked = inspect.signature(kind).parameters
-    rest = {n: p.default for n, p in asked.items() if n not in GIVEN and p.default is not inspect.Parameter.empty}
+    parameters = inspect.signature(kind).parameters
+    rest = {n: p.default for n, p in parameters.items() if n not in GIVEN and p.default is not inspect.Parameter.empty}
     head: Node = {"_target_": target(kind)} | ({"_partial_": True} if partial else {})
     return head | rest | values
 
@@ -137,12 +137,12 @@ def fold(kinds: list[str]) -> list[str]:
 def layers(model: Node) -> list[tuple[str, Node]]:
     """The name and the section of each layer's block, the dense first ones with their feed-forward."""
     names = [model["pattern"][i % len(model["pattern"])] for i in range(model["layers"])]
-    found = [(name, model["blocks"][name]) for name in names]
+    blocks = [(name, model["blocks"][name]) for name in names]
     front = model.get("first_k_dense") or 0
-    return [(n, {**b, "ffn": model["dense"]} if i < front else b) for i, (n, b) in enumerate(found)]
+    return [(n, {**b, "ffn": model["dense"]} if i < front else b) for i, (n, b) in enumerate(blocks)]
 
 
-def told(section: Node, kind: type) -> Node:
+def with_defaults(section: Node, kind: type) -> Node:
     """A section's values, with the constructor's defaults for what it leaves out."""
     return node(kind) | section
 
@@ -154,10 +154,10 @@ def must(path: str, section: Node, wanted: Mapping[str, Any], who: str) -> None:
             raise ValueError(f"{path}.{key}={shown(section[key])}: must be {shown(value)}, as in {who}")
 
 
-def one(found: Iterable[tuple[str, Any]], who: str) -> Any:
+def one(values: Iterable[tuple[str, Any]], who: str) -> Any:
     """The value that all (path, value) have. Raises ValueError for the first that has another."""
     first = None
-    for path, value in found:
+    for path, value in values:
         if first is None:
             first = (path, value)
         elif value != first[1]:
@@ -169,5 +169,5 @@ def one(found: Iterable[tuple[str, Any]], who: str) -> Any:
 
 def ratio(width: int, dim: int) -> float:
     """r with int(dim * r) == width, which a rounded quotient may miss by one."""
-    found = width / dim
-    return found if int(dim * found) == width else math.nextafter(found, math.inf)
+    ratio_found = width / dim
+    return ratio_found if int(dim * ratio_found) == width else math.nextafter(ratio_found, math.inf)

@@ -5,7 +5,7 @@ Granite 4 has the same mixers; what they share is here.
 
 from models.ffn import SwiGLU
 from models.hub import layers as parts
-from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, node, one, ratio, told
+from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, node, one, ratio, with_defaults
 from models.hub.dense import only_dense
 from models.hub.mamba2 import MIXER, UNLIMITED, mixer_rows
 from models.hub.rows import Entries, ParameterSource, scaled, whole
@@ -59,16 +59,16 @@ def ssm(config: Config) -> Node:
 
 def ssm_keys(model: Node, who: str) -> Config:
     """The keys of a config.json for all layers of Mamba-2, {} without any. Raises ValueError where they differ."""
-    found, dim = [], model["dim"]
+    mapping, dim = [], model["dim"]
     for name, section in layers(model):
         if section["mixer"]["_target_"] == MIXER:
-            path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], Mamba2)
+            path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], Mamba2)
             if not float(mixer["expand"]).is_integer():
                 raise ValueError(f"{path}.expand={mixer['expand']}: must be a whole number, as in {who}")
             keys = {"mamba_n_heads": mixer["heads"], "mamba_d_head": int(dim * mixer["expand"]) // mixer["heads"]}
             keys |= {"mamba_n_groups": mixer["groups"], "mamba_d_state": mixer["state"], "mamba_d_conv": mixer["conv"]}
-            found.append((path, keys | {"mamba_expand": int(mixer["expand"]), "mamba_conv_bias": mixer["conv_bias"]}))
-    return one(found, who) or {}
+            mapping.append((path, keys | {"mamba_expand": int(mixer["expand"]), "mamba_conv_bias": mixer["conv_bias"]}))
+    return one(mapping, who) or {}
 
 
 def ssm_rows(ours: str, theirs: str, config: Config, residual: float = 1.0) -> Entries:

@@ -9,7 +9,18 @@ from typing import Any
 
 from models.ffn import SwiGLU
 from models.hub import layers as parts
-from models.hub.architecture import LARGE, REQUIRED, Architecture, Config, Node, layers, node, one, target, told
+from models.hub.architecture import (
+    LARGE,
+    REQUIRED,
+    Architecture,
+    Config,
+    Node,
+    layers,
+    node,
+    one,
+    target,
+    with_defaults,
+)
 from models.hub.rows import PLAIN, Entries, ParameterSource, PublishedRows, joined, whole
 from models.hub.values import FLAG, WORDS, Kind, listed, optional, shown
 from models.hub.values import whole as count
@@ -49,7 +60,7 @@ def changed(model: Node, change: Callable[[Node], Node]) -> Node:
     blocks = dict(model["blocks"])
     for name, section in blocks.items():
         if section["mixer"]["_target_"] == parts.ATTENTION:
-            mixer = told(section["mixer"], Attention)
+            mixer = with_defaults(section["mixer"], Attention)
             blocks[name] = {**section, "mixer": {**mixer, **change(mixer)}}
     return {**model, "blocks": blocks}
 
@@ -62,21 +73,24 @@ def rotates(mixer: Node) -> bool:
 
 def only_dense(model: Node, who: str) -> Config:
     """`intermediate_size` of layers that all have SwiGLU. Raises ValueError for others."""
-    found = []
+    keys = []
     for name, section in layers(model):
         ffn, path = section["ffn"], f"model.blocks.{name}.ffn"
         if ffn is None or ffn["_target_"] != parts.DENSE:
             kind = "null" if ffn is None else ffn["_target_"].rpartition(".")[2]
             raise ValueError(f"{path}={kind}: must be SwiGLU for {who}")
-        found.append((f"{path}.hidden", ffn["hidden"]))
-    return {"intermediate_size": one(found, who)}
+        keys.append((f"{path}.hidden", ffn["hidden"]))
+    return {"intermediate_size": one(keys, who)}
 
 
 def window_keys(model: Node, who: str) -> Config:
     """`sliding_window` and `layer_types` of layers of which some have a window. Raises ValueError for two widths."""
-    found = [(f"model.blocks.{name}.mixer.window", told(b["mixer"], Attention)["window"]) for name, b in layers(model)]
-    width = one(((path, value) for path, value in found if value is not None), who)
-    types = [FULL if value is None else WINDOWED for _, value in found]
+    keys = [
+        (f"model.blocks.{name}.mixer.window", with_defaults(b["mixer"], Attention)["window"])
+        for name, b in layers(model)
+    ]
+    width = one(((path, value) for path, value in keys if value is not None), who)
+    types = [FULL if value is None else WINDOWED for _, value in keys]
     return {"use_sliding_window": width is not None, "sliding_window": width, "layer_types": types}
 
 
@@ -102,17 +116,17 @@ def _entries(attention: Callable[[str, str, Config], Entries], *, fused: bool = 
     """attention: the rows of a layer's. fused: whether gates and values of SwiGLU lie in one tensor."""
 
     def rows(config: Config) -> Entries:
-        found, D, hidden = parts.ends(config), config["hidden_size"], config["intermediate_size"]
+        rows, D, hidden = parts.ends(config), config["hidden_size"], config["intermediate_size"]
         for i in range(config["num_hidden_layers"]):
             ours, theirs = f"layers.{i}", f"model.layers.{i}"
-            found |= parts.norms(i, D)
-            found |= attention(f"{ours}.mixer", f"{theirs}.self_attn", config)
+            rows |= parts.norms(i, D)
+            rows |= attention(f"{ours}.mixer", f"{theirs}.self_attn", config)
             if fused:
-                found[f"{ours}.ffn.gate_up.weight"] = whole(f"{theirs}.mlp.gate_up_proj.weight", 2 * hidden)
-                found[f"{ours}.ffn.down.weight"] = whole(f"{theirs}.mlp.down_proj.weight", D)
+                rows[f"{ours}.ffn.gate_up.weight"] = whole(f"{theirs}.mlp.gate_up_proj.weight", 2 * hidden)
+                rows[f"{ours}.ffn.down.weight"] = whole(f"{theirs}.mlp.down_proj.weight", D)
             else:
-                found |= parts.dense_rows(f"{ours}.ffn", f"{theirs}.mlp", hidden, D)
-        return found
+                rows |= parts.dense_rows(f"{ours}.ffn", f"{theirs}.mlp", hidden, D)
+        return rows
 
     return rows
 
@@ -148,8 +162,8 @@ MISTRAL = _architecture(
 def _qwen3_body(config: Config) -> Node:
     plain = parts.attention(config, qk_norm=True, norm_eps=config["rms_norm_eps"])
     windowed = {**plain, "window": config["sliding_window"]}
-    found = windows(config, lambda i: i >= config["max_window_layers"])
-    return _body(config, [("window", windowed) if each else ("attn", plain) for each in found])
+    windows_by_layer = windows(config, lambda i: i >= config["max_window_layers"])
+    return _body(config, [("window", windowed) if each else ("attn", plain) for each in windows_by_layer])
 
 
 def _qwen3_express(model: Node) -> Config:
@@ -190,18 +204,18 @@ def _ropes(config: Config) -> list[bool]:
 
 def _smollm3_body(config: Config) -> Node:
     plain, ropes = parts.attention(config), _ropes(config)
-    found = []
+    keys = []
     for rope, window in zip(ropes, windows(config, lambda i: not ropes[i]), strict=True):
         positions = plain["positions"] if rope else node(NoPE, partial=False)
         mixer = {**plain, "positions": positions, "window": config["sliding_window"] if window else None}
-        found.append((("attn" if rope else "nope") + ("_window" if window else ""), mixer))
-    return _body(config, found)
+        keys.append((("attn" if rope else "nope") + ("_window" if window else ""), mixer))
+    return _body(config, keys)
 
 
 def _smollm3_express(model: Node) -> Config:
     """Layers without positions are told by their flags, and then say what the others do."""
     name = "SmolLM3ForCausalLM"
-    mixers = [told(section["mixer"], Attention) for _, section in layers(model)]
+    mixers = [with_defaults(section["mixer"], Attention) for _, section in layers(model)]
     rotary = next((mixer["positions"] for mixer in mixers if rotates(mixer)), None)
 
     def change(mixer: Node) -> Node:

@@ -86,11 +86,11 @@ def _unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Experts one by one, of their published tensors or of those that `transformers` holds in memory."""
     names = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
     names |= {"router.layer.weight": "gate.weight", "router.weight": "gate.weight"}
-    found = {}
+    tensors = {}
     for name, each in stored.items():
         stem, sparse, last = name.partition(".block_sparse_moe.")
-        found[stem + sparse + names.get(last, last)] = each
-    return parts.unstacked(found)
+        tensors[stem + sparse + names.get(last, last)] = each
+    return parts.unstacked(tensors)
 
 
 def _entries(config: Config) -> Entries:

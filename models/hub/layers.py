@@ -9,7 +9,7 @@ from typing import Any
 from models.block import Block
 from models.ffn import SwiGLU
 from models.hub import positions
-from models.hub.architecture import Config, Node, fold, layers, must, node, one, target, told
+from models.hub.architecture import Config, Node, fold, layers, must, node, one, target, with_defaults
 from models.hub.rows import PLAIN, Entries, Form, ParameterSource, PublishedRows, experts, joined, whole
 from models.hub.tensors import StoredTensor, rows_of
 from models.hub.values import FLAG, Kind, listed, optional
@@ -55,12 +55,12 @@ def shapes(model: Node, who: str) -> Config:
 def eps_of(model: Node, who: str, mixers: Mapping[str, type] = {}) -> float:  # noqa: B006 it is read only
     """The eps of all norms, those of these mixers too, by `_target_`. Raises ValueError where they
     differ."""
-    found = [("model.norm_eps", model.get("norm_eps", 1e-5))]
+    keys = [("model.norm_eps", model.get("norm_eps", 1e-5))]
     for name, block in layers(model):
-        found.append((f"model.blocks.{name}.norm_eps", block.get("norm_eps", 1e-5)))
+        keys.append((f"model.blocks.{name}.norm_eps", block.get("norm_eps", 1e-5)))
         if kind := mixers.get(block["mixer"]["_target_"]):
-            found.append((f"model.blocks.{name}.mixer.norm_eps", told(block["mixer"], kind)["norm_eps"]))
-    return one(found, who)
+            keys.append((f"model.blocks.{name}.mixer.norm_eps", with_defaults(block["mixer"], kind)["norm_eps"]))
+    return one(keys, who)
 
 
 # --- softmax attention
@@ -100,11 +100,11 @@ def heads_fit(config: Config, *, divided: bool = False) -> None:
 def attention_keys(model: Node, who: str, *, partial: bool = False, **fixed: Any) -> Config:
     """The keys of a config.json for all attention layers, {} without any. partial: as in `positions.write`. Raises
     ValueError where they differ, or for another `fixed`."""
-    found = []
+    mapping = []
     for name, section in layers(model):
         if section["mixer"]["_target_"] != ATTENTION:
             continue
-        path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], Attention)
+        path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], Attention)
         must(path, mixer, {"sinks": 0, **fixed}, who)
         heads, rope = mixer["heads"], mixer["positions"] if isinstance(mixer["positions"], dict) else None
         keys = {
@@ -114,8 +114,8 @@ def attention_keys(model: Node, who: str, *, partial: bool = False, **fixed: Any
             "sliding_window": mixer["window"],
             "rope_parameters": positions.write(path, rope, who, partial=partial),
         }
-        found.append((path, keys))
-    return one(found, who) or {}
+        mapping.append((path, keys))
+    return one(mapping, who) or {}
 
 
 def attention_rows(ours: str, theirs: str, config: Config, *, gate: bool = False, norm: Form | None = None) -> Entries:
@@ -187,7 +187,7 @@ def mixture(config: Config, **shared: Any) -> Node:
 def ffn_keys(model: Node, who: str, **fixed: Any) -> Config:
     """The keys of a config.json for all feed-forwards, experts or not. Raises ValueError. fixed: keys of the
     experts."""
-    dense, found, wide = [], [], []
+    dense, mapping, wide = [], [], []
     for i, (name, section) in enumerate(layers(model)):
         path, ffn = f"model.blocks.{name}.ffn", section["ffn"]
         if ffn is not None and ffn["_target_"] == DENSE:
@@ -197,12 +197,12 @@ def ffn_keys(model: Node, who: str, **fixed: Any) -> Config:
         if ffn is None or ffn["_target_"] != MIXTURE:
             kind = "null" if ffn is None else ffn["_target_"].rpartition(".")[2]
             raise ValueError(f"{path}={kind}: must be SwiGLU or MoE for {who}")
-        moe = told(ffn, MoE)
+        moe = with_defaults(ffn, MoE)
         must(path, moe, {"router": "softmax", "scale": 1.0, "bias_rate": 0.0, "capacity_factor": None, **fixed}, who)
         named = {"num_experts": "num_experts", "num_experts_per_tok": "top_k", "moe_intermediate_size": "hidden"}
         keys = {theirs: moe[key] for theirs, key in named.items()} | {"norm_topk_prob": moe["renormalise"]}
-        found.append((path, keys | ({"shared_expert_intermediate_size": moe["shared_hidden"]} if fixed else {})))
-    keys = one(found, who) or {"num_experts": 0}  # all dense: then nothing else says anything
+        mapping.append((path, keys | ({"shared_expert_intermediate_size": moe["shared_hidden"]} if fixed else {})))
+    keys = one(mapping, who) or {"num_experts": 0}  # all dense: then nothing else says anything
     hidden = one(wide, who) or keys["moe_intermediate_size"]
     return keys | {"intermediate_size": hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
@@ -210,11 +210,11 @@ def ffn_keys(model: Node, who: str, **fixed: Any) -> Config:
 def unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Experts that lie stacked, as current versions of `transformers` hold them, expert by expert: gate_up_proj
     [E, 2I, D] and down_proj [E, D, I]."""
-    found = {}
+    tensors = {}
     for name, each in stored.items():
         stem, _, last = name.rpartition(".")
         if not stem.endswith(".experts") or last not in ("gate_up_proj", "down_proj") or len(each.shape) != 3:
-            found[name] = each
+            tensors[name] = each
             continue
         parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
         number, rows = each.shape[0], each.shape[1] // len(parts)
@@ -224,8 +224,8 @@ def unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
             )
         for i in range(number * len(parts)):
             expert, part = divmod(i, len(parts))
-            found[f"{stem}.{expert}.{parts[part]}.weight"] = rows_of(each, i * rows, rows)
-    return found
+            tensors[f"{stem}.{expert}.{parts[part]}.weight"] = rows_of(each, i * rows, rows)
+    return tensors
 
 
 def dense_rows(ours: str, theirs: str, hidden: int, dim: int) -> Entries:

@@ -6,7 +6,7 @@ Legend: I inner width, N state, R rank of the step sizes, D model width.
 import math
 
 from models.hub import layers as parts
-from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, target, told
+from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, target, with_defaults
 from models.hub.rows import TAPS, Entries, ParameterSource, PublishedRows, whole
 from models.hub.values import ABOVE_ZERO, FLAG, Kind
 from models.hub.values import whole as count
@@ -36,16 +36,16 @@ def _body(config: Config) -> Node:
 
 
 def _express(model: Node) -> Config:
-    found = []
+    mapping = []
     for name, section in layers(model):
-        path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], Mamba)
+        path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], Mamba)
         must(f"model.blocks.{name}", section, {"ffn": None}, NAME)
         if not float(mixer["expand"]).is_integer():
             raise ValueError(f"{path}.expand={mixer['expand']}: must be a whole number, as in {NAME}")
         rank = math.ceil(model["dim"] / 16) if mixer["rank"] is None else mixer["rank"]
         keys = {"expand": int(mixer["expand"]), "state_size": mixer["state"], "time_step_rank": rank}
-        found.append((path, keys | {"conv_kernel": mixer["conv"], "use_conv_bias": mixer["conv_bias"]}))
-    keys = one(found, NAME) | {"intermediate_size": one(found, NAME)["expand"] * model["dim"]}
+        mapping.append((path, keys | {"conv_kernel": mixer["conv"], "use_conv_bias": mixer["conv_bias"]}))
+    keys = one(mapping, NAME) | {"intermediate_size": one(mapping, NAME)["expand"] * model["dim"]}
     return parts.shapes(model, NAME) | keys | {"layer_norm_epsilon": parts.eps_of(model, NAME), "pad_token_id": None}
 
 

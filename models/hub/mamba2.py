@@ -6,7 +6,19 @@ Legend: H heads, I inner width, G groups, N state, D model width.
 import math
 
 from models.hub import layers as parts
-from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, target, told
+from models.hub.architecture import (
+    REQUIRED,
+    Architecture,
+    Config,
+    Node,
+    layers,
+    must,
+    node,
+    one,
+    ratio,
+    target,
+    with_defaults,
+)
 from models.hub.rows import PLAIN, TAPS, Entries, Form, ParameterSource, PublishedRows, whole
 from models.hub.values import ABOVE_ZERO, FLAG, shown
 from models.hub.values import whole as whole_number
@@ -46,9 +58,9 @@ def _fits(config: Config) -> None:
 
 
 def _express(model: Node) -> Config:
-    found, dim = [], model["dim"]
+    mapping, dim = [], model["dim"]
     for name, section in layers(model):
-        path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], Mamba2)
+        path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], Mamba2)
         must(f"model.blocks.{name}", section, {"ffn": None}, NAME)
         inner, heads = int(dim * mixer["expand"]), mixer["heads"]
         if not float(mixer["expand"]).is_integer():
@@ -56,9 +68,9 @@ def _express(model: Node) -> Config:
         keys = {"num_heads": heads, "head_dim": inner // heads, "expand": int(mixer["expand"])}
         keys["state_size"] = mixer["state"]
         keys |= {"n_groups": mixer["groups"], "conv_kernel": mixer["conv"], "use_conv_bias": mixer["conv_bias"]}
-        found.append((path, keys))
+        mapping.append((path, keys))
     eps = parts.eps_of(model, NAME, {MIXER: Mamba2})
-    return parts.shapes(model, NAME) | one(found, NAME) | {"layer_norm_epsilon": eps, "pad_token_id": None}
+    return parts.shapes(model, NAME) | one(mapping, NAME) | {"layer_norm_epsilon": eps, "pad_token_id": None}
 
 
 def mixer_rows(

@@ -34,11 +34,11 @@ def _body(config: Config) -> Node:
 
 def _express(model: Node) -> Config:
     keys = parts.attention_keys(model, NAME, qk_norm=False, gate=False)
-    found = parts.ffn_keys(model, NAME, shared_hidden=0, renormalise=True)
-    if found["mlp_only_layers"]:
+    mapping = parts.ffn_keys(model, NAME, shared_hidden=0, renormalise=True)
+    if mapping["mlp_only_layers"]:
         raise ValueError(f"model.blocks: must have MoE in every layer for {NAME}")
-    experts = {"num_local_experts": found["num_experts"], "intermediate_size": found["moe_intermediate_size"]}
-    experts["num_experts_per_tok"] = found["num_experts_per_tok"]
+    experts = {"num_local_experts": mapping["num_experts"], "intermediate_size": mapping["moe_intermediate_size"]}
+    experts["num_experts_per_tok"] = mapping["num_experts_per_tok"]
     return parts.shapes(model, NAME) | {"rms_norm_eps": parts.eps_of(model, NAME)} | keys | experts
 
 
@@ -50,8 +50,8 @@ def _renamed(name: str) -> str:
 
 def _unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Experts that lie stacked in a module of another name, as `transformers` holds them in memory."""
-    found = parts.unstacked(stored)
-    return {_renamed(name).replace(".mlp.", ".block_sparse_moe."): each for name, each in found.items()}
+    tensors = parts.unstacked(stored)
+    return {_renamed(name).replace(".mlp.", ".block_sparse_moe."): each for name, each in tensors.items()}
 
 
 def _entries(config: Config) -> Entries:

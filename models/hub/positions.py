@@ -75,12 +75,12 @@ def read(config: Config, head_dim: int, fraction: float | None = None) -> Node:
         raise ValueError(
             f"config.json: partial_rotary_factor={share}: must be 1: this architecture rotates whole heads"
         )
-    found = node(rule, partial=False, base=float(base), fraction=float(share), **given)
+    rule_node = node(rule, partial=False, base=float(base), fraction=float(share), **given)
     try:
-        rule(**{key: value for key, value in found.items() if not key.startswith("_")}).frequencies(head_dim)
+        rule(**{key: value for key, value in rule_node.items() if not key.startswith("_")}).frequencies(head_dim)
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"config.json: {_theirs(str(error), keys)}") from None
-    return found
+    return rule_node
 
 
 def _scale(factor: float, mscale: float) -> float:

@@ -6,7 +6,19 @@ Legend: H heads of keys, N heads of values, K and V their widths, D model width.
 
 from models.ffn import SwiGLU
 from models.hub import layers as parts
-from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, target, told
+from models.hub.architecture import (
+    REQUIRED,
+    Architecture,
+    Config,
+    Node,
+    layers,
+    must,
+    node,
+    one,
+    ratio,
+    target,
+    with_defaults,
+)
 from models.hub.rows import ABOUT_ZERO, TAPS, Entries, ParameterSource, PublishedRows, whole
 from models.hub.values import WORDS, optional
 from models.hub.values import whole as count
@@ -27,10 +39,10 @@ def types(config: Config) -> list[str]:
     """The kinds of the layers. Raises ValueError for a list of others."""
     count, every = config["num_hidden_layers"], config["full_attention_interval"]
     usual = [f"{'linear' if (i + 1) % every else 'full'}_attention" for i in range(count)]
-    found = config["layer_types"] or usual
-    if len(found) != count or set(found) - set(KINDS.values()):
-        raise ValueError(f"config.json: layer_types={found}: must be {count} of {', '.join(KINDS.values())}")
-    return found
+    types = config["layer_types"] or usual
+    if len(types) != count or set(types) - set(KINDS.values()):
+        raise ValueError(f"config.json: layer_types={types}: must be {count} of {', '.join(KINDS.values())}")
+    return types
 
 
 def _delta(config: Config) -> Node:
@@ -67,10 +79,10 @@ def body(config: Config) -> Node:
 
 
 def _delta_keys(model: Node, who: str) -> Config:
-    found, dim = [], model["dim"]
+    mapping, dim = [], model["dim"]
     for name, section in layers(model):
         if section["mixer"]["_target_"] == DELTA:
-            path, mixer = f"model.blocks.{name}.mixer", told(section["mixer"], GatedDeltaNet)
+            path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], GatedDeltaNet)
             must(path, mixer, {"negative_eigenvalues": False, "conv_bias": False}, who)
             if mixer["conv"] is None:
                 raise ValueError(f"{path}.conv=null: must be at least 1, as in {who}")
@@ -82,8 +94,8 @@ def _delta_keys(model: Node, who: str) -> Config:
                 "linear_value_head_dim": int(dim * mixer["expand_v"]) // values,
                 "linear_conv_kernel_dim": mixer["conv"],
             }
-            found.append((path, keys))
-    return one(found, who) or {}
+            mapping.append((path, keys))
+    return one(mapping, who) or {}
 
 
 def express(model: Node, who: str) -> Config:

@@ -97,13 +97,13 @@ def joined(*sources: tuple[str, int], form: Form = PLAIN) -> ParameterSource:
 
 def parts(pieces: tuple[PublishedRows, ...], begin: int, end: int) -> list[PublishedRows]:
     """The pieces of the rows [begin, end) of what they make up together."""
-    found, at = [], 0
+    parts, at = [], 0
     for source, start, number in pieces:
         low, high = max(begin - at, 0), min(end - at, number)
         if low < high:
-            found.append(PublishedRows(source, start + low, high - low))
+            parts.append(PublishedRows(source, start + low, high - low))
         at += number
-    return found
+    return parts
 
 
 class RowPlace(NamedTuple):
@@ -119,12 +119,12 @@ def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[
 
     Raises ValueError where the tables do not fit the shapes, or name a row twice or never: a mistake in them.
     """
-    found: dict[str, list[tuple[int, RowPlace]]] = {}
+    row_places: dict[str, list[tuple[int, RowPlace]]] = {}
     columns: dict[str, Shape] = {}
     for name, entry in entries.items():
         at, shape = 0, shapes[name]
         for source, start, number in entry.pieces:
-            found.setdefault(source, []).append((start, RowPlace(name, at, number)))
+            row_places.setdefault(source, []).append((start, RowPlace(name, at, number)))
             columns[source] = entry.form.columns(shape)
             at += number
         if at != shape[0] * entry.form.unit(shape):
@@ -132,7 +132,7 @@ def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[
     if missing := [name for name in shapes if name not in entries]:
         raise ValueError(f"{missing[0]}: has no table")
     result = {}
-    for source, places in found.items():
+    for source, places in row_places.items():
         places.sort(key=lambda each: each[0])
         at = 0
         for start, place in places:

@@ -41,12 +41,12 @@ class StoredTensor(NamedTuple):
 def regular(path: Path) -> int:
     """The bytes of a file. Raises ValueError for what is none: a pipe or a device would never end."""
     try:
-        found = path.stat()
+        facts = path.stat()
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(facts.st_mode):
         raise ValueError(f"{path.name}: is no regular file")
-    return found.st_size
+    return facts.st_size
 
 
 def table(path: Path) -> dict[str, Any]:
@@ -65,10 +65,10 @@ def table(path: Path) -> dict[str, Any]:
 
 def parsed(text: bytes) -> dict[str, Any]:
     """The object of a text of JSON. Raises TypeError for something else, ValueError, RecursionError for no JSON."""
-    found = json.loads(text.decode("utf-8"))
-    if not isinstance(found, dict):
-        raise TypeError(type(found))
-    return found
+    value = json.loads(text.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise TypeError(type(value))
+    return value
 
 
 def header(path: Path) -> dict[str, StoredTensor]:
@@ -83,19 +83,20 @@ def header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise ValueError(f"{path.name}: cannot be read ({error.strerror})") from None
     try:
-        told = parsed(text)
+        entries = parsed(text)
     except (TypeError, ValueError, RecursionError):
         raise ValueError(f"{path.name}: is no safetensors file: its header is not JSON") from None
-    found = {name: _stored(path, name, entry, 8 + length) for name, entry in told.items() if name != "__metadata__"}
+    entries.pop("__metadata__", None)
+    tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in entries.items()}
     at, before = 8 + length, "the header"
-    for name, each in sorted(found.items(), key=lambda item: (item[1].begin, item[1].size)):
+    for name, each in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].size)):
         if each.begin != at:  # the format allows neither
             kind = "lies over" if each.begin < at else "leaves a gap behind"
             raise ValueError(f"{path.name}: {name}: {kind} {before}")
         at, before = each.begin + each.size, name
     if size < at:
         raise ValueError(f"{path.name}: is cut short: it has {size:,} of {at:,} bytes")
-    return found
+    return tensors
 
 
 def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
@@ -129,25 +130,25 @@ def folder(path: Path) -> dict[str, StoredTensor]:
         if pickled:
             raise ValueError(f"{pickled[0]}: is pickled, and may run code when it is opened; expected {SINGLE}")
         raise ValueError(f"{SINGLE}: missing, and no {INDEX}")
-    found: dict[str, StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for file, names in files.items():
         if not (path / file).exists():
             raise ValueError(f"{file}: missing")
         tensors = header(path / file)
         if names is not None and (lost := names - tensors.keys()):
             raise ValueError(f"{file}: {min(lost)}: missing")
-        if twice := found.keys() & tensors.keys():
+        if twice := stored.keys() & tensors.keys():
             raise ValueError(f"{file}: {min(twice)}: is in another file, too")
-        found |= tensors
-    return found
+        stored |= tensors
+    return stored
 
 
 def _indexed(path: Path) -> dict[str, set[str] | None]:
     """Groups the tensors of an index by file. Raises ValueError."""
     try:
-        told = table(path / INDEX)["weight_map"]
+        weight_map = table(path / INDEX)["weight_map"]
         files: dict[str, set[str] | None] = {}
-        for name, file in told.items():
+        for name, file in weight_map.items():
             if "\0" in file or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{INDEX}: {name}: {file}: must be a safetensors file of the folder")
             files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
@@ -192,12 +193,12 @@ def write(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 def shards(sizes: Mapping[str, int], longest: int) -> list[list[str]]:
     """The tensors in their order, as many to a file as `longest` bytes hold, at least one."""
-    found: list[list[str]] = []
+    shards: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
-        if not found or size > room:
-            found.append([])
+        if not shards or size > room:
+            shards.append([])
             room = longest
-        found[-1].append(name)
+        shards[-1].append(name)
         room -= size
-    return found
+    return shards

@@ -15,23 +15,23 @@ class Add(torch.autograd.Function):
     [N,B,H,K,W], and after the last one."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         before = torch.empty_like(update)
-        factor = kept.unsqueeze(-1)
+        factor = decay.unsqueeze(-1)
         for n in range(len(update)):
             before[n] = state
             state = torch.addcmul(update[n], factor[n], state)
-        ctx.save_for_backward(kept, before)
+        ctx.save_for_backward(decay, before)
         return before, state
 
     @staticmethod
     def backward(ctx: Any, d_before: Tensor, d_state: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        kept, before = ctx.saved_tensors
-        d_update, factor = torch.empty_like(before), kept.unsqueeze(-1)
+        decay, before = ctx.saved_tensors
+        d_update, factor = torch.empty_like(before), decay.unsqueeze(-1)
         for n in reversed(range(len(before))):
             d_update[n] = d_state
             d_state = torch.addcmul(d_before[n], factor[n], d_state)
-        return (d_update * before).sum(-1).sum_to_size(kept.shape), d_update, d_state
+        return (d_update * before).sum(-1).sum_to_size(decay.shape), d_update, d_state
 
 
 class Replace(torch.autograd.Function):
@@ -40,29 +40,29 @@ class Replace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kept: Tensor, u: Tensor, w: Tensor, writes: Tensor, state: Tensor
+        ctx: Any, decay: Tensor, u: Tensor, w: Tensor, writes: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         N, B, H, _, W = u.shape
         K = w.shape[-1]
         before, written = u.new_empty(N, B * H, K, W), torch.empty_like(u).flatten(1, 2)
-        factor = kept.flatten(1, 2).unsqueeze(-1)
+        factor = decay.flatten(1, 2).unsqueeze(-1)
         u_, w_, writes_ = (x.flatten(1, 2) for x in (u, w, writes))
         state = state.flatten(0, 1)
         for n in range(N):
             before[n] = state
             torch.baddbmm(u_[n], w_[n], state, alpha=-1, out=written[n])
             state = torch.baddbmm(factor[n] * state, writes_[n].mT, written[n])
-        ctx.save_for_backward(kept, w, writes, before, written)
+        ctx.save_for_backward(decay, w, writes, before, written)
         return before.view(N, B, H, K, W), written.view_as(u), state.view(B, H, K, W)
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, d_before: Tensor, d_written: Tensor, d_last: Tensor
     ) -> tuple[Tensor, ...]:
-        kept, w, writes, before, written = ctx.saved_tensors
+        decay, w, writes, before, written = ctx.saved_tensors
         N, B, H, C, K = w.shape
         d_before, d_written = d_before.flatten(1, 2), d_written.flatten(1, 2)
-        factor, w_, writes_ = kept.flatten(1, 2).unsqueeze(-1), w.flatten(1, 2), writes.flatten(1, 2)
+        factor, w_, writes_ = decay.flatten(1, 2).unsqueeze(-1), w.flatten(1, 2), writes.flatten(1, 2)
         d_after, d_u = torch.empty_like(before), torch.empty_like(written)
         d_state = d_last.flatten(0, 1)
         for n in reversed(range(N)):
@@ -71,5 +71,5 @@ class Replace(torch.autograd.Function):
             d_state = torch.baddbmm(torch.addcmul(d_before[n], factor[n], d_state), w_[n].mT, d_u[n], alpha=-1)
         d_w = (d_u @ before.mT).neg_().view_as(w)
         d_writes = (written @ d_after.mT).view_as(w)
-        d_kept = (d_after * before).sum(-1).view(N, B, H, K).sum_to_size(kept.shape)
+        d_kept = (d_after * before).sum(-1).view(N, B, H, K).sum_to_size(decay.shape)
         return d_kept, d_u.view(N, B, H, C, -1), d_w, d_writes, d_state.view(B, H, K, -1)

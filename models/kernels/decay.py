@@ -53,10 +53,10 @@ def decayed(g: Tensor | None, k: Tensor, *readers: Tensor, seen: Segments, memo:
     empty, for whoever computes the same again.
     """
     if g is None or g.dim() < k.dim():
-        kept, writes, *rest = PerHead.apply(g, k, seen, *readers)  # type: ignore[no-untyped-call]
+        carry, writes, *rest = PerHead.apply(g, k, seen, *readers)  # type: ignore[no-untyped-call]
     else:
-        kept, writes, *rest = PerChannel.apply(g, k, seen, memo, *readers)  # type: ignore[no-untyped-call]
-    return Decayed(kept, writes, tuple(rest[: len(readers)]), tuple(rest[len(readers) :]))
+        carry, writes, *rest = PerChannel.apply(g, k, seen, memo, *readers)  # type: ignore[no-untyped-call]
+    return Decayed(carry, writes, tuple(rest[: len(readers)]), tuple(rest[len(readers) :]))
 
 
 class PerHead(torch.autograd.Function):
@@ -66,7 +66,7 @@ class PerHead(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor | None, k: Tensor, seen: Segments, *readers: Tensor) -> tuple[Tensor, ...]:
         first, last, alive = (x.to(k.dtype) for x in (seen.first, seen.last, seen.alive))
         if g is None:
-            decay, read, write, kept = seen.visible.to(k.dtype), first, last, alive
+            decay, read, write, carry = seen.visible.to(k.dtype), first, last, alive
         else:
             # Differences of long sums cancel: in fp32 they cost dt_bias and A_log two thirds of their accuracy.
             sums = g.double().cumsum(-1)
@@ -74,19 +74,19 @@ class PerHead(torch.autograd.Function):
             decay = between.masked_fill_(~seen.visible, -torch.inf).exp_()
             read = sums.to(g.dtype).exp() * first
             write = (sums[..., -1:] - sums).to(g.dtype).exp() * last
-            kept = sums[..., -1].to(g.dtype).exp() * alive
+            carry = sums[..., -1].to(g.dtype).exp() * alive
         read, write = read.unsqueeze(-1), write.unsqueeze(-1)
         scores = [(r @ k.mT).mul_(decay) for r in readers]
         reads = [r * read for r in readers]
         writes = k * write
-        kept = kept.unsqueeze(-1).expand(*k.shape[:3], 1)
-        ctx.save_for_backward(k, decay, read, write, kept, writes, *readers, *reads, *scores)
+        carry = carry.unsqueeze(-1).expand(*k.shape[:3], 1)
+        ctx.save_for_backward(k, decay, read, write, carry, writes, *readers, *reads, *scores)
         ctx.gated = g is not None
-        return kept, writes, *scores, *reads
+        return carry, writes, *scores, *reads
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        k, decay, read, write, kept, writes, *rest = ctx.saved_tensors
+        k, decay, read, write, carry, writes, *rest = ctx.saved_tensors
         count = len(rest) // 3
         readers, reads, scores = rest[:count], rest[count : 2 * count], rest[2 * count :]
         d_kept, d_writes, d_scores, d_reads = (
@@ -99,7 +99,7 @@ class PerHead(torch.autograd.Function):
         if ctx.gated:
             at_end = (d_writes * writes).sum(-1).double()
             d_sums = -at_end
-            d_sums[..., -1] += at_end.sum(-1) + (d_kept * kept).squeeze(-1)
+            d_sums[..., -1] += at_end.sum(-1) + (d_kept * carry).squeeze(-1)
         for r, reading, score, d_score, d_reading in zip(readers, reads, scores, d_scores, d_reads, strict=True):
             raw = d_score * decay
             d_k += raw.mT @ r
@@ -125,16 +125,16 @@ class PerChannel(torch.autograd.Function):
         memo[:] = [s.detach() for s in scores]
         read = until.exp().mul_(seen.first.unsqueeze(-1))
         write = after.exp_().mul_(seen.last.unsqueeze(-1))
-        kept = until[..., -1, :].exp() * seen.alive.unsqueeze(-1)
+        carry = until[..., -1, :].exp() * seen.alive.unsqueeze(-1)
         reads = [r * read for r in readers]
         writes = k * write
-        ctx.save_for_backward(k, read, write, kept, seen.visible, *readers, *levels)
+        ctx.save_for_backward(k, read, write, carry, seen.visible, *readers, *levels)
         ctx.readers = len(readers)
-        return kept, writes, *scores, *reads
+        return carry, writes, *scores, *reads
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        k, read, write, kept, visible, *rest = ctx.saved_tensors
+        k, read, write, carry, visible, *rest = ctx.saved_tensors
         count = ctx.readers
         readers, levels = rest[:count], rest[count:]
         d_kept, d_writes, d_scores, d_reads = (
@@ -144,7 +144,7 @@ class PerChannel(torch.autograd.Function):
             gradients[2 + count :],
         )
         d_k = d_writes.contiguous() * write  # contiguous: added to in place, by views
-        at_end = (d_k * k).sum(-2).addcmul_(d_kept, kept)
+        at_end = (d_k * k).sum(-2).addcmul_(d_kept, carry)
         d_readers = [d.contiguous() * read for d in d_reads]
         d_scores = tuple(d * visible for d in d_scores)
         self_scores = [d.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) for d in d_scores]

@@ -36,8 +36,8 @@ def step(
     new = decayed(g, k, q, a, seen=seen, memo=of_k)
     memo[:] = [*of_b, *of_k]
     right = torch.cat((new.scores[1].tril(-1) @ v, back.reads[1]), -1)
-    found = torch.linalg.solve_triangular(-back.scores[1].tril(-1), right, upper=False, unitriangular=True)
-    u, w = found.split((v.shape[-1], k.shape[-1]), -1)
+    solved = torch.linalg.solve_triangular(-back.scores[1].tril(-1), right, upper=False, unitriangular=True)
+    u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
     before, written, state = Replace.apply(  # type: ignore[no-untyped-call]
         back.kept,
         F.pad(torch.cat((u, v), -2), (0, state.shape[-1] - v.shape[-1])),

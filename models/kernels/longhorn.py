@@ -69,11 +69,11 @@ class LonghornPass(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         borders, *xs = ctx.saved_tensors
-        found, later = [], grad_state
+        gradients, later = [], grad_state
         for border, block in reversed(list(zip(borders.unbind(0), blocks(grad_y, *xs), strict=True))):
             *grads, later = LonghornPass._backward(border, later, *block)
-            found.append(grads)
-        return later, *(torch.cat(x[::-1], dim=1) for x in zip(*found, strict=True)), None
+            gradients.append(grads)
+        return later, *(torch.cat(x[::-1], dim=1) for x in zip(*gradients, strict=True)), None
 
     @staticmethod
     def _backward(border, later, grad_y, q, k, v, delta, starts) -> tuple[Tensor, ...]:

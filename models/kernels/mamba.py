@@ -47,12 +47,12 @@ class MambaPass(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         borders, A, *xs = ctx.saved_tensors
-        found, later, grad_A = [], grad_state, torch.zeros_like(A)
+        gradients, later, grad_A = [], grad_state, torch.zeros_like(A)
         for border, block in reversed(list(zip(borders.unbind(0), blocks(grad_y, *xs), strict=True))):
             *grads, in_A, later = MambaPass._backward(border, later, A, *block)
             grad_A += in_A
-            found.append(grads)
-        return later, grad_A, *(torch.cat(x[::-1], dim=1) for x in zip(*found, strict=True)), None
+            gradients.append(grads)
+        return later, grad_A, *(torch.cat(x[::-1], dim=1) for x in zip(*gradients, strict=True)), None
 
     @staticmethod
     def _backward(border, later, A, grad_y, q, k, v, delta, starts) -> tuple[Tensor, ...]:

@@ -51,8 +51,8 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 def decay(F_BH: Tensor, state: Tensor) -> Tensor:
     """e^F times a state: F moves the unit, and its gradient goes through C."""
     drop = F_BH.detach()
-    kept = state[..., :-2] * (F_BH - drop).exp().unsqueeze(-1)
-    return torch.cat((kept, state[..., -2:-1] + drop.unsqueeze(-1), state[..., -1:]), dim=-1)
+    carried = state[..., :-2] * (F_BH - drop).exp().unsqueeze(-1)
+    return torch.cat((carried, state[..., -2:-1] + drop.unsqueeze(-1), state[..., -1:]), dim=-1)
 
 
 class MLSTMSpan(Begun):

@@ -42,6 +42,6 @@ def step(x: Tensor, R_HK4K: Tensor, c: Tensor, n: Tensor, m: Tensor, h: Tensor) 
     i, f, z, o = (x + (h.unsqueeze(-2) @ R_HK4K).squeeze(-2)).chunk(4, -1)
     before = F.logsigmoid(f) + m
     m = torch.maximum(before, i).detach()
-    kept, new = (before - m).exp(), (i - m).exp()
-    c, n = torch.addcmul(kept * c, new, z.tanh()), torch.addcmul(new, kept, n)
+    forget, new = (before - m).exp(), (i - m).exp()
+    c, n = torch.addcmul(forget * c, new, z.tanh()), torch.addcmul(new, forget, n)
     return o.sigmoid() * c / n, c, n, m

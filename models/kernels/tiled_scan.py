@@ -46,15 +46,15 @@ class Stream(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         starts, *saved = ctx.saved_tensors
-        xs, entering, kept = saved[: ctx.inputs], saved[ctx.inputs :][: ctx.tiles], saved[ctx.inputs + ctx.tiles :]
-        each = len(kept) // ctx.tiles
+        xs, entering, states = saved[: ctx.inputs], saved[ctx.inputs :][: ctx.tiles], saved[ctx.inputs + ctx.tiles :]
+        each = len(states) // ctx.tiles
         gradients = [torch.empty_like(x) for x in xs]
         for i in reversed(range(len(entering))):
             part = slice(i * ctx.tile, (i + 1) * ctx.tile)
             leaves = [x[:, part].detach().requires_grad_() for x in xs]
             state = entering[i].detach().requires_grad_()
             with torch.enable_grad():
-                out, last = ctx.step(tuple(leaves), starts[:, part], state, kept[i * each : (i + 1) * each])
+                out, last = ctx.step(tuple(leaves), starts[:, part], state, states[i * each : (i + 1) * each])
             d_state, *parts = torch.autograd.grad((out, last), (state, *leaves), (d_out[:, part], d_state))
             for whole, piece in zip(gradients, parts, strict=True):
                 whole[:, part] = piece

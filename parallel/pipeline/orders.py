@@ -36,21 +36,21 @@ def orders(name: str, ranks: int, stages: int, micro_steps: int) -> Mapping[int,
         SimpleNamespace(stage_index=s, num_stages=stages, group_size=ranks, group_rank=0, submod=None)
         for s in range(0, stages, ranks)
     ]
-    found = scheduled(name, held, micro_steps).pipeline_order
+    orders = scheduled(name, held, micro_steps).pipeline_order
     return {
         rank: [Action(KINDS[a.computation_type.name], a.stage_index, a.microbatch_index) for a in actions if a]
-        for rank, actions in found.items()
+        for rank, actions in orders.items()
     }
 
 
 def _one_forward_one_backward(rank: int, ranks: int, micro_steps: int) -> list[Action]:
     ahead = min(micro_steps, ranks - rank)
-    found = [Action("F", rank, m) for m in range(ahead)]
+    actions = [Action("F", rank, m) for m in range(ahead)]
     for m in range(micro_steps):
-        found.append(Action("B", rank, m))
+        actions.append(Action("B", rank, m))
         if m + ahead < micro_steps:
-            found.append(Action("F", rank, m + ahead))
-    return found
+            actions.append(Action("F", rank, m + ahead))
+    return actions
 
 
 def bubble(name: str, ranks: int, costs: Sequence[tuple[float, float]], micro_steps: int) -> float:

@@ -63,15 +63,15 @@ class Pipeline:
 
     def _open(self, meshes: Meshes) -> dict[str, Comm]:
         """The communicators of the parameters that this rank shares."""
-        found: dict[tuple[int, ...], Comm] = {}
+        comms: dict[tuple[int, ...], Comm] = {}
         for held in sorted(set(self.cut.shared.values())):
             for line in meshes.mesh.groups("pipeline"):
                 ranks = tuple(line[r] for r in held)
                 group = dist.new_group(list(ranks), timeout=TIMEOUT)
                 if line == self.comm.ranks and self.comm.rank in held:
-                    found[held] = Comm(ranks, held.index(self.comm.rank), group, self.comm.waiting)
+                    comms[held] = Comm(ranks, held.index(self.comm.rank), group, self.comm.waiting)
                     LEDGER.axes[group.group_name] = "pipeline"
-        return {name: found[held] for name, held in self.cut.shared.items() if held in found}
+        return {name: comms[held] for name, held in self.cut.shared.items() if held in comms}
 
     def train(self, plan: Plan, placed: Listed[Placed], objective: Objective) -> list[Output]:
         """Forward and backward of all micro-steps: gradients add up in the model, and are reduced once. Returns what

@@ -229,8 +229,8 @@ class AttendCall:
         token = self.kv_heads * (self.key + self.value) * self.itemsize
         both = Both(Traffic(), Traffic())
         for other in set(range(layout.ranks)) - {rank}:
-            asked = self._tokens(layout, rank, other, window)
-            both.forward.add("keys and values", asked * token, int(asked > 0))
+            tokens = self._tokens(layout, rank, other, window)
+            both.forward.add("keys and values", tokens * token, int(tokens > 0))
             given = self._tokens(layout, other, rank, window)
             both.backward.add("keys and values" + GRADIENT, given * token, int(given > 0))
         return both
@@ -271,18 +271,18 @@ def of_plan(
     starts: of each of the batch's sequences, where its documents begin; the first is 0. recompute: `engine.recompute`.
     """
     several = Counter(asks)
-    found: dict[int, Traffic] = {}
+    traffic: dict[int, Traffic] = {}
     for micro in plan.micro_steps:
         for group in micro.groups:
             layout = lay([plan.lengths[s] for s in group.sequences], [starts[s] for s in group.sequences], group.spans)
             again = recompute == "full" or recompute == "planned" and group.recompute
             for i, rank in enumerate(group.ranks):
-                total = found.setdefault(rank, Traffic())
+                total = traffic.setdefault(rank, Traffic())
                 for ask, times in several.items() if layout.ranks > 1 else ():
                     forward, backward = ask.received(layout, i, how)
                     total.include(forward, times * (2 if ask.in_layer and again else 1))
                     total.include(backward, times)
-    return found
+    return traffic
 
 
 def lay(lengths: Sequence[int], starts: Sequence[Sequence[int]], spans: tuple[tuple[Span, ...], ...]) -> Layout:

@@ -45,17 +45,17 @@ class ExpertCall:
         rows = (ranks - 1) * (self.experts // ranks) * self.room(spans)
         return self._both(rows, rows)
 
-    def counted(self, ranks: int, taken: int, given: int) -> Both:
+    def counted(self, ranks: int, received: int, given: int) -> Both:
         """Traffic of a rank that takes so many rows from others, and gives so many to them."""
-        both = self._both(taken, given)
+        both = self._both(received, given)
         both.forward.add(COUNTS, (ranks - 1) * (self.experts // ranks) * COUNT_BYTES)
         return both
 
-    def _both(self, taken: int, given: int) -> Both:
+    def _both(self, received: int, given: int) -> Both:
         row, both = self.width * self.itemsize, Both(Traffic(), Traffic())
-        both.forward.add(ROWS, taken * row)
+        both.forward.add(ROWS, received * row)
         both.forward.add(OUTPUTS, given * row)
-        both.backward.add(OUTPUTS + GRADIENT, taken * row)
+        both.backward.add(OUTPUTS + GRADIENT, received * row)
         both.backward.add(ROWS + GRADIENT, given * row)
         return both
 
@@ -66,9 +66,9 @@ def of_experts(
     """Traffic that each of the plan's ranks receives on the expert axis in a step of training: exact where rows are
     padded, else as if every expert were chosen as often. recompute: `engine.recompute`."""
     planned = Mesh(replicate=mesh.replicate, data=mesh.data, expert=mesh.expert, sequence=mesh.sequence)
-    found = {rank: Traffic() for rank in range(planned.world)}
+    traffic = {rank: Traffic() for rank in range(planned.world)}
     if mesh.expert == 1:
-        return found
+        return traffic
     again = 2 if recompute == "full" else 1
     for micro in plan.micro_steps:
         together = shapes(micro.groups)
@@ -81,11 +81,11 @@ def of_experts(
             for rank in group:
                 for call in calls:
                     others = sum(held[other] for other in group if other != rank)
-                    taken, given = evenly(call, mesh.expert, held[rank], others)
-                    both = call.padded(mesh.expert, together) if padded else call.counted(mesh.expert, taken, given)
-                    found[rank].include(both.forward, again)
-                    found[rank].include(both.backward)
-    return found
+                    received, given = evenly(call, mesh.expert, held[rank], others)
+                    both = call.padded(mesh.expert, together) if padded else call.counted(mesh.expert, received, given)
+                    traffic[rank].include(both.forward, again)
+                    traffic[rank].include(both.backward)
+    return traffic
 
 
 def evenly(call: ExpertCall, ranks: int, own: int, others: int) -> tuple[int, int]:

@@ -63,10 +63,10 @@ class Mesh:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """The place of a rank, by dimension."""
-        found: dict[str, int] = {}
+        places: dict[str, int] = {}
         for name in reversed(DIMENSIONS):
-            rank, found[name] = divmod(rank, getattr(self, name))
-        return {name: found[name] for name in DIMENSIONS}
+            rank, places[name] = divmod(rank, getattr(self, name))
+        return {name: places[name] for name in DIMENSIONS}
 
     def rank(self, place: Mapping[str, int]) -> int:
         """The rank at a place; 0 along a dimension that is not named."""

@@ -40,11 +40,11 @@ def cut(weights: Sequence[float], stages: int, *, head: float = 0.0) -> tuple[ra
         if left == 1:
             own = sums[count] - sums[begin] + head
             return own, own**2, (count,)
-        found = []
+        sizes = []
         for end in range(begin + 1, count - left + 2):
             own, (most, squares, ends) = sums[end] - sums[begin], best(end, left - 1)
-            found.append((max(own, most), own**2 + squares, (end, *ends)))
-        return min(found)
+            sizes.append((max(own, most), own**2 + squares, (end, *ends)))
+        return min(sizes)
 
     ends = best(0, stages)[2]
     return tuple(range(begin, end) for begin, end in zip((0, *ends), ends, strict=False))

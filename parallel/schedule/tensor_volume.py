@@ -45,19 +45,19 @@ class TensorCall:
 def of_tensor(plan: Plan, calls: Sequence[TensorCall], ranks: int, *, recompute: str = "none") -> dict[int, Traffic]:
     """Traffic that each rank of a plan receives in its tensor group of so many `ranks`, in a step of training, but for
     the gradients of `of_partial`. recompute: `engine.recompute`."""
-    found: dict[int, Traffic] = {}
+    traffic: dict[int, Traffic] = {}
     for micro in plan.micro_steps:
         for group in micro.groups:
             for rank, held in zip(group.ranks, group.spans, strict=True):
                 tokens = sum(end - begin for begin, end in held) or 1  # an idle rank has a masked one
-                total = found.setdefault(rank, Traffic())
+                total = traffic.setdefault(rank, Traffic())
                 for call in calls:
                     size, times = call.received(tokens, ranks)
                     for _ in range(2 if call.in_layer and recompute == "full" else 1):
                         total.add(call.purpose, size, times)
                     if call.graded:
                         total.add(call.purpose + GRADIENT, *call.received(tokens, ranks, backward=True))
-    return found
+    return traffic
 
 
 class Shared(NamedTuple):
@@ -69,15 +69,15 @@ class Shared(NamedTuple):
 
 def of_partial(shared: Iterable[Shared], ranks: int, itemsize: int) -> list[Traffic]:
     """Traffic of the sums of their gradients, that each of the `ranks` receives over which FSDP shards them."""
-    found = []
+    calls = []
     for rank in range(ranks):
         total = Traffic()
         for copies, shapes in shared:
             held = sum((_begin(rows, rank + 1, ranks) - _begin(rows, rank, ranks)) * rest for rows, rest in shapes)
             if copies > 1 and shapes:
                 total.add("partial gradients", 2 * (copies - 1) * held * itemsize // copies)
-        found.append(total)
-    return found
+        calls.append(total)
+    return calls
 
 
 def _begin(rows: int, rank: int, ranks: int) -> int:

@@ -30,8 +30,8 @@ def in_time(group: Group, lengths: tuple[int, ...], spans: int) -> list[Group]:
 
 def shapes(groups: Iterable[Group]) -> tuple[Shape, ...]:
     """The spans of a rank and their length, of all ranks, each pair once; an idle one has a masked token."""
-    found = {(len(held), held[0][1] - held[0][0]) if held else (1, 1) for group in groups for held in group.spans}
-    return tuple(sorted(found))
+    sizes = {(len(held), held[0][1] - held[0][0]) if held else (1, 1) for group in groups for held in group.spans}
+    return tuple(sorted(sizes))
 
 
 def _over(size: int, begin: int, end: int) -> tuple[tuple[Span, ...], ...]:

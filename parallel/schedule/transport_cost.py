@@ -33,5 +33,5 @@ def seconds(ranks: int, decay: int, state: int, wire: LinkCost, blocks: int, spa
 
 def choose(ranks: int, decay: int, state: int, wire: LinkCost, blocks: int, spans: int = 1) -> str:
     """The fastest, the simplest of equals."""
-    found = seconds(ranks, decay, state, wire, blocks, spans)
-    return min(found, key=found.__getitem__)
+    costs = seconds(ranks, decay, state, wire, blocks, spans)
+    return min(costs, key=costs.__getitem__)

@@ -111,11 +111,11 @@ def place(
 
 def _identities(group: Group, batch: Listed[PackedSequence], step: int, idle: int) -> list[DocumentKey]:
     """Keys of every document of the group in order, and of the one that masked tokens share."""
-    found = []
+    columns = []
     for s in group.sequences:
         starts = np.flatnonzero(batch[s].positions == 0)
         lengths = np.diff(starts, append=len(batch[s].positions))
         origin = getattr(batch[s], "origin", None)  # a piece keeps the name that it has in its packed sequence
         number, first = (s, 0) if origin is None else origin[:2]
-        found += [DocumentKey(step, number, first + index, length) for index, length in enumerate(lengths.tolist())]
-    return [*found, DocumentKey(step, len(batch), 0, idle)] if idle else found
+        columns += [DocumentKey(step, number, first + index, length) for index, length in enumerate(lengths.tolist())]
+    return [*columns, DocumentKey(step, len(batch), 0, idle)] if idle else columns

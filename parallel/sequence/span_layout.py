@@ -52,12 +52,12 @@ class SpanLayout:
     def documents_of(self, link: Link) -> list[tuple[int, int, int]]:
         """For each document with tokens in the span: where it began, and which [begin, end) of it the span holds."""
         at = bisect_right(self.starts, link.begin) - 1
-        found = []
+        documents = []
         while at < len(self.starts) and self.starts[at] < link.end:
             ends = self.starts[at + 1] if at + 1 < len(self.starts) else link.end
-            found.append((self.starts[at], max(self.starts[at], link.begin), min(ends, link.end)))
+            documents.append((self.starts[at], max(self.starts[at], link.begin), min(ends, link.end)))
             at += 1
-        return found
+        return documents
 
     @property
     def rows(self) -> int:

@@ -42,13 +42,13 @@ class Spread(Tokens):
         tails = F.pad(x[:, max(0, T - width) :], [0, 0] * (x.dim() - 2) + padding)
 
         def halos(gathered: Tensor) -> Tensor:
-            found = []
+            parts = []
             for n in ends:
                 past = [
                     gathered[a.rank, a.row, width - min(width, a.length) :] for a in chain.links[max(0, n - width) : n]
                 ]
-                found.append(torch.cat([tails.new_zeros(width, *tails.shape[2:]), *past])[-width:])
-            return torch.stack(found)
+                parts.append(torch.cat([tails.new_zeros(width, *tails.shape[2:]), *past])[-width:])
+            return torch.stack(parts)
 
         ends = chain.mine if self.memory is None else [*chain.mine, len(chain.links)]
         return gather(chain.comm, tails, halos, purpose="halo", linear=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.kernels.chunking import Effect
 from models.kernels.packed_attention import Piece, attend_pieces
-from models.kv_cache import Past
+from models.kv_cache import KVCache
 from models.recurrence import Recurrence
 from parallel.collectives import gather
 from parallel.sequence.span_layout import Chained, Link, SpanLayout
@@ -97,7 +97,7 @@ def attend(
 
     padded = F.pad(kv_BTGW, [0, 0, 0, 0, 0, chain.longest - k.shape[1]])
     all_k, all_v = gather(chain.comm, padded, joined, purpose="keys and values", linear=True).split(widths, dim=-1)
-    past = seq.recall(slot) or Past(k[:, :0], v[:, :0])
+    past = seq.recall(slot) or KVCache(k[:, :0], v[:, :0])
     runs = _pieces(chain)
     firsts, held = past.firsts([runs]), past.joined(all_k, all_v)
     seq.leave(slot, lambda: held.kept([runs], firsts, window, sinks))
@@ -110,13 +110,13 @@ def attend(
 
 def _window(seq: SpreadInTime, kv_BTGW: Tensor, widths: tuple[int, int], width: int, slot: str) -> Tensor:
     """The keys and values [B, width, G, W] before this rank's spans; leaves those before the end, as `Whole` does."""
-    held: Past | None = seq.recall(slot)
+    held: KVCache | None = seq.recall(slot)
     past = None
     if held is not None:
         past = F.pad(torch.cat((held.k, held.v), dim=-1), [0, 0, 0, 0, width - held.k.shape[1], 0])
     halos = _behind(seq, seq.halos(kv_BTGW, width, slot=slot), past)
     there = width - min(width, seq.chain.links[-1].end)  # places before the sequence's own begin
-    seq.leave(slot, lambda: Past(*halos[-1:, there:].split(widths, dim=-1)))
+    seq.leave(slot, lambda: KVCache(*halos[-1:, there:].split(widths, dim=-1)))
     return halos[:-1]
 
 

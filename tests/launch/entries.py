@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from launch.world.watchdog import Watch
 from parallel.collectives import Comm
-from parallel.liveness import HERE, Wait, Whereabouts
+from parallel.liveness import HERE, Liveness, Wait
 from train.guards.hang_timeout import Patience
 
 
@@ -138,7 +138,7 @@ def freeze_keeper(config: dict[str, Any]) -> None:
     own = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False) if rank == 2 else None
     port: list[Any] = [own.port if own else None]
     dist.broadcast_object_list(port, src=2)
-    here = Whereabouts()
+    here = Liveness()
     with Watch(rank, size, "127.0.0.1", port[0], lambda f: _note(config, "line", f.line), here, keeper=2):
         here.patience = 3.0
         time.sleep(1.0)

@@ -37,7 +37,7 @@ def test_a_small_run_has_every_kind_of_layer_and_its_layout(model):
     shrunk = shrink(config)
     small, large = shrunk.config.model.values, config.model.values
     assert kinds(small) == kinds(large)
-    assert small["dim"] <= 64 and small["layers"] <= 4 and not shrunk.told
+    assert small["dim"] <= 64 and small["layers"] <= 4 and not shrunk.notes
     assert shrunk.config.engine["recompute"] == "full" and shrunk.config.parallel.mesh(4) == Mesh(data=2, sequence=2)
     for name, block in small["blocks"].items():
         big = large["blocks"][name]["mixer"]
@@ -52,7 +52,7 @@ def test_what_a_small_run_cannot_keep_is_said():
     more = ["cluster.workers=64", "parallel.data=8", "model.blocks.gla.ffn.capacity_factor=1.5"]
     more += ["train.span_tokens=256", "train.span_gradient=truncated", "scheduler.tokens_per_rank=512"]
     shrunk = shrink(composed([*SMALL, *more]))
-    assert [line.partition(":")[0] for line in shrunk.told] == [
+    assert [line.partition(":")[0] for line in shrunk.notes] == [
         "mesh data 8 × sequence 8",
         "capacity_factor=1.5",
         "train.span_gradient=truncated",

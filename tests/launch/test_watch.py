@@ -15,8 +15,8 @@ import pytest
 from launch.run.failure import Failure, Outcome, verdict
 from launch.run.status import _still
 from launch.world.spawn import spawn
-from launch.world.watchdog import Told, blame
-from parallel.liveness import TIMEOUT, Wait, Whereabouts
+from launch.world.watchdog import Heartbeat, blame
+from parallel.liveness import TIMEOUT, Liveness, Wait
 from tests.jobs import overrides
 from tests.launch.processes import all_gone, mentioning, pids, wait_for
 from tests.launch.test_stop import MARK, finish, losses, start
@@ -26,11 +26,11 @@ STATE = Wait("layers.3", "state", "all-gather")
 PAIR = Wait("layers.5", "keys and values", "receive", (2,))
 
 
-def told(beat: int = 1, wait: Wait | None = STATE, quiet: float = 60.0, signs: int = 7, **more: object) -> Told:
-    return Told(beat, signs, quiet, wait, "", "", **more)  # type: ignore[arg-type]
+def told(beat: int = 1, wait: Wait | None = STATE, quiet: float = 60.0, signs: int = 7, **more: object) -> Heartbeat:
+    return Heartbeat(beat, signs, quiet, wait, "", "", **more)  # type: ignore[arg-type]
 
 
-def board(*tellings: Told | None) -> dict[int, Told | None]:
+def board(*tellings: Heartbeat | None) -> dict[int, Heartbeat | None]:
     return dict(enumerate(tellings))
 
 
@@ -81,7 +81,7 @@ def test_what_is_told_survives_the_store() -> None:
     from dataclasses import asdict
 
     for each in (told(), told(wait=PAIR), told(wait=None)):
-        assert Told.parse(json.dumps(asdict(each))) == each
+        assert Heartbeat.parse(json.dumps(asdict(each))) == each
 
 
 def test_the_verdict_is_the_watchs() -> None:
@@ -92,7 +92,7 @@ def test_the_verdict_is_the_watchs() -> None:
 
 
 def test_patience_follows_the_steps() -> None:
-    here = Whereabouts()
+    here = Liveness()
     patience = Patience(None, here)
     assert here.patience == FIRST_S
     for seconds in (100.0, 9.0, 9.0):
@@ -115,7 +115,7 @@ def test_patience_follows_the_steps() -> None:
 
 
 def test_the_oldest_wait_is_where_one_is() -> None:
-    here = Whereabouts()
+    here = Liveness()
     assert here.wait is None
     with here.waiting(STATE):
         with here.waiting(PAIR):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.kernels.packed_attention import Piece
-from models.kv_cache import Growing, Past
+from models.kv_cache import Growing, KVCache
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (9, 0), (9, 2)])
@@ -12,7 +12,7 @@ def test_growing_keys_hold_what_copied_ones_do(window, sinks):
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(2, 7, 1, width, generator=generator) for width in (3, 2))
     begun = k.clone(), v.clone()
-    copied, growing = Past(k, v), Growing(k, v)
+    copied, growing = KVCache(k, v), Growing(k, v)
     place, moves = 0, 0
     for t in range(300):  # past the room that is made at a time
         new = [torch.randn(2, 1, 1, width, generator=generator) for width in (3, 2)]

@@ -242,7 +242,7 @@ def each_ranks_rows_by_themselves() -> None:
     def apply(self, pieces, function, dtype):
         return [function(x.view(-1, *x.shape[-2:]).to(dtype)).view_as(x) if x.numel() else x for x in pieces]
 
-    matrix_owners.Owners.apply = apply  # type: ignore[method-assign]
+    matrix_owners.MatrixOwners.apply = apply  # type: ignore[method-assign]
 
 
 def parts_as_one_matrix() -> None:

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.block import Block
 from models.ffn import SwiGLU
-from models.kv_cache import Past
+from models.kv_cache import KVCache
 from models.lm import LM
 from models.mixers import MIXERS
 from models.sequence import DocumentSums
@@ -143,12 +143,12 @@ def forgetting(*args):
 
 def test_borders_hold_keys_once():
     T, spans = 8, 6
-    borders, past = Borders(on_host=False), Past(torch.zeros(1, 0, 1, 3), torch.zeros(1, 0, 1, 3))
+    borders, past = Borders(on_host=False), KVCache(torch.zeros(1, 0, 1, 3), torch.zeros(1, 0, 1, 3))
     whole = torch.randn(1, T * spans, 1, 3)
     for i in range(spans):
         past = past.joined(whole[:, i * T : (i + 1) * T], 2 * whole[:, i * T : (i + 1) * T])
         if i == 3:  # a document began in here: of what came before, nothing is needed
-            past = Past(past.k[:, -3:], past.v[:, -3:])
+            past = KVCache(past.k[:, -3:], past.v[:, -3:])
         borders.add({"layer": past}, T)
         got = borders.entering(i)["layer"]
         assert torch.equal(got.k, past.k) and torch.equal(got.v, past.v) and got.k.requires_grad

@@ -109,7 +109,7 @@ def _tensors(model: nn.Module, pipeline: Comm | None) -> dict[str, Any]:
         return own
     ranks: list[dict[str, Any]] = [{} for _ in pipeline.ranks]
     dist.all_gather_object(ranks, own, group=pipeline.group)
-    return {name: found for rank in ranks for name, found in rank.items()}
+    return {name: tensor for rank in ranks for name, tensor in rank.items()}
 
 
 def _write_tensors(
@@ -128,10 +128,10 @@ def _write_tensors(
     mine = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or p.name in own]
     sums: list[Any] = [None] * dist.get_world_size()
     try:
-        found: Any = {p.name: _checksum(p, sync=True) for p in mine}
+        checksums: Any = {p.name: _checksum(p, sync=True) for p in mine}
     except OSError as error:  # a disk may tell only now that it is full
-        found = error
-    dist.all_gather_object(sums, found)
+        checksums = error
+    dist.all_gather_object(sums, checksums)
     if failed := [part for part in sums if isinstance(part, OSError)]:
         raise failed[0]
     return {name: value for part in sums for name, value in part.items()}
@@ -172,9 +172,9 @@ def prune(folder: Path, step: int, *, keep: int) -> None:
 
     A later one is of an attempt that was passed over as damaged: it must not push a good one out. Half-written ones go.
     """
-    found = complete(folder)
-    kept = [p for p in found if step_of(p) <= step][-keep:]
-    for old in (*(p for p in found if p not in kept), *folder.glob("step-*.partial")):
+    checkpoints = complete(folder)
+    latest = [p for p in checkpoints if step_of(p) <= step][-keep:]
+    for old in (*(p for p in checkpoints if p not in latest), *folder.glob("step-*.partial")):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -231,8 +231,8 @@ def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False, divisi
     try:
         dcp.load(state, storage_reader=reader, planner=stored.TensorLoadPlanner(division), no_dist=alone)
     except CheckpointException as error:
-        told = [each for each, _ in error.failures.values() if isinstance(each, DamagedError | ValueError)]
-        raise told[0] if told else error from None
+        causes = [each for each, _ in error.failures.values() if isinstance(each, DamagedError | ValueError)]
+        raise causes[0] if causes else error from None
 
 
 def _check_saved(state: dict[str, Any], saved: Metadata, division: Division | None) -> None:
@@ -256,13 +256,13 @@ def complete(folder: Path) -> list[Path]:
 
 def damaged(folder: Path) -> dict[Path, str]:
     """Why each checkpoint that cannot be used cannot, oldest first; one that was never completed is none."""
-    found = {}
+    problems = {}
     for checkpoint in _named(folder):
         try:
             verify(checkpoint)
         except DamagedError as error:
-            found[checkpoint] = str(error)
-    return found
+            problems[checkpoint] = str(error)
+    return problems
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -305,14 +305,14 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
     if is_folder(checkpoint):
         return Published(checkpoint).manifest()
     try:
-        found = reading.json_object(checkpoint / MANIFEST)
+        manifest_read = reading.json_object(checkpoint / MANIFEST)
     except ValueError as error:
         raise DamagedError(f"its manifest cannot be read: {error}") from None
-    if found.get("format") != FORMAT:
-        raise DamagedError(f"its format is {str(found.get('format'))[:80]}, this version reads {FORMAT}")
-    if (key := wrong(found)) is not None:
+    if manifest_read.get("format") != FORMAT:
+        raise DamagedError(f"its format is {str(manifest_read.get('format'))[:80]}, this version reads {FORMAT}")
+    if (key := wrong(manifest_read)) is not None:
         raise DamagedError(f"its manifest says of {key} what cannot be")
-    return found
+    return manifest_read
 
 
 def verify(checkpoint: Path) -> None:
@@ -325,12 +325,12 @@ def verify(checkpoint: Path) -> None:
         raise DamagedError("its manifest lists no files")
     for name, (size, crc) in facts["files"].items():
         try:
-            found = stored.size_in(checkpoint, name)
+            bytes_stored = stored.size_in(checkpoint, name)
         except ValueError as error:
             missing = not set(name) & set("/\\\0") and not (checkpoint / name).exists()
             raise DamagedError(f"{name} is missing" if missing else f"its manifest {error}") from None
-        if found != size:
-            raise DamagedError(f"{name} has {found:,} of {size:,} bytes")
+        if bytes_stored != size:
+            raise DamagedError(f"{name} has {bytes_stored:,} of {size:,} bytes")
         if _checksum(checkpoint / name)[1] != crc:
             raise DamagedError(f"{name} has been altered")
     if METADATA in facts["files"]:

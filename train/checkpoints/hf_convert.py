@@ -155,8 +155,8 @@ class Saved:
     def tensor(self, source: str) -> Tensor:
         """A published tensor, of our parameters' rows. The last two parameters are kept for those that follow."""
         shape, places = self.published[source]
-        found = torch.cat([self._rows(place) for place in places]) if len(places) > 1 else self._rows(places[0])
-        return found.view(shape)
+        tensor = torch.cat([self._rows(place) for place in places]) if len(places) > 1 else self._rows(places[0])
+        return tensor.view(shape)
 
     def _rows(self, place: RowPlace) -> Tensor:
         form = self._entries[place.name].form
@@ -207,8 +207,8 @@ def give(
                 indent=2,
             )
         for name, part in zip(names, shards, strict=True):
-            told = {source: (saved.published[source][0], kinds[source]) for source in part}
-            tensors.write(aside / name, told, _told(saved, part, watch))
+            sources = {source: (saved.published[source][0], kinds[source]) for source in part}
+            tensors.write(aside / name, sources, _streamed(saved, part, watch))
         most = max(kinds, key=lambda source: sizes[source])  # of the largest tensor
         told_config = {**saved.config, **config, "dtype": str(kinds[most]).removeprefix("torch.")}
         files[CONFIG] = json.dumps(told_config, indent=2)
@@ -223,7 +223,7 @@ def give(
         raise
 
 
-def _told(saved: Saved, part: list[str], watch: Callable[[str], None]) -> Iterator[Tensor]:
+def _streamed(saved: Saved, part: list[str], watch: Callable[[str], None]) -> Iterator[Tensor]:
     for source in part:
         watch(source)
         yield saved.tensor(source)

@@ -87,9 +87,9 @@ class Published:
         for name, shape in wanted.items():
             if name not in self._stored:
                 raise ValueError(f"{name} {list(shape)}: missing from {self.path.name}")
-            found = self._stored[name]
-            if found.shape != shape:
-                raise ValueError(f"{found.file.name}: {name} is {list(found.shape)}, must be {list(shape)}")
+            stored = self._stored[name]
+            if stored.shape != shape:
+                raise ValueError(f"{stored.file.name}: {name} is {list(stored.shape)}, must be {list(shape)}")
         extra = [name for name in self._stored if name not in wanted]
         if self.config.get("tie_word_embeddings"):
             others = (*others, HEAD)  # some folders hold it twice
@@ -100,8 +100,8 @@ class Published:
 
     def _dtype(self, name: str) -> torch.dtype:
         entry = self._entries[name]
-        found = reduce(torch.promote_types, (self._stored[piece.source].dtype for piece in entry.pieces))
-        return torch.promote_types(found, torch.float32) if entry.form.computed else found
+        dtype = reduce(torch.promote_types, (self._stored[piece.source].dtype for piece in entry.pieces))
+        return torch.promote_types(dtype, torch.float32) if entry.form.computed else dtype
 
     def _extend(self, vocabulary: int | None, extend: bool) -> None:
         has: int = self.model["vocabulary"]
@@ -144,10 +144,10 @@ class Published:
     def _published(self, source: str, start: int, number: int) -> Tensor:
         """Rows of a published tensor. Raises ValueError for a number that is not finite."""
         stored = self._stored[source]
-        found = tensors.rows(stored, start, number)
-        if not torch.isfinite(found).all():
+        rows = tensors.rows(stored, start, number)
+        if not torch.isfinite(rows).all():
             raise ValueError(f"{stored.file.name}: {source}: holds numbers that are not finite (NaN or infinity)")
-        return found
+        return rows
 
     def stretches(self, name: str, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
         """[begin, end) in parts of about `STRETCH` bytes."""
@@ -174,14 +174,14 @@ class PublishedReader(StorageReader):
         pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for name, shape in self.folder.shapes.items():
             size, whole = torch.Size(shape), ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))
-            found[f"model.{name}"] = TensorStorageMetadata(
+            entries[f"model.{name}"] = TensorStorageMetadata(
                 properties=TensorProperties(dtype=self.folder.dtypes[name]), size=size, chunks=[whole]
             )
         names = {f"model.{name}": ("model", name) for name in self.folder.shapes}
-        return Metadata(found, planner_data=names, storage_meta=StorageMeta())
+        return Metadata(entries, planner_data=names, storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass

@@ -78,9 +78,9 @@ def _parsed(content: bytes) -> Any:
             at -= 1
             if at < 0:
                 raise IndexError
-        found = stack[at + 1 :]
+        items = stack[at + 1 :]
         del stack[at:]
-        return found
+        return items
 
     arg: Any
     for opcode, arg, _ in pickletools.genops(content):
@@ -131,8 +131,8 @@ def _parsed(content: bytes) -> Any:
         elif name == "BINPERSID":
             stack.append(Elsewhere(stack.pop()))
         elif name == "STOP":
-            (found,) = stack
-            return found
+            (value,) = stack
+            return value
         elif name not in ("PROTO", "FRAME"):
             raise _RefusedError(f"has the instruction {name}, which no checkpoint needs")
     raise IndexError

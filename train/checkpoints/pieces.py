@@ -60,14 +60,14 @@ def _boxes(piece: TensorPiece, rank: int, value: Tensor) -> list[tuple[tuple[int
     if isinstance(value, DTensor):
         _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
     assert piece.along is not None
-    found, at, along = list[tuple[tuple[int, ...], Tensor]](), 0, piece.along
+    boxes, at, along = list[tuple[tuple[int, ...], Tensor]](), 0, piece.along
     for begin, end in piece.segments(rank):
         first, last = max(at, offset[along]), min(at + end - begin, offset[along] + own.shape[along])
         if first < last and own.numel():
             place = (*offset[:along], begin + first - at, *offset[along + 1 :])
-            found.append((place, own.narrow(along, first - offset[along], last - first)))
+            boxes.append((place, own.narrow(along, first - offset[along], last - first)))
         at += end - begin
-    return found
+    return boxes
 
 
 def logical(state: dict[str, Any], paths: Mapping[str, tuple[Any, ...]], division: Division | None) -> dict[str, Any]:
@@ -75,10 +75,10 @@ def logical(state: dict[str, Any], paths: Mapping[str, tuple[Any, ...]], divisio
     name is part of their path, and they have its shape."""
     if division is None:
         return state
-    found = dict(state)
+    whole = dict(state)
     for key, value in state.items():
         piece = next((division.pieces[p] for p in paths[key] if p in division.pieces), None)
         if piece is not None and piece.along is not None and isinstance(value, Tensor):
             if tuple(value.shape) == piece.local_shape(division.rank):
-                found[key] = LogicalTensor(piece, division.rank, value)
-    return found
+                whole[key] = LogicalTensor(piece, division.rank, value)
+    return whole

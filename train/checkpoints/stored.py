@@ -97,8 +97,8 @@ class TensorLoadPlanner(dcp.DefaultLoadPlanner):
         self.state_dict = logical(self.state_dict, self.mappings, self.division)
 
     def lookup_tensor(self, index: Any) -> torch.Tensor:
-        found = self.state_dict[index.fqn]
-        return found.at(index) if isinstance(found, LogicalTensor) else super().lookup_tensor(index)
+        tensor = self.state_dict[index.fqn]
+        return tensor.at(index) if isinstance(tensor, LogicalTensor) else super().lookup_tensor(index)
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         raise DamagedError(f"{read_item.dest_index.fqn}: is an entry of bytes, which is never loaded")
@@ -116,8 +116,8 @@ class TensorSavePlanner(dcp.DefaultSavePlanner):
         self.state_dict = logical(self.state_dict, self.mappings, self.division)
 
     def lookup_object(self, index: Any) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.at(index) if isinstance(found, LogicalTensor) else super().lookup_object(index)
+        value = self.state_dict[index.fqn]
+        return value.at(index) if isinstance(value, LogicalTensor) else super().lookup_object(index)
 
 
 class StoredPiece(NamedTuple):
@@ -183,7 +183,7 @@ def _metadata(folder: Path, node: Any) -> Metadata:
         )
     }
     sizes: dict[str, int] = {}
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     where: dict[Any, Any] = {}
     for name, entry in _pairs(whole.get("state_dict_metadata"), "state_dict_metadata"):
         if not isinstance(name, str):
@@ -200,12 +200,12 @@ def _metadata(folder: Path, node: Any) -> Metadata:
             if begin + length > sizes[path] or math.prod(extent) * dtype.itemsize > length:
                 raise ValueError(f"says that {name} lies beyond the end of {path}")
             where[MetadataIndex(name, offsets)] = StoredPiece(path, begin, length, dtype, extent)
-        found[name] = TensorStorageMetadata(
+        entries[name] = TensorStorageMetadata(
             TensorProperties(dtype=dtype),
             torch.Size(shape),
             [ChunkStorageMetadata(torch.Size(offsets), torch.Size(extent)) for offsets, extent in chunks],
         )
-    return Metadata(found, storage_data=where, storage_meta=StorageMeta())
+    return Metadata(entries, storage_data=where, storage_meta=StorageMeta())
 
 
 def size_in(folder: Path, name: str) -> int:
@@ -224,13 +224,13 @@ def size_in(folder: Path, name: str) -> int:
 
 def _tensor(name: str, entry: Any) -> tuple[tuple[int, ...], torch.dtype, list[tuple[Any, Any]]]:
     """Shape, dtype, and (offsets, sizes) of each piece."""
-    told = _fields(entry, "TensorStorageMetadata")
-    properties = told.get("properties")
+    fields = _fields(entry, "TensorStorageMetadata")
+    properties = fields.get("properties")
     state = properties.state if isinstance(properties, Made) and _is(properties.what, "TensorProperties") else None
     dtype = state[0] if isinstance(state, tuple) and len(state) == 5 else None
     if not isinstance(dtype, Name) or dtype.name not in _DTYPES:
         raise ValueError(f"gives {name} no dtype that a checkpoint has")
-    shape, chunks = _size(name, told.get("size")), told.get("chunks")
+    shape, chunks = _size(name, fields.get("size")), fields.get("chunks")
     if not isinstance(chunks, list) or not chunks:
         raise ValueError(f"gives {name} no pieces")
     pieces = []
@@ -280,12 +280,12 @@ def _fields(node: Any, kind: str) -> dict[str, Any]:
     """The attributes of an object of that class."""
     if not isinstance(node, Made) or not _is(node.what, kind):
         raise ValueError(f"has no {kind} where one must be")
-    found = {}
+    fields = {}
     for key, value in _pairs(node.state, kind):
         if not isinstance(key, str):
             raise ValueError(f"has a {kind} with an attribute that is no text")
-        found[key] = value
-    return found
+        fields[key] = value
+    return fields
 
 
 def _pairs(node: Any, what: str) -> Iterable[tuple[Any, Any]]:
@@ -304,12 +304,12 @@ def _is_count(value: Any) -> bool:
 
 def _size(name: str, node: Any) -> tuple[int, ...]:
     args = node.args if isinstance(node, Made) and _is(node.what, "Size") else None
-    found = args[0] if isinstance(args, tuple) and len(args) == 1 else None
-    if not isinstance(found, tuple) or len(found) > _MOST_DIMS or not all(map(_is_count, found)):
+    size = args[0] if isinstance(args, tuple) and len(args) == 1 else None
+    if not isinstance(size, tuple) or len(size) > _MOST_DIMS or not all(map(_is_count, size)):
         raise ValueError(f"gives {name} no shape")
-    if math.prod(found) >= _MOST_ELEMENTS:
+    if math.prod(size) >= _MOST_ELEMENTS:
         raise ValueError(f"gives {name} a shape that nothing can hold")
-    return found
+    return size
 
 
 def _piece(file: BinaryIO, piece: StoredPiece, name: str) -> Tensor:
@@ -331,7 +331,7 @@ def _unzipped(archive: zipfile.ZipFile, piece: StoredPiece) -> Tensor:
     root = head.filename.removesuffix("data.pkl")
     if head.file_size > _HEAD:
         raise ValueError("what says its shape is too long")
-    dtype, key, number, (offset, shape, stride) = _told(parsed(_stored(archive, head).read()))
+    dtype, key, number, (offset, shape, stride) = _tensor_facts(parsed(_stored(archive, head).read()))
     if dtype != piece.dtype or shape != piece.sizes:
         raise ValueError(f"it is {dtype} {list(shape)}, .metadata says {piece.dtype} {list(piece.sizes)}")
     body = archive.getinfo(f"{root}data/{key}")
@@ -362,7 +362,7 @@ def _stored(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
     return archive.open(info)
 
 
-def _told(node: Any) -> tuple[torch.dtype, str, int, tuple[int, tuple[int, ...], tuple[int, ...]]]:
+def _tensor_facts(node: Any) -> tuple[torch.dtype, str, int, tuple[int, tuple[int, ...], tuple[int, ...]]]:
     """Reads a saved tensor's dtype, the key and the length of its storage, and how it lies there."""
     args = node.args if isinstance(node, Made) and _is(node.what, "_rebuild_tensor_v2") else ()
     if not isinstance(args, tuple) or len(args) < 4 or not isinstance(args[0], Elsewhere):

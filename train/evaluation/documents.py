@@ -9,7 +9,7 @@ import numpy as np
 from data.batches import Batches
 from data.pack import NO_TARGET, Packed
 from data.roles import roles_of
-from train.evaluation.score import Score, Scorer, Told
+from train.evaluation.score import OnProgress, Score, Scorer
 from train.evaluation.texts import EvaluationText, documents, hay, natural, packed, spelled
 
 RISES = 1.1  # times the loss within the trained length: from there on a loss beyond it counts as risen
@@ -32,21 +32,21 @@ class Mean:
     def facts(self) -> dict[str, Any]:
         """loss: nats per target. accuracy: the share of targets that are the likeliest token."""
         count = max(self.targets, 1)
-        found = {"documents": self.documents, "targets": self.targets}
-        return found | {"loss": self.nats / count, "accuracy": self.right / count}
+        facts = {"documents": self.documents, "targets": self.targets}
+        return facts | {"loss": self.nats / count, "accuracy": self.right / count}
 
 
-def loss(found: Sequence[tuple[EvaluationText, Score]], tokenizer: Any) -> dict[str, Any]:
+def loss(scores: Sequence[tuple[EvaluationText, Score]], tokenizer: Any) -> dict[str, Any]:
     """The loss of all documents, of each source, and by length of document, from powers of two."""
     everything, sources, buckets = Mean(), dict[str, Mean](), dict[int, Mean]()
     size = 0
-    for text, score in found:
-        asked = text.packed.targets != NO_TARGET
+    for text, score in scores:
+        targets = text.packed.targets != NO_TARGET
         if hasattr(tokenizer, "decode") and tokenizer.name != "ids":
             size += spelled(tokenizer, text.packed)
         means = [everything, sources.setdefault(text.source, Mean())]
         for mean in [*means, buckets.setdefault(text.length.bit_length() - 1, Mean())]:
-            mean.add(score.nats[asked], score.right[asked])
+            mean.add(score.nats[targets], score.right[targets])
     facts = everything.facts()
     if size:
         facts["loss_per_byte"] = everything.nats / size
@@ -56,13 +56,13 @@ def loss(found: Sequence[tuple[EvaluationText, Score]], tokenizer: Any) -> dict[
     }
 
 
-def positions(found: Sequence[tuple[EvaluationText, Score]]) -> list[dict[str, Any]]:
+def positions(scores: Sequence[tuple[EvaluationText, Score]]) -> list[dict[str, Any]]:
     """The loss by how many tokens of its document a target has before it, from powers of two."""
     sums = np.zeros((3, 64))
-    for text, score in found:
-        asked = np.flatnonzero(text.packed.targets != NO_TARGET)
-        power = np.frexp(asked + 1)[1] - 1  # the binary logarithm, rounded down: exact
-        for row, weights in zip(sums, (np.ones(len(asked)), score.nats[asked], score.right[asked]), strict=True):
+    for text, score in scores:
+        places = np.flatnonzero(text.packed.targets != NO_TARGET)
+        power = np.frexp(places + 1)[1] - 1  # the binary logarithm, rounded down: exact
+        for row, weights in zip(sums, (np.ones(len(places)), score.nats[places], score.right[places]), strict=True):
             row += np.bincount(power, weights=weights, minlength=64)
     return [
         {"from": 1 << p, "targets": int(count), "loss": nats / count, "accuracy": right / count}
@@ -71,7 +71,9 @@ def positions(found: Sequence[tuple[EvaluationText, Score]]) -> list[dict[str, A
     ]
 
 
-def long_range(scorer: Scorer, batches: Any, *, length: int, context: int, most: int, told: Told) -> dict[str, Any]:
+def long_range(
+    scorer: Scorer, batches: Any, *, length: int, context: int, most: int, tell: OnProgress
+) -> dict[str, Any]:
     """Returns what the context before the last `context` tokens is worth, in documents of twice as many and more.
 
     Scored are the targets among the last context / 4 tokens of what is read of a document, once with all of it before
@@ -88,7 +90,7 @@ def long_range(scorer: Scorer, batches: Any, *, length: int, context: int, most:
                     pairs.append((read, packed(whole, slice(read - tail, read))))
                     pairs.append((read, packed(whole[-context - 1 :], slice(context - tail, context))))
             read *= 2
-    scores = scorer([sequence for _, sequence in pairs], told)
+    scores = scorer([sequence for _, sequence in pairs], tell)
     losses: dict[int, list[tuple[float, float]]] = {}
     for i in range(0, len(pairs), 2):
         full, near = (float(s.nats.sum()) / tail for s in scores[i : i + 2])
@@ -103,7 +105,7 @@ def long_range(scorer: Scorer, batches: Any, *, length: int, context: int, most:
 
 
 def extrapolation(
-    scorer: Scorer, batches: Any, *, trained: int, beyond: int, most: int, tokens: int, told: Told
+    scorer: Scorer, batches: Any, *, trained: int, beyond: int, most: int, tokens: int, tell: OnProgress
 ) -> dict[str, Any]:
     """The loss beyond the trained length, octave by octave, beside that of the last one within: of the same documents.
 
@@ -117,15 +119,15 @@ def extrapolation(
     whole = [packed(text[: read + 1]) for text in _long(batches, read + 1, most)]
     texts = whole if len(whole) > 1 else _stretches(batches, read + 1, most)
     texts = texts[: max(2, tokens // read)]
-    for score in scorer(texts, told):
+    for score in scorer(texts, tell):
         scored.append([float(score.nats[begin:end].mean()) for begin, end in _octaves(trained, read)])
     rows: list[dict[str, Any]] = []
     for i, (begin, end) in enumerate(_octaves(trained, read) if scored else ()):
         rises = [each[i] - each[0] for each in scored]
         error = float(np.std(rises, ddof=1) / len(rises) ** 0.5) if len(rises) > 1 else None
         mean, within = (float(np.mean([each[k] for each in scored])) for k in (i, 0))
-        found = {"from": begin, "to": end, "loss": mean, "rise": mean - within, "error": error}
-        rows.append(found | {"ratio": mean / max(within, 1e-12)})
+        row = {"from": begin, "to": end, "loss": mean, "rise": mean - within, "error": error}
+        rows.append(row | {"ratio": mean / max(within, 1e-12)})
     facts = {"trained": trained, "sequences": len(scored), "whole": len(whole) > 1, "octaves": rows}
     return facts | {"verdict": _verdict(rows)}
 
@@ -141,10 +143,10 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def _octaves(trained: int, read: int) -> list[tuple[int, int]]:
     """The last one within the trained length, then those beyond: how many tokens come before."""
-    found = [(trained // 2, trained)]
-    while found[-1][1] < read:
-        found.append((found[-1][1], min(2 * found[-1][1], read)))
-    return found
+    octaves = [(trained // 2, trained)]
+    while octaves[-1][1] < read:
+        octaves.append((octaves[-1][1], min(2 * octaves[-1][1], read)))
+    return octaves
 
 
 def _long(batches: Any, least: int, most: int) -> list[Any]:

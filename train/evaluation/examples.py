@@ -16,7 +16,7 @@ from data.roles import roles_of
 from data.samplers.index import Ints
 from data.tasks import MARK, MQAR, Copy, Draw
 from data.tokenizer import Bytes, Json
-from train.evaluation.score import Score, Scorer, Told
+from train.evaluation.score import OnProgress, Score, Scorer
 from train.evaluation.texts import alphabet, hay, packed
 
 SEED, NEEDLE, RECALL, COPY = 0, 0, 1, 2  # what the draws are keyed by
@@ -65,13 +65,13 @@ class NeedleExamples:
 
 def answered(example: Packed, score: Score) -> tuple[float, bool, int, int]:
     """(log-probability of the answer, whether all of it is right, how many of its tokens are, of how many)."""
-    asked = example.targets != NO_TARGET
-    right = score.right[asked]
-    return -float(score.nats[asked].sum()), bool(right.all()), int(right.sum()), len(right)
+    targets = example.targets != NO_TARGET
+    right = score.right[targets]
+    return -float(score.nats[targets].sum()), bool(right.all()), int(right.sum()), len(right)
 
 
 def needle(
-    scorer: Scorer, batches: Any, *, lengths: list[int], depths: int, samples: int, all_fit: bool, told: Told
+    scorer: Scorer, batches: Any, *, lengths: list[int], depths: int, samples: int, all_fit: bool, tell: OnProgress
 ) -> dict[str, Any]:
     """Needles by length and depth: the mean log-probability of the answer, and how often all of it is the likeliest
     text.
@@ -81,8 +81,8 @@ def needle(
     lengths = [length for length in lengths if all_fit or needles.fits(length)]
     cells = [(length, depth, n) for length in lengths for depth in places for n in range(samples)]
     examples = [needles.example(Draw(SEED, NEEDLE, length, n), length, depth) for length, depth, n in cells]
-    found = [answered(e, s)[:2] for e, s in zip(examples, scorer(examples, told), strict=True)]
-    grid = np.array(found, dtype=float).reshape(len(lengths), depths, samples, 2).mean(axis=2)
+    answers = [answered(e, s)[:2] for e, s in zip(examples, scorer(examples, tell), strict=True)]
+    grid = np.array(answers, dtype=float).reshape(len(lengths), depths, samples, 2).mean(axis=2)
     return {
         "lengths": lengths,
         "depths": places,
@@ -94,25 +94,27 @@ def needle(
 
 
 def recall(
-    scorer: Scorer, batches: Any, *, lengths: list[int], symbols: int, pairs: int, samples: int, told: Told
+    scorer: Scorer, batches: Any, *, lengths: list[int], symbols: int, pairs: int, samples: int, tell: OnProgress
 ) -> dict[str, Any]:
     """Multi-query associative recall (`data.tasks.MQAR`) by length."""
     known = alphabet(batches, symbols)
     pairs = min(pairs, len(known) // 2 - 1)
     fits = [length // 2 * 2 for length in lengths if length >= 4 * pairs]
     tasks = {n: MQAR(max_length=n, symbols=len(known), pairs=pairs) for n in fits}
-    return {"pairs": pairs, **_asked(scorer, batches, tasks, known, RECALL, samples, told)}
+    return {"pairs": pairs, **_asked(scorer, batches, tasks, known, RECALL, samples, tell)}
 
 
-def copy(scorer: Scorer, batches: Any, *, lengths: list[int], symbols: int, samples: int, told: Told) -> dict[str, Any]:
+def copy(
+    scorer: Scorer, batches: Any, *, lengths: list[int], symbols: int, samples: int, tell: OnProgress
+) -> dict[str, Any]:
     """A sequence said again (`data.tasks.Copy`) by length, that of both together."""
     known = alphabet(batches, symbols)
     tasks = {n // 2 * 2: Copy(max_length=n // 2 * 2, symbols=len(known)) for n in lengths if n >= 4}
-    return _asked(scorer, batches, tasks, known, COPY, samples, told)
+    return _asked(scorer, batches, tasks, known, COPY, samples, tell)
 
 
 def _asked(
-    scorer: Scorer, batches: Any, tasks: dict[int, Any], known: Ints, key: int, samples: int, told: Told
+    scorer: Scorer, batches: Any, tasks: dict[int, Any], known: Ints, key: int, samples: int, tell: OnProgress
 ) -> dict[str, Any]:
     """accuracy: the share of answers that are the likeliest token. loss: nats an answer. chance: of a guess."""
     roles = roles_of(batches.tokenizer)
@@ -127,10 +129,10 @@ def _asked(
             examples.append(replace(packed(spelled[tokens]), targets=answers))
             lengths.append(length)
     rows: dict[int, list[tuple[float, bool, int, int]]] = {}
-    for length, example, score in zip(lengths, examples, scorer(examples, told), strict=True):
+    for length, example, score in zip(lengths, examples, scorer(examples, tell), strict=True):
         rows.setdefault(length, []).append(answered(example, score))
-    found = []
+    results = []
     for length, each in rows.items():
         logprob, _, right, count = (sum(column) for column in zip(*each, strict=True))
-        found.append({"length": length, "answers": count, "loss": -logprob / count, "accuracy": right / count})
-    return {"symbols": len(known), "chance": 1 / len(known), "lengths": found}
+        results.append({"length": length, "answers": count, "loss": -logprob / count, "accuracy": right / count})
+    return {"symbols": len(known), "chance": 1 / len(known), "lengths": results}

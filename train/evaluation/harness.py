@@ -39,18 +39,18 @@ class Answers:
         """
         examples, counts = [], []
         for context, continuation in pairs:
-            kept = context.rstrip()
+            stem = context.rstrip()
             whole = self._tokens(context + continuation)
-            after = whole[len(self._tokens(kept)) :][1 - self.length :]
+            after = whole[len(self._tokens(stem)) :][1 - self.length :]
             before = self.roles.begin if context else self.roles.entry
             tokens = [*before, *whole][-self.length :]
             counts.append(min(len(after), len(tokens) - 1))  # nothing predicts a first token
             examples.append(packed(tokens, slice(len(tokens) - counts[-1] - 1, len(tokens) - 1)))
-        found = []
+        answers = []
         for example, count, score in zip(examples, counts, self.scorer(examples), strict=True):
             at = slice(len(example.tokens) - count - 1, len(example.tokens) - 1)
-            found.append((-float(score.nats[at].sum()), bool(score.right[at].all())))
-        return found
+            answers.append((-float(score.nats[at].sum()), bool(score.right[at].all())))
+        return answers
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """The log-probability of each text, in stretches of at most `length` tokens, each entered with nothing."""
@@ -61,15 +61,15 @@ class Answers:
             for begin in range(0, len(tokens), room):
                 examples.append(packed([*self.roles.entry, *tokens[begin : begin + room]]))
                 owners.append(number)
-        found = [0.0] * len(texts)
+        sums = [0.0] * len(texts)
         for owner, score in zip(owners, self.scorer(examples), strict=True):
-            found[owner] -= float(score.nats.sum())
-        return found
+            sums[owner] -= float(score.nats.sum())
+        return sums
 
-    def continuations(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    def continuations(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """Writes the text that follows each (context, options), up to the first of the stops in `until`."""
-        found = []
-        for context, options in asked:
+        texts = []
+        for context, options in requests:
             until = options.get("until") or []
             text = StreamedText([until] if isinstance(until, str) else [stop for stop in until if stop])
             count = int(options.get("max_gen_toks", GENERATED))
@@ -89,8 +89,8 @@ class Answers:
                 return not text.ended
 
             self.decoder.extend([self.decoder.read(tokens)], count, sampling, take)
-            found.append("".join(parts) + text.add(write.close()) + text.close())
-        return found
+            texts.append("".join(parts) + text.add(write.close()) + text.close())
+        return texts
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text.encode()).tolist() if text else []
@@ -114,17 +114,17 @@ def harness(
     def ask(name: str, requests: list[Any]) -> Any:
         tell("tasks", 0, 1)
         _told((name, requests))
-        found = getattr(answers, name)(requests)
+        replies = getattr(answers, name)(requests)
         tell("tasks", 1, 1)
-        return found
+        return replies
 
     try:
         import lm_eval
 
-        found = lm_eval.simple_evaluate(model=_adapter(ask), tasks=list(settings.tasks), limit=settings.limit)
+        results = lm_eval.simple_evaluate(model=_adapter(ask), tasks=list(settings.tasks), limit=settings.limit)
     finally:
         _told(None)
-    return {task: _plain(numbers) for task, numbers in found["results"].items()}
+    return {task: _plain(numbers) for task, numbers in results["results"].items()}
 
 
 def _told(call: Any) -> Any:

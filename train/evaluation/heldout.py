@@ -38,9 +38,9 @@ class Heldout(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The scores as metrics.jsonl has them."""
-        found: dict[str, Any] = {"heldout_loss": self.overall.loss, "heldout_accuracy": self.overall.accuracy}
+        record: dict[str, Any] = {"heldout_loss": self.overall.loss, "heldout_accuracy": self.overall.accuracy}
         by_source = {name: means._asdict() for name, means in self.sources.items()}
-        return found | ({"heldout": by_source} if by_source else {})
+        return record | ({"heldout": by_source} if by_source else {})
 
 
 def heldout(executor: Executor, batches: Any, plan: Callable[[list[int]], Plan]) -> Heldout:
@@ -49,7 +49,7 @@ def heldout(executor: Executor, batches: Any, plan: Callable[[list[int]], Plan])
     for name, windows in batches.heldout_by_source().items():
         sums[name] = _sums(executor, batches, windows, plan)
     nats, right, targets = zip(*sums.values(), strict=True)
-    sources = {name: Means.of(*found) for name, found in sums.items() if name}
+    sources = {name: Means.of(*sums_of_source) for name, sums_of_source in sums.items() if name}
     return Heldout(Means.of(sum(nats), sum(right), sum(targets)), sources)
 
 
@@ -144,12 +144,12 @@ class Evaluation(Hook):
         return {"heldout_loss_average": loss, "heldout_accuracy_average": accuracy}
 
     def _told(self, scores: Heldout) -> Record:
-        found = scores.record()
+        record = scores.record()
         if self.before is not None:
-            found |= drift(self.before, scores, self.batches.sides)
+            record |= drift(self.before, scores, self.batches.sides)
         if self.bytes_per_target:
-            found["heldout_bits_per_byte"] = scores.overall.loss / math.log(2) / self.bytes_per_target
-        return found
+            record["heldout_bits_per_byte"] = scores.overall.loss / math.log(2) / self.bytes_per_target
+        return record
 
 
 def document_lengths(starts: Sequence[np.ndarray]) -> list[list[int]]:
@@ -159,5 +159,5 @@ def document_lengths(starts: Sequence[np.ndarray]) -> list[list[int]]:
     starts: bool [L] of each packed sequence, True where a piece begins. A limit counts what is above the one before.
     """
     lengths = [length for s in starts for length in pieces(s)]
-    found = Counter((length - 1).bit_length() for length in lengths)
-    return [[1 << power, found[power]] for power in range(min(found), max(found) + 1)]
+    counts = Counter((length - 1).bit_length() for length in lengths)
+    return [[1 << power, counts[power]] for power in range(min(counts), max(counts) + 1)]

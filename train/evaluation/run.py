@@ -13,7 +13,7 @@ from models.lm import LM
 from parallel.mesh import Groups, Meshes
 from train.checkpoints import checkpoint
 from train.evaluation import documents, examples
-from train.evaluation.score import Scorer, Told
+from train.evaluation.score import OnProgress, Scorer
 from train.evaluation.texts import texts
 from train.execute import Executor
 from train.precision import dtypes
@@ -40,13 +40,13 @@ def run(order: dict[str, Any]) -> None:
     model, scorer = assemble(config, path, device, settings)
     batches = open_batches(config)
     length = reach(settings, batches)
-    found = measure(scorer, batches, settings, tell, _beyond(settings, model, order["trained"]))
+    results = measure(scorer, batches, settings, tell, _beyond(settings, model, order["trained"]))
     if settings.tasks:
         from train.evaluation.harness import harness
 
-        found["tasks"] = harness(model, scorer, batches.tokenizer, settings, length, tell)
+        results["tasks"] = harness(model, scorer, batches.tokenizer, settings, length, tell)
     if first:
-        write(Path(order["results"]), {"checkpoint": path.name, "length": length}, found)
+        write(Path(order["results"]), {"checkpoint": path.name, "length": length}, results)
 
 
 def assemble(config: RunConfig, path: Path, device: torch.device, settings: EvaluateSettings) -> tuple[LM, Scorer]:
@@ -89,12 +89,12 @@ def lengths(settings: EvaluateSettings, length: int) -> list[int]:
 def check(settings: EvaluateSettings, batches: Any, model: LM) -> None:
     """Raises ValueError for a length that the positions or a needle do not allow."""
     length = reach(settings, batches)
-    asked = max([length, *(settings.lengths or [])])
+    longest = max([length, *(settings.lengths or [])])
     for module in rotary(model):
         most = getattr(module.positions, "longest", None)
-        if most is not None and asked > most:
-            key = "length" if asked == length else "lengths"
-            raise ValueError(f"evaluate.{key}={asked}: must be at most {most}, the positions that the model knows")
+        if most is not None and longest > most:
+            key = "length" if longest == length else "lengths"
+            raise ValueError(f"evaluate.{key}={longest}: must be at most {most}, the positions that the model knows")
     if "needle" in settings.parts and settings.lengths is not None:
         needles = examples.NeedleExamples(batches, max(settings.lengths))
         for each in settings.lengths:
@@ -122,39 +122,39 @@ def measure(
     length = reach(settings, batches)
     made = lengths(settings, length)
 
-    def told(part: str) -> Told:
+    def told(part: str) -> OnProgress:
         tell(part, 0, 1)
         return lambda done, of: tell(part, done, of)
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     parts = settings.parts
     if {"loss", "positions"} & set(parts):
         held = texts(batches, settings.tokens, length)
         name = "loss" if "loss" in parts else "positions"
         scored = list(zip(held, scorer([text.packed for text in held], told(name)), strict=True))
         if "loss" in parts:
-            found["loss"] = documents.loss(scored, batches.tokenizer)
+            results["loss"] = documents.loss(scored, batches.tokenizer)
         if "positions" in parts:
-            found["positions"] = documents.positions(scored)
+            results["positions"] = documents.positions(scored)
     drawn: dict[str, Any] = {"lengths": made, "samples": settings.samples}
     if "needle" in parts:
         grid = {**drawn, "depths": settings.depths, "all_fit": settings.lengths is not None}
-        found["needle"] = examples.needle(scorer, batches, **grid, told=told("needle"))
+        results["needle"] = examples.needle(scorer, batches, **grid, tell=told("needle"))
     drawn["symbols"] = settings.symbols
     if "recall" in parts:
-        found["recall"] = examples.recall(scorer, batches, **drawn, pairs=settings.pairs, told=told("recall"))
+        results["recall"] = examples.recall(scorer, batches, **drawn, pairs=settings.pairs, tell=told("recall"))
     if "copy" in parts:
-        found["copy"] = examples.copy(scorer, batches, **drawn, told=told("copy"))
+        results["copy"] = examples.copy(scorer, batches, **drawn, tell=told("copy"))
     if "long_range" in parts:
         far = {"length": length, "context": settings.context, "most": settings.documents}
-        found["long_range"] = documents.long_range(scorer, batches, **far, told=told("long_range"))
+        results["long_range"] = documents.long_range(scorer, batches, **far, tell=told("long_range"))
     if "extrapolation" in parts and beyond is not None:
         far = {"trained": beyond[0], "beyond": beyond[1], "most": settings.documents, "tokens": settings.tokens}
-        found["extrapolation"] = documents.extrapolation(scorer, batches, **far, told=told("extrapolation"))
-    return found
+        results["extrapolation"] = documents.extrapolation(scorer, batches, **far, tell=told("extrapolation"))
+    return results
 
 
-def write(path: Path, facts: dict[str, Any], found: dict[str, Any]) -> None:
+def write(path: Path, facts: dict[str, Any], results: dict[str, Any]) -> None:
     """The results, beside those of parts that were measured before at the same length; complete or not at all."""
     try:
         before = json.loads(path.read_text())
@@ -163,7 +163,7 @@ def write(path: Path, facts: dict[str, Any], found: dict[str, Any]) -> None:
     if any(before.get(key) != value for key, value in facts.items()):
         before = {}
     aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps({**before, **facts, **found}, indent=1) + "\n")
+    aside.write_text(json.dumps({**before, **facts, **results}, indent=1) + "\n")
     aside.rename(path)
 
 

@@ -15,7 +15,7 @@ from train.execute import Executor
 
 TOGETHER = 16_384  # tokens of short sequences that a group of ranks takes at once
 
-Told = Callable[[int, int], None]  # how many tokens are done, and of how many
+OnProgress = Callable[[int, int], None]  # how many tokens are done, and of how many
 
 
 class Score(NamedTuple):
@@ -33,19 +33,19 @@ class Scorer:
         self.executor, self.data, self.sequence = executor, data, sequence
         self.scheduler = Static(layout="contiguous")
 
-    def __call__(self, sequences: Sequence[Packed], told: Told = lambda done, of: None) -> list[Score]:
+    def __call__(self, sequences: Sequence[Packed], tell: OnProgress = lambda done, of: None) -> list[Score]:
         """Scores sequences, in their order."""
-        found: list[Score] = []
+        scores: list[Score] = []
         done, total = 0, sum(len(s.tokens) for s in sequences)
         for batch in self._batches(sequences):
             lengths = [len(s.tokens) for s in batch]
             plan = self.scheduler.plan(0, lengths, data=self.data, sequence=self.sequence)
             nats, right = (x.cpu().numpy() for x in self.executor.score(plan, batch))
             cuts = np.cumsum(lengths)[:-1]
-            found += [Score(*parts) for parts in zip(np.split(nats, cuts), np.split(right, cuts), strict=True)]
+            scores += [Score(*parts) for parts in zip(np.split(nats, cuts), np.split(right, cuts), strict=True)]
             done += sum(lengths)
-            told(done, total)
-        return found
+            tell(done, total)
+        return scores
 
     def _batches(self, sequences: Sequence[Packed]) -> Iterator[list[Packed]]:
         """Neighbours, as many as fit; one that is longer has a batch to itself, or as many as there are groups."""

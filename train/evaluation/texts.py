@@ -46,23 +46,23 @@ def texts(batches: Any, tokens: int, length: int) -> list[EvaluationText]:
             EvaluationText(batches.task.name, len(e.tokens), e)
             for e in examples[: -(-tokens // batches.task.max_length)]
         ]
-    found, roles = [], roles_of(batches.tokenizer)
+    texts, roles = [], roles_of(batches.tokenizer)
     for source, held in zip(batches.sources, batches.heldout_documents, strict=True):
         read = 0
         for document in documents(held):
             if read >= tokens:
                 break
             if len(document) > 1:
-                found.append(EvaluationText(source.name or "corpus", len(document), _text(document[:length], roles)))
+                texts.append(EvaluationText(source.name or "corpus", len(document), _text(document[:length], roles)))
                 read += min(len(document), length)
-    return found
+    return texts
 
 
 def _text(document: Any, roles: Roles) -> Packed:
     """A document whose targets are its text: neither its begin nor its own end is scored."""
-    found = packed(document)
+    text = packed(document)
     marks = () if roles.joint else (*roles.marks,)
-    return replace(found, targets=np.where(np.isin(found.targets, marks), NO_TARGET, found.targets))
+    return replace(text, targets=np.where(np.isin(text.targets, marks), NO_TARGET, text.targets))
 
 
 def spelled(tokenizer: Any, sequence: Packed) -> int:
@@ -70,11 +70,11 @@ def spelled(tokenizer: Any, sequence: Packed) -> int:
     target."""
     size, begins = 0, [*np.flatnonzero(sequence.starts).tolist(), len(sequence.tokens)]
     for begin, end in itertools.pairwise(begins):
-        asked = np.flatnonzero(sequence.targets[begin:end] != NO_TARGET)
-        if len(asked):
-            read = sequence.tokens[begin : begin + int(asked[-1]) + 1]
-            whole = np.append(read, sequence.targets[begin + int(asked[-1])])
-            size += len(tokenizer.decode(whole)) - len(tokenizer.decode(whole[: int(asked[0]) + 1]))
+        places = np.flatnonzero(sequence.targets[begin:end] != NO_TARGET)
+        if len(places):
+            read = sequence.tokens[begin : begin + int(places[-1]) + 1]
+            whole = np.append(read, sequence.targets[begin + int(places[-1])])
+            size += len(tokenizer.decode(whole)) - len(tokenizer.decode(whole[: int(places[0]) + 1]))
     return size
 
 
@@ -126,8 +126,8 @@ def _made(source: Source) -> bool:
 def alphabet(batches: Any, symbols: int) -> Ints:
     """At most so many tokens, an even number of them, that held-out text has most often; of a task its symbols."""
     if not isinstance(batches, Batches):
-        found = np.arange(1, 1 + min(symbols, batches.task.symbols))
+        symbols_there = np.arange(1, 1 + min(symbols, batches.task.symbols))
     else:
         counts = np.bincount(hay(batches, 1 << 18), minlength=batches.vocab_size)
-        found = np.argsort(-counts, kind="stable")[: min(symbols, int(np.count_nonzero(counts)))]
-    return found[: len(found) // 2 * 2]
+        symbols_there = np.argsort(-counts, kind="stable")[: min(symbols, int(np.count_nonzero(counts)))]
+    return symbols_there[: len(symbols_there) // 2 * 2]

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from parallel.liveness import HERE, PULSE_S, Whereabouts
+from parallel.liveness import HERE, PULSE_S, Liveness
 
 FIRST_S = 600.0  # of a step before any is known: compilation, a cold file system; and of what is not a step
 LEAST_S = 60.0
@@ -15,7 +15,7 @@ STEPS = 20  # the patience in median steps, and of how many of the last ones
 class Patience:
     """Sets `parallel.liveness`' patience and pulse. timeout: `cluster.timeout`, seconds; None: follows the steps."""
 
-    def __init__(self, timeout: float | None, here: Whereabouts = HERE):
+    def __init__(self, timeout: float | None, here: Liveness = HERE):
         self._timeout, self._here = timeout, here
         self._seconds: deque[float] = deque(maxlen=STEPS)
         self._set()

@@ -94,11 +94,11 @@ class Rollback:
                 f"{many}, and the run went back {state.rollbacks} times: step {state.step} is its end"
             )
         begin = next(begin for begin, end in state.skipped if end > max(place - own.window, state.since))
-        found: list[Any] = [self._good(begin) if self.groups.first else None]
-        dist.broadcast_object_list(found)
-        if found[0] is None:
+        good: list[Any] = [self._good(begin) if self.groups.first else None]
+        dist.broadcast_object_list(good)
+        if good[0] is None:
             raise FloatingPointError(f"{many}, and there is no checkpoint from before batch {begin} to go back to")
-        facts = self.load(found[0])
+        facts = self.load(good[0])
         self.progress.state = back = State.of(facts)
         back.attempt, back.rollbacks = state.attempt + 1, state.rollbacks + 1
         back.scale = facts.get("scale", 1.0) * own.backoff ** (back.rollbacks - facts.get("rollbacks", 0))
@@ -108,7 +108,7 @@ class Rollback:
         if self.groups.first:  # those that came later are of what went wrong
             checkpoint.prune(self.run_dir / "checkpoints", back.step, keep=self.progress.settings.keep)
         self.tell(
-            f"{many}: back to {found[0].name}, batches {back.skipped[-1][0]} to {place - 1} passed over, learning rate "
+            f"{many}: back to {good[0].name}, batches {back.skipped[-1][0]} to {place - 1} passed over, learning rate "
             f"times {back.scale:g}"
         )
 
@@ -127,9 +127,9 @@ class Rollback:
             if not deepest:
                 return (f"the gradient of {parameter}" if parameter else "the loss"), ""
             groups = suspects(plan, batch, (depths == deepest).cpu().numpy())
-            found = [origin(self.executor, watched, batch, group, plan.step, self.split) for group in groups[:NAMED]]
-        held, found = self._held(), [in_window(piece, batch[piece.sequence]) for piece in found]
-        names = [name(piece, windows[piece.sequence], held and held[piece.sequence]) for piece in found]
+            first = [origin(self.executor, watched, batch, group, plan.step, self.split) for group in groups[:NAMED]]
+        held, first = self._held(), [in_window(piece, batch[piece.sequence]) for piece in first]
+        names = [name(piece, windows[piece.sequence], held and held[piece.sequence]) for piece in first]
         more = [f"{len(groups) - NAMED} more"] if len(groups) > NAMED else []
         return watched.name(deepest) or "the loss", "".join(f", {each}" for each in (*names, *more))
 

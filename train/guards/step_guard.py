@@ -116,19 +116,19 @@ def first_parameter(model: nn.Module, comm: Comm, pipeline: Pipeline | None = No
 
     comm: the ranks that share the weights. pipeline: whose later ranks are nearer the loss, None without one.
     """
-    found = _nearest(model, comm)
+    nearest = _nearest(model, comm)
     if pipeline is None:
-        return found
+        return nearest
     ranks: list[str | None] = [None for _ in pipeline.comm.ranks]
-    dist.all_gather_object(ranks, found, group=pipeline.comm.group)
+    dist.all_gather_object(ranks, nearest, group=pipeline.comm.group)
     return next((name for name in reversed(ranks) if name is not None), None)
 
 
 def _nearest(model: nn.Module, comm: Comm) -> str | None:
     named = [(parameter_name(name), p.grad) for name, p in model.named_parameters() if p.grad is not None]
     bad = torch.stack([~torch.isfinite(local(grad)).all() for _, grad in named]).double()
-    found = comm.all_reduce(bad, purpose=PURPOSE).nonzero().flatten().tolist()
-    return named[found[-1]][0] if found else None
+    ranks = comm.all_reduce(bad, purpose=PURPOSE).nonzero().flatten().tolist()
+    return named[ranks[-1]][0] if ranks else None
 
 
 class Watched:
@@ -181,15 +181,15 @@ def suspects(plan: Plan, batch: Any, bad: Any) -> list[list[TokenRun]]:
 
     bad: bool [N], of the tokens of the batch, end to end.
     """
-    begins, found = np.cumsum([0, *plan.lengths]), []
+    begins, names = np.cumsum([0, *plan.lengths]), []
     for group in (group for micro in plan.micro_steps for group in micro.groups):
         own = []
         for s in group.sequences:
             held, counted = bad[begins[s] : begins[s + 1]], int(batch[s].counted.sum())
             edges = [*np.flatnonzero(batch[s].starts[:counted]).tolist(), counted]
             own += [TokenRun(s, a, b) for a, b in pairwise(edges) if held[a:b].any()]
-        found.append(own)
-    return [own for own in found if own]
+        names.append(own)
+    return [own for own in names if own]
 
 
 def in_window(piece: TokenRun, sequence: Any) -> TokenRun:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.pack import NO_TARGET, Packed
-from models.kv_cache import Growing, Past
+from models.kv_cache import Growing, KVCache
 from models.lm import LM
 from models.sequence import Memory, Whole
 from parallel.collectives import Comm
@@ -71,8 +71,8 @@ class Sampling:
         if self.top_p == 1:
             return int(torch.multinomial(p_V, 1, generator=generator))
         p_V, order_V = p_V.sort(descending=True, stable=True)
-        kept = p_V[p_V.cumsum(-1) - p_V < self.top_p]
-        return int(order_V[torch.multinomial(kept, 1, generator=generator)])
+        likely = p_V[p_V.cumsum(-1) - p_V < self.top_p]
+        return int(order_V[torch.multinomial(likely, 1, generator=generator)])
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Decoder:
         """Reads a text of at least one token. With several ranks each takes a part of every span, and all of them have
         what the text leaves; a text of fewer tokens than ranks is read by each of them. Collective."""
         if len(tokens) < comm.size:
-            found = self.read(tokens)
-            return found if comm.rank == comm.size - 1 else Prefilled(found.entering, found.tokens, None)
+            scores = self.read(tokens)
+            return scores if comm.rank == comm.size - 1 else Prefilled(scores.entering, scores.tokens, None)
         group = Group(tuple(range(comm.size)), (0,), ((),) * comm.size)
         spans = time_spans.count(MicroStep((group,)), (len(tokens),), self.span)
         text, memory = _packed(tokens), Memory()
@@ -174,7 +174,7 @@ def _joined(values: Sequence[Any]) -> Any:
     of what
     stands before a text's own."""
     first = values[0]
-    if isinstance(first, Past):
+    if isinstance(first, KVCache):
         length = max(each.k.shape[1] for each in values)
         k, v = (torch.cat([_wide(each[i], first.sinks, length) for each in values]) for i in (0, 1))
         return Growing(k, v, first.sinks)
@@ -197,7 +197,7 @@ def _chosen(value: Any, rows: Tensor) -> Any:
     """Some rows of it."""
     if isinstance(value, dict):
         return {key: _chosen(each, rows) for key, each in value.items()}
-    if isinstance(value, Past):
+    if isinstance(value, KVCache):
         return Growing(value.k[rows], value.v[rows], value.sinks)
     if isinstance(value, tuple | list):
         return tuple(_chosen(each, rows) for each in value)

@@ -31,10 +31,10 @@ class StreamedText:
         if self.ended:
             return ""
         text = self._held + more
-        found = [(at + len(each), at) for each in self.stop if (at := text.find(each)) >= 0]
-        if found:
+        ends = [(at + len(each), at) for each in self.stop if (at := text.find(each)) >= 0]
+        if ends:
             self.ended, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[: min(ends)[1]]
         shown = len(text) if at_end else len(text) - self._waiting(text)
         self._held = text[shown:]
         return text[:shown]

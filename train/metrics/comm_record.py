@@ -42,19 +42,19 @@ COLUMNS = 2 * len(ENTRIES)
 
 def taken() -> list[float]:
     """This rank's bytes, then its calls, of every entry since the ledger was last emptied."""
-    found = [dict.fromkeys(ENTRIES, 0.0) for _ in range(2)]
-    for columns, counts in zip(found, LEDGER.take(), strict=True):
+    sums = [dict.fromkeys(ENTRIES, 0.0) for _ in range(2)]
+    for columns, counts in zip(sums, LEDGER.take(), strict=True):
         for entry, count in counts.items():
             columns[entry if entry in columns else OTHER] += count
-    return [count for columns in found for count in columns.values()]
+    return [count for columns in sums for count in columns.values()]
 
 
 def record(total: Sequence[float]) -> dict[str, Any]:
     """`comm_bytes` and `comm_calls` by "axis/purpose", from sums over ranks of what `taken` gave; zeros left out."""
     names = ["/".join(entry).replace(" ", "_") for entry in ENTRIES]
     halves = {"comm_bytes": total[: len(names)], "comm_calls": total[len(names) :]}
-    found = {key: {n: int(c) for n, c in zip(names, half, strict=True) if c} for key, half in halves.items()}
-    return {key: counts for key, counts in found.items() if counts}
+    record = {key: {n: int(c) for n, c in zip(names, half, strict=True) if c} for key, half in halves.items()}
+    return {key: counts for key, counts in record.items() if counts}
 
 
 class TransportChoice(Hook):

@@ -23,8 +23,8 @@ class LayerClock:
 
     def take(self) -> float:
         """Seconds since the last call."""
-        taken, self._seconds = self._seconds, 0.0
-        return taken
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def _watch(self, layer: nn.Module) -> None:
         def begin(*_: Any) -> None:  # behind the hook that gathers weights, which was there before

@@ -46,8 +46,8 @@ def totals(
     own = torch.tensor([float(stop), memory, cpu, 0.0, computing], dtype=torch.float64, device=device)
     own[3] = held  # without a word from the device to the host
     received = torch.tensor(comm_record.taken(), dtype=torch.float64, device=device)
-    found = torch.cat([x.double().view(-1) for x in (*sums, *loads)]) * float(groups.counts)
-    rows = groups.all_comm.all_gather(torch.cat([own, found, received]), purpose="metrics")
+    totals_now = torch.cat([x.double().view(-1) for x in (*sums, *loads)]) * float(groups.counts)
+    rows = groups.all_comm.all_gather(torch.cat([own, totals_now, received]), purpose="metrics")
     total = rows.sum(0)
     first = len(own) + len(sums)
     *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])

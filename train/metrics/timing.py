@@ -52,8 +52,8 @@ class PhaseTimes:
         Inside an open phase, the time it has spent so far belongs to this call and the rest to the next one.
         """
         self._charge()
-        taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
-        return taken
+        seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        return seconds
 
     def spent(self, name: str) -> float:
         """The seconds of a phase since `take`, without those of one that is open now."""

@@ -47,7 +47,7 @@ def of_step(
     `engine.recompute`. experts: `parallel.transport.experts`. Raises ValueError for a model that cannot be divided,
     NotImplementedError for one whose course depends on data.
     """
-    found: list[ByAxis] = [{} for _ in range(mesh.world)]
+    by_rank: list[ByAxis] = [{} for _ in range(mesh.world)]
     alike = mesh.data * mesh.sequence  # that hold the same experts
     sharded, steps = alike * mesh.expert, len(plan.micro_steps)
     together = max(len(group.ranks) for micro in plan.micro_steps for group in micro.groups)
@@ -64,7 +64,7 @@ def of_step(
         calls = step_calls(model, noted) if mesh.tensor > 1 else []
         inside = of_tensor(plan, calls, mesh.tensor, recompute=recompute)
         for rank in range(mesh.planned):
-            traffic = found[rank * mesh.tensor + tensor]
+            traffic = by_rank[rank * mesh.tensor + tensor]
             traffic["sequence"] = sequence.get(rank, Traffic())
             traffic["world" if sharded == mesh.world else "dense"] = of_weights(units, sharded, steps)
             traffic["experts"], traffic["expert"] = of_weights(apart, alike, steps), rows[rank]
@@ -72,7 +72,7 @@ def of_step(
             traffic["replicate"].include(of_copies(apart, alike, mesh.replicate))
             traffic["tensor"] = inside.get(rank, Traffic())
             traffic["tensor"].include(parts[rank % sharded])
-    return found
+    return by_rank
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def step_calls(model: LM, noted: _Noting) -> list[TensorCall]:
     the layer is computed again: nothing that its backward pass needs comes after. Targets have a loss in place of
     logits.
     """
-    found = [call for call in noted.found if call.purpose != "logits"]
-    edges = [i for i, call in enumerate(found) if call.purpose == HIDDEN]
+    calls = [call for call in noted.found if call.purpose != "logits"]
+    edges = [i for i, call in enumerate(calls) if call.purpose == HIDDEN]
     for i in (edges[0], edges[-1], *(end - 1 for end in noted.ends)):
-        found[i] = replace(found[i], in_layer=False)
+        calls[i] = replace(calls[i], in_layer=False)
     itemsize, chunk = wide(torch.empty(0, dtype=model.compute)).itemsize, model.loss_chunk or 1 << 62
-    return [*found, TensorCall("gather", PURPOSE, 2, itemsize, graded=False, in_layer=False, chunk=chunk)]
+    return [*calls, TensorCall("gather", PURPOSE, 2, itemsize, graded=False, in_layer=False, chunk=chunk)]

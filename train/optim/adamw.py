@@ -56,10 +56,10 @@ class AdamW(torch.optim.AdamW):
         """The kernel's class. Raises ValueError where it cannot be had for these."""
         if any(p.dtype == torch.float64 for p in parameters):
             raise ValueError("optimizer.fused=apex: must be torch or none with precision=fp64, which FusedAdam has not")
-        found = fused_adam()
-        if found is None:
+        fused = fused_adam()
+        if fused is None:
             raise ValueError("optimizer.fused=apex: NVIDIA's apex is not installed here (from source, not from PyPI)")
-        return found
+        return fused
 
     def check(self, device: str) -> None:
         """Raises ValueError where the kernel asked for does not run on `device`."""

@@ -16,8 +16,8 @@ from parallel.matrix_owners import local
 
 def fused_adam() -> Any:
     """The class, None where it is not installed. Raises ImportError where it is, and cannot be imported."""
-    found = importlib.util.find_spec("apex")
-    if found is None or not any(Path(p, "optimizers").exists() for p in found.submodule_search_locations or ()):
+    spec = importlib.util.find_spec("apex")
+    if spec is None or not any(Path(p, "optimizers").exists() for p in spec.submodule_search_locations or ()):
         return None
     from apex.optimizers import FusedAdam
 

@@ -72,11 +72,11 @@ class Average(Hook):
             return self.mean
         if not self.snapshots:
             return self.weights
-        found = _copied(self.snapshots[0])
+        mean = _copied(self.snapshots[0])
         for other in self.snapshots[1:]:
-            torch._foreach_add_(_locals(found), _locals(other))
-        torch._foreach_div_(_locals(found), float(len(self.snapshots)))
-        return found
+            torch._foreach_add_(_locals(mean), _locals(other))
+        torch._foreach_div_(_locals(mean), float(len(self.snapshots)))
+        return mean
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

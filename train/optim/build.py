@@ -52,7 +52,7 @@ def refined(
             raise ValueError(f"optimizer.rates.{axis}={rate}: must not be negative")
     given = list(params)
     groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
-    found: list[dict[str, Any]] = []
+    refined_groups: list[dict[str, Any]] = []
     for group in groups:
         within: dict[tuple[bool, float, DeviceMesh | None], list[nn.Parameter]] = {}
         for parameter in group["params"]:
@@ -64,8 +64,8 @@ def refined(
             within.setdefault((bool(named & set(no_decay)), factor, mesh), []).append(parameter)
         for (stays, factor, _), several in within.items() or [((False, 1.0, None), [])]:
             more = {"weight_decay": 0.0} if stays else {}
-            found.append({**group, "params": several, "factor": factor} | more)
-    return found
+            refined_groups.append({**group, "params": several, "factor": factor} | more)
+    return refined_groups
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

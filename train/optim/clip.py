@@ -61,12 +61,12 @@ def _total(parameters: list[nn.Parameter], gradients: list[Tensor], comm: Comm, 
         gradients = [g for p, g in zip(parameters, gradients, strict=True) if not getattr(p, "elsewhere", False)]
         parameters = [p for p in parameters if not getattr(p, "elsewhere", False)]
     if all(p.device_mesh.size() == comm.size for p in parameters if isinstance(p, DTensor)):
-        found = norm(gradients)
+        total = norm(gradients)
     else:
-        found = norms(gradients, comm, parameters).square().sum().sqrt()
+        total = norms(gradients, comm, parameters).square().sum().sqrt()
     if pipeline is None:
-        return found
-    return pipeline.comm.all_reduce(found.double().square(), purpose=PURPOSE).sqrt()
+        return total
+    return pipeline.comm.all_reduce(total.double().square(), purpose=PURPOSE).sqrt()
 
 
 EPSILON = 1e-6  # beside a norm, as torch.nn.utils has it
@@ -84,22 +84,22 @@ def norms(tensors: list[Tensor], comm: Comm, parameters: Sequence[Tensor]) -> Te
 def layer_norms(model: nn.Module, comm: Comm, pipeline: Pipeline | None = None) -> dict[str, dict[str, float]]:
     """The 2-norms of each layer's gradients and weights, and of what stands outside of layers, by name. Collective."""
     named = [(_layer(parameter_name(n)), p, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-    found: dict[str, dict[str, float]] = {}
+    by_layer: dict[str, dict[str, float]] = {}
     of: dict[str, list[Tensor]] = {"gradient_norms": [g for *_, g in named]}
     of["weight_norms"] = [p.detach() for _, p, _ in named]
     for what, tensors in of.items():
         squares: dict[str, float] = {}
         for (layer, *_), size in zip(named, norms(tensors, comm, [p for _, p, _ in named]).tolist(), strict=True):
             squares[layer] = squares.get(layer, 0.0) + size**2
-        found[what] = {layer: square**0.5 for layer, square in squares.items()}
-    return found if pipeline is None else _of_all(found, pipeline.comm)
+        by_layer[what] = {layer: square**0.5 for layer, square in squares.items()}
+    return by_layer if pipeline is None else _of_all(by_layer, pipeline.comm)
 
 
-def _of_all(found: dict[str, dict[str, float]], comm: Comm) -> dict[str, dict[str, float]]:
+def _of_all(results: dict[str, dict[str, float]], comm: Comm) -> dict[str, dict[str, float]]:
     """The norms of all ranks of a pipeline; what several hold is the same on each."""
     ranks: list[dict[str, dict[str, float]]] = [{} for _ in comm.ranks]
-    dist.all_gather_object(ranks, found, group=comm.group)
-    return {what: {layer: norm for rank in reversed(ranks) for layer, norm in rank[what].items()} for what in found}
+    dist.all_gather_object(ranks, results, group=comm.group)
+    return {what: {layer: norm for rank in reversed(ranks) for layer, norm in rank[what].items()} for what in results}
 
 
 def _layer(name: str) -> str:

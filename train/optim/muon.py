@@ -20,7 +20,7 @@ from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
 from parallel.collectives import Comm
 from parallel.fsdp import by_mesh
-from parallel.matrix_owners import MatrixCut, Owners, cuts, local, received, shape_here
+from parallel.matrix_owners import MatrixCut, MatrixOwners, cuts, local, received, shape_here
 from parallel.matrix_pieces import Beside, gathered, own
 from parallel.mesh import DENSE, EXPERTS
 from parallel.schedule.comm_volume import Traffic
@@ -75,7 +75,7 @@ class Muon(Optimizer):
         rest = [group for group in groups if not group["muon"]]
         self.adamw = AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused) if rest else None
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self.owners: dict[tuple[int, ...], Owners] = {}
+        self.owners: dict[tuple[int, ...], MatrixOwners] = {}
 
     def check(self, device: str) -> None:
         """Raises ValueError where the kernel asked for does not run on `device`."""
@@ -112,7 +112,7 @@ class Muon(Optimizer):
 
     def _orthogonal(self, parameters: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         """This rank's rows of the update: of parameters that are whole here, and of those divided over tensor ranks."""
-        found: list[Tensor] = list(directions)
+        results: list[Tensor] = list(directions)
         kinds = [Beside.of(getattr(p, "piece", None)) for p in parameters]
         ways = [None if kind is None else (kind.rows, kind.piece.pieces) for kind in kinds]
         for way in dict.fromkeys(ways):
@@ -120,8 +120,8 @@ class Muon(Optimizer):
             some, theirs = [parameters[i] for i in places], [directions[i] for i in places]
             made = self._updates(some, theirs, [kind for i in places if (kind := kinds[i]) is not None])
             for i, update in zip(places, made, strict=True):
-                found[i] = update
-        return found
+                results[i] = update
+        return results
 
     def _updates(self, parameters: list[Tensor], directions: list[Tensor], divided: list[Beside]) -> list[Tensor]:
         """The same of parameters that are divided in one way; divided: how each is, none of whole ones."""
@@ -133,12 +133,12 @@ class Muon(Optimizer):
         key = tuple(map(id, parameters))
         if not divided:
             if key not in self.owners:
-                self.owners[key] = Owners(parameters, [_cuts(p) for p in parameters])
+                self.owners[key] = MatrixOwners(parameters, [_cuts(p) for p in parameters])
             return self.owners[key].apply(directions, update, dtype)
         comm: Comm = parameters[0].tensor_comm  # type: ignore[attr-defined]
         if key not in self.owners:
-            told = zip(divided, parameters, strict=True)
-            self.owners[key] = Owners(parameters, [kind.matrices(p, p.declared) for kind, p in told])  # type: ignore[attr-defined]
+            pairs = zip(divided, parameters, strict=True)
+            self.owners[key] = MatrixOwners(parameters, [kind.matrices(p, p.declared) for kind, p in pairs])  # type: ignore[attr-defined]
         wide = gathered(directions, divided, comm, dtype)
         made = self.owners[key].apply(wide, divided[0].through(update), dtype)
         return [x.to(d.dtype) for x, d in zip(own(made, divided, comm.rank), directions, strict=True)]
@@ -148,18 +148,18 @@ class Muon(Optimizer):
 
         Experts are cut over the mesh's expert ranks, and matrices whole on one of those that share the rest.
         """
-        itemsize, found = _travels(dtype, device).itemsize, [Traffic() for _ in range(mesh.world)]
+        itemsize, by_rank = _travels(dtype, device).itemsize, [Traffic() for _ in range(mesh.world)]
         parameters = [p for group in self._groups(muon=True) for p in group["params"]]
         for apart, sharing, cut in ((False, DENSE, 1), (True, EXPERTS, mesh.expert)):
             several = [p for p in parameters if apart == (mesh.expert > 1 and p.ndim == 3 and "expert" in axes(p))]
             shapes = [(len(p) // cut, *p.shape[1:]) for p in several]
-            told = [p.declared for p in several]  # type: ignore[attr-defined]
-            matrices = [cuts(shape, d.parts, d.along) for shape, d in zip(shapes, told, strict=True)]
+            declared = [p.declared for p in several]  # type: ignore[attr-defined]
+            matrices = [cuts(shape, d.parts, d.along) for shape, d in zip(shapes, declared, strict=True)]
             for ranks in mesh.groups(*sharing):
                 each = received([shape[0] for shape in shapes], matrices, len(ranks), itemsize)
                 for rank, traffic in zip(ranks, each, strict=True):
-                    found[rank].include(traffic)
-        return found
+                    by_rank[rank].include(traffic)
+        return by_rank
 
 
 def _cuts(parameter: Tensor) -> list[MatrixCut]:

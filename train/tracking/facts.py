@@ -60,19 +60,19 @@ def artifact_name(name: str) -> str:
 
 
 def _lineage(run_dir: Path, order: dict[str, Any]) -> dict[str, Any]:
-    kept = run_dir / "lineage.json"
-    if kept.exists():
+    file = run_dir / "lineage.json"
+    if file.exists():
         try:
-            return reading.json_object(kept)
+            return reading.json_object(file)
         except ValueError:
             return {}
     if not order.get("init_from"):
         return {}
-    found = _parent(Path(order["init_from"]))
-    aside = kept.with_suffix(".partial")
-    aside.write_text(json.dumps(found, indent=1) + "\n")
-    aside.replace(kept)
-    return found
+    parent = _parent(Path(order["init_from"]))
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(parent, indent=1) + "\n")
+    aside.replace(file)
+    return parent
 
 
 def _parent(checkpoint: Path) -> dict[str, Any]:
@@ -109,5 +109,5 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
-    found = config.get(key)
-    return found if isinstance(found, dict) else {}
+    section = config.get(key)
+    return section if isinstance(section, dict) else {}

@@ -43,10 +43,10 @@ def obey_environment(tracking: ObjectConfig) -> ObjectConfig:
         value = os.environ.get(variable)
         if not value or tracking.get(key, "") is not None:
             continue
-        said = [tag.strip() for tag in value.split(",") if tag.strip()] if key == "tags" else value
-        for text in said if isinstance(said, list) else [said]:
+        values = [tag.strip() for tag in value.split(",") if tag.strip()] if key == "tags" else value
+        for text in values if isinstance(values, list) else [values]:
             check_text(variable, text, BADLY.get(key, ""), LONGEST_TAG if key == "tags" else LONGEST)
-        given[key] = said
+        given[key] = values
     if tracking.get("project", "") is None and "project" not in given:
         given["project"] = PROJECT
     return tracking.having(**given) if given else tracking
@@ -107,8 +107,8 @@ class Tracking:
         for key, value in switches.items():
             if not isinstance(value, bool):
                 raise ValueError(f"tracking.{key}: got {value!r}, accepts true or false")
-        told = {"project": project, "entity": entity, "group": group, "job_type": job_type}
-        for key, text in told.items():
+        settings = {"project": project, "entity": entity, "group": group, "job_type": job_type}
+        for key, text in settings.items():
             check_text(f"tracking.{key}", text, BADLY.get(key, ""), LONGEST)
         for i, tag in enumerate(tags or ()):
             check_text(f"tracking.tags[{i}]", tag, "", LONGEST_TAG)

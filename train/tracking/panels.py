@@ -37,15 +37,15 @@ def _flat(record: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def histograms(record: dict[str, Any]) -> dict[str, Histogram]:
     """Returns where each layer's router sent the tokens, a bin an expert; and, where it is known, how long documents
     were."""
-    found = {
+    panels = {
         f"expert_load/{layer}/experts": _by_expert(load)
         for layer, load in record.get("expert_load", {}).items()
         if load and None not in load
     }
     if documents := record.get("documents"):
         limits, counts = zip(*documents, strict=True)
-        found["documents"] = list(counts), [limits[0] / 2, *limits]
-    return found
+        panels["documents"] = list(counts), [limits[0] / 2, *limits]
+    return panels
 
 
 def _by_expert(load: list[float]) -> Histogram:

@@ -66,8 +66,8 @@ def records(path: str | Path, *, every_attempt: bool = False) -> list[dict[str, 
     if not path.exists():
         return []
     with reading.opened(path) as file:
-        found = _steps(file)
-        return list(found) if every_attempt else _newest(found)
+        steps = _steps(file)
+        return list(steps) if every_attempt else _newest(steps)
 
 
 def newest_attempt(path: str | Path) -> int:
@@ -82,18 +82,18 @@ def newest_attempt(path: str | Path) -> int:
         return max((record.get("attempt", 1) for record in _steps(file)), default=0)
 
 
-def _newest(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept: list[dict[str, Any]] = []
+def _newest(steps: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    last_steps: list[dict[str, Any]] = []
     newest = 0
-    for record in found:
+    for record in steps:
         attempt = record.get("attempt", 1)
         if attempt < newest:  # a worker that was given up as lost, and wrote on
             continue
         newest = attempt
-        while kept and kept[-1]["step"] >= record["step"]:
-            kept.pop()
-        kept.append(record)
-    return kept
+        while last_steps and last_steps[-1]["step"] >= record["step"]:
+            last_steps.pop()
+        last_steps.append(record)
+    return last_steps
 
 
 def _steps(file: BinaryIO) -> Iterator[dict[str, Any]]:

@@ -107,8 +107,8 @@ class WandB:
         loss = record.get("heldout_loss")
         if loss is not None and (self._best is None or loss <= self._best):
             self._best = loss
-            kept = ("step", "tokens", "heldout_loss", "heldout_bits_per_byte", "heldout_accuracy")
-            self._run.summary.update({f"best/{key}": record[key] for key in kept if key in record})
+            columns = ("step", "tokens", "heldout_loss", "heldout_bits_per_byte", "heldout_accuracy")
+            self._run.summary.update({f"best/{key}": record[key] for key in columns if key in record})
 
     def checkpoint(self, path: Path, facts: dict[str, Any]) -> None:
         """An artifact that refers to the folder. Its failure is said once, and the metrics go on."""

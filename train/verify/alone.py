@@ -39,10 +39,10 @@ def trace(config: RunConfig, steps: int, *, packed: bool = False, perturbed: int
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.mul_(1 + PERTURBATION * noise)
     batches = config.data.build().open(0, None)
-    stepper, streams, found = _Stepper(config, model), Streams(model.layers), Trace()
+    stepper, streams, result = _Stepper(config, model), Streams(model.layers), Trace()
     for step in range(steps):
-        found |= written(step, _step(config, model, batches, stepper, streams, step, packed))
-    return found
+        result |= written(step, _step(config, model, batches, stepper, streams, step, packed))
+    return result
 
 
 def _step(

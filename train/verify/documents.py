@@ -94,15 +94,15 @@ class EdgeBatches:
 
     def documents(self, seed: int, step: int) -> list[list[Document]]:
         """The same, each document by itself, in its sequence; without padding."""
-        found = []
+        texts = []
         for s, documents in enumerate(self._documents(seed, step)):
             real = [d for d in documents if not d[2]]
-            found.append([Document(t, y, DocumentKey(step + 1, s, i, len(t))) for i, (t, y, _) in enumerate(real)])
-        return found
+            texts.append([Document(t, y, DocumentKey(step + 1, s, i, len(t))) for i, (t, y, _) in enumerate(real)])
+        return texts
 
     def _documents(self, seed: int, step: int) -> list[list[tuple[Any, Any, bool]]]:
         """Tokens and targets of each document of each sequence, and whether it is padding."""
-        cases, found = self.cases, []
+        cases, texts = self.cases, []
         for s, length in enumerate(self.lengths(step)):
             draw = np.random.default_rng((seed, step, s))
             parts, padding = _parts(s, length, cases.pieces, draw)
@@ -117,8 +117,8 @@ class EdgeBatches:
             if padding:
                 empty = np.full(padding, NO_TARGET)
                 documents.append((np.zeros(padding, np.int64), empty, True))
-            found.append(documents)
-        return found
+            texts.append(documents)
+        return texts
 
     @staticmethod
     def _packed(documents: list[tuple[Any, Any, bool]]) -> Packed:

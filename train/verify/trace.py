@@ -82,8 +82,8 @@ class Streams:
 
     def take(self) -> dict[str, dict[str, Tensor]]:
         """The sums since the last time, by kind and layer."""
-        found, self._sums = self._sums, {kind: {} for kind in self._sums}
-        return found
+        sums, self._sums = self._sums, {kind: {} for kind in self._sums}
+        return sums
 
     def _see(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         y_BTD, seq = output[0], args[1]
@@ -123,8 +123,8 @@ class Moment(NamedTuple):
 def written(step: int, moment: Moment) -> Trace:
     """The trace of a step, in the order of computation."""
 
-    def each(kind: str, found: Mapping[str, Any]) -> Trace:
-        return {Place(step, kind, name): torch.as_tensor(x, dtype=torch.float64).clone() for name, x in found.items()}
+    def each(kind: str, layer: Mapping[str, Any]) -> Trace:
+        return {Place(step, kind, name): torch.as_tensor(x, dtype=torch.float64).clone() for name, x in layer.items()}
 
     scalars = dict(moment.scalars)
     norm = {"gradient norm": scalars.pop("gradient norm")} if "gradient norm" in scalars else {}
@@ -141,7 +141,7 @@ def written(step: int, moment: Moment) -> Trace:
     )
 
 
-def _backwards(found: Trace) -> Trace:
+def _backwards(results: Trace) -> Trace:
     """In the order of a backward pass: the head and the last norm; each layer from the last on, the gradient of its
     output before those of its weights; then the rest, as the embedding."""
 
@@ -150,8 +150,8 @@ def _backwards(found: Trace) -> Trace:
             return -(1 << 30), False
         return (1 if place.layer is None else -int(place.layer.partition(".")[2])), place.kind == GRADIENT
 
-    ordered = sorted(reversed(found), key=depth)
-    return {place: found[place] for place in ordered}
+    ordered = sorted(reversed(results), key=depth)
+    return {place: results[place] for place in ordered}
 
 
 class Difference(NamedTuple):
@@ -187,11 +187,11 @@ def allowed(want: Trace, moved: list[tuple[Trace, Trace]]) -> dict[Place, float]
     for place, x in want.items():
         key = (place.step, place.kind, place.layer)
         layers[key] = math.hypot(layers.get(key, 0.0), _norm(x))
-    found = {}
+    limits = {}
     for place, x in want.items():
         scale = max(_norm(x), FLOOR * layers[place.step, place.kind, place.layer])
-        found[place] = FACTOR * max(_norm(a[place] - b[place]) for a, b in moved) + FLOOR * scale
-    return found
+        limits[place] = FACTOR * max(_norm(a[place] - b[place]) for a, b in moved) + FLOOR * scale
+    return limits
 
 
 def compare(want: Trace, limits: Mapping[Place, float], ranks: list[RankTrace]) -> Verdict:
@@ -212,9 +212,10 @@ def compare(want: Trace, limits: Mapping[Place, float], ranks: list[RankTrace]) 
                 )
             distance = _norm(got - expected)
             distance = distance if math.isfinite(distance) else math.inf
-            found = Difference(place, distance / max(_norm(x), 1e-300), distance / max(limits[place], 1e-300), rank)
-            worst = found if worst is None or found.excess > worst.excess else worst
-            first = found if first is None and found.excess > 1 else first
+            error, excess = (distance / max(size, 1e-300) for size in (_norm(x), limits[place]))
+            difference = Difference(place, error, excess, rank)
+            worst = difference if worst is None or difference.excess > worst.excess else worst
+            first = difference if first is None and difference.excess > 1 else first
             count += 1
     if extra := [place for each in ranks for place in each.trace if place not in want]:
         raise ValueError(f"one process has no {extra[0]}")

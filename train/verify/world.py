@@ -34,13 +34,13 @@ def trace(order: dict[str, Any]) -> RankTrace:
     """The trace of the first steps of a run, as this rank has it. Raises FloatingPointError for a gradient that is not
     finite. Collective."""
     trainer = build(order)
-    watched, found = _Watched(trainer), Trace()
+    watched, result = _Watched(trainer), Trace()
     for step in range(order["steps"]):
         record, _ = trainer.step()
         if "skipped" in record:
             raise FloatingPointError(f"the guard held step {step + 1} back: a gradient is not finite")
-        found |= written(step, watched.moment(record))
-    return RankTrace(found, watched.parts())
+        result |= written(step, watched.moment(record))
+    return RankTrace(result, watched.parts())
 
 
 class _Watched:
@@ -86,11 +86,11 @@ class _Watched:
     def _every(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The whole tensors of all weights, or a tensor rank's parts of them; zeros for one that is not there.
         Collective."""
-        found = {}
+        results = {}
         for name, parameter in self._named().items():
             value = held.get(name)
-            found[name] = whole(torch.zeros_like(parameter) if value is None else value).detach().clone()
-        return found
+            results[name] = whole(torch.zeros_like(parameter) if value is None else value).detach().clone()
+        return results
 
 
 class _Noting:

@@ -57,13 +57,13 @@ def lower_bound(costs: Costs, lengths: Sequence[int], counts: Sequence[int]) -> 
     order = np.argsort(density, axis=1)
     held = np.take_along_axis(np.broadcast_to(tokens * many, density.shape), order, 1)
     before = np.cumsum(held, axis=1) - held
-    taken = np.clip(outside - before, 0, held)
-    forced = (taken * np.take_along_axis(density, order, 1)).sum(1) / ranks
+    filled = np.clip(outside - before, 0, held)
+    forced = (filled * np.take_along_axis(density, order, 1)).sum(1) / ranks
     best, m = math.inf, steps
     while True:
         again = _again(costs, tokens, total_tokens, m) / fastest / ranks
-        found = np.maximum(np.maximum(total, unpaid + again), begins + forced) + m * model.launch
-        best = min(best, float(found.min()))
+        bound = np.maximum(np.maximum(total, unpaid + again), begins + forced) + m * model.launch
+        best = min(best, float(bound.min()))
         m += 1
         if not again or float(np.maximum(total, begins + forced).min()) + m * model.launch >= best:
             return best

@@ -66,8 +66,8 @@ class ExactPlanner:
                 best, padded, self.time_limit, self.gap
             )
             bound, closed = min(bound, below), closed and done
-            if packing is not None and (found := seconds(self.costs, packing, padded)) < best_seconds:
-                best, best_seconds = packing, found
+            if packing is not None and (new_seconds := seconds(self.costs, packing, padded)) < best_seconds:
+                best, best_seconds = packing, new_seconds
         beyond = fast.bound + (self.more + 1) * self.costs.model.launch  # more micro-steps than were tried
         bound = max(fast.bound, min(bound, beyond, best_seconds))
         return Exact(best, best_seconds, bound, closed and bound >= best_seconds * (1 - 2 * self.gap))

@@ -51,22 +51,22 @@ def fit(features: Mapping[str, Sequence[float] | Floats], seconds: Sequence[floa
         unseen = np.abs(directions[singular < 1e-9 * singular[0]]).max(0)
         mixed = [name for name, part in zip(names, unseen, strict=True) if part > 0.1]
         raise ValueError(f"the samples do not tell {' and '.join(mixed)} apart")
-    kept = list(range(len(names)))
-    found, covariance = np.zeros(len(names)), np.zeros((len(names), len(names)))
-    while kept:
-        own = weighted[:, kept] / scale[kept]
+    rows = list(range(len(names)))
+    values, covariance = np.zeros(len(names)), np.zeros((len(names), len(names)))
+    while rows:
+        own = weighted[:, rows] / scale[rows]
         part = np.linalg.lstsq(own, np.ones(len(y)), rcond=None)[0]
         if part.min() >= 0:
-            free = len(y) - len(kept)
+            free = len(y) - len(rows)
             noise = float(((own @ part - 1) ** 2).sum()) / free if free else np.nan
             spread = np.sqrt(np.diag(np.linalg.inv(own.T @ own)) * noise)
-            found[kept], covariance[kept, kept] = part / scale[kept], spread / scale[kept]
+            values[rows], covariance[rows, rows] = part / scale[rows], spread / scale[rows]
             break
-        kept.pop(int(part.argmin()))
-    residual = columns @ found / y - 1
+        rows.pop(int(part.argmin()))
+    residual = columns @ values / y - 1
     errors = dict(zip(names, np.diag(covariance).tolist(), strict=True))
     rms, worst = float(np.sqrt((residual**2).mean())), float(np.abs(residual).max())
-    return Fit(dict(zip(names, found.tolist(), strict=True)), errors, rms, worst, len(y))
+    return Fit(dict(zip(names, values.tolist(), strict=True)), errors, rms, worst, len(y))
 
 
 class Step(NamedTuple):
@@ -80,7 +80,7 @@ def fit_layers(steps: Sequence[Step], *, layers: int, window: int | None = None)
     """Layers of one kind, the launch, and how well they explain the steps."""
     shape = Layer(layers, window=window)
     tokens = [np.array(step.lengths, dtype=np.float64) for step in steps]
-    found = fit(
+    fitted = fit(
         {
             "pair": [layers * float(shape.pairs(t).sum()) for t in tokens],
             "token": [layers * float(t.sum()) for t in tokens],
@@ -88,13 +88,13 @@ def fit_layers(steps: Sequence[Step], *, layers: int, window: int | None = None)
         },
         [step.seconds for step in steps],
     )
-    own = found.constants
-    return Layer(layers, pair=own["pair"], token=own["token"], window=window), own["launch"], found
+    own = fitted.constants
+    return Layer(layers, pair=own["pair"], token=own["token"], window=window), own["launch"], fitted
 
 
 def fit_wire(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[Wire, Fit]:
     """Fits a wire to messages of `sizes` bytes. Raises ValueError also where time does not grow with them."""
-    found = fit({"latency": np.ones(len(sizes)), "byte": sizes}, seconds)
-    if not found.constants["byte"]:
+    fitted = fit({"latency": np.ones(len(sizes)), "byte": sizes}, seconds)
+    if not fitted.constants["byte"]:
         raise ValueError(f"messages of up to {max(sizes):,.0f} bytes take no longer than short ones: send longer ones")
-    return Wire(1 / found.constants["byte"], found.constants["latency"]), found
+    return Wire(1 / fitted.constants["byte"], fitted.constants["latency"]), fitted

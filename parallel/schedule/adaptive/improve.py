@@ -24,8 +24,8 @@ class _Groups:
     """A micro-step's groups as arrays: G groups (idle ranks are groups of one), K distinct lengths."""
 
     def __init__(self, costs: Costs, shares: tuple[Share, ...], lengths: Sequence[int]):
-        taken = {rank for share in shares for rank in range(share.first, share.first + share.size)}
-        idle = [rank for rank in range(costs.cluster.ranks) if rank not in taken] if 1 in costs.sizes else []
+        occupied = {rank for share in shares for rank in range(share.first, share.first + share.size)}
+        idle = [rank for rank in range(costs.cluster.ranks) if rank not in occupied] if 1 in costs.sizes else []
         self.shares = [*shares, *(Share(rank, 1, (), costs.names[0]) for rank in idle)]
         choices = [costs.names.index(share.recompute) for share in self.shares]
         self.lengths = lengths
@@ -99,9 +99,9 @@ class _Groups:
         waiting: dict[float, list[int]] = defaultdict(list)
         for s in sorted((s for share in self.shares for s in share.sequences), reverse=True):
             waiting[float(self.lengths[s])].append(s)
-        found = []
+        shares = []
         for share, held in zip(self.shares, self.held_GK, strict=True):
             sequences = [waiting[float(self.values[k])].pop() for k in np.flatnonzero(held) for _ in range(held[k])]
             if sequences:
-                found.append(Share(share.first, share.size, tuple(sorted(sequences)), share.recompute))
-        return tuple(found)
+                shares.append(Share(share.first, share.size, tuple(sorted(sequences)), share.recompute))
+        return tuple(shares)

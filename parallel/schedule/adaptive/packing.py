@@ -53,8 +53,8 @@ class Packing:
     def check(self, ranks: int, sequences: int) -> None:
         """Raises ValueError unless every sequence runs once, and in each micro-step groups are aligned and apart."""
         for m, shares in enumerate(self.micro_steps):
-            taken = [rank for share in shares for rank in range(share.first, share.first + share.size)]
-            if len(set(taken)) != len(taken) or not set(taken) <= set(range(ranks)):
+            ranks_in_use = [rank for share in shares for rank in range(share.first, share.first + share.size)]
+            if len(set(ranks_in_use)) != len(ranks_in_use) or not set(ranks_in_use) <= set(range(ranks)):
                 raise ValueError(f"micro-step {m}: its groups overlap, or leave the {ranks} ranks")
             if wrong := [share for share in shares if share.first % share.size]:
                 raise ValueError(f"micro-step {m}: {wrong[0].size} ranks from {wrong[0].first} on are not aligned")
@@ -112,12 +112,12 @@ def place(sizes: Sequence[int], speeds: Sequence[float]) -> list[int]:
         if at > ranks:
             raise ValueError(f"groups of {at} ranks, there are {ranks}")
         return firsts
-    taken, firsts = [False] * ranks, []
+    occupied, firsts = [False] * ranks, []
     for size in sizes:
-        free = [a for a in range(0, ranks - size + 1, size) if not any(taken[a : a + size])]
+        free = [a for a in range(0, ranks - size + 1, size) if not any(occupied[a : a + size])]
         if not free:
             raise ValueError(f"no {size} aligned ranks are free of {ranks}")
         first = max(free, key=lambda a: (min(speeds[a : a + size]), -a))
-        taken[first : first + size] = [True] * size
+        occupied[first : first + size] = [True] * size
         firsts.append(first)
     return firsts

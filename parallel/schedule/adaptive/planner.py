@@ -133,7 +133,7 @@ class _Search:
         for k, n in enumerate(counts):
             tokens, firsts = self.lengths[k], self.firsts[k]
             while n:
-                found, tightest = None, math.inf
+                best, tightest = None, math.inf
                 for g, own in enumerate(times):
                     if not own or own[-1] < firsts[g]:
                         continue
@@ -142,9 +142,9 @@ class _Search:
                         if own[i] >= tightest:
                             break
                         if open_[g][i].tokens <= room or (several and self._fits(slack, open_[g][i], k)):
-                            found, tightest = (g, i), own[i]
+                            best, tightest = (g, i), own[i]
                             break
-                if found is None:
+                if best is None:
                     many = 0
                     for g, alone in enumerate(self.alone):
                         if alone[k] <= slack:
@@ -157,12 +157,12 @@ class _Search:
                         break
                     c = _Class(g, many, [self.fixed[g]] * len(self.choices), 0.0, [])
                 else:
-                    g, i = found
+                    g, i = best
                     c = open_[g].pop(i)
                     times[g].pop(i)
                 each = max(1, min(self._fits(slack, c, k), n))  # 1: found to fit, before rounding
                 full = min(c.many, n // each)
-                if found is None:
+                if best is None:
                     free -= full * self.sizes[g]
                 elif full < c.many:
                     rest = _Class(g, c.many - full, c.used, c.tokens, c.items)
@@ -214,11 +214,11 @@ class _Search:
             if best.seconds - low <= _CLOSE * best.seconds:
                 break
             middle = (low + best.seconds) / 2
-            found = self.pack(middle, counts, all_or_none=True)
-            if found is None:
+            packing = self.pack(middle, counts, all_or_none=True)
+            if packing is None:
                 low = middle
             else:
-                best = found
+                best = packing
         return best
 
 
@@ -253,12 +253,12 @@ class Planner:
         values, counts = np.unique(padded, return_counts=True)
         search = _Search(self.costs, values[::-1].tolist(), counts[::-1].tolist())
         bound = lower_bound(self.costs, search.lengths, search.counts)
-        found = self._search(search, math.inf)
-        assert found is not None  # every sequence fits a group, so each in a micro-step of its own does
+        best = self._search(search, math.inf)
+        assert best is not None  # every sequence fits a group, so each in a micro-step of its own does
         if len(self.costs.names) > 1 and (plain := self._plain(search)) is not None:
-            better = self._search(plain, self._seconds(found))
-            search, found = (search, found) if better is None else (plain, better)
-        packing = self._ranks(search, found, padded)
+            better = self._search(plain, self._seconds(best))
+            search, best = (search, best) if better is None else (plain, better)
+        packing = self._ranks(search, best, padded)
         held: list[int] = padded.tolist()
         packing = improve(self.costs, packing, held, self.rounds if self.costs.alike else self.rounds * 16)
         return Planned(packing, seconds(self.costs, packing, held), bound)
@@ -275,24 +275,24 @@ class Planner:
 
     def _search(self, search: _Search, below: float) -> _Steps:
         """The best of some numbers of micro-steps; where sequences are few, of smallest groups allowed as well."""
-        found = self._counts(search, below)
+        packing = self._counts(search, below)
         if sum(search.counts) <= _FEW:
             for floor in range(1, len(search.sizes)):
-                limit = below if found is None else self._seconds(found)
-                found = self._counts(search.without(floor), limit) or found
-        return found
+                limit = below if packing is None else self._seconds(packing)
+                packing = self._counts(search.without(floor), limit) or packing
+        return packing
 
-    def _seconds(self, found: list[_Packed]) -> float:
-        return sum(packed.seconds + self.costs.model.launch for packed in found)
+    def _seconds(self, packing: list[_Packed]) -> float:
+        return sum(packed.seconds + self.costs.model.launch for packed in packing)
 
     def _counts(self, search: _Search, below: float) -> _Steps:
         best: _Steps = None
         fewest = search.needed(search.counts)
         m = fewest
         while m <= fewest + self.more or (best is None and math.isinf(below)):
-            found = self._micro_steps(search, search.counts, m, below)
-            if found is not None:
-                best, below = found, self._seconds(found)
+            packing = self._micro_steps(search, search.counts, m, below)
+            if packing is not None:
+                best, below = packing, self._seconds(packing)
             m += 1
         return best
 
@@ -342,33 +342,33 @@ class Planner:
             high = min(high, below - m * self.costs.model.launch)
         limit = high
         for _ in range(_HALVINGS):
-            found: list[_Packed] = []
+            alike: list[_Packed] = []
             left = counts
-            while any(left) and len(found) < m:
+            while any(left) and len(alike) < m:
                 packed = search.pack(limit, left, all_or_none=False)
                 assert packed is not None
-                found.append(packed)
+                alike.append(packed)
                 left = packed.left
             if any(left):
                 if limit == high:
                     return None
                 low = limit
             else:
-                high = max(packed.seconds for packed in found)
-                if self._seconds(found) < below:
-                    best, below = found, self._seconds(found)
+                high = max(packed.seconds for packed in alike)
+                if self._seconds(alike) < below:
+                    best, below = alike, self._seconds(alike)
             limit = (low + high) / 2
             if high - low <= _CLOSE * high:
                 break
         return best
 
-    def _ranks(self, search: _Search, found: list[_Packed], padded: np.ndarray) -> Packing:
+    def _ranks(self, search: _Search, packing: list[_Packed], padded: np.ndarray) -> Packing:
         """Sequences for items, and ranks for groups."""
         order = np.argsort(-padded, kind="stable").tolist()
         begins = np.concatenate([[0], np.cumsum(search.counts)]).tolist()
         nexts = begins[:-1]
         micro_steps = []
-        for packed in found:
+        for packed in packing:
             groups = []
             for c in packed.classes:
                 name = self.costs.names[search.choice(c)]

@@ -37,10 +37,10 @@ class _OfSize(Scheduler):
 
     def pack(self, lengths: Sequence[int]) -> Packing:
         largest = max(self.costs.room(0, 0, size) for size in self.sizes)
-        found = [packing for size in self.sizes for packing in self.packings(lengths, size)]
-        if not found:
+        packings = [packing for size in self.sizes for packing in self.packings(lengths, size)]
+        if not packings:
             raise TooLongError(max(lengths), int(largest), self.costs)
-        return min(found, key=lambda packing: seconds(self.costs, packing, lengths))
+        return min(packings, key=lambda packing: seconds(self.costs, packing, lengths))
 
     def packings(self, lengths: Sequence[int], size: int) -> list[Packing]:
         """None where a sequence does not fit this size."""
@@ -96,9 +96,9 @@ class LongestFirst(_OfSize):
         tokens = np.asarray(lengths, dtype=np.float64)
         own = self.costs.computing(tokens).sum(0) / size + self.costs.sending(size).sum() * tokens
         order = np.argsort(-own, kind="stable")
-        found: list[Packing] = []
+        packings: list[Packing] = []
         steps = fewest
-        while steps <= fewest + self.more or not found:
+        while steps <= fewest + self.more or not packings:
             time, held = np.zeros(groups * steps), np.zeros(groups * steps)
             bins: list[list[int]] = [[] for _ in time]
             for s in order.tolist():
@@ -110,9 +110,9 @@ class LongestFirst(_OfSize):
                 bins[b].append(s)
             else:
                 ranked = sorted(range(len(bins)), key=lambda b: (-time[b], b))
-                found.append(self._packing([bins[b] for b in ranked], size))
+                packings.append(self._packing([bins[b] for b in ranked], size))
             steps += 1
-        return found
+        return packings
 
 
 class OneSize(_OfSize):
@@ -205,15 +205,15 @@ class WorkByPairs:
 
     def _all_ranks(self, lengths: Sequence[int], waiting: list[int]) -> tuple[list[tuple[int, list[int]]], list[int]]:
         ranks, total = self.costs.cluster.ranks, 0
-        taken: list[int] = []
+        occupied: list[int] = []
         left = []
         for s in waiting:
             if total + lengths[s] <= self.rank_tokens * ranks:
                 total += lengths[s]
-                taken.append(s)
+                occupied.append(s)
             else:
                 left.append(s)
-        return [(ranks, taken)], left
+        return [(ranks, occupied)], left
 
 
 class Balanced:

@@ -142,8 +142,8 @@ class SimulationSettings:
         """Draws batches from the file of lengths, and counts those of it that were left out. Raises ValueError, naming
         the key."""
         assert self.lengths is not None
-        found = read_lengths(Path(self.lengths))
-        fitting = found if self.longest is None else found[found <= self.longest]
+        lengths = read_lengths(Path(self.lengths))
+        fitting = lengths if self.longest is None else lengths[lengths <= self.longest]
         needed = steps * self.sequences
         if len(fitting) < needed:
             raise ValueError(
@@ -151,9 +151,9 @@ class SimulationSettings:
                 f"{self.longest or 'any'} tokens; scheduler.simulate={steps} of simulation.sequences={self.sequences} "
                 f"need {needed:,}"
             )
-        kept = fitting[:needed].reshape(steps, self.sequences).tolist()
-        read = needed if self.longest is None else int(np.flatnonzero(found <= self.longest)[needed - 1]) + 1
-        return kept, read - needed
+        chosen = fitting[:needed].reshape(steps, self.sequences).tolist()
+        read = needed if self.longest is None else int(np.flatnonzero(lengths <= self.longest)[needed - 1]) + 1
+        return chosen, read - needed
 
 
 def read_lengths(path: Path) -> np.ndarray:
@@ -161,18 +161,18 @@ def read_lengths(path: Path) -> np.ndarray:
     at = f"simulation.lengths={path}"
     try:
         if path.suffix == ".npy":
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-            if found.ndim != 1 or found.dtype.kind not in "iu":
+            lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+            if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
                 raise ValueError
-            found = np.asarray(found).astype(np.int64)
+            lengths = np.asarray(lengths).astype(np.int64)
         else:
             with path.open(encoding="ascii") as file:
                 words = (word for line in file for word in line.split())
-                found = np.fromiter((int(word) for word in islice(words, 10**8)), dtype=np.int64)
+                lengths = np.fromiter((int(word) for word in islice(words, 10**8)), dtype=np.int64)
     except OSError as error:
         raise ValueError(f"{at}: cannot be read ({error.strerror or error})") from None
     except (ValueError, OverflowError, EOFError):  # whose text may quote the file
         raise ValueError(f"{at}: must be a .npy array of one dimension, or text, of whole numbers") from None
-    if not len(found) or found.min() < 1 or found.max() >= 2**40:
+    if not len(lengths) or lengths.min() < 1 or lengths.max() >= 2**40:
         raise ValueError(f"{at}: must hold lengths of at least 1 token, and below 2^40")
-    return found
+    return lengths

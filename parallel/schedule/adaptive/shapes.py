@@ -87,7 +87,7 @@ def fitting(asks: Iterable[Ask], how: How, sizes: Sequence[int]) -> list[int]:
 
 def _messages(several: Counter[Ask], how: How, size: int, spans: int) -> Messages:
     """Messages of all layers together, for a rank in the middle, with one span a rank or two in zigzag."""
-    found = []
+    messages = []
     for span in (_SPAN, 2 * _SPAN):
         cuts = [i * span // spans for i in range(size * spans + 1)]
         pieces = list(zip(cuts, cuts[1:], strict=False))
@@ -97,7 +97,7 @@ def _messages(several: Counter[Ask], how: How, size: int, spans: int) -> Message
             for way in ask.received(layout, size // 2, how):
                 total += times * sum(way.bytes.values())
                 calls += times * sum(way.calls.values())
-        found.append((total, calls))
-    (short, calls), (long, _) = found
+        messages.append((total, calls))
+    (short, calls), (long, _) = messages
     token = (long - short) / (_SPAN * size)
     return Messages(max(0.0, short - token * _SPAN * size), token, calls)

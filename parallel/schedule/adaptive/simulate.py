@@ -52,8 +52,8 @@ def timing(costs: Costs, packing: Packing, lengths: Sequence[int]) -> Timing:
             own = slice(share.first, share.first + share.size)
             groups.append(costs.group(held, share.first, share.size, choice))
             loads[own] += groups[-1].sum()
-            kept = costs.states + costs.token_bytes[choice] * sum(held) / share.size
-            peak[own] = np.maximum(peak[own], kept)
+            memory = costs.states + costs.token_bytes[choice] * sum(held) / share.size
+            peak[own] = np.maximum(peak[own], memory)
         micro_steps.append(costs.micro_step(groups))
     return Timing(tuple(micro_steps), loads + launch * len(micro_steps), loads, peak)
 

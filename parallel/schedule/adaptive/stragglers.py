@@ -64,5 +64,5 @@ class Speeds:
         before, self.believed = self.believed, self._average.copy()
         self._away[:] = 0
         far = np.flatnonzero(np.abs(self.believed / before - 1) > self._change)
-        told = ", ".join(f"rank {r} at {self.believed[r]:.2f} (was {before[r]:.2f})" for r in far)
-        return f"speeds of ranks changed: {told}; the next plan gives them work accordingly"
+        changes = ", ".join(f"rank {r} at {self.believed[r]:.2f} (was {before[r]:.2f})" for r in far)
+        return f"speeds of ranks changed: {changes}; the next plan gives them work accordingly"

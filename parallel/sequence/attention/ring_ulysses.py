@@ -150,9 +150,9 @@ class _Attended(torch.autograd.Function):
             for hop in range(mesh.rows):
                 coming = mesh.turn(block, purpose="keys and values") if hop + 1 < mesh.rows else None
                 for a, asking in enumerate(mesh.links[mesh.row]):
-                    for b, asked in enumerate(mesh.links[mesh.row - hop]):
-                        if asking is not None and asked is not None:
-                            for meeting in meetings(mesh.chain, asking, asked):
+                    for b, queries in enumerate(mesh.links[mesh.row - hop]):
+                        if asking is not None and queries is not None:
+                            for meeting in meetings(mesh.chain, asking, queries):
                                 k, v = block[b].chunk(2, dim=-1)
                                 softmax.see(a, k, v, meeting)
                 if coming is not None:
@@ -180,11 +180,11 @@ class _Attended(torch.autograd.Function):
             coming = mesh.turn(block, purpose="keys and values") if hop + 1 < mesh.rows else None
             part = torch.zeros_like(gradient)
             for a, asking in enumerate(mesh.links[mesh.row]):
-                for b, asked in enumerate(mesh.links[mesh.row - hop]):
-                    if asking is not None and asked is not None:
+                for b, queries_of_hop in enumerate(mesh.links[mesh.row - hop]):
+                    if asking is not None and queries_of_hop is not None:
                         k, v = block[b].chunk(2, dim=-1)
                         dk, dv = part[b].chunk(2, dim=-1)
-                        for meeting in meetings(mesh.chain, asking, asked):
+                        for meeting in meetings(mesh.chain, asking, queries_of_hop):
                             transpose.see(a, k, v, dk, dv, meeting)
             if returning is not None:
                 (gradient,) = returning()

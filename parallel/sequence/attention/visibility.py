@@ -38,22 +38,24 @@ class VisibleKeys(NamedTuple):
     causal: bool
 
 
-def meetings(chain: SpanLayout, asking: Link, asked: Link) -> Iterator[VisibleKeys]:
-    """Every stretch of `asking` that sees tokens of `asked`: those of its own documents, itself included."""
-    if asked.begin > asking.begin:
+def meetings(chain: SpanLayout, queries: Link, keys: Link) -> Iterator[VisibleKeys]:
+    """Every stretch of `queries` that sees tokens of `keys`: those of its own documents, itself included."""
+    if keys.begin > queries.begin:
         return
-    documents = chain.documents_of(asking)
-    if asked == asking:
+    documents = chain.documents_of(queries)
+    if keys == queries:
         for _, begin, end in documents:
             yield VisibleKeys(
-                slice(begin - asking.begin, end - asking.begin), slice(begin - asking.begin, end - asking.begin), True
+                slice(begin - queries.begin, end - queries.begin),
+                slice(begin - queries.begin, end - queries.begin),
+                True,
             )
         return
     first, begin, end = documents[0]  # only this one may have begun in an earlier span
-    low = max(first, asked.begin)
-    if low < asked.end:
+    low = max(first, keys.begin)
+    if low < keys.end:
         yield VisibleKeys(
-            slice(begin - asking.begin, end - asking.begin), slice(low - asked.begin, asked.end - asked.begin), False
+            slice(begin - queries.begin, end - queries.begin), slice(low - keys.begin, keys.end - keys.begin), False
         )
 
 

@@ -33,8 +33,8 @@ def attend_in_window(
     counts = [sum(b - a for a, b in ranges) for ranges in wanted]
     longest = max(counts)
     rows = []
-    for kept, count in zip(past.split(counts), counts, strict=True):  # the span's own tokens line up behind its past
-        rows.append(torch.cat((kept.new_zeros(longest - count, *kept.shape[1:]), kept)))
+    for span, count in zip(past.split(counts), counts, strict=True):  # the span's own tokens line up behind its past
+        rows.append(torch.cat((span.new_zeros(longest - count, *span.shape[1:]), span)))
     keys, values = (
         torch.cat((before, own), dim=1)
         for before, own in zip(torch.stack(rows).split((k.shape[-1], v.shape[-1]), dim=-1), (k, v), strict=True)
@@ -70,17 +70,17 @@ def _fetched(chain: SpanLayout, orders: dict[int, list[tuple[Link, slice]]], x: 
         )
         for source in sorted({link.rank for link, _ in orders[me]} - {me})
     }
-    found, taken = [], dict.fromkeys(arrived, 0)
+    pieces, counts = [], dict.fromkeys(arrived, 0)
     for link, at in orders[me]:
         if link.rank == me:
-            found.append(x[link.row, at])
+            pieces.append(x[link.row, at])
             continue
-        begin = taken[link.rank]
-        taken[link.rank] += at.stop - at.start
-        found.append(arrived[link.rank][begin : taken[link.rank]])
+        begin = counts[link.rank]
+        counts[link.rank] += at.stop - at.start
+        pieces.append(arrived[link.rank][begin : counts[link.rank]])
     for work, _ in sent:
         work.wait()
-    return [torch.cat(found) if found else x.new_empty(0, *x.shape[2:])]
+    return [torch.cat(pieces) if pieces else x.new_empty(0, *x.shape[2:])]
 
 
 class _Fetch(torch.autograd.Function):

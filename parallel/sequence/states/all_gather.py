@@ -32,11 +32,11 @@ class GatherEffects:
         recurrence: Recurrence,
         effect: Effect,
         entering: Tensor,
-        kept: list[Tensor],
+        saved: list[Tensor],
         grad: Tensor,
     ) -> Tensor:
         gathered = chain.comm.all_gather(_padded(chain, grad.flatten(1)), purpose="state gradient")
-        spans = list(self._spans(chain, effect, kept[0], len(chain.links)))
+        spans = list(self._spans(chain, effect, saved[0], len(chain.links)))
         states, state = [], torch.zeros_like(spans[0].U)
         for span in spans:  # what they are matters only where `act` is not linear in them
             states.append(state)

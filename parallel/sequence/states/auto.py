@@ -42,10 +42,10 @@ class AutoTransport:
         recurrence: Recurrence,
         effect: Effect,
         entering: Tensor,
-        kept: list[Tensor],
+        saved: list[Tensor],
         grad: Tensor,
     ) -> Tensor:
-        return self._way(chain, recurrence, effect).gradients(chain, recurrence, effect, entering, kept, grad)
+        return self._way(chain, recurrence, effect).gradients(chain, recurrence, effect, entering, saved, grad)
 
     def _way(self, chain: SpanLayout, recurrence: Recurrence, effect: Effect) -> Transport:
         decay, state = effect.A[0].nbytes, effect.U[0].nbytes
@@ -62,8 +62,8 @@ def measure(comm: Comm, world: Comm, device: torch.device) -> LinkCost:
 
     def ping(size: int, times: int) -> float:
         """Seconds, the median of so many; the worst rank's. The first, which may set up a connection, is not one."""
-        taken = [_ping(comm, size, device) for _ in range(times + 1)][1:] if comm.size > 1 else [0.0]
-        own = torch.tensor([statistics.median(taken)], dtype=torch.float64, device=device)
+        seconds = [_ping(comm, size, device) for _ in range(times + 1)][1:] if comm.size > 1 else [0.0]
+        own = torch.tensor([statistics.median(seconds)], dtype=torch.float64, device=device)
         return float(world.all_gather(own, purpose="ping").max())
 
     latency, size = ping(SMALL, 9), MIDDLE

@@ -46,7 +46,7 @@ class Relay:
         recurrence: Recurrence,
         effect: Effect,
         entering: Tensor,
-        kept: list[Tensor],
+        saved: list[Tensor],
         grad: Tensor,
     ) -> Tensor:
         leaving: dict[int, Tensor] = {}

@@ -47,7 +47,7 @@ class Transport(Protocol):
         recurrence: Recurrence,
         effect: Effect,
         entering: Tensor,
-        kept: list[Tensor],
+        saved: list[Tensor],
         grad: Tensor,
     ) -> Tensor:
         """Returns the gradients [B, ...] of the states that leave this rank's spans, from those of the entering
@@ -95,20 +95,20 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, crossing: Crossing, departed: Tensor, A: Tensor, U: Tensor, alive: Tensor) -> Tensor:
         def arrive(_: Tensor) -> list[Tensor]:
-            entering, kept = crossing.arrive()
-            return [entering, *kept]
+            entering, saved = crossing.arrive()
+            return [entering, *saved]
 
-        entering, *kept = as_operator(arrive, departed)
+        entering, *saved = as_operator(arrive, departed)
         ctx.crossing = crossing
-        ctx.save_for_backward(A, U, alive, entering, *kept)
+        ctx.save_for_backward(A, U, alive, entering, *saved)
         return entering
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        A, U, alive, entering, *kept = ctx.saved_tensors
+        A, U, alive, entering, *saved = ctx.saved_tensors
         crossing: Crossing = ctx.crossing
         effect = Effect(A.detach(), U.detach(), alive)
-        crossing.depart(crossing.transport.gradients, effect, entering, kept, grad)
+        crossing.depart(crossing.transport.gradients, effect, entering, saved, grad)
 
         def local() -> tuple[Tensor, Tensor]:
             return transpose(crossing.recurrence, effect, entering, crossing.arrive())[:2]

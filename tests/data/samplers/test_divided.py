@@ -48,7 +48,7 @@ def test_one_text_trains_on_its_begin_and_holds_out_its_end(tmp_path: Path, pack
     assert read_by_training(batches, 30) <= set(range(train))
     held = np.concatenate([window.tokens for window in batches.heldout()])
     assert held.tolist() == list(TEXT[train - 1 : train - 1 + 256])
-    line, *more = batches.told()
+    line, *more = batches.report()
     assert len(more) == (packing == "best_fit"), "which says that it cuts the document"
     assert line == (
         "data.path: too few documents to hold out whole ones by data.heldout=0.1: of the document the first 2,340 "
@@ -105,14 +105,14 @@ def test_what_is_held_out_may_be_less_than_a_window(tmp_path: Path) -> None:
     (window,) = batches.heldout()
     assert window.tokens[:22].tolist() == list(TEXT[678:700])
     assert window.num_targets == 22
-    assert "22 tokens are held out, less than a sequence of data.max_length=64" in batches.told()[1]
+    assert "22 tokens are held out, less than a sequence of data.max_length=64" in batches.report()[1]
 
 
 def test_many_documents_are_split_as_ever(tmp_path: Path) -> None:
     store = opened(tmp_path, prose(FEW, 50)).sources[0].store
     assert not hasattr(store, "cut")
     few = opened(tmp_path / "few", prose(20, 500, 3), heldout=0.3)
-    assert not hasattr(few.sources[0].store, "cut") and few.told() == []
+    assert not hasattr(few.sources[0].store, "cut") and few.report() == []
 
 
 def test_a_divided_store_is_found_again_after_pickling(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_documents_that_are_too_long_are_split_left_out_or_refused(tmp_path: Pat
     split, skipped = seen("split"), seen("skip")
     assert split[0] == set(range(8)) and skipped[0] == kept
     assert split[1].longest_piece == 64 and split[1].fingerprint != skipped[1].fingerprint
-    assert skipped[1].told()[-1] == (
+    assert skipped[1].report()[-1] == (
         "data.too_long=skip: 2 documents with more than data.max_length=64 tokens, 165 together, are left out"
     )
     with pytest.raises(ValueError, match="error: there are 2 documents .* longest has 100; must be skip or split, or"):

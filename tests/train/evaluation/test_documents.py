@@ -93,7 +93,7 @@ def test_the_loss_beyond_the_trained_length_is_held_against_that_within_of_the_s
         costs = [2.0 + (np.arange(len(s.tokens)) >= 64) + (i == 1) for i, s in enumerate(sequences)]
         return [Score(cost, cost > 0) for cost in costs]
 
-    given = {"trained": 32, "beyond": 4, "most": 2, "tokens": 1000, "told": lambda done, of: None}
+    given = {"trained": 32, "beyond": 4, "most": 2, "tokens": 1000, "tell": lambda done, of: None}
     found = documents.extrapolation(scorer, batches, **given)  # type: ignore[arg-type]
     assert found["whole"] and found["sequences"] == 2 and [len(s.tokens) for s in seen] == [129, 129]
     assert [(row["from"], row["to"]) for row in found["octaves"]] == [(16, 32), (32, 64), (64, 128)]
@@ -127,7 +127,7 @@ def test_far_context_is_the_same_targets_with_all_and_with_the_last_tokens_befor
         costs = [np.where(s.targets != NO_TARGET, np.log2(1 + np.arange(len(s.tokens))), 0.0) for s in sequences]
         return [Score(cost, cost > 0) for cost in costs]
 
-    given = {"length": 150, "context": 16, "most": 2, "told": lambda done, of: None}
+    given = {"length": 150, "context": 16, "most": 2, "tell": lambda done, of: None}
     found = documents.long_range(scorer, batches, **given)  # type: ignore[arg-type]
     assert found["scored"] == 4
     assert [(row["length"], row["documents"]) for row in found["lengths"]] == [(32, 3), (64, 3), (128, 2)]

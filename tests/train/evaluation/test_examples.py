@@ -69,7 +69,7 @@ def test_a_needle_of_symbols_is_a_mark_a_key_and_an_answer():
 
 
 def test_cells_average_their_own_examples(texts):
-    sizes = {"lengths": [100, 200, 300], "depths": 2, "samples": 2, "told": lambda done, of: None}
+    sizes = {"lengths": [100, 200, 300], "depths": 2, "samples": 2, "tell": lambda done, of: None}
     found = examples.needle(knowing(0, 1, 2, 7), texts, **sizes, all_fit=False)  # type: ignore[arg-type]
     assert found["lengths"] == [200, 300] and found["depths"] == [0.0, 1.0] and found["words"]
     assert found["exact"] == [[1.0, 0.5], [0.0, 0.5]]
@@ -85,7 +85,7 @@ def test_recall_asks_for_the_value_that_stood_behind_the_key(texts):
         seen.extend(sequences)
         return knowing(0)(sequences, told)
 
-    sizes = {"lengths": [16, 64], "symbols": 12, "pairs": 4, "samples": 3, "told": lambda done, of: None}
+    sizes = {"lengths": [16, 64], "symbols": 12, "pairs": 4, "samples": 3, "tell": lambda done, of: None}
     found = examples.recall(spy, texts, **sizes)  # type: ignore[arg-type]
     known = set(examples.alphabet(texts, 12).tolist())
     for example in seen:
@@ -105,7 +105,7 @@ def test_copies_are_of_the_vocabulary(texts):
         seen.extend(sequences)
         return knowing()(sequences, told)
 
-    found = examples.copy(spy, texts, lengths=[2, 11, 32], symbols=6, samples=2, told=lambda done, of: None)  # type: ignore[arg-type]
+    found = examples.copy(spy, texts, lengths=[2, 11, 32], symbols=6, samples=2, tell=lambda done, of: None)  # type: ignore[arg-type]
     assert [row["length"] for row in found["lengths"]] == [10, 32]
     for example in seen:
         half = len(example.tokens) // 2
