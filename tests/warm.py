@@ -108,7 +108,9 @@ def serve(address: str, modules: list[str]) -> None:
     """Forks a process for each client, until our parent is gone."""
     import importlib
 
-    for name in (*IMPORTS, *modules):
+    from tests.late_imports import LATE
+
+    for name in (*IMPORTS, *LATE, *modules):
         importlib.import_module(name)
     import torch
 

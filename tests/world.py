@@ -6,10 +6,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tests.late_imports import LATE
+
 _context = multiprocessing.get_context("forkserver")
 _PRELOAD = ("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "parallel.parallelize")
 _DRAWS = ("matplotlib.figure", "matplotlib.backends.backend_agg")  # a corpus's card
-_context.set_forkserver_preload([*_PRELOAD, *_DRAWS, "hydra.utils", "torch.utils.flop_counter", "train.build"])
+_context.set_forkserver_preload([*_PRELOAD, *_DRAWS, "hydra.utils", "torch.utils.flop_counter", "train.build", *LATE])
 
 
 def run_world(

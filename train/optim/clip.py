@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.collectives import Comm
-from parallel.fsdp import by_mesh, norm
+from parallel.fsdp import norm
 from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
 from parallel.pipeline import Pipeline
@@ -44,8 +44,9 @@ def clip(
         after = _total(parameters, gradients, comm, pipeline)
     # One that is not finite scales nothing: it would spread to all gradients, and hide where it is from.
     size = after.nan_to_num(0.0, 0.0, 0.0)
-    for several in by_mesh(parameters):
-        nn.utils.clip_grads_with_norm_(several, largest, size.to(several[0].dtype))
+    for dtype in {g.dtype for g in gradients}:
+        scale = (largest / (size.to(dtype) + EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_([local(g) for g in gradients if g.dtype == dtype], scale)
     return before
 
 
