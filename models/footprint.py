@@ -1,0 +1,176 @@
+"""The bytes that a layer's tensors hold while it trains, read off the layer: run on the meta device, storages counted.
+
+Nothing is computed there, and every operator makes storages of the sizes that it would make elsewhere. They are counted
+from their making to their end, so that what a forward pass leaves for the backward, and the most that either holds at a
+time, come out as they are, without a formula that could be wrong. A fused kernel of a device makes fewer than the
+reference kernels that run here.
+
+Bytes are affine in the tokens once these are many: what does not grow with them are gradients of weights, and weights
+cast to another dtype. `Footprints.at` draws lines between, and beyond, the numbers of tokens at which a layer has run.
+"""
+
+import contextlib
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.accounting import Traced, by_shape
+from models.lm import LM
+from models.recompute import Tape
+
+SAMPLES = (256, 1024, 2048)  # tokens that a layer runs on
+
+
+class Footprint(NamedTuple):
+    """Bytes of one layer, besides its input and its weights.
+
+    kept: left by the forward pass for the backward, its output among them. output: of these, the output. dear: of
+    these, the results that selective recomputation keeps. forward: the most at a time in the forward pass. plain: the
+    same where nothing is left. backward: the most at a time in the backward pass, from what was kept to the gradients.
+    gradients: of its weights, whole.
+    """
+
+    kept: float
+    output: float
+    dear: float
+    forward: float
+    plain: float
+    backward: float
+    gradients: float
+
+    def under(self, recompute: str) -> tuple[float, float, float]:
+        """Bytes kept, and the most in the forward and in the backward pass, under `engine.recompute`.
+
+        What is kept of a layer is counted in its backward pass, and not twice.
+        """
+        if recompute == "full":
+            return self.output, self.plain, self.backward
+        if recompute == "selective":
+            return self.output + self.dear, self.plain + self.dear, self.backward
+        return self.kept, self.forward, self.backward
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """Footprints of one layer by the tokens of a rank."""
+
+    points: tuple[tuple[int, Footprint], ...]
+
+    def at(self, tokens: int) -> Footprint:
+        """On the line between the two nearest numbers of tokens, or beyond the last two; never below 0."""
+        known = [n for n, _ in self.points]
+        i = min(max(bisect_left(known, tokens), 1), len(known) - 1) if len(known) > 1 else 0
+        if tokens == known[i] or len(known) == 1:
+            return self.points[i][1]
+        (low, a), (high, b) = self.points[i - 1], self.points[i]
+        share = (tokens - low) / (high - low)
+        return Footprint(*(max(0.0, x + (y - x) * share) for x, y in zip(a, b, strict=True)))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators make while it is entered: `now`, and the `most` at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in given | self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def _end(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def footprints(
+    model: LM, tokens: Sequence[int] = SAMPLES, *, device: str = "cpu", ranks: int = 1
+) -> tuple[list[Footprints], Footprints]:
+    """Those of each layer of a model on the meta device, and of its norm, head and loss; layers alike are run once.
+
+    tokens: of a rank, by which they are wanted. device: see `models.accounting.account`. ranks: that share out the
+    tokens between layers (`models.width`). Raises NotImplementedError for a layer whose course depends on data.
+    """
+    rows, known = model.coupled(), dict[Any, Footprints]()
+    found = []
+    for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
+        alike = (kind, *(p.shape for p in layer.parameters()))
+        if alike not in known:
+            run = _layer(layer, rows.get(name, {}))
+            points = [(n, _traced(run, layer, model, n, device=device, ranks=ranks)) for n in tokens]
+            known[alike] = Footprints(tuple(points))
+        found.append(known[alike])
+    head = [(n, _traced(_head(model), model, model, n, device=device, ranks=ranks, layer=False)) for n in tokens]
+    return found, Footprints(tuple(head))
+
+
+Run = Callable[[Tensor, Traced], Tensor]
+
+
+def _layer(layer: nn.Module, rows: Mapping[str, Any]) -> Run:
+    return lambda x_BTD, seq: layer(x_BTD, seq, **rows)[0]
+
+
+def _head(model: LM) -> Run:
+    def run(x_BTD: Tensor, seq: Traced) -> Tensor:
+        rows = (seq.positions.shape[0], seq.positions.shape[1])
+        whole_BTD = model.width.enter(model.norm(x_BTD), rows)
+        return model.score(whole_BTD, torch.zeros(rows, dtype=torch.long, device="meta"))[0]
+
+    return run
+
+
+def _traced(run: Run, module: nn.Module, model: LM, tokens: int, *, device: str, ranks: int, layer: bool = True):
+    elsewhere = set() if layer else {id(p) for p in model.layers.parameters()}
+    parameters = [p for p in module.parameters() if id(p) not in elsewhere]
+    seq = Traced.of_length(tokens)
+    shape = (1, -(-tokens // ranks), model.dim)
+    x_BTD = torch.empty(shape, dtype=model.compute, device="meta", requires_grad=True)
+    try:
+        with by_shape(module, device), _without_gradients(parameters):
+            with LiveBytes() as alone:
+                with torch.no_grad():
+                    y = run(x_BTD, seq)
+                del y
+            tape = Tape()
+            if layer:
+                with tape.recording(), torch.no_grad():
+                    y = run(x_BTD, seq)
+                del y
+            with LiveBytes() as live:
+                y = run(x_BTD, seq)
+                kept, forward, output = live.now, live.most, y.untyped_storage().nbytes()
+                live.most = live.now
+                gradient = torch.empty_like(y)
+                torch.autograd.backward([y], [gradient])
+                del y, gradient
+            gradients = sum(p.grad.numel() * p.grad.itemsize for p in parameters if p.grad is not None)
+    except RuntimeError as error:  # what the meta device cannot do
+        raise NotImplementedError(f"memory: {(str(error).splitlines() or [''])[0]}") from error
+    return Footprint(kept, output, tape.bytes, forward, alone.most, live.most, gradients)
+
+
+@contextlib.contextmanager
+def _without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.grad = None
