@@ -6,14 +6,13 @@ time, come out as they are, without a formula that could be wrong. A fused kerne
 reference kernels that run here.
 
 Bytes are affine in the tokens once these are many: what does not grow with them are gradients of weights, and weights
-cast to another dtype. `Footprints.at` draws lines between, and beyond, the numbers of tokens at which a layer has run.
+cast to another dtype. So a line through two numbers of tokens is as good beyond them (`between`), where both lie beyond
+what a kernel takes at a time (`models.recurrence.Recurrence.stretch`).
 """
 
 import contextlib
 import weakref
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,19 +24,19 @@ from models.accounting import Traced, by_shape
 from models.lm import LM
 from models.recompute import Tape
 
-SAMPLES = (256, 1024, 2048)  # tokens that a layer runs on
+SAMPLES = (128, 512, 1024, 2048, 4096, 6144)  # tokens between which lines are drawn
 
 
 class Footprint(NamedTuple):
     """Bytes of one layer, besides its input and its weights.
 
-    kept: left by the forward pass for the backward, its output among them. output: of these, the output. dear: of
+    saved: left by the forward pass for the backward, its output among them. output: of these, the output. dear: of
     these, the results that selective recomputation keeps. forward: the most at a time in the forward pass. plain: the
-    same where nothing is left. backward: the most at a time in the backward pass, from what was kept to the gradients.
+    same where nothing is left. backward: the most at a time in the backward pass, from what was saved to the gradients.
     gradients: of its weights, whole.
     """
 
-    kept: float
+    saved: float
     output: float
     dear: float
     forward: float
@@ -46,32 +45,15 @@ class Footprint(NamedTuple):
     gradients: float
 
     def under(self, recompute: str) -> tuple[float, float, float]:
-        """Bytes kept, and the most in the forward and in the backward pass, under `engine.recompute`.
+        """Bytes saved, and the most in the forward and in the backward pass, under `engine.recompute`.
 
-        What is kept of a layer is counted in its backward pass, and not twice.
+        What is saved of a layer is counted in its backward pass, and not twice.
         """
         if recompute == "full":
             return self.output, self.plain, self.backward
         if recompute == "selective":
             return self.output + self.dear, self.plain + self.dear, self.backward
-        return self.kept, self.forward, self.backward
-
-
-@dataclass(frozen=True)
-class Footprints:
-    """Footprints of one layer by the tokens of a rank."""
-
-    points: tuple[tuple[int, Footprint], ...]
-
-    def at(self, tokens: int) -> Footprint:
-        """On the line between the two nearest numbers of tokens, or beyond the last two; never below 0."""
-        known = [n for n, _ in self.points]
-        i = min(max(bisect_left(known, tokens), 1), len(known) - 1) if len(known) > 1 else 0
-        if tokens == known[i] or len(known) == 1:
-            return self.points[i][1]
-        (low, a), (high, b) = self.points[i - 1], self.points[i]
-        share = (tokens - low) / (high - low)
-        return Footprint(*(max(0.0, x + (y - x) * share) for x, y in zip(a, b, strict=True)))
+        return self.saved, self.forward, self.backward
 
 
 class LiveBytes(TorchDispatchMode):
@@ -98,25 +80,26 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def footprints(
-    model: LM, tokens: Sequence[int] = SAMPLES, *, device: str = "cpu", ranks: int = 1
-) -> tuple[list[Footprints], Footprints]:
+def footprints(model: LM, tokens: int, *, device: str = "cpu", ranks: int = 1) -> tuple[list[Footprint], Footprint]:
     """Those of each layer of a model on the meta device, and of its norm, head and loss; layers alike are run once.
 
-    tokens: of a rank, by which they are wanted. device: see `models.accounting.account`. ranks: that share out the
-    tokens between layers (`models.width`). Raises NotImplementedError for a layer whose course depends on data.
+    tokens: of a rank. device: see `models.accounting.account`. ranks: that share out the tokens between layers
+    (`models.width`). Raises NotImplementedError for a layer whose course depends on data.
     """
-    rows, known = model.coupled(), dict[Any, Footprints]()
-    found = []
+    rows, by_kind, layers = model.coupled(), dict[Any, Footprint](), []
     for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
         alike = (kind, *(p.shape for p in layer.parameters()))
-        if alike not in known:
+        if alike not in by_kind:
             run = _layer(layer, rows.get(name, {}))
-            points = [(n, _traced(run, layer, model, n, device=device, ranks=ranks)) for n in tokens]
-            known[alike] = Footprints(tuple(points))
-        found.append(known[alike])
-    head = [(n, _traced(_head(model), model, model, n, device=device, ranks=ranks, layer=False)) for n in tokens]
-    return found, Footprints(tuple(head))
+            by_kind[alike] = _traced(run, layer, model, tokens, device=device, ranks=ranks)
+        layers.append(by_kind[alike])
+    return layers, _traced(_head(model), model, model, tokens, device=device, ranks=ranks, layer=False)
+
+
+def between(tokens: int, low: int, a: Footprint, high: int, b: Footprint) -> Footprint:
+    """On the line through the footprints of `low` and `high` tokens, or beyond them; never below 0."""
+    share = (tokens - low) / (high - low)
+    return Footprint(*(max(0.0, x + (y - x) * share) for x, y in zip(a, b, strict=True)))
 
 
 Run = Callable[[Tensor, Traced], Tensor]
@@ -135,7 +118,10 @@ def _head(model: LM) -> Run:
     return run
 
 
-def _traced(run: Run, module: nn.Module, model: LM, tokens: int, *, device: str, ranks: int, layer: bool = True):
+def _traced(
+    run: Run, module: nn.Module, model: LM, tokens: int, *, device: str, ranks: int, layer: bool = True
+) -> Footprint:
+    """Runs it forward without a graph, forward noting dear results, and forward and backward."""
     elsewhere = set() if layer else {id(p) for p in model.layers.parameters()}
     parameters = [p for p in module.parameters() if id(p) not in elsewhere]
     seq = Traced.of_length(tokens)
@@ -154,7 +140,7 @@ def _traced(run: Run, module: nn.Module, model: LM, tokens: int, *, device: str,
                 del y
             with LiveBytes() as live:
                 y = run(x_BTD, seq)
-                kept, forward, output = live.now, live.most, y.untyped_storage().nbytes()
+                saved, forward, output = live.now, live.most, y.untyped_storage().nbytes()
                 live.most = live.now
                 gradient = torch.empty_like(y)
                 torch.autograd.backward([y], [gradient])
@@ -162,7 +148,7 @@ def _traced(run: Run, module: nn.Module, model: LM, tokens: int, *, device: str,
             gradients = sum(p.grad.numel() * p.grad.itemsize for p in parameters if p.grad is not None)
     except RuntimeError as error:  # what the meta device cannot do
         raise NotImplementedError(f"memory: {(str(error).splitlines() or [''])[0]}") from error
-    return Footprint(kept, output, tape.bytes, forward, alone.most, live.most, gradients)
+    return Footprint(saved, output, tape.bytes, forward, alone.most, live.most, gradients)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from parallel.schedule.devices import DEVICES
 from parallel.schedule.mesh import DIMENSIONS, Mesh
 from parallel.schedule.stages import PIPELINE_SCHEDULES, PipelineScheduleName
 
@@ -63,6 +64,29 @@ class TransportSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """The machines that a layout is chosen for, and held against.
+
+    device: kind of device whose published figures are taken, a100, a100_40g, b200, h100 or h200; null for this
+    machine's. `farspan plan` needs none of them. memory: GiB of a rank; null for the device's. A run whose tensors need
+    more is refused, where this or `device` is given. ranks: number of ranks of a machine, whose messages do not leave
+    it; null for the device's 8, or for all ranks without a device.
+    """
+
+    device: str | None = None
+    memory: float | None = None
+    ranks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device is not None and self.device not in DEVICES:
+            raise ValueError(f"parallel.machine.device={self.device}: must be one of {', '.join(sorted(DEVICES))}")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"parallel.machine.memory={self.memory}: must be above 0, or null")
+        if self.ranks is not None and self.ranks < 1:
+            raise ValueError(f"parallel.machine.ranks={self.ranks}: must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
     """Sizes of the mesh, whose product is cluster.workers.
 
@@ -74,7 +98,9 @@ class ParallelSettings:
     (2104.04473); zero_bubble: gradients of weights are computed while a rank would wait (2401.10241). pipeline_layers:
     numbers of layers of the stages, first to last; null for cuts that make the heaviest stage as light as can be, by
     FLOPs, the head's included. stages_per_rank: stages of each pipeline rank, one round after another. expert: ranks
-    that share out each layer's experts. tensor: ranks that share the heads and widths of each layer.
+    that share out each layer's experts. tensor: ranks that share the heads and widths of each layer. auto: true chooses
+    all sizes that are 1 or null, micro-steps (scheduler.tokens_per_rank) and, where engine.recompute is none,
+    recomputation: the fastest layout, by a cost model, of those that fit a rank's memory.
     """
 
     data: int | None = None
@@ -87,6 +113,8 @@ class ParallelSettings:
     expert: int = 1
     tensor: int = 1
     transport: TransportSettings = TransportSettings()
+    auto: bool = False
+    machine: MachineSettings = MachineSettings()
 
     def __post_init__(self) -> None:
         name, each = self.pipeline_schedule, self.stages_per_rank

@@ -1,22 +1,20 @@
 """The memory of a run's ranks, from its configuration alone: shapes of the model, the mesh, the plan's tokens.
 
 The model is divided over tensor ranks and run on the meta device (`models.footprint`); its weights are cut as FSDP, the
-expert groups and the pipeline cut them; `parallel.schedule.step_memory` puts both together. `MemoryModel` has the part
-that depends on the model, so that a search asks it for one layout after another.
+expert groups and the pipeline cut them; `parallel.schedule.step_memory` puts both together. A `MemoryModel` remembers
+what it has run, so that a search may ask it for one layout after another.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from models.axes import declarations
-from models.footprint import SAMPLES, Footprint, Footprints, footprints
+from models.footprint import SAMPLES, Footprint, between, footprints
 from models.lm import LM
 from models.moe import mixtures
 from parallel.pipeline import PipelineCut, orders
@@ -29,6 +27,8 @@ from train.optim.build import moments
 from train.precision import dtypes
 from train.run_config import RunConfig
 from train.stages import cuts
+
+ROOT = ""  # in place of a layer's name: what is in no layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +43,28 @@ class MemoryLayout:
     cut: PipelineCut | None = None
 
 
-@dataclass(frozen=True)
-class _Divided:
-    """A model on one of some tensor ranks: footprints of layers and head, numbers of parameters by name."""
+class _Weight(NamedTuple):
+    """A parameter of a tensor rank: name, rows, numbers a row; whether it is of experts."""
 
-    layers: list[Footprints]
-    head: Footprints
-    sizes: dict[str, tuple[int, int]]  # rows, numbers a row
-    asks: tuple[Ask, ...]
+    name: str
+    rows: int
+    rest: int
+    expert: bool
 
 
 class MemoryModel:
-    """The memory of a configuration's model in any layout. device: cpu or cuda. samples: tokens that layers run on."""
+    """The memory of a configuration's model in any layout. device: cpu or cuda. exact: layers run on the very number of
+    tokens, where that is not too many."""
 
-    def __init__(self, config: RunConfig, device: str, *, samples: Sequence[int] = SAMPLES):
-        self.config, self.device, self.samples = config, device, samples
+    def __init__(self, config: RunConfig, device: str, *, exact: bool = False):
+        self.config, self.device, self.exact = config, device, exact
         self.compute, self.master = dtypes(config.precision.compute, device)
-        self._divided: dict[tuple[int, int], _Divided] = {}
+        self._models: dict[tuple[int, int], LM] = {}
+        self._runs: dict[tuple[int, int, int], tuple[list[Footprint], Footprint]] = {}
+        self._weights: dict[int, dict[str, list[_Weight]]] = {}
 
     def build(self) -> LM:
-        """A model on the meta device, as the run's computes."""
+        """A model on the meta device, which computes as the run's does."""
         with torch.device("meta"):
             model: LM = self.config.model.build()
         model.compute, model.loss_chunk = self.compute, self.config.train.loss_chunk
@@ -73,120 +75,144 @@ class MemoryModel:
         return self.build()
 
     @cached_property
-    def states(self) -> float:
+    def beside(self) -> float:
         """Numbers of the optimizer and of averages beside each weight."""
         train = self.config.train
         averages = {"none": 0, "ema": 1, "last": train.average_count}[train.average]
         parameters = sum(p.numel() for p in self.whole.parameters())
         return averages + moments(self.config.optimizer.build(), self.build()) / parameters
 
-    def divided(self, tensor: int, expert: int) -> _Divided:
-        """The model on the first of so many tensor ranks, with its share of the experts. Raises ValueError as
-        `parallel.tensor.division` does, NotImplementedError for a model whose course depends on data."""
-        key = tensor, expert
-        if key not in self._divided:
-            model = self.build()
-            divided(model, tensor, 0)
-            sizes = {name: (p.shape[0], p[0].numel()) for name, p in model.named_parameters()}
-            spread(model, expert)
-            kind = self.device if expert == 1 else "cuda"  # experts elsewhere are not run in turn
-            layers, head = footprints(model, self.samples, device=kind, ranks=tensor)
-            sequence = self.config.parallel.sequence != 1
-            asks = asked(model, device=self.device) if sequence and tensor == 1 else ()
-            self._divided[key] = _Divided(layers, head, sizes, asks)
-        return self._divided[key]
+    @cached_property
+    def asks(self) -> tuple[Ask, ...]:
+        return asked(self.whole, device=self.device)
 
-    def of(self, layout: MemoryLayout) -> Parts:
-        """The parts of the fullest rank's peak, in bytes."""
-        ranks = range(layout.mesh.pipeline)
-        found = [self.step(layout, rank) for rank in ranks]
-        return max((step.peak() for step in found), key=lambda parts: sum(parts.values()))
+    def parts(self, layout: MemoryLayout) -> Parts:
+        """The parts of the fullest rank's peak, in bytes. Raises ValueError as `parallel.tensor.division` does,
+        NotImplementedError for a model whose course depends on data."""
+        peaks = [self.step(layout, rank).peak() for rank in range(layout.mesh.pipeline)]
+        return max(peaks, key=lambda parts: sum(parts.values()))
+
+    def largest(self, mesh: Mesh) -> tuple[str, float]:
+        """The largest weight of a rank of such a mesh, before it is sharded: its name and bytes."""
+        weights = [w for several in self.weights(mesh.tensor).values() for w in several]
+        sizes = {w.name: w.rows // (mesh.expert if w.expert else 1) * w.rest * self.master.itemsize for w in weights}
+        name = max(sizes, key=lambda name: sizes[name])
+        return name, sizes[name]
 
     def step(self, layout: MemoryLayout, rank: int = 0) -> StepMemory:
         """The step of a pipeline rank."""
-        mesh, engine = layout.mesh, self.config.engine
-        known = self.divided(mesh.tensor, mesh.expert)
-        tokens = max(layout.tokens, 1)
-        sharding = mesh.data * mesh.expert * mesh.sequence
-        experts = {p for name in mixtures(self.whole) for p in known.sizes if p.startswith(f"{name}.") and ".experts." in p}
-        held = set(known.sizes) if layout.cut is None else {n for n, r in layout.cut.holders.items() if rank in r}
-        own = [i for i in range(len(known.layers)) if layout.cut is None or any(i in layout.cut.cuts[s] for s in layout.cut.stages(rank))]
-
-        def weights(prefix: str | None) -> tuple[float, float]:
-            """Bytes of a layer's weights on a rank, whole and sharded; None: of those outside of layers."""
-            whole = shard = 0
-            for name in held:
-                inside = name.startswith("layers.")
-                if name.startswith(f"layers.{prefix}.") if prefix is not None else not inside:
-                    rows, rest = known.sizes[name]
-                    over = sharding
-                    if name in experts and mesh.expert > 1:
-                        rows, over = rows // mesh.expert, mesh.data * mesh.sequence
-                    whole += rows * rest
-                    shard += -(-rows // over) * rest
-            return whole * self.master.itemsize, shard * self.master.itemsize
-
-        layers = []
+        mesh, cut = layout.mesh, layout.cut
+        runs, head = self._at(layout)
+        count = len(runs)
+        own = list(range(count)) if cut is None else [i for s in cut.stages(rank) for i in cut.cuts[s]]
+        sent, sizes = self._sent(layout), dict[tuple[Any, ...], tuple[float, float]]()
+        weights, layers = self.weights(mesh.tensor), []
         for i in own:
-            kept, forward, backward = known.layers[i].at(tokens).under(layout.recompute)
-            whole, shard = weights(str(i))
-            layers.append(LayerMemory(kept, forward, backward, whole, shard, self._sent(known.asks, layout)))
-        root, root_shard = weights(None)
-        states = (sum(each.shard for each in layers) + root_shard) * (1 + self.states)
-        enters = -(-tokens // mesh.tensor) * self.whole.dim * self.compute.itemsize
-        last = layout.cut is None or len(known.layers) - 1 in own
-        halves = self.config.parallel.pipeline_schedule == "zero_bubble" and mesh.pipeline > 1
+            several = weights.get(str(i), [])
+            alike = tuple(w[1:] for w in several)
+            if alike not in sizes:
+                sizes[alike] = self._bytes(several, mesh)
+            layers.append(LayerMemory(*runs[i].under(layout.recompute), *sizes[alike], sent))
+        outside = [w for w in weights[ROOT] if cut is None or rank in cut.holders[w.name]]
+        root, root_shard = self._bytes(outside, mesh)
+        last = cut is None or count - 1 in own
+        loss = LayerMemory(head.saved, head.forward, head.backward, head.gradients, 0.0) if last else None
+        parallel = self.config.parallel
         return StepMemory(
             layers=layers,
-            head=self._head(known.head.at(tokens)) if last else None,
+            head=loss,
             root=root,
-            root_shard=root_shard,
-            entering=enters,
-            states=states,
-            alone=sharding == 1,
-            reshard=engine.get("reshard_after_forward", True),
-            whole=halves,
+            entering=-(-layout.tokens // mesh.tensor) * self.whole.dim * self.compute.itemsize,
+            states=(sum(each.shard for each in layers) + root_shard) * (1 + self.beside),
+            alone=mesh.data * mesh.expert * mesh.sequence == 1,
+            reshard=self.config.engine.get("reshard_after_forward", True),
+            whole=mesh.pipeline > 1 and parallel.pipeline_schedule == "zero_bubble",
             micro_steps=layout.micro_steps,
             flying=self._flying(layout, rank),
         )
 
-    @staticmethod
-    def _head(found: Footprint) -> LayerMemory:
-        return LayerMemory(found.kept, found.forward, found.backward, found.gradients, 0.0)
+    def weights(self, tensor: int) -> dict[str, list[_Weight]]:
+        """The parameters of one of so many tensor ranks, by layer."""
+        if tensor not in self._weights:
+            model = self._divided(tensor, 1)
+            experts = {id(p) for moe in mixtures(model).values() for p in moe.experts.parameters()}
+            by_layer: dict[str, list[_Weight]] = {ROOT: []}
+            for name, p in model.named_parameters():
+                layer = name.split(".")[1] if name.startswith("layers.") else ROOT
+                by_layer.setdefault(layer, []).append(_Weight(name, p.shape[0], p[0].numel(), id(p) in experts))
+            self._weights[tensor] = by_layer
+        return self._weights[tensor]
+
+    def _bytes(self, weights: Sequence[_Weight], mesh: Mesh) -> tuple[float, float]:
+        """Bytes of weights on a rank, whole and sharded: FSDP shards rows, as many on each rank."""
+        whole = shard = 0
+        alike = mesh.data * mesh.sequence
+        for w in weights:
+            rows, ranks = (w.rows // mesh.expert, alike) if w.expert else (w.rows, alike * mesh.expert)
+            whole += rows * w.rest
+            shard += -(-rows // ranks) * w.rest
+        return whole * self.master.itemsize, shard * self.master.itemsize
+
+    def _divided(self, tensor: int, expert: int) -> LM:
+        if (tensor, expert) not in self._models:
+            model = self.build()
+            divided(model, tensor, 0)
+            _spread(model, expert)
+            self._models[tensor, expert] = model
+        return self._models[tensor, expert]
+
+    def _at(self, layout: MemoryLayout) -> tuple[list[Footprint], Footprint]:
+        """Footprints of layers and head."""
+        tokens, (tensor, expert) = max(layout.tokens, 1), (layout.mesh.tensor, layout.mesh.expert)
+        if self.exact and tokens <= SAMPLES[-1] or tokens in SAMPLES:
+            return self._run(tensor, expert, tokens)
+        i = next((i for i, n in enumerate(SAMPLES) if n > tokens and i), len(SAMPLES) - 1)
+        low, high = SAMPLES[i - 1], SAMPLES[i]
+        (few, a), (many, b) = self._run(tensor, expert, low), self._run(tensor, expert, high)
+        lines: dict[tuple[int, int], Footprint] = {}  # layers alike have one footprint
+        for x, y in zip(few, many, strict=True):
+            if (id(x), id(y)) not in lines:
+                lines[id(x), id(y)] = between(tokens, low, x, high, y)
+        return [lines[id(x), id(y)] for x, y in zip(few, many, strict=True)], between(tokens, low, a, high, b)
+
+    def _run(self, tensor: int, expert: int, tokens: int) -> tuple[list[Footprint], Footprint]:
+        key = tensor, expert, tokens
+        if key not in self._runs:
+            device = self.device if expert == 1 else "cuda"  # rows that have travelled are not run in turn
+            self._runs[key] = footprints(self._divided(tensor, expert), tokens, device=device, ranks=tensor)
+        return self._runs[key]
 
     def _flying(self, layout: MemoryLayout, rank: int) -> float:
         """Micro-steps whose activations a pipeline rank holds at a time, over those of all its layers."""
-        if layout.cut is None or layout.mesh.pipeline == 1:
+        if layout.cut is None:
             return 1.0
-        name = self.config.parallel.pipeline_schedule
-        order = orders(name, layout.mesh.pipeline, len(layout.cut.cuts), layout.micro_steps)[rank]
-        sizes = [len(layers) for layers in layout.cut.cuts]
+        name, sizes = self.config.parallel.pipeline_schedule, [len(layers) for layers in layout.cut.cuts]
         held = most = 0
-        for kind, stage, _ in order:
+        for kind, stage, _ in orders(name, layout.mesh.pipeline, len(sizes), layout.micro_steps)[rank]:
             held += {"F": 1, "B": -1, "W": -1}.get(kind, 0) * sizes[stage]
             most = max(most, held)
         return most / sum(sizes[s] for s in layout.cut.stages(rank))
 
-    def _sent(self, asks: Sequence[Ask], layout: MemoryLayout) -> float:
-        """Bytes of keys and values that a rank gathers at a time, and of their gradients; of effects, all."""
-        ranks = layout.mesh.sequence
+    def _sent(self, layout: MemoryLayout) -> float:
+        """The most bytes of a message between the ranks of a sequence, and of what it is made of or goes into."""
+        ranks, transport = layout.mesh.sequence, self.config.parallel.transport
         if ranks == 1:
             return 0.0
         most = 0.0
-        for ask in asks:
-            if isinstance(ask, AttendCall) and ask.window is None and self.config.parallel.transport.attention == "gather":
-                block = ranks * layout.tokens * 2 * max(ask.key, ask.value)
+        for ask in dict.fromkeys(self.asks):
+            if isinstance(ask, AttendCall) and ask.window is None:
+                heads = 1 if transport.attention == "gather" else ask.kv_heads
+                spans = ranks if transport.attention == "gather" else 2
+                block = spans * layout.tokens * heads * 2 * max(ask.key, ask.value)
                 most = max(most, block * (ask.itemsize + max(4, ask.itemsize)))
             if isinstance(ask, ScanCall):
                 most = max(most, 2.0 * ranks * (ask.decay + ask.state) * ask.itemsize)
-        return most
+        return most / layout.mesh.tensor
 
 
-def spread(model: LM, ranks: int) -> None:
+def _spread(model: LM, ranks: int) -> None:
     """Gives a model on the meta device the experts of one of so many ranks."""
-    if ranks == 1:
-        return
-    for moe in mixtures(model).values():
+    for moe in mixtures(model).values() if ranks > 1 else ():
         for name, weight in list(moe.experts.named_parameters(recurse=False)):
             part = torch.nn.Parameter(weight.detach()[: len(weight) // ranks])
             part.declared = weight.declared  # type: ignore[attr-defined]
@@ -196,12 +222,8 @@ def spread(model: LM, ranks: int) -> None:
 
 def layout_of(config: RunConfig, model: LM, mesh: Mesh, plan: Any, device: str) -> MemoryLayout:
     """The layout of a run whose first step has this plan. model: on the meta device."""
-    most = max(
-        sum(end - begin for begin, end in spans)
-        for micro in plan.micro_steps
-        for group in micro.groups
-        for spans in group.spans
-    )
+    groups = [group for micro in plan.micro_steps for group in micro.groups]
+    most = max(sum(end - begin for begin, end in spans) for group in groups for spans in group.spans)
     if (limit := config.train.span_tokens) is not None:
         most = min(most, limit)
     cut = None if mesh.pipeline == 1 else PipelineCut.of(model, cuts(config, model, device), mesh.pipeline)

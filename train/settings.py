@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from data.batch_ramp import Ramp
-from train.parallel_settings import ParallelSettings, TransportSettings
+from train.parallel_settings import MachineSettings, ParallelSettings, TransportSettings
 
 Settings = TypeVar("Settings")
 
@@ -329,6 +329,8 @@ def section(kind: type[Settings], values: dict[str, Any]) -> Settings:
     values = dict(values)
     if kind is ParallelSettings and "transport" in values:
         values["transport"] = TransportSettings(**values["transport"])
+    if kind is ParallelSettings and isinstance(values.get("machine"), dict):
+        values["machine"] = MachineSettings(**values["machine"])
     if kind is TrainSettings and isinstance(values.get("guard"), dict):
         values["guard"] = GuardSettings(**values["guard"])
     return kind(**values)

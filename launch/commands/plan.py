@@ -13,7 +13,8 @@ from launch.commands.profile import measured
 from launch.commands.simulate import simulated
 from launch.errors import UserError
 from launch.extend import stages
-from launch.preflight.check import check_run
+from launch.preflight.auto_layout import search_of, table
+from launch.preflight.check import check_run, device_of
 from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
 from launch.preflight.refusals import refusals
@@ -39,6 +40,11 @@ def plan(overrides: list[str]) -> int:
         return 0
     if config.cost.profile:
         return measured(config)
+    if config.parallel.auto:
+        with refusals(config):
+            described = config.parallel.machine.device is not None
+            print("\n".join(table(search_of(config, "cuda" if described else device_of(config.cluster)))))
+        return 0
     planned = _planned(config)
     with refusals(config):
         device = planned.device(config.cluster.device) if planned else None

@@ -9,6 +9,7 @@ from launch.cluster import nodes
 from launch.cluster.find_run import run_folder
 from launch.config.model import model_of
 from launch.preflight import continuation, init_from
+from launch.preflight.auto_layout import with_layout
 from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.corpus import open_batches
 from launch.preflight.layout import check_layout
@@ -40,6 +41,8 @@ def check_run(
         if config.seed < 0:
             raise ValueError(f"seed={config.seed}: must not be negative")
         device = device or device_of(cluster)
+        if config.parallel.auto:
+            config = with_layout(config, device, say)
         if cluster.kind == "local" and device == "cpu" and cluster.workers > cores():
             raise ValueError(f"cluster.workers={cluster.workers}: this machine has {cores()} cores, a worker takes one")
         if cluster.kind != "ray" and (cluster.threads or 0) > cores():

@@ -1,15 +1,15 @@
 """The most bytes that a rank holds at a time in a step: its states, and a walk through the step's instants.
 
 A layer's tensors are known by themselves (`models.footprint`). FSDP adds what it gathers and reduces around them: a
-layer's weights whole while it computes, in the forward pass beside the buffer that they arrived in, in the backward pass
-beside those of the layer before, which are fetched meanwhile; gradients whole, beside the buffer that they leave in.
-Gradients of all micro-steps but the last stay whole, for they are reduced once a step. So the peak lies at one of a few
-instants a layer:
+layer's weights whole while it computes, in the forward pass beside the buffer that they arrived in, in the backward
+pass beside those of the layer before, which are fetched meanwhile; gradients whole, beside the buffer that they leave
+in. Gradients of all micro-steps but the last stay whole, for they are reduced once a step. So the peak lies at one of a
+few instants a layer:
 
-    forward i    kept of the layers before i, and the most of i's forward pass; its weights, and what they came in
-    head         kept of all layers, and the most of the loss
-    backward i   kept of the layers before i, and the most of i's backward pass; gradients of the layers after i
-    reduce i     kept of the layers before i, i's gradients twice
+    forward i    saved of the layers before i, and the most of i's forward pass; its weights, and what they came in
+    head         saved of all layers, and the most of the loss
+    backward i   saved of the layers before i, and the most of i's backward pass; gradients of the layers after i
+    reduce i     saved of the layers before i, i's gradients twice
     end          all gradients, the root's twice
 
 States, there all the time, are weights, the optimizer's moments, averages. What an instant holds is given by parts, so
@@ -33,11 +33,11 @@ STATES, GRADIENTS, GATHERED, ACTIVATIONS, MESSAGES = (
 
 
 class LayerMemory(NamedTuple):
-    """Bytes of a layer on a rank. kept, forward, backward: `models.footprint.Footprint.under`. whole, shard: of its
+    """Bytes of a layer on a rank. saved, forward, backward: `models.footprint.Footprint.under`. whole, shard: of its
     weights, gathered and as they are sharded. sent: the most of its messages to other ranks at a time, in either pass.
     """
 
-    kept: float
+    saved: float
     forward: float
     backward: float
     whole: float
@@ -50,7 +50,7 @@ class StepMemory:
     """A rank's step. Bytes throughout.
 
     layers: those of the rank, in their order. head: of the norm, the head and the loss, whose weights are the `root`'s.
-    root: weights outside of the layers, whole; root_shard: as they are sharded. entering: of what enters the first
+    root: weights outside of the layers, whole. entering: of what enters the first
     layer. states: weights, moments and averages. alone: FSDP shards over this rank only, and gathers nothing. reshard:
     a layer's weights are let go after its forward pass. whole: no weights are let go before the step ends, as a
     pipeline that takes backward passes in two has it. micro_steps: of the step. flying: micro-steps in flight, the one
@@ -60,7 +60,6 @@ class StepMemory:
     layers: Sequence[LayerMemory]
     head: LayerMemory | None
     root: float
-    root_shard: float
     entering: float
     states: float
     alone: bool = False
@@ -79,14 +78,14 @@ class StepMemory:
 
     def _instants(self) -> Iterator[Parts]:
         layers, buffers = self.layers, 0.0 if self.alone else 1.0
-        own = sum(each.kept for each in layers) + self.entering
+        own = sum(each.saved for each in layers) + self.entering
         waiting = (self.flying - 1) * own  # of other micro-steps
         accumulated = sum(each.whole for each in layers) + self.root if self.micro_steps > 1 else 0.0
         held, stays, buffer = self.entering + waiting, 0.0, 0.0
         for each in layers:
             buffer = each.whole * buffers
             yield self._instant(held + each.forward, self.root + stays + each.whole + buffer, accumulated, each.sent)
-            held += each.kept
+            held += each.saved
             stays = stays + each.whole if self._stays else 0.0
         of_head = 0.0
         if self.head is not None:
@@ -96,15 +95,14 @@ class StepMemory:
         done, leaving = 0.0, 0.0
         for i in range(len(layers) - 1, -1, -1):
             each, before = layers[i], layers[i - 1].whole * buffers if i else 0.0
-            held -= each.kept
-            weights = before + each.whole
-            if self._stays:
-                weights = stays if self.whole else sum(x.whole for x in layers[: i + 1])
+            held -= each.saved
+            weights = stays if self._stays else before + each.whole
             gradients = accumulated + of_head + done
             yield self._instant(held + each.backward, self.root + weights + leaving, gradients, each.sent)
             if accumulated == 0:  # its weights are let go, and its gradients copied into what leaves
                 gradients += each.whole
             yield self._instant(held, self.root + weights, gradients)
+            stays -= 0.0 if self.whole else each.whole
             leaving = each.whole * buffers
             done += each.shard
         # The root's gradients leave last; that of the embedding is dense.

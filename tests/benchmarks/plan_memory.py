@@ -20,8 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.benchmarks import section
-
 
 class Tensors(TorchDispatchMode):
     """Counts the bytes of all storages that operators make on this device, as long as they live and as they are
@@ -96,11 +94,11 @@ def foretold(job: dict[str, Any], workers: int) -> dict[str, float]:
     lengths = [len(s.tokens) for s in batches.batch(config.seed, 0)]
     data, sequence = mesh.split
     plan = config.scheduler.build().plan(0, lengths, data=data, sequence=sequence)
-    memory = MemoryModel(config, "cpu", samples=(256, 1024))
-    return memory.of(layout_of(config, memory.build(), mesh, plan, "cpu"))
+    memory = MemoryModel(config, "cpu", exact=True)
+    return memory.parts(layout_of(config, memory.build(), mesh, plan, "cpu"))
 
 
-BASE = ["train.mfu=false", "train.steps=2", "data.max_length=1024", "train.batch_tokens=4096", "precision=fp32"]
+BASE = ["train.mfu=false", "train.steps=2", "data.max_length=512", "train.batch_tokens=2048", "precision=fp32"]
 BASE += ["model.dim=128", "model.layers=4"]
 MOE = ["model=linear_moe_tiny", "model.blocks.gla.mixer.heads=4", "model.blocks.gla.ffn.hidden=64"]
 MOE += ["model.blocks.gla.ffn.shared_hidden=64"]
@@ -124,7 +122,6 @@ class Row(NamedTuple):
 
 
 def row(name: str, folder: Path) -> Row:
-    from tests.jobs import corpus, order
     from tests.world import run_world
 
     workers, more = CASES[name]
@@ -154,7 +151,9 @@ def main(first: int = 0, count: int | None = None) -> None:
         for name in names:
             one = row(name, Path(folder))
             parts = ", ".join(f"{key} {size / 1e6:.2f}" for key, size in one.parts.items())
-            print(f"{one.name:<40} {one.told / 1e6:8.2f} {one.found / 1e6:8.2f} MB {one.off:+.1%}  ({parts})", flush=True)
+            print(
+                f"{one.name:<40} {one.told / 1e6:8.2f} {one.found / 1e6:8.2f} MB {one.off:+.1%}  ({parts})", flush=True
+            )
 
 
 if __name__ == "__main__":
