@@ -113,6 +113,12 @@ class LayoutSearch:
             raise ValueError(f"scheduler={config.scheduler.target}: must be static with parallel=auto")
         self.config, self.device, self.machine, self.check = config, device, machine, check
         self.length, self.sequences, self.workers = length, sequences, config.cluster.workers
+        given = self._given(config.parallel)
+        for name, size in given.items():
+            if size < 1 or self.workers % size:
+                raise ValueError(f"parallel.{name}={size}: must divide cluster.workers={self.workers}")
+            if name in ("replicate", "data", "expert") and size > sequences:
+                raise ValueError(f"parallel.{name}={size}: must have a sequence each, and a step has {sequences}")
         self.memory = MemoryModel(config, device)
         self._work: dict[tuple[int, int], Work] = {}
         self._refused: dict[tuple[int, ...], str | None] = {}

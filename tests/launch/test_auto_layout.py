@@ -34,25 +34,19 @@ def test_the_plan_for_a_cluster_that_is_not_here_is_a_table_of_layouts(place, ca
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (
-            ["parallel.machine.memory=0.0001"],
-            "parallel.machine.memory=0.0001: no layout of 2 ranks fits 96.6 kB a rank",
-        ),
-        (["parallel.machine.memory=0.0001"], "the largest tensor, "),
+        (["parallel.machine.memory=0.0001"], "memory=0.0001: no layout of 2 ranks fits 96.6 kB a rank; the least, "),
         (["parallel.machine.device=h99"], "parallel.machine.device=h99: must be one of a100, a100_40g, b200, h100"),
         (["parallel.machine.memory=0"], "parallel.machine.memory=0.0: must be above 0, or null"),
         (["scheduler=adaptive"], "must be static with parallel=auto"),
-        (["parallel.tensor=64"], "parallel.tensor=64: leaves no layout of cluster.workers=2"),
-        (
-            ["parallel.sequence=1", "train.batch_tokens=96"],
-            "parallel.sequence=1: leaves no layout of cluster.workers=2",
-        ),
+        (["parallel.tensor=64"], "parallel.tensor=64: must divide cluster.workers=2"),
+        (["parallel.data=2", "train.batch_tokens=96"], "parallel.data=2: must have a sequence each, and a step has 1"),
     ],
 )
 def test_what_no_layout_can_be_chosen_for_is_refused_in_one_line(place, capsys, more, words):
     assert main(["plan", *overrides(place), *AUTO, *more]) == 2
     line = capsys.readouterr().err.strip()
     assert words in line and "\n" not in line
+    assert "fits" not in words or "; the largest tensor, " in line and line.endswith("would make it fit")
 
 
 @pytest.mark.dist
