@@ -20,7 +20,7 @@ from parallel.pipeline import PipelineCut, bubble
 from parallel.schedule import Static
 from parallel.schedule.adaptive.cost import Cluster, Costs, Wire
 from parallel.schedule.devices import DEVICES, REACHED
-from parallel.schedule.layout_cost import StepSeconds, Work, seconds
+from parallel.schedule.layout_cost import StepSeconds, LayoutWork, seconds
 from parallel.schedule.layouts import LayoutChoice, divisors, meshes, shares
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import cut, refusal
@@ -39,7 +39,7 @@ UNLIMITED = 2.0**60
 TRIED = 400  # layouts whose memory is asked for where none fits
 
 
-class Machine(NamedTuple):
+class RankMachine(NamedTuple):
     """The ranks that a layout is for. memory: bytes of a rank. rate: FLOP/s of a rank. wire: by the number of ranks
     from a group's first to its last. per_machine: ranks of a machine. streams: messages overlap with computing.
     source: of rate and wire. profile: measured costs, None where there are none."""
@@ -54,7 +54,7 @@ class Machine(NamedTuple):
     profile: CostProfile | None = None
 
 
-def machine_of(config: RunConfig, device: str, *, memory: float, threads: int) -> Machine:
+def machine_of(config: RunConfig, device: str, *, memory: float, threads: int) -> RankMachine:
     """The machine that the configuration names, or this one. memory: bytes of a rank here. Raises ValueError."""
     about = config.parallel.machine
     size = memory if about.memory is None else about.memory * 2**30
@@ -64,20 +64,20 @@ def machine_of(config: RunConfig, device: str, *, memory: float, threads: int) -
         size = named.memory if about.memory is None else size
         rate, wire = named.flops * REACHED, lambda span: named.wire(span, per_machine=ranks)
         source = f"{rate / 1e12:,.0f} TFLOP/s a rank, {REACHED:.0%} of what {named.source} say"
-        return Machine(named.name, size, rate, wire, ranks, True, source)
+        return RankMachine(named.name, size, rate, wire, ranks, True, source)
     rate, assumed = ASSUMED["cpu" if device == "cpu" else "cuda"]
     ranks = about.ranks or config.cluster.workers
     profile = found_profile(config, machine_name(device, threads))
     if profile is None:
         source = f"{rate / 1e12:g} TFLOP/s a rank and {assumed.bandwidth / 1e9:g} GB/s between ranks, which are assumed"
-        return Machine("this machine", size, rate, lambda span: assumed, ranks, device != "cpu", source)
+        return RankMachine("this machine", size, rate, lambda span: assumed, ranks, device != "cpu", source)
     wires = {n: Wire(*wire) for n, wire in profile[0].wires.items()} or {1: assumed}
 
     def measured(span: int) -> Wire:
         return wires[max((n for n in wires if n <= span), default=min(wires))]
 
     source = f"costs measured on {profile[0].machine}"
-    return Machine("this machine", size, rate, measured, ranks, device != "cpu", source, profile[0])
+    return RankMachine("this machine", size, rate, measured, ranks, device != "cpu", source, profile[0])
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class LayoutSearch:
         self,
         config: RunConfig,
         device: str,
-        machine: Machine,
+        machine: RankMachine,
         *,
         length: int,
         sequences: int,
@@ -120,7 +120,7 @@ class LayoutSearch:
             if name in ("replicate", "data", "expert") and size > sequences:
                 raise ValueError(f"parallel.{name}={size}: must have a sequence each, and a step has {sequences}")
         self.memory = MemoryModel(config, device)
-        self._work: dict[tuple[int, int], Work] = {}
+        self._work: dict[tuple[int, int], LayoutWork] = {}
         self._refused: dict[tuple[int, ...], str | None] = {}
         self._pipelines: dict[int, tuple[PipelineCut, float, list[float]]] = {}
         self._waits: dict[tuple[int, int], float] = {}
@@ -147,7 +147,7 @@ class LayoutSearch:
         return fitting
 
     def least(self) -> RankedLayout:
-        """Of those that hold the least a micro-step and compute all again, the one that takes the least memory."""
+        """The layout that takes the least memory, among those that compute the most again."""
         again = max(self._recompute(), key=RECOMPUTE.index) if len(self._recompute()) > 1 else self._recompute()[0]
         small = [(s, c) for s, c in self.ranked if c.recompute == again]
         every = [RankedLayout(choice, step, self.parts(choice)) for step, choice in small[:TRIED]]
@@ -232,7 +232,7 @@ class LayoutSearch:
         )
         return costs if self.machine.profile is None else self.machine.profile.applied(costs, 0.0)
 
-    def work(self, tensor: int, expert: int) -> Work:
+    def work(self, tensor: int, expert: int) -> LayoutWork:
         if (tensor, expert) not in self._work:
             model, engine = self.memory.build(), self.config.engine
             notes, _ = divided(model, tensor, 0)
@@ -242,7 +242,7 @@ class LayoutSearch:
             # A sequence group reaches over the ranks of its tensor groups.
             wires = {size: self.machine.wire(size * tensor) for size in self.costs.sizes}
             model_costs, cluster = self.costs.model, replace(self.costs.cluster, wires=wires)
-            self._work[tensor, expert] = Work(
+            self._work[tensor, expert] = LayoutWork(
                 Costs(model_costs, cluster, self.costs.sizes),
                 Counter(step_calls(model, notes)) if tensor > 1 else Counter(),
                 Counter(expert_calls(model)) if expert > 1 else Counter(),

@@ -121,7 +121,7 @@ def time_text(seconds: float) -> str:
 
 
 def _remedy(search: LayoutSearch, part: str) -> str:
-    """What would make the layout of least memory fit."""
+    """Says what to change so that the layout of least memory fits."""
     from parallel.schedule.step_memory import ACTIVATIONS, MESSAGES
 
     engine = search.config.engine

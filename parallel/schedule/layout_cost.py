@@ -28,7 +28,7 @@ SELECTIVE = 0.05  # of the forward pass, which selective recomputation runs agai
 
 
 @dataclass(frozen=True)
-class Work:
+class LayoutWork:
     """The work of a model on a rank of some tensor ranks.
 
     costs: of groups, by their size, computing undivided, messages of the ranks' own share. calls: a forward pass's in
@@ -65,7 +65,7 @@ Wires = Callable[[int], Wire]
 
 def seconds(
     choice: LayoutChoice,
-    work: Work,
+    work: LayoutWork,
     length: int,
     wires: Wires,
     *,
@@ -101,7 +101,7 @@ def seconds(
     return StepSeconds(busy, sequence, tensor, expert, weights * share - hidden, pipeline)
 
 
-def _tensor(choice: LayoutChoice, work: Work, tokens: int, wire: Wire) -> float:
+def _tensor(choice: LayoutChoice, work: LayoutWork, tokens: int, wire: Wire) -> float:
     ranks, total = choice.mesh.tensor, 0.0
     if ranks == 1:
         return 0.0
@@ -115,7 +115,7 @@ def _tensor(choice: LayoutChoice, work: Work, tokens: int, wire: Wire) -> float:
     return total
 
 
-def _expert(choice: LayoutChoice, work: Work, tokens: int, wire: Wire, *, padded: bool) -> float:
+def _expert(choice: LayoutChoice, work: LayoutWork, tokens: int, wire: Wire, *, padded: bool) -> float:
     ranks, total = choice.mesh.expert, 0.0
     if ranks == 1:
         return 0.0
@@ -130,7 +130,7 @@ def _expert(choice: LayoutChoice, work: Work, tokens: int, wire: Wire, *, padded
     return total
 
 
-def _weights(choice: LayoutChoice, work: Work, wires: Wires) -> float:
+def _weights(choice: LayoutChoice, work: LayoutWork, wires: Wires) -> float:
     """Seconds of a step's weights and gradients, and of the sums over copies."""
     mesh, total = choice.mesh, 0.0
     inside = mesh.tensor * mesh.sequence * mesh.expert * mesh.data

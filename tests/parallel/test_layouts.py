@@ -10,7 +10,7 @@ from parallel.schedule import layouts, step_memory
 from parallel.schedule.adaptive.cost import Cluster, Costs, Layer, Model, Wire
 from parallel.schedule.comm_volume import Unit
 from parallel.schedule.devices import CARRIED, DEVICES
-from parallel.schedule.layout_cost import Work, seconds
+from parallel.schedule.layout_cost import LayoutWork, seconds
 from parallel.schedule.layouts import LayoutChoice, divisors, meshes, shares
 from parallel.schedule.mesh import DIMENSIONS, Mesh
 from parallel.schedule.static import Static
@@ -84,12 +84,12 @@ def test_a_group_has_the_wire_of_where_its_ranks_are():
     assert h100.wire(3, per_machine=8).bandwidth == across * CARRIED, "three do not lie inside of eight, always"
 
 
-def work(overlap: bool) -> Work:
+def work(overlap: bool) -> LayoutWork:
     """One softmax layer of a second a pair and two a token, no messages of its own; a weight of 64 x 8 fp32."""
     layer = Layer(1, pair=1.0, token=2.0)
     costs = Costs(Model("m", (layer,), 0.0, 0.0, 1.0), Cluster("c", 8, 2.0**60, {1: Wire(1.0)}))
     calls = Counter([TensorCall("gather", "hidden", 4, 4)])
-    return Work(costs, calls, Counter(), [Unit(((64, 8),), 4, False)], [], 4.0, overlap)
+    return LayoutWork(costs, calls, Counter(), [Unit(((64, 8),), 4, False)], [], 4.0, overlap)
 
 
 def test_seconds_of_a_layout_are_the_sum_of_what_its_dimensions_take():
