@@ -20,7 +20,7 @@ from parallel.pipeline import PipelineCut, bubble
 from parallel.schedule import Static
 from parallel.schedule.adaptive.cost import Cluster, Costs, Wire
 from parallel.schedule.devices import DEVICES, REACHED
-from parallel.schedule.layout_cost import StepSeconds, LayoutWork, seconds
+from parallel.schedule.layout_cost import LayoutWork, StepSeconds, seconds
 from parallel.schedule.layouts import LayoutChoice, divisors, meshes, shares
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import cut, refusal
