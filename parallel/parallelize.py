@@ -28,13 +28,15 @@ def parallelise(
     offload_activations: bool = False,
     offload_optimizer: bool = False,
     cut: PipelineCut | None = None,
+    sharded: bool = True,
 ) -> LM:
     """Applies, in order: the cut into pipeline stages, the division of layers over tensor ranks, experts over ranks,
     recomputation of activations, sharding, memory, each parameter from (seed, name).
 
     cut: of the layers among the ranks of a pipeline; None without one. dtype: of the master weights. remat, tile,
     offload_activations: see `parallel.activation_memory`. offload_optimizer: master weights, gradients and optimizer
-    state live on the host. Returns the same model.
+    state live on the host. sharded: false leaves weights whole on every rank, for an engine that cuts them itself, and
+    knows data and sequence ranks alone. Returns the same model.
     """
     if cut is not None:
         cut.apply(model, meshes.place["pipeline"])
@@ -51,7 +53,8 @@ def parallelise(
     layers, on_host = list(model.layers.values()), offload_optimizer and device != "cpu"
     if experts:
         shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)
-    shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
+    if sharded:
+        shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
     if cut is not None:
         register_fsdp_forward_method(model, "part")
     model.to_empty(device="cpu" if on_host else device)

@@ -22,6 +22,7 @@ from parallel.schedule.plan import Plan
 from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.checkpoints.hook import Checkpoints
+from train.engines.engine import EngineOptimizer
 from train.evaluation.heldout import Evaluation
 from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
@@ -76,8 +77,9 @@ def build(order: dict[str, Any]) -> Trainer:
     each = 1 if spans is not None else _most_spans(scheduler, batches.shapes(), data, sequence)
     if spans is not None and device.type == "cpu" and config.engine.get("recompute", "none") == "none":
         give_back(model.layers)  # as what is computed again does by itself
+    own = adamw if isinstance(adamw, EngineOptimizer) else None
     executor = Executor(
-        model,
+        model if own is None else own.model,
         groups,
         device,
         recurrence,
@@ -90,6 +92,7 @@ def build(order: dict[str, Any]) -> Trainer:
         placed.pipeline,
         placed.experts,
         placed.limited,
+        own,
     )
     progress = TrainProgress(train, state)
 
@@ -235,10 +238,10 @@ def _start(order: dict[str, Any], model: LM, adamw: Optimizer, keep: str) -> tup
         facts = checkpoint.load(Path(order["resume"]), model, adamw)
         state = State.of(facts)
     elif order.get("init_from"):
-        manifest = checkpoint.load(Path(order["init_from"]), model, None)
+        manifest = checkpoint.load_weights(Path(order["init_from"]), model, adamw)
         facts = {} if manifest.get("published") is None else {"published": manifest["published"]}
         if order["config"].train.init_weights == "average":
-            checkpoint.load_average(Path(order["init_from"]), model)
+            checkpoint.load_average(Path(order["init_from"]), model, adamw)
         if keep != "reset":
             carry_over.load(Path(order["init_from"]), model, adamw, keep)
     state.attempt = _attempt(order, state.attempt)

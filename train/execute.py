@@ -21,6 +21,7 @@ from parallel.sequence.attention import Keys
 from parallel.sequence.place import PackedSequence, Placed, place
 from parallel.sequence.states import Transport
 from parallel.tensor import sum_undivided_gradients
+from train.engines.engine import EngineOptimizer
 from train.loss import LossSums, sums
 from train.time_spans import Passage, Spans
 
@@ -73,6 +74,7 @@ class Executor:
     pipeline: Pipeline | None = None
     experts: Mapping[str, int] = field(default_factory=dict)  # by layer, those of all stages of a pipeline
     limited: Sequence[str] = ()  # those of them whose experts have a capacity
+    engine: EngineOptimizer | None = None  # that does more than FSDP inside the model does
 
     def train(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
@@ -108,12 +110,12 @@ class Executor:
         groups, shapes = self._in_time(plan, micro)
         if self.spans is None or len(groups) == 1:
             placed = self._place(groups[0], batch, shapes[0], step=plan.step)
-            communicate_gradients(self.model, last)
+            self._begin(last)
             recompute_group(self.model.layers, groups[0].recompute)  # type: ignore[arg-type]
             with self.phase("forward"):
                 part = sums(self.model(placed.tokens, placed.seq, placed.targets))
             with self.phase("backward"):
-                objective(part).backward()
+                self._backward(objective(part))
             yield part
             return
         tokens = [sum(end - begin for held in g.spans for begin, end in held) for g in groups]
@@ -126,6 +128,18 @@ class Executor:
             communicate_gradients(self.model, last and ends)
 
         yield from Passage(forward, tokens, objective, begin_backward, self.phase, self.passed).run(self.spans)
+
+    def _begin(self, last: bool) -> None:
+        if self.engine is None:
+            communicate_gradients(self.model, last)
+        else:
+            self.engine.begin(last)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.engine is None:
+            loss.backward()
+        else:
+            self.engine.backward(loss)
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:

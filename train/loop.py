@@ -14,6 +14,7 @@ from models.moe import mixtures
 from parallel.collectives import LEDGER
 from parallel.mesh import Groups
 from parallel.schedule.plan import Plan
+from train.engines.engine import EngineOptimizer
 from train.execute import Executor
 from train.guards.hang_timeout import Patience
 from train.guards.rollback import Rollback
@@ -135,9 +136,11 @@ class Trainer:
         own, pipeline = self.progress.settings, self.executor.pipeline
         comm = self.groups.all_comm if pipeline is None else self.groups.world_comm
         self.by_layer = layer_norms(self.model, comm, pipeline) if self.norms else {}
-        gradient_norm = clip(
-            self.model, comm, largest=own.clip, each=own.clip_each, value=own.clip_value, pipeline=pipeline
-        )
+        if isinstance(self.optimizer, EngineOptimizer):
+            gradient_norm = self.optimizer.clip(own.clip)
+        else:
+            limits = {"each": own.clip_each, "value": own.clip_value}
+            gradient_norm = clip(self.model, comm, largest=own.clip, **limits, pipeline=pipeline)
         held = self.guard.decide(cross_entropy, targets, gradient_norm)
         rate = self.rate * self.state.scale * self.schedule.multiplier(middle, own.total_tokens)
         set_rate(self.optimizer, rate)

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from models.accounting import account
-from models.axes import declarations
 from models.lm import LM
 from models.moe import mixtures
 from models.nonlinear_recurrence import Serial
@@ -19,7 +18,6 @@ from parallel.schedule.comm_volume import Ask
 from train.layout import dependences
 from train.metrics.comm_trace import asked
 from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
-from train.optim.build import build_optimizer
 from train.precision import dtypes
 from train.run_config import RunConfig
 from train.settings import TrainSettings
@@ -52,18 +50,19 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
         model = config.model.build()
     model.compute = compute
     _announce(model, config.train, say)
-    asks, declared = _asks(model, config, order["device"]), declarations(model)
+    asks = _asks(model, config, order["device"])
     counted = dist.get_rank() == 0 and config.train.mfu
     utilisation = _utilisation(model, order["device"], say) if counted else None
     cut, counts = pipeline_cut(config, model, order["device"]), _counts(model, utilisation)
     experts = mixtures(model) if cut is not None else {}
-    config.engine.build().prepare(model, meshes, seed=config.seed, dtype=master, cut=cut)
+    engine, make = config.engine.build(), config.optimizer.build()
+    optimizer = engine.build(model, meshes, make, seed=config.seed, dtype=master, cut=cut)
     if config.parallel.transport.experts == "padded":
         pad(model)
     pipeline = None if cut is None else _pipeline(config, model, cut, meshes, phases)
     return PlacedModel(
         model,
-        build_optimizer(config.optimizer.build(), model, declared),
+        optimizer,
         pipeline,
         {name: moe.num_experts for name, moe in experts.items()},
         [name for name, moe in experts.items() if moe.capacity_factor is not None],

@@ -83,6 +83,7 @@ def _nodes(flight: CheckedRun) -> list[Node]:
 
 def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
+    from train.engines.refusals import name_of, plain
     from train.layout import dependences
     from train.metrics.timing import pieces
     from train.stages import lines as stages_of
@@ -102,8 +103,9 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     spans = _spans(flight, first)
     read = [n for s in batch for n in pieces(s.starts[s.counted])]
     sizes = " to ".join(f"{size:,}" for size in sorted({train.ramp.sizes[0], train.ramp.sizes[-1]}))
+    cut = "parameters" if plain(config) else f"engine={name_of(config)}: state"
     return [
-        f"mesh        {flight.cluster.workers} workers on {flight.device}: {flight.layout}; parameters sharded over "
+        f"mesh        {flight.cluster.workers} workers on {flight.device}: {flight.layout}; {cut} sharded over "
         f"{'all' if flight.mesh.replicate == 1 else flight.mesh.world // flight.mesh.replicate} of them",
         *(f"{'' if i else 'placement':<12}{line}" for i, line in enumerate(placement.lines())),
         *(
@@ -239,6 +241,7 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
     from models.axes import declarations
     from models.moe import mixtures
     from parallel.tensor import division
+    from train.engines.refusals import plain
     from train.optim.build import moments
     from train.precision import dtypes
     from train.stages import fullest
@@ -251,11 +254,16 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int
     own *= of_parameters
     share = master.itemsize * own / (mesh.data * mesh.expert * mesh.sequence)
     states = (2 * costs.parameters + moments(flight.config.optimizer.build(), built)) * share
+    if not plain(flight.config):  # ZeRO has a copy of its part of the weights, and whole what it does not cut
+        zero, whole = engine.get("zero", 1), master.itemsize * own
+        states += costs.parameters * {1: 2 * whole - share, 2: whole, 3: share}[zero]
     averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
     experts = sum(p.numel() for moe in mixtures(built).values() for p in moe.experts.parameters())
     elsewhere = experts - experts // mesh.expert  # of other ranks, which no rank gathers
     gathered = int((costs.parameters - elsewhere) * own * master.itemsize)
-    if engine["reshard_after_forward"]:
+    if not plain(flight.config) and zero < 3:
+        gathered = 0
+    elif engine.get("reshard_after_forward", True):
         gathered = gathered * 2 // model["layers"]
     activations = costs.activations
     if engine["recompute"] in ("full", "selective"):  # every layer's input, and all of one layer while it runs again
@@ -290,6 +298,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
 
     from models.axes import declarations
     from parallel.schedule.comm_volume import How
+    from train.engines.refusals import plain
     from train.metrics.width_trace import of_step
     from train.optim.build import build_optimizer
     from train.precision import dtypes
@@ -297,6 +306,8 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     transport, engine, workers = flight.config.parallel.transport, flight.config.engine, flight.cluster.workers
     if workers == 1:
         return []
+    if not plain(flight.config):
+        return ["traffic     of an engine other than fsdp is neither foretold nor counted but for sequences"]
     if flight.mesh.pipeline > 1:
         from train.stages import cuts, messages
 

@@ -11,6 +11,7 @@ from launch.preflight.refusals import refusals
 from launch.verify.shrink import Shrunk, shrink
 from launch.world.spawn import warm
 from parallel.schedule.mesh import Mesh
+from train.engines.refusals import plain
 from train.run_config import RunConfig
 
 
@@ -62,6 +63,8 @@ def configured(arguments: list[str]) -> RunConfig:
 def checked(config: RunConfig) -> Shrunk:
     """The small run, after every check of the large one that needs neither its machines nor its data. Raises
     UserError."""
+    if not plain(config):
+        raise UserError("engine: must be fsdp with farspan verify, which reads every gradient, in fp64")
     if config.optimizer.get("fused") == "apex":
         config = replace(config, optimizer=config.optimizer.having(fused="none"))
     elsewhere = replace(config.cluster, kind="ray", address="auto")  # its size says nothing of this machine

@@ -66,7 +66,8 @@ PACKAGES = {
     "apex": Package("apex", "optimizer.fused=apex: AdamW in one pass on GPUs", "from source, github.com/NVIDIA/apex"),
     "megatron-core": Package(
         "megatron.core",
-        "its own balanced scheduler beside ours in the planner's benchmark (data=megatron needs nothing)",
+        "engine=megatron, on GPUs; its balanced scheduler beside ours in the planner's benchmark (data=megatron needs "
+        "nothing)",
     ),
     "highspy": Package("highspy", "the adaptive scheduler's integer programs, solved exactly"),
     "tokenizers": Package("tokenizers", "tokens other than bytes: data.tokenizer"),
@@ -75,7 +76,7 @@ PACKAGES = {
     "transformers": Package("transformers", "an oracle of the tests; farspan import and export do without it"),
     "safetensors": Package("safetensors", "an oracle of the tests; farspan import and export do without it"),
     "flash-attn": Package("flash_attn", "planned: fused softmax attention on GPUs"),
-    "deepspeed": Package("deepspeed", "planned: engine=deepspeed, ZeRO and offloading"),
+    "deepspeed": Package("deepspeed", "engine=deepspeed: ZeRO and offloading"),
     "torchao": Package("torchao", "planned: FP8 training, optimizers of few bits"),
 }
 

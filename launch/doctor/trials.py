@@ -1,8 +1,8 @@
 """Trials of `farspan doctor`, each in a process of its own: a package may take long to import, hang, or take it down.
 
 `python trials.py PACKAGE MODULE` imports what farspan imports of a package. Where that proves little, it does something
-small: torch multiplies and sums over ranks, and fla-core, triton and apex run on a GPU. What it prints is a remark; for
-torch and for the mixers' kernels, a fact a line, as JSON.
+small: torch multiplies and sums over ranks, fla-core, triton and apex run on a GPU, and an engine steps two parameters.
+What it prints is a remark; for torch and for the mixers' kernels, a fact a line, as JSON.
 """
 
 import importlib
@@ -188,6 +188,28 @@ def try_apex() -> None:
         assert weight.detach().lt(1).all()
 
 
+def try_deepspeed() -> None:
+    """One step of two parameters by ZeRO-1, on a GPU where there is one."""
+    from train.engines.trial import step
+
+    print(step("deepspeed"))
+
+
+def try_megatron_core() -> None:
+    """The same by its distributed optimizer, which needs a GPU; without one the package is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        importlib.import_module("megatron.core")
+        print(
+            "imported only: engine=megatron needs a GPU, and has been run without one behind stand-ins for CUDA alone"
+        )
+        return
+    from train.engines.trial import step
+
+    print(step("megatron"))
+
+
 def try_fla_core() -> None:
     import torch
     from fla.ops.simple_gla import chunk_simple_gla
@@ -228,6 +250,8 @@ TRIALS: dict[str, Callable[[], None]] = {
     "torch": try_torch,
     "kernels": try_kernels,
     "apex": try_apex,
+    "deepspeed": try_deepspeed,
+    "megatron-core": try_megatron_core,
     "fla-core": try_fla_core,
     "triton": try_triton,
 }

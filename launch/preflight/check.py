@@ -31,6 +31,7 @@ def check_run(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
+    from train.engines.refusals import refuse
     from train.tracking import obey_environment
 
     with refusals(config):
@@ -53,6 +54,7 @@ def check_run(
         data, sequence = mesh.split
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        refuse(config, mesh, device)
         _optimizer(config, device)
         check_layout(config, mesh, model)
         _bases(config, model)

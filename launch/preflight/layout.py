@@ -21,6 +21,3 @@ def check_layout(config: RunConfig, mesh: Mesh, model: Any) -> None:
             raise ValueError(f"optimizer.adamw={list(axes)}: must have vocab with parallel.tensor={mesh.tensor}")
     if attention == "ulysses" and mesh.sequence > 1:
         check_heads(model, attention, mesh.sequence, tensor=mesh.tensor)
-    for name in ("tensor", "replicate"):
-        if (size := getattr(mesh, name)) > 1 and config.engine.target != "train.engines.FSDP":
-            raise ValueError(f"parallel.{name}={size}: must be 1 with engine={config.engine.target}; accepts fsdp")

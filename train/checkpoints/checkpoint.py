@@ -5,7 +5,6 @@ The manifest lists each file with its size and CRC-32, so a truncated or altered
 is used. Tensors are saved by torch's distributed checkpoint: any world size loads what any other has saved.
 """
 
-import errno
 import json
 import os
 import re
@@ -37,19 +36,16 @@ from parallel.collectives import Comm
 from parallel.parallelize import parameter_name
 from parallel.tensor import Division, division_of
 from train.checkpoints import stored
+from train.checkpoints.disk import DiskError, no_room
 from train.checkpoints.hf_reader import Published, PublishedReader, is_folder
 from train.checkpoints.pieces import logical
 from train.checkpoints.stored import METADATA, DamagedError
 from train.checkpoints.stored import CheckpointReader as _Reader
+from train.engines.engine import EngineOptimizer
 from train.facts import wrong
 
 MANIFEST, FORMAT = "manifest.json", 1
 ASIDE = ".aside"  # behind the name of a checkpoint that a run has turned away from: nothing reads it
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class DiskError(Exception):
-    """A checkpoint that a full disk has no room for: those before it are whole, and nothing of it is left."""
 
 
 def save(
@@ -90,7 +86,7 @@ def save(
     except BaseException as error:  # CheckpointException is no Exception
         if first:
             shutil.rmtree(aside, ignore_errors=True)
-        if (full := _no_room(error)) is None:
+        if (full := no_room(error)) is None:
             raise
         raise DiskError(f"{final.name} cannot be saved in {folder}: {full}") from error
     dist.barrier()
@@ -102,7 +98,10 @@ def _tensors(model: nn.Module, pipeline: Comm | None) -> dict[str, Any]:
     whole = division_of(model)
     shapes = {} if whole is None else {name: piece.shape for name, piece in whole.pieces.items()}
     own = {
-        (name := parameter_name(n)): [list(shapes.get(name, p.shape)), str(p.dtype).removeprefix("torch.")]
+        (name := parameter_name(n)): [
+            list(shapes.get(name, getattr(p, "ds_shape", p.shape))),  # that of a parameter which DeepSpeed has cut
+            str(p.dtype).removeprefix("torch."),
+        ]
         for n, p in model.named_parameters()
     }
     if pipeline is None:
@@ -119,10 +118,13 @@ def _write_tensors(
 
     Raises on every rank what any of them has met.
     """
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"state": moments["state"]}  # its settings, which are no tensors, are the run's own and never read again
+    if isinstance(optimizer, EngineOptimizer):
+        state = optimizer.named_state()
+    else:
+        weights, moments = get_state_dict(model, optimizer)  # settings, no tensors, are the run's own: never read again
+        state = {"model": weights, "optimizer": {"state": moments["state"]}}
     planner = stored.TensorSavePlanner(division_of(model))
-    dcp.save({"model": weights, "optimizer": state, **parts}, checkpoint_id=str(aside), planner=planner)
+    dcp.save({**state, **parts}, checkpoint_id=str(aside), planner=planner)
     rank = dist.get_rank()
     own = {METADATA, *names} if rank == 0 else set()
     mine = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or p.name in own]
@@ -135,30 +137,6 @@ def _write_tensors(
     if failed := [part for part in sums if isinstance(part, OSError)]:
         raise failed[0]
     return {name: value for part in sums for name, value in part.items()}
-
-
-def _no_room(error: BaseException) -> str | None:
-    """Returns what the system says where a disk is full or may not hold more, wherever that is in an error; None for
-    another.
-
-    torch's writer hides it behind words of its own.
-    """
-    waiting, seen = [error], set[int]()
-    while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, OSError) and each.errno in NO_ROOM:
-            return str(each.strerror)
-        if isinstance(each, RuntimeError) and "inline_container" in str(
-            each
-        ):  # torch's file has not grown as it should
-            return "the disk takes no more"
-        if isinstance(each, CheckpointException):
-            waiting += [inner for inner, _ in each.failures.values()]
-        waiting += [inner for inner in (each.__cause__, each.__context__) if inner is not None]
-    return None
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
@@ -190,6 +168,9 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
         weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
         read({"model": weights}, checkpoint, division=division_of(model))
         set_model_state_dict(model, weights, options=StateDictOptions(strict=not new))
+    elif isinstance(optimizer, EngineOptimizer):
+        read(optimizer.named_state(), checkpoint)
+        optimizer.filled()
     else:
         weights, moments = get_state_dict(model, optimizer)
         state = {"state": moments["state"]}  # and not its settings: a resumed run may have been given others
@@ -198,8 +179,25 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
     return manifest(checkpoint)
 
 
+def load_weights(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """`load` without the optimizer's state, into a model that it steps. Collective."""
+    if not isinstance(optimizer, EngineOptimizer):
+        return load(checkpoint, model, None)
+    saved = _reader(checkpoint).read_metadata().state_dict_metadata
+    buffers = {parameter_name(name) for name, _ in model.named_buffers()}
+    weights = optimizer.named_state()["model"]
+    new = {name for name in buffers if f"model.{name}" not in saved}
+    read({"model": {name: value for name, value in weights.items() if name not in new}}, checkpoint)
+    optimizer.filled()
+    return manifest(checkpoint)
+
+
 def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Fills the optimizer's state, and not its settings: this run has its own. Collective."""
+    if isinstance(optimizer, EngineOptimizer):
+        read({"optimizer": optimizer.named_state()["optimizer"]}, checkpoint)
+        optimizer.filled()
+        return
     moments = get_optimizer_state_dict(model, optimizer)
     read({"optimizer": {"state": moments["state"]}}, checkpoint, division=division_of(model))
     set_optimizer_state_dict(model, optimizer, moments)
@@ -214,10 +212,14 @@ def has_moments(checkpoint: Path) -> bool:
     return any(name.startswith("optimizer.state.") for name in saved)
 
 
-def load_average(checkpoint: Path, model: nn.Module) -> None:
+def load_average(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Fills the model's parameters from the averaged weights; what it remembers besides stays. Collective."""
     averaged = {parameter_name(name): p.detach() for name, p in model.named_parameters()}
+    if isinstance(optimizer, EngineOptimizer):
+        averaged = {name: value for name, value in optimizer.named_state()["model"].items() if name in averaged}
     read({"average": {"mean": averaged}}, checkpoint, division=division_of(model))
+    if isinstance(optimizer, EngineOptimizer):
+        optimizer.filled()
 
 
 def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False, division: Division | None = None) -> None:

@@ -2,12 +2,16 @@
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
+from models.axes import declarations
 from models.lm import LM
-from parallel.activation_memory import RECOMPUTE, RecomputePolicy
+from parallel.activation_memory import RecomputePolicy
 from parallel.mesh import Meshes
 from parallel.parallelize import parallelise
 from parallel.pipeline.cut import PipelineCut
+from train.engines.engine import MakeOptimizer, check_activations
+from train.optim.build import build_optimizer
 
 
 class FSDP:
@@ -30,10 +34,7 @@ class FSDP:
         offload_activations: bool = False,
         offload_optimizer: bool = False,
     ):
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"engine.recompute={recompute}: must be one of {', '.join(RECOMPUTE)}")
-        if tile is not None and tile < 1:
-            raise ValueError(f"engine.tile={tile}: must be at least 1, or null")
+        check_activations(recompute, tile)
         self.recompute, self.reshard_after_forward, self.tile = recompute, reshard_after_forward, tile
         self.offload_activations, self.offload_optimizer = offload_activations, offload_optimizer
 
@@ -61,3 +62,18 @@ class FSDP:
             offload_optimizer=self.offload_optimizer,
             cut=cut,
         )
+
+    def build(
+        self,
+        model: LM,
+        meshes: Meshes,
+        make: MakeOptimizer,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        cut: PipelineCut | None = None,
+    ) -> Optimizer:
+        """Places a model for training and returns its optimizer, a plain one of sharded parameters."""
+        declared = declarations(model)
+        self.prepare(model, meshes, seed=seed, dtype=dtype, cut=cut)
+        return build_optimizer(make, model, declared)
