@@ -74,7 +74,7 @@ class Row(FlatOptimizer):
         for p in self.placed.parameters():
             dist.all_reduce(p.grad)
         for part in self.parts:
-            part.stepped.grad = part.parameter.grad.flatten()[part.begin : part.begin + part.count]
+            part.stepped.grad = part.parameter.grad.flatten()[part.begin : part.begin + part.length]
         size = self.norm(torch.device("cpu"))
         for gradient in self.gradients():
             gradient.mul_((largest / (size + 1e-6)).clamp(max=1.0))
@@ -87,7 +87,7 @@ class Row(FlatOptimizer):
                 whole = torch.zeros(p.numel(), dtype=p.dtype)
                 for part in self.parts:
                     if part.parameter is p:
-                        whole[part.begin : part.begin + part.count] = part.stepped
+                        whole[part.begin : part.begin + part.length] = part.stepped
                 dist.all_reduce(whole)
                 p.copy_(whole.view_as(p))
         self.zero_grad()

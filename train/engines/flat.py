@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Stretch(NamedTuple):
-    """Elements of a parameter of this shape, `count` from `begin` on, that lie from `at` on in a tensor that this rank
+    """Elements of a parameter of this shape, `length` from `begin` on, that lie from `at` on in a tensor that this rank
     steps, flat [N]."""
 
     parameter: nn.Parameter
@@ -30,11 +30,11 @@ class Stretch(NamedTuple):
     begin: int
     stepped: Tensor
     at: int
-    count: int
+    length: int
 
     def of(self, flat: Tensor) -> Tensor:
         """Its elements in a tensor that is laid out as the one that is stepped."""
-        return flat.detach()[self.at : self.at + self.count]
+        return flat.detach()[self.at : self.at + self.length]
 
 
 class FlatOptimizer(EngineOptimizer):
@@ -87,7 +87,7 @@ class FlatOptimizer(EngineOptimizer):
         names = {p: parameter_name(name) for name, p in self.placed.named_parameters()}
         for part in self.stretches():
             if not self.cuts_weights:
-                part.of(part.stepped).copy_(part.parameter.flatten()[part.begin : part.begin + part.count])
+                part.of(part.stepped).copy_(part.parameter.flatten()[part.begin : part.begin + part.length])
             state, count = self.inner.state[part.stepped], self._steps[names[part.parameter]]
             state["step"] = count.to(state["step"].device).clone() if torch.is_tensor(state["step"]) else int(count)
 

@@ -63,7 +63,7 @@ class ZeroOptimizer(FlatOptimizer):
         if self.stage < 3:
             return
         for part in self.stretches():
-            part.parameter.ds_tensor.data[: part.count].copy_(part.of(part.stepped))  # type: ignore[attr-defined]
+            part.parameter.ds_tensor.data[: part.length].copy_(part.of(part.stepped))  # type: ignore[attr-defined]
         if small := self.zero.persistent_parameters:  # whole on every rank all the time
             small[0].partition(small)
             small[0].all_gather(small)
