@@ -139,7 +139,7 @@ def exchanged(run, tmp_path_factory):
         jobs[f"{name}'s weights"] = order(
             folder, folder / f"{name}-3", *more, *keys[name], "train.init_optimizer=keep", init_from=str(path)
         )
-    return run(2, exchange, jobs)
+    return run(2, exchange, jobs, timeout=280)
 
 
 def test_an_engine_with_parts_of_its_own_trains_as_fsdp_does(exchanged):
