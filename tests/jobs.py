@@ -7,12 +7,16 @@ import numpy as np
 
 from launch.config.compose import composed
 
+# A step costs by the layer. All three kinds: HYBRID beside it.
+HYBRID = ["model.layers=3", "model.pattern=[gla,gdn,attn]"]
 SMALL = [
     "data=text",
     "cluster=none",
     "cluster.threads=1",  # more would spin beside other tests
     "tracking.mode=disabled",
     "model.dim=32",
+    "model.layers=2",
+    "model.pattern=[gla,attn]",
     "model.blocks.gla.mixer.heads=2",
     "model.blocks.gdn.mixer.heads=2",
     "model.blocks.gla.ffn.num_experts=4",

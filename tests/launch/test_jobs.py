@@ -36,7 +36,8 @@ needs_namespace = pytest.mark.skipif(
     subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0, reason="needs a mount namespace"
 )
 RAY = str(Path(sys.executable).parent / "ray")
-STEPS = 100
+STEPS = 100  # of a run that is stopped on its way
+FEW = 12  # of one that ends
 
 
 def free_port() -> int:
@@ -178,8 +179,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         two.wait_for(2)
         yield two
     finally:
-        for node in reversed(two.nodes):
-            two.end(node)
+        for node in two.nodes:
+            with_session(node.pid, signal.SIGKILL)
+            node.wait(10)
         for key, value in before.items():
             os.environ.pop(key, None) if value is None else os.environ.update({key: value})
         shutil.rmtree(place, ignore_errors=True)
@@ -210,10 +212,17 @@ def far(cluster: Cluster, *words: str) -> str:
     return done.stdout
 
 
+def steps_reached(run: Path) -> int:
+    return records(run)[-1]["step"]
+
+
+CONSTANT = ["schedule=constant", "schedule.warmup=768"]
+
+
 def job_overrides(cluster: Cluster, *more: str) -> list[str]:
     kept = [each for each in overrides(cluster.place) if not each.startswith("cluster=")]
     # A machine's cores are divided among its workers: sums over more threads are other sums.
-    return [*kept, "cluster.threads=1", f"train.steps={STEPS}", "train.checkpoint_every=1920", *more]
+    return [*kept, "cluster.threads=1", f"train.steps={STEPS}", "train.checkpoint_every=1920", *CONSTANT, *more]
 
 
 def records(run: Path) -> list[dict]:
@@ -233,10 +242,17 @@ def steps(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster) -> Path:
-    """The same job on this machine's own processes."""
+    """The same job on this machine's own processes; `alone` trains it as far as a test needs it."""
     run = cluster.place / "runs" / "alone"
-    farspan(cluster, "train", *job_overrides(cluster, f"run.dir={run}", "cluster=none"))
+    farspan(cluster, "train", *job_overrides(cluster, f"run.dir={run}", "cluster=none", f"train.steps={FEW}"))
     return run
+
+
+def alone(cluster: Cluster, run: Path, number: int) -> list[tuple]:
+    """The numbers of so many steps; its rate is constant, so that they do not depend on where it ends."""
+    if number > steps(run):
+        farspan(cluster, "train", f"resume={run}", f"train.steps={number}")
+    return numbers(run)[:number]
 
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -245,7 +261,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def first(cluster) -> Path:
     """The folder of a job that is submitted; `logs --follow` waits for its end."""
-    said = farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/first"))
+    said = farspan(
+        cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/first", f"train.steps={FEW}")
+    )
     assert said == "first\n"
     return cluster.place / "runs" / "first"
 
@@ -254,7 +272,7 @@ def test_a_submitted_job_is_followed_to_its_end(cluster, first, uninterrupted):
     run = first
     logs = farspan(cluster, "logs", "first", "--follow", cluster.address)
     assert "2 workers on 2 machines" in logs and "sequence x2: over 2 neighbouring nodes" in logs
-    assert f"step {STEPS}" in logs and "held-out loss" in logs and "Traceback" not in logs
+    assert f"step {FEW}" in logs and "held-out loss" in logs and "Traceback" not in logs
     assert numbers(run) == numbers(uninterrupted)
     assert {"config.yaml", "tokenizer.json", "corpus.json"} <= {p.name for p in run.iterdir()}
     last = checkpoint.newest(run / "checkpoints", pytest.fail)
@@ -263,13 +281,13 @@ def test_a_submitted_job_is_followed_to_its_end(cluster, first, uninterrupted):
     for words in (
         "succeeded",
         "complete",
-        f"step        {STEPS} of {STEPS} (100%)",
+        f"step        {FEW} of {FEW} (100%)",
         "held-out",
         "tokens/s",
         "restarts",
     ):
         assert words in status, status
-    assert f"step-{STEPS}" in status
+    assert f"step-{FEW}" in status
     listed = farspan(cluster, "list", cluster.address)
     assert re.search(r"first\s+succeeded\s+.* ago\s+" + str(run), listed)
     moved = cluster.place / "moved"  # a checkpoint alone, away from its run
@@ -280,19 +298,20 @@ def test_a_submitted_job_is_followed_to_its_end(cluster, first, uninterrupted):
 @needs_namespace
 def test_a_run_that_only_the_cluster_sees_is_described(cluster, first):
     said = far(cluster, "status", "first", cluster.address)
-    assert "cannot be seen from here; the last lines of its log:" in said and f"step {STEPS}" in said
+    assert "cannot be seen from here; the last lines of its log:" in said and f"step {FEW}" in said
 
 
 @pytest.mark.slow
 @needs_namespace
 def test_a_run_that_only_the_cluster_sees_is_resumed_by_its_id(cluster, first):
-    assert far(cluster, "submit", "resume=first", f"train.steps={STEPS + 2}", cluster.address) == "first-2\n"
+    assert far(cluster, "submit", "resume=first", f"train.steps={FEW + 2}", cluster.address) == "first-2\n"
     far(cluster, "logs", "first-2", "--follow", cluster.address)
-    assert [r["step"] for r in records(first)] == [*range(1, STEPS + 3)]
+    assert [r["step"] for r in records(first)] == [*range(1, FEW + 3)]
 
 
-def test_a_lost_worker_ctrl_c_a_resume_and_a_stop_change_no_number(cluster, uninterrupted):
-    """`farspan train` follows its job; the job loses a worker, is stopped by Ctrl-C, resumed by its id, and stopped."""
+@pytest.fixture(scope="module")
+def interrupted(cluster) -> Path:
+    """The folder of a job that `farspan train` follows; it loses a worker, and is stopped by Ctrl-C."""
     run = cluster.place / "runs" / "second"
     process = subprocess.Popen(
         [*cluster.farspan, "train", "cluster=ray", cluster.address, *job_overrides(cluster, f"run.dir={run}")],
@@ -316,18 +335,29 @@ def test_a_lost_worker_ctrl_c_a_resume_and_a_stop_change_no_number(cluster, unin
         process.kill()
     assert process.returncode == 0, said
     assert "job second on http://" in said and "stopping after this step" in said
-    reached = records(run)[-1]["step"]
+    reached = steps_reached(run)
     assert f"stopped at step {reached}" in said and "Traceback" not in said and reached < STEPS
     assert "stopped" in farspan(cluster, "list", cluster.address)
     assert checkpoint.newest(run / "checkpoints", pytest.fail).name == f"step-{reached}"
+    return run
+
+
+def test_a_lost_worker_and_ctrl_c_change_no_number(cluster, uninterrupted, interrupted):
+    assert numbers(interrupted) == alone(cluster, uninterrupted, steps_reached(interrupted))
+    assert {r["attempt"] for r in records(interrupted)} == {1, 2}
+
+
+@pytest.mark.slow
+def test_a_job_resumed_by_its_id_is_stopped_and_changes_no_number(cluster, uninterrupted, interrupted):
+    run, reached = interrupted, steps_reached(interrupted)
     assert farspan(cluster, "submit", "resume=second", cluster.address) == "second-2\n"
     wait_for(lambda: records(run)[-1]["step"] > reached, 120)
     said = farspan(cluster, "stop", "second-2", cluster.address)
     assert "lost: rank 1 was killed" not in said  # of the time before the stop
-    last = records(run)[-1]["step"]
+    last = steps_reached(run)
     assert checkpoint.newest(run / "checkpoints", pytest.fail).name == f"step-{last}"
     assert "goes on from step-" not in farspan(cluster, "logs", "second-2", cluster.address)
-    assert numbers(run) == numbers(uninterrupted)[:last]
+    assert numbers(run) == alone(cluster, uninterrupted, last)
     assert {r["attempt"] for r in records(run)} == {1, 2, 3}
 
 
@@ -335,7 +365,14 @@ def test_a_lost_worker_ctrl_c_a_resume_and_a_stop_change_no_number(cluster, unin
 def test_a_machine_of_the_cluster_joins_its_ray_without_a_job(cluster, uninterrupted):
     run = cluster.place / "runs" / "joined"
     address = f"cluster.address=127.0.0.1:{cluster.port}"
-    farspan(cluster, "train", "cluster=ray", address, *job_overrides(cluster, f"run.dir={run}"), cold=True)
+    farspan(
+        cluster,
+        "train",
+        "cluster=ray",
+        address,
+        *job_overrides(cluster, f"run.dir={run}", f"train.steps={FEW}"),
+        cold=True,
+    )
     assert numbers(run) == numbers(uninterrupted)
     assert "joined" not in farspan(cluster, "list", cluster.address)
 
@@ -412,27 +449,35 @@ def test_where_no_ray_answers_it_is_said_within_ten_seconds(capsys, tmp_path):
                 assert len(said.splitlines()) == 1 and f"cluster.address={address}: no Ray answers there" in said, said
 
 
-def test_a_machine_with_another_torch_or_another_file_system_is_refused(cluster):
-    """A third machine, first with a torch that calls itself another, then with a run folder of its own."""
+def third(cluster: Cluster) -> list[str]:
+    """A job that a third machine is needed for."""
+    job = job_overrides(cluster, "run.dir=runs/refused", "cluster.workers=3", "parallel.sequence=1")
+    return [*job, "train.batch_tokens=1152"]
+
+
+def test_a_machine_with_another_torch_is_refused(cluster):
+    """A third machine, with a torch that calls itself another."""
     other = cluster.place / "other" / "torch-1.2.3.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.2.3\n")
     node = cluster.start(PYTHONPATH=f"{other.parent}{os.pathsep}{ROOT}")
     cluster.wait_for(3)
-    job = job_overrides(cluster, "run.dir=runs/refused", "cluster.workers=3", "parallel.sequence=1")
-    job += ["train.batch_tokens=1152"]
-    said = farspan(cluster, "submit", cluster.address, *job, code=2)
+    said = farspan(cluster, "submit", cluster.address, *third(cluster), code=2)
     assert "versions of torch differ between machines: " in said and "1.2.3 on " in said, said
     assert not (cluster.place / "runs" / "refused").exists()
     cluster.end(node)
     cluster.wait_for(2)
+
+
+@pytest.mark.slow
+@needs_namespace
+def test_a_machine_with_another_file_system_is_refused(cluster):
+    """A third machine, with a run folder of its own."""
     hide = f'mount -t tmpfs none {cluster.place}/runs && exec "$@"'
-    if needs_namespace.args[0]:
-        return  # not root: the unit test below has to do
     (cluster.place / "runs").mkdir(exist_ok=True)
     node = cluster.start("unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh")
     cluster.wait_for(3)
-    said = farspan(cluster, "submit", cluster.address, *job, code=2)
+    said = farspan(cluster, "submit", cluster.address, *third(cluster), code=2)
     assert "run.dir=" in said and "does not see the run folder of the others" in said, said
     assert "expected a folder on a file system that all machines share" in said
     cluster.end(node)

@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([], "parallel.pipeline=2: a step of 4 sequences has 1 micro-step, must have at least 2"),
         ([MICRO, "parallel.pipeline=64", "cluster.workers=64"], "parallel.pipeline=64: makes 64 stages, must make at"),
-        ([MICRO, "parallel.pipeline_layers=[1,1]"], "parallel.pipeline_layers=[1, 1]: must be 2 numbers of layers"),
+        ([MICRO, "parallel.pipeline_layers=[1,2]"], "parallel.pipeline_layers=[1, 2]: must be 2 numbers of layers"),
         ([MICRO, "parallel.pipeline_schedule=interleaved"], "parallel.stages_per_rank=1: must be at least 2"),
         ([MICRO, "parallel.stages_per_rank=2"], "parallel.stages_per_rank=2: must be 1 with"),
         ([MICRO, "parallel.pipeline_schedule=dual"], "parallel.pipeline_schedule=dual: must be one of 1f1b"),

@@ -13,7 +13,7 @@ from models.mixers import MIXERS
 from parallel.schedule.comm_volume import AttendCall, How, ScanCall, of_plan, of_weights
 from parallel.schedule.transport_cost import LinkCost
 from parallel.sequence.states import AutoTransport
-from tests.jobs import order
+from tests.jobs import HYBRID, order
 from train.build import build
 from train.checkpoints.hook import Checkpoints
 from train.metrics import comm_record
@@ -40,7 +40,7 @@ def chosen(job):
 
 @pytest.mark.dist
 def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
-    job = order(tmp_path, tmp_path / "run", AUTO, "train.steps=2", "cluster.workers=2")
+    job = order(tmp_path, tmp_path / "run", *HYBRID, AUTO, "train.steps=2", "cluster.workers=2")
     results = run(2, first_step, job)
     (record, plan, starts, wire), again = results[0], results[1]
     assert again[3] == wire
@@ -73,7 +73,7 @@ def test_a_run_measures_chooses_counts_and_keeps_its_choice(run, tmp_path):
     assert manifest["wire"] == {"ranks": 2, "latency": wire.latency, "bandwidth": wire.bandwidth}
     manifest["wire"] |= {"latency": 1e6, "bandwidth": 1e6}  # as no machine measures it
     (path / "manifest.json").write_text(json.dumps(manifest))
-    resumed = order(tmp_path, tmp_path / "again", AUTO, "train.steps=2", "cluster.workers=2", resume=str(path))
+    resumed = order(tmp_path, tmp_path / "again", *HYBRID, AUTO, "train.steps=2", "cluster.workers=2", resume=str(path))
     assert (
         run(2, chosen, resumed) == [(LinkCost(1e6, 1e6), "gather")] * 2
         and auto.choice(64, 1 << 26, 1 << 26, 64) != "gather"

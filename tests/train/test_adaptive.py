@@ -7,14 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.jobs import order
+from tests.jobs import HYBRID, order
 from train.build import build
 from train.checkpoints.hook import Checkpoints
 
 pytestmark = pytest.mark.dist
 
 # Windows hold whole documents of one byte to some hundred; of the last, padding is left out.
-JOB = ["precision=fp64", "train.steps=12", "data.packing=best_fit", "data.max_length=192", "train.batch_tokens=768"]
+JOB = [
+    *HYBRID,
+    "precision=fp64",
+    "train.steps=12",
+    "data.packing=best_fit",
+    "data.max_length=192",
+    "train.batch_tokens=768",
+]
 ADAPTIVE = ["scheduler=adaptive", "scheduler.tokens_per_rank=96", "scheduler.quantum=1", "scheduler.stragglers=false"]
 STEPS = 4
 

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from tests.jobs import order
+from tests.jobs import HYBRID, order
 from train.build import build
 
 pytestmark = pytest.mark.dist
@@ -26,7 +26,7 @@ SLOW = {name for name, (world, _) in LAYOUTS.items() if world < 4} | {"sequence 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 # In fp32 every expert is chosen: of 60,000 top-2 choices one falls within rounding of a tie in some runs, and flips.
 PRECISION = {"fp64": ["precision=fp64"], "fp32": ["precision=fp32", "model.blocks.gla.ffn.top_k=4"]}
-STEPS = 20  # in every run of the tests; `make slow` takes the 50 of the contract
+STEPS = 8  # in every run of the tests; `make slow` takes the 50 of the contract
 
 
 def losses(order, steps):
@@ -40,7 +40,7 @@ def alone(run, tmp_path_factory):
 
     @cache
     def of(precision, steps):
-        more = [*PRECISION[precision], "train.tokens=20000", "cluster.workers=1"]
+        more = [*HYBRID, *PRECISION[precision], "train.tokens=20000", "cluster.workers=1"]
         return run(1, losses, order(folder, folder / f"{precision}-{steps}", *more), steps)[0]
 
     return of
@@ -52,7 +52,7 @@ def alone(run, tmp_path_factory):
 @pytest.mark.parametrize("layout", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in LAYOUTS])
 def test_a_run_has_the_same_losses_on_every_layout(run, alone, tmp_path, layout, precision, steps):
     world, more = LAYOUTS[layout]
-    job = order(tmp_path, tmp_path / "run", *more, *PRECISION[precision], "train.tokens=20000")
+    job = order(tmp_path, tmp_path / "run", *more, *HYBRID, *PRECISION[precision], "train.tokens=20000")
     for got in run(world, losses, job, steps):
         np.testing.assert_allclose(got, alone(precision, steps), rtol=TOLERANCE[precision])
     assert alone(precision, steps)[-1] < alone(precision, steps)[0] - 1, "it should learn"

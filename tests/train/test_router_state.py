@@ -83,7 +83,7 @@ def test_routers_remember_the_same_and_lose_the_same_on_every_layout(run, alone,
         done = run(world, train, order(tmp_path, tmp_path / "run", *REMEMBERING, *more), STEPS)
     for losses, kept, _ in done:
         np.testing.assert_allclose(losses, alone[0], rtol=1e-9)
-        assert kept.keys() == alone[1].keys() and len(kept) == 8
+        assert kept.keys() == alone[1].keys() and len(kept) == 4
         for name, value in kept.items():
             assert np.array_equal(value, alone[1][name]), name
             assert value.std() > 0, "nothing was learnt"
