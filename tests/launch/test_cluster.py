@@ -55,6 +55,7 @@ def test_ray_runs_quietly_and_stops_after_the_step(tmp_path: Path) -> None:
     _nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_ray_names_a_killed_rank(tmp_path: Path) -> None:
     process = launcher("cluster.controller", "fit", "die", tmp_path)
     try:

@@ -1,18 +1,18 @@
 """Ten steps of AdamW on a full hybrid, sharded, recomputed and accumulated, against one process (T12, T14)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from models.axes import declarations, initialise
 from models.sequence import Whole
 from parallel.collectives import LEDGER
-from parallel.fsdp import norm
 from parallel.mesh import Groups, everyone
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.plan import Plan
@@ -22,7 +22,9 @@ from tests.parallel.test_parity import BATCH, static, unequal
 from tests.parity import BALANCE, DTYPE, Sample, assert_close, small_model, spread, truth
 from train.execute import Executor
 from train.loss import sums
+from train.optim.adamw import AdamW
 from train.optim.build import build_optimizer
+from train.optim.clip import clip
 
 pytestmark = pytest.mark.dist
 
@@ -40,16 +42,15 @@ def batch(step: int) -> list[Sample]:
     return [Sample(s.documents, seed=100 * step + s.seed, masked=s.masked) for s in BATCH]
 
 
-def adamw(model: nn.Module, declared: dict) -> Optimizer:
-    return build_optimizer(lambda groups: AdamW(groups, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1), model, declared)
-
-
-def descend(model: nn.Module, declared: dict, accumulate: Callable[[int], None]) -> None:
-    """Ten steps from the gradients that `accumulate(step)` leaves in the model, clipped as the training loop does."""
-    steps = adamw(model, declared)
+def descend(
+    kind: type[Optimizer], model: nn.Module, declared: dict, accumulate: Callable[[int], None], clipped: Any
+) -> None:
+    """Ten steps of AdamW from the gradients that `accumulate(step)` leaves in the model, each `clipped`."""
+    settings = {"lr": 5e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    steps = build_optimizer(partial(kind, **settings), model, declared)
     for step in range(STEPS):
         accumulate(step)
-        nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, norm([p.grad for p in model.parameters()]))
+        clipped()
         steps.step()
         steps.zero_grad()
 
@@ -69,7 +70,8 @@ def alone(precision: str) -> tuple[Parameters, Parameters]:
             part = sums(model(torch.from_numpy(s.tokens)[None], seq), torch.from_numpy(s.targets)[None])
             part.objective(targets=targets, tokens=tokens, balance_weight=BALANCE).backward()
 
-    descend(model, declarations(model), accumulate)
+    clipped = partial(nn.utils.clip_grad_norm_, list(model.parameters()), CLIP)
+    descend(torch.optim.AdamW, model, declarations(model), accumulate, clipped)
     return before, {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
@@ -83,7 +85,8 @@ def together(name: str, precision: str) -> Parameters:
     declared = declarations(model)
     parallelise(model, mesh, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
     executor = Executor(model, groups, torch.device("cpu"), effects, keys, BALANCE)
-    descend(model, declared, lambda step: executor.train(plans[step % len(plans)], batch(step)))
+    clipped = partial(clip, model, groups.world_comm, largest=CLIP, each=None, value=None)
+    descend(AdamW, model, declared, lambda step: executor.train(plans[step % len(plans)], batch(step)), clipped)
     return {parameter_name(n): p.full_tensor().detach().numpy() for n, p in model.named_parameters()}
 
 
