@@ -65,23 +65,49 @@ def losses(job: dict[str, Any], steps: int, save: int | None = None) -> list[flo
     return values
 
 
+class Run(NamedTuple):
+    """A run of the small job, in a folder of its own by `name`. resume: a checkpoint that it goes on from; others save
+    one halfway. entry: makes its losses of what `losses` takes."""
+
+    name: str
+    keys: tuple[str, ...] = ()
+    resume: Path | None = None
+    entry: Callable[..., list[float]] = losses
+
+
 class Runs:
-    """Runs of the small job, each in a folder of its own in `folder`."""
+    """Runs of the small job, below `folder`, of so many steps."""
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self.steps = folder, steps
 
-    def run(
-        self, name: str, layout: Layout, *keys: str, resume: Path | None = None, entry: Callable[..., Any] = losses
-    ) -> list[list[float]]:
-        """Losses by rank, with a checkpoint halfway; or those of the second half, from the checkpoint `resume`."""
-        keys = (f"cluster.workers={layout.ranks}", f"parallel.sequence={layout.sequence}", *layout.keys, *keys)
-        job = order(self.folder, self.folder / name, *MORE, *keys, **({"resume": str(resume)} if resume else {}))
-        return run_world(layout.ranks, entry, job, self.steps, None if resume else self.steps // 2, timeout=900)
+    def run(self, layout: Layout, *runs: Run) -> dict[str, list[list[float]]]:
+        """By name of a run, the losses by rank of its steps. All runs of a layout share one world, for starts are
+        dear."""
+        keys = (f"cluster.workers={layout.ranks}", f"parallel.sequence={layout.sequence}", *layout.keys, *MORE)
+        jobs = {
+            each.name: (
+                order(
+                    self.folder,
+                    self.folder / each.name,
+                    *keys,
+                    *each.keys,
+                    **({} if each.resume is None else {"resume": str(each.resume)}),
+                ),
+                each.entry,
+            )
+            for each in runs
+        }
+        ranks = run_world(layout.ranks, _each, jobs, self.steps, timeout=3600)
+        return {name: [rank[name] for rank in ranks] for name in jobs}
 
     def checkpoint(self, name: str) -> Path:
         """The one that a run saved halfway."""
         return self.folder / name / "checkpoints" / f"step-{self.steps // 2}"
+
+
+def _each(jobs: dict[str, tuple[dict[str, Any], Callable[..., list[float]]]], steps: int) -> dict[str, list[float]]:
+    return {name: entry(job, steps, None if "resume" in job else steps // 2) for name, (job, entry) in jobs.items()}
 
 
 def apart(got: list[list[float]], want: list[float]) -> float:
@@ -93,24 +119,25 @@ def apart(got: list[list[float]], want: list[float]) -> float:
 def compare(
     runs: Runs, engines: dict[str, tuple[str, ...]], layouts: tuple[Layout, ...] = LAYOUTS
 ) -> Iterator[tuple[str, float]]:
-    """Yields what was compared, and by how much it differs."""
-    first = runs.run("alone", Layout(1, 1))[0]
-    for layout in layouts:
-        named = f"{layout.ranks}-{layout.sequence}"
-        plain = runs.run(f"fsdp-{named}", layout)
-        yield f"fsdp, {layout}, against one rank", apart(plain, first)
-        for i, (engine, keys) in enumerate(engines.items()):
-            yield f"{engine}, {layout}", apart(runs.run(f"{i}-{named}", layout, *keys), plain[0])
-    half, last = runs.steps // 2, layouts[-1]
-    named, small = f"{last.ranks}-{last.sequence}", layouts[min(1, len(layouts) - 1)]
-    for i, (engine, keys) in enumerate(engines.items()):
-        path = runs.checkpoint(f"{i}-{named}")
-        yield f"fsdp on {small} from {engine} on {last}", apart(runs.run(f"back-{i}", small, resume=path), first[half:])
-        path = runs.checkpoint(f"fsdp-{named}")
-        yield (
-            f"{engine} on {small} from fsdp on {last}",
-            apart(runs.run(f"on-{i}", small, *keys, resume=path), first[half:]),
-        )
+    """Yields what was compared, and by how much it differs. The checkpoints of the last layout change hands."""
+    alone = runs.run(Layout(1, 1), Run("alone"))["alone"][0]
+    for n, layout in enumerate(layouts):
+        plain = f"fsdp-{n}"
+        each = {engine: f"{i}-{n}" for i, engine in enumerate(engines)}
+        losses = runs.run(layout, Run(plain), *(Run(each[engine], keys) for engine, keys in engines.items()))
+        yield f"fsdp, {layout}, against one rank", apart(losses[plain], alone)
+        for engine, name in each.items():
+            yield f"{engine}, {layout}", apart(losses[name], losses[plain][0])
+    small = layouts[min(1, len(layouts) - 1)]
+    going_on = []
+    for i, keys in enumerate(engines.values()):
+        going_on.append(Run(f"from-{i}", resume=runs.checkpoint(f"{i}-{n}")))
+        going_on.append(Run(f"on-{i}", keys, resume=runs.checkpoint(f"fsdp-{n}")))
+    losses = runs.run(small, *going_on)
+    for i, engine in enumerate(engines):
+        half = alone[runs.steps // 2 :]
+        yield f"fsdp on {small} from {engine} on {layout}", apart(losses[f"from-{i}"], half)
+        yield f"{engine} on {small} from fsdp on {layout}", apart(losses[f"on-{i}"], half)
 
 
 def main(steps: int) -> int:

@@ -17,10 +17,10 @@ from unittest import mock
 import torch
 
 from tests import engines
-from tests.engines import Layout, Runs, apart
+from tests.engines import Layout, Run, Runs, apart
 
 
-def losses(job: dict[str, Any], steps: int, save: int | None = None) -> list[float]:
+def behind_stand_ins(job: dict[str, Any], steps: int, save: int | None = None) -> list[float]:
     """`tests.engines.losses`, with a CPU in the place of CUDA."""
     kind, made = torch.Tensor.type, {name: getattr(torch, name) for name in ("tensor", "zeros")}
 
@@ -46,15 +46,15 @@ def losses(job: dict[str, Any], steps: int, save: int | None = None) -> list[flo
 def compare(runs: Runs) -> Iterator[tuple[str, float]]:
     """Yields what was compared, and by how much it differs."""
     one, two = Layout(1, 1), Layout(2, 2, ("scheduler.tokens_per_rank=96",))
-    plain = runs.run("plain", two)
-    for layout in (one, two):
-        got = runs.run(f"megatron-{layout.ranks}", layout, "engine=megatron", entry=losses)
-        yield f"megatron, {layout}", apart(got, plain[0])
-    half = plain[0][runs.steps // 2 :]
-    back = runs.run("back", one, resume=runs.checkpoint("megatron-2"))
-    yield f"fsdp on {one} from megatron on {two}", apart(back, half)
-    on = runs.run("on", two, "engine=megatron", resume=runs.checkpoint("plain"), entry=losses)
-    yield f"megatron on {two} from fsdp on {two}", apart(on, half)
+    keys = ("engine=megatron",)
+    losses = runs.run(two, Run("fsdp"), Run("megatron", keys, entry=behind_stand_ins))
+    plain = losses["fsdp"][0]
+    yield f"megatron, {two}", apart(losses["megatron"], plain)
+    on = Run("on", keys, resume=runs.checkpoint("fsdp"), entry=behind_stand_ins)
+    going_on = runs.run(one, Run("from", resume=runs.checkpoint("megatron")), on)
+    half = plain[runs.steps // 2 :]
+    yield f"fsdp on {one} from megatron on {two}", apart(going_on["from"], half)
+    yield f"megatron on {one} from fsdp on {two}", apart(going_on["on"], half)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from launch.preflight import continuation, init_from
 from launch.preflight.auto_layout import with_layout
 from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.corpus import open_batches
+from launch.preflight.engine import check_engine
 from launch.preflight.layout import check_layout
 from launch.preflight.refusals import refusals
 from launch.run.rundir import is_checkpoint, latest
@@ -31,7 +32,6 @@ def check_run(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
-    from train.engines.refusals import refuse
     from train.tracking import obey_environment
 
     with refusals(config):
@@ -54,7 +54,7 @@ def check_run(
         data, sequence = mesh.split
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        refuse(config, mesh, device)
+        check_engine(config, mesh, device)
         _optimizer(config, device)
         check_layout(config, mesh, model)
         _bases(config, model)

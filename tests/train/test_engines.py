@@ -243,13 +243,47 @@ def test_an_adam_that_cannot_be_compiled_is_refused(config, monkeypatch):
     assert refused(config, engine=engine).startswith("engine.cpu_adam=true: must be false here")
 
 
+def test_an_engine_that_fails_its_trial_is_refused(config, monkeypatch):
+    from launch.preflight import engine
+
+    tries: list[str] = []
+    monkeypatch.setattr(refusals, "installed", lambda kind: True)
+    monkeypatch.setattr(engine, "failure", lambda name: tries.append(name) or "ImportError: libcudart")
+    with pytest.raises(ValueError, match=r"engine=deepspeed: deepspeed does not work here \(ImportError: libcudart\)"):
+        engine.check_engine(config, Mesh(sequence=2), "cpu")
+    engine.check_engine(replace(config, cluster=replace(config.cluster, kind="ray")), Mesh(sequence=2), "cpu")
+    assert tries == ["deepspeed"], "another machine's engine is not tried here"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in engines.ENGINES if "CPU Adam" not in n])
-def test_deepspeed_trains_as_fsdp_does_and_exchanges_checkpoints(tmp_path, name):
+def test_deepspeed_trains_as_fsdp_does_and_exchanges_checkpoints(tmp_path):
     pytest.importorskip("deepspeed")
+    chosen = {name: keys for name, keys in engines.ENGINES.items() if "CPU Adam" not in name}
     layouts = (engines.Layout(1, 1), engines.Layout(2, 2, ("scheduler.tokens_per_rank=96",)))
-    for what, error in engines.compare(engines.Runs(tmp_path, 10), {name: engines.ENGINES[name]}, layouts):
+    for what, error in engines.compare(engines.Runs(tmp_path, 10), chosen, layouts):
         assert error < engines.TOLERANCE, what
+
+
+def holding_a_step_back(job, steps, save):
+    """Losses where the guard holds back the third step: its gradients must be gone when the next one begins."""
+    trainer, values = build(job), []
+    decide = trainer.guard.decide
+    while trainer.state.step < steps:
+        held = len(values) == 2
+        trainer.guard.decide = lambda *args, held=held: decide(*args).fill_(held)
+        values.append(trainer.step()[0]["loss"])
+    return values
+
+
+@pytest.mark.slow
+def test_deepspeed_drops_the_gradients_of_a_step_that_is_held_back(tmp_path):
+    pytest.importorskip("deepspeed")
+    chosen = {"fsdp": (), **{name: keys for name, keys in engines.ENGINES.items() if "CPU Adam" not in name}}
+    runs = [engines.Run(f"run-{i}", keys, entry=holding_a_step_back) for i, keys in enumerate(chosen.values())]
+    layout = engines.Layout(2, 2, ("scheduler.tokens_per_rank=96",))
+    losses = engines.Runs(tmp_path, 5).run(layout, *runs)
+    for i, name in enumerate(chosen):
+        assert engines.apart(losses[f"run-{i}"], losses["run-0"][0]) < engines.TOLERANCE, name
 
 
 @pytest.mark.slow
