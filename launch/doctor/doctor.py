@@ -239,17 +239,6 @@ def package(name: str, spec: str, needed: bool) -> Fact:
     return Fact(name, "ok", f"{shown}{''.join(f', {line}' for line in remarks[-1:])}{brings}", needed)
 
 
-def failure(name: str) -> str | None:
-    """Returns why a package fails its trial here, in one line; None where it passes, and where it says nothing in
-    time."""
-    try:
-        for _ in _tried(name, PACKAGES[name].module):
-            pass
-    except TrialError as error:
-        return None if str(error).startswith("nothing in") else str(error)
-    return None
-
-
 def _requirements() -> tuple[dict[str, str], dict[str, str]]:
     """The packages that farspan requires, and those that it can use, each with the versions that fit."""
     try:
