@@ -8,7 +8,6 @@ from pathlib import Path
 from parallel.schedule.mesh import Mesh
 from train.run_config import RunConfig
 
-
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0  # seconds that a trial may take; it takes ten, most of them imports
 

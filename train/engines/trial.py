@@ -1,6 +1,8 @@
 """Trials of engines on this machine: one step of two parameters, held against plain torch. For a process of its own."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,8 @@ def step(name: str) -> str:
     ArithmeticError where a weight is not what torch alone gives."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if Path("/sys/class/net/lo").exists():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # as in a run on one machine: a host's own name may be unknown
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     models = []
     for engine in (None, name):
