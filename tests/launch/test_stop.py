@@ -28,7 +28,7 @@ from tests.launch.processes import mentioning, wait_for
 from train.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-STEPS = 30
+STEPS = 24
 MARK = "FARSPAN_TEST_STOP"
 
 
