@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from models.lm import LM
 from models.moe import mixtures
 from parallel.activation_memory import RECOMPUTE
 from parallel.pipeline import PipelineCut, bubble
@@ -28,6 +29,7 @@ from parallel.schedule.step_memory import Parts
 from train.cost_profile import CostProfile, found_profile, machine_name
 from train.metrics.comm_trace import asked, expert_calls, expert_units, weight_units
 from train.metrics.width_trace import divided, step_calls
+from train.parallel_settings import MachineSettings
 from train.rank_memory import MemoryLayout, MemoryModel
 from train.run_config import RunConfig
 from train.stages import work as stage_work
@@ -80,6 +82,13 @@ def machine_of(config: RunConfig, device: str, *, memory: float, threads: int) -
     return RankMachine("this machine", size, rate, measured, ranks, device != "cpu", source, profile[0])
 
 
+def room_of(about: MachineSettings) -> float | None:
+    """Bytes that the tensors of a rank may take, by what the configuration says of the machine; None if nothing."""
+    if about.memory is not None:
+        return about.memory * 2**30 * USABLE
+    return None if about.device is None else DEVICES[about.device].memory * USABLE
+
+
 @dataclass(frozen=True)
 class RankedLayout:
     """A layout with its seconds a step, and the parts of its peak of memory."""
@@ -96,7 +105,8 @@ class RankedLayout:
 class LayoutSearch:
     """The layouts of a run.
 
-    length, sequences: of a step. check: raises ValueError for a mesh that the product refuses.
+    length, sequences: of a step. check: raises ValueError for a mesh that the product refuses, with the model on the
+    meta device.
     """
 
     def __init__(
@@ -107,7 +117,7 @@ class LayoutSearch:
         *,
         length: int,
         sequences: int,
-        check: Callable[[RunConfig, Mesh], None],
+        check: Callable[[RunConfig, Mesh, LM], None],
     ):
         if config.scheduler.target.rpartition(".")[2] != Static.__name__:
             raise ValueError(f"scheduler={config.scheduler.target}: must be static with parallel=auto")
@@ -190,15 +200,16 @@ class LayoutSearch:
 
     def parts(self, choice: LayoutChoice) -> Parts:
         """Bytes of the fullest rank."""
-        cut = self._pipeline(choice.mesh.pipeline)[0] if choice.mesh.pipeline > 1 else None
-        return self.memory.parts(
-            MemoryLayout(
-                mesh=choice.mesh,
-                tokens=choice.tokens(self.length),
-                micro_steps=choice.micro_steps,
-                recompute=choice.recompute,
-                cut=cut,
-            )
+        return self.memory.parts(self.layout(choice))
+
+    def layout(self, choice: LayoutChoice) -> MemoryLayout:
+        """The layout as its memory is asked for."""
+        return MemoryLayout(
+            mesh=choice.mesh,
+            tokens=choice.tokens(self.length),
+            micro_steps=choice.micro_steps,
+            recompute=choice.recompute,
+            cut=self._pipeline(choice.mesh.pipeline)[0] if choice.mesh.pipeline > 1 else None,
         )
 
     def settled(self, choice: LayoutChoice) -> RunConfig:
@@ -293,7 +304,7 @@ class LayoutSearch:
             changes: dict[str, Any] = {**mesh.sizes, "pipeline_layers": lengths}
             parallel = replace(self.config.parallel, auto=False, **changes)
             try:
-                self.check(replace(self.config, parallel=parallel), mesh)
+                self.check(replace(self.config, parallel=parallel), mesh, self.memory.whole)
                 self._refused[key] = None
             except ValueError as error:
                 self._refused[key] = str(error)

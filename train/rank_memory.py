@@ -20,6 +20,7 @@ from models.moe import mixtures
 from parallel.pipeline import PipelineCut, orders
 from parallel.schedule.comm_volume import Ask, AttendCall, ScanCall
 from parallel.schedule.mesh import Mesh
+from parallel.schedule.stages import in_flight
 from parallel.schedule.step_memory import LayerMemory, Parts, StepMemory
 from train.metrics.comm_trace import asked
 from train.metrics.width_trace import divided
@@ -187,11 +188,9 @@ class MemoryModel:
         if layout.cut is None:
             return 1.0
         name, sizes = self.config.parallel.pipeline_schedule, [len(layers) for layers in layout.cut.cuts]
-        held = most = 0
-        for kind, stage, _ in orders(name, layout.mesh.pipeline, len(sizes), layout.micro_steps)[rank]:
-            held += {"F": 1, "B": -1, "W": -1}.get(kind, 0) * sizes[stage]
-            most = max(most, held)
-        return most / sum(sizes[s] for s in layout.cut.stages(rank))
+        order = orders(name, layout.mesh.pipeline, len(sizes), layout.micro_steps)[rank]
+        own = sum(sizes[s] for s in layout.cut.stages(rank))
+        return in_flight({rank: order}, sizes) * sum(sizes) / own
 
     def _sent(self, layout: MemoryLayout) -> float:
         """The most bytes of a message between the ranks of a sequence, and of what it is made of or goes into."""

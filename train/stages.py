@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from models.accounting import account
 from models.lm import LM
-from parallel.pipeline import PipelineCut, bubble, check, orders
+from parallel.pipeline import PipelineCut, bubble, check
 from parallel.schedule.plan import Plan
-from parallel.schedule.stages import cut, given, in_flight
+from parallel.schedule.stages import cut, given
 from train.run_config import RunConfig
 
 LENGTH = 4096  # tokens of the documents by which layers are weighed where the configuration says nothing
@@ -89,18 +89,6 @@ def lines(config: RunConfig, model: LM, device: str, plan: Plan) -> list[str]:
     held = [sum(size for n, size in sizes.items() if rank in stages.holders[n]) for rank in range(ranks)]
     lines.append(f"parameters a rank: {', '.join(f'{count:,}' for count in held)}")
     return lines
-
-
-def fullest(config: RunConfig, model: LM, device: str, plan: Plan) -> tuple[float, float]:
-    """The largest share of the parameters that a pipeline rank holds, and of a micro-step's activations; 1 each without
-    a pipeline."""
-    stages = pipeline_cut(config, model, device)
-    if stages is None:
-        return 1.0, 1.0
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    held = [sum(n for name, n in sizes.items() if rank in stages.holders[name]) for rank in range(stages.ranks)]
-    order = orders(config.parallel.pipeline_schedule, stages.ranks, len(stages.cuts), len(plan.micro_steps))
-    return max(held) / sum(sizes.values()), in_flight(order, [len(layers) for layers in stages.cuts])
 
 
 def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> None:

@@ -94,12 +94,6 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     batch, first, by = _first(flight, model)
     longest = max(first.lengths)
     costs = _costs(flight, model)
-    held = max(
-        sum(end - begin for begin, end in spans)
-        for micro in first.micro_steps
-        for group in micro.groups
-        for spans in group.spans
-    )
     spans = _spans(flight, first)
     read = [n for s in batch for n in pieces(s.starts[s.counted])]
     sizes = " to ".join(f"{size:,}" for size in sorted({train.ramp.sizes[0], train.ramp.sizes[-1]}))
@@ -118,7 +112,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         *_flops(costs, read, config.engine.get("recompute", "none")),
         *_order(flight),
         *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
-        *_memory(flight, model, costs, -(-held // spans), spans, first),
+        *_memory(flight, model, costs, spans, first),
         f"state       {_size(costs.state(longest))} to go on after {longest:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
         *by,
@@ -233,58 +227,25 @@ def _spans(flight: CheckedRun, first: Plan) -> int:
     return 1 if most is None else max(count(micro, first.lengths, most) for micro in first.micro_steps)
 
 
-def _memory(flight: CheckedRun, built: LM, costs: Account, held: int, spans: int, first: Plan) -> list[str]:
-    """Bytes on the fullest rank: states are exact, activations those that a layer keeps for its backward, on a rank
-    that has all heads. held: tokens of a span in time."""
-    import math
-
-    from models.axes import declarations
-    from models.moe import mixtures
-    from parallel.tensor import division
-    from train.engines.refusals import plain
-    from train.optim.build import moments
-    from train.precision import dtypes
-    from train.stages import fullest
-
-    compute, master = dtypes(flight.config.precision.compute, flight.device)
-    of_parameters, of_activations = fullest(flight.config, built, flight.device, first)
-    engine, model = flight.config.engine, flight.config.model
-    mesh, pieces = flight.mesh, division(built, declarations(built), flight.mesh.tensor).values()
-    own = sum(math.prod(piece.local_shape(0)) for piece in pieces) / costs.parameters  # of a tensor rank
-    own *= of_parameters
-    share = master.itemsize * own / (mesh.data * mesh.expert * mesh.sequence)
-    states = (2 * costs.parameters + moments(flight.config.optimizer.build(), built)) * share
+def _memory(flight: CheckedRun, built: LM, costs: Account, spans: int, first: Plan) -> list[str]:
+    """The peak of the fullest rank's tensors in a step, by what they are (`parallel.schedule.step_memory`)."""
+    from train.rank_memory import MemoryModel, layout_of
+    memory = MemoryModel(flight.config, flight.device, exact=True)
+    layout = layout_of(flight.config, built, flight.mesh, first, flight.device)
+    parts = memory.parts(layout)
     if not plain(flight.config):  # ZeRO has a copy of its part of the weights, and whole what it does not cut
-        zero, whole = engine.get("zero", 1), master.itemsize * own
-        states += costs.parameters * {1: 2 * whole - share, 2: whole, 3: share}[zero]
-    averages = {"none": 0, "ema": 1, "last": flight.train.average_count}[flight.train.average]
-    experts = sum(p.numel() for moe in mixtures(built).values() for p in moe.experts.parameters())
-    elsewhere = experts - experts // mesh.expert  # of other ranks, which no rank gathers
-    gathered = int((costs.parameters - elsewhere) * own * master.itemsize)
-    if not plain(flight.config) and zero < 3:
-        gathered = 0
-    elif engine.get("reshard_after_forward", True):
-        gathered = gathered * 2 // model["layers"]
-    activations = costs.activations
-    if engine["recompute"] in ("full", "selective"):  # every layer's input, and all of one layer while it runs again
-        activations = model["dim"] * compute.itemsize * model["layers"] + activations / model["layers"]
-    if engine["recompute"] == "selective":
-        activations += costs.dear
-    chunk = min(held, flight.train.loss_chunk or held)
-    parts = {
-        "weights, gradients, moments": states,
-        **({"averages of weights": averages * costs.parameters * share} if averages else {}),
-        "gathered weights": gathered,
-        "activations": activations * held * of_activations,
-        f"loss, logits of {chunk:,} tokens": chunk * model["vocabulary"] // mesh.tensor * (compute.itemsize + 8)
-        + held * model["dim"] * compute.itemsize,  # and its gradient of the head's input
-    }
+        zero, whole = flight.config.engine.get("zero", 1), float(costs.parameters * memory.master.itemsize)
+        share = whole / (flight.mesh.data * flight.mesh.expert * flight.mesh.sequence)
+        parts["copies of the engine"] = {1: 2 * whole - share, 2: whole, 3: share}[zero]
+        if zero < 3:
+            parts.pop(GATHERED, None)
     if spans > 1 and flight.train.span_gradient == "exact":
-        parts[f"between {spans:,} spans in time"] = (spans - 1) * costs.state(held * flight.sequence)
+        parts[f"between {spans:,} spans in time"] = (spans - 1) * costs.state(layout.tokens * flight.sequence)
     step = "micro-step" if spans == 1 else "span in time"
+    largest = sorted(parts.items(), key=lambda item: -item[1])
     return [
-        f"memory      {_size(sum(parts.values()))} a rank at {held:,} tokens a {step}, besides the runtime",
-        *(f"            {_size(value):>10}  {name}" for name, value in parts.items()),
+        f"memory      {_size(sum(parts.values()))} a rank at {layout.tokens:,} tokens a {step}, besides the runtime",
+        *(f"            {_size(value):>10}  {name}" for name, value in largest),
     ]
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from launch.preflight.checked import cores
 from launch.preflight.layout import check_layout
+from launch.preflight.memory_fit import size_text, too_much
 from parallel.schedule.mesh import Mesh
 from train.run_config import RunConfig
 
 if TYPE_CHECKING:  # torch is loaded once the configuration has been read
+    from models.lm import LM
     from train.layout_search import LayoutSearch, RankedLayout
 
 SHOWN = 10  # layouts of a table
@@ -54,15 +56,13 @@ def fitting(search: LayoutSearch, count: int) -> list[RankedLayout]:
     if best := search.best(count):
         return best
     least = search.least()
-    part, size = max(least.memory.items(), key=lambda item: item[1])
-    name, weight = search.memory.largest(least.choice.mesh)
     key = "memory" if search.config.parallel.machine.memory is not None else "device"
     value = getattr(search.config.parallel.machine, key)
     value = "null" if value is None else f"{value:g}" if key == "memory" else value
+    why = too_much(search.memory, search.layout(least.choice), least.memory, search.room)
     raise ValueError(
         f"parallel.machine.{key}={value}: no layout of {search.workers} ranks fits {size_text(search.room)} a rank; "
-        f"the least, {least.choice}, takes {size_text(least.bytes)}, of which {part} are {size_text(size)}; the "
-        f"largest tensor, {name}, is {size_text(weight)} whole; {_remedy(search, part)}"
+        f"the least, {least.choice}, takes {why}"
     )
 
 
@@ -108,38 +108,13 @@ def table(search: LayoutSearch) -> list[str]:
     ]
 
 
-def size_text(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:,.1f} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1000
-    raise AssertionError
-
-
 def time_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _remedy(search: LayoutSearch, part: str) -> str:
-    """Says what to change so that the layout of least memory fits."""
-    from parallel.schedule.step_memory import ACTIVATIONS, MESSAGES
-
-    engine = search.config.engine
-    if part in (ACTIVATIONS, MESSAGES):
-        again = "" if engine.get("recompute") in ("none", "full") else "engine.recompute=full, "
-        return f"{again}more ranks a sequence (cluster.workers) or a smaller data.max_length would make it fit"
-    if not engine.get("reshard_after_forward", True):
-        return "engine.reshard_after_forward=true, which holds one layer's weights at a time, would take less"
-    return "more ranks (cluster.workers), or more memory (parallel.machine.memory), would make it fit"
-
-
-def _check(config: RunConfig, mesh: Mesh) -> None:
-    import torch
-
+def _check(config: RunConfig, mesh: Mesh, model: LM) -> None:
     from train.stages import refuse
 
-    with torch.device("meta"):
-        model = config.model.build()
     check_layout(config, mesh, model)
     refuse(config, model, "cpu", [])
 

@@ -14,6 +14,7 @@ from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.corpus import open_batches
 from launch.preflight.engine import check_engine
 from launch.preflight.layout import check_layout
+from launch.preflight.memory_fit import check_memory
 from launch.preflight.refusals import refusals
 from launch.run.rundir import is_checkpoint, latest
 from parallel.schedule import Adaptive
@@ -80,6 +81,7 @@ def check_run(
                 f"train.batch_tokens={sum(lengths)}: a step has {len(lengths)} sequences of {lengths[0]:,} "
                 f"tokens for parallel.data={data} groups: the others will idle"
             )
+        check_memory(flight)
         checked = _with_checkpoints(flight, say)
         return continuation.settled(checked, say)
 

@@ -8,6 +8,7 @@ operator makes, through FSDP's resizing of storages too. `foretold`: `train.rank
 was used to make it: it has no constant to fit. What is found goes to docs/planning.md.
 """
 
+import gc
 import sys
 import tempfile
 import weakref
@@ -51,15 +52,8 @@ class Tensors(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-class Counted(NamedTuple):
-    """Bytes of a rank: when the model and its optimizer are built, and the most in the second step."""
-
-    built: int
-    most: int
-
-
-def counted(job: dict[str, Any], steps: int = 2) -> Counted:
-    """On each rank of a world."""
+def most_bytes(job: dict[str, Any], steps: int = 2) -> int:
+    """The most bytes of this rank's tensors in the last of some steps, by when the optimizer has its state."""
     from train.build import build
 
     tensors, honest = Tensors(), torch.UntypedStorage.resize_
@@ -70,17 +64,25 @@ def counted(job: dict[str, Any], steps: int = 2) -> Counted:
             tensors.hold(storage)
         return out
 
-    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]  # this process is the benchmark's own
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
     try:
         with tensors:
             trainer = build(job)
-            built = tensors.now
             for _ in range(steps):
                 tensors.most = tensors.now
                 trainer.step()
     finally:
         torch.UntypedStorage.resize_ = honest  # type: ignore[method-assign]
-    return Counted(built, tensors.most)
+    return tensors.most
+
+
+def counted(jobs: list[dict[str, Any]]) -> list[int]:
+    """The most bytes of this rank in each job, one after the other in one world."""
+    peaks = []
+    for job in jobs:
+        peaks.append(most_bytes(job))
+        gc.collect()
+    return peaks
 
 
 def foretold(job: dict[str, Any], workers: int) -> dict[str, float]:
@@ -98,62 +100,107 @@ def foretold(job: dict[str, Any], workers: int) -> dict[str, float]:
     return memory.parts(layout_of(config, memory.build(), mesh, plan, "cpu"))
 
 
-BASE = ["train.mfu=false", "train.steps=2", "data.max_length=512", "train.batch_tokens=2048", "precision=fp32"]
-BASE += ["model.dim=128", "model.layers=4"]
-MOE = ["model=linear_moe_tiny", "model.blocks.gla.mixer.heads=4", "model.blocks.gla.ffn.hidden=64"]
+SMALL = ["train.mfu=false", "train.steps=2", "data.max_length=256", "train.batch_tokens=1024", "precision=fp32"]
+MOE = ["model=linear_moe_tiny", "model.dim=128", "model.blocks.gla.ffn.hidden=64"]
 MOE += ["model.blocks.gla.ffn.shared_hidden=64"]
-LLAMA = ["model=llama_tiny", "model.blocks.block.ffn.hidden=256"]
+LLAMA = ["model=llama_tiny", "model.dim=128", "model.layers=4", "model.blocks.attn.ffn.hidden=384"]
+MAMBA = ["model=mamba2_tiny", "model.dim=128", "model.layers=4"]
+RWKV = ["model=rwkv7_tiny", "model.dim=128", "model.layers=3", "model.blocks.rwkv.ffn.hidden=384"]
+MICRO, RESHARD, FULL = "scheduler.tokens_per_rank=256", "engine.reshard_after_forward=true", "engine.recompute=full"
 CASES: dict[str, tuple[int, list[str]]] = {
-    "one rank": (1, [*MOE]),
-    "one rank, full recomputation": (1, [*MOE, "engine.recompute=full"]),
-    "data 2": (2, [*MOE, "parallel.data=2"]),
+    "MoE": (1, MOE),
+    "MoE, recompute full": (1, [*MOE, FULL]),
+    "MoE, recompute selective, Muon": (1, [*MOE, "engine.recompute=selective", "optimizer=muon"]),
+    "Llama, 4 micro-steps": (1, [*LLAMA, MICRO]),
+    "Llama, vocabulary 4,096, loss in chunks": (1, [*LLAMA, "model.vocabulary=4096", "train.loss_chunk=128"]),
+    "Mamba-2": (1, MAMBA),
+    "RWKV-7, recompute full": (1, [*RWKV, FULL]),
+    "MoE, data 2": (2, [*MOE, "parallel.data=2"]),
+    "MoE, data 2, reshard, recompute full": (2, [*MOE, "parallel.data=2", RESHARD, FULL]),
+    "Llama, replicate 2": (2, [*LLAMA, "parallel.replicate=2", "parallel.data=1"]),
+    "Llama, data 2, 2 micro-steps": (2, [*LLAMA, "parallel.data=2", MICRO]),
+    "MoE, sequence 2": (2, [*MOE, "parallel.sequence=2"]),
+    "Llama, sequence 2, ring, selective": (
+        2,
+        [*LLAMA, "parallel.sequence=2", "parallel.transport.attention=ring", "engine.recompute=selective"],
+    ),
+    "MoE, tensor 2": (2, [*MOE, "parallel.tensor=2"]),
+    "Mamba-2, tensor 2, recompute full": (2, [*MAMBA, "parallel.tensor=2", FULL]),
+    "MoE, expert 2": (2, [*MOE, "parallel.expert=2"]),
+    "Llama, pipeline 2, 4 micro-steps": (2, [*LLAMA, "parallel.pipeline=2", MICRO]),
+    "Llama, pipeline 2, zero bubble": (
+        2,
+        [*LLAMA, "parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble", MICRO],
+    ),
+    "MoE, data 2 x tensor 2": (4, [*MOE, "parallel.data=2", "parallel.tensor=2"]),
+    "MoE, expert 2 x sequence 2, reshard": (4, [*MOE, "parallel.expert=2", "parallel.sequence=2", RESHARD]),
+    "Llama, sequence 2 x tensor 2": (4, [*LLAMA, "parallel.sequence=2", "parallel.tensor=2"]),
+    "RWKV-7, data 4, reshard, average": (4, [*RWKV, "parallel.data=4", RESHARD, "train.average=ema"]),
 }
 
 
 class Row(NamedTuple):
+    """Of one configuration: foretold parts, bytes counted on the fullest rank."""
+
     name: str
-    told: float
-    found: int
     parts: dict[str, float]
+    counted: int
+
+    @property
+    def foretold(self) -> float:
+        return sum(self.parts.values())
 
     @property
     def off(self) -> float:
-        return self.told / self.found - 1
+        return self.foretold / self.counted - 1
 
 
-def row(name: str, folder: Path) -> Row:
+def rows(names: list[str], folder: Path) -> list[Row]:
+    """Those of one number of workers share a world."""
     from tests.world import run_world
 
-    workers, more = CASES[name]
-    where = folder / name.replace(" ", "-").replace(",", "")
-    where.mkdir(parents=True, exist_ok=True)
-    job = job_of(folder, where, workers, more)
-    told = foretold(job, workers)
-    found = run_world(workers, counted, job, timeout=600)
-    return Row(name, sum(told.values()), max(each.most for each in found), told)
+    jobs = {name: job_of(folder, name) for name in names}
+    parts = {name: foretold(jobs[name], CASES[name][0]) for name in names}
+    peaks: dict[str, int] = {}
+    for workers in sorted({CASES[name][0] for name in names}):
+        alike = [name for name in names if CASES[name][0] == workers]
+        by_rank = run_world(workers, counted, [jobs[name] for name in alike], timeout=1800)
+        peaks |= {name: max(each[i] for each in by_rank) for i, name in enumerate(alike)}
+    return [Row(name, parts[name], peaks[name]) for name in names]
 
 
-def job_of(folder: Path, run_dir: Path, workers: int, more: list[str]) -> dict[str, Any]:
+def job_of(folder: Path, name: str) -> dict[str, Any]:
+    """As the launcher would order it."""
     from launch.config.compose import composed
     from tests.jobs import corpus
 
+    workers, more = CASES[name]
+    run_dir = folder / str(list(CASES).index(name))
+    run_dir.mkdir(parents=True, exist_ok=True)
     own = ["data=text", f"data.path={corpus(folder / 'corpus', 200)}", f"data.store={folder / 'store'}"]
     own += ["cluster=none", f"cluster.workers={workers}", "cluster.threads=1", "tracking.mode=disabled"]
     own += ["train.evaluate_every=null", "train.checkpoint_every=null", "data.heldout=0.2", "data.heldout_tokens=192"]
-    model = [m for m in more if m.startswith("model=")]
-    rest = [m for m in more if not m.startswith("model=")]
-    return {"config": composed([*model, *own, *BASE, *rest]), "run_dir": str(run_dir), "device": "cpu"}
+    return {"config": composed([*own, *SMALL, *more]), "run_dir": str(run_dir), "device": "cpu"}
+
+
+def text(found: list[Row]) -> str:
+    lines = ["| configuration | foretold, MB | counted, MB | off |", "|---|---|---|---|"]
+    lines += [f"| {r.name} | {r.foretold / 1e6:.1f} | {r.counted / 1e6:.1f} | {r.off:+.1%} |" for r in found]
+    worst = max(found, key=lambda r: abs(r.off))
+    return "\n".join([*lines, "", f"Worst: {worst.off:+.1%} ({worst.name}), of {len(found)} configurations."])
 
 
 def main(first: int = 0, count: int | None = None) -> None:
     names = list(CASES)[first : None if count is None else first + count]
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            one = row(name, Path(folder))
-            parts = ", ".join(f"{key} {size / 1e6:.2f}" for key, size in one.parts.items())
-            print(
-                f"{one.name:<40} {one.told / 1e6:8.2f} {one.found / 1e6:8.2f} MB {one.off:+.1%}  ({parts})", flush=True
-            )
+        every: list[Row] = []
+        for workers in sorted({CASES[name][0] for name in names}):
+            part = rows([name for name in names if CASES[name][0] == workers], Path(folder))
+            for r in part:
+                parts = ", ".join(f"{key} {size / 1e6:.2f}" for key, size in r.parts.items())
+                print(f"{r.name:<42} {r.foretold / 1e6:8.2f} {r.counted / 1e6:8.2f} {r.off:+7.1%}  {parts}", flush=True)
+            every += part
+    print(text(every))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_what_no_layout_can_be_chosen_for_is_refused_in_one_line(place, capsys, 
     assert main(["plan", *overrides(place), *AUTO, *more]) == 2
     line = capsys.readouterr().err.strip()
     assert words in line and "\n" not in line
-    assert "fits" not in words or "; the largest tensor, " in line and line.endswith("would make it fit")
+    assert "fits" not in words or "; the largest tensor, " in line and "would make it fit" in line
 
 
 @pytest.mark.dist
@@ -60,3 +60,19 @@ def test_a_run_trains_with_the_layout_that_was_chosen_and_its_configuration_has_
     assert main(["train", f"resume={run}", "train.steps=3"]) == 0
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+
+
+@pytest.mark.composes
+def test_a_layout_that_does_not_fit_is_refused_with_what_would_make_it_fit(place, capsys):
+    common = [*overrides(place), "cluster.workers=1", "data.max_length=384", "parallel.machine.memory=0.005"]
+    assert main(["plan", *common]) == 2
+    line = capsys.readouterr().err.strip()
+    assert (
+        "parallel.machine.memory=0.005: a rank can hold 4.8 MB, and one rank takes 7.5 MB, " in line
+        and "\n" not in line
+    )
+    assert (
+        "of which activations are 6.4 MB" in line and "; the largest tensor, " in line and "would make it fit" in line
+    )
+    assert main(["plan", *common[:-1], "parallel.machine.memory=1"]) == 0
+    assert "memory " in capsys.readouterr().out
