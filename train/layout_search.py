@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from models.lm import LM
 from models.moe import mixtures
-from parallel.activation_memory import RECOMPUTE
 from parallel.pipeline import PipelineCut, bubble
 from parallel.schedule import Static
 from parallel.schedule.adaptive.cost import Cluster, Costs, Wire
@@ -27,6 +26,7 @@ from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import cut, refusal
 from parallel.schedule.step_memory import Parts
 from train.cost_profile import CostProfile, found_profile, machine_name
+from train.engines.refusals import name_of, plain
 from train.metrics.comm_trace import asked, expert_calls, expert_units, weight_units
 from train.metrics.width_trace import divided, step_calls
 from train.parallel_settings import MachineSettings
@@ -121,6 +121,8 @@ class LayoutSearch:
     ):
         if config.scheduler.target.rpartition(".")[2] != Static.__name__:
             raise ValueError(f"scheduler={config.scheduler.target}: must be static with parallel=auto")
+        if not plain(config):
+            raise ValueError(f"engine={name_of(config)}: must be fsdp with parallel=auto")
         self.config, self.device, self.machine, self.check = config, device, machine, check
         self.length, self.sequences, self.workers = length, sequences, config.cluster.workers
         given = self._given(config.parallel)
@@ -158,7 +160,7 @@ class LayoutSearch:
 
     def least(self) -> RankedLayout:
         """The layout that takes the least memory, among those that compute the most again."""
-        again = max(self._recompute(), key=RECOMPUTE.index) if len(self._recompute()) > 1 else self._recompute()[0]
+        again = self._recompute()[-1]
         small = [(s, c) for s, c in self.ranked if c.recompute == again]
         every = [RankedLayout(choice, step, self.parts(choice)) for step, choice in small[:TRIED]]
         return min(every, key=lambda layout: layout.bytes)

@@ -229,7 +229,10 @@ def _spans(flight: CheckedRun, first: Plan) -> int:
 
 def _memory(flight: CheckedRun, built: LM, costs: Account, spans: int, first: Plan) -> list[str]:
     """The peak of the fullest rank's tensors in a step, by what they are (`parallel.schedule.step_memory`)."""
+    from parallel.schedule.step_memory import GATHERED
+    from train.engines.refusals import plain
     from train.rank_memory import MemoryModel, layout_of
+
     memory = MemoryModel(flight.config, flight.device, exact=True)
     layout = layout_of(flight.config, built, flight.mesh, first, flight.device)
     parts = memory.parts(layout)

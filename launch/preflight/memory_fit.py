@@ -15,12 +15,13 @@ AGAIN = ("selective", "full")  # choices of recomputation, the dearer ones last
 
 def check_memory(flight: CheckedRun) -> None:
     """Raises ValueError that names the largest part and tensor of the first step's peak, and what would make it fit."""
+    from train.engines.refusals import plain
     from train.layout_search import room_of
     from train.rank_memory import MemoryModel, layout_of
 
     config, about = flight.config, flight.config.parallel.machine
     room = room_of(about)
-    if room is None:
+    if room is None or not plain(config):
         return
     lengths = [len(s.tokens) for s in flight.batches.batch(config.seed, 0)]
     scheduler: Any = config.scheduler.build()
