@@ -38,6 +38,7 @@ from train.step_costs import ASSUMED, shaped
 USABLE = 0.9  # of a rank's memory: the rest is the runtime's, and what an allocator loses
 MOST_PIPELINE = 64  # ranks of a pipeline that are looked at
 UNLIMITED = 2.0**60
+SIMULATED = 2048  # micro-steps of all stages whose order is walked through; more of them wait as a formula says
 TRIED = 400  # layouts whose memory is asked for where none fits
 
 
@@ -192,7 +193,10 @@ class LayoutSearch:
         if mesh.pipeline > 1:
             _, share, costs = self._pipeline(mesh.pipeline)
             key = mesh.pipeline, choice.micro_steps
-            if key not in self._waits:
+            if mesh.pipeline * choice.micro_steps > SIMULATED:  # 2104.04473, section 2.2
+                each = self.config.parallel.stages_per_rank
+                self._waits[key] = (mesh.pipeline - 1) / (choice.micro_steps * each + mesh.pipeline - 1)
+            elif key not in self._waits:
                 passes = [(each, 2 * each) for each in costs]
                 self._waits[key] = bubble(self.config.parallel.pipeline_schedule, *key[:1], passes, key[1])
             waits = self._waits[key]

@@ -188,6 +188,8 @@ class MemoryModel:
         if layout.cut is None:
             return 1.0
         name, sizes = self.config.parallel.pipeline_schedule, [len(layers) for layers in layout.cut.cuts]
+        if name == "1f1b":
+            return float(min(layout.micro_steps, layout.mesh.pipeline - rank))
         order = orders(name, layout.mesh.pipeline, len(sizes), layout.micro_steps)[rank]
         own = sum(sizes[s] for s in layout.cut.stages(rank))
         return in_flight({rank: order}, sizes) * sum(sizes) / own
