@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # A file runs on one worker, in the order that tests/conftest.py gives to files.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test tests unit check slow mutations foreign matrix tensor plans fuzz stops faults docs bench reference clean
+.PHONY: train test tests unit check slow mutations foreign compositions matrix tensor plans fuzz stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -37,6 +37,9 @@ mutations: $(READY)
 
 foreign: $(READY)
 	$(VENV)/bin/python -m tests.foreign $(ARGS)
+
+compositions: $(READY)
+	$(VENV)/bin/python -m tests.compositions $(ARGS)
 
 matrix: $(READY)
 	$(VENV)/bin/python -m pytest -qs tests/parallel/test_matrix.py -m "slow or not slow" $(ARGS)

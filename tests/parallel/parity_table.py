@@ -27,7 +27,7 @@ def keep(mixer: str, measured: dict[Cell, tuple[float, str]]) -> None:
         column = largest[f"{cell.transport}, {cell.layout}"]
         column[cell.precision] = max(column[cell.precision], np.inf if np.isnan(error) else error)
     rows[mixer] = {
-        "commit": _commit(),
+        "commit": commit(),
         "cells": {str(ranks): sum(cell.ranks == ranks for cell in measured) for ranks in RANKS},
         "worst": {name: [float(f"{column[p]:.1e}") for p in TOLERANCE] for name, column in largest.items()},
     }
@@ -37,7 +37,7 @@ def keep(mixer: str, measured: dict[Cell, tuple[float, str]]) -> None:
     (DOCS / "parity.md").write_text(page(kept))
 
 
-def _commit() -> str:
+def commit() -> str:
     """What is measured: a commit, marked where files other than this page differ from it."""
 
     def told(*words: str) -> str:
