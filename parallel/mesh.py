@@ -122,7 +122,9 @@ class Groups:
         self._plane = self.mesh.group(dist.get_rank(), *PLANNED)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._all = dist.group.WORLD if self.world == self.mesh.world else self._open(tuple(range(self.world)), "plan")
-        self._stages = self._all if self.mesh.pipeline == 1 else self._open_stages()
+        self._stages = self._all if self.mesh.pipeline == 1 else self._open_several("pipeline", *PLANNED)
+        apart = self.mesh.pipeline > 1 and self.mesh.tensor > 1
+        self._alike = self._open_several(*PLANNED, "tensor") if apart else self._all
 
     def prepare(self, plan: Plan) -> None:
         self.open(group.ranks for micro in plan.micro_steps for group in micro.groups)
@@ -169,13 +171,24 @@ class Groups:
         ranks = self.mesh.group(dist.get_rank(), "pipeline", *PLANNED)
         return Comm(ranks, ranks.index(dist.get_rank()), self._stages, self.waiting)
 
-    def _open_stages(self) -> dist.ProcessGroup:
-        groups = self.mesh.groups("pipeline", *PLANNED)
+    @property
+    def layers_comm(self) -> Comm:
+        """The communicator of all processes that share out the same layers: those of a stage, or all."""
+        if self.mesh.pipeline == 1:
+            return self.all_comm
+        if self.mesh.tensor == 1:
+            return self.world_comm
+        ranks = self.mesh.group(dist.get_rank(), *PLANNED, "tensor")
+        return Comm(ranks, ranks.index(dist.get_rank()), self._alike, self.waiting)
+
+    def _open_several(self, *dimensions: str) -> dist.ProcessGroup:
+        """This process's group along some dimensions."""
+        groups = self.mesh.groups(*dimensions)
         if len(groups) == 1:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
         opened = {ranks: dist.new_group(list(ranks), timeout=TIMEOUT) for ranks in groups}
-        return opened[self.mesh.group(dist.get_rank(), "pipeline", *PLANNED)]
+        return opened[self.mesh.group(dist.get_rank(), *dimensions)]
 
     def _comm(self, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Comm:
         return Comm(tuple(self._plane[rank] for rank in ranks), ranks.index(self.rank), group, self.waiting)

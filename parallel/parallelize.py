@@ -38,10 +38,10 @@ def parallelise(
     state live on the host. sharded: false leaves weights whole on every rank, for an engine that cuts them itself, and
     knows data and sequence ranks alone. Returns the same model.
     """
+    declared, device = declarations(model), meshes.device.type
+    pieces = division(model, declared, meshes.mesh.tensor)  # of all stages: they open the same groups
     if cut is not None:
         cut.apply(model, meshes.place["pipeline"])
-    declared, device = declarations(model), meshes.device.type
-    pieces = division(model, declared, meshes.mesh.tensor)
     model.division = divide(model, pieces, meshes) if meshes.mesh.tensor > 1 else None
     model.to(dtype)
     experts = spread_experts(model, meshes) if meshes.mesh.expert > 1 else []

@@ -3,8 +3,8 @@
 `make compositions` (`python -m tests.compositions [word]`) runs all, or those whose name has the word. A composition is
 a command line of `farspan verify`: the product's own checks refuse it or shrink it, ranks of a gloo world and one
 process run the small one, and every tensor of three steps is compared in fp64. Unlike there, a tensor may differ by
-1e-10 of its norm, whatever rounding explains. With `--write` the results go to docs/compositions.json, and the tables of
-docs/compositions.md are made of them.
+1e-10 of its norm, whatever rounding explains. With `--write` the results go to docs/compositions.json, and from there
+into the tables of docs/compositions.md.
 """
 
 import argparse
@@ -88,6 +88,8 @@ TRIPLES: tuple[Composition, ...] = (
     ("HSDP", "TP", "accumulation"),
     ("HSDP", "EP", "SP relay, ring"),
     ("HSDP", "PP 1f1b", "recompute full"),
+    ("TP", "PP 1f1b", "SP gather"),
+    ("TP", "PP zero bubble", "EP"),
     ("TP", "EP", "SP gather"),
     ("TP", "EP", "accumulation"),
     ("TP", "SP relay, ring", "chunked loss"),
@@ -284,8 +286,9 @@ def tables(every: Mapping[Composition, Result]) -> str:
     lines = [f"{', '.join(f'{n} {state}' for state, n in count.items())}; the worst figure is {worst:.0e}."]
     lines += ["", f"| | {' | '.join(names[1:])} |", "|---" * len(names) + "|"]
     for i, row in enumerate(names[:-1]):
-        cells = ["" if j <= i else cell((row, names[j])) if (row, names[j]) in possible else "–" for j in range(len(names))]
-        lines.append(f"| {row} | {' | '.join(cells[1:])} |")
+        cells = ["" for _ in names[1 : i + 1]]
+        cells += [cell((row, name)) if (row, name) in possible else "–" for name in names[i + 1 :]]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     lines += ["", "| triple | processes | |", "|---|---|---|"]
     lines += [f"| {named(triple)} | {prod(sizes(triple).values())} | {cell(triple)} |" for triple in TRIPLES]
     lines += ["", *(f"{i}. `{line}`" for i, line in enumerate(refusals, 1))]

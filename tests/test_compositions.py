@@ -1,4 +1,4 @@
-"""Compositions: some of many ways each, run; the documentation's tables are those of the command, and have no failure."""
+"""Compositions: some of many ways each, run; the documentation has what the command runs, and nothing failed."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -22,8 +22,8 @@ COVERING = (
     ("HSDP", "recompute selective", "accumulation", "chunked loss"),
     ("HSDP", "EP padded", "recompute full", "chunked loss", "spans in time"),
     ("PP 1f1b", "SP gather", "recompute full", "chunked loss"),
-    ("PP zero bubble", "EP", "recompute selective", "chunked loss"),
-    ("FSDP", "PP interleaved", "recompute full"),
+    ("PP zero bubble", "EP", "recompute full", "chunked loss"),
+    ("TP", "PP interleaved", "recompute full"),
     ("SP usp", "recompute selective", "accumulation", "spans in time"),
 )
 OWED = (  # kinds that may not be refused together

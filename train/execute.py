@@ -91,6 +91,7 @@ class Executor:
             placed = [self._place(group, batch, shapes, step=plan.step) for (group,), (shapes,) in whole]
             for output in self.pipeline.train(plan, placed, lambda output: objective(sums(output))):
                 tally.add(sums(output))
+            sum_undivided_gradients(self.model)
             return tally
         for last, micro in micro_steps:
             for part in self._run(plan, micro, batch, objective, last):

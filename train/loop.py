@@ -134,7 +134,7 @@ class Trainer:
         Returns the learning rate, and the gradient norm before clipping.
         """
         own, pipeline = self.progress.settings, self.executor.pipeline
-        comm = self.groups.all_comm if pipeline is None else self.groups.world_comm
+        comm = self.groups.layers_comm
         self.by_layer = layer_norms(self.model, comm, pipeline) if self.norms else {}
         if isinstance(self.optimizer, EngineOptimizer):
             gradient_norm = self.optimizer.clip(own.clip)

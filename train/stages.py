@@ -6,6 +6,7 @@ from typing import NamedTuple
 from models.accounting import account
 from models.lm import LM
 from parallel.pipeline import PipelineCut, bubble, check
+from parallel.pipeline.runner import HALVES
 from parallel.schedule.plan import Plan
 from parallel.schedule.stages import cut, given
 from train.run_config import RunConfig
@@ -63,10 +64,14 @@ def pipeline_cut(config: RunConfig, model: LM, device: str) -> PipelineCut | Non
     return PipelineCut.of(model, cuts(config, model, device), config.parallel.pipeline)
 
 
-def messages(model: LM, cuts: Sequence[range], plan: Plan) -> int:
-    """Bytes that ranks receive of each other's activations and their gradients in a step, all ranks together."""
+def messages(model: LM, cuts: Sequence[range], plan: Plan, tensor: int = 1) -> int:
+    """Bytes that ranks receive of each other's activations and their gradients in a step, all ranks together.
+
+    tensor: ranks that each send an equal share of the tokens.
+    """
     spans = [held for micro in plan.micro_steps for group in micro.groups for held in group.spans]
-    tokens = sum(sum(end - begin for begin, end in held) or 1 for held in spans)  # an idle rank sends a masked one
+    counts = [sum(end - begin for begin, end in held) or 1 for held in spans]  # an idle rank sends a masked one
+    tokens = sum(tensor * -(-count // tensor) for count in counts)
     tensors = sum(1 + len(model.crossing(layers.start)) for layers in cuts[1:])
     return 2 * tensors * tokens * model.dim * model.compute.itemsize
 
@@ -101,17 +106,23 @@ def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> 
                 must = "null" if without is None else without
                 raise ValueError(f"parallel.{key}={value}: must be {must} with parallel.pipeline=1")
         return
-    cuts(config, model, device)
+    handed = sorted({name for layers in cuts(config, model, device)[1:] for name in model.crossing(layers.start)})
     if not config.scheduler.target.endswith(".Static"):
         name = config.scheduler.target.rpartition(".")[2].lower()
         raise ValueError(
             f"scheduler={name}: must be static with parallel.pipeline={parallel.pipeline}: its sequence groups change "
             "from micro-step to micro-step"
         )
-    if parallel.tensor > 1:
+    if parallel.pipeline_schedule in HALVES and config.engine.get("recompute") == "selective":
         raise ValueError(
-            f"parallel.tensor={parallel.tensor}: must be 1 with parallel.pipeline={parallel.pipeline}: stages send "
-            "each other all channels of their tokens"
+            f"engine.recompute=selective: must be none or full with parallel.pipeline_schedule="
+            f"{parallel.pipeline_schedule}: each half of a backward pass computes a layer again, which keeps its "
+            "results for once"
+        )
+    if parallel.tensor > 1 and handed:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor}: must be 1 with parallel.pipeline={parallel.pipeline}: stages hand on "
+            f"{handed[0]}, of which each tensor rank has channels of its own"
         )
     if config.train.span_tokens is not None:
         raise ValueError(

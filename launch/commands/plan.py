@@ -275,7 +275,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     if flight.mesh.pipeline > 1:
         from train.stages import cuts, messages
 
-        sent = messages(model, cuts(flight.config, model, flight.device), first)
+        sent = messages(model, cuts(flight.config, model, flight.device), first, flight.mesh.tensor)
         return [f"traffic     {_size(sent)} a step between stages; what else is sent in a pipeline, a run counts"]
     auto = transport.recurrence == "auto"
     how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)

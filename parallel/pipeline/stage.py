@@ -5,12 +5,14 @@ end. Here the micro-steps of a plan have lengths of their own, each has its `Seq
 inner stage has a loss, too: that of its routers. So a message is made when its micro-step is known, and a backward pass
 starts from what was passed on, with the gradient that comes back, and from the stage's own part of the objective.
 
-A message is one tensor, [1 + H, B, T, D]: `models.lm.LM.part`.
+A message is one tensor, [1 + H, B, T, D]: `models.lm.LM.part`. With tensor ranks, each sends its share of the tokens to
+its counterpart, [1, 1, C, D].
 
 With FSDP, a backward pass in two halves needs weights that stay whole: torch's function for inputs looks for the
 weights in the graph by identity, and would otherwise look for their shards (no error, no gradient).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from models.lm import LM, Output
 from parallel.collectives import LEDGER, Comm
 from parallel.fsdp import communicate_gradients
 from parallel.sequence.place import Placed
+from parallel.tensor import division_of
 
 ACTIVATIONS, GRADIENTS = "activations", "activations gradient"
 Objective = Callable[[Output], Tensor]
@@ -77,7 +80,10 @@ class PipelineStage:
 
     def memory(self, m: int, tensors: int) -> Tensor:
         """An empty message of a micro-step."""
-        shape = (tensors, *self.placed[m].tokens.shape, self.model.dim)
+        rows, divided = tuple(self.placed[m].tokens.shape), division_of(self.model)
+        if divided is not None:  # between layers a tensor rank has its share of the tokens
+            rows = 1, -(-math.prod(rows) // divided.comm.size)
+        shape = (tensors, *rows, self.model.dim)
         return torch.empty(shape, dtype=self.model.compute, device=self.device)
 
     def run(self, m: int, arrived: Tensor | None) -> tuple[Tensor, Output]:

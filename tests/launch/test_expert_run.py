@@ -15,6 +15,7 @@ def settings(place) -> list[str]:
     return [*(o for o in overrides(place) if not o.startswith("model.") and o != "precision=fp32"), *MODEL]
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_train_resume_generate_evaluate_and_export(tmp_path, capsys):
     """Two ranks with experts, and then one without: tests/train/test_expert_runs.py has the losses of one process."""
@@ -38,7 +39,7 @@ def test_train_resume_generate_evaluate_and_export(tmp_path, capsys):
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["num_experts"] == 16
 
 
-@pytest.mark.e2e
+@pytest.mark.composes
 @pytest.mark.parametrize(
     ("more", "line"),
     [

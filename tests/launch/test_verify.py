@@ -82,12 +82,18 @@ def test_a_wrong_input_is_one_line(capsys, arguments):
 
 
 @pytest.mark.e2e
-def test_a_right_layout_is_said_to_be_right(capsys):
-    """As a user runs it: data and sequence ranks, recomputation, several micro-steps."""
-    name = "data 2 x sequence 2, recomputed, accumulated"
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("contiguous", "sequence 2"),
+        pytest.param("data 2 x sequence 2, recomputed, accumulated", "data 2 × sequence 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_right_layout_is_said_to_be_right(capsys, name, said):
+    """As a user runs it."""
     assert main(["verify", *RIGHT[name]]) == 0
     mesh, model, last = capsys.readouterr().out.splitlines()
-    assert mesh == "verify      data 2 × sequence 2: 4 processes beside one, in fp64"
+    assert mesh == f"verify      {said}: {2 * said.count('2')} processes beside one, in fp64"
     assert model.startswith("model       3 layers (gla, gdn, attn) of width 32, 5 sequences of 48 tokens")
     assert last.startswith("right       ") and "of what rounding may" in last
 

@@ -116,7 +116,7 @@ class Rollback:
         """Returns where something was first not finite: forward, whose layers run again, and of which documents; else
         backward, by what it has left. Collective."""
         pipeline = self.executor.pipeline
-        comm = self.groups.all_comm if pipeline is None else self.groups.world_comm
+        comm = self.groups.layers_comm
         parameter = first_parameter(self.model, comm, pipeline)
         if pipeline is not None:  # no rank has all layers to run again
             return (f"the gradient of {parameter}" if parameter else "the loss"), ""
