@@ -1,6 +1,6 @@
 """Ways of dividing a run, composed with each other: every pair of them and some triples, each against one process.
 
-`make compositions` (`python -m tests.compositions [word]`) runs all, or those whose name has the word. A composition is
+`make compositions` (`python -m tests.compositions [word …]`) runs all, or those whose name has a word. A composition is
 a command line of `farspan verify`: the product's own checks refuse it or shrink it, ranks of a gloo world and one
 process run the small one, and every tensor of three steps is compared in fp64. Unlike there, a tensor may differ by
 1e-10 of its norm, whatever rounding explains. With `--write` the results go to docs/compositions.json, and from there
@@ -13,12 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, groupby
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from launch.commands.verify import checked, configured
 from launch.errors import UserError
@@ -30,7 +32,8 @@ from train.verify.trace import Place, Trace, compare
 
 TOLERANCE = 1e-10  # of a tensor's norm
 STEPS = 3
-TOGETHER = 5  # compositions that a world runs, one after another: to start it costs as much as one
+LIMIT_S = 600  # for a composition
+TOGETHER = 12  # compositions that a world runs, one after another: to start it costs as much as two
 SIZES = ("replicate", "data", "pipeline", "expert", "sequence", "tensor")
 
 
@@ -189,6 +192,12 @@ def traced(orders: list[dict[str, Any]]) -> None:
     """Runs the compositions of a world, on this rank; each leaves its trace in a folder of its own."""
     for order in orders:
         world.run(order)
+        _mark(Path(order["run_dir"]), dist.get_rank()).touch()
+
+
+def _mark(folder: Path, rank: int) -> Path:
+    """The file that says that a rank's trace is whole."""
+    return folder / f"done-{rank}"
 
 
 def judged(shrunk: Shrunk, folder: Path, steps: int) -> Result:
@@ -206,44 +215,45 @@ def judged(shrunk: Shrunk, folder: Path, steps: int) -> Result:
 def run(chosen: Mapping[Composition, Shrunk], steps: int = STEPS) -> Iterator[tuple[Composition, Result]]:
     """The results of compositions of as many processes each, in one world; in another one behind one that stops it."""
     waiting = dict(chosen)
-    workers = {shrunk.config.cluster.workers for shrunk in chosen.values()}
+    (workers,) = {shrunk.config.cluster.workers for shrunk in chosen.values()}
     while waiting:
-        with tempfile.TemporaryDirectory(prefix="compositions-") as place:
+        with tempfile.TemporaryDirectory(prefix="compositions-") as place, ThreadPoolExecutor(1) as pool:
             folders = {name: Path(place) / str(i) for i, name in enumerate(waiting)}
             orders = []
             for name, folder in folders.items():
                 folder.mkdir()
                 config = waiting[name].config
                 orders.append({"config": config, "run_dir": str(folder), "device": "cpu", "steps": steps})
-            stopped = None
-            try:
-                run_world(*workers, traced, orders, timeout=120 + 60 * len(orders))
-            except AssertionError as error:
-                stopped = str(error).strip().splitlines()[-1]
+            running = pool.submit(run_world, workers, traced, orders, timeout=LIMIT_S * (1 + len(orders)))
             for name, folder in folders.items():
-                if not all(world.file_of(folder, rank).exists() for rank in range(*workers)):
-                    yield name, Result("failed", stopped or "no rank has left a trace")
+                marks = [_mark(folder, rank) for rank in range(workers)]
+                while not (ended := all(mark.exists() for mark in marks)) and not running.done():
+                    time.sleep(0.05)
+                if not ended and not all(mark.exists() for mark in marks):
+                    stopped = str(running.exception() or "no rank has left a trace")
+                    yield name, Result("failed", stopped.strip().splitlines()[-1])
                     del waiting[name]
                     break
                 yield name, judged(waiting.pop(name), folder, steps)
 
 
 def results(chosen: Iterable[Composition]) -> Iterator[tuple[Composition, Result]]:
-    """The result of each composition: refused ones first, then by the number of processes."""
-    runs: dict[Composition, Shrunk] = {}
-    for composition in chosen:
-        try:
-            runs[composition] = prepared(composition)
-        except UserError as error:
-            yield composition, Result("refused", str(error))
+    """The result of each composition, those of few processes first."""
 
     def ranks(composition: Composition) -> int:
-        return runs[composition].config.cluster.workers
+        return prod(sizes(composition).values())
 
-    for _, same in groupby(sorted(runs, key=ranks), key=ranks):
+    for _, same in groupby(sorted(chosen, key=ranks), key=ranks):
         several = list(same)
         for at in range(0, len(several), TOGETHER):
-            yield from run({name: runs[name] for name in several[at : at + TOGETHER]})
+            runs: dict[Composition, Shrunk] = {}
+            for composition in several[at : at + TOGETHER]:
+                try:
+                    runs[composition] = prepared(composition)
+                except UserError as error:
+                    yield composition, Result("refused", str(error))
+            if runs:
+                yield from run(runs)
 
 
 # --- the page ---
@@ -299,12 +309,12 @@ def tables(every: Mapping[Composition, Result]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Runs compositions and prints a line for each. Returns 1 where one is neither passed nor refused."""
     parser = argparse.ArgumentParser(prog="python -m tests.compositions")
-    parser.add_argument("word", nargs="?", default="", help="of the names of those to run")
+    parser.add_argument("words", nargs="*", help="of the names of those to run")
     parser.add_argument("--write", action="store_true", help="writes docs/compositions.json and .md after each")
     parser.add_argument("--missing", action="store_true", help="runs those alone that docs/compositions.json lacks")
     asked = parser.parse_args(arguments)
     known = recorded() if asked.missing else {}
-    chosen = [c for c in compositions() if asked.word in named(c) and c not in known]
+    chosen = [c for c in compositions() if c not in known and any(word in named(c) for word in asked.words or [""])]
     at, began, states = commit(), time.monotonic(), list[str]()
     for composition, result in results(chosen):
         states.append(result.state)

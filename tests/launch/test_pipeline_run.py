@@ -51,16 +51,17 @@ COMMON = [*TWO, MICRO, "parallel.pipeline_schedule=zero_bubble"]
 
 
 @pytest.mark.dist
-def test_a_run_in_a_pipeline_sends_what_its_plan_foretells(place, capsys):
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_in_a_pipeline_sends_what_its_plan_foretells(place, capsys, tensor):
     """The first step's messages between stages, byte for byte; `plan` prints stages, their work and the wait."""
-    common = [*overrides(place), *COMMON]
+    common = [*overrides(place), *COMMON, f"parallel.tensor={tensor}", f"cluster.workers={2 * tensor}"]
     assert main(["plan", *common]) == 0
     told = capsys.readouterr().out
     assert "pipeline    zero_bubble over 2 ranks, 4 micro-steps" in told
     assert "stage 0 on rank 0: embedding, layers 0 to" in told and "head, " in told
     foretold = next(line for line in told.splitlines() if line.startswith("traffic"))
-    assert main(["train", *common, f"run.dir={place / 'run'}"]) == 0
-    records = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert main(["train", *common, f"run.dir={place / f'run-{tensor}'}"]) == 0
+    records = [json.loads(line) for line in (place / f"run-{tensor}" / "metrics.jsonl").read_text().splitlines()]
     first = next(record for record in records if record.get("step") == 1)
     sent = [first["comm_bytes"][f"pipeline/{name}"] for name in ("activations", "activations_gradient")]
     assert sent[0] == sent[1] == 384 * 32 * 4  # tokens, width, bytes of fp32
