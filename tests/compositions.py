@@ -32,7 +32,7 @@ from train.verify.trace import Place, Trace, compare
 
 TOLERANCE = 1e-10  # of a tensor's norm
 STEPS = 3
-LIMIT_S = 600  # for a composition
+LIMIT_S = 300  # for a composition
 TOGETHER = 12  # compositions that a world runs, one after another: to start it costs as much as two
 SIZES = ("replicate", "data", "pipeline", "expert", "sequence", "tensor")
 

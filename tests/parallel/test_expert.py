@@ -94,9 +94,7 @@ def test_experts_on_other_ranks_equal_every_expert_on_every_token(run, ranks):
 # Groups that change, an idle rank, a rank without a span: expert groups lie across them.
 LAYOUTS = {
     "expert 2": (Mesh(expert=2), static(2, 1, 140), "none"),
-    "data 2 expert 2": (Mesh(data=2, expert=2), static(4, 1, 140), "none"),
     "expert 2 sequence 2": (Mesh(expert=2, sequence=2), static(2, 2, 80), "full"),
-    "replicate 2 expert 2": (Mesh(replicate=2, expert=2), static(4, 1), "none"),
     "expert 4": (Mesh(expert=4), unequal(), "selective"),
     "expert 2, groups that change": (Mesh(expert=2, sequence=2), adaptive(), "selective"),
 }

@@ -87,6 +87,8 @@ def opened() -> dict[str, list[int]]:
     groups.prepare(plan)
     groups.open([(0, 1)])
     comms = {"tensor": meshes.comm("tensor"), "plan": groups.world_comm, "sequence": groups.comm((0, 1))}
+    for name, sizes in {"tensor": {"tensor": 2}, "sequence": {"sequence": 2}}.items():
+        comms[f"layers, {name}"] = Groups(Mesh(pipeline=2, **sizes)).layers_comm
     own = torch.tensor([float(dist.get_rank())])
     for name, comm in comms.items():
         found[name] = comm.all_gather(own, purpose="test").flatten().int().tolist()
@@ -98,4 +100,5 @@ def opened() -> dict[str, list[int]]:
 def test_opened_groups_are_those_of_the_arithmetic(run):
     for rank, found in enumerate(run(4, opened)):
         tensor, plane = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
-        assert found == {"dense": plane, "tensor": tensor, "plan": plane, "sequence": plane}
+        stage = {"layers, tensor": tensor, "layers, sequence": tensor}  # ranks 0 and 1 have the first layers
+        assert found == {"dense": plane, "tensor": tensor, "plan": plane, "sequence": plane, **stage}
