@@ -18,13 +18,13 @@ from train.verify.trace import GRADIENT, LOAD, Place, RankTrace
 COVERING = (
     ("FSDP", "SP relay, ring", "recompute full", "accumulation", "chunked loss"),
     ("TP", "SP allscan, ulysses", "recompute selective", "chunked loss", "spans in time"),
-    ("TP", "EP", "recompute full", "accumulation", "spans in time"),
+    ("TP", "EP", "recompute full", "accumulation", "chunked loss", "spans in time"),
     ("HSDP", "recompute selective", "accumulation", "chunked loss"),
     ("HSDP", "EP padded", "recompute full", "chunked loss", "spans in time"),
-    ("PP 1f1b", "SP gather", "recompute full", "chunked loss"),
-    ("PP zero bubble", "SP relay, ring", "recompute full"),
-    ("TP", "PP interleaved", "recompute full"),
-    ("SP usp", "recompute selective", "accumulation", "spans in time"),
+    ("PP 1f1b", "SP gather", "recompute selective", "accumulation", "chunked loss"),
+    ("PP zero bubble", "SP relay, ring", "recompute full", "accumulation", "chunked loss"),
+    ("TP", "PP interleaved", "recompute full", "accumulation", "chunked loss"),
+    ("SP usp", "recompute selective", "accumulation", "chunked loss", "spans in time"),
 )
 OWED = (  # kinds that may not be refused together
     {"FSDP", "EP", "SP"},
