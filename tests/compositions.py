@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import combinations, groupby
 from math import prod
 from pathlib import Path
@@ -52,7 +53,7 @@ def _sequence(ranks: int, recurrence: str, attention: str) -> Way:
 
 def _pipeline(name: str, each: int = 1) -> Way:
     rest = (f"parallel.pipeline_schedule={name}", f"parallel.stages_per_rank={each}")
-    return Way("PP", {"pipeline": 2}, rest)
+    return Way("PP", {"pipeline": 2}, (*rest, f"parallel.pipeline_layers={[4 // (2 * each)] * 2 * each}"))
 
 
 PADDED = ("parallel.transport.experts=padded", "model.blocks.gla.ffn.capacity_factor=1.5")
@@ -159,7 +160,14 @@ class Result(NamedTuple):
 
 def prepared(composition: Composition) -> Shrunk:
     """The small run. Raises UserError with one line where the product refuses this composition."""
-    return checked(configured(overrides(composition)))
+    shrunk = checked(configured(overrides(composition)))
+    config = shrunk.config
+    if config.parallel.pipeline == 1:
+        return shrunk
+    stages, layers = config.parallel.stages, config.model["layers"]  # each rank would take seconds to weigh them
+    given = [layers * (s + 1) // stages - layers * s // stages for s in range(stages)]
+    parallel: dict[str, Any] = {"pipeline_layers": given}
+    return replace(shrunk, config=replace(config, parallel=replace(config.parallel, **parallel)))
 
 
 _REFERENCES: dict[str, Trace] = {}
