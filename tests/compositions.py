@@ -124,24 +124,24 @@ def named(composition: Composition) -> str:
 def sizes(composition: Composition) -> dict[str, int]:
     """The mesh: what the ways ask for. Replicas are copies of shards, and options alone are those of some run: where
     nothing else shards the weights, two ranks of FSDP do."""
-    found = dict.fromkeys(SIZES, 1)
+    mesh = dict.fromkeys(SIZES, 1)
     for way in composition:
-        found |= WAYS[way].sizes
-    if prod(found.values()) == found["replicate"]:
-        found["data"] = 2
-    elif found["replicate"] > 1 and found["data"] * found["expert"] * found["sequence"] == 1:
-        found["data"] = 2
-    return found
+        mesh |= WAYS[way].sizes
+    if prod(mesh.values()) == mesh["replicate"]:
+        mesh["data"] = 2
+    elif mesh["replicate"] > 1 and mesh["data"] * mesh["expert"] * mesh["sequence"] == 1:
+        mesh["data"] = 2
+    return mesh
 
 
 def overrides(composition: Composition) -> list[str]:
     """The command line behind `farspan verify`."""
     mesh = sizes(composition)
-    found = [f"cluster.workers={prod(mesh.values())}", *(f"parallel.{name}={size}" for name, size in mesh.items())]
-    found.append("train.loss_chunk=null")
+    words = [f"cluster.workers={prod(mesh.values())}", *(f"parallel.{name}={size}" for name, size in mesh.items())]
+    words.append("train.loss_chunk=null")
     if "SP usp" in composition:  # two heads a tensor rank, so that four ranks are two rows of two
-        found.append(f"model.blocks.attn.mixer.heads={2 * mesh['tensor']}")
-    return found + [override for way in composition for override in WAYS[way].rest]
+        words.append(f"model.blocks.attn.mixer.heads={2 * mesh['tensor']}")
+    return words + [override for way in composition for override in WAYS[way].rest]
 
 
 class Result(NamedTuple):
@@ -189,11 +189,11 @@ def limits(want: Trace) -> dict[Place, float]:
     for place, norm in norms.items():
         key = (place.step, place.kind, place.layer)
         layers[key] = (layers.get(key, 0.0) ** 2 + norm**2) ** 0.5
-    found = {}
+    bounds = {}
     for place, norm in norms.items():
         layer = layers[place.step, place.kind, place.layer]
-        found[place] = TOLERANCE * (norm if norm > 1e-6 * layer else layer)
-    return found
+        bounds[place] = TOLERANCE * (norm if norm > 1e-6 * layer else layer)
+    return bounds
 
 
 def traced(orders: list[dict[str, Any]]) -> None:
@@ -213,11 +213,11 @@ def judged(shrunk: Shrunk, folder: Path, steps: int) -> Result:
     workers, want = shrunk.config.cluster.workers, reference(shrunk, steps)
     ranks = [torch.load(world.file_of(folder, rank), weights_only=False) for rank in range(workers)]
     try:
-        found = compare(want, limits(want), ranks)
+        verdict = compare(want, limits(want), ranks)
     except ValueError as error:
         return Result("failed", str(error))
-    worst = found.first or found.worst
-    return Result("passed" if found.first is None else "failed", str(worst.place), worst.excess * TOLERANCE)
+    worst = verdict.first or verdict.worst
+    return Result("passed" if verdict.first is None else "failed", str(worst.place), worst.excess * TOLERANCE)
 
 
 def run(chosen: Mapping[Composition, Shrunk], steps: int = STEPS) -> Iterator[tuple[Composition, Result]]:
@@ -272,13 +272,13 @@ BEGIN, END = "<!-- begin: written by make compositions -->", "<!-- end -->"
 
 def recorded() -> dict[Composition, Result]:
     """What was measured, in the order of the tables."""
-    kept = {tuple(names): Result(**rest) for names, rest in json.loads(RECORD.read_text())} if RECORD.exists() else {}
-    return {composition: kept[composition] for composition in compositions() if composition in kept}
+    rows = {tuple(names): Result(**rest) for names, rest in json.loads(RECORD.read_text())} if RECORD.exists() else {}
+    return {composition: rows[composition] for composition in compositions() if composition in rows}
 
 
-def record(found: Mapping[Composition, Result]) -> None:
+def record(fresh: Mapping[Composition, Result]) -> None:
     """Puts these results in the place of what was measured before, and writes the page."""
-    every = recorded() | dict(found)
+    every = recorded() | dict(fresh)
     lines = [json.dumps([list(name), every[name]._asdict()]) for name in compositions() if name in every]
     RECORD.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
@@ -320,15 +320,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("words", nargs="*", help="of the names of those to run")
     parser.add_argument("--write", action="store_true", help="writes docs/compositions.json and .md after each")
     parser.add_argument("--missing", action="store_true", help="runs those alone that docs/compositions.json lacks")
-    asked = parser.parse_args(arguments)
-    known = recorded() if asked.missing else {}
-    chosen = [c for c in compositions() if c not in known and any(word in named(c) for word in asked.words or [""])]
+    options = parser.parse_args(arguments)
+    known = recorded() if options.missing else {}
+    chosen = [c for c in compositions() if c not in known and any(word in named(c) for word in options.words or [""])]
     at, began, states = commit(), time.monotonic(), list[str]()
     for composition, result in results(chosen):
         states.append(result.state)
         after = f"({len(states)} of {len(chosen)}, {time.monotonic() - began:.0f} s)"
         print(f"{result.shown}  {named(composition)}: {result.said} {after}", flush=True)
-        if asked.write:
+        if options.write:
             record({composition: result._replace(commit=at)})
     print(", ".join(f"{states.count(state)} {state}" for state in ("passed", "refused", "failed")))
     return int("failed" in states)

@@ -46,21 +46,21 @@ def test_the_covering_part_has_every_way_and_many_pairs_of_four_processes():
 def test_a_covering_part_equals_one_process():
     """In one world of four ranks: losses, every gradient, and the weights after two steps."""
     chosen = {several: prepared(several) for several in COVERING}
-    found = dict(run(chosen, steps=2))
-    assert found.keys() == chosen.keys()
-    wrong = [f"{named(several)}: {r.said} {r.worst}" for several, r in found.items() if r.state != "passed"]
+    results = dict(run(chosen, steps=2))
+    assert results.keys() == chosen.keys()
+    wrong = [f"{named(several)}: {r.said} {r.worst}" for several, r in results.items() if r.state != "passed"]
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_page_has_what_the_command_runs_and_nothing_failed():
     """Its tables have a place for each composition, blank where none was measured yet."""
-    found, page = recorded(), PAGE.read_text()
-    assert tables(found) in page
+    results, page = recorded(), PAGE.read_text()
+    assert tables(results) in page
     assert all(f"| {way} |" in page for way in WAYS) and all(f"| {named(triple)} |" in page for triple in TRIPLES)
-    assert not [named(several) for several, result in found.items() if result.state == "failed"]
+    assert not [named(several) for several, result in results.items() if result.state == "failed"]
     owed = [c for c in compositions.compositions() if {WAYS[way].kind for way in c} in OWED]
     for several in [*owed, ("FSDP", "PP 1f1b", "SP gather")]:
-        assert found[several].state == "passed", named(several)
+        assert results[several].state == "passed", named(several)
     assert len(owed) >= 12
 
 
@@ -86,8 +86,8 @@ def test_a_tensor_may_differ_by_a_ten_billionth(tmp_path, monkeypatch, wrong, by
     torch.save(RankTrace(got, {}), world.file_of(tmp_path, 0))
     monkeypatch.setattr(compositions, "reference", lambda shrunk, steps: want)
     one = SimpleNamespace(config=SimpleNamespace(cluster=SimpleNamespace(workers=1)))
-    found = compositions.judged(one, tmp_path, 1)
-    assert found.state == state and found.worst == pytest.approx(by, rel=1e-3) and found.said == str(wrong)
+    results = compositions.judged(one, tmp_path, 1)
+    assert results.state == state and results.worst == pytest.approx(by, rel=1e-3) and results.said == str(wrong)
 
 
 @pytest.mark.slow
@@ -96,13 +96,13 @@ def test_what_does_not_run_has_failed_and_the_next_one_runs():
     right = checked(configured(["cluster.workers=1"]))
     two = replace(right.config.parallel, pipeline=2)
     wrong = replace(right, config=replace(right.config, parallel=two))
-    found = dict(run({("wrong",): wrong, ("right",): right}, steps=1))
-    assert found["wrong",].state == "failed" and "parallel.pipeline=2: must divide" in found["wrong",].said
-    assert found["right",].state == "passed"
+    results = dict(run({("wrong",): wrong, ("right",): right}, steps=1))
+    assert results["wrong",].state == "failed" and "parallel.pipeline=2: must divide" in results["wrong",].said
+    assert results["right",].state == "passed"
 
 
 def test_the_page_says_where_a_composition_failed():
-    found = {pair: Result("passed", "", 1e-15) for pair in pairs()}
-    found[pairs()[0]] = Result("failed", "the loss in step 1", 1e-3)
-    told = tables(found)
+    results = {pair: Result("passed", "", 1e-15) for pair in pairs()}
+    results[pairs()[0]] = Result("failed", "the loss in step 1", 1e-3)
+    told = tables(results)
     assert "✗ 1e-03" in told and "- FSDP × HSDP: the loss in step 1" in told and "1 failed" in told
