@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # A file runs on one worker, in the order that tests/conftest.py gives to files.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test tests unit check slow mutations foreign compositions matrix tensor plans fuzz stops faults docs bench reference clean
+.PHONY: train test tests unit check slow mutations foreign compositions matrix tensor types plans fuzz stops faults docs bench reference clean
 
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
@@ -46,6 +46,9 @@ matrix: $(READY)
 
 tensor: $(READY)
 	$(VENV)/bin/python -m tests.parallel.test_tensor $(ARGS)
+
+types: $(READY)
+	$(VENV)/bin/python -m tests.spmd $(ARGS)
 
 plans: $(READY)
 	$(VENV)/bin/python -m tests.parallel.fuzz $(ARGS)
