@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
 from parallel.liveness import HERE, Wait
-from parallel.matrix_owners import local
+from parallel.shards import local
 
 
 def shard(

@@ -131,11 +131,6 @@ def shares(length: int, world: int) -> list[int]:
     return [min(rank * step, length) for rank in range(world + 1)]
 
 
-def local(x: Tensor) -> Tensor:
-    """This rank's part of it."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
 def whole(x: Tensor) -> Tensor:
     """The tensor of which ranks hold parts, dimension after dimension of its mesh: torch warns of two at a time.
     Collective."""

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from models.axes import Declared
 from parallel.activation_memory import parameter_name
 from parallel.collectives import Comm, sum_over
-from parallel.matrix_owners import local
 from parallel.mesh import Meshes
+from parallel.shards import local
 from parallel.tensor_loss import cross_entropy, embed, score
 
 PLACED = {

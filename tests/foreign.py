@@ -36,8 +36,8 @@ from launch.verify.proof import STEPS, Reference, reference
 from launch.verify.shrink import Shrunk, shrink
 from models.nonlinear_recurrence import Serial
 from parallel.collectives import Comm
-from parallel.matrix_owners import local
 from parallel.sequence.spread import Spread
+from parallel.shards import local
 from tests import mutations
 from tests.world import run_world
 from train.verify import world

@@ -14,7 +14,8 @@ from models.mixers import MIXERS
 from models.moe import MoE
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
-from parallel.pipeline import Pipeline, PipelineCut
+from parallel.pipeline.cut import PipelineCut
+from parallel.pipeline.runner import Pipeline
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import given
 from parallel.schedule.static import Static

@@ -13,7 +13,7 @@ from models.sequence import Memory
 from parallel.activation_memory import recompute_group
 from parallel.fsdp import communicate_gradients
 from parallel.mesh import Groups
-from parallel.pipeline import Pipeline
+from parallel.pipeline.runner import Pipeline
 from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.time_spans import Shape

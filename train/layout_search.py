@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from models.lm import LM
 from models.moe import mixtures
-from parallel.pipeline import PipelineCut, bubble
+from parallel.pipeline.cut import PipelineCut
+from parallel.pipeline.orders import bubble
 from parallel.schedule import Static
 from parallel.schedule.adaptive.cost import Cluster, Costs, Wire
 from parallel.schedule.devices import DEVICES, REACHED

@@ -13,7 +13,8 @@ from models.moe import mixtures
 from models.nonlinear_recurrence import Serial
 from parallel.expert import pad
 from parallel.mesh import Meshes
-from parallel.pipeline import Pipeline, PipelineCut
+from parallel.pipeline.cut import PipelineCut
+from parallel.pipeline.runner import Pipeline
 from parallel.schedule.comm_volume import Ask
 from train.layout import dependences
 from train.metrics.comm_trace import asked

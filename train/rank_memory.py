@@ -17,7 +17,8 @@ import torch
 from models.footprint import SAMPLES, Footprint, between, footprints
 from models.lm import LM
 from models.moe import mixtures
-from parallel.pipeline import PipelineCut, orders
+from parallel.pipeline.cut import PipelineCut
+from parallel.pipeline.orders import orders
 from parallel.schedule.comm_volume import Ask, AttendCall, ScanCall
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import in_flight

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from models.accounting import account
 from models.lm import LM
-from parallel.pipeline import PipelineCut, bubble, check
-from parallel.pipeline.runner import HALVES
+from parallel.pipeline.cut import PipelineCut
+from parallel.pipeline.orders import HALVES, bubble
 from parallel.schedule.plan import Plan
-from parallel.schedule.stages import cut, given
+from parallel.schedule.stages import check, cut, given
 from train.run_config import RunConfig
 
 LENGTH = 4096  # tokens of the documents by which layers are weighed where the configuration says nothing

@@ -148,7 +148,10 @@ def class_of(path: str, target: Any) -> type:
         raise UserError(f"{path}={target}: {error.name} is not installed here") from None
     except ImportError as error:
         raise UserError(f"{path}={target}: cannot be imported: {error}") from None
-    named = [*vars(module), *getattr(module, "HOMES", ())]
+    homes = getattr(module, "HOMES", ())
+    if name in homes:  # of the others' modules none is imported
+        return getattr(module, name)
+    named = [*vars(module), *homes]
     classes = {k for k in named if isinstance(v := getattr(module, k), type) and allowed(f"{v.__module__}.")}
     if name not in classes:
         raise UserError(f"{path}={target}: no such class{nearest(name, classes, prefix=f'{room}.')}")

@@ -196,6 +196,8 @@ def _warn_without_bf16(say: Callable[[str], None]) -> None:
 
 def _with_checkpoints(flight: CheckedRun, say: Callable[[str], None]) -> CheckedRun:
     """The run with the checkpoint that it continues from, or takes its weights from: found, verified and compared."""
+    if flight.train.init_weights != "average" and not (flight.config.init_from or flight.config.resume):
+        return flight
     from data.batches import changed
     from train.checkpoints import checkpoint, hf_reader
 

@@ -50,12 +50,12 @@ class Before:
 
 def _before(flight: CheckedRun) -> Before | None:
     """Reads the checkpoint that the run goes on from; None for a folder of weights alone, which tells nothing."""
-    from train.checkpoints import checkpoint
-
     path = flight.resume or flight.init_from
     config = _config(path) if path else None
     if path is None or config is None:
         return None
+    from train.checkpoints import checkpoint
+
     train = section(TrainSettings, _known(config["train"]))
     tokens = train.reached(checkpoint.manifest(path))
     schedule = ObjectConfig(config["schedule"]).build()
@@ -81,13 +81,13 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 def _moments(flight: CheckedRun) -> None:
-    from train.checkpoints import checkpoint
-
     wanted, path = flight.train.init_optimizer, flight.init_from
     if wanted == "reset" or flight.resume is not None:
         return
     if path is None:
         raise ValueError(f"train.init_optimizer={wanted}: must be reset without init_from")
+    from train.checkpoints import checkpoint
+
     if not checkpoint.has_moments(path):
         raise ValueError(f"train.init_optimizer={wanted}: must be reset, {path} holds no optimizer state")
     config, own = _config(path), _name(flight.config.optimizer.values)

@@ -115,9 +115,11 @@ def _say_missing(flight: CheckedRun, folder: Path, say: Callable[[str], None]) -
 def _turn_away(flight: CheckedRun, folder: Path, say: Callable[[str], None], *, anew: bool) -> None:
     """Sets aside what a resumed run does not go on from: later checkpoints than the one that was named, and damaged
     ones where it begins `anew`. The next attempt would else take them up."""
+    place, chosen = folder / "checkpoints", flight.resume
+    if chosen is None and not anew:
+        return
     from train.checkpoints import checkpoint
 
-    place, chosen = folder / "checkpoints", flight.resume
     if anew:
         away = list(checkpoint.damaged(place))
     elif chosen is not None and rundir.is_checkpoint(Path(str(flight.config.resume))):

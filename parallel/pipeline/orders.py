@@ -10,22 +10,25 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
-
 from parallel.schedule.stages import Action, idle
 
-SCHEDULES: dict[str, type] = {
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero_bubble": ScheduleInterleavedZeroBubble,
+SCHEDULES = {
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zero_bubble": "ScheduleInterleavedZeroBubble",
 }
+HALVES = ("zero_bubble",)  # the schedules that take a backward pass in two
 KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 
 
 def scheduled(name: str, stages: Sequence[Any], micro_steps: int) -> Any:
     """torch's schedule of these stages of a rank. Gradients are summed, and each stage knows its loss itself."""
+    from torch.distributed.pipelining import schedules  # takes a second, and launchers read this file
+
     several = stages[0] if name == "1f1b" else list(stages)
-    return SCHEDULES[name](several, micro_steps, loss_fn=lambda output, target: None, scale_grads=False)
+    return getattr(schedules, SCHEDULES[name])(
+        several, micro_steps, loss_fn=lambda output, target: None, scale_grads=False
+    )
 
 
 def orders(name: str, ranks: int, stages: int, micro_steps: int) -> Mapping[int, Sequence[Action]]:

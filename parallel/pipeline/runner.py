@@ -21,14 +21,13 @@ from parallel.fsdp import communicate_gradients
 from parallel.liveness import HERE, TIMEOUT, Wait
 from parallel.mesh import Meshes
 from parallel.pipeline.cut import PipelineCut
-from parallel.pipeline.orders import scheduled
+from parallel.pipeline.orders import HALVES, scheduled
 from parallel.pipeline.stage import ACTIVATIONS, Objective, PipelineStage, reduce, whole_weights
 from parallel.schedule.plan import Plan
-from parallel.schedule.stages import refusal
+from parallel.schedule.stages import check
 from parallel.sequence.place import Placed
 
 SHARED = "shared weights gradient"
-HALVES = ("zero_bubble",)  # the schedules that take a backward pass in two
 
 
 class Pipeline:
@@ -139,16 +138,3 @@ class Pipeline:
     def _wait(self) -> None:
         self._waiting.enter_context(self.comm.waiting())
         self._waiting.enter_context(HERE.waiting(Wait("", ACTIVATIONS, "receive", self.comm.ranks)))
-
-
-def check(plan: Plan, schedule: str, ranks: int) -> None:
-    """Raises ValueError for a plan that cannot run in a pipeline of so many ranks."""
-    if (why := refusal(schedule, ranks, len(plan.micro_steps))) is not None:
-        many = f"{len(plan.lengths)} sequence{'s' * (len(plan.lengths) != 1)}"
-        raise ValueError(f"parallel.pipeline={ranks}: a step of {many} {why}")
-    groups = {group.ranks for micro in plan.micro_steps for group in micro.groups if group.sequences}
-    members = [rank for group in groups for rank in group]
-    if len(members) != len(set(members)):
-        raise ValueError(
-            f"parallel.pipeline={ranks}: the sequence groups of a step must be the same in each of its micro-steps"
-        )

@@ -12,6 +12,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
+from parallel.schedule.plan import Plan
+
 PipelineScheduleName = Literal["1f1b", "interleaved", "zero_bubble"]
 PIPELINE_SCHEDULES = get_args(PipelineScheduleName)
 
@@ -119,3 +121,16 @@ def _ready(action: Action, done: Mapping[Action, float], last: int) -> float | N
         return done.get(Action("F", stage, m))
     ends = [done[a] for half in "BI" if (a := Action(half, stage + 1, m)) in done]
     return ends[0] if ends else None
+
+
+def check(plan: Plan, schedule: str, ranks: int) -> None:
+    """Raises ValueError for a plan that cannot run in a pipeline of so many ranks."""
+    if (why := refusal(schedule, ranks, len(plan.micro_steps))) is not None:
+        many = f"{len(plan.lengths)} sequence{'s' * (len(plan.lengths) != 1)}"
+        raise ValueError(f"parallel.pipeline={ranks}: a step of {many} {why}")
+    groups = {group.ranks for micro in plan.micro_steps for group in micro.groups if group.sequences}
+    members = [rank for group in groups for rank in group]
+    if len(members) != len(set(members)):
+        raise ValueError(
+            f"parallel.pipeline={ranks}: the sequence groups of a step must be the same in each of its micro-steps"
+        )

@@ -15,10 +15,10 @@ from models.moe import MoE
 from models.sequence import Whole
 from parallel.collectives import LEDGER
 from parallel.expert import Exchange, Trip, pad, spread_experts
-from parallel.matrix_owners import local
 from parallel.mesh import Meshes
 from parallel.schedule.expert_volume import OUTPUTS
 from parallel.schedule.mesh import Mesh
+from parallel.shards import local
 from tests.models.test_moe import KINDS, dense, moe
 from tests.parallel.test_parity import BATCH, adaptive, static, unequal
 from tests.parity import assert_close, differences, spread, truth

@@ -7,7 +7,7 @@ import pytest
 import parallel.pipeline.runner
 import parallel.pipeline.stage
 from models.lm import LM
-from parallel.pipeline import Pipeline
+from parallel.pipeline.runner import Pipeline
 from parallel.schedule.mesh import Mesh
 from tests.parity import small_model, truth
 from tests.pipelined import BATCH, Case, coupled_model, several, worst

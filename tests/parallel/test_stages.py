@@ -5,9 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from parallel.pipeline import bubble, check
+from parallel.pipeline.orders import bubble
 from parallel.schedule.plan import Group, MicroStep, Plan
-from parallel.schedule.stages import Action, cut, idle
+from parallel.schedule.stages import Action, check, cut, idle
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])

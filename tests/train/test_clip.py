@@ -6,10 +6,10 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 
 import parallel.fsdp
-from parallel.matrix_owners import local
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
+from parallel.shards import local
 from tests.parity import small_model
 from train.optim.clip import clip
 from train.settings import TrainSettings

@@ -16,13 +16,13 @@ from launch.commands import plan
 from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
 from models.axes import initialise
-from parallel.matrix_owners import local
 from parallel.mesh import Groups
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.static import Static
 from parallel.sequence.attention import GatherKeys
 from parallel.sequence.states import GatherEffects
+from parallel.shards import local
 from tests.jobs import order, overrides
 from tests.parity import small_model
 from train.build import build

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from parallel.pipeline import Pipeline
+from parallel.pipeline.runner import Pipeline
 from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.guards.hang_timeout import Patience

@@ -1,7 +1,21 @@
-"""Engines: who shards the model and steps the optimizer."""
+"""Engines: who shards the model and steps the optimizer.
 
-from train.engines.deepspeed import DeepSpeed
-from train.engines.fsdp import FSDP
-from train.engines.megatron import MegatronCore
+HOMES: the module of each class that a configuration names as `train.engines.NAME`; importing all would import torch's
+FSDP, two seconds long, into every launcher.
+"""
 
-ENGINES: dict[str, type] = {"deepspeed": DeepSpeed, "fsdp": FSDP, "megatron": MegatronCore}
+from importlib import import_module
+from typing import Any
+
+HOMES = {
+    "DeepSpeed": "train.engines.deepspeed",
+    "FSDP": "train.engines.fsdp",
+    "MegatronCore": "train.engines.megatron",
+}
+ENGINES = {"deepspeed": "DeepSpeed", "fsdp": "FSDP", "megatron": "MegatronCore"}  # the class of `engine=NAME`
+
+
+def __getattr__(name: str) -> Any:
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

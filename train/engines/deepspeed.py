@@ -13,7 +13,6 @@ from models.axes import declarations
 from models.lm import LM
 from parallel.activation_memory import RecomputePolicy
 from parallel.mesh import Meshes
-from parallel.parallelize import parallelise
 from parallel.pipeline.cut import PipelineCut
 from train.engines.engine import MakeOptimizer, check_activations
 from train.engines.fsdp import FSDP
@@ -77,6 +76,8 @@ class DeepSpeed:
         from train.engines.zero import ZeroOptimizer
 
         declared = declarations(model)
+        from parallel.parallelize import parallelise  # imports torch's FSDP, for two seconds
+
         parallelise(
             model,
             meshes,

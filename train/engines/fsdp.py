@@ -8,7 +8,6 @@ from models.axes import declarations
 from models.lm import LM
 from parallel.activation_memory import RecomputePolicy
 from parallel.mesh import Meshes
-from parallel.parallelize import parallelise
 from parallel.pipeline.cut import PipelineCut
 from train.engines.engine import MakeOptimizer, check_activations
 from train.optim.build import build_optimizer
@@ -50,6 +49,8 @@ class FSDP:
                 "engine.offload_optimizer=true: must have ranks that also communicate on the CPU, to clip gradients "
                 "there (backend cpu:gloo,cuda:nccl)"
             )
+        from parallel.parallelize import parallelise  # imports torch's FSDP, for two seconds
+
         return parallelise(
             model,
             meshes,

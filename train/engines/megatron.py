@@ -17,7 +17,6 @@ from models.axes import declarations
 from models.lm import LM
 from parallel.activation_memory import RecomputePolicy
 from parallel.mesh import Meshes
-from parallel.parallelize import parallelise
 from parallel.pipeline.cut import PipelineCut
 from train.engines.engine import MakeOptimizer, check_activations
 from train.engines.flat import FlatOptimizer, Stretch
@@ -56,6 +55,8 @@ class MegatronCore:
         """Places a model and lays its weights and gradients into Megatron-core's buffers."""
         assert cut is None and meshes.mesh.planned == meshes.mesh.world  # preflight refuses what is not data × sequence
         declared = declarations(model)
+        from parallel.parallelize import parallelise  # imports torch's FSDP, for two seconds
+
         parallelise(
             model,
             meshes,

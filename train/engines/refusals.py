@@ -24,7 +24,7 @@ def plain(config: RunConfig) -> bool:
 
 def name_of(config: RunConfig) -> str:
     """The name of a run's engine, as `engine=` takes it."""
-    return next(name for name, kind in ENGINES.items() if kind.__name__ == config.engine.target.rpartition(".")[2])
+    return next(name for name, kind in ENGINES.items() if kind == config.engine.target.rpartition(".")[2])
 
 
 def refuse(config: RunConfig, mesh: Mesh, device: str) -> None:

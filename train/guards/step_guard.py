@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from parallel.collectives import Comm
-from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
-from parallel.pipeline import Pipeline
+from parallel.pipeline.runner import Pipeline
 from parallel.schedule.plan import Plan
+from parallel.shards import local
 from train.hooks import Hook
 from train.settings import GuardSettings
 

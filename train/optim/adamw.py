@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from parallel.matrix_owners import local
+from parallel.shards import local
 from train.optim.apex_adam import Apex, fused_adam
 from train.optim.build import refined
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.matrix_owners import local
+from parallel.shards import local
 
 
 def fused_adam() -> Any:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
+from parallel.shards import local
 from train.hooks import Hook, Record
 from train.state import TrainProgress
 

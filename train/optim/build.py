@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from models.axes import AXES, Declared, declarations
-from parallel.parallelize import parameter_name
+from parallel.activation_memory import parameter_name
 from train.run_config import ObjectConfig
 
 Make = Callable[..., Optimizer]
@@ -60,7 +59,7 @@ def refined(
             factor: float = group.get("factor", 1.0)
             for axis in sorted(named & rates.keys()):
                 factor *= rates[axis]
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            mesh = getattr(parameter, "device_mesh", None)
             within.setdefault((bool(named & set(no_decay)), factor, mesh), []).append(parameter)
         for (stays, factor, _), several in within.items() or [((False, 1.0, None), [])]:
             more = {"weight_decay": 0.0} if stays else {}
@@ -82,11 +81,20 @@ def moments(make: Make, model: nn.Module) -> int:
     return sum((1 if group.get("muon") else 2) * p.numel() for group in groups for p in group["params"])
 
 
+def _import_no_compiler() -> None:
+    """Marks what each optimizer's constructor calls as it is, so that torch does not import its compiler, FSDP and
+    DTensor to mark it, for two seconds of a launcher that compiles nothing."""
+    plain = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
+    if plain is not None and not hasattr(plain, "__dynamo_disable"):
+        plain.__dynamo_disable = plain
+
+
 def try_optimizer(node: ObjectConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Builds the optimizer of a configuration for one parameter. Raises ValueError, the message with its key.
 
     device, dtype: of the master weights of the run that it is for.
     """
+    _import_no_compiler()
     try:
         optimizer = node.build()([nn.Parameter(torch.zeros(1, dtype=dtype))])
         if hasattr(optimizer, "check"):

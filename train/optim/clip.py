@@ -9,9 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from parallel.collectives import Comm
 from parallel.fsdp import norm
-from parallel.matrix_owners import local
 from parallel.parallelize import parameter_name
-from parallel.pipeline import Pipeline
+from parallel.pipeline.runner import Pipeline
+from parallel.shards import local
 
 PURPOSE = "gradient norms"
 

@@ -20,11 +20,12 @@ from models.axes import AXES
 from models.kernels.newton_schulz import newton_schulz
 from parallel.collectives import Comm
 from parallel.fsdp import by_mesh
-from parallel.matrix_owners import MatrixCut, MatrixOwners, cuts, local, received, shape_here
+from parallel.matrix_owners import MatrixCut, MatrixOwners, cuts, received, shape_here
 from parallel.matrix_pieces import Beside, gathered, own
 from parallel.mesh import DENSE, EXPERTS
 from parallel.schedule.comm_volume import Traffic
 from parallel.schedule.mesh import Mesh
+from parallel.shards import local
 from train.optim.adamw import AdamW, FusedStep
 from train.optim.build import axes, refined
 
