@@ -125,7 +125,7 @@ class RunConfig:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunConfig:
         """Reads a complete configuration. Raises what the settings' constructors raise."""
-        found: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for each in fields(cls):
             value = deepcopy(values[each.name])
             if each.name in SECTIONS:
@@ -134,8 +134,8 @@ class RunConfig:
                 value = tuple(Stage(**stage) for stage in value)
             elif each.type == "ObjectConfig":
                 value = ObjectConfig(value)
-            found[each.name] = value
-        return cls(**found)
+            arguments[each.name] = value
+        return cls(**arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.yaml; `of` takes it back."""

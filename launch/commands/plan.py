@@ -281,7 +281,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)
     starts = [s.starts.nonzero()[0].tolist() for s in batch]
     master = dtypes(flight.config.precision.compute, flight.device)[1]
-    found = of_step(
+    traffic_of_step = of_step(
         lambda: _model(flight),
         flight.mesh,
         first,
@@ -297,7 +297,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     stepping: Any = build_optimizer(flight.config.optimizer.build(), model, declarations(model))
     matrices_known = hasattr(stepping, "received") and flight.mesh.tensor == 1
     more = stepping.received(flight.mesh, master, flight.device) if matrices_known else [None] * workers
-    for by_axis, matrices in zip(found, more, strict=True):
+    for by_axis, matrices in zip(traffic_of_step, more, strict=True):
         received = Counter[str]()
         for traffic in (*by_axis.values(), *([matrices] if matrices else [])):
             received.update(traffic.bytes)

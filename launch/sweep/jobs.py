@@ -47,7 +47,7 @@ class _Fleet:
     def __init__(
         self, sweep: Sweep, ready: list[CheckedMember], following: list[Member], say: Callable[[str], None]
     ) -> None:
-        self._found, self._say = sweep, say
+        self._sweep, self._say = sweep, say
         self._waiting = list(ready)
         self._jobs = {member.number: (member, Jobs(member.address), 0) for member in following}
         self._room = _room(ready[0]) if ready else 0
@@ -79,7 +79,7 @@ class _Fleet:
             try:
                 if not cluster.ended(member.job or ""):
                     continue
-                state, reason = end(self._found, member, cluster, stopping=self._stopping)
+                state, reason = end(self._sweep, member, cluster, stopping=self._stopping)
             except UserError as error:
                 if not self._silent:
                     self._say(f"{error}; asking again")
@@ -107,23 +107,23 @@ class _Fleet:
         if time.monotonic() < self._next_summary:
             return
         self._next_summary = time.monotonic() + SUMMARY_S
-        states = [member.state for member in self._found.members]
+        states = [member.state for member in self._sweep.members]
         running = ", ".join(f"{member.number}{self._percent(member)}" for member, _, _ in self._jobs.values())
         others = [f"{states.count(s)} {s}" for s in ("done", "failed", "stopped", "waiting") if s in states]
         self._say("; ".join([*([f"running: {running}"] if running else []), *others]))
 
     def _change(self, member: Member, state: str, reason: str | None = None) -> None:
-        self._found.mark(member, state, reason)
-        result = next(each for each in self._found.results() if each.member is member)
+        self._sweep.mark(member, state, reason)
+        result = next(each for each in self._sweep.results() if each.member is member)
         words = f"job {member.job}" if state == "running" else reason or ""
         if state == "done" and result.heldout is not None:
             words = f"held-out {result.heldout:.4f}"
-        line = f"[{member.number}/{len(self._found.members)}] {member.words}: {state}"
+        line = f"[{member.number}/{len(self._sweep.members)}] {member.words}: {state}"
         self._say(f"{line}, {words}" if words else line)
 
     def _percent(self, member: Member) -> str:
         try:
-            state = status.read(self._found.place(member), running=True)
+            state = status.read(self._sweep.place(member), running=True)
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return ""
         return f" ({100 * state.tokens // max(state.total_tokens, 1)}%)"

@@ -135,8 +135,8 @@ class Published:
         form, have = self._entries[name].form, self._rows[name][0]
         unit = form.unit(self.shapes[name])
         pieces = parts(self._entries[name].pieces, begin * unit, min(end, have) * unit)
-        found = [self._published(*piece).to(self.dtypes[name]) for piece in pieces]
-        ours = [form.here(found[0] if len(found) == 1 else torch.cat(found)).to(self.dtypes[name])] if found else []
+        blocks = [self._published(*piece).to(self.dtypes[name]) for piece in pieces]
+        ours = [form.here(blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(self.dtypes[name])] if blocks else []
         if end > have:
             ours.append(self._mean(name).expand(end - max(begin, have), *self.shapes[name][1:]))
         return ours[0] if len(ours) == 1 else torch.cat(ours)
