@@ -25,8 +25,8 @@ from spmd_types import SpmdTypeError, rules
 from spmd_types import _checker as checker
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import parallel.collectives
@@ -43,16 +43,25 @@ from parallel.collectives import LEDGER, Comm, sum_over
 from parallel.matrix_owners import local
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
-from parallel.schedule.mesh import Mesh
+from parallel.schedule.mesh import PLANNED, Mesh
 from parallel.schedule.static import Static
 from parallel.sequence.attention import GatherKeys
 from parallel.sequence.states import GatherEffects
 from tests.parity import Sample, small_model
-from tests.spmd_step import DENSE, Step, comm_changes, fsdp_changes, function_changes, stamp, weights
+from tests.spmd_step import (
+    FsdpDistributed,
+    Overwrites,
+    Step,
+    comm_changes,
+    fsdp_changes,
+    function_changes,
+    stamp,
+    weights,
+)
 from train.execute import Executor
 
-WORLD = Mesh(data=32, expert=2, sequence=8, tensor=2)
-SMALL = Mesh(data=2, expert=2, sequence=2, tensor=2)
+WORLD = Mesh(replicate=2, data=16, expert=2, sequence=8, tensor=2)
+SMALL = Mesh(replicate=2, expert=2, sequence=2, tensor=2)
 LIMIT = 60  # seconds
 
 
@@ -65,19 +74,6 @@ class Checked(NamedTuple):
     locals: int
     parameters: int
     seconds: float
-
-
-class Overwrites(TorchFunctionMode):
-    """A tensor that is overwritten takes the type of what is written, which the package wants it to have had before;
-    and of `view_as` it takes the second for a value, where it is a shape."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in (torch.Tensor.copy_, torch.Tensor.view_as):
-            return func(*args, **(kwargs or {}))
-        with spmd.no_typecheck():
-            out = func(*args)
-        stamp(out, dict(spmd.get_local_type(args[func is torch.Tensor.copy_])))
-        return out
 
 
 @contextmanager
@@ -112,7 +108,7 @@ def model_changes(step: Step, reduced: Callable[[], None]) -> Iterator[tuple[Any
         return part
 
     def parts_of_a_sum(self, loss):
-        for name in DENSE:
+        for name in PLANNED:
             if name in step.axes and spmd.get_local_type(loss)[step.axes[name]] is spmd.V:
                 spmd.mutate_type(loss, step.axes[name], src=spmd.V, dst=spmd.P)
         backward(self, loss)
@@ -218,22 +214,27 @@ def _stamped(step: Step, prefix: str, lies: dict[str, dict[str, str]]) -> Callab
 
 def _reduced(step: Step, model: LM, lies: dict[str, dict[str, str]]) -> dict[int, tuple[str, Tensor]]:
     """The gradients as FSDP leaves them: what it sums over is no part of a sum any more, what it does not stays one."""
-    ran = {each.axis for each in step.sent if each.purpose == "weights gradient"}
-    over = {}
+    ran = Counter((each.kind, each.axis) for each in step.sent if each.purpose == "weights gradient")
+    asked, over = Counter[tuple[str, str]](), {}
     for group in fsdp_groups(model):
-        axis = step.name_of(group.mesh_info.shard_process_group)
-        for each in group.fsdp_params:
-            over[id(each.sharded_param)] = axis
+        mesh = group.mesh_info
+        sums = [("reduce-scatter", step.name_of(mesh.shard_process_group))] if mesh.shard_mesh_size > 1 else []
+        if isinstance(mesh, HSDPMeshInfo):
+            sums.append(("all-reduce", step.name_of(mesh.replicate_process_group)))
+        asked.update(sums)
+        over.update({id(each.sharded_param): sums for each in group.fsdp_params})
+    if ran != asked:
+        raise SpmdTypeError(f"weights gradient: groups of weights ask for {dict(asked)}, FSDP sent {dict(ran)}")
     found = {}
     for name, parameter in model.named_parameters():
-        name, axis = parameter_name(name), over[id(parameter)]
+        name, sums = parameter_name(name), over[id(parameter)]
         if parameter.grad is None:
             raise SpmdTypeError(f"{name}: has no gradient")
         letters = {along: GRADIENT[letter] for along, letter in lies[name].items()}
-        for along in axis.split(" × ") if axis in ran else ():
+        for kind, along in ((kind, each) for kind, axis in sums for each in axis.split(" × ")):
             if letters[along] != "P":
                 raise SpmdTypeError(f"{name}: each rank's own along {along}, its gradients are summed there")
-            letters[along] = "V"
+            letters[along] = "V" if kind == "reduce-scatter" else "R"
         grad = local(parameter.grad)
         stamp(grad, step.types(**letters))
         found[id(parameter.grad)] = (name, grad)
@@ -313,6 +314,10 @@ def mutations() -> dict[str, Mutation]:
         "the loss is summed over tensor ranks that have the same": Mutation(
             Executor, "_backward", sum_losses_of_a_tensor_group, "its type asks for P"
         ),
+        "copies of shards keep gradients of their own": Mutation(
+            FsdpDistributed, "all_reduce", lambda self, x, *args, **options: None, "groups of weights ask for"
+        ),
+        "FSDP averages gradients": Mutation(parallel.fsdp, "sum_gradients", lambda model: None, "reduced by"),
         "losses of routers count on every tensor rank": Mutation(
             tensor.DividedWidth, "alike", lambda self, x: x, "cannot mix with other types"
         ),
@@ -351,6 +356,8 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=77, help="the rank that this process plays")
     parser.add_argument("--faults", action="store_true", help="seed faults into a small step, and show what is said")
     args = parser.parse_args()
+    if not 0 <= args.rank < WORLD.world:
+        parser.error(f"--rank={args.rank}: must lie between 0 and {WORLD.world - 1}")
     if args.faults:
         return faults()
     with fake_world(WORLD, args.rank):

@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 import spmd_types as spmd
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_collectives as fsdp_collectives
 from spmd_types import MeshAxis, SpmdTypeError, rules
 from spmd_types._mesh_axis import _mesh_axis_names
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import parallel.fsdp
 from models.lm import LM
 from parallel.collective_types import EXCHANGE, FUNCTIONS, GATHER, SCATTER, SUM, UNTYPED, FunctionType
 from parallel.collectives import Comm
+from parallel.mesh import DENSE, EXPERTS
 from parallel.parallelize import parameter_name
-from parallel.schedule.mesh import Mesh
+from parallel.schedule.mesh import PLANNED, Mesh
 
-DENSE = ("data", "expert", "sequence")  # axes along which ranks have tokens of their own
 LETTERS = {"R": spmd.R, "I": spmd.I, "V": spmd.V, "P": spmd.P}
 # The types that pass for one. Each rank's own value may be read as a part of a sum, and a value of all as each rank's
 # own; a value of all is no part of a sum, for it would count once for each rank.
@@ -55,7 +57,7 @@ class Step:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.axes = {n: self._axis(n) for n in (*DENSE, "tensor") if mesh.sizes[n] > 1}
+        self.axes = {n: self._axis(n) for n in (*PLANNED, "tensor") if mesh.sizes[n] > 1}
         _mesh_axis_names.clear()
         _mesh_axis_names.update({axis: {name} for name, axis in self.axes.items()})  # by which errors call them
         self.sent: list[Sent] = []
@@ -76,14 +78,14 @@ class Step:
         for name in self.mesh.sizes:
             if tuple(ranks) == self.mesh.group(dist.get_rank(), name):
                 return name
-        for several in (DENSE, ("data", "sequence"), (*DENSE, "tensor")):
+        for several in (DENSE, EXPERTS, PLANNED, (*PLANNED, "tensor")):
             if tuple(ranks) == self.mesh.group(dist.get_rank(), *several):
                 return " × ".join(n for n in several if self.mesh.sizes[n] > 1)
         return f"{len(ranks)} ranks"
 
     def types(self, **letters: str) -> dict[MeshAxis, Any]:
         """A type on every axis: V along those with tokens of their own and R along `tensor`, unless named."""
-        chosen = {**dict.fromkeys(DENSE, "V"), "tensor": "R", **letters}
+        chosen = {**dict.fromkeys(PLANNED, "V"), "tensor": "R", **letters}
         return {axis: LETTERS[chosen[name]] for name, axis in self.axes.items()}
 
     def record(self, kind: str, group: dist.ProcessGroup, purpose: str) -> None:
@@ -137,7 +139,7 @@ class Step:
                 raise SpmdTypeError(f"{name}: {key} has no type along {', '.join(missing)}")
             for axis in along:
                 if got[axis] not in TAKEN[wanted]:
-                    raise SpmdTypeError(f"{name}: {key} is {got[axis]} along {axis_name}, its type asks for {wanted}")
+                    raise SpmdTypeError(f"{name}: {key} is {got[axis]!r} along {axis_name}, its type asks for {wanted}")
         result = {}
         for each, axis in self.axes.items():
             if axis not in along:
@@ -209,7 +211,7 @@ def joined(name: str, axis: str, types: list[Any]) -> Any:
         return types[0]
     if kinds == {spmd.R, spmd.V}:
         return spmd.V
-    raise SpmdTypeError(f"{name}: takes values that are {' and '.join(map(str, types))} along {axis}")
+    raise SpmdTypeError(f"{name}: takes values that are {' and '.join(map(repr, types))} along {axis}")
 
 
 def comm_of(x: Any) -> Comm | None:
@@ -241,7 +243,9 @@ def _recorded(step: Step, method: str) -> Callable[..., Tensor]:
             out = honest(self, x, purpose=purpose)
         axis, types = step.axes[step.name_of(self.group)], dict(spmd.get_local_type(x))
         if types.get(axis) not in TAKEN[type_step.before]:
-            raise SpmdTypeError(f"{purpose}: {kind} of a value that is {types.get(axis)}, it takes {type_step.before}")
+            raise SpmdTypeError(
+                f"{purpose}: {kind} of a value that is {types.get(axis)!r}, it takes {type_step.before}"
+            )
         stamp(out, types | {axis: LETTERS[type_step.after]})
         return out
 
@@ -263,6 +267,33 @@ def comm_changes(step: Step) -> Iterator[tuple[Any, str, Any]]:
     yield Comm, "start_all_to_all", started
 
 
+class Overwrites(TorchFunctionMode):
+    """A tensor that is overwritten takes the type of what is written, which the package wants it to have had before;
+    and of `view_as` it takes the second for a value, where it is a shape."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.Tensor.copy_, torch.Tensor.view_as):
+            return func(*args, **(kwargs or {}))
+        with spmd.no_typecheck():
+            out = func(*args)
+        stamp(out, dict(spmd.get_local_type(args[func is torch.Tensor.copy_])))
+        return out
+
+
+class FsdpDistributed:
+    """`torch.distributed` as FSDP sees it: it sums over copies of the shards by itself, and tells nobody."""
+
+    def __init__(self, step: Step):
+        self._step = step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_reduce(self, x: Tensor, *args: Any, group: dist.ProcessGroup, **options: Any) -> Any:
+        self._step.record("all-reduce", group, "weights gradient")
+        return dist.all_reduce(x, *args, group=group, **options)
+
+
 def fsdp_changes(step: Step) -> Iterator[tuple[Any, str, Any]]:
     gather, scatter = parallel.fsdp.CountedGather.__call__, parallel.fsdp.CountedScatter.__call__
 
@@ -276,6 +307,7 @@ def fsdp_changes(step: Step) -> Iterator[tuple[Any, str, Any]]:
         step.record("reduce-scatter", group, "weights gradient")
         return scatter(self, output_tensor, input_tensor, group, op, async_op)
 
+    yield fsdp_collectives, "dist", FsdpDistributed(step)
     yield parallel.fsdp.CountedGather, "__call__", gathered
     yield parallel.fsdp.CountedScatter, "__call__", scattered
 
@@ -304,7 +336,7 @@ def weights(step: Step, model: LM, mesh: Mesh) -> dict[str, dict[str, str]]:
     for name, _ in model.named_parameters():
         name = parameter_name(name)
         cut = model.division is not None and model.division.pieces[name].along is not None
-        letters = dict.fromkeys(DENSE, "R") | {"tensor": "V" if cut else "R"}
+        letters = dict.fromkeys(PLANNED, "R") | {"tensor": "V" if cut else "R"}
         if ".experts." in name and mesh.expert > 1:
             letters["expert"] = "V"
         found[name] = letters
