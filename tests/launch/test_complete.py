@@ -16,6 +16,7 @@ from launch.cli import main
 from launch.commands.completion import SCRIPTS, candidates
 from launch.config import files
 from launch.verbs import VERBS
+from tests.jobs import overrides
 from tests.launch.processes import cpu_seconds
 
 BASH = shutil.which("bash")
@@ -147,6 +148,18 @@ def test_it_answers_at_once_and_imports_neither_torch_nor_hydra():
     command = [sys.executable, "-c", code, "complete", "--", "train", "model."]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "model.dim=" in said and said.endswith("[] 0\n"), said
+
+
+def test_checking_a_run_imports_nothing_that_only_its_workers_need(tmp_path):
+    code = (
+        "import sys; from launch.preflight.check import check_run; from launch.preflight.configure import configure;"
+        "check_run(configure(sys.argv[1:]), print);"
+        "print([m for m in ('torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.tensor',"
+        "'torch.distributed.pipelining', 'torch.distributed.checkpoint', 'ray') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *overrides(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert said.splitlines()[-1] == "[]", said
 
 
 @pytest.mark.timing
