@@ -64,7 +64,8 @@ def test_a_run_trains_with_the_layout_that_was_chosen_and_its_configuration_has_
 
 @pytest.mark.composes
 def test_a_layout_that_does_not_fit_is_refused_with_what_would_make_it_fit(place, capsys):
-    common = [*overrides(place), "cluster.workers=1", "data.max_length=384", "parallel.machine.memory=0.005"]
+    four = ["model.layers=4", "model.pattern=[gla,gdn,gla,attn]"]
+    common = [*overrides(place, *four), "cluster.workers=1", "data.max_length=384", "parallel.machine.memory=0.005"]
     assert main(["plan", *common]) == 2
     line = capsys.readouterr().err.strip()
     assert (
