@@ -53,8 +53,9 @@ def test_a_covering_part_equals_one_process():
 
 
 def test_the_page_has_what_the_command_runs_and_nothing_failed():
-    """Its tables have a place for each composition, blank where none was measured yet."""
+    """A measured result for each composition."""
     results, page = recorded(), PAGE.read_text()
+    assert set(results) == set(compositions.compositions())
     assert tables(results) in page
     assert all(f"| {way} |" in page for way in WAYS) and all(f"| {named(triple)} |" in page for triple in TRIPLES)
     assert not [named(several) for several, result in results.items() if result.state == "failed"]
