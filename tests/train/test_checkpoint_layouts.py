@@ -47,7 +47,8 @@ def saved(job: dict[str, Any], steps: int) -> float:
 
 def overrides(mesh: Mesh) -> list[str]:
     sizes = [f"parallel.{name}={size}" for name, size in mesh.sizes.items()]
-    return [f"cluster.workers={mesh.world}", f"scheduler.tokens_per_rank={96 // mesh.sequence}", *sizes]
+    more = ["train.batch_tokens=768", f"scheduler.tokens_per_rank={96 // mesh.sequence}"]  # for stages: 8 sequences
+    return ["model.layers=4", "model.pattern=[gla,gdn,gla,attn]", f"cluster.workers={mesh.world}", *more, *sizes]
 
 
 def test_the_bits_of_a_checkpoint_are_the_same_behind_every_layout(run, tmp_path: Path):
