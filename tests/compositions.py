@@ -271,7 +271,7 @@ BEGIN, END = "<!-- begin: written by make compositions -->", "<!-- end -->"
 
 
 def recorded() -> dict[Composition, Result]:
-    """What was measured, in the order of the tables."""
+    """Reads the measured results, in the order of the tables."""
     rows = {tuple(names): Result(**rest) for names, rest in json.loads(RECORD.read_text())} if RECORD.exists() else {}
     return {composition: rows[composition] for composition in compositions() if composition in rows}
 

@@ -2,7 +2,7 @@
 
 `python trials.py PACKAGE MODULE` imports what farspan imports of a package. Where that proves little, it does something
 small: torch multiplies and sums over ranks, fla-core, triton and apex run on a GPU, and an engine steps two parameters.
-What it prints is a remark; for torch and for the mixers' kernels, a fact a line, as JSON.
+It prints a remark; for torch and for the mixers' kernels, a fact a line, as JSON.
 """
 
 import importlib

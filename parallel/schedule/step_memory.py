@@ -12,7 +12,7 @@ few instants a layer:
     reduce i     saved of the layers before i, i's gradients twice
     end          all gradients, the root's twice
 
-States, there all the time, are weights, the optimizer's moments, averages. What an instant holds is given by parts, so
+States, there all the time, are weights, the optimizer's moments, averages. Each instant has its bytes by parts, so
 that whoever has too little memory sees which part to make smaller. Nothing that is not a tensor of the step is counted:
 neither the runtime, nor what an allocator keeps.
 """

@@ -4,7 +4,7 @@
 
 Costs are measured first, as `farspan plan cost.profile=true` does it. Then every layout without recomputation is
 trained for some steps, all in one world, one after the other; a layout's seconds are the least of a step on its busiest
-rank, the first step left out. What is found goes to docs/planning.md.
+rank, the first step left out. docs/planning.md has the results.
 """
 
 import gc

@@ -5,7 +5,7 @@
 Each configuration is trained for two steps by gloo ranks on this machine, all in one as a run has it: engine, executor,
 clipping, optimizer. A counter of our own, which has nothing in common with what foretells, holds every storage that an
 operator makes, through FSDP's resizing of storages too. `foretold`: `train.rank_memory`. None of these configurations
-was used to make it: it has no constant to fit. What is found goes to docs/planning.md.
+was used to make it: it has no constant to fit. docs/planning.md has the results.
 """
 
 import gc
@@ -140,7 +140,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 
 class Row(NamedTuple):
-    """Of one configuration: foretold parts, bytes counted on the fullest rank."""
+    """Returns the foretold parts of one configuration, and the bytes counted on its fullest rank."""
 
     name: str
     parts: dict[str, float]

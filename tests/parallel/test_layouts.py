@@ -107,7 +107,10 @@ def test_seconds_of_a_layout_are_the_sum_of_what_its_dimensions_take():
 
 def test_recomputation_takes_time_and_stages_wait():
     plain = LayoutChoice(Mesh(data=2), 1, 1, "none")
-    wire = lambda span: Wire(1e9)  # noqa: E731
+
+    def wire(span):
+        return Wire(1e9)
+
     times = {
         name: seconds(LayoutChoice(Mesh(data=2), 1, 1, name), work(True), 10, wire).total
         for name in ("none", "selective", "full")

@@ -77,7 +77,7 @@ OPTIONS = {  # that are divided in another way than the mixer's plain form
 
 
 def every_layout() -> dict[str, Any]:
-    """Of each layout the loss and the gradients; and by "axis/purpose", the bytes and calls that this rank counts."""
+    """Returns loss and gradients of each layout; and by "axis/purpose", the bytes and calls that this rank counts."""
     found = {}
     for name, (mesh, model, remat, tokens) in LAYOUTS.items():
         LEDGER.take()
