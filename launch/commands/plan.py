@@ -17,6 +17,7 @@ from launch.preflight.auto_layout import search_of, table
 from launch.preflight.check import check_run, device_of
 from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
+from launch.preflight.memory_fit import size_text
 from launch.preflight.refusals import refusals
 from launch.templates import Machines
 from parallel.schedule import Adaptive
@@ -113,7 +114,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         *_order(flight),
         *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
         *_memory(flight, model, costs, spans, first),
-        f"state       {_size(costs.state(longest))} to go on after {longest:,} tokens",
+        f"state       {size_text(costs.state(longest))} to go on after {longest:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
         *by,
         *first.text().splitlines(),
@@ -246,9 +247,10 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, spans: int, first: Pl
         parts[f"between {spans:,} spans in time"] = (spans - 1) * costs.state(layout.tokens * flight.sequence)
     step = "micro-step" if spans == 1 else "span in time"
     largest = sorted(parts.items(), key=lambda item: -item[1])
+    whole = size_text(sum(parts.values()))
     return [
-        f"memory      {_size(sum(parts.values()))} a rank at {layout.tokens:,} tokens a {step}, besides the runtime",
-        *(f"            {_size(value):>10}  {name}" for name, value in largest),
+        f"memory      {whole} a rank at {layout.tokens:,} tokens a {step}, besides the runtime",
+        *(f"            {size_text(value):>10}  {name}" for name, value in largest),
     ]
 
 
@@ -276,7 +278,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         from train.stages import cuts, messages
 
         sent = messages(model, cuts(flight.config, model, flight.device), first, flight.mesh.tensor)
-        return [f"traffic     {_size(sent)} a step between stages; what else is sent in a pipeline, a run counts"]
+        return [f"traffic     {size_text(sent)} a step between stages; what else is sent in a pipeline, a run counts"]
     auto = transport.recurrence == "auto"
     how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)
     starts = [s.starts.nonzero()[0].tolist() for s in batch]
@@ -310,9 +312,12 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         "" if transport.experts == "padded" or flight.mesh.expert == 1 else "; experts, as if each were chosen as often"
     )
     return [
-        f"traffic     {_size(total.total())} a step between {workers} ranks, by what it is, and the most a rank "
+        f"traffic     {size_text(total.total())} a step between {workers} ranks, by what it is, and the most a rank "
         f"receives{note}",
-        *(f"            {_size(n):>10}  {purpose}, {_size(most[purpose])}" for purpose, n in total.most_common()),
+        *(
+            f"            {size_text(n):>10}  {purpose}, {size_text(most[purpose])}"
+            for purpose, n in total.most_common()
+        ),
     ]
 
 
@@ -322,12 +327,4 @@ def _count(number: float) -> str:
         if number < 999.5 or unit == "P":
             return f"{number:.3g} {unit}".strip()
         number /= 1000
-    raise AssertionError
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
     raise AssertionError
