@@ -247,9 +247,9 @@ def _memory(flight: CheckedRun, built: LM, costs: Account, spans: int, first: Pl
         parts[f"between {spans:,} spans in time"] = (spans - 1) * costs.state(layout.tokens * flight.sequence)
     step = "micro-step" if spans == 1 else "span in time"
     largest = sorted(parts.items(), key=lambda item: -item[1])
-    whole = size_text(sum(parts.values()))
+    all_parts = size_text(sum(parts.values()))
     return [
-        f"memory      {whole} a rank at {layout.tokens:,} tokens a {step}, besides the runtime",
+        f"memory      {all_parts} a rank at {layout.tokens:,} tokens a {step}, besides the runtime",
         *(f"            {size_text(value):>10}  {name}" for name, value in largest),
     ]
 
