@@ -10,6 +10,7 @@ HOMES = {
     "Block": "models.block",
     "ChannelMix": "models.ffn",
     "LM": "models.lm",
+    "MLP": "models.ffn",
     "MoE": "models.moe",
     "SwiGLU": "models.ffn",
 }

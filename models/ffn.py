@@ -1,8 +1,9 @@
-"""The dense feed-forward layers, all tokens at once or a tile of them at a time: SwiGLU (arXiv 2002.05202), and RWKV's,
-which sees the token before as well."""
+"""The dense feed-forward layers, all tokens at once or a tile of them at a time: SwiGLU (arXiv 2002.05202) and its
+kind, two matrices with an activation between them, and RWKV's, which sees the token before as well."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +32,39 @@ def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)², of Primer (2109.08668)."""
+    return F.relu(x).square()
+
+
+ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": relu2,
+}
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of this name. Raises ValueError for another."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name}: must be one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
 class SwiGLU(nn.Module):
-    """(silu(x W1) ⊙ x W3) W2. hidden: columns of W1 and of W3.
+    """(silu(x W1) ⊙ x W3) W2. hidden: columns of W1 and of W3. activation: of x W1; silu is SwiGLU itself, gelu and
+    gelu_tanh GeGLU.
 
     x [..., D] -> [..., D]; of the attribute `tile` tokens at a time, unless it is None.
     """
 
-    def __init__(self, *, dim: int, hidden: int):
+    def __init__(self, *, dim: int, hidden: int, activation: ActivationName = "silu"):
         super().__init__()
         positive(dim=dim, hidden=hidden)
+        self.activation = activation_of(activation)
         self.tile: int | None = None
         self.gate_up = Linear(dim, 2 * hidden, axes=("ffn", "embed"), parts=(hidden, hidden))
         self.down = Linear(hidden, dim, axes=("embed", "ffn"))
@@ -49,7 +74,32 @@ class SwiGLU(nn.Module):
 
     def _gated(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
+
+    def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, None]:
+        return self.transform(x_BTD), None
+
+
+class MLP(nn.Module):
+    """a(x W1) W2. hidden: columns of W1. activation: a; relu2 is relu(x)². bias: true adds one to each of the products.
+
+    x [..., D] -> [..., D]; of the attribute `tile` tokens at a time, unless it is None.
+    """
+
+    def __init__(self, *, dim: int, hidden: int, activation: ActivationName = "relu2", bias: bool = False):
+        super().__init__()
+        positive(dim=dim, hidden=hidden)
+        self.activation = activation_of(activation)
+        self.tile: int | None = None
+        self.up = Linear(dim, hidden, axes=("ffn", "embed"), bias=bias)
+        self.down = Linear(hidden, dim, axes=("embed", "ffn"), bias=bias)
+
+    def transform(self, x: Tensor) -> Tensor:
+        return tiled(self._activated, x, self.tile)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.activation(self.up(x)))
+        return y
 
     def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, None]:
         return self.transform(x_BTD), None

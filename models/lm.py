@@ -1,5 +1,6 @@
 """The language model: embedding, a pattern of blocks, and a head over the vocabulary."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -48,8 +49,8 @@ class LM(nn.Module):
     layers, from the first, that have `dense` in place of their block's feed-forward, as in DeepSeekMoE (2401.06066).
     dense: that feed-forward. tied: true has the head multiply by the embedding instead of weights of its own.
     tied_scale: factor of a tied head's input; null for dim^-½ (T5, 1910.10683), which suits an embedding whose entries
-    have variance 1, as they start here. Released models have 1. norm_eps: epsilon that the last norm adds to the mean
-    square.
+    have variance 1, as they start here. Released models have 1. embedding_scale: factor of the embedding's output;
+    Gemma has dim^½ (2403.08295). norm_eps: epsilon that the last norm adds to the mean square.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
@@ -69,6 +70,7 @@ class LM(nn.Module):
         dense: Factory | None = None,
         tied: bool = False,
         tied_scale: float | None = None,
+        embedding_scale: float = 1.0,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
@@ -77,7 +79,9 @@ class LM(nn.Module):
             raise ValueError(f"norm_eps={norm_eps}: must be above 0")
         if tied_scale is not None and (tied_scale <= 0 or not tied):
             raise ValueError(f"tied_scale={tied_scale}: must be null without a tied head, else above 0")
-        self.dim = dim
+        if not 0 < embedding_scale < math.inf:
+            raise ValueError(f"embedding_scale={embedding_scale}: must be above 0")
+        self.dim, self.embedding_scale = dim, embedding_scale
         self.tied_scale = dim**-0.5 if tied_scale is None else tied_scale
         self.kinds = unroll(pattern, layers, list(blocks))
         front = dense_front(first_k_dense, dense, layers)
@@ -144,7 +148,8 @@ class LM(nn.Module):
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.width.embed(tokens_BT, self.embedding, self.vocabulary)
-        return self.width.leave(x_BTD.to(self.compute))
+        x_BTD = self.width.leave(x_BTD.to(self.compute))
+        return x_BTD if self.embedding_scale == 1 else x_BTD * self.embedding_scale
 
     def _run(
         self, layers: range, x_BTD: Tensor, handed: dict[str, Tensor], seq: Sequence

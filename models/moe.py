@@ -81,8 +81,9 @@ class MoE(Dispatched):
     scale: factor of the weights after that. balance: the choices that the balance loss (train.balance_weight) evens
     out: those of each document, those of the whole batch (by the loads of the step before), or none. bias_rate: step by
     which a bias that only chooses experts moves after each step towards those that had too few tokens (2408.15664 takes
-    0.001); 0 for no bias. capacity_factor: choices that an expert takes of a span of tokens, in multiples of its fair
-    share; later tokens' are dropped, which makes a run depend on its layout. null for no limit.
+    0.001); 0 for no bias. expert_groups: equal groups that the experts lie in; 1 for none. top_groups: number of
+    groups that a token's experts may come from. capacity_factor: choices that an expert takes of a span of tokens, in
+    multiples of its fair share; later tokens' are dropped, which makes a run depend on its layout. null for no limit.
 
     x [B, T, D] -> [B, T, D] and the Routing that the losses need.
     """
@@ -103,6 +104,8 @@ class MoE(Dispatched):
         scale: float = 1.0,
         balance: BalanceName = "document",
         bias_rate: float = 0.0,
+        expert_groups: int = 1,
+        top_groups: int = 1,
         capacity_factor: float | None = None,
     ):
         super().__init__()
@@ -119,6 +122,12 @@ class MoE(Dispatched):
             raise ValueError(f"scale={scale}: must be above 0")
         if not 0 <= bias_rate < math.inf:
             raise ValueError(f"bias_rate={bias_rate}: must not be negative; 0 for no bias")
+        if expert_groups < 1 or num_experts % expert_groups or expert_groups > 1 and num_experts < 2 * expert_groups:
+            raise ValueError(f"expert_groups={expert_groups}: must divide num_experts={num_experts}, 2 or more to each")
+        if not 1 <= top_groups <= expert_groups:
+            raise ValueError(f"top_groups={top_groups}: must lie between 1 and expert_groups={expert_groups}")
+        if top_k > top_groups * num_experts // expert_groups:
+            raise ValueError(f"top_k={top_k}: must be at most the experts of top_groups={top_groups} groups")
         if shared_hidden < 0:
             raise ValueError(f"shared_hidden={shared_hidden}: must not be negative; 0 for no shared expert")
         if shared_gate and not shared_hidden:
@@ -135,6 +144,8 @@ class MoE(Dispatched):
             scale=scale,
             balance=balance,
             bias_rate=bias_rate,
+            expert_groups=expert_groups,
+            top_groups=top_groups,
         )
         self.experts = Experts(num_experts, dim, hidden)
         self.shared = SwiGLU(dim=dim, hidden=shared_hidden) if shared_hidden else None

@@ -31,7 +31,9 @@ class RMSNorm(nn.Module):
         """The same in at least fp32."""
         if x.shape[-1] == self.dim:
             return rms_norm(x, wide(self.weight), self.eps)
-        squares = self.width.sum(wide(x).square().sum(-1, keepdim=True))
+        begin, end = self.width.span(self.dim)
+        copies = x.shape[-1] // (end - begin)  # devices that hold the same channels, as those of shared key heads
+        squares = self.width.sum(wide(x).square().sum(-1, keepdim=True)) / copies
         return wide(x) * (squares / self.dim + self.eps).rsqrt() * wide(self.weight)
 
 

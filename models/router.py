@@ -9,7 +9,10 @@ What a step leaves behind, `selection_bias` and `loads`, are buffers: part of ev
 because they come from counts summed over all of them, and unchanged from one `settle` to the next, so that every
 micro-step of a step, and every layer that runs again for its backward, routes by the same numbers.
 
-Legend: B spans, T tokens, D model width, E experts, X choices a token.
+Where experts lie in groups, a token chooses among those of its best `top_groups` alone, a group being as good as its
+best two experts together (DeepSeek-V3, section 2.1.2).
+
+Legend: B spans, T tokens, D model width, E experts, X choices a token, G groups of experts.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -73,10 +76,13 @@ class Router(Linear):
         scale: float,
         balance: str,
         bias_rate: float,
+        expert_groups: int = 1,
+        top_groups: int = 1,
     ):
         super().__init__(dim, num_experts, axes=("expert", "embed"))
         self.num_experts, self.top_k, self.scores = num_experts, top_k, ROUTERS[router]
         self.renormalise, self.scale, self.balance, self.bias_rate = renormalise, scale, balance, bias_rate
+        self.expert_groups, self.top_groups = expert_groups, top_groups
         self.register_buffer("selection_bias", torch.empty(num_experts) if bias_rate else None)
         self.register_buffer("loads", torch.empty(num_experts) if balance == "batch" else None)
         self.start_buffers()
@@ -94,7 +100,7 @@ class Router(Linear):
         ranked_BTE = scores_BTE.detach()
         if self.selection_bias is not None:
             ranked_BTE = ranked_BTE + self.selection_bias
-        choices_BTX = ranked_BTE.topk(self.top_k, dim=-1).indices
+        choices_BTX = self._of_best_groups(ranked_BTE).topk(self.top_k, dim=-1).indices
         if self.renormalise:
             weights_BTX = log_BTE.gather(-1, choices_BTX).softmax(-1)
         else:
@@ -104,6 +110,16 @@ class Router(Linear):
             frequencies_E = probabilities_BTE.new_zeros(self.num_experts)
         z_BT = logits_BTE.logsumexp(-1).square()
         return weights_BTX * self.scale, Routing(probabilities_BTE, choices_BTX, z_BT, frequencies_E)
+
+    def _of_best_groups(self, ranked_BTE: Tensor) -> Tensor:
+        """The same, -inf for experts outside of the groups whose best two are the best together."""
+        if self.expert_groups == 1:
+            return ranked_BTE
+        grouped_BTGE = ranked_BTE.unflatten(-1, (self.expert_groups, -1))
+        best_BTG = grouped_BTGE.topk(2, dim=-1).values.sum(-1)
+        chosen_BTG = torch.zeros_like(best_BTG, dtype=torch.bool)
+        chosen_BTG.scatter_(-1, best_BTG.topk(self.top_groups, dim=-1).indices, True)
+        return grouped_BTGE.masked_fill(~chosen_BTG.unsqueeze(-1), -torch.inf).flatten(-2)
 
     @torch.no_grad()
     def settle(self, counts_E: Tensor) -> None:

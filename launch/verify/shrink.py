@@ -197,6 +197,9 @@ def _sized(node: Any, sizes: Mapping[str, int], notes: list[str]) -> Any:
     if isinstance(experts := sized.get("num_experts"), int):
         sized["num_experts"] = _divided(experts, 4, sizes)
         sized["top_k"] = min(sized.get("top_k", 1), 2, sized["num_experts"])
+        if sized.get("expert_groups", 1) > 1:
+            sized["expert_groups"] = 2 if sized["num_experts"] % 2 == 0 and sized["num_experts"] >= 4 else 1
+            sized["top_groups"] = min(sized.get("top_groups", 1), sized["expert_groups"])
     if (limit := sized.get("capacity_factor")) is not None:  # so much that no choice is dropped
         sized["capacity_factor"] = sized["num_experts"] / sized["top_k"]
         line = f"capacity_factor={limit:g}: depends on the layout; verified as {sized['capacity_factor']:g}"

@@ -22,14 +22,15 @@ GIVEN = ("dim", "slot", "depth")  # what the model itself gives its parts
 class Architecture:
     """One class of `transformers`.
 
-    name, kind: its `architectures` and `model_type`. about: the parts of it that are here, for people. mixers: the
-    `_target_`s that its layers may have. defaults: what a config.json that does not name a key means by it. kinds: what
-    its keys may be, beside those of `values.USUAL`. fixed: keys that must have one value. fits: raises ValueError for
-    values that are no model together, in the words of config.json. body: a complete config.json to our `model` section.
-    express: the other way, but for what is fixed. entries: of a complete config.json, the rows of our parameters.
-    suits: whether a `model` section, its mixers' targets given, would be this one. aliases: other names of keys.
-    left_out: beginnings and endings of tensors' names that a folder may hold and no model of ours reads. unstacked:
-    tensors that a folder may hold as one, by the names of the tables.
+    name, kind: its `architectures` and `model_type`. other_kinds: types of models that are of this class, too. about:
+    the parts of it that are here, for people. mixers: the `_target_`s that its layers may have. defaults: what a
+    config.json that does not name a key means by it. kinds: what its keys may be, beside those of `values.USUAL`.
+    fixed: keys that must have one value. fits: raises ValueError for values that are no model together, in the words of
+    config.json. body: a complete config.json to our `model` section. express: the other way, but for what is fixed.
+    entries: of a complete config.json, the rows of our parameters. suits: whether a `model` section, its mixers'
+    targets given, would be this one. aliases: other names of keys. left_out: beginnings and endings of tensors' names
+    that a folder may hold and no model of ours reads. unstacked: tensors that a folder may hold as one, by the names of
+    the tables.
 
     All are held to the class of `transformers`, the reader: what that has not is refused, by its key, in both
     directions. `fits`, `body` and `express` raise ValueError, a line that begins with the key.
@@ -48,13 +49,15 @@ class Architecture:
     entries: Callable[[Config], Entries]
     suits: Callable[[Node, set[str]], bool]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    other_kinds: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     unstacked: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] = dict
 
     def complete(self, config: Config) -> Config:
         """The same config.json under the names that we read, with what it leaves out. Raises ValueError."""
         renamed = {self.aliases.get(key, key): value for key, value in config.items()}
-        if (kind := renamed.get("model_type", self.kind)) != self.kind:  # which a reader goes by
+        kind = renamed.get("model_type", self.kind)
+        if kind not in (self.kind, *self.other_kinds):  # which a reader goes by
             raise ValueError(f"config.json: model_type={shown(kind)}: must be {self.kind}, that of {self.name}")
         if renamed.get("quantization_config") is not None:
             raise ValueError("config.json: quantization_config: must be absent: no quantised weights are read")

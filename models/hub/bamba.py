@@ -6,7 +6,7 @@ Granite 4 has the same mixers; what they share is here.
 from models.ffn import SwiGLU
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, node, one, ratio, with_defaults
-from models.hub.dense import only_dense
+from models.hub.decoder import only_dense
 from models.hub.mamba2 import MIXER, UNLIMITED, mixer_rows
 from models.hub.rows import Entries, ParameterSource, scaled, whole
 from models.hub.values import FLAG, Kind, listed, optional, shown

@@ -17,7 +17,7 @@ from models.hub.bamba import (
     ssm_rows,
     times,
 )
-from models.hub.dense import changed, only_dense, rotates
+from models.hub.decoder import changed, only_dense, rotates
 from models.hub.granite import KINDS, MULTIPLIERS, folded, folded_attention, folded_ends, ones
 from models.hub.mamba2 import MIXER
 from models.hub.rows import Entries, whole

@@ -3,6 +3,7 @@
 Legend: H heads, G heads of keys and values, K head width, E experts.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,12 +39,15 @@ def stack(config: Config, kinds: list[str], blocks: dict[str, Node], eps: float)
     )
 
 
-def block(mixer: Node, ffn: Node | None, eps: float) -> Node:
-    return node(Block, mixer=mixer, ffn=ffn, norm_eps=eps)
+def block(mixer: Node, ffn: Node | None, eps: float, norms: str = "pre") -> Node:
+    return node(Block, mixer=mixer, ffn=ffn, norms=norms, norm_eps=eps)
 
 
-def shapes(model: Node, who: str) -> Config:
+def shapes(model: Node, who: str, *, embedding_scale: float = 1.0) -> Config:
     """The keys of a config.json for the model as a whole. Raises ValueError."""
+    scale = model.get("embedding_scale", 1.0)
+    if not math.isclose(scale, embedding_scale, rel_tol=1e-12):
+        raise ValueError(f"model.embedding_scale={scale:g}: must be {embedding_scale:g}, as in {who}")
     return {
         "vocab_size": model["vocabulary"],
         "hidden_size": model["dim"],
@@ -52,11 +56,12 @@ def shapes(model: Node, who: str) -> Config:
     }
 
 
-def eps_of(model: Node, who: str, mixers: Mapping[str, type] = {}) -> float:  # noqa: B006 it is read only
-    """The eps of all norms, those of these mixers too, by `_target_`. Raises ValueError where they
-    differ."""
+def eps_of(model: Node, who: str, mixers: Mapping[str, type] = {}, *, norms: str = "pre") -> float:  # noqa: B006
+    """The eps of all norms, those of these mixers too, by `_target_`. norms: their place in all blocks. Raises
+    ValueError where they differ."""
     keys = [("model.norm_eps", model.get("norm_eps", 1e-5))]
     for name, block in layers(model):
+        must(f"model.blocks.{name}", {"norms": "pre"} | block, {"norms": norms}, who)
         keys.append((f"model.blocks.{name}.norm_eps", block.get("norm_eps", 1e-5)))
         if kind := mixers.get(block["mixer"]["_target_"]):
             keys.append((f"model.blocks.{name}.mixer.norm_eps", with_defaults(block["mixer"], kind)["norm_eps"]))
@@ -66,6 +71,7 @@ def eps_of(model: Node, who: str, mixers: Mapping[str, type] = {}) -> float:  # 
 # --- softmax attention
 
 
+PLAIN_ATTENTION = {"sinks": 0, "norm_heads": "each", "qkv_bias": False, "out_bias": False, "scale": None}
 HEADS: dict[str, Kind] = dict.fromkeys(("num_key_value_heads", "head_dim"), optional(count()))
 
 
@@ -105,7 +111,7 @@ def attention_keys(model: Node, who: str, *, partial: bool = False, **fixed: Any
         if section["mixer"]["_target_"] != ATTENTION:
             continue
         path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], Attention)
-        must(path, mixer, {"sinks": 0, **fixed}, who)
+        must(path, mixer, PLAIN_ATTENTION | fixed, who)
         heads, rope = mixer["heads"], mixer["positions"] if isinstance(mixer["positions"], dict) else None
         keys = {
             "num_attention_heads": heads,
@@ -118,27 +124,66 @@ def attention_keys(model: Node, who: str, *, partial: bool = False, **fixed: Any
     return one(mapping, who) or {}
 
 
-def attention_rows(ours: str, theirs: str, config: Config, *, gate: bool = False, norm: Form | None = None) -> Entries:
-    """A layer's attention. gate: whether the queries' rows lie head by head beside the gate's."""
+def attention_rows(
+    ours: str,
+    theirs: str,
+    config: Config,
+    *,
+    gate: bool = False,
+    norm: Form | None = None,
+    joint: bool = False,
+    bias: bool = False,
+    out_bias: bool = False,
+    interleaved: int = 0,
+    names: Mapping[str, str] = {},  # noqa: B006 it is read only
+) -> Entries:
+    """A layer's attention. gate: whether the queries' rows lie head by head beside the gate's. norm: the form of the
+    norms of queries and keys. joint: whether those are of all heads together. bias: of queries, keys and values.
+    interleaved: channels of a head that rotate in pairs 2i and 2i + 1 there, i and half of them further on here.
+    names: of tensors that have others than Llama's."""
     H = config["num_attention_heads"]
     G, D = config["num_key_value_heads"] or H, config["hidden_size"]
     K = config["head_dim"] or D // H
-    q, k, v, o = (f"{theirs}.{name}_proj.weight" for name in "qkvo")
-    rows = {
-        f"{ours}.kv.weight": ParameterSource(tuple(PublishedRows(x, g * K, K) for g in range(G) for x in (k, v))),
-        f"{ours}.out.weight": whole(o, D),
-    }
-    if gate:
-        rows[f"{ours}.q.weight"] = ParameterSource(tuple(PublishedRows(q, 2 * h * K, K) for h in range(H)))
-        rows[f"{ours}.gate.weight"] = ParameterSource(tuple(PublishedRows(q, (2 * h + 1) * K, K) for h in range(H)))
-    else:
-        rows[f"{ours}.q.weight"] = whole(q, H * K)
+    rows: Entries = {f"{ours}.out.weight": whole(f"{theirs}.{names.get('o_proj', 'o_proj')}.weight", D)}
+    if out_bias:
+        rows[f"{ours}.out.bias"] = whole(f"{theirs}.o_proj.bias", D)
+    for leaf in ("weight", "bias") if bias else ("weight",):
+        q, k, v = (f"{theirs}.{name}_proj.{leaf}" for name in "qkv")
+        kv = [each for g in range(G) for each in (*turned(k, g * K, K, interleaved), PublishedRows(v, g * K, K))]
+        rows[f"{ours}.kv.{leaf}"] = ParameterSource(tuple(kv))
+        if gate:
+            rows[f"{ours}.q.{leaf}"] = ParameterSource(tuple(PublishedRows(q, 2 * h * K, K) for h in range(H)))
+            rows[f"{ours}.gate.{leaf}"] = ParameterSource(tuple(PublishedRows(q, (2 * h + 1) * K, K) for h in range(H)))
+        elif interleaved:
+            heads = [each for h in range(H) for each in turned(q, h * K, K, interleaved)]
+            rows[f"{ours}.q.{leaf}"] = ParameterSource(tuple(heads))
+        else:
+            rows[f"{ours}.q.{leaf}"] = whole(q, H * K)
     if norm is not None:
-        rows |= {f"{ours}.{x}_norm.weight": whole(f"{theirs}.{x}_norm.weight", K, norm) for x in "qk"}
+        wide = {"q": H * K, "k": G * K} if joint else {"q": K, "k": K}
+        for x, width in wide.items():
+            own = names.get(f"{x}_norm", f"{x}_norm")
+            rows[f"{ours}.{x}_norm.weight"] = whole(f"{theirs}.{own}.weight", width, norm)
     return rows
 
 
+def turned(source: str, begin: int, width: int, interleaved: int) -> list[PublishedRows]:
+    """The rows of a head whose rotated channels lie in pairs, in our order."""
+    if not interleaved:
+        return [PublishedRows(source, begin, width)]
+    order = (*range(0, interleaved, 2), *range(1, interleaved, 2))
+    rest = [PublishedRows(source, begin + interleaved, width - interleaved)] if interleaved < width else []
+    return [*(PublishedRows(source, begin + row, 1) for row in order), *rest]
+
+
 # --- feed-forwards
+
+
+def hidden(path: str, ffn: Node, who: str, *, activation: str = "silu") -> int:
+    """The width of a SwiGLU. Raises ValueError for another activation."""
+    section = with_defaults(ffn, SwiGLU)
+    must(path, section, {"activation": activation}, who)
+    return int(section["hidden"])
 
 
 def sparse(config: Config) -> list[bool]:
@@ -148,6 +193,7 @@ def sparse(config: Config) -> list[bool]:
     return [config["num_experts"] > 0 and i not in dense and (i + 1) % step == 0 for i in layers]
 
 
+PLAIN_MIXTURE = {"router": "softmax", "scale": 1.0, "bias_rate": 0.0, "expert_groups": 1, "capacity_factor": None}
 EXPERTS: dict[str, Kind] = {
     "num_experts": count(0),
     "num_experts_per_tok": count(),
@@ -192,19 +238,28 @@ def ffn_keys(model: Node, who: str, **fixed: Any) -> Config:
         path, ffn = f"model.blocks.{name}.ffn", section["ffn"]
         if ffn is not None and ffn["_target_"] == DENSE:
             dense.append(i)
-            wide.append((f"{path}.hidden", ffn["hidden"]))
+            wide.append((f"{path}.hidden", hidden(path, ffn, who)))
             continue
         if ffn is None or ffn["_target_"] != MIXTURE:
             kind = "null" if ffn is None else ffn["_target_"].rpartition(".")[2]
             raise ValueError(f"{path}={kind}: must be SwiGLU or MoE for {who}")
         moe = with_defaults(ffn, MoE)
-        must(path, moe, {"router": "softmax", "scale": 1.0, "bias_rate": 0.0, "capacity_factor": None, **fixed}, who)
+        must(path, moe, PLAIN_MIXTURE | fixed, who)
         named = {"num_experts": "num_experts", "num_experts_per_tok": "top_k", "moe_intermediate_size": "hidden"}
         keys = {theirs: moe[key] for theirs, key in named.items()} | {"norm_topk_prob": moe["renormalise"]}
         mapping.append((path, keys | ({"shared_expert_intermediate_size": moe["shared_hidden"]} if fixed else {})))
     keys = one(mapping, who) or {"num_experts": 0}  # all dense: then nothing else says anything
-    hidden = one(wide, who) or keys["moe_intermediate_size"]
-    return keys | {"intermediate_size": hidden, "mlp_only_layers": dense, "decoder_sparse_step": 1}
+    width = one(wide, who) or keys["moe_intermediate_size"]
+    return keys | {"intermediate_size": width, "mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def only_experts(model: Node, who: str, **fixed: Any) -> Config:
+    """The keys of a config.json for experts in every layer. Raises ValueError for other feed-forwards."""
+    keys = ffn_keys(model, who, **fixed)
+    if keys["mlp_only_layers"]:
+        raise ValueError(f"model.blocks: must have MoE in every layer for {who}")
+    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+    return {name: keys[name] for name in names}
 
 
 def unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

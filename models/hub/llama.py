@@ -22,7 +22,8 @@ def _express(model: Node) -> Config:
         raise ValueError(
             f"model.dim={model['dim']}: must be a multiple of {keys['num_attention_heads']} heads for {NAME}"
         )
-    hidden = one(((f"model.blocks.{name}.ffn.hidden", b["ffn"]["hidden"]) for name, b in layers(model)), NAME)
+    places = [(f"model.blocks.{name}.ffn", section["ffn"]) for name, section in layers(model)]
+    hidden = one(((f"{path}.hidden", parts.hidden(path, ffn, NAME)) for path, ffn in places), NAME)
     whole = parts.shapes(model, NAME) | {"rms_norm_eps": parts.eps_of(model, NAME)}
     return whole | keys | {"intermediate_size": hidden}
 

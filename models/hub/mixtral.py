@@ -42,16 +42,16 @@ def _express(model: Node) -> Config:
     return parts.shapes(model, NAME) | {"rms_norm_eps": parts.eps_of(model, NAME)} | keys | experts
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
     for usual, own in PARTS.items():
         name = name.replace(f".{usual}.weight", f".{own}.weight") if ".experts." in name else name
     return name
 
 
-def _unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Experts that lie stacked in a module of another name, as `transformers` holds them in memory."""
     tensors = parts.unstacked(stored)
-    return {_renamed(name).replace(".mlp.", ".block_sparse_moe."): each for name, each in tensors.items()}
+    return {renamed(name).replace(".mlp.", ".block_sparse_moe."): each for name, each in tensors.items()}
 
 
 def _entries(config: Config) -> Entries:
@@ -61,7 +61,7 @@ def _entries(config: Config) -> Entries:
         rows |= parts.norms(i, D)
         rows |= parts.attention_rows(f"{ours}.mixer", f"{theirs}.self_attn", config)
         for name, entry in parts.mixture_rows(f"{ours}.ffn", f"{theirs}.block_sparse_moe", full).items():
-            pieces = (PublishedRows(_renamed(source), start, number) for source, start, number in entry.pieces)
+            pieces = (PublishedRows(renamed(source), start, number) for source, start, number in entry.pieces)
             rows[name] = ParameterSource(tuple(pieces), entry.form)
     return rows
 
@@ -91,7 +91,7 @@ MIXTRAL = Architecture(
         "sliding_window": optional(count()),
     },
     fits=_fits,
-    unstacked=_unstacked,
+    unstacked=unstacked,
     body=_body,
     express=_express,
     entries=_entries,

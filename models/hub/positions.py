@@ -67,7 +67,7 @@ def read(config: Config, head_dim: int, fraction: float | None = None) -> Node:
     if "factor" in keys and "factor" not in given:
         given["factor"] = (config.get("max_position_embeddings") or math.nan) / given.get("trained_length", math.nan)
     if kind == "yarn" and "attention_factor" not in given and rope.get("mscale") and rope.get("mscale_all_dim"):
-        scales = (_scale(given["factor"], rope[key]) for key in ("mscale", "mscale_all_dim"))
+        scales = (sharpness(given["factor"], rope[key]) for key in ("mscale", "mscale_all_dim"))
         given["attention_factor"] = next(scales) / next(scales)
     base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or fraction or 1.0
@@ -83,7 +83,7 @@ def read(config: Config, head_dim: int, fraction: float | None = None) -> Node:
     return rule_node
 
 
-def _scale(factor: float, mscale: float) -> float:
+def sharpness(factor: float, mscale: float) -> float:
     """YaRN's attention factor (2309.00071), with DeepSeek's multiple of its logarithm."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

@@ -1,8 +1,12 @@
 """Softmax attention with grouped queries (2305.13245) and rotary positions (2104.09864), over all of a document or a
 window of it.
 
-The norm of queries and keys is Qwen3's (2505.09388), the gate on the output Qwen3-Next's (2505.06708).
+The norm of queries and keys is Qwen3's (2505.09388), or OLMo-2's (2501.00656) over the channels of all heads; the gate
+on the output is Qwen3-Next's (2505.06708).
 """
+
+import math
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -15,6 +19,7 @@ from models.sequence import Sequence
 from models.width import Units
 
 ROPE = RoPE()
+NormHeads = Literal["each", "all"]
 
 WIDEST = 1 << 16  # of a head: positions are worked out for half as many frequencies
 
@@ -24,9 +29,11 @@ class Attention(nn.Module):
     `heads`, null for as many. head_dim: channels of a head; null where the heads share out the model's `dim`.
     window: number of tokens that a query sees, itself included; null for the whole document. sinks: number of the
     document's first tokens that remain in sight beyond the window (LM-Infinite 2308.16137, StreamingLLM 2309.17453).
-    qk_norm: true normalises each head's queries and keys before they are rotated. gate: true multiplies each
-    channel of the output by a sigmoid of the input. positions: the rule by which a token's place in its
-    document enters, of `models.positions`. norm_eps: epsilon that the norms of queries and keys add to the mean square.
+    qk_norm: true normalises queries and keys before they are rotated. norm_heads: each normalises every head by itself,
+    all the channels of all heads together. gate: true multiplies each channel of the output by a sigmoid of the input.
+    qkv_bias: true adds a bias to queries, keys and values. out_bias: true adds one to the output. scale: factor of
+    the scores; null for head_dim^-½. positions: the rule by which a token's place in its document enters, of
+    `models.positions`. norm_eps: epsilon that the norms of queries and keys add to the mean square.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -41,7 +48,11 @@ class Attention(nn.Module):
         window: int | None = None,
         sinks: int = 0,
         qk_norm: bool = False,
+        norm_heads: NormHeads = "each",
         gate: bool = False,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        scale: float | None = None,
         positions: Positions = ROPE,
         norm_eps: float = 1e-6,
     ):
@@ -56,21 +67,39 @@ class Attention(nn.Module):
             raise ValueError(f"kv_heads={kv_heads}: must divide heads={heads}")
         if sinks < 0 or sinks and window is None:
             raise ValueError(f"sinks={sinks}: must be 0 without a window, else at least 0")
+        if norm_heads not in get_args(NormHeads):
+            raise ValueError(f"norm_heads={norm_heads}: must be one of {', '.join(get_args(NormHeads))}")
+        if norm_heads == "all" and not qk_norm:
+            raise ValueError("norm_heads=all: must be each without qk_norm")
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"scale={scale}: must be above 0, or null for head_dim^-½")
         positions.frequencies(self.head_dim)  # refuses a width that it cannot rotate
         self.window, self.sinks, self.positions = window, sinks, positions
         self.units: Units = {"heads": heads, "kv_heads": kv_heads}
-        width = heads * self.head_dim
-        self.q = Linear(dim, width, axes=("heads", "embed"))
-        self.kv = Linear(dim, 2 * kv_heads * self.head_dim, axes=("kv_heads", "embed"), parts=2 * (self.head_dim,))
-        self.q_norm = RMSNorm(self.head_dim, eps=checked(norm_eps), axis=None) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps, axis=None) if qk_norm else nn.Identity()
+        self.joint, self.factor = norm_heads == "all", None if scale is None else scale * self.head_dim**0.5
+        width, kv_width = heads * self.head_dim, kv_heads * self.head_dim
+        self.q = Linear(dim, width, axes=("heads", "embed"), bias=qkv_bias)
+        self.kv = Linear(dim, 2 * kv_width, axes=("kv_heads", "embed"), parts=2 * (self.head_dim,), bias=qkv_bias)
+        checked(norm_eps)
+        if self.joint:
+            self.q_norm: nn.Module = RMSNorm(width, eps=norm_eps, axis="heads")
+            self.k_norm: nn.Module = RMSNorm(kv_width, eps=norm_eps, axis="kv_heads")
+        else:
+            self.q_norm = RMSNorm(self.head_dim, eps=norm_eps, axis=None) if qk_norm else nn.Identity()
+            self.k_norm = RMSNorm(self.head_dim, eps=norm_eps, axis=None) if qk_norm else nn.Identity()
         self.gate = Linear(dim, width, axes=("heads", "embed")) if gate else None
-        self.out = Linear(width, dim, axes=("embed", "heads"))
+        self.out = Linear(width, dim, axes=("embed", "heads"), bias=out_bias)
+
+    def _normed(self, norm: nn.Module, x_BTHK: Tensor) -> Tensor:
+        y: Tensor = norm(x_BTHK.flatten(-2)).view_as(x_BTHK) if self.joint else norm(x_BTHK)
+        return y
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        q_BTHK = self.q_norm(self.q(x_BTD).unflatten(-1, (-1, self.head_dim)))
+        q_BTHK = self._normed(self.q_norm, self.q(x_BTD).unflatten(-1, (-1, self.head_dim)))
         k_BTGK, v_BTGK = self.kv(x_BTD).unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
         rotation = self.positions.rotation(seq, self.head_dim)
-        q_BTHK, k_BTGK = turn(q_BTHK, *rotation), turn(self.k_norm(k_BTGK), *rotation)
+        q_BTHK, k_BTGK = turn(q_BTHK, *rotation), turn(self._normed(self.k_norm, k_BTGK), *rotation)
+        if self.factor is not None:
+            q_BTHK = q_BTHK * self.factor  # `attend` multiplies scores by head_dim^-½
         o_BTD = seq.attend(q_BTHK, k_BTGK, v_BTGK, slot=slot, window=self.window, sinks=self.sinks).flatten(-2)
         return self.out(o_BTD if self.gate is None else o_BTD * self.gate(x_BTD).sigmoid())

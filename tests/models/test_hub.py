@@ -118,8 +118,8 @@ LLAMA = {
     ("change", "line"),
     [
         (
-            {"architectures": ["GemmaForCausalLM"]},
-            "config.json: architectures=GemmaForCausalLM: must be one of LlamaForCausalLM, Qwen3MoeForCausalLM, "
+            {"architectures": ["GPT2LMHeadModel"]},
+            "config.json: architectures=GPT2LMHeadModel: must be one of LlamaForCausalLM, Qwen3MoeForCausalLM, "
             "Qwen3NextForCausalLM, Mamba2ForCausalLM",
         ),
         ({"attention_bias": True}, "config.json: attention_bias=true: must be false"),

@@ -24,7 +24,11 @@ from tests.models.rules import ORACLES, SERIAL
 DIM = 16
 NEEDED = {"heads": 2, "kv_heads": 1, "chunk": 16}
 MORE = {
-    "attention": [{"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2, "qk_norm": True, "gate": True}],
+    "attention": [
+        {"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2, "qk_norm": True, "gate": True},
+        {"heads": 4, "kv_heads": 2, "qk_norm": True, "norm_heads": "all", "qkv_bias": True, "out_bias": True}
+        | {"scale": 0.3},
+    ],
     "deltanet": [{"negative_eigenvalues": True, "gate": True, "expand_v": 2.0}, {"conv": None}],
     "gated_deltanet": [
         {"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2, "conv_bias": True},

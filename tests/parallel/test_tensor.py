@@ -22,7 +22,7 @@ import parallel.tensor_loss
 import train.execute
 from models.axes import declarations, initialise
 from models.block import Block
-from models.ffn import SwiGLU
+from models.ffn import MLP
 from models.linear import Linear
 from models.lm import LM
 from models.mixers import MIXERS
@@ -53,11 +53,17 @@ def shared() -> LM:
     """Fewer key heads than four ranks, B and C shared by heads, a tied head, a gate on the shared expert, a vocabulary
     that does not divide."""
     moe = partial(MoE, num_experts=4, top_k=2, hidden=12, shared_hidden=8, shared_gate=True)
-    heads = partial(MIXERS["attention"], heads=4, kv_heads=2, gate=True, qk_norm=True)
+    biases = {"norm_heads": "all", "qkv_bias": True, "out_bias": True}
+    heads = partial(MIXERS["attention"], heads=4, kv_heads=2, gate=True, qk_norm=True, **biases)
     blocks = {
-        "attention": partial(Block, mixer=heads, ffn=moe),
+        "attention": partial(Block, mixer=heads, ffn=moe, norms="both"),
         "mamba2": partial(Block, mixer=partial(MIXERS["mamba2"], heads=4, groups=2, state=8), ffn=None),
-        "gdn": partial(Block, mixer=partial(MIXERS["gated_deltanet"], heads=4), ffn=partial(SwiGLU, hidden=24)),
+        "gdn": partial(
+            Block,
+            mixer=partial(MIXERS["gated_deltanet"], heads=4),
+            ffn=partial(MLP, hidden=24, bias=True),
+            norms="post",
+        ),
     }
     return LM(vocabulary=VOCABULARY + 1, dim=32, layers=3, pattern=list(blocks), blocks=blocks, tied=True)
 

@@ -25,6 +25,14 @@ HYBRID = {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3
 HYBRID |= {"shared_intermediate_size": 20}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 4}
 DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16}
+ROPES = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 3e3}}
+ROPES = {"rope_parameters": ROPES}
+LINEAR = {"full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0}}
+LINEAR = {"rope_parameters": LINEAR | {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SIGMOID = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_shared_experts": 1}
 # As they are published, at small sizes; those after the first of a family have its other flags.
 FAMILIES = {
     "qwen3": ("Qwen3", DENSE | {"head_dim": 16, "tie_word_embeddings": True} | THETA),
@@ -69,6 +77,54 @@ FAMILIES = {
         "GraniteMoeHybrid",
         DENSE | SSM | FACTORS | HYBRID | {"position_embedding_type": "rope", "mamba_n_groups": 2},
     ),
+    "qwen2": ("Qwen2", DENSE | THETA),
+    "qwen2, windows": (
+        "Qwen2",
+        DENSE | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen2_moe": ("Qwen2Moe", DENSE | EXPERTS | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1]}),
+    "qwen2_moe, windows": (
+        "Qwen2Moe",
+        DENSE
+        | EXPERTS
+        | {"shared_expert_intermediate_size": 20, "qkv_bias": False, "norm_topk_prob": True}
+        | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
+    "seed_oss": ("SeedOss", DENSE | {"head_dim": 16} | THETA),
+    "seed_oss, all biases": ("SeedOss", DENSE | {"attention_out_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", DENSE | THETA),
+    "olmo2, biases": ("Olmo2", DENSE | {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", DENSE | {"num_hidden_layers": 4, "sliding_window": 9} | ROPES),
+    "olmo3, full": ("Olmo3", DENSE | {"sliding_window": 9, "layer_types": ["full_attention"] * 2}),
+    "olmoe": ("Olmoe", DENSE | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe, biases": (
+        "Olmoe",
+        DENSE | {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True, "attention_bias": True} | THETA,
+    ),
+    "exaone4": ("Exaone4", DENSE | {"num_hidden_layers": 4, "sliding_window": 9} | THETA),
+    "exaone4, full": (
+        "Exaone4",
+        DENSE | {"sliding_window": None, "layer_types": ["full_attention"] * 2, "head_dim": 16},
+    ),
+    "gemma": ("Gemma", DENSE | THETA),
+    "gemma, untied": ("Gemma", DENSE | {"tie_word_embeddings": False, "attention_bias": True, "head_dim": 12}),
+    "gemma3": ("Gemma3", DENSE | {"num_hidden_layers": 3, "sliding_window": 9, "query_pre_attn_scalar": 5} | MIXED),
+    "gemma3, full": (
+        "Gemma3",
+        DENSE | {"sliding_window": 9, "layer_types": ["full_attention"] * 2, "attention_bias": True} | LINEAR,
+    ),
+    "glm": ("Glm", DENSE | {"head_dim": 16} | THETA),
+    "glm, no biases": ("Glm", DENSE | {"attention_bias": False, "tie_word_embeddings": True}),
+    "glm4": ("Glm4", DENSE | {"head_dim": 16} | THETA),
+    "glm4, no biases": ("Glm4", DENSE | {"attention_bias": False, "tie_word_embeddings": True}),
+    "glm4_moe": ("Glm4Moe", DENSE | SIGMOID | {"attention_bias": True} | THETA),
+    "glm4_moe, norms and groups": (
+        "Glm4Moe",
+        DENSE
+        | SIGMOID
+        | {"use_qk_norm": True, "n_routed_experts": 6, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5}
+        | {"n_shared_experts": 2, "first_k_dense_replace": 0},
+    ),
     "granite_hybrid, experts": ("GraniteMoeHybrid", DENSE | SSM | FACTORS | HYBRID | {"num_local_experts": 4}),
 }
 LENGTHS = (11, 4, 30)  # of documents in one row
@@ -77,14 +133,14 @@ LENGTHS = (11, 4, 30)  # of documents in one row
 def theirs(name):
     """A small random model of transformers, every parameter away from where it would not be seen."""
     kind, sizes = FAMILIES[name]
-    text = "Text" if kind.startswith("Qwen3_5") else ""  # its other configuration is that of a model with pictures
+    text = "Text" if kind.startswith(("Qwen3_5", "Gemma3")) else ""  # the other is that of a model with pictures
     config = getattr(transformers, f"{kind}{text}Config")(**sizes, **NO_TOKENS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))):
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return model
 

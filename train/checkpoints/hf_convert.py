@@ -31,13 +31,13 @@ from models.hub.architecture import Config, layers
 from models.hub.rows import RowPlace, published
 from parallel.activation_memory import give_back_large
 from train.checkpoints import checkpoint
-from train.checkpoints.hf_reader import CONFIG, Published
+from train.checkpoints.hf_reader import CONFIG, Published, named_shapes
 from train.instantiate import construct
 from train.rope_base import rebase, rotary
 
 SHARD = 5_000_000_000  # bytes of a file, unless told otherwise
 PARTIAL = ".partial"
-PRECISE = ("norm.weight", ".A_log", ".dt_bias", ".D")  # parameters that stay as they are at a lower precision
+PRECISE = ("norm.weight", ".A_log", ".dt_bias", ".D", ".selection_bias")  # stay as they are at a lower precision
 
 
 class _Streamed(SavePlanner):
@@ -132,11 +132,13 @@ class Saved:
         came = facts.get("published") or {}
         architecture, self.config = of_model(model, came.get("architecture"))
         self.name = architecture.name
-        self.shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
         self._entries = architecture.rows(self.config)
+        self.shapes = named_shapes(built, self._entries)
+        self._averaged = {name for name, _ in built.named_parameters()}
         self.published = published(self._entries, self.shapes)
         self._scales = {"norm.weight": built.tied_scale} if built.head is None else {}
-        self._dtypes = {name: dtype for name, (_, dtype) in facts["model"].items()}
+        self._dtypes = dict.fromkeys(self.shapes, "float32")  # as buffers are
+        self._dtypes |= {name: dtype for name, (_, dtype) in facts["model"].items()}
         self._own = lru_cache(maxsize=2)(self._read)
         trained = trained_length(config, facts.get("places", facts["tokens"]))
         self.max_length = max(trained or 0, came.get("positions") or 0) or None  # never less than it came with
@@ -169,7 +171,8 @@ class Saved:
         value = torch.empty(self.shapes[name], dtype=getattr(torch, self._dtypes[name]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            held = {"average": {"mean": {name: value}}} if self.average else {"model": {name: value}}
+            averaged = self.average and name in self._averaged
+            held = {"average": {"mean": {name: value}}} if averaged else {"model": {name: value}}
             checkpoint.read(held, self.path, alone=True)
         return value * self._scales[name] if name in self._scales else value
 

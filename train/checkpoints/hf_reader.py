@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -72,7 +72,8 @@ class Published:
                 built = construct(self.model)
             except ValueError as error:
                 raise ValueError(f"config.json: {error}") from None
-        self.shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
+        self.shapes = named_shapes(built, self._entries)
+        self._parameters = {name for name, _ in built.named_parameters()}
         wanted = {source: shape for source, (shape, _) in published(self._entries, self.shapes).items()}
         self.left_out = self._compare(wanted, architecture.left_out)
         self.dtypes = {name: self._dtype(name) for name in self.shapes}
@@ -121,7 +122,8 @@ class Published:
 
     def manifest(self) -> dict[str, Any]:
         """Returns what a checkpoint's manifest would say of the model."""
-        shapes = {n: [list(s), str(self.dtypes[n]).removeprefix("torch.")] for n, s in self.shapes.items()}
+        weights = {n: s for n, s in self.shapes.items() if n in self._parameters}
+        shapes = {n: [list(s), str(self.dtypes[n]).removeprefix("torch.")] for n, s in weights.items()}
         return {"model": shapes, "published": {"architecture": self.name, "positions": self.max_length}}
 
     def verify(self) -> None:
@@ -210,6 +212,12 @@ class PublishedReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return is_folder(Path(checkpoint_id))
+
+
+def named_shapes(model: nn.Module, entries: Entries) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters, and of buffers that are published, as a router's bias."""
+    buffers = {name: tuple(b.shape) for name, b in model.named_buffers() if name in entries}
+    return {name: tuple(p.shape) for name, p in model.named_parameters()} | buffers
 
 
 def _untied(config: Config, stored: Files, entries: Entries) -> tuple[Config, Files, list[str]]:
