@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.packed_attention import Piece
+from models.kernels.pieces import Piece
 
 
 class KVCache(NamedTuple):

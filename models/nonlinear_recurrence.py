@@ -14,6 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from models.kernels.pieces import pieces_of
+
 
 @dataclass(frozen=True)
 class Serial(ABC):
@@ -45,8 +47,8 @@ def starts_of(positions: Tensor) -> dict[int, Tensor]:
     if positions.is_meta:
         return {}
     starts = positions == 0
-    at = starts.any(0).nonzero().flatten().tolist()
-    return {t: starts[:, t] for t in at}
+    at = {piece.begin for row in pieces_of(positions) for piece in row if not piece.past}
+    return {t: starts[:, t] for t in sorted(at)}
 
 
 def masked(start: Tensor, x: Tensor, value: float = 0.0) -> Tensor:

@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from models.kernels.pieces import upload
 from models.precision import wide
 from models.sequence import DocumentKey, Sequence
 
@@ -43,8 +44,9 @@ class Positions(ABC):
     def rotation(self, seq: Sequence, head_dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, R/2] of the angles, fp64, times the factor: what `turn` takes, once for q and k."""
         frequencies, scale = self.frequencies(head_dim)
-        angle_BTR = self.places(seq).to(torch.float64).unsqueeze(-1) * frequencies.to(seq.positions.device)
-        return angle_BTR.cos() * scale, angle_BTR.sin() * scale
+        angle_BTR = self.places(seq).to(torch.float64).unsqueeze(-1) * upload(frequencies, seq.positions.device)
+        cos_BTR, sin_BTR = angle_BTR.cos(), angle_BTR.sin()
+        return (cos_BTR, sin_BTR) if scale == 1.0 else (cos_BTR * scale, sin_BTR * scale)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
@@ -287,13 +289,12 @@ class Randomized(RoPE):
     def places(self, seq: Sequence) -> Tensor:
         if seq.identities is None:
             return seq.positions
-        drawn_BT = torch.empty_like(seq.positions)
-        for b, runs in enumerate(seq.pieces):
-            documents = seq.documents[b, [begin for begin, _, _ in runs]].tolist()
-            for (begin, end, past), document in zip(runs, documents, strict=True):
-                sample = _sample(self.seed, self.longest, seq.identities[document])
-                drawn_BT[b, begin:end] = sample[past : past + end - begin].to(drawn_BT.device)
-        return drawn_BT
+        firsts = seq.documents[:, 0].tolist() if seq.firsts is None else seq.firsts
+        rows = []
+        for first, runs in zip(firsts, seq.pieces, strict=True):
+            own = zip(runs, seq.identities[first : first + len(runs)], strict=True)
+            rows.append([_sample(self.seed, self.longest, name)[p.past : p.past + p.end - p.begin] for p, name in own])
+        return upload(torch.stack([torch.cat(row) for row in rows]), seq.positions.device)
 
 
 def turn(x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:

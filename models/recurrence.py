@@ -78,7 +78,7 @@ class Recurrence(ABC):
             return Slices(self, xs, starts, self.tile)
         if self.stretch is not None and starts.shape[1] > self.stretch:
             return Stretches(self, xs, starts, self.stretch)
-        return kernel(self.rule, xs[0])(*xs, *self.shared, starts=starts, scale=self.scale)
+        return kernel(self.rule, *xs)(*xs, *self.shared, starts=starts, scale=self.scale)
 
     @abstractmethod
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from models.kernels.packed_attention import Piece, attend_pieces, pieces_of
+from models.kernels.packed_attention import attend_pieces
+from models.kernels.pieces import Piece, know, known, pieces_of
 from models.kv_cache import KVCache
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
@@ -41,6 +42,7 @@ class Sequence(Protocol):
     num_documents: int
     counted: Tensor  # [B, T] bool, False for a token that only fills a place: no statistic may count it
     identities: list[DocumentKey] | None  # of each document, in training; None where nothing is to be random
+    firsts: tuple[int, ...] | None  # the document of each span's first token, where the host knows it
     shapes: tuple[tuple[int, int], ...]  # (B, T) of every device that computes at the same time; () where it is alone
 
     @property
@@ -137,11 +139,13 @@ class Tokens:
     counted: Tensor
     identities: list[DocumentKey] | None = None
     memory: Memory | None = None
+    firsts: tuple[int, ...] | None = None
     shapes: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def starts(self) -> Tensor:
-        return self.positions == 0
+        starts, pieces = self.positions == 0, known(self.positions)
+        return starts if pieces is None else know(starts, pieces)
 
     @cached_property
     def pieces(self) -> list[list[Piece]]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.chunking import Begun, Effect
-from models.kernels.packed_attention import Piece, pieces_of
+from models.kernels.pieces import Piece, pieces_of
 from models.precision import wide
 from models.recurrence import Dense, Elementwise, Recurrence
 from models.sequence import DocumentKey, Sequence
@@ -174,6 +174,7 @@ class TokenSubset:
         self.documents, self.counted = self.choice.rows(self.seq.documents), self.choice.rows(self.seq.counted)
         self.num_documents: int = self.seq.num_documents
         self.identities: list[DocumentKey] | None = self.seq.identities
+        self.firsts: tuple[int, ...] | None = None  # a document may have none of the tokens
 
     @cached_property
     def starts(self) -> Tensor:

@@ -14,6 +14,7 @@ Legend: B spans, T tokens, N sequences, H heads, K key width, V value width, W c
 
 from collections.abc import Callable
 from importlib import import_module
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from models.kernels import span_effect
 from models.kernels.chunking import Begun, Effect
+from models.kernels.pieces import known, upload
 from models.precision import wide
 
 WIDEST = 256  # columns of a key that the delta rules' kernels hold
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Call(NamedTuple):
@@ -58,25 +61,38 @@ def function(rule: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return getattr(module, call.function)
 
 
+def multiplied_in(*qkv: Tensor) -> torch.dtype:
+    """The dtype of a kernel's products: 16 bits where one of q, k and v has come from the model's activations as it
+    was. The others have been in fp32 on the way: normalised keys of a delta rule, values times a step in Mamba-2."""
+    return next((x.dtype for x in qkv if x.dtype in HALF), qkv[0].dtype)
+
+
 class VarlenRows(NamedTuple):
     """Rows [B, T] as sequences one after another."""
 
     bounds: Tensor  # [N + 1] int64, where they begin, and the number of tokens
-    first: Tensor  # [B], each row's first sequence
-    last: Tensor  # [B], its last
+    first: Tensor  # [B] int64, each row's first sequence
+    last: Tensor  # [B] int64, its last
     enters: Tensor  # [B] bool: the row's state enters it, as no document starts at its first token
 
     @classmethod
     def of(cls, starts: Tensor) -> "VarlenRows":
         B, T = starts.shape
-        begins = starts.clone()
-        begins[:, 0] = True
-        counts = begins.sum(1).cumsum(0)
-        bounds = F.pad(begins.flatten().nonzero().squeeze(-1), (0, 1), value=B * T)
-        return cls(bounds, F.pad(counts[:-1], (1, 0)), counts - 1, ~starts[:, 0])
+        enters = ~starts[:, 0]
+        if (pieces := known(starts)) is not None:
+            begins = [b * T + piece.begin for b, row in enumerate(pieces) for piece in row]
+            counts = list(accumulate(len(row) for row in pieces))
+            rows = torch.tensor([*begins, B * T, 0, *counts[:-1], *(n - 1 for n in counts)])
+            bounds, first, last = upload(rows, starts.device).split((len(begins) + 1, B, B))
+            return cls(bounds, first, last, enters)
+        beginning = starts.clone()
+        beginning[:, 0] = True
+        counts_B = beginning.sum(1).cumsum(0)
+        bounds = F.pad(beginning.flatten().nonzero().squeeze(-1), (0, 1), value=B * T)
+        return cls(bounds, F.pad(counts_B[:-1], (1, 0)), counts_B - 1, enters)
 
 
-_PACKINGS = WeakTensorKeyDictionary()  # how many sequences there are is a question to the GPU: ask once, not per layer
+_PACKINGS = WeakTensorKeyDictionary()  # one for all layers
 
 
 def packing(starts: Tensor) -> VarlenRows:
@@ -87,14 +103,15 @@ def packing(starts: Tensor) -> VarlenRows:
 
 
 class FLASpan(Begun):
-    """A begun span. q, k [B,T,H,K], v [B,T,H,V], then the rule's gates, starts [B,T] bool; multiplied in q's dtype.
+    """A begun span. q, k [B,T,H,K], v [B,T,H,V], then the rule's gates, starts [B,T] bool.
 
-    Decays, states and effects are in fp32, outputs in v's dtype.
+    Products are in the dtype that `multiplied_in` says. Decays, states and effects are in fp32, outputs in v's dtype.
     """
 
     def __init__(self, rule: str, *xs: Tensor, starts: Tensor, scale: float | None = None):
         self.call, self.function, self.starts = CALLS[rule], function(rule), starts
         self.q, self.k, self.v, *gates = xs
+        self.dtype = multiplied_in(self.q, self.k, self.v)
         self.g = gates[0] if "g" in self.call.gates and gates else None
         if rule == "linear":
             gates = [wide(self.k.new_zeros(self.k.shape[:-1]))]
@@ -113,7 +130,7 @@ class FLASpan(Begun):
             state = entering.index_put((first,), torch.where(enters[:, None, None, None], wide(state), 0.0))
         packed = [x.reshape(1, B * T, *x.shape[2:]).contiguous() for x in (self.q, self.k, v)]
         out, states = self.function(
-            *(x.to(self.q.dtype) for x in packed),
+            *(x.to(self.dtype) for x in packed),
             **{name: x.reshape(1, B * T, *x.shape[2:]).contiguous() for name, x in self.gates.items()},
             scale=self.scale,
             initial_state=state,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.newton_schulz import FIVE, newton_schulz
+from models.kernels.pieces import pieces_of
 
 Three = tuple[Tensor, Tensor, Tensor]
 EPSILON = 1e-5  # beside the norm of a row
@@ -81,10 +82,11 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """q, k, v [B, T, H, K], rates [B, T, H, 3], mu [B, T, H], first the three weights, positions [B, T], state
     [B, H, S] -> outputs [B, T, H, K] and the last state."""
-    outs, left = [], []
+    outs, left, pieces = [], [], None if positions.is_meta else pieces_of(positions)
     for b in range(len(q)):
         row = [x[b].transpose(0, 1) for x in (q, k, v, rates, mu)]
-        at = list(range(q.shape[1])) if positions.is_meta else positions[b].tolist()
+        runs = [range(q.shape[1])] if pieces is None else [range(p.past, p.past + p.end - p.begin) for p in pieces[b]]
+        at = [position for run in runs for position in run]
         out, now = _span(row, first, at, _unpacked(state[b], first), chunk)
         outs.append(out.transpose(0, 1))
         left.append(_packed(now))

@@ -18,26 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.attention_tiles import ROWS, Tile, tile_for
+from models.kernels.pieces import Piece
 from models.precision import wide
 from models.recompute import kept
-
-
-class Piece(NamedTuple):
-    """A run [begin, end) of one document's tokens within a span; `past` of its tokens came before the span."""
-
-    begin: int
-    end: int
-    past: int
-
-
-def pieces_of(positions_BT: Tensor) -> list[list[Piece]]:
-    """The runs of each span, from positions within documents (0 starts a document)."""
-    rows = []
-    for positions in positions_BT.tolist():
-        begins = [0, *(t for t in range(1, len(positions)) if positions[t] == 0)]
-        ends = [*begins[1:], len(positions)]
-        rows.append([Piece(b, e, positions[b]) for b, e in zip(begins, ends, strict=True)])
-    return rows
 
 
 class AttentionPart(NamedTuple):

@@ -44,7 +44,7 @@ REFERENCE: dict[str, Kernel] = {
     "mlstm": mlstm.MLSTMSpan,
     "lightnet": lightnet.LightNetSpan,
 }
-HALF = (torch.bfloat16, torch.float16)
+TRITON = ("cuda",)  # devices of Triton's kernels
 
 
 class KernelChoice(NamedTuple):
@@ -55,12 +55,12 @@ class KernelChoice(NamedTuple):
 def chosen(
     rule: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = fla.WIDEST
 ) -> KernelChoice:
-    """The kernel of `rule` on `device`, and why. dtype: that of the queries. width: their columns a head."""
-    if device.type != "cuda":
+    """The kernel of `rule` on `device`, and why. dtype: what it multiplies in. width: columns a head of the queries."""
+    if device.type not in TRITON:
         return KernelChoice("PyTorch", f"Triton has no kernels for {device.type}")
     if rule not in fla.CALLS:
         return KernelChoice("PyTorch", "flash-linear-attention has none for packed documents of this rule")
-    if dtype not in HALF:
+    if dtype not in fla.HALF:
         return KernelChoice("PyTorch", f"{dtype} is not to be rounded to TF32")
     if fla.CALLS[rule].dense and width > fla.WIDEST:
         return KernelChoice("PyTorch", f"flash-linear-attention's has keys of up to {fla.WIDEST}, these have {width}")
@@ -83,8 +83,8 @@ def _missing(rule: str) -> str | None:
     return None
 
 
-def kernel(rule: str, like: Tensor) -> Kernel:
-    """The kernel of `rule` for a first input like this: `kernel(*xs, starts=, scale=)`."""
-    if chosen(rule, like.device, like.dtype, like.shape[-1]).name == "fla":
+def kernel(rule: str, *xs: Tensor) -> Kernel:
+    """The kernel of `rule` for inputs like these: `kernel(*xs, starts=, scale=)`."""
+    if chosen(rule, xs[0].device, fla.multiplied_in(*xs[:3]), xs[0].shape[-1]).name == "fla":
         return partial(fla.FLASpan, rule)
     return REFERENCE[rule]

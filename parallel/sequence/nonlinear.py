@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.kernels.pieces import know, pieces_of
 from models.nonlinear_recurrence import Serial
 from parallel.collectives import as_operator, gather
 from parallel.sequence.span_layout import Chained, SpanLayout
@@ -28,7 +29,8 @@ class Course(NamedTuple):
     def span(self, i: int, state: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """This rank's i-th span, entered with `state` [1, ...]."""
         xs = tuple(x[i : i + 1] for x in tensors[: self.xs])
-        return self.recurrence.run(xs, tensors[self.xs :], self.positions[i : i + 1], state)
+        positions = know(self.positions[i : i + 1], pieces_of(self.positions)[i : i + 1])
+        return self.recurrence.run(xs, tensors[self.xs :], positions, state)
 
 
 class _Passed(torch.autograd.Function):

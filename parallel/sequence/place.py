@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.kernels.pieces import Piece, know, upload
 from models.sequence import DocumentKey, Memory, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
@@ -85,15 +86,16 @@ def place(
     mine = spans[comm.rank]
 
     def rows(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.stack([values[begin:end] for begin, end in mine])).to(device)
+        return upload(torch.from_numpy(np.stack([values[begin:end] for begin, end in mine])), device)
 
     where: dict[str, Any] = {
-        "positions": rows(positions),
+        "positions": know(rows(positions), [_pieces(positions[begin:end]) for begin, end in mine]),
         "documents": rows(documents),
         "num_documents": int(documents[-1]) + 1,
         "counted": rows(counted),
         "identities": None if step is None else _identities(group, batch, step, idle),
         "memory": memory,
+        "firsts": tuple(int(documents[begin]) for begin, _ in mine),
         "shapes": shapes,
     }
     seq: Sequence
@@ -107,6 +109,13 @@ def place(
             attention=attention,
         )
     return Placed(rows(tokens), rows(targets), seq)
+
+
+def _pieces(positions: np.ndarray) -> list[Piece]:
+    """The runs of a span, from its positions."""
+    begins = [0, *(np.flatnonzero(positions[1:] == 0) + 1).tolist()]
+    past = positions[begins].tolist()
+    return [Piece(b, e, p) for b, e, p in zip(begins, [*begins[1:], len(positions)], past, strict=True)]
 
 
 def _identities(group: Group, batch: Listed[PackedSequence], step: int, idle: int) -> list[DocumentKey]:

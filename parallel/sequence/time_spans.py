@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.chunking import Effect
-from models.kernels.packed_attention import Piece, attend_pieces
+from models.kernels.packed_attention import attend_pieces
+from models.kernels.pieces import Piece
 from models.kv_cache import KVCache
 from models.recurrence import Recurrence
 from parallel.collectives import gather

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.packed_attention import Piece, attend_pieces
+from models.kernels.packed_attention import attend_pieces
+from models.kernels.pieces import Piece
 
 T, H, K = 4096, 4, 64
 

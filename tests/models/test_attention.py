@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.axes import initialise
 from models.kernels.attention_tiles import ROWS, Fused, Plain
-from models.kernels.packed_attention import Piece, _squares, attend_pieces, parts_of, pieces_of
+from models.kernels.packed_attention import _squares, attend_pieces, parts_of
+from models.kernels.pieces import Piece, pieces_of
 from models.mixers.attention import Attention
 from models.positions import RoPE
 from models.sequence import Memory, Whole

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.kernels.packed_attention import Piece
+from models.kernels.pieces import Piece
 from models.kv_cache import Growing, KVCache
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.attention_tiles import Tile, tile_for
-from models.kernels.packed_attention import Piece
+from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
 from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window

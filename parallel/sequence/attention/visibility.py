@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.attention_tiles import Tile
-from models.kernels.packed_attention import Piece
+from models.kernels.pieces import Piece
 from parallel.sequence.span_layout import Link, SpanLayout
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.kernels.packed_attention import Piece, attend_pieces
+from models.kernels.packed_attention import attend_pieces
+from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
 from parallel.sequence.span_layout import Link, SpanLayout
 

@@ -1,0 +1,110 @@
+"""Training steps on a GPU that is not there (`tests.dry_gpu`): nothing is in a wrong place, the host asks the device
+nothing, and no layer launches more kernels than docs/gpu.md says."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.config.files import CONF
+from models.block import Block
+from models.kernels import fla
+from models.moe import MoE
+from parallel.sequence import place
+from tests import dry_gpu
+from tests.world import run_world
+
+pytestmark = pytest.mark.dist
+
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+EVERY_RUN = ["kimi_linear_tiny", "linear_moe_tiny"]  # the other models are slow tests
+SHORT = {"linear_moe_a1b_7b": 2, "linear_moe_a300m_2b": 2, "llama_1b": 2}  # layers, of one kind each
+
+
+def overrides(model: str) -> list[str]:
+    return [f"model={model}", *([f"model.layers={SHORT[model]}"] if model in SHORT else [])]
+
+
+def _alone(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args) in a world of its own making, in place of the one that `run_world` has made."""
+    dist.destroy_process_group()
+    try:
+        return fn(*args)
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def apart(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args) in a process of its own: a device cannot be unregistered."""
+    return run_world(1, _alone, fn, *args, timeout=280)[0]
+
+
+def _measured(models: list[str], world: int) -> dict[str, dict[str, tuple[int, int]]]:
+    return {model: dry_gpu.a_layer(dry_gpu.steps(overrides(model), world=world)) for model in models}
+
+
+def held_to_the_table(found: dict[str, dict[str, tuple[int, int]]], world: int) -> None:
+    table = dry_gpu.written(world)
+    for model, kinds in found.items():
+        for kind, (forward, backward) in kinds.items():
+            most = table[model, kind]
+            line = f"{world} ranks, {model}, {kind}: {forward} + {backward} launches, docs/gpu.md says {most}"
+            assert forward <= most[0] and backward <= most[1], line
+            assert forward > 0.9 * most[0] and backward > 0.9 * most[1], f"{line}: write fewer there"
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_steps_ask_the_device_nothing_and_launch_no_more_than_they_did(world):
+    held_to_the_table(apart(_measured, EVERY_RUN if world == 1 else EVERY_RUN[1:], world), world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 8])
+def test_so_do_those_of_every_model(world):
+    held_to_the_table(apart(_measured, MODELS, world), world)
+
+
+def _asks(forward: Callable[..., Any], question: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+    def asked(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        question(x)
+        return forward(self, x, *args, **kwargs)
+
+    return asked
+
+
+FAULTS: dict[str, tuple[Any, str, Any]] = {  # what is broken, and the words of the complaint
+    "_local_scalar_dense": (MoE, "forward", _asks(MoE.forward, lambda x: x.sum().item())),
+    "is_nonzero": (Block, "forward", _asks(Block.forward, lambda x: bool(x.isnan().any()))),
+    "nonzero": (Block, "forward", _asks(Block.forward, lambda x: x[0, :, 0].nonzero())),
+    "by a mask": (Block, "forward", _asks(Block.forward, lambda x: x[x > 0])),
+    "to the host": (Block, "forward", _asks(Block.forward, lambda x: x.cpu())),
+    "waits": (place, "upload", lambda x, device: x.to(device)),
+    "tensors on": (MoE, "forward", _asks(MoE.forward, lambda x: x + torch.zeros(x.shape[-1]))),
+    "models/kernels/fla.py": (place, "know", lambda x, pieces: x),
+}
+
+
+def _faults() -> dict[str, str]:
+    said = {}
+    for name, (owner, attribute, broken) in FAULTS.items():
+        try:
+            with patch.object(owner, attribute, broken):
+                dry_gpu.steps(["model.layers=1"], count=1)
+            said[name] = "nothing"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    with patch.object(fla, "multiplied_in", lambda *qkv: qkv[0].dtype):
+        said["gated_delta_rule"] = repr(dry_gpu.steps(["model.layers=2"], count=1).launches["forward 1"])
+    return said
+
+
+def test_questions_and_misplaced_tensors_are_seen():
+    said = apart(_faults)
+    for name in FAULTS:
+        kind = "PlaceError" if name == "tensors on" else "WaitError"
+        assert said[name].startswith(kind) and name in said[name], f"{name}: {said[name]}"
+    # A delta rule's keys are normalised in fp32: chosen by these alone, it would leave the kernel for the reference.
+    assert "gated_delta_rule" not in said["gated_delta_rule"]
