@@ -4,6 +4,7 @@ Worlds come from a fork server that has imported torch once, so that a world cos
 inherits another's state. Every wait has a limit; what is left of a world when it is over is killed.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import torch  # noqa: E402
 from tests.world import run_world  # noqa: E402
 
 torch.set_num_threads(1)
+gc.set_threshold(
+    50_000, 20, 20
+)  # tests make many small objects: looking for circles every 700 takes a tenth of the time
 
 TESTS = Path(__file__).resolve().parent
 # Files that take half a minute or more, the longest first: a worker that begins one of them last would be waited for.

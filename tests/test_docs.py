@@ -33,6 +33,7 @@ PAGES = [
         for page in (
             "install",
             "first-run",
+            "install",
             "models",
             "parallel",
             "verify",

@@ -1,3 +1,4 @@
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def test_a_cycle_gives_each_bucket_what_its_tokens_are_worth(weights: list[int],
             assert abs(given_ - n * cycle * weight / sum(weights)) <= len(weights) / 2
 
 
+@cache
 def order(odds: str) -> list[int]:
     found = Buckets([(0, [100] * 6)], odds=Curriculum(odds=odds).odds_of(6), cycle=600)
     return [found.at(step)[0] for step in range(600)]

@@ -222,6 +222,7 @@ def test_a_worker_that_dies_ends_the_run_and_says_how_to_go_on(place):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_the_default_cluster_is_a_ray_of_its_own(place, uninterrupted):
     """The same job on two Ray workers: the same numbers, nothing but our lines, nothing left behind."""
     run = place / "ray"
@@ -365,15 +366,13 @@ def test_a_plan_of_spans_in_time_holds_one_span_and_what_lies_between(place, cap
     assert spans < whole / 2
 
 
-def test_plan_and_doctor_and_help(place, capsys):
+def test_plan_and_help(place, capsys):
     assert (
         main(["plan", *overrides(place), "scheduler.tokens_per_rank=50", "cluster.workers=4", "parallel.data=2"]) == 0
     )
     said = capsys.readouterr().out
     for words in ("data 2 x sequence 2", "parameters", "memory", "traffic", "state gradient", "micro-step 1", "rank 3"):
         assert words in said
-    assert main(["doctor"]) == 0
-    assert "torch" in capsys.readouterr().out
     for verb in ("train", "plan", "generate", "doctor"):
         assert main([verb, "--help"]) == 0
         assert verb in capsys.readouterr().out

@@ -134,6 +134,7 @@ def test_the_export_has_the_last_length_and_the_last_positions_and_the_same_logi
     assert (far[0] - far[1]).norm() <= 1e-5 * far[1].norm()
 
 
+@pytest.mark.slow
 def test_a_stopped_chain_goes_on_with_the_stage_that_was_reached(extended, place):
     run = place / "stopped"
     process = start(place, "train", *chain(place, f"run.dir={run}"))

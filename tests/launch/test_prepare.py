@@ -98,6 +98,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_terminal_it_goes_on(tmp_path):
     corpus(tmp_path / "x.jsonl", documents=4000)
     farspan = [sys.executable, "-c", SMALL_PARTS]

@@ -519,6 +519,7 @@ def test_three_rates_and_two_mixers_from_one_command(place, monkeypatch, capsys)
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_failed_member_does_not_end_the_others_and_is_resumed(place):
     """One diverges, one finds its folder in use; the sweep is resumed when that is free again."""
     folder = place / "runs/broken"

@@ -13,6 +13,7 @@ from parallel.schedule.devices import CARRIED, DEVICES
 from parallel.schedule.layout_cost import LayoutWork, seconds
 from parallel.schedule.layouts import LayoutChoice, divisors, meshes, shares
 from parallel.schedule.mesh import DIMENSIONS, Mesh
+from parallel.schedule.stages import Action, in_flight
 from parallel.schedule.static import Static
 from parallel.schedule.step_memory import LayerMemory, StepMemory
 from parallel.schedule.tensor_volume import TensorCall
@@ -72,9 +73,24 @@ def test_what_a_choice_saves_is_not_held():
     again = two_layers(layers=[LayerMemory(8, 60, 160, 40, 10)] * 2)
     assert again.most() == 75 + (8 + 160) + (20 + 40 + 40) + (20 + 10)
     assert two_layers(micro_steps=2).most() == plain + 40 + 40 + 20  # gradients stay whole
-    assert two_layers(flying=3).most() == plain + 2 * (8 + 100 + 100)
+    assert two_layers(flying=[(3, 0)]).most() == plain + 2 * (8 + 100 + 100)
     many = {"layers": [LayerMemory(0, 10, 10, 40, 10)] * 5}
     assert two_layers(**many, reshard=False).most() > two_layers(**many).most() + 100
+
+
+def test_the_halves_of_backward_passes_and_the_optimizer_have_instants_of_their_own():
+    split = LayerMemory(100, 130, 160, 40, 10, half=150)
+    # Backward of the first layer is the fullest: what the second's half leaves is more than it saved.
+    assert two_layers(layers=[split] * 2).most() == two_layers().most() - 100 + 150 + 10 - 40 + 40
+    waits = two_layers(layers=[split] * 2, flying=[(2, 0), (1, 1)])  # 300 of a half beat 208 of a forward pass
+    assert waits.most() == two_layers(layers=[split] * 2).most() + 300
+    update = two_layers(root_shard=5, update=1000)
+    assert update.peak() == {step_memory.STATES: 75, step_memory.GRADIENTS: 10 + 10 + 5, step_memory.UPDATE: 1000}
+
+
+def test_the_first_stage_keeps_its_activations_until_the_weights_half():
+    own = [Action(kind, stage, 0) for kind, stage in (("F", 0), ("F", 2), ("I", 2), ("I", 0), ("W", 2), ("W", 0))]
+    assert in_flight(own, [3, 9, 1, 9]) == {(3, 0), (4, 0), (3, 1)}
 
 
 def test_a_group_has_the_wire_of_where_its_ranks_are():

@@ -41,6 +41,7 @@ def prepare():
     matrix.packings()[NAME] = sample
 
 
+@pytest.mark.slow
 def test_a_memory_that_is_idle_on_a_rank_passes_what_it_holds(run, monkeypatch):
     monkeypatch.setattr(matrix, "model", parted)
     cells = [

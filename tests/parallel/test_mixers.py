@@ -37,9 +37,8 @@ LAYOUTS = {
     "2 ranks": (2, static(1, 2), "none"),
     "4 ranks, unequal spans, recomputed": (4, unequal(), "full"),
 }
-# One for each kind of state, and those whose layers share something.
-KINDS = ("attention", "gateloop", "gla", "kda", "linear", "mamba", "mamba2", "mlstm", "mom, one norm", "rglru", "slstm")
-EVERY_RUN = (*KINDS, "rwkv7, channel mix", "titans")
+# Those whose layers share something, and a state that is no affine map's: all others are in the matrix.
+EVERY_RUN = ("mom, one norm", "rwkv7, channel mix", "slstm")
 
 
 def mixers(names, plan, remat):

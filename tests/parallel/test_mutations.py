@@ -99,6 +99,7 @@ def test_what_is_broken_between_ranks_turns_every_transport_red(run, mutation):
     assert unnoticed(run, cells, CARRIED[mutation].by) == []
 
 
+@pytest.mark.slow  # run by `make mutations`
 def test_no_transport_is_red_where_nothing_is_broken(run):
     cells = sorted({cell for mutation in CARRIED for cell in rows(mutation)})
     assert unnoticed(run, cells) == cells

@@ -81,6 +81,7 @@ PLANS = {
     "unequal 4": (4, unequal()),
     "adaptive 4": (4, adaptive()),
 }
+IN_THE_MATRIX = ("sequence 2", "sequence 4", "data 2", "data 2 sequence 2")  # whose covering part has such layouts
 
 
 def in_turn(plan: Plan, cases: dict[str, tuple[str, dict]]) -> dict:
@@ -103,12 +104,12 @@ def equal_one_process(run, plan: str, cases: dict[str, tuple[str, dict]]) -> Non
                 raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [pytest.param(n, marks=[pytest.mark.slow] * (n in IN_THE_MATRIX)) for n in PLANS])
 def test_loss_and_gradients_equal_one_process(run, plan):
     equal_one_process(run, plan, {precision: (precision, {}) for precision in ("fp64", "fp32")})
 
 
-@pytest.mark.parametrize("plan", ["zigzag 2", "unequal 4"])
+@pytest.mark.parametrize("plan", ["zigzag 2", pytest.param("unequal 4", marks=pytest.mark.slow)])
 def test_every_transport_of_effects_gives_the_same(run, plan):
     transports = {"relay": Relay(), "allscan 2": AllScan(2), "allscan 3": AllScan(3)}
     equal_one_process(run, plan, {name: ("fp64", {"recurrence": each}) for name, each in transports.items()})
@@ -123,7 +124,9 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("plan", ["zigzag 2", "sequence 4", "unequal 4"])
+@pytest.mark.parametrize(
+    "plan", ["zigzag 2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sequence 4", "unequal 4"))]
+)
 def test_every_transport_of_keys_gives_the_same(run, plan):
     cases = {name: (keys, attention) for name, (keys, plans, attention) in KEYS.items() if plan in plans}
     assert len(cases) >= 3

@@ -136,7 +136,7 @@ def by_axis(traffic: Traffic, axis: str = "sequence"):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
 def test_measured_is_predicted_byte_for_byte_on_every_rank(run, ranks):
     measured = run(ranks, every_cell, ranks)
     for cell in measured[0]:

@@ -150,6 +150,7 @@ def run_and_count(remat, **more):
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_selective_sends_nothing_twice(run):
     (want, sent), (_, selective), (_, full) = (
         run(2, run_and_count, policy)[0] for policy in ("none", "selective", "full")

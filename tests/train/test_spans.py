@@ -31,6 +31,7 @@ ATTENTION = {
     "window and sinks": {"window": 9, "sinks": 3},
     "window over spans and sinks": {"window": 50, "sinks": 3},
 }
+ACROSS = ("all", "window over spans and sinks")  # that every run of the tests takes over ranks
 
 
 def in_spans(spans, batch, *, sequence=1, data=1, per_rank=None, **options):
@@ -67,7 +68,9 @@ def test_a_span_may_be_shorter_than_the_convolution(run):
         assert_close(each_of, truth(batch, "fp64", {"window": 5}), "fp64")
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(
+    "attention", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ACROSS)) for n in ATTENTION]
+)
 def test_exact_spans_over_several_ranks_are_the_whole(run, attention):
     options = ATTENTION[attention]
     want = truth(BATCH, "fp64", options)
@@ -105,7 +108,7 @@ def mixers_of(sequence):
     return {mixer: one_mixer(mixer, sequence) for mixer in MIXERS_TRIED}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_kind_of_state_passes_from_span_to_span(run, ranks):
     for found in run(ranks, mixers_of, ranks):
         for got, want in found.values():
