@@ -26,6 +26,9 @@ from models.recompute import Tape
 
 SAMPLES = (128, 512, 1024, 2048, 4096, 6144)  # tokens between which lines are drawn
 
+# Of outputs, their gradients, inputs and weights: fills the inputs' gradients, returns what is left for the weights'.
+Inputs = Callable[[list[Tensor], list[Tensor], list[Tensor], Iterator[nn.Parameter]], Any]
+
 
 class Footprint(NamedTuple):
     """Bytes of one layer, besides its input and its weights.
@@ -33,7 +36,8 @@ class Footprint(NamedTuple):
     saved: left by the forward pass for the backward, its output among them. output: of these, the output. dear: of
     these, the results that selective recomputation keeps. forward: the most at a time in the forward pass. plain: the
     same where nothing is left. backward: the most at a time in the backward pass, from what was saved to the gradients.
-    gradients: of its weights, whole.
+    gradients: of its weights, whole. half: left by a backward pass for the inputs alone, for that of the weights, 0
+    where passes are whole; its most at a time is `backward` then.
     """
 
     saved: float
@@ -43,17 +47,19 @@ class Footprint(NamedTuple):
     plain: float
     backward: float
     gradients: float
+    half: float = 0.0
 
-    def under(self, recompute: str) -> tuple[float, float, float]:
-        """Bytes saved, and the most in the forward and in the backward pass, under `engine.recompute`.
+    def under(self, recompute: str) -> tuple[float, float, float, float]:
+        """Bytes saved, the most in the forward and in the backward pass, and those left by half of that, under
+        `engine.recompute`.
 
         What is saved of a layer is counted in its backward pass, and not twice.
         """
         if recompute == "full":
-            return self.output, self.plain, self.backward
+            return self.output, self.plain, self.backward, self.output + max(0.0, self.half - self.saved)
         if recompute == "selective":
-            return self.output + self.dear, self.plain + self.dear, self.backward
-        return self.saved, self.forward, self.backward
+            return self.output + self.dear, self.plain + self.dear, self.backward, 0.0  # refused in halves
+        return self.saved, self.forward, self.backward, self.half
 
 
 class LiveBytes(TorchDispatchMode):
@@ -80,18 +86,21 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def footprints(model: LM, tokens: int, *, device: str = "cpu", ranks: int = 1) -> tuple[list[Footprint], Footprint]:
+def footprints(
+    model: LM, tokens: int, *, device: str = "cpu", ranks: int = 1, inputs: Inputs | None = None
+) -> tuple[list[Footprint], Footprint]:
     """Those of each layer of a model on the meta device, and of its norm, head and loss; layers alike are run once.
 
     tokens: of a rank. device: see `models.accounting.account`. ranks: that share out the tokens between layers
-    (`models.width`). Raises NotImplementedError for a layer whose course depends on data.
+    (`models.width`). inputs: the first half of a backward pass, of layers whose passes are taken in two. Raises
+    NotImplementedError for a layer whose course depends on data.
     """
     rows, by_kind, layers = model.coupled(), dict[Any, Footprint](), []
     for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
         alike = (kind, *(p.shape for p in layer.parameters()))
         if alike not in by_kind:
             run = _layer(layer, rows.get(name, {}))
-            by_kind[alike] = _traced(run, layer, model, tokens, device=device, ranks=ranks)
+            by_kind[alike] = _traced(run, layer, model, tokens, device=device, ranks=ranks, inputs=inputs)
         layers.append(by_kind[alike])
     return layers, _traced(_head(model), model, model, tokens, device=device, ranks=ranks, layer=False)
 
@@ -119,7 +128,15 @@ def _head(model: LM) -> Run:
 
 
 def _traced(
-    run: Run, module: nn.Module, model: LM, tokens: int, *, device: str, ranks: int, layer: bool = True
+    run: Run,
+    module: nn.Module,
+    model: LM,
+    tokens: int,
+    *,
+    device: str,
+    ranks: int,
+    layer: bool = True,
+    inputs: Inputs | None = None,
 ) -> Footprint:
     """Runs it forward without a graph, forward noting dear results, and forward and backward."""
     elsewhere = set() if layer else {id(p) for p in model.layers.parameters()}
@@ -142,13 +159,19 @@ def _traced(
                 y = run(x_BTD, seq)
                 saved, forward, output = live.now, live.most, y.untyped_storage().nbytes()
                 live.most = live.now
-                gradient = torch.empty_like(y)
-                torch.autograd.backward([y], [gradient])
+                gradient, left = torch.empty_like(y), None
+                if inputs is None:
+                    torch.autograd.backward([y], [gradient])
+                else:
+                    left = inputs([y], [gradient], [x_BTD], module.parameters())
                 del y, gradient
+                x_BTD.grad = None
+                half = 0.0 if left is None else float(live.now)
+                del left
             gradients = sum(p.grad.numel() * p.grad.itemsize for p in parameters if p.grad is not None)
     except RuntimeError as error:  # what the meta device cannot do
         raise NotImplementedError(f"memory: {(str(error).splitlines() or [''])[0]}") from error
-    return Footprint(saved, output, tape.bytes, forward, alone.most, live.most, gradients)
+    return Footprint(saved, output, tape.bytes, forward, alone.most, live.most, gradients, half)
 
 
 @contextlib.contextmanager

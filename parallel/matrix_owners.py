@@ -155,6 +155,18 @@ class MatrixOwners:
         self.begins = [_begins(p, self.world) for p in parameters]
         self.buckets = assigned(self.begins, matrices, self.world)
 
+    @classmethod
+    def of_rank(
+        cls, lengths: Sequence[int], matrices: Sequence[Sequence[MatrixCut]], rank: int, world: int
+    ) -> "MatrixOwners":
+        """Those of a rank among so many, for tensors on the meta device, which are not sent. lengths: rows of each
+        parameter."""
+        owners = cls.__new__(cls)
+        owners.group, owners.rank, owners.world = None, rank, world
+        owners.begins = [shares(length, world) for length in lengths]
+        owners.buckets = assigned(owners.begins, matrices, world)
+        return owners
+
     def apply(self, pieces: Sequence[Tensor], function: Function, dtype: torch.dtype) -> list[Tensor]:
         """`function` of every matrix in `dtype`, from this rank's rows of the parameters to its rows of the results.
 
@@ -197,6 +209,8 @@ class MatrixOwners:
 
     def _exchange(self, parts: Tensor, there: list[int], here: list[int]) -> Tensor:
         """There go so many elements to each rank, and here come so many from each."""
+        if self.world > 1 and parts.is_meta:
+            return parts.new_empty(sum(here))
         if self.group is None:
             return parts
         received = parts.new_empty(sum(here))

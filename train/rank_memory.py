@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models.footprint import SAMPLES, Footprint, between, footprints
+from models.axes import declarations
+from models.footprint import SAMPLES, Footprint, Inputs, between, footprints
 from models.lm import LM
 from models.moe import mixtures
 from parallel.pipeline.cut import PipelineCut
-from parallel.pipeline.orders import orders
+from parallel.pipeline.orders import HALVES, orders
 from parallel.schedule.comm_volume import Ask, AttendCall, ScanCall
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import in_flight
 from parallel.schedule.step_memory import LayerMemory, Parts, StepMemory
 from train.metrics.comm_trace import asked
 from train.metrics.width_trace import divided
-from train.optim.build import moments
+from train.optim.build import build_optimizer, moments
 from train.precision import dtypes
 from train.run_config import RunConfig
 from train.stages import cuts
@@ -62,8 +63,9 @@ class MemoryModel:
         self.config, self.device, self.exact = config, device, exact
         self.compute, self.master = dtypes(config.precision.compute, device)
         self._models: dict[tuple[int, int], LM] = {}
-        self._runs: dict[tuple[int, int, int], tuple[list[Footprint], Footprint]] = {}
+        self._runs: dict[tuple[int, int, int, bool], tuple[list[Footprint], Footprint]] = {}
         self._weights: dict[int, dict[str, list[_Weight]]] = {}
+        self._updates: dict[tuple[int, int], float] = {}
 
     def build(self) -> LM:
         """A model on the meta device, which computes as the run's does."""
@@ -114,12 +116,12 @@ class MemoryModel:
             alike = tuple(w[1:] for w in several)
             if alike not in sizes:
                 sizes[alike] = self._bytes(several, mesh)
-            layers.append(LayerMemory(*runs[i].under(layout.recompute), *sizes[alike], sent))
+            saved, forward, backward, half = runs[i].under(layout.recompute)
+            layers.append(LayerMemory(saved, forward, backward, *sizes[alike], sent, half))
         outside = [w for w in weights[ROOT] if cut is None or rank in cut.holders[w.name]]
         root, root_shard = self._bytes(outside, mesh)
         last = cut is None or count - 1 in own
         loss = LayerMemory(head.saved, head.forward, head.backward, head.gradients, 0.0) if last else None
-        parallel = self.config.parallel
         return StepMemory(
             layers=layers,
             head=loss,
@@ -128,9 +130,11 @@ class MemoryModel:
             states=(sum(each.shard for each in layers) + root_shard) * (1 + self.beside),
             alone=mesh.data * mesh.expert * mesh.sequence == 1,
             reshard=self.config.engine.get("reshard_after_forward", True),
-            whole=mesh.pipeline > 1 and parallel.pipeline_schedule == "zero_bubble",
+            whole=self._halves(mesh),
             micro_steps=layout.micro_steps,
             flying=self._flying(layout, rank),
+            root_shard=root_shard,
+            update=self._update(mesh),
         )
 
     def weights(self, tensor: int) -> dict[str, list[_Weight]]:
@@ -165,35 +169,52 @@ class MemoryModel:
 
     def _at(self, layout: MemoryLayout) -> tuple[list[Footprint], Footprint]:
         """Footprints of layers and head."""
-        tokens, (tensor, expert) = max(layout.tokens, 1), (layout.mesh.tensor, layout.mesh.expert)
+        tokens, mesh = max(layout.tokens, 1), layout.mesh
+        tensor, expert, halves = mesh.tensor, mesh.expert, self._halves(mesh)
         if self.exact and tokens <= SAMPLES[-1] or tokens in SAMPLES:
-            return self._run(tensor, expert, tokens)
+            return self._run(tensor, expert, tokens, halves)
         i = next((i for i, n in enumerate(SAMPLES) if n > tokens and i), len(SAMPLES) - 1)
         low, high = SAMPLES[i - 1], SAMPLES[i]
-        (few, a), (many, b) = self._run(tensor, expert, low), self._run(tensor, expert, high)
+        (few, a), (many, b) = self._run(tensor, expert, low, halves), self._run(tensor, expert, high, halves)
         lines: dict[tuple[int, int], Footprint] = {}  # layers alike have one footprint
         for x, y in zip(few, many, strict=True):
             if (id(x), id(y)) not in lines:
                 lines[id(x), id(y)] = between(tokens, low, x, high, y)
         return [lines[id(x), id(y)] for x, y in zip(few, many, strict=True)], between(tokens, low, a, high, b)
 
-    def _run(self, tensor: int, expert: int, tokens: int) -> tuple[list[Footprint], Footprint]:
-        key = tensor, expert, tokens
+    def _run(self, tensor: int, expert: int, tokens: int, halves: bool) -> tuple[list[Footprint], Footprint]:
+        key = tensor, expert, tokens, halves
         if key not in self._runs:
             device = self.device if expert == 1 else "cuda"  # rows that have travelled are not run in turn
-            self._runs[key] = footprints(self._divided(tensor, expert), tokens, device=device, ranks=tensor)
+            inputs = _first_half() if halves else None
+            model = self._divided(tensor, expert)
+            self._runs[key] = footprints(model, tokens, device=device, ranks=tensor, inputs=inputs)
         return self._runs[key]
 
-    def _flying(self, layout: MemoryLayout, rank: int) -> float:
-        """Micro-steps whose activations a pipeline rank holds at a time, over those of all its layers."""
+    def _halves(self, mesh: Mesh) -> bool:
+        """Says whether backward passes are taken in two."""
+        return mesh.pipeline > 1 and self.config.parallel.pipeline_schedule in HALVES
+
+    def _flying(self, layout: MemoryLayout, rank: int) -> list[tuple[float, float]]:
+        """Micro-steps whose activations a pipeline rank holds at a time, over those of all its layers, and micro-steps
+        of which it holds what half of a backward pass left."""
         if layout.cut is None:
-            return 1.0
+            return [(1.0, 0.0)]
         name, sizes = self.config.parallel.pipeline_schedule, [len(layers) for layers in layout.cut.cuts]
         if name == "1f1b":
-            return float(min(layout.micro_steps, layout.mesh.pipeline - rank))
+            return [(float(min(layout.micro_steps, layout.mesh.pipeline - rank)), 0.0)]
         order = orders(name, layout.mesh.pipeline, len(sizes), layout.micro_steps)[rank]
         own = sum(sizes[s] for s in layout.cut.stages(rank))
-        return in_flight({rank: order}, sizes) * sum(sizes) / own
+        return [(held / own, halved / own) for held, halved in sorted(in_flight(order, sizes))]
+
+    def _update(self, mesh: Mesh) -> float:
+        """The most that the optimizer makes in a step."""
+        sharing = mesh.data * mesh.sequence, mesh.expert
+        if sharing not in self._updates:
+            optimizer = build_optimizer(self.config.optimizer.build(), self.build(), declarations(self.whole))
+            made = getattr(optimizer, "temporaries", None)
+            self._updates[sharing] = made(mesh, self.master, self.device) if made else 0.0
+        return self._updates[sharing]
 
     def _sent(self, layout: MemoryLayout) -> float:
         """The most bytes of a message between the ranks of a sequence, and of what it is made of or goes into."""
@@ -210,6 +231,13 @@ class MemoryModel:
             if isinstance(ask, ScanCall):
                 most = max(most, 2.0 * ranks * (ask.decay + ask.state) * ask.itemsize)
         return most / layout.mesh.tensor
+
+
+def _first_half() -> Inputs:
+    """torch's first half of a backward pass, as `parallel.pipeline.stage` takes it."""
+    from torch.distributed.pipelining._backward import stage_backward_input  # takes a second, and few ask for it
+
+    return stage_backward_input
 
 
 def _spread(model: LM, ranks: int) -> None:

@@ -69,18 +69,26 @@ def refusal(schedule: str, ranks: int, micro_steps: int) -> str | None:
     return None
 
 
-def in_flight(orders: Mapping[int, Sequence[Action]], layers: Sequence[int]) -> float:
-    """The most activations that a rank holds at a time, 1 for those of one micro-step in all layers.
+def in_flight(actions: Sequence[Action], layers: Sequence[int]) -> set[tuple[int, int]]:
+    """The layers whose activations a rank holds while it computes, those in hand among them, and the layers of which
+    it holds what half of a backward pass has left, one for each micro-step; at each of its computations.
 
-    layers: of each stage.
+    actions: of the rank, in turn. layers: of each stage. The first stage has no gradient of inputs to compute, so it
+    holds its activations until the second half.
     """
-    most = 0.0
-    for actions in orders.values():
-        held = 0
-        for kind, stage, _ in actions:
-            held += {"F": 1, "B": -1, "W": -1}.get(kind, 0) * layers[stage]
-            most = max(most, held / sum(layers))
-    return most
+    held, halved, pairs = 0, 0, set[tuple[int, int]]()
+    for kind, stage, _ in actions:
+        count, halves = layers[stage], stage > 0
+        if kind == "F":
+            held += count
+        pairs.add((held, halved))
+        if kind == "I" and halves:
+            held, halved = held - count, halved + count
+        elif kind == "W" and halves:
+            halved -= count
+        elif kind in ("B", "W"):
+            held -= count
+    return pairs
 
 
 def idle(orders: Mapping[int, Sequence[Action]], costs: Sequence[tuple[float, float]]) -> list[float]:

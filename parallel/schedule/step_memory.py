@@ -11,6 +11,10 @@ few instants a layer:
     backward i   saved of the layers before i, and the most of i's backward pass; gradients of the layers after i
     reduce i     saved of the layers before i, i's gradients twice
     end          all gradients, the root's twice
+    update       the gradients of this rank's shares, and what the optimizer makes beside them
+
+A backward pass that is taken in two leaves more than it found: saved tensors stay for the weights' half, and gradients
+between layers' operators beside them.
 
 States, there all the time, are weights, the optimizer's moments, averages. Each instant has its bytes by parts, so
 that whoever has too little memory sees which part to make smaller. Nothing that is not a tensor of the step is counted:
@@ -18,23 +22,25 @@ neither the runtime, nor what an allocator keeps.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 Parts = dict[str, float]
 
-STATES, GRADIENTS, GATHERED, ACTIVATIONS, MESSAGES = (
+STATES, GRADIENTS, GATHERED, ACTIVATIONS, MESSAGES, UPDATE = (
     "weights, moments",
     "gradients",
     "gathered weights",
     "activations",
     "messages",
+    "optimizer's step",
 )
 
 
 class LayerMemory(NamedTuple):
     """Bytes of a layer on a rank. saved, forward, backward: `models.footprint.Footprint.under`. whole, shard: of its
     weights, gathered and as they are sharded. sent: the most of its messages to other ranks at a time, in either pass.
+    half: left by half of a backward pass, where these are taken in two.
     """
 
     saved: float
@@ -43,6 +49,7 @@ class LayerMemory(NamedTuple):
     whole: float
     shard: float
     sent: float = 0.0
+    half: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +57,12 @@ class StepMemory:
     """A rank's step. Bytes throughout.
 
     layers: those of the rank, in their order. head: of the norm, the head and the loss, whose weights are the `root`'s.
-    root: weights outside of the layers, whole. entering: of what enters the first
+    root, root_shard: weights outside of the layers, whole and as they are sharded. entering: of what enters the first
     layer. states: weights, moments and averages. alone: FSDP shards over this rank only, and gathers nothing. reshard:
     a layer's weights are let go after its forward pass. whole: no weights are let go before the step ends, as a
     pipeline that takes backward passes in two has it. micro_steps: of the step. flying: micro-steps in flight, the one
-    that computes among them, over those that this rank's layers keep.
+    that computes among them, over those that this rank's layers keep; and those of which half a backward pass is done.
+    update: the most that the optimizer makes at a time beside states and gradients.
     """
 
     layers: Sequence[LayerMemory]
@@ -66,8 +74,9 @@ class StepMemory:
     reshard: bool = True
     whole: bool = False
     micro_steps: int = 1
-    flying: float = 1.0
-    more: Parts = field(default_factory=dict)
+    flying: Sequence[tuple[float, float]] = ((1.0, 0.0),)
+    root_shard: float = 0.0
+    update: float = 0.0
 
     def peak(self) -> Parts:
         """The parts of the fullest instant; their sum is the peak."""
@@ -79,7 +88,8 @@ class StepMemory:
     def _instants(self) -> Iterator[Parts]:
         layers, buffers = self.layers, 0.0 if self.alone else 1.0
         own = sum(each.saved for each in layers) + self.entering
-        waiting = (self.flying - 1) * own  # of other micro-steps
+        half = sum(each.half for each in layers)
+        waiting = max((held - 1) * own + halved * half for held, halved in self.flying)  # of other micro-steps
         accumulated = sum(each.whole for each in layers) + self.root if self.micro_steps > 1 else 0.0
         held, stays, buffer = self.entering + waiting, 0.0, 0.0
         for each in layers:
@@ -87,7 +97,7 @@ class StepMemory:
             yield self._instant(held + each.forward, self.root + stays + each.whole + buffer, accumulated, each.sent)
             held += each.saved
             stays = stays + each.whole if self._stays else 0.0
-        of_head = 0.0
+        of_head = halves = 0.0
         if self.head is not None:
             yield self._instant(held + self.head.forward, self.root + stays + buffer, accumulated)
             yield self._instant(held + self.head.backward, self.root + stays + buffer, accumulated)
@@ -98,27 +108,32 @@ class StepMemory:
             held -= each.saved
             weights = stays if self._stays else before + each.whole
             gradients = accumulated + of_head + done
-            yield self._instant(held + each.backward, self.root + weights + leaving, gradients, each.sent)
+            yield self._instant(halves + held + each.backward, self.root + weights + leaving, gradients, each.sent)
+            halves += each.half
             if accumulated == 0:  # its weights are let go, and its gradients copied into what leaves
                 gradients += each.whole
-            yield self._instant(held, self.root + weights, gradients)
+            yield self._instant(halves + held, self.root + weights, gradients)
             stays -= 0.0 if self.whole else each.whole
             leaving = each.whole * buffers
             done += each.shard
         # The root's gradients leave last; that of the embedding is dense.
         yield self._instant(waiting, 2 * self.root, accumulated + done + self.root)
+        shards = sum(each.shard for each in layers) + self.root_shard
+        yield self._instant(0.0, 0.0, shards, update=self.update)
 
     @property
     def _stays(self) -> bool:
         return self.whole or not self.reshard
 
-    def _instant(self, activations: float, gathered: float, gradients: float, sent: float = 0.0) -> Parts:
+    def _instant(
+        self, activations: float, gathered: float, gradients: float, sent: float = 0.0, update: float = 0.0
+    ) -> Parts:
         parts = {
             STATES: self.states,
             GRADIENTS: gradients,
             GATHERED: gathered,
             ACTIVATIONS: activations,
             MESSAGES: sent,
-            **self.more,
+            UPDATE: update,
         }
         return {name: size for name, size in parts.items() if size > 0}

@@ -9,7 +9,7 @@ itself although they lie in one tensor (`models.axes.Declared.parts`). A matrix 
 whole on one of them while it is made orthogonal (`parallel.matrix_owners`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models.axes import AXES
+from models.footprint import LiveBytes
 from models.kernels.newton_schulz import newton_schulz
 from parallel.collectives import Comm
 from parallel.fsdp import by_mesh
-from parallel.matrix_owners import MatrixCut, MatrixOwners, cuts, received, shape_here
+from parallel.matrix_owners import MatrixCut, MatrixOwners, cuts, received, shape_here, shares
 from parallel.matrix_pieces import Beside, gathered, own
 from parallel.mesh import DENSE, EXPERTS
 from parallel.schedule.comm_volume import Traffic
@@ -127,10 +128,7 @@ class Muon(Optimizer):
     def _updates(self, parameters: list[Tensor], directions: list[Tensor], divided: list[Beside]) -> list[Tensor]:
         """The same of parameters that are divided in one way; divided: how each is, none of whole ones."""
         dtype = _travels(directions[0].dtype, directions[0].device.type)
-
-        def update(x_SMN: Tensor) -> Tensor:
-            return RMS * max(x_SMN.shape[1:]) ** 0.5 * newton_schulz(x_SMN, self.steps)
-
+        update = self._update
         key = tuple(map(id, parameters))
         if not divided:
             if key not in self.owners:
@@ -144,23 +142,46 @@ class Muon(Optimizer):
         made = self.owners[key].apply(wide, divided[0].through(update), dtype)
         return [x.to(d.dtype) for x, d in zip(own(made, divided, comm.rank), directions, strict=True)]
 
+    def _update(self, x_SMN: Tensor) -> Tensor:
+        return RMS * max(x_SMN.shape[1:]) ** 0.5 * newton_schulz(x_SMN, self.steps)
+
     def received(self, mesh: Mesh, dtype: torch.dtype, device: str) -> list[Traffic]:
         """Returns what each rank of a mesh receives in a step, of a model that is whole here. dtype: of master weights.
 
         Experts are cut over the mesh's expert ranks, and matrices whole on one of those that share the rest.
         """
         itemsize, by_rank = _travels(dtype, device).itemsize, [Traffic() for _ in range(mesh.world)]
-        parameters = [p for group in self._groups(muon=True) for p in group["params"]]
-        for apart, sharing, cut in ((False, DENSE, 1), (True, EXPERTS, mesh.expert)):
-            several = [p for p in parameters if apart == (mesh.expert > 1 and p.ndim == 3 and "expert" in axes(p))]
-            shapes = [(len(p) // cut, *p.shape[1:]) for p in several]
-            declared = [p.declared for p in several]  # type: ignore[attr-defined]
-            matrices = [cuts(shape, d.parts, d.along) for shape, d in zip(shapes, declared, strict=True)]
+        for sharing, shapes, matrices in self._whole(mesh):
             for ranks in mesh.groups(*sharing):
                 each = received([shape[0] for shape in shapes], matrices, len(ranks), itemsize)
                 for rank, traffic in zip(ranks, each, strict=True):
                     by_rank[rank].include(traffic)
         return by_rank
+
+    def temporaries(self, mesh: Mesh, dtype: torch.dtype, device: str) -> float:
+        """Returns the most bytes that a step makes at a time beside weights, gradients and moments, on the first rank
+        of a mesh; arguments as above. AdamW's kernel makes none."""
+        most = 0.0
+        for sharing, shapes, matrices in self._whole(mesh):
+            world = len(mesh.groups(*sharing)[0])
+            owners = MatrixOwners.of_rank([shape[0] for shape in shapes], matrices, 0, world)
+            with LiveBytes() as live:
+                own = [(shares(shape[0], world)[1], *shape[1:]) for shape in shapes]
+                directions = [torch.empty(shape, dtype=dtype, device="meta") for shape in own]
+                owners.apply(directions, self._update, _travels(dtype, device))
+            at_once = 0 if self.nesterov else sum(d.numel() * d.itemsize for d in directions)  # the means themselves
+            most = max(most, live.most - at_once)
+        return most
+
+    def _whole(self, mesh: Mesh) -> Iterator[tuple[Sequence[str], list[tuple[int, ...]], list[list[MatrixCut]]]]:
+        """Of a model that is whole here: parameters that the same ranks share, by the mesh's axes; the shapes of what
+        these have of them together, and the matrices in each."""
+        parameters = [p for group in self._groups(muon=True) for p in group["params"]]
+        for apart, sharing, cut in ((False, DENSE, 1), (True, EXPERTS, mesh.expert)):
+            several = [p for p in parameters if apart == (mesh.expert > 1 and p.ndim == 3 and "expert" in axes(p))]
+            shapes = [(len(p) // cut, *p.shape[1:]) for p in several]
+            declared = [p.declared for p in several]  # type: ignore[attr-defined]
+            yield sharing, shapes, [cuts(shape, d.parts, d.along) for shape, d in zip(shapes, declared, strict=True)]
 
 
 def _cuts(parameter: Tensor) -> list[MatrixCut]:
