@@ -28,11 +28,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.dispatch import Here, Sent
+from models.kernels.chunking import Effect
 from models.kernels.grouped_ffn import mixture
 from models.lm import LM
 from models.mixers.mom import MixtureOfMemories
 from models.moe import Beside, Experts, MoE
+from models.nonlinear_recurrence import Serial
 from models.recompute import Tape, kept
+from models.recurrence import Recurrence
 from models.sequence import Memory, Whole
 
 TOKENS = 256  # that the model is run on: whole chunks of every kernel
@@ -213,12 +216,14 @@ def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Lay
 
 @dataclass(kw_only=True)
 class Traced(Whole):
-    """One document on the meta device, which notes what softmax attention is asked."""
+    """One document on the meta device, which notes what softmax attention is asked. shared: with other devices, so that
+    states enter from there."""
 
     attention: list[AttentionCost] = field(default_factory=list)
+    shared: bool = False
 
     @classmethod
-    def of_length(cls, tokens: int, memory: Memory | None = None) -> "Traced":
+    def of_length(cls, tokens: int, memory: Memory | None = None, *, shared: bool = False) -> "Traced":
         positions = torch.arange(tokens, device="meta").unsqueeze(0)
         return cls(
             positions=positions,
@@ -226,7 +231,16 @@ class Traced(Whole):
             num_documents=1,
             counted=torch.ones_like(positions, dtype=torch.bool),
             memory=memory,
+            shared=shared,
         )
+
+    def scan(self, recurrence: Recurrence | Serial, *xs: Tensor, slot: str) -> Tensor:
+        if not self.shared or isinstance(recurrence, Serial):
+            return super().scan(recurrence, *xs, slot=slot)
+        begun = recurrence.begin(*xs, starts=self.starts)
+        entering = _Cross.apply(*begun.effect)
+        begun.ahead()
+        return begun.finish(entering)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
@@ -250,6 +264,21 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class _Cross(torch.autograd.Function):
+    """The shapes of a state that enters from other devices: it is kept beside the effect that they are sent."""
+
+    @staticmethod
+    def forward(ctx: Any, *effect: Tensor) -> Tensor:
+        entering = torch.empty_like(Effect(*effect).U)
+        ctx.save_for_backward(*effect, entering)
+        return entering
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *effect, _ = ctx.saved_tensors
+        return tuple(torch.empty_like(x) if x.is_floating_point() else None for x in effect)
 
 
 class Evenly(Here):

@@ -87,22 +87,24 @@ class LiveBytes(TorchDispatchMode):
 
 
 def footprints(
-    model: LM, tokens: int, *, device: str = "cpu", ranks: int = 1, inputs: Inputs | None = None
+    model: LM, tokens: int, *, device: str = "cpu", ranks: int = 1, shared: bool = False, inputs: Inputs | None = None
 ) -> tuple[list[Footprint], Footprint]:
     """Those of each layer of a model on the meta device, and of its norm, head and loss; layers alike are run once.
 
     tokens: of a rank. device: see `models.accounting.account`. ranks: that share out the tokens between layers
-    (`models.width`). inputs: the first half of a backward pass, of layers whose passes are taken in two. Raises
-    NotImplementedError for a layer whose course depends on data.
+    (`models.width`). shared: a sequence is, with other ranks. inputs: the first half of a backward pass, of layers
+    whose passes are taken in two. Raises NotImplementedError for a layer whose course depends on data.
     """
     rows, by_kind, layers = model.coupled(), dict[Any, Footprint](), []
     for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
         alike = (kind, *(p.shape for p in layer.parameters()))
         if alike not in by_kind:
             run = _layer(layer, rows.get(name, {}))
-            by_kind[alike] = _traced(run, layer, model, tokens, device=device, ranks=ranks, inputs=inputs)
+            seq = Traced.of_length(tokens, shared=shared)
+            by_kind[alike] = _traced(run, layer, model, seq, device=device, ranks=ranks, inputs=inputs)
         layers.append(by_kind[alike])
-    return layers, _traced(_head(model), model, model, tokens, device=device, ranks=ranks, layer=False)
+    seq = Traced.of_length(tokens)
+    return layers, _traced(_head(model), model, model, seq, device=device, ranks=ranks, layer=False)
 
 
 def between(tokens: int, low: int, a: Footprint, high: int, b: Footprint) -> Footprint:
@@ -131,7 +133,7 @@ def _traced(
     run: Run,
     module: nn.Module,
     model: LM,
-    tokens: int,
+    seq: Traced,
     *,
     device: str,
     ranks: int,
@@ -141,8 +143,7 @@ def _traced(
     """Runs it forward without a graph, forward noting dear results, and forward and backward."""
     elsewhere = set() if layer else {id(p) for p in model.layers.parameters()}
     parameters = [p for p in module.parameters() if id(p) not in elsewhere]
-    seq = Traced.of_length(tokens)
-    shape = (1, -(-tokens // ranks), model.dim)
+    shape = (1, -(-seq.positions.numel() // ranks), model.dim)
     x_BTD = torch.empty(shape, dtype=model.compute, device="meta", requires_grad=True)
     try:
         with by_shape(module, device), _without_gradients(parameters):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class MemoryModel:
         self.config, self.device, self.exact = config, device, exact
         self.compute, self.master = dtypes(config.precision.compute, device)
         self._models: dict[tuple[int, int], LM] = {}
-        self._runs: dict[tuple[int, int, int, bool], tuple[list[Footprint], Footprint]] = {}
+        self._runs: dict[tuple[int, int, bool, bool, int], tuple[list[Footprint], Footprint]] = {}
         self._weights: dict[int, dict[str, list[_Weight]]] = {}
         self._updates: dict[tuple[int, int], float] = {}
 
@@ -170,25 +170,27 @@ class MemoryModel:
     def _at(self, layout: MemoryLayout) -> tuple[list[Footprint], Footprint]:
         """Footprints of layers and head."""
         tokens, mesh = max(layout.tokens, 1), layout.mesh
-        tensor, expert, halves = mesh.tensor, mesh.expert, self._halves(mesh)
+        run = partial(self._run, mesh.tensor, mesh.expert, mesh.sequence > 1, self._halves(mesh))
         if self.exact and tokens <= SAMPLES[-1] or tokens in SAMPLES:
-            return self._run(tensor, expert, tokens, halves)
+            return run(tokens)
         i = next((i for i, n in enumerate(SAMPLES) if n > tokens and i), len(SAMPLES) - 1)
         low, high = SAMPLES[i - 1], SAMPLES[i]
-        (few, a), (many, b) = self._run(tensor, expert, low, halves), self._run(tensor, expert, high, halves)
+        (few, a), (many, b) = run(low), run(high)
         lines: dict[tuple[int, int], Footprint] = {}  # layers alike have one footprint
         for x, y in zip(few, many, strict=True):
             if (id(x), id(y)) not in lines:
                 lines[id(x), id(y)] = between(tokens, low, x, high, y)
         return [lines[id(x), id(y)] for x, y in zip(few, many, strict=True)], between(tokens, low, a, high, b)
 
-    def _run(self, tensor: int, expert: int, tokens: int, halves: bool) -> tuple[list[Footprint], Footprint]:
-        key = tensor, expert, tokens, halves
+    def _run(
+        self, tensor: int, expert: int, shared: bool, halves: bool, tokens: int
+    ) -> tuple[list[Footprint], Footprint]:
+        key = tensor, expert, shared, halves, tokens
         if key not in self._runs:
             device = self.device if expert == 1 else "cuda"  # rows that have travelled are not run in turn
             inputs = _first_half() if halves else None
             model = self._divided(tensor, expert)
-            self._runs[key] = footprints(model, tokens, device=device, ranks=tensor, inputs=inputs)
+            self._runs[key] = footprints(model, tokens, device=device, ranks=tensor, shared=shared, inputs=inputs)
         return self._runs[key]
 
     def _halves(self, mesh: Mesh) -> bool:
