@@ -174,8 +174,8 @@ class Muon(Optimizer):
         return most
 
     def _whole(self, mesh: Mesh) -> Iterator[tuple[Sequence[str], list[tuple[int, ...]], list[list[MatrixCut]]]]:
-        """Of a model that is whole here: parameters that the same ranks share, by the mesh's axes; the shapes of what
-        these have of them together, and the matrices in each."""
+        """The parameters of a model that is whole here, together with those that the same ranks share, by the mesh's
+        axes: the shapes of what these ranks have of them, and the matrices in each."""
         parameters = [p for group in self._groups(muon=True) for p in group["params"]]
         for apart, sharing, cut in ((False, DENSE, 1), (True, EXPERTS, mesh.expert)):
             several = [p for p in parameters if apart == (mesh.expert > 1 and p.ndim == 3 and "expert" in axes(p))]
