@@ -86,5 +86,7 @@ _KINDS: dict[str, Any] = {
     "tokens": int,
     "time": (int, float),
     "seconds": (dict, int, float, type(None)),
+    "heldout_tokens": int,
+    "heldout_part": dict,
 }
 _KINDS |= dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "heldout_loss", "heldout_accuracy"), _NUMBER)

@@ -23,7 +23,7 @@ from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.checkpoints.hook import Checkpoints
 from train.engines.engine import EngineOptimizer
-from train.evaluation.heldout import Evaluation
+from train.evaluation.heldout import Evaluation, divided
 from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
 from train.guards.hang_timeout import Patience
@@ -181,7 +181,7 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
         seed=config.seed,
         log=recording.log,
         average=average,
-        bytes_per_target=bytes_per_target(parts.batches) if first else None,
+        bytes_per_target=_bytes_per_target(parts.batches, config.train.evaluate_tokens) if first else (None, None),
         replays=replays,
     )
     hooks.add(evaluation)
@@ -203,6 +203,15 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
     hooks.add(checkpoints)
     hooks.add(recording)
     return hooks
+
+
+def _bytes_per_target(batches: Any, tokens: int | None) -> tuple[float | None, float | None]:
+    """Returns the bytes of text of a held-out target: of all, and of the part of so many tokens."""
+    parts = divided(batches.heldout_by_source(), tokens)
+    whole = bytes_per_target(batches)
+    if not any(part.rest for part in parts.values()):
+        return whole, whole
+    return whole, bytes_per_target(batches, [window for part in parts.values() for window in part.read])
 
 
 def _rollback(parts: _Parts, hooks: Hooks, *, split: tuple[int, int]) -> Rollback:

@@ -26,7 +26,7 @@ def wrong(facts: dict[str, Any]) -> str | None:
         "seed": facts.get("seed") is None or _is_count(facts["seed"]),
         "data": facts.get("data") is None or isinstance(facts["data"], str),
         "order": facts.get("order") is None or isinstance(facts["order"], dict),
-        "before": facts.get("before") is None or _are(facts["before"], _is_number),
+        "before": facts.get("before") is None or _are(facts["before"], _is_loss_before),
         "guard": _is_guard(facts.get("guard") or {}),
         "average": _is_average(facts.get("average") or {}),
     }
@@ -43,6 +43,13 @@ def _is_count(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_loss_before(value: Any) -> bool:
+    """Says whether this is a held-out loss, or that of all windows and that of a part of so many tokens."""
+    if not isinstance(value, dict):
+        return _is_number(value)
+    return _is_number(value.get("whole")) and _is_number(value.get("part")) and _is_count(value.get("tokens"))
 
 
 def _is_list(value: Any, length: int) -> bool:

@@ -103,7 +103,9 @@ class TrainSettings:
     2209.14981); none. average_tokens: tokens over which ema forgets, or between two of the weights that `last`
     averages; null for a twentieth of the budget. average_count: number of weights that `last` averages. init_weights:
     weights of a checkpoint that init_from loads; raw: the trained ones; average: their average. evaluate_every: tokens
-    between two evaluations of the held-out loss; null for one, at the end. checkpoint_every: tokens between two
+    between two evaluations of the held-out loss; null for one, at the end. evaluate_tokens: held-out tokens that an
+    evaluation before the end reads, about, the same each time; the one at the end reads all of data.heldout_tokens;
+    null for all of them each time. checkpoint_every: tokens between two
     checkpoints; null for one, at the end, which a stopped run writes too. keep: number of the newest checkpoints that
     stay on disk. mfu: record model FLOP/s, and their share of the devices' rate of matmuls; rank 0 counts and measures
     them for a second or two before the first step.
@@ -127,6 +129,7 @@ class TrainSettings:
     average_count: int = 5
     init_weights: InitWeights = "raw"
     evaluate_every: int | None = None
+    evaluate_tokens: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
     mfu: bool = True
@@ -136,7 +139,7 @@ class TrainSettings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be above 0")
         Ramp.of(self.batch_tokens)
-        for name in ("steps", "loss_chunk", "span_tokens", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "loss_chunk", "span_tokens", "evaluate_every", "evaluate_tokens", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name}={value}: must be at least 1, or null")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 TAIL_BYTES = 1 << 20  # enough for the last record: some kilobytes, more with many experts
 SHOWN = {"step", "tokens", "time", "loss"}
-HELD_OUT = ("heldout_loss", "heldout_accuracy", "heldout", "heldout_loss_average")
+HELD_OUT = ("heldout_loss", "heldout_accuracy", "heldout_tokens", "heldout", "heldout_loss_average")
 SPEED_STEPS = 32  # the speed shown is that over this many steps
 
 
@@ -133,7 +133,7 @@ class ProgressBar:
         if "heldout_loss" in record:
             accuracy = record.get("heldout_accuracy")
             right = "" if accuracy is None else f" ({100 * accuracy:.1f}% right)"
-            parts.append(f"held-out {_loss(record['heldout_loss'])}{right}")
+            parts.append(f"held-out {_loss(record['heldout_loss'])}{right}{of_tokens(record)}")
             if by_source := record.get("heldout"):
                 parts.append(", ".join(f"{name} {_loss(means['loss'])}" for name, means in by_source.items()))
         if "heldout_loss_average" in record:
@@ -181,6 +181,12 @@ class _Follower:
         whole = text.rfind(b"\n") + 1
         self._offset += whole
         return text[:whole].decode(errors="replace").split("\n")[:-1]
+
+
+def of_tokens(record: dict[str, Any]) -> str:
+    """Says how many held-out tokens an evaluation read: those before the end may read a part."""
+    read = record.get("heldout_tokens")
+    return "" if read is None else f" of {read:,} tokens"
 
 
 def _loss(value: float | None) -> str:

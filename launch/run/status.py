@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from data import reading
 from launch.errors import UserError
 from launch.run import rundir
-from launch.run.progress import TAIL_BYTES, duration
+from launch.run.progress import TAIL_BYTES, duration, of_tokens
 from launch.run.signals import stop_file
 from train.guards.hang_timeout import LEAST_S, STEPS
 from train.settings import ClusterSettings, TrainSettings, section
@@ -33,7 +33,7 @@ class Status:
     tokens: int
     total_tokens: int
     loss: float | None
-    heldout: tuple[float, int] | None
+    heldout: tuple[float, int, str] | None
     tokens_per_second: float | None
     seconds_since: float | None
     checkpoint: str | None
@@ -43,7 +43,10 @@ class Status:
     def lines(self) -> list[str]:
         """A line a fact, aligned."""
         loss = "none yet" if self.loss is None else f"{self.loss:.3f}"
-        heldout = f"  (held-out {self.heldout[0]:.3f} at step {self.heldout[1]:,})" if self.heldout else ""
+        heldout = ""
+        if self.heldout:
+            loss_there, at, of = self.heldout
+            heldout = f"  (held-out {loss_there:.3f}{of} at step {at:,})"
         rate = "none yet"
         if self.tokens_per_second:
             rate = f"{self.tokens_per_second:,.0f} tokens/s"
@@ -70,7 +73,8 @@ def read(folder: Path, *, running: bool | None = None) -> Status:
     train = _section(folder, config, "train", TrainSettings)
     records = tail(folder / "metrics.jsonl")
     last: dict[str, Any] = records[-1] if records else {}
-    heldout = next(((r["heldout_loss"], r["step"]) for r in reversed(records) if r.get("heldout_loss")), None)
+    evaluated = (r for r in reversed(records) if r.get("heldout_loss"))
+    heldout = next(((r["heldout_loss"], r["step"], of_tokens(r)) for r in evaluated), None)
     attempt = [r for r in records[-_RATE_STEPS - 1 :] if r.get("attempt") == last.get("attempt")]
     rate = last.get("tokens_per_second")
     if len(attempt) > 1 and attempt[-1]["time"] > attempt[0]["time"]:

@@ -51,16 +51,17 @@ def parent(job: dict[str, Any]) -> str:
     return str(trainer.hooks.of(Checkpoints).save())
 
 
-def trained(job: dict[str, Any], stop: int | None = None) -> dict[str, float]:
+def trained(job: dict[str, Any], stop: int | None = None) -> dict[str, tuple[float, float]]:
     """Trains, as far as a checkpoint after `stop` steps; the loss on each source by a plain loop where the model is
-    whole."""
+    whole: on all windows, and on every other."""
     trainer = build(job)
     if stop is not None:
         trainer.progress.settings = replace(trainer.progress.settings, steps=stop)
     trainer.fit()
     if job["config"].cluster.workers > 1:
         return {}
-    return {name: plain(trainer, windows) for name, windows in trainer.batches.heldout_by_source().items()}
+    held = trainer.batches.heldout_by_source()
+    return {name: (plain(trainer, windows), plain(trainer, windows[::2])) for name, windows in held.items()}
 
 
 def plain(trainer: Any, windows: list[Any]) -> float:
@@ -76,7 +77,8 @@ def plain(trainer: Any, windows: list[Any]) -> float:
     return nats / asked
 
 
-SHORT = ["train.steps=4", "train.evaluate_every=384", "precision=fp64", "tracking=none"]
+# Evaluations before the end read two of four windows of each source.
+SHORT = ["train.steps=4", "train.evaluate_every=384", "train.evaluate_tokens=384", "precision=fp64", "tracking=none"]
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +96,19 @@ def test_what_is_forgotten_and_learnt_is_that_of_a_plain_loop_on_every_layout(ru
         by_hand, *_ = run(workers, trained, job)
         found[workers] = records(place / f"child-{workers}" / "metrics.jsonl")
         if workers == 1:
-            last = found[1][-1]["heldout"]
-            assert {name: means["loss"] for name, means in last.items()} == pytest.approx(by_hand, rel=1e-12)
+            last = found[1][-1]
+            for name, (whole, part) in by_hand.items():
+                assert last["heldout"][name]["loss"] == pytest.approx(whole, rel=1e-12)
+                assert last["heldout_part"]["heldout"][name]["loss"] == pytest.approx(part, rel=1e-12)
+                assert abs(whole - part) > 1e-3
     one, three = found[1], found[3]
     assert [r["step"] for r in one] == [0, 1, 2, 3, 4] and "loss" not in one[0]
-    first = {name: means["loss"] for name, means in one[0]["heldout"].items()}
+    assert [r["heldout_tokens"] for r in one] == [768, 384, 384, 384, 768]
+    assert [r.get("heldout_part", {}).get("tokens") for r in one] == [384, None, None, None, 384]
     for r, other in zip(one, three, strict=True):
         now = {name: means["loss"] for name, means in r["heldout"].items()}
+        before = one[0] if r["heldout_tokens"] == 768 else one[0]["heldout_part"]
+        first = {name: means["loss"] for name, means in before["heldout"].items()}
         assert r["forgetting"] == {"old": now["old"] - first["old"]}
         assert r["adaptation"] == {"new": first["new"] - now["new"]}
         for name in ("old", "new"):
@@ -117,7 +125,11 @@ def test_a_resumed_run_measures_from_its_first_beginning(run, place: Path, weigh
     run(1, trained, order(place, "through", *more, init_from=weights))
     halted, through = (records(place / name / "metrics.jsonl") for name in ("halted", "through"))
     assert [r["step"] for r in halted] == [0, 1, 2, 3, 4] and {r["attempt"] for r in halted} == {1, 2}
-    assert [r["forgetting"] for r in halted] == [r["forgetting"] for r in through]
+    for one, other in zip(halted, through, strict=True):
+        if one["step"] == 2:  # the end of the first: all is read, the part beside
+            assert one["heldout_part"]["loss"] == other["heldout_loss"] and one["heldout_tokens"] == 768
+        else:
+            assert one["forgetting"] == other["forgetting"] and one["heldout_loss"] == other["heldout_loss"]
 
 
 def test_a_run_from_nothing_forgets_nothing(run, place: Path) -> None:

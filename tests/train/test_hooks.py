@@ -361,12 +361,12 @@ def test_the_tracker_hears_of_a_failure_and_its_own_is_not_raised(tmp_path: Path
 
 def test_evaluations_come_when_due_and_at_the_end_and_not_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = Heldout(Means(2.0, 0.5), {"old": Means(2.0, 0.5)})
-    monkeypatch.setattr("train.evaluation.heldout.heldout", lambda *given: scores)
+    monkeypatch.setattr("train.evaluation.heldout.heldout", lambda *given, **more: scores)
     progress, logged = TrainProgress(settings(4, evaluate_every=30), State()), []
     sequence = SimpleNamespace(starts=np.ones(2, dtype=bool), counted=np.ones(2, dtype=bool))
     batches = SimpleNamespace(sides={"old": True}, batch=lambda seed, step, skips: [sequence])
     parts: dict[str, Any] = {"executor": None, "plan": None, "phases": PhaseTimes(), "seed": 0, "batches": batches}
-    evaluation = Evaluation(progress=progress, log=logged.append, replays=True, bytes_per_target=2.0, **parts)
+    evaluation = Evaluation(progress=progress, log=logged.append, replays=True, bytes_per_target=(2.0, 1.0), **parts)
     evaluation.before_run()
     assert logged[0]["forgetting"] == {"old": 0.0} and logged[0]["step"] == 0 and evaluation.state() == {"old": 2.0}
     assert logged[0]["heldout_bits_per_byte"] == pytest.approx(1 / math.log(2))

@@ -1,7 +1,7 @@
 """The held-out documents of a run, whole or as far as they are read, source by source."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,12 +78,13 @@ def spelled(tokenizer: Any, sequence: Packed) -> int:
     return size
 
 
-def bytes_per_target(batches: Any) -> float | None:
-    """Returns how many bytes of text a held-out target is, on average; None of tokens that spell no text."""
+def bytes_per_target(batches: Any, windows: Sequence[Any] | None = None) -> float | None:
+    """Returns how many bytes of text a target of these held-out windows is, by default of all, on average; None of
+    tokens that spell no text."""
     tokenizer = batches.tokenizer
     if not hasattr(tokenizer, "decode") or isinstance(tokenizer, Given) or batches.chance is not None:
         return None
-    windows, marks = batches.heldout(), [NO_TARGET, *roles_of(tokenizer).marks]
+    windows, marks = batches.heldout() if windows is None else windows, [NO_TARGET, *roles_of(tokenizer).marks]
     targets = sum(int(np.count_nonzero(~np.isin(window.targets, marks))) for window in windows)
     return sum(spelled(tokenizer, window) for window in windows) / max(targets, 1) or None
 

@@ -12,7 +12,7 @@ from train.state import TrainProgress
 from train.tracking.tracker import Tracker
 
 ABOUT = ("heldout", "forgetting", "adaptation")  # how keys begin that a summary takes from the last record
-SCORES = ("heldout_loss", "heldout_accuracy", "heldout")  # those that it takes from the last evaluation
+SCORES = ("heldout_loss", "heldout_accuracy", "heldout_tokens", "heldout")  # that it takes from the last evaluation
 
 
 class Recording(Hook):

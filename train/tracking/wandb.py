@@ -88,10 +88,8 @@ class WandB:
         known = reading.text(id_file, 1 << 10).strip() if id_file.exists() else ""
         run_id = known if re.fullmatch(r"[\w-]{1,64}", known) else secrets.token_hex(4)  # it becomes a folder's name
         id_file.write_text(run_id + "\n")
-        reached = [
-            record["heldout_loss"] for record in records(run_dir / "metrics.jsonl") if record.get("heldout_loss")
-        ]
-        self._best = min(reached, default=None)
+        reached = (_comparable(record) for record in records(run_dir / "metrics.jsonl"))
+        self._best = min((loss for loss in reached if loss), default=None)
         self._say(self._begin(mode_of(self._options.mode), run_id))
         self._use_parent()
 
@@ -104,10 +102,10 @@ class WandB:
         if self._options.histograms:
             panels |= {name: wandb.Histogram(np_histogram=bins) for name, bins in histograms(record).items()}
         self._run.log(panels, step=line + self._shift, commit=True)
-        loss = record.get("heldout_loss")
+        loss = _comparable(record)
         if loss is not None and (self._best is None or loss <= self._best):
             self._best = loss
-            columns = ("step", "tokens", "heldout_loss", "heldout_bits_per_byte", "heldout_accuracy")
+            columns = ("step", "tokens", "heldout_loss", "heldout_tokens", "heldout_bits_per_byte", "heldout_accuracy")
             self._run.summary.update({f"best/{key}": record[key] for key in columns if key in record})
 
     def checkpoint(self, path: Path, facts: dict[str, Any]) -> None:
@@ -241,3 +239,9 @@ def _teardown() -> None:
 
     with contextlib.suppress(Exception, SystemExit):
         within(10, wandb.teardown)
+
+
+def _comparable(record: dict[str, Any]) -> float | None:
+    """Returns the held-out loss on what every evaluation of the run reads: an evaluation of more has it beside."""
+    part = record.get("heldout_part")
+    return part.get("loss") if isinstance(part, dict) else record.get("heldout_loss")
