@@ -233,6 +233,7 @@ def _rollback(parts: _Parts, hooks: Hooks, *, split: tuple[int, int]) -> Rollbac
         split=split,
         load=hooks.of(Checkpoints).go_back,
         tell=tell,
+        settle=hooks.of(Checkpoints).settle,
     )
 
 

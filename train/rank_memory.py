@@ -86,6 +86,14 @@ class MemoryModel:
         parameters = sum(p.numel() for p in self.whole.parameters())
         return averages + moments(self.config.optimizer.build(), self.build()) / parameters
 
+    @property
+    def copies(self) -> int:
+        """Of weights and optimizer state in a rank's memory: two where checkpoints are written beside training on a
+        CPU."""
+        train = self.config.train
+        beside = train.checkpoint_async and (train.checkpoint_every or train.total_tokens) < train.total_tokens
+        return 2 if beside and self.device == "cpu" else 1
+
     @cached_property
     def asks(self) -> tuple[Ask, ...]:
         return asked(self.whole, device=self.device)
@@ -127,7 +135,7 @@ class MemoryModel:
             head=loss,
             root=root,
             entering=-(-layout.tokens // mesh.tensor) * self.whole.dim * self.compute.itemsize,
-            states=(sum(each.shard for each in layers) + root_shard) * (1 + self.beside),
+            states=(sum(each.shard for each in layers) + root_shard) * (1 + self.beside) * self.copies,
             alone=mesh.data * mesh.expert * mesh.sequence == 1,
             reshard=self.config.engine.get("reshard_after_forward", True),
             whole=self._halves(mesh),

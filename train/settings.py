@@ -105,10 +105,11 @@ class TrainSettings:
     weights of a checkpoint that init_from loads; raw: the trained ones; average: their average. evaluate_every: tokens
     between two evaluations of the held-out loss; null for one, at the end. evaluate_tokens: held-out tokens that an
     evaluation before the end reads, about, the same each time; the one at the end reads all of data.heldout_tokens;
-    null for all of them each time. checkpoint_every: tokens between two
-    checkpoints; null for one, at the end, which a stopped run writes too. keep: number of the newest checkpoints that
-    stay on disk. mfu: record model FLOP/s, and their share of the devices' rate of matmuls; rank 0 counts and measures
-    them for a second or two before the first step.
+    null for all of them each time. checkpoint_every: tokens between two checkpoints; null for one, at the end, which a
+    stopped run writes too. checkpoint_async: write those before the end beside training, from a copy of weights and
+    optimizer state that each rank makes; false saves the copy's memory, and training waits. keep: number of the newest
+    checkpoints that stay on disk. mfu: record model FLOP/s, and their share of the devices' rate of matmuls; rank 0
+    counts and measures them for a second or two before the first step.
     """
 
     tokens: int = 1_000_000
@@ -131,6 +132,7 @@ class TrainSettings:
     evaluate_every: int | None = None
     evaluate_tokens: int | None = None
     checkpoint_every: int | None = None
+    checkpoint_async: bool = True
     keep: int = 2
     mfu: bool = True
 

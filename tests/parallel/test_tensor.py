@@ -38,7 +38,7 @@ from tests.parallel.test_mixers import BUILDS
 from tests.parallel.test_parity import BATCH, static
 from tests.parity import TOLERANCE, VOCABULARY, differences, logical, mixer_model, small_model, spread, truth
 from tests.world import run_world
-from train.checkpoints import checkpoint
+from train.checkpoints import checkpoint, saving
 from train.metrics.width_trace import of_step
 from train.optim import Muon
 from train.optim.build import build_optimizer
@@ -251,7 +251,7 @@ def travelled(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]
             checkpoint.load(path, model, optimizer)
         states.append(state_of(model, optimizer))
         if mesh != meshes[-1]:
-            path = checkpoint.save(folder, model, optimizer, {"step": step + 1}, keep=9)
+            path = saving.save(folder, model, optimizer, {"step": step + 1}, keep=9)
     return norms, states
 
 

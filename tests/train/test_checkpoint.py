@@ -12,7 +12,8 @@ import torch.distributed as dist
 from tests.jobs import order
 from tests.train.test_invariance import PRECISION, TOLERANCE
 from train.build import build
-from train.checkpoints import checkpoint
+from train.checkpoints import checkpoint, saving
+from train.checkpoints.disk import checksum
 from train.checkpoints.hook import Checkpoints
 
 BEFORE = 4
@@ -67,7 +68,7 @@ def fake(folder: Path, step: int, **change) -> Path:
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(b"x" * 1000)
     facts = {"format": checkpoint.FORMAT, "step": step, "model": {"a": [[2, 3], "float32"], "b": [[4], "float32"]}}
-    files = {"__0_0.distcp": list(checkpoint._checksum(path / "__0_0.distcp"))}
+    files = {"__0_0.distcp": list(checksum(path / "__0_0.distcp"))}
     (path / checkpoint.MANIFEST).write_text(json.dumps({**facts, "files": files, **change}))
     return path
 
@@ -144,11 +145,11 @@ def on_a_full_disk(folder: Path, rank_without_room: int, most: int) -> tuple[str
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 200)).sum().backward()
     optimizer.step()
-    checkpoint.save(folder, model, optimizer, {"step": 1}, keep=2)
+    saving.save(folder, model, optimizer, {"step": 1}, keep=2)
     if dist.get_rank() == rank_without_room:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
-        checkpoint.save(folder, model, optimizer, {"step": 2}, keep=2)
+        saving.save(folder, model, optimizer, {"step": 2}, keep=2)
     except Exception as error:
         told = type(error).__name__, str(error)
     else:

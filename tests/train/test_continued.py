@@ -11,7 +11,7 @@ from torch.optim import AdamW
 
 from tests.jobs import order
 from train.build import build
-from train.checkpoints import checkpoint
+from train.checkpoints import checkpoint, saving
 from train.checkpoints.hook import Checkpoints
 from train.optim import carry_over
 
@@ -86,7 +86,7 @@ def taken_over(folder: Path) -> tuple[bool, list, dict[str, list]]:
     for n in range(3):
         model.second(model.first(torch.full((2, 4), n + 1.0)).relu()).sum().backward()
         parent.step()
-    path = checkpoint.save(folder, model, parent, {"step": 3}, keep=1)
+    path = saving.save(folder, model, parent, {"step": 3}, keep=1)
     found = {}
     for kind in ("keep", "reset_mean", "reset_moments"):
         other = Small()

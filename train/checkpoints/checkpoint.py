@@ -6,15 +6,12 @@ is used. Tensors are saved by torch's distributed checkpoint: any world size loa
 """
 
 import json
-import os
 import re
 import shutil
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -32,11 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from data import reading
-from parallel.collectives import Comm
 from parallel.parallelize import parameter_name
 from parallel.tensor import Division, division_of
 from train.checkpoints import stored
-from train.checkpoints.disk import DiskError, no_room
+from train.checkpoints.disk import checksum, write_text
 from train.checkpoints.hf_reader import Published, PublishedReader, is_folder
 from train.checkpoints.pieces import logical
 from train.checkpoints.stored import METADATA, DamagedError
@@ -48,101 +44,10 @@ MANIFEST, FORMAT = "manifest.json", 1
 ASIDE = ".aside"  # behind the name of a checkpoint that a run has turned away from: nothing reads it
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    facts: dict[str, Any],
-    *,
-    keep: int,
-    companions: Sequence[Path] = (),
-    parts: dict[str, Any] | None = None,
-    pipeline: Comm | None = None,
-) -> Path:
-    """Writes `folder/step-N` from every rank and keeps the newest `keep`. Returns its path. Collective.
-
-    companions: files that travel with it, so that it is of use without its run: configuration, tokenizer, corpus card.
-    parts: tensors beside those of the model and the optimizer, by name. pipeline: the ranks that have other layers.
-    """
-    final = folder / f"step-{facts['step']}"
-    aside = final.with_suffix(".partial")
-    first = dist.get_rank() == 0
-    try:
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            for companion in companions:
-                shutil.copyfile(companion, aside / companion.name)
-        dist.barrier()
-        files = _write_tensors(aside, model, optimizer, parts or {}, [companion.name for companion in companions])
-        tensors = _tensors(model, pipeline)
-        if first:
-            manifest = {"format": FORMAT, **facts, "model": tensors, "files": files}
-            _write(aside / MANIFEST, json.dumps(manifest, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            _sync_folder(folder)
-            prune(folder, facts["step"], keep=keep)
-    except BaseException as error:  # CheckpointException is no Exception
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-        if (full := no_room(error)) is None:
-            raise
-        raise DiskError(f"{final.name} cannot be saved in {folder}: {full}") from error
-    dist.barrier()
-    return final
-
-
-def _tensors(model: nn.Module, pipeline: Comm | None) -> dict[str, Any]:
-    """Returns the shape and the dtype of every parameter, those of other stages included. Collective."""
-    whole = division_of(model)
-    shapes = {} if whole is None else {name: piece.shape for name, piece in whole.pieces.items()}
-    own = {
-        (name := parameter_name(n)): [
-            list(shapes.get(name, getattr(p, "ds_shape", p.shape))),  # that of a parameter which DeepSpeed has cut
-            str(p.dtype).removeprefix("torch."),
-        ]
-        for n, p in model.named_parameters()
-    }
-    if pipeline is None:
-        return own
-    ranks: list[dict[str, Any]] = [{} for _ in pipeline.ranks]
-    dist.all_gather_object(ranks, own, group=pipeline.group)
-    return {name: tensor for rank in ranks for name, tensor in rank.items()}
-
-
-def _write_tensors(
-    aside: Path, model: nn.Module, optimizer: Optimizer, parts: dict[str, Any], names: list[str]
-) -> dict[str, Any]:
-    """Writes this rank's part, and returns what the manifest says of all ranks' files. Collective.
-
-    Raises on every rank what any of them has met.
-    """
-    if isinstance(optimizer, EngineOptimizer):
-        state = optimizer.named_state()
-    else:
-        weights, moments = get_state_dict(model, optimizer)  # settings, no tensors, are the run's own: never read again
-        state = {"model": weights, "optimizer": {"state": moments["state"]}}
-    planner = stored.TensorSavePlanner(division_of(model))
-    dcp.save({**state, **parts}, checkpoint_id=str(aside), planner=planner)
-    rank = dist.get_rank()
-    own = {METADATA, *names} if rank == 0 else set()
-    mine = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or p.name in own]
-    sums: list[Any] = [None] * dist.get_world_size()
-    try:
-        checksums: Any = {p.name: _checksum(p, sync=True) for p in mine}
-    except OSError as error:  # a disk may tell only now that it is full
-        checksums = error
-    dist.all_gather_object(sums, checksums)
-    if failed := [part for part in sums if isinstance(part, OSError)]:
-        raise failed[0]
-    return {name: value for part in sums for name, value in part.items()}
-
-
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Writes the manifest of a checkpoint whose files are all there, written by one process."""
-    files = {p.name: _checksum(p, sync=True) for p in sorted(checkpoint.iterdir())}
-    _write(checkpoint / MANIFEST, json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
+    files = {p.name: checksum(p, sync=True) for p in sorted(checkpoint.iterdir())}
+    write_text(checkpoint / MANIFEST, json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
 
 
 def prune(folder: Path, step: int, *, keep: int) -> None:
@@ -333,7 +238,7 @@ def verify(checkpoint: Path) -> None:
             raise DamagedError(f"{name} is missing" if missing else f"its manifest {error}") from None
         if bytes_stored != size:
             raise DamagedError(f"{name} has {bytes_stored:,} of {size:,} bytes")
-        if _checksum(checkpoint / name)[1] != crc:
+        if checksum(checkpoint / name)[1] != crc:
             raise DamagedError(f"{name} has been altered")
     if METADATA in facts["files"]:
         _check_pieces(facts, stored.metadata(checkpoint))
@@ -367,29 +272,3 @@ def first_difference(checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> st
 def step_of(checkpoint: Path) -> int:
     """The step of a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _checksum(path: Path, *, sync: bool = False) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file; with `sync`, after it has reached the disk."""
-    crc, size = 0, 0
-    with path.open("rb+") if sync else reading.opened(path) as file:
-        if sync:
-            os.fsync(file.fileno())
-        while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return size, crc
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -30,7 +30,7 @@ class Rollback:
     """Passes over batches, and takes a run back to a checkpoint.
 
     split: data groups, and ranks of a sequence. load: fills everything from a checkpoint and returns its manifest.
-    tell: takes a line for people; silent but on rank 0.
+    tell: takes a line for people; silent but on rank 0. settle: waits for a checkpoint that is being written.
     """
 
     run_dir: Path
@@ -44,6 +44,7 @@ class Rollback:
     split: tuple[int, int]
     load: Callable[[Path], dict[str, Any]]
     tell: Callable[[str], None]
+    settle: Callable[[], None] = lambda: None
 
     def skip(self, plan: Plan, batch: Any, windows: Any, loss: float, norm: float, rate: float) -> Record:
         """Passes over the batch of a step that was held back, and returns the step's record. Collective.
@@ -93,6 +94,7 @@ class Rollback:
             raise FloatingPointError(
                 f"{many}, and the run went back {state.rollbacks} times: step {state.step} is its end"
             )
+        self.settle()
         begin = next(begin for begin, end in state.skipped if end > max(place - own.window, state.since))
         good: list[Any] = [self._good(begin) if self.groups.first else None]
         dist.broadcast_object_list(good)
