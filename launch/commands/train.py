@@ -3,19 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from launch.config.compose import composed
 from launch.errors import UserError
 from launch.preflight.configure import configure
-from launch.run import status
-from launch.runner.attempts import await_lock
-from launch.runner.dispatch import run
 from launch.runner.result import NOTHING_WRITTEN
 
 
 def train(overrides: list[str]) -> int:
     """Runs a job from its overrides. Returns the exit code. Raises UserError before any process is started."""
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
         settled = automatic(overrides, lambda line: console.print(line, markup=False))
@@ -31,6 +28,8 @@ def train(overrides: list[str]) -> int:
     except KeyboardInterrupt:
         console.print(NOTHING_WRITTEN, markup=False)
         return 0
+    from launch.runner.dispatch import run  # what starts processes is imported when there is something to start
+
     return run(config, console).code
 
 
@@ -46,6 +45,9 @@ def automatic(overrides: list[str], say: Callable[[str], None]) -> list[str] | N
     given = next((override for override in reversed(others) if override.startswith("run.dir=")), None)
     if given is None or (given_folder := composed(others).run.dir) is None:
         raise UserError("resume=auto: needs run.dir, the folder of the run, there or not")
+    from launch.run import status
+    from launch.runner.attempts import await_lock
+
     folder = Path(given_folder).expanduser()
     await_lock(folder, say)
     if not (folder / "config.yaml").exists():

@@ -21,7 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.config import files
+from launch.config import choices, files
 from launch.config.files import CONF, groups
 from launch.config.validate import (
     LISTS,
@@ -38,7 +38,7 @@ from launch.config.validate import (
 from launch.errors import UserError
 from launch.paths import at_home
 from launch.shell import override, quote
-from train.renamed import with_canonical_names
+from train.renamed import canonical, with_canonical_names
 from train.run_config import RunConfig
 
 __all__ = ["CONF", "checked", "composed", "fields", "groups"]
@@ -259,6 +259,8 @@ def _is_known(key: str, read: list[ParsedOverride]) -> bool:
         constructor = SECTIONS.get(part) if constructor is None else hints_of(constructor).get(part)
     given = {each.name: each.parts.value() for each in read}
     target = given.get(f"{parent}._target_") or (node.get("_target_") if isinstance(node, dict) else None)
+    if isinstance(target, str) and (keys := choices.parameters(canonical(target))):  # an import may load torch
+        return name in keys
     if target is not None:
         constructor = class_of(f"{parent}._target_", target)
     return isinstance(constructor, type) and name in parameters_of(constructor)[0]

@@ -150,6 +150,18 @@ def test_it_answers_at_once_and_imports_neither_torch_nor_hydra():
     assert "model.dim=" in said and said.endswith("[] 0\n"), said
 
 
+def test_a_mistyped_key_is_refused_without_torch():
+    code = (
+        "import sys; from launch.cli import main; codes = [main(['train', key]) for key in sys.argv[1:]];"
+        "print([m for m in ('torch', 'ray', 'scipy') if m in sys.modules], codes)"
+    )
+    keys = ["model.dimm=3", "train.tokns=1", "optimizer.lrr=1", "model.blocks.gla.mixer.heds=2", "nodel.dim=3"]
+    done = subprocess.run([sys.executable, "-c", code, *keys], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"[] {[2] * len(keys)}\n", done.stdout
+    nearest = ["model.dim", "train.tokens", "optimizer.lr", "model.blocks.gla.mixer.heads", "model.dim"]
+    assert [line.rpartition("nearest: ")[2] for line in done.stderr.splitlines()] == nearest
+
+
 def test_checking_a_run_imports_nothing_that_only_its_workers_need(tmp_path):
     code = (
         "import sys; from launch.preflight.check import check_run; from launch.preflight.configure import configure;"
