@@ -79,6 +79,12 @@ def test_a_plain_line_says_it_all(tmp_path: Path) -> None:
     ]
 
 
+def test_a_held_out_loss_is_of_so_many_tokens(tmp_path: Path) -> None:
+    run = Watched(tmp_path)
+    run.write(line(12, heldout_loss=2.9, heldout_accuracy=0.25, heldout_tokens=16384))
+    assert "  held-out 2.900 (25.0% right) of 16,384 tokens  " in run.tick()
+
+
 def test_a_mixture_says_the_loss_on_each_source(tmp_path: Path) -> None:
     run = Watched(tmp_path)
     by_source = {"old": {"loss": 2.4, "accuracy": 0.3}, "new": {"loss": None, "accuracy": None}}

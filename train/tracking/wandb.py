@@ -88,7 +88,7 @@ class WandB:
         known = reading.text(id_file, 1 << 10).strip() if id_file.exists() else ""
         run_id = known if re.fullmatch(r"[\w-]{1,64}", known) else secrets.token_hex(4)  # it becomes a folder's name
         id_file.write_text(run_id + "\n")
-        reached = (_comparable(record) for record in records(run_dir / "metrics.jsonl"))
+        reached = (comparable(record) for record in records(run_dir / "metrics.jsonl"))
         self._best = min((loss for loss in reached if loss), default=None)
         self._say(self._begin(mode_of(self._options.mode), run_id))
         self._use_parent()
@@ -102,7 +102,7 @@ class WandB:
         if self._options.histograms:
             panels |= {name: wandb.Histogram(np_histogram=bins) for name, bins in histograms(record).items()}
         self._run.log(panels, step=line + self._shift, commit=True)
-        loss = _comparable(record)
+        loss = comparable(record)
         if loss is not None and (self._best is None or loss <= self._best):
             self._best = loss
             columns = ("step", "tokens", "heldout_loss", "heldout_tokens", "heldout_bits_per_byte", "heldout_accuracy")
@@ -241,7 +241,7 @@ def _teardown() -> None:
         within(10, wandb.teardown)
 
 
-def _comparable(record: dict[str, Any]) -> float | None:
+def comparable(record: dict[str, Any]) -> float | None:
     """Returns the held-out loss on what every evaluation of the run reads: an evaluation of more has it beside."""
     part = record.get("heldout_part")
     return part.get("loss") if isinstance(part, dict) else record.get("heldout_loss")
