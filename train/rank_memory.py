@@ -88,8 +88,8 @@ class MemoryModel:
 
     @property
     def copies(self) -> int:
-        """Of weights and optimizer state in a rank's memory: two where checkpoints are written beside training on a
-        CPU."""
+        """The copies of weights and optimizer state in a rank's memory: two where checkpoints are written beside
+        training on a CPU."""
         train = self.config.train
         beside = train.checkpoint_async and (train.checkpoint_every or train.total_tokens) < train.total_tokens
         return 2 if beside and self.device == "cpu" else 1

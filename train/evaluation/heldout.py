@@ -60,14 +60,14 @@ class Heldout(NamedTuple):
         return {"heldout": by_source} if by_source else {}
 
 
-class Part(NamedTuple):
+class DividedWindows(NamedTuple):
     """The windows of a source that evaluations before the end read, and the rest."""
 
     read: list[Any]
     rest: list[Any]
 
 
-def divided(by_source: dict[str, list[Any]], tokens: int | None) -> dict[str, Part]:
+def divided(by_source: dict[str, list[Any]], tokens: int | None) -> dict[str, DividedWindows]:
     """Takes about `tokens` of the held-out windows, the same number of each source and evenly spread over it, at least
     one; all of them for None. It looks at nothing but the windows: the part is the same at any time, on any ranks."""
     parts = {}
@@ -75,7 +75,7 @@ def divided(by_source: dict[str, list[Any]], tokens: int | None) -> dict[str, Pa
         wanted = len(windows) if tokens is None else max(tokens // len(by_source) // len(windows[0].tokens), 1)
         count = min(wanted, len(windows))
         chosen = {i * len(windows) // count for i in range(count)}
-        parts[name] = Part(
+        parts[name] = DividedWindows(
             [window for i, window in enumerate(windows) if i in chosen],
             [window for i, window in enumerate(windows) if i not in chosen],
         )
