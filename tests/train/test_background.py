@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests.jobs import order
 from train.build import build
 from train.checkpoints import checkpoint, saving
-from train.checkpoints.background import Copies
+from train.checkpoints.background import StateCopies
 from train.checkpoints.disk import DiskError
 from train.checkpoints.hook import Checkpoints
 from train.checkpoints.pieces import stretch
@@ -122,7 +122,7 @@ def test_a_checkpoint_beside_training_has_the_bits_of_its_moment_and_fails_on_al
 def test_copies_use_their_memory_again_and_are_of_their_moment() -> None:
     flat = torch.arange(10.0)
     state = {"model": {"a": torch.ones(2, 3), "b": stretch((4, 4), 3, flat)}, "optimizer": {"step": torch.tensor(1.0)}}
-    copies = Copies()
+    copies = StateCopies()
     first = copies.of(state)
     boxes = {at: box.clone() for at, box in state["model"]["b"].logical.held.items()}
     place = first["model"]["a"].data_ptr()

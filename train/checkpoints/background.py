@@ -25,8 +25,8 @@ Write = Callable[[Contents, dist.ProcessGroup], Path]
 _LAST_S = 30.0  # that a failing rank waits for a checkpoint which is being written
 
 
-class Copies:
-    """Copies of state dicts on the CPU, in memory that is allocated once."""
+class StateCopies:
+    """StateCopies of state dicts on the CPU, in memory that is allocated once."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Any, ...], Any] = {}
@@ -73,7 +73,7 @@ class Background:
     """Writes checkpoints in a thread, one at a time. Its methods are collective but `abandon`."""
 
     def __init__(self) -> None:
-        self._copies = Copies()
+        self._copies = StateCopies()
         self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
@@ -85,7 +85,7 @@ class Background:
         return self._thread is not None
 
     def begin(self, held: Contents, write: Write) -> None:
-        """Copies the tensors, and has `write` make a checkpoint of the copy. None may be written at the moment."""
+        """StateCopies the tensors, and has `write` make a checkpoint of the copy. None may be written at the moment."""
         assert self._thread is None
         if self._groups is None:
             world = list(range(dist.get_world_size()))
