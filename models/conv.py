@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, fan_in, positive
-from models.kernels.conv import conv
+from models.kernels.conv import conv, conv_token
 from models.sequence import Sequence
 
 
@@ -34,7 +34,10 @@ class ShortConv(nn.Module):
         self.activation = activation
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
-        padded_BPD = torch.cat((seq.before(x_BTD, self.weight.shape[1] - 1, slot=slot), x_BTD), dim=1)
+        before_BPD = seq.before(x_BTD, self.weight.shape[1] - 1, slot=slot)
+        if seq.decoding:
+            return conv_token(before_BPD, x_BTD, self.weight, self.bias, silu=self.activation)
+        padded_BPD = torch.cat((before_BPD, x_BTD), dim=1)
         return conv(padded_BPD, self.weight.t().contiguous(), self.bias, seq.positions, silu=self.activation)
 
 

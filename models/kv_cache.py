@@ -54,35 +54,6 @@ class KVCache(NamedTuple):
         return KVCache(k, v, sinks)
 
 
-class Growing(KVCache):
-    """Keys and values of a text that is written token by token: room for more of them is made in steps, so that a token
-    does not cost a copy of all before it. Only one continuation may be written: a second would be into the same room.
-    """
-
-    room: tuple[Tensor, Tensor] | None = None
-
-    def joined(self, k_BTGK: Tensor, v_BTGV: Tensor) -> "KVCache":
-        length, more = self.k.shape[1], k_BTGK.shape[1]
-        room = self.room
-        if room is None or room[0].shape[1] < length + more:
-            spare = more + max(64, length // 4)
-            room = F.pad(self.k, [0, 0, 0, 0, 0, spare]), F.pad(self.v, [0, 0, 0, 0, 0, spare])
-        for held, new in zip(room, (k_BTGK, v_BTGV), strict=True):
-            held[:, length : length + more] = new
-        cache = Growing(room[0][:, : length + more], room[1][:, : length + more], self.sinks)
-        cache.room = room
-        return cache
-
-    def kept(self, pieces: list[list[Piece]], firsts: list[int] | None, window: int | None, sinks: int) -> "KVCache":
-        window_cache = super().kept(pieces, firsts, window, sinks)
-        if window_cache.sinks or self.room is None:
-            return window_cache
-        cut = self.k.shape[1] - window_cache.k.shape[1]
-        growing = Growing(*window_cache)
-        growing.room = self.room[0][:, cut:], self.room[1][:, cut:]
-        return growing
-
-
 def _rows(x_BLG: Tensor, begins: list[int], count: int) -> Tensor:
     """x[b, begins[b] : begins[b] + count] of each row, zeros where it ends before."""
     rows = [x[begin : begin + count] for x, begin in zip(x_BLG, begins, strict=True)]

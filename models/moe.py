@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.axes import declare, fan_in, positive
 from models.dispatch import Dispatch, Dispatched, Here, by_expert
 from models.ffn import SwiGLU
-from models.kernels.grouped_ffn import IN_TURN, grouped_linear, mixture
+from models.kernels.grouped_ffn import FEW, IN_TURN, grouped_linear, mixture, mixture_of_few
 from models.linear import Linear
 from models.router import BALANCES, ROUTERS, BalanceName, Router, RouterName, Routing, within_capacity
 from models.sequence import Sequence
@@ -59,6 +59,8 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         gate_up, down = (dispatch.held(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
         if isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
+            if len(x_ND) <= FEW and not torch.is_grad_enabled():
+                return mixture_of_few(x_ND, weights_NX, choices_NX, gate_up, down), beside()
             order, counts = by_expert(choices_NX, self.num_experts)
             sizes = counts.tolist()
             return mixture(x_ND, weights_NX, order[: sum(sizes)], sizes, gate_up, down), beside()
@@ -202,7 +204,7 @@ def balance(routings: dict[str, Routing], seq: Sequence, *, layers: int | None =
 
     layers: over how many the losses are means, where others have theirs elsewhere; None: over these.
     """
-    if not routings:
+    if not routings or seq.decoding:
         return Routed(torch.zeros((), device=seq.counted.device), {}, torch.zeros((), device=seq.counted.device), {})
     counted = seq.counted.unsqueeze(-1)
     with torch.no_grad():

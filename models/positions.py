@@ -18,8 +18,10 @@ from collections.abc import Sequence as Listed
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from models.decoding import TextRows
 from models.kernels.pieces import upload
 from models.precision import wide
 from models.sequence import DocumentKey, Sequence
@@ -48,6 +50,33 @@ class Positions(ABC):
         cos_BTR, sin_BTR = angle_BTR.cos(), angle_BTR.sin()
         return (cos_BTR, sin_BTR) if scale == 1.0 else (cos_BTR * scale, sin_BTR * scale)
 
+    def turned(self, q_BTHK: Tensor, k_BTGK: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        """Queries and keys rotated to their tokens' places."""
+        if isinstance(seq, TextRows):
+            q_BTHK, k_BTGK = self._turned_token(torch.cat((q_BTHK, k_BTGK), dim=2), seq).split(
+                (q_BTHK.shape[2], k_BTGK.shape[2]), dim=2
+            )
+            return q_BTHK, k_BTGK
+        rotation = self.rotation(seq, q_BTHK.shape[-1])
+        return turn(q_BTHK, *rotation), turn(k_BTGK, *rotation)
+
+    def _turned_token(self, x_B1HK: Tensor, seq: TextRows) -> Tensor:
+        """`turn` with as few operators as it takes; the factors are worked out once for all layers."""
+        head_dim, wider = x_B1HK.shape[-1], wide(x_B1HK)
+
+        def factors() -> tuple[Tensor, Tensor, Tensor]:
+            """cos, and sin with the sign of its half, of every channel, and the channel that each is turned with."""
+            cos, sin = (x.unsqueeze(2) for x in self.rotation(seq, head_dim))
+            half = cos.shape[-1]
+            rest = (0, head_dim - 2 * half)
+            at = torch.arange(head_dim, device=wider.device)
+            partner = torch.cat((at[half : 2 * half], at[:half], at[2 * half :]))
+            cos = F.pad(torch.cat((cos, cos), -1), rest, value=1.0).to(wider.dtype)
+            return cos, F.pad(torch.cat((-sin, sin), -1), rest).to(wider.dtype), partner
+
+        cos, sin, partner = seq.once((repr(self), head_dim, wider.dtype), factors)
+        return torch.addcmul(wider * cos, wider.index_select(-1, partner), sin).to(x_B1HK.dtype)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
 
@@ -57,6 +86,9 @@ class NoPE(Positions):
 
     def frequencies(self, head_dim: int) -> tuple[Tensor, float]:
         return torch.empty(0, dtype=torch.float64, device="cpu"), 1.0
+
+    def turned(self, q_BTHK: Tensor, k_BTGK: Tensor, seq: Sequence) -> tuple[Tensor, Tensor]:
+        return q_BTHK, k_BTGK
 
 
 class RoPE(Positions):

@@ -51,6 +51,7 @@ from torch import Tensor
 from models.kernels import lightnet, mlstm
 from models.kernels.chunking import Begun, Effect
 from models.kernels.complex_decay import rotor, wrap
+from models.kernels.recurrent import STEPS
 from models.kernels.registry import kernel
 from models.kernels.token_tiles import Slices, Stretches
 
@@ -79,6 +80,18 @@ class Recurrence(ABC):
         if self.stretch is not None and starts.shape[1] > self.stretch:
             return Stretches(self, xs, starts, self.stretch)
         return kernel(self.rule, *xs)(*xs, *self.shared, starts=starts, scale=self.scale)
+
+    def step(self, *xs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The outputs [B, 1, ...] of one token a row, xs [B, 1, ...], and the state after it; no gradient is known.
+
+        The state that is given may be overwritten. A rule without a step in `models.kernels.recurrent` runs as a span.
+        """
+        single = STEPS.get(self.rule)
+        if single is None or state is None:
+            begun = self.begin(*xs, starts=torch.zeros(xs[0].shape[:2], dtype=torch.bool, device=xs[0].device))
+            return begun.finish(state), self.act(begun.effect, state)
+        out, state = single(*(x[:, 0] for x in xs), *self.shared, state=state, scale=self.scale)
+        return out.unsqueeze(1), state
 
     @abstractmethod
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:

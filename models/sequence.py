@@ -12,7 +12,7 @@ independent packed sequences; in `Spread` they are the spans that this rank hold
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class Sequence(Protocol):
     identities: list[DocumentKey] | None  # of each document, in training; None where nothing is to be random
     firsts: tuple[int, ...] | None  # the document of each span's first token, where the host knows it
     shapes: tuple[tuple[int, int], ...]  # (B, T) of every device that computes at the same time; () where it is alone
+
+    @property
+    def decoding(self) -> bool:
+        """True for one token a row, the next of a text: `before` has nothing of others, nothing is differentiated."""
+        ...
 
     @property
     def pieces(self) -> list[list[Piece]]:
@@ -141,6 +146,8 @@ class Tokens:
     memory: Memory | None = None
     firsts: tuple[int, ...] | None = None
     shapes: tuple[tuple[int, int], ...] = ()
+
+    decoding: ClassVar[bool] = False  # `models.decoding` answers then
 
     @cached_property
     def starts(self) -> Tensor:

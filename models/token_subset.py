@@ -50,6 +50,11 @@ class TokenChoice:
         """[B, T, ...] -> [B, R, ...]."""
         return x.gather(1, self.indices.view(*self.indices.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
+    def only(self, after: Tensor, before: Tensor) -> Tensor:
+        """Of two tensors [B, ...] the first in rows of which a token is taken, the second in the others."""
+        taken = torch.tensor(self.counts, device=after.device) > 0
+        return torch.where(taken.view(-1, *(1,) * (after.dim() - 1)), after, before)
+
     def add(self, y_BTD: Tensor, x_BRD: Tensor) -> Tensor:
         """y with the taken tokens' x added to them."""
         B, T, _ = y_BTD.shape
@@ -119,6 +124,12 @@ class Picked(Recurrence):
     def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
         return RaggedSpans(self.inner, self.choice, xs, starts)
 
+    def step(self, *xs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if state is None:
+            return super().step(*xs, state=None)
+        out, after = self.inner.step(*xs, state=state.clone())
+        return out, self.choice.only(after, state)
+
     def multiply(self, then: Tensor, first: Tensor) -> Tensor:
         product: Tensor = self.inner.multiply(then, first)
         return product
@@ -161,6 +172,13 @@ class Tail(Dense):
     def begin(self, *xs: Tensor, starts: Tensor) -> Begun:
         return Moved(xs[0], self.counts, self.width)
 
+    def step(self, *xs: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if state is None:
+            return super().step(*xs, state=None)
+        moved = torch.cat((state[:, :, 1:], wide(xs[0]).unsqueeze(1)), dim=2)
+        taken = torch.tensor(self.counts, device=state.device).view(-1, 1, 1, 1) > 0
+        return state[:, 0].to(xs[0].dtype), torch.where(taken, moved, state)
+
 
 @dataclass
 class TokenSubset:
@@ -175,6 +193,7 @@ class TokenSubset:
         self.num_documents: int = self.seq.num_documents
         self.identities: list[DocumentKey] | None = self.seq.identities
         self.firsts: tuple[int, ...] | None = None  # a document may have none of the tokens
+        self.decoding: bool = self.seq.decoding
 
     @cached_property
     def starts(self) -> Tensor:

@@ -80,6 +80,18 @@ def conv(x_BPD: Tensor, taps_WD: Tensor, bias_D: Tensor | None, positions_BT: Te
     return _Conv.apply(x_BPD, wide(taps_WD), None if bias_D is None else wide(bias_D), positions_BT, silu)
 
 
+def conv_token(before_BWD: Tensor, x_B1D: Tensor, weight_DW: Tensor, bias_D: Tensor | None, *, silu: bool) -> Tensor:
+    """The same for one token [B, 1, D], W - 1 inputs behind which there is nothing of another document: zeros stand
+    for what is not. weight: tap j in column j. Without a gradient."""
+    taps_WD = wide(weight_DW).t()
+    y_BD = wide(x_B1D[:, 0]) * taps_WD[0]
+    for j, x_BD in enumerate(reversed(wide(before_BWD).unbind(1)), start=1):
+        y_BD.addcmul_(x_BD, taps_WD[j])
+    if bias_D is not None:
+        y_BD.add_(wide(bias_D))
+    return (F.silu(y_BD, inplace=True) if silu else y_BD).to(x_B1D.dtype).unsqueeze(1)
+
+
 def _tile(x_BPD: Tensor, taps_WD: Tensor, bias_D: Tensor | None, tile: _Tile) -> Tensor:
     """The pre-activation [B, N, D] of a tile."""
     width = len(taps_WD)

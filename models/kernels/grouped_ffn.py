@@ -22,6 +22,7 @@ from models.recompute import kept
 
 FUSED = (torch.float32, torch.bfloat16)
 ALIGNED = 16  # bytes, of a row that the fused operator takes
+FEW = 32  # tokens that `mixture_of_few` takes: more of them ask for every expert
 IN_TURN = {("cpu", torch.float32), ("cpu", torch.float64)}  # where `mixture` is faster; bf16 is converted
 
 
@@ -52,6 +53,34 @@ def mixture(
     beside W3. down [E, H, D]. weights may be wider than x.
     """
     return _Mixture.apply(x_ND, weights_NX, order_M, sizes, gate_up_EDH, down_EHD)
+
+
+def mixture_of_few(
+    x_ND: Tensor, weights_NX: Tensor, choices_NX: Tensor, gate_up_EDH: Tensor, down_EHD: Tensor
+) -> Tensor:
+    """`mixture` for a handful of tokens and no gradient: only experts that have some are looked at, and what lies
+    between the two products is one pass over all rows. A choice of E is of no expert."""
+    E = len(gate_up_EDH)
+    chosen = sorted((e, at) for at, e in enumerate(choices_NX.flatten().tolist()) if e < E)
+    order_M = torch.tensor([at for _, at in chosen], dtype=torch.int64, device=x_ND.device)
+    token_M = order_M // choices_NX.shape[1]
+    x_MD = x_ND.index_select(0, token_M)
+    inner_MH, y_MD = x_ND.new_empty(len(chosen), gate_up_EDH.shape[2]), torch.empty_like(x_MD)
+    rows = [slice(begin, begin + count) for begin, count in _runs([e for e, _ in chosen])]
+    experts = [chosen[row.start][0] for row in rows]
+    for e, row in zip(experts, rows, strict=True):
+        torch.mm(x_MD[row], gate_up_EDH[e], out=inner_MH[row])
+    gate_MH, up_MH = wide(inner_MH).chunk(2, dim=-1)
+    hidden_MH = F.silu(gate_MH).mul_(up_MH).mul_(weights_NX.flatten()[order_M].unsqueeze(-1)).to(x_ND.dtype)
+    for e, row in zip(experts, rows, strict=True):
+        torch.mm(hidden_MH[row], down_EHD[e], out=y_MD[row])
+    return torch.zeros_like(wide(x_ND)).index_add_(0, token_M, wide(y_MD)).to(x_ND.dtype)
+
+
+def _runs(sorted_values: list[int]) -> list[tuple[int, int]]:
+    """Begin and length of each run of equal values."""
+    begins = [i for i, value in enumerate(sorted_values) if not i or value != sorted_values[i - 1]]
+    return [(a, b - a) for a, b in zip(begins, [*begins[1:], len(sorted_values)], strict=True)]
 
 
 class _Mixture(torch.autograd.Function):

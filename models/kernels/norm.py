@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from models.precision import wide
 
 TILE = 1 << 16  # elements: 256 KiB in fp32, of which a core's cache holds several
+FEW = 1 << 14  # elements of the rows of a token
 
 
 class _Normalise(torch.autograd.Function):
@@ -66,6 +67,12 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
 def _normalise(x: Tensor, weight_D: Tensor | None, scale: float, floor: float) -> Tensor:
     rows_ND = wide(x).reshape(-1, x.shape[-1])
     weight_D = None if weight_D is None else weight_D.to(rows_ND.dtype)
+    if (
+        rows_ND.numel() <= FEW and not torch.is_grad_enabled()
+    ):  # a token: the call of a function costs more than it does
+        factor_D = scale if weight_D is None else scale * weight_D
+        r_N1 = rows_ND.square().sum(-1, keepdim=True).add_(floor).rsqrt_()
+        return (rows_ND * r_N1).mul_(factor_D).view(x.shape)
     return _Normalise.apply(rows_ND, weight_D, scale, floor).view(x.shape)
 
 

@@ -14,7 +14,7 @@ from models.axes import positive
 from models.linear import Linear
 from models.mixers import heads as sizes
 from models.norm import RMSNorm, checked
-from models.positions import Positions, RoPE, turn
+from models.positions import Positions, RoPE
 from models.sequence import Sequence
 from models.width import Units
 
@@ -97,8 +97,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q_BTHK = self._normed(self.q_norm, self.q(x_BTD).unflatten(-1, (-1, self.head_dim)))
         k_BTGK, v_BTGK = self.kv(x_BTD).unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
-        rotation = self.positions.rotation(seq, self.head_dim)
-        q_BTHK, k_BTGK = turn(q_BTHK, *rotation), turn(self._normed(self.k_norm, k_BTGK), *rotation)
+        q_BTHK, k_BTGK = self.positions.turned(q_BTHK, self._normed(self.k_norm, k_BTGK), seq)
         if self.factor is not None:
             q_BTHK = q_BTHK * self.factor  # `attend` multiplies scores by head_dim^-½
         o_BTD = seq.attend(q_BTHK, k_BTGK, v_BTGK, slot=slot, window=self.window, sinks=self.sinks).flatten(-2)

@@ -81,6 +81,8 @@ class MixtureOfMemories(nn.Module):
         chosen = take(seq, mask_BTE, places(seq, mask_BTE, slot=slot), share)
         y_BTN = None if self.shared is None else wide(self._read(self.shared, x_BTD, seq, slot=f"{slot}/shared"))
         for m, (memory, chosen_here) in enumerate(zip(self.memories, chosen, strict=True)):
+            if seq.decoding and not any(chosen_here.choice.counts):  # its state stays as it is
+                continue
             o_BRN = wide(self._read(memory, chosen_here.choice.rows(x_BTD), chosen_here, slot=f"{slot}/memory.{m}"))
             y_BTN = o_BRN.new_zeros(*x_BTD.shape[:2], o_BRN.shape[-1]) if y_BTN is None else y_BTN
             y_BTN = chosen_here.choice.add(y_BTN, o_BRN * chosen_here.choice.rows(weights_BTE[..., m : m + 1]))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.kernels.recurrent import STEPS
 from models.kernels.registry import REFERENCE
 from models.recurrence import Complex
 from tests.models.rules import EXAMPLES, KINDS, ORACLES, B
@@ -59,6 +60,31 @@ def test_outputs_state_and_gradients_equal_the_token_loop(rule, T, where, decay)
     scale = max(g.norm() for g in want_gradients)
     for a, b in zip(gradients(got, got_state), want_gradients, strict=True):
         assert (a - b).norm() <= 1e-10 * max(b.norm(), 1e-3 * scale)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_a_token_at_a_time_equals_the_token_loop(rule, scale):
+    """Of the first token, before which there is nothing, a span's way; then the rule's own step, in one state."""
+    recurrence, xs, starts = replace(KINDS[rule], scale=scale), EXAMPLES[rule](9, decay=9.0), starting(9, "none")
+    want, want_state = ORACLES[rule](*xs, starts=starts, scale=scale)
+    assert rule in STEPS
+    state, outs = None, []
+    with torch.no_grad():
+        for t in range(9):
+            out, state = recurrence.step(*(x[:, t : t + 1] for x in xs), state=state)
+            outs.append(out.clone())
+    close([torch.cat(outs, 1), state], [want, want_state], 1e-10)
+
+
+def test_a_rule_without_a_step_of_its_own_is_run_as_a_span(monkeypatch):
+    honest = dict(STEPS)
+    for rule in RULES:
+        xs, state = EXAMPLES[rule](1), entering(rule)
+        want = KINDS[rule].step(*xs, state=state.clone())
+        monkeypatch.delitem(STEPS, rule)
+        close(KINDS[rule].step(*xs, state=state), want, 1e-10)
+        monkeypatch.setitem(STEPS, rule, honest[rule])
 
 
 @pytest.mark.parametrize("rule", RULES)

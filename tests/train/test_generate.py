@@ -8,10 +8,11 @@ import torch
 
 from models.axes import initialise
 from models.block import Block
+from models.decoding import PlacedKeys, TextRows
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
-from models.sequence import Memory, Whole
+from models.sequence import Whole
 from tests.models.test_mixers import MORE, NEEDED
 from tests.parity import VOCABULARY, mixer_model, small_model
 from train.inference import decode
@@ -56,13 +57,32 @@ def assert_equal(got, want):
 
 @each_case
 def test_step_by_step_equals_the_parallel_forward(case):
-    model, tokens = model_of(case), text(24)
-    want, memory = parallel(model, tokens), Memory()
+    """Two texts from their first token on; the first ends, and the other goes on alone."""
+    model, texts = model_of(case), [text(24, seed=0), text(24, seed=1)]
+    want, seq, rows = [parallel(model, tokens) for tokens in texts], TextRows({}, [0, 0]), [0, 1]
     with torch.no_grad():
-        for t, token in enumerate(tokens):
-            got = model(torch.tensor([[token]]), Whole.of(torch.tensor([[t]]), memory=memory)).logits[0, 0]
-            memory.advance()
-            assert_equal(got, want[t])
+        for t in range(24):
+            if t == 15:
+                rows = [1]
+                seq.keep(rows)
+            got = model(torch.tensor([[texts[row][t]] for row in rows]), seq).logits[:, 0]
+            seq.advance()
+            for logits, row in zip(got, rows, strict=True):
+                assert_equal(logits, want[row][t])
+
+
+@pytest.mark.parametrize("case", [("gla", {}), ("attention", {"window": 5, "sinks": 2}), ("mom", {})], ids=str)
+def test_a_text_begins_with_nothing_where_another_has_stood(case):
+    model, new, old = model_of(case), text(8, seed=2), text(12, seed=3)
+    want, seq = [parallel(model, new), parallel(model, old)], TextRows({}, [0, 0])
+    with torch.no_grad():
+        for t in range(12):
+            if t == 4:  # the first row begins again
+                seq = TextRows(seq.held, [0, 4])
+            got = model(torch.tensor([[new[t - 4] if t >= 4 else old[t]], [old[t]]]), seq).logits[:, 0]
+            seq.advance()
+            assert_equal(got[0], want[0][t - 4] if t >= 4 else want[1][t])
+            assert_equal(got[1], want[1][t])
 
 
 @each_case
@@ -100,21 +120,24 @@ def test_logits_of_rows_equal_those_of_each_text_alone(options):
         assert_equal(torch.stack([logits[row] for logits in seen]), want)
 
 
-@pytest.mark.parametrize("broken", ["aligned at begins", "one place for all", "nothing remembered"])
+@pytest.mark.parametrize(
+    "broken", ["keys of all rows seen", "one place for all", "nothing remembered", "a ring too short"]
+)
 def test_what_breaks_decoding_together_is_caught(broken, monkeypatch):
     """Each on purpose: the comparison above has to see it."""
-    if broken == "aligned at begins":
-        honest_wide = decode._wide
-        swapped = lambda x, sinks, length: honest_wide(x, sinks, length).roll(x.shape[1] - length, dims=1)  # noqa: E731
-        monkeypatch.setattr(decode, "_wide", swapped)
+    options = {}
+    if broken == "keys of all rows seen":
+        monkeypatch.setattr(PlacedKeys, "count", lambda self, length: self.k.shape[2])
     elif broken == "one place for all":
-        honest_of = Whole.of
-        first = staticmethod(lambda positions, memory: honest_of(positions[:1].expand_as(positions), memory=memory))
-        monkeypatch.setattr(decode, "Whole", type("First", (), {"of": first}))
+        first = lambda held, lengths, device: TextRows(held, lengths[:1] * len(lengths), device)  # noqa: E731
+        monkeypatch.setattr(decode, "TextRows", first)
+    elif broken == "nothing remembered":
+        monkeypatch.setattr(decode, "_joined", lambda entering: {})
     else:
-        monkeypatch.setattr(decode, "_joined", lambda values: {})
+        options, honest = {"window": 6, "sinks": 2}, PlacedKeys.place
+        monkeypatch.setattr(PlacedKeys, "place", lambda self, position: min(honest(self, position), 6))
     with pytest.raises(AssertionError):
-        test_logits_of_rows_equal_those_of_each_text_alone({})
+        test_logits_of_rows_equal_those_of_each_text_alone(options)
 
 
 def test_the_memory_of_a_recurrent_model_does_not_grow():

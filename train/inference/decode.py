@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.pack import NO_TARGET, Packed
-from models.kv_cache import Growing, KVCache
+from models.decoding import TextRows
+from models.kv_cache import KVCache
 from models.lm import LM
-from models.sequence import Memory, Whole
+from models.sequence import Memory
 from parallel.collectives import Comm
 from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep
@@ -146,21 +146,19 @@ class Decoder:
         """Continues texts together by at most `count` tokens each: `take(text, token)` is told every one of them, and
         says whether that text goes on. samples: so many texts on end have been read from one prompt, and part."""
         rows, draws = list(range(len(texts))), [sampling.start(text % samples) for text in range(len(texts))]
-        memory = Memory(_joined([text.entering for text in texts]))
+        seq = TextRows(_joined([text.entering for text in texts]), [text.tokens for text in texts], self.device)
         logits = [text.logits for text in texts]
-        at = [text.tokens for text in texts]
         for left in range(count, 0, -1):
             drawn = [sampling.draw(each, draws[row]) for row, each in zip(rows, logits, strict=True)]  # type: ignore[arg-type]
             going = [i for i, (row, token) in enumerate(zip(rows, drawn, strict=True)) if take(row, token)]
             if not going or left == 1:
                 return
             if len(going) < len(rows):
-                memory.entering = _chosen(memory.entering, torch.tensor(going, device=self.device))
-                rows, drawn, at = ([xs[i] for i in going] for xs in (rows, drawn, at))
-            positions, tokens = (torch.tensor(xs, device=self.device).unsqueeze(1) for xs in (at, drawn))
-            logits = list(self.model(tokens, Whole.of(positions, memory=memory)).logits[:, -1])
-            memory.advance()
-            at = [place + 1 for place in at]
+                seq.keep(going)
+                rows, drawn = ([xs[i] for i in going] for xs in (rows, drawn))
+            tokens = torch.tensor(drawn, device=self.device).unsqueeze(1)
+            logits = list(self.model(tokens, seq).logits[:, -1])
+            seq.advance()
 
 
 def _packed(tokens: list[int]) -> Packed:
@@ -169,36 +167,10 @@ def _packed(tokens: list[int]) -> Packed:
     return Packed(np.array(tokens), np.full(len(tokens), NO_TARGET), starts)
 
 
-def _joined(values: Sequence[Any]) -> Any:
-    """Returns what several texts have left, as rows of one. Keys and values are aligned at their ends: nothing is read
-    of what
-    stands before a text's own."""
-    first = values[0]
-    if isinstance(first, KVCache):
-        length = max(each.k.shape[1] for each in values)
-        k, v = (torch.cat([_wide(each[i], first.sinks, length) for each in values]) for i in (0, 1))
-        return Growing(k, v, first.sinks)
-    if isinstance(first, dict):
-        return {key: _joined([each[key] for each in values]) for key in first}
-    if isinstance(first, tuple | list):
-        return tuple(_joined(each) for each in zip(*values, strict=True))
-    return torch.cat(list(values)) if isinstance(first, Tensor) else first
-
-
-def _wide(x_BLGK: Tensor, sinks: int, length: int) -> Tensor:
-    """With zeros between the sinks and the rest."""
-    missing = length - x_BLGK.shape[1]
-    if not missing:
-        return x_BLGK
-    return torch.cat((x_BLGK[:, :sinks], F.pad(x_BLGK[:, sinks:], [0, 0, 0, 0, missing, 0])), dim=1)
-
-
-def _chosen(value: Any, rows: Tensor) -> Any:
-    """Some rows of it."""
-    if isinstance(value, dict):
-        return {key: _chosen(each, rows) for key, each in value.items()}
-    if isinstance(value, KVCache):
-        return Growing(value.k[rows], value.v[rows], value.sinks)
-    if isinstance(value, tuple | list):
-        return tuple(_chosen(each, rows) for each in value)
-    return value[rows] if isinstance(value, Tensor) else value
+def _joined(entering: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what several texts have left, as rows of one, in memory of their own: decoding changes it in place. Keys
+    and values stay a list, a cache for each text: `TextRows` places them once it knows what a layer sees of them."""
+    return {
+        slot: values if isinstance(values[0], KVCache) else torch.cat(values)
+        for slot, values in ((slot, [each[slot] for each in entering]) for slot in entering[0])
+    }
