@@ -51,7 +51,7 @@ class TokenChoice:
         return x.gather(1, self.indices.view(*self.indices.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
     def only(self, after: Tensor, before: Tensor) -> Tensor:
-        """Of two tensors [B, ...] the first in rows of which a token is taken, the second in the others."""
+        """Rows of `after` [B, ...] of which a token is taken, those of `before` else."""
         taken = torch.tensor(self.counts, device=after.device) > 0
         return torch.where(taken.view(-1, *(1,) * (after.dim() - 1)), after, before)
 
