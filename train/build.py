@@ -23,7 +23,7 @@ from parallel.tensor import division_of
 from train.checkpoints import checkpoint
 from train.checkpoints.hook import Checkpoints
 from train.engines.engine import EngineOptimizer
-from train.evaluation.heldout import Evaluation, divided
+from train.evaluation.heldout import Evaluation, apart, divided
 from train.evaluation.texts import bytes_per_target
 from train.execute import Executor
 from train.guards.hang_timeout import Patience
@@ -172,10 +172,12 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
     if parts.planning is not None:
         hooks.add(parts.planning)
     hooks.add(PlanNotes(parts.run_dir / "plans" if first else None, NOTED if parts.planning else None))
+    plan, at_once = _evaluation_plan(parts)
     evaluation = Evaluation(
         executor=parts.executor,
         batches=parts.batches,
-        plan=parts.plan,
+        plan=plan,
+        at_once=at_once,
         progress=progress,
         phases=parts.phases,
         seed=config.seed,
@@ -203,6 +205,16 @@ def _hooks(parts: _Parts, transport: TransportChoice, facts: dict[str, Any], *, 
     hooks.add(checkpoints)
     hooks.add(recording)
     return hooks
+
+
+def _evaluation_plan(parts: _Parts) -> tuple[Callable[[list[int]], Plan], int]:
+    """Returns the plan of evaluations, and how many windows it wants at once: that of training where a rank holds no
+    more than that lets it, or where the experts' choices depend on what else a rank holds."""
+    executor = parts.executor
+    if executor.spans is not None or executor.pipeline is not None or executor.limited:
+        return parts.plan, 1
+    data, sequence = executor.groups.mesh.split
+    return apart(parts.plan, data=data, sequence=sequence)
 
 
 def _bytes_per_target(batches: Any, tokens: int | None) -> tuple[float | None, float | None]:

@@ -12,6 +12,7 @@ import torch
 
 from data.roles import roles_of
 from parallel.schedule.plan import Plan
+from parallel.schedule.static import Static
 from train.execute import Executor
 from train.hooks import Hook, Record
 from train.metrics.timing import PhaseTimes, pieces
@@ -92,14 +93,16 @@ def heldout(
     *,
     tokens: int | None = None,
     whole: bool = True,
+    at_once: int = 1,
 ) -> Heldout:
     """Scores the held-out windows' targets that are text: the end of a document is not one. Collective.
 
     tokens: those of a part of the windows, about, as `divided` takes it; None: all are one part. whole: read the rest
-    as well, so that the scores are of all windows and `part` is of these.
+    as well, so that the scores are of all windows and `part` is of these. at_once: windows to plan together, at least.
     """
     parts = divided(batches.heldout_by_source(), tokens)
-    sums = {name: _sums(executor, batches, part.read, plan) for name, part in parts.items()}
+    size = max(batches.windows_per_batch, at_once)
+    sums = {name: _sums(executor, batches, part.read, plan, size) for name, part in parts.items()}
     scores = _scores(sums)
     if not any(part.rest for part in parts.values()):
         return scores
@@ -107,7 +110,7 @@ def heldout(
     if not whole:
         return scores
     for name, part in parts.items():
-        more = _sums(executor, batches, part.rest, plan)
+        more = _sums(executor, batches, part.rest, plan, size)
         sums[name] = tuple(a + b for a, b in zip(sums[name], more, strict=True))  # type: ignore[assignment]
     return _scores(sums)._replace(part=scores)
 
@@ -118,18 +121,37 @@ def _scores(sums: dict[str, _Sums]) -> Heldout:
     return Heldout(Means.of(sum(nats), sum(right), sum(targets)), sources, sum(tokens))
 
 
-def _sums(executor: Executor, batches: Any, windows: list[Any], plan: Callable[[list[int]], Plan]) -> _Sums:
+def _sums(executor: Executor, batches: Any, windows: list[Any], plan: Callable[[list[int]], Plan], size: int) -> _Sums:
     """Sums over some windows: nats, targets that are the likeliest token, targets, and tokens."""
     marks, nats, right, targets = [*roles_of(batches.tokenizer).marks], 0.0, 0.0, 0
     scored = [replace(s, targets=np.where(np.isin(s.targets, marks), -100, s.targets)) for s in windows]
-    for begin in range(0, len(scored), batches.windows_per_batch):
-        batch = scored[begin : begin + batches.windows_per_batch]
+    for begin in range(0, len(scored), size):
+        batch = scored[begin : begin + size]
         tally = executor.evaluate(plan([len(s.tokens) for s in batch]), batch)
         parts = torch.stack([tally.cross_entropy.double(), tally.correct.double()])
         more, hits = executor.groups.stages_comm.all_reduce(parts, purpose="evaluation").tolist()
         nats, right = nats + more, right + hits
         targets += sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
     return nats, right, targets, sum(s.num_tokens for s in windows)
+
+
+def apart(plan: Callable[[list[int]], Plan], *, data: int, sequence: int) -> tuple[Callable[[list[int]], Plan], int]:
+    """Returns a plan for evaluation, and how many windows it wants at once.
+
+    Forward alone keeps no activations, so that a rank can take twice as many tokens of a window as in training: groups
+    of half the ranks have twice as many windows, and states and keys travel half as far, of two ranks not at all.
+    plan: of training, for fewer windows, and where the ranks of a sequence cannot be halved.
+    """
+    if sequence % 2:
+        return plan, 1
+    halves = Static(layout="auto")
+
+    def planned(lengths: list[int]) -> Plan:
+        if len(lengths) < 2 * data:
+            return plan(lengths)
+        return halves.plan(0, lengths, data=2 * data, sequence=sequence // 2)
+
+    return planned, 2 * data
 
 
 def drift(before: dict[str, float], scores: Heldout, sides: dict[str, bool]) -> dict[str, dict[str, float]]:
@@ -150,7 +172,8 @@ class Evaluation(Hook):
     """Adds the held-out loss to the record of a step at which it is due, and what has been forgotten and learnt since.
 
     Evaluations before the end read the part of the held-out text that `train.evaluate_tokens` asks for; that at the end
-    reads all of it, and has the part's scores beside. plan: of windows of these lengths. seed: of the order of batches.
+    reads all of it, and has the part's scores beside. plan: of windows of these lengths, at least `at_once` of them
+    where there are so many. seed: of the order of batches.
     average: averaged weights to evaluate too. bytes_per_target: of held-out text, of all of it and of the part, on rank
     0, which alone records bits per byte. replays: the run starts from weights that may forget an old source, so that
     these are evaluated first; `log` takes that record, of step 0.
@@ -161,6 +184,7 @@ class Evaluation(Hook):
     executor: Executor
     batches: Any
     plan: Callable[[list[int]], Plan]
+    at_once: int = 1
     progress: TrainProgress
     phases: PhaseTimes
     seed: int
@@ -223,7 +247,8 @@ class Evaluation(Hook):
 
     def _scores(self, whole: bool) -> Heldout:
         tokens = self.progress.settings.evaluate_tokens
-        return heldout(self.executor, self.batches, self.plan, tokens=tokens, whole=whole)
+        more = {"tokens": tokens, "whole": whole, "at_once": self.at_once}
+        return heldout(self.executor, self.batches, self.plan, **more)
 
     def _completed(self, scores: Heldout) -> Record:
         record = scores.record()
