@@ -247,8 +247,7 @@ class Evaluation(Hook):
 
     def _scores(self, whole: bool) -> Heldout:
         tokens = self.progress.settings.evaluate_tokens
-        more = {"tokens": tokens, "whole": whole, "at_once": self.at_once}
-        return heldout(self.executor, self.batches, self.plan, **more)
+        return heldout(self.executor, self.batches, self.plan, tokens=tokens, whole=whole, at_once=self.at_once)
 
     def _completed(self, scores: Heldout) -> Record:
         record = scores.record()
