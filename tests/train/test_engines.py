@@ -6,6 +6,7 @@ these packages do themselves, `python -m tests.engines` compares where they are 
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -241,6 +242,19 @@ def test_an_adam_that_cannot_be_compiled_is_refused(config, monkeypatch):
     monkeypatch.setenv("PATH", "")
     engine = config.engine.having(offload="optimizer", cpu_adam=True)
     assert refused(config, engine=engine).startswith("engine.cpu_adam=true: must be false here")
+
+
+def test_a_lock_of_a_compile_that_was_stopped_is_named(config, monkeypatch, tmp_path):
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(refusals, "installed", lambda kind: True)
+    monkeypatch.setattr(refusals.shutil, "which", lambda name: name)
+    engine = config.engine.having(offload="optimizer", cpu_adam=True)
+    refusals.refuse(replace(config, engine=engine), Mesh(sequence=2), "cpu")  # somebody compiles at this moment
+    os.utime(lock, (0, 0))
+    assert refused(config, engine=engine).startswith(f"engine.cpu_adam=true: {lock} is left of a compile")
 
 
 def test_an_engine_that_fails_its_trial_is_refused(config, monkeypatch):

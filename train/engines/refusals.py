@@ -1,8 +1,12 @@
 """Refusals of what an engine cannot do, each by its key, before a process starts."""
 
+import contextlib
 import importlib.util
+import os
 import shutil
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from parallel.schedule.mesh import Mesh
 from train.engines import ENGINES
@@ -15,6 +19,7 @@ PACKAGES = {
     "MegatronCore": ("megatron-core", "megatron.core", "megatron"),
 }
 COMPILERS = ("c++", "g++", "clang++")
+COMPILE_S = 3600.0  # no compile of DeepSpeed's CPU Adam lasts longer: two minutes on two idle cores
 
 
 def plain(config: RunConfig) -> bool:
@@ -95,3 +100,18 @@ def _installed(kind: str, name: str, compiles: bool) -> None:
         )
     if compiles and (shutil.which("ninja") is None or not any(map(shutil.which, COMPILERS))):
         raise ValueError("engine.cpu_adam=true: must be false here: it is compiled, by ninja and a C++ compiler")
+    if compiles and (lock := _stale_lock()) is not None:
+        raise ValueError(
+            f"engine.cpu_adam=true: {lock} is left of a compile that was stopped, for which DeepSpeed waits for ever; "
+            f"remove the file"
+        )
+
+
+def _stale_lock() -> Path | None:
+    """The lock that torch's builder of extensions has taken longer ago than a compile lasts; None without one."""
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    for lock in Path(cache).glob("**/cpu_adam/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > COMPILE_S:
+                return lock
+    return None
