@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.axes import Declared
 from parallel.collectives import Comm
-from parallel.matrix_owners import PURPOSE, MatrixCut, cuts, shape_here
+from parallel.matrix_owners import PURPOSE, MatrixCut, cuts
 from parallel.tensor import TensorPiece
 
 Function = Callable[[Tensor], Tensor]  # [S, M, N] -> [S, M, N]
@@ -40,17 +40,21 @@ class Beside(NamedTuple):
             return None
         return cls(piece, piece.along == len(piece.shape) - 2)
 
-    def matrices(self, parameter: Tensor, declared: Declared) -> list[MatrixCut]:
-        """The matrices of its gathered pieces. Raises NotImplementedError for parts that lie across the cut, and for
-        pieces of unequal shapes."""
+    def matrices(self, shape: Sequence[int], declared: Declared) -> list[MatrixCut]:
+        """The matrices of its gathered pieces. shape: of a piece, as the ranks that share it have it together. Raises
+        NotImplementedError for parts that lie across the cut, and for pieces of unequal shapes."""
         if len({self.piece.local_shape(rank) for rank in range(self.piece.ranks)}) > 1:
             raise NotImplementedError(f"matrices of a parameter {list(self.piece.shape)} in unequal pieces")
-        *leads, rows, columns = shape_here(parameter)
+        *leads, rows, columns = shape
         if declared.parts and declared.along != self.piece.along:
             raise NotImplementedError(f"parts along dimension {declared.along} of a parameter cut along another")
-        wide = (*leads, rows, columns * self.piece.pieces)
+        wide = self.wide((*leads, rows, columns))
         parts = tuple(end - begin for begin, end in self.piece.segments(0)) if self.piece.parts else declared.parts
         return cuts(wide, parts, declared.along)
+
+    def wide(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of gathered pieces, from that of one."""
+        return (*shape[:-1], shape[-1] * self.piece.pieces)
 
     def through(self, function: Function) -> Function:
         """The function of matrices in the order in which they are gathered."""
@@ -71,7 +75,7 @@ def gathered(directions: Sequence[Tensor], several: Sequence[Beside], comm: Comm
     pieces = []
     for x, beside, parts in zip(directions, several, flat.split([x.numel() for x in directions], dim=1), strict=True):
         different = parts[:: beside.piece.copies].unflatten(1, x.shape) if x.numel() else None
-        wide = (*x.shape[:-1], x.shape[-1] * beside.piece.pieces)
+        wide = beside.wide(x.shape)
         pieces.append(x.new_empty(wide, dtype=dtype) if different is None else different.movedim(0, -2).reshape(wide))
     return pieces
 

@@ -265,7 +265,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     from models.axes import declarations
     from parallel.schedule.comm_volume import How
     from train.engines.refusals import plain
-    from train.metrics.width_trace import of_step
+    from train.metrics.width_trace import divided, of_step
     from train.optim.build import build_optimizer
     from train.precision import dtypes
 
@@ -296,9 +296,11 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         device=flight.device,
     )
     total, most = Counter[str](), Counter[str]()
-    stepping: Any = build_optimizer(flight.config.optimizer.build(), model, declarations(model))
-    matrices_known = hasattr(stepping, "received") and flight.mesh.tensor == 1
-    more = stepping.received(flight.mesh, master, flight.device) if matrices_known else [None] * workers
+    declared, shapes = declarations(model), _model(flight)
+    divided(shapes, flight.mesh.tensor, 0)
+    stepping: Any = build_optimizer(flight.config.optimizer.build(), shapes, declared)
+    matrices = hasattr(stepping, "received")
+    more = stepping.received(flight.mesh, master, flight.device) if matrices else [None] * workers
     for by_axis, matrices in zip(traffic_of_step, more, strict=True):
         received = Counter[str]()
         for traffic in (*by_axis.values(), *([matrices] if matrices else [])):
@@ -307,7 +309,6 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         most |= received
     together = max(len(group.ranks) for micro in first.micro_steps for group in micro.groups)
     note = "; auto, as if it chose gather for states" if auto and together > 1 else ""
-    note += "; without the optimizer's matrices" if hasattr(stepping, "received") and not matrices_known else ""
     note += (
         "" if transport.experts == "padded" or flight.mesh.expert == 1 else "; experts, as if each were chosen as often"
     )

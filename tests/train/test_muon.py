@@ -22,6 +22,9 @@ from parallel.matrix_owners import PURPOSE
 from parallel.mesh import Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
+from tests import jobs
+from train.build import build
+from train.metrics.width_trace import divided
 from train.optim import muon
 from train.optim.build import build_optimizer
 from train.optim.muon import Muon
@@ -194,6 +197,36 @@ def test_what_is_received_is_foretold_byte_for_byte_on_every_rank(run):
     assert not any(each.calls for each in foretold.received(Mesh(sequence=1), torch.float64, "cpu"))
     (half,), (whole,) = (foretold.received(Mesh(sequence=2), torch.float32, device)[:1] for device in ("cuda", "cpu"))
     assert 2 * half.bytes[PURPOSE] == whole.bytes[PURPOSE]
+
+
+def counted_in_a_run(job: dict) -> tuple[int, int]:
+    """The same of a step of a whole run."""
+    trainer, noted, honest = build(job), list[int](), LEDGER.add
+
+    def add(group: str, purpose: str, received: int) -> None:
+        noted.extend([received] * (purpose == PURPOSE))
+        honest(group, purpose, received)
+
+    LEDGER.add = add  # type: ignore[method-assign]
+    trainer.step()
+    return sum(noted), len(noted)
+
+
+@pytest.mark.dist
+def test_matrices_that_are_divided_over_tensor_ranks_are_foretold_on_every_rank(run, tmp_path):
+    """Gathered beside each other along the tensor axis, and made whole along the other."""
+    sizes = {"tensor": 2, "sequence": 2}
+    layout = ["cluster.workers=4", *(f"parallel.{name}={size}" for name, size in sizes.items())]
+    job = jobs.order(tmp_path, tmp_path / "run", *jobs.HYBRID, *layout, "optimizer=muon", "precision=fp32")
+    with torch.device("meta"):
+        shapes = job["config"].model.build()
+    declared = declarations(shapes)
+    divided(shapes, 2, 0)
+    told = build_optimizer(job["config"].optimizer.build(), shapes, declared).received(
+        Mesh(**sizes), torch.float32, "cpu"
+    )
+    assert run(4, counted_in_a_run, job) == [(e.bytes[PURPOSE], e.calls[PURPOSE]) for e in told]
+    assert all(e.bytes[PURPOSE] for e in told)
 
 
 HYBRID = pytest.param({"replicate": 2, "data": 2}, marks=pytest.mark.slow)

@@ -112,6 +112,7 @@ def divided(model: LM, ranks: int, rank: int) -> tuple[_Noting, list[Shared]]:
     replace_parameters(model, pieces, DividedWidth(comm))
     shared: dict[int, list[tuple[int, int]]] = {}
     for name, p in model.named_parameters():
+        p.piece = pieces[name]  # type: ignore[attr-defined]
         shared.setdefault(pieces[name].copies, []).append((p.shape[0], p[0].numel()))
     for layer in model.layers.values():
         layer.register_forward_hook(lambda *passed: comm.ends.append(len(comm.found)))

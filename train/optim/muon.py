@@ -9,8 +9,9 @@ itself although they lie in one tensor (`models.axes.Declared.parts`). A matrix 
 whole on one of them while it is made orthogonal (`parallel.matrix_owners`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from models.footprint import LiveBytes
 from models.kernels.newton_schulz import newton_schulz
 from parallel.collectives import Comm
 from parallel.fsdp import by_mesh
-from parallel.matrix_owners import MatrixCut, MatrixOwners, cuts, received, shape_here, shares
+from parallel.matrix_owners import PURPOSE, MatrixCut, MatrixOwners, cuts, received, shape_here, shares
 from parallel.matrix_pieces import Beside, gathered, own
 from parallel.mesh import DENSE, EXPERTS
 from parallel.schedule.comm_volume import Traffic
@@ -132,12 +133,12 @@ class Muon(Optimizer):
         key = tuple(map(id, parameters))
         if not divided:
             if key not in self.owners:
-                self.owners[key] = MatrixOwners(parameters, [_cuts(p) for p in parameters])
+                self.owners[key] = MatrixOwners(parameters, [_cuts(p, shape_here(p)) for p in parameters])
             return self.owners[key].apply(directions, update, dtype)
         comm: Comm = parameters[0].tensor_comm  # type: ignore[attr-defined]
         if key not in self.owners:
             pairs = zip(divided, parameters, strict=True)
-            self.owners[key] = MatrixOwners(parameters, [kind.matrices(p, p.declared) for kind, p in pairs])  # type: ignore[attr-defined]
+            self.owners[key] = MatrixOwners(parameters, [kind.matrices(shape_here(p), p.declared) for kind, p in pairs])  # type: ignore[attr-defined]
         wide = gathered(directions, divided, comm, dtype)
         made = self.owners[key].apply(wide, divided[0].through(update), dtype)
         return [x.to(d.dtype) for x, d in zip(own(made, divided, comm.rank), directions, strict=True)]
@@ -146,50 +147,83 @@ class Muon(Optimizer):
         return RMS * max(x_SMN.shape[1:]) ** 0.5 * newton_schulz(x_SMN, self.steps)
 
     def received(self, mesh: Mesh, dtype: torch.dtype, device: str) -> list[Traffic]:
-        """Returns what each rank of a mesh receives in a step, of a model that is whole here. dtype: of master weights.
+        """Returns what each rank of a mesh receives in a step, of a model that is whole here or has the shapes of one
+        of its tensor ranks. dtype: of master weights.
 
         Experts are cut over the mesh's expert ranks, and matrices whole on one of those that share the rest.
         """
         itemsize, by_rank = _travels(dtype, device).itemsize, [Traffic() for _ in range(mesh.world)]
-        for sharing, shapes, matrices in self._whole(mesh):
-            for ranks in mesh.groups(*sharing):
-                each = received([shape[0] for shape in shapes], matrices, len(ranks), itemsize)
-                for rank, traffic in zip(ranks, each, strict=True):
+        for shared in self._shared(mesh):
+            for ranks in mesh.groups(*shared.sharing):
+                each = received([shape[0] for shape in shared.shapes], shared.matrices, len(ranks), itemsize)
+                for i, (rank, traffic) in enumerate(zip(ranks, each, strict=True)):
                     by_rank[rank].include(traffic)
+                    if shared.beside:
+                        own = sum(rows_of(shape, i, len(ranks)) for shape in shared.pieces) * itemsize
+                        by_rank[rank].add(PURPOSE, (mesh.tensor - 1) * own, 1)
         return by_rank
 
     def temporaries(self, mesh: Mesh, dtype: torch.dtype, device: str) -> float:
         """Returns the most bytes that a step makes at a time beside weights, gradients and moments, on the first rank
         of a mesh; arguments as above. AdamW's kernel makes none."""
-        most = 0.0
-        for sharing, shapes, matrices in self._whole(mesh):
-            world = len(mesh.groups(*sharing)[0])
-            owners = MatrixOwners.of_rank([shape[0] for shape in shapes], matrices, 0, world)
+        most, travels = 0.0, _travels(dtype, device)
+        for shared in self._shared(mesh):
+            world = len(mesh.groups(*shared.sharing)[0])
+            owners = MatrixOwners.of_rank([shape[0] for shape in shared.shapes], shared.matrices, 0, world)
             with LiveBytes() as live:
-                own = [(shares(shape[0], world)[1], *shape[1:]) for shape in shapes]
-                directions = [torch.empty(shape, dtype=dtype, device="meta") for shape in own]
-                owners.apply(directions, self._update, _travels(dtype, device))
-            at_once = 0 if self.nesterov else sum(d.numel() * d.itemsize for d in directions)  # the means themselves
-            most = max(most, live.most - at_once)
+                rows = [shares(shape[0], world)[1] for shape in shared.shapes]
+                local_shapes = [(n, *shape[1:]) for n, shape in zip(rows, shared.shapes, strict=True)]
+                own = [torch.empty(shape, dtype=dtype, device="meta") for shape in local_shapes]
+                owners.apply(own, self._update, travels)
+            means = 0 if self.nesterov or shared.beside else sum(x.numel() * x.itemsize for x in own)  # no new tensors
+            most = max(most, live.most - means)
         return most
 
-    def _whole(self, mesh: Mesh) -> Iterator[tuple[Sequence[str], list[tuple[int, ...]], list[list[MatrixCut]]]]:
-        """The parameters of a model that is whole here, together with those that the same ranks share, by the mesh's
-        axes: the shapes of what these ranks have of them, and the matrices in each."""
+    def _shared(self, mesh: Mesh) -> Iterator["_Shared"]:
+        """The parameters that step together."""
         parameters = [p for group in self._groups(muon=True) for p in group["params"]]
         for apart, sharing, cut in ((False, DENSE, 1), (True, EXPERTS, mesh.expert)):
-            several = [p for p in parameters if apart == (mesh.expert > 1 and p.ndim == 3 and "expert" in axes(p))]
-            shapes = [(len(p) // cut, *p.shape[1:]) for p in several]
-            declared = [p.declared for p in several]  # type: ignore[attr-defined]
-            yield sharing, shapes, [cuts(shape, d.parts, d.along) for shape, d in zip(shapes, declared, strict=True)]
+            ways: dict[Any, list[Tensor]] = {}
+            for p in parameters:
+                if apart == (mesh.expert > 1 and p.ndim == 3 and "expert" in axes(p)):
+                    kind = Beside.of(getattr(p, "piece", None))
+                    ways.setdefault(None if kind is None else (kind.rows, kind.piece.pieces), []).append(p)
+            for way, several in ways.items():
+                pieces = [(len(p) // cut, *p.shape[1:]) for p in several]
+                if way is None:
+                    matrices = [_cuts(p, shape) for p, shape in zip(several, pieces, strict=True)]
+                    yield _Shared(sharing, pieces, pieces, matrices, False)
+                    continue
+                kinds = [Beside.of(p.piece) for p in several]  # type: ignore[attr-defined]
+                each = [(kind, p, s) for kind, p, s in zip(kinds, several, pieces, strict=True) if kind is not None]
+                matrices = [kind.matrices(shape, p.declared) for kind, p, shape in each]  # type: ignore[attr-defined]
+                yield _Shared(sharing, pieces, [kind.wide(shape) for kind, _, shape in each], matrices, True)
 
 
-def _cuts(parameter: Tensor) -> list[MatrixCut]:
-    """The matrices that lie in it."""
+class _Shared(NamedTuple):
+    """Parameters whose matrices are made whole together. sharing: the mesh's axes of the ranks that share each. pieces:
+    the shapes of what these ranks have of them; shapes: with the pieces of other tensor ranks beside, if `beside`.
+    matrices: those in each."""
+
+    sharing: Sequence[str]
+    pieces: list[tuple[int, ...]]
+    shapes: list[tuple[int, ...]]
+    matrices: list[list[MatrixCut]]
+    beside: bool
+
+
+def rows_of(shape: Sequence[int], rank: int, world: int) -> int:
+    """The numbers of a parameter of this shape that FSDP gives a rank."""
+    begins = shares(shape[0], world)
+    return (begins[rank + 1] - begins[rank]) * math.prod(shape[1:])
+
+
+def _cuts(parameter: Tensor, shape: Sequence[int]) -> list[MatrixCut]:
+    """The matrices that lie in it. shape: of what the ranks that share it have of it together."""
     declared, piece = parameter.declared, getattr(parameter, "piece", None)  # type: ignore[attr-defined]
     if piece is not None and piece.parts:  # and has some of the matrices of heads
         raise NotImplementedError(f"matrices of a parameter that is cut in parts {piece.parts}")
-    return cuts(shape_here(parameter), declared.parts, declared.along)
+    return cuts(shape, declared.parts, declared.along)
 
 
 def _travels(dtype: torch.dtype, device: str) -> torch.dtype:
