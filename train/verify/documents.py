@@ -64,6 +64,10 @@ class EdgeBatches:
         """The card of a corpus; this one has none."""
         return {}
 
+    def heldout_by_source(self) -> dict[str, list[Packed]]:
+        """The held-out windows of each source: there are none."""
+        return {}
+
     def lengths(self, step: int) -> list[int]:
         """The tokens of each sequence of a step."""
         cases = self.cases
