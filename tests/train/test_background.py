@@ -119,6 +119,23 @@ def test_a_checkpoint_beside_training_has_the_bits_of_its_moment_and_fails_on_al
     assert first["full"][0] == second["full"][0], "both ranks stop at the same step"
 
 
+def torn(job: dict[str, Any]) -> bool:
+    """The same without copies: what is written is then of a later moment."""
+    StateCopies.of = lambda self, state: dict(state)  # type: ignore[method-assign]
+    run = Gated(job)
+    run.step(due=True)
+    run.step(due=False)
+    run.gate.set()
+    run.saves.settle()
+    return run.holds(1)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_without_a_copy_a_checkpoint_has_other_bits(run, tmp_path: Path) -> None:
+    assert not any(run(2, torn, order(tmp_path, tmp_path / "run", *EVERY, "train.steps=99")))
+
+
 def test_copies_use_their_memory_again_and_are_of_their_moment() -> None:
     flat = torch.arange(10.0)
     state = {"model": {"a": torch.ones(2, 3), "b": stretch((4, 4), 3, flat)}, "optimizer": {"step": torch.tensor(1.0)}}
