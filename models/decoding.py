@@ -179,7 +179,8 @@ class TextRows:
             mask = mask[:, None, None].to(q.device)
         # A group's queries are rows of one product: its keys are read once for all of them.
         q_BGRK = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])
-        o_BGRV = F.scaled_dot_product_attention(q_BGRK, keys.k[:, :, :longest], keys.v[:, :, :longest], attn_mask=mask)
+        k_BGLK, v_BGLV = keys.k.narrow(2, 0, longest), keys.v.narrow(2, 0, longest)
+        o_BGRV = F.scaled_dot_product_attention(q_BGRK, k_BGLK, v_BGLV, attn_mask=mask)
         return o_BGRV.reshape(q.shape[0], 1, q.shape[2], -1)
 
     def sum(self, x: Tensor) -> Tensor:

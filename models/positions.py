@@ -74,7 +74,7 @@ class Positions(ABC):
             cos = F.pad(torch.cat((cos, cos), -1), rest, value=1.0).to(wider.dtype)
             return cos, F.pad(torch.cat((-sin, sin), -1), rest).to(wider.dtype), partner
 
-        cos, sin, partner = seq.once((repr(self), head_dim, wider.dtype), factors)
+        cos, sin, partner = seq.once((type(self), *vars(self).values(), head_dim, wider.dtype), factors)
         return torch.addcmul(wider * cos, wider.index_select(-1, partner), sin).to(x_B1HK.dtype)
 
     def __repr__(self) -> str:
@@ -264,7 +264,7 @@ class LongRoPE(RoPE):
         for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
             if not factors or min(factors) <= 0:
                 raise ValueError(f"{name}={list(factors)}: must be numbers above 0, one a pair of channels")
-        self.divisors = list(long_factor if length > self.trained_length else short_factor)
+        self.divisors = tuple(long_factor if length > self.trained_length else short_factor)
         longer = max(length / self.trained_length, 1.0)
         self.scale = math.sqrt(1 + math.log(longer) / math.log(self.trained_length))
 

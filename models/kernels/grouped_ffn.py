@@ -60,27 +60,29 @@ def mixture_of_few(
 ) -> Tensor:
     """`mixture` for a handful of tokens and no gradient: only experts that have some are looked at, and what lies
     between the two products is one pass over all rows. A choice of E is of no expert."""
-    E = len(gate_up_EDH)
+    E, (N, X) = len(gate_up_EDH), choices_NX.shape
     chosen = sorted((e, at) for at, e in enumerate(choices_NX.flatten().tolist()) if e < E)
     order_M = torch.tensor([at for _, at in chosen], dtype=torch.int64, device=x_ND.device)
-    token_M = order_M // choices_NX.shape[1]
-    x_MD = x_ND.index_select(0, token_M)
-    inner_MH, y_MD = x_ND.new_empty(len(chosen), gate_up_EDH.shape[2]), torch.empty_like(x_MD)
-    rows = [slice(begin, begin + count) for begin, count in _runs([e for e, _ in chosen])]
-    experts = [chosen[row.start][0] for row in rows]
-    for e, row in zip(experts, rows, strict=True):
-        torch.mm(x_MD[row], gate_up_EDH[e], out=inner_MH[row])
+    token_M = order_M // X
+    x_MD = x_ND.expand(len(chosen), -1) if N == 1 else x_ND.index_select(0, token_M)
+    inner_MH, y_MD = x_ND.new_empty(len(chosen), gate_up_EDH.shape[2]), x_ND.new_empty(x_MD.shape)
+    runs = _runs([e for e, _ in chosen])
+    for e, begin, count in runs:
+        torch.mm(x_MD.narrow(0, begin, count), gate_up_EDH.select(0, e), out=inner_MH.narrow(0, begin, count))
     gate_MH, up_MH = wide(inner_MH).chunk(2, dim=-1)
-    hidden_MH = F.silu(gate_MH).mul_(up_MH).mul_(weights_NX.flatten()[order_M].unsqueeze(-1)).to(x_ND.dtype)
-    for e, row in zip(experts, rows, strict=True):
-        torch.mm(hidden_MH[row], down_EHD[e], out=y_MD[row])
+    weight_M1 = weights_NX.flatten().index_select(0, order_M).unsqueeze(-1)
+    hidden_MH = F.silu(gate_MH).mul_(up_MH).mul_(weight_M1).to(x_ND.dtype)
+    for e, begin, count in runs:
+        torch.mm(hidden_MH.narrow(0, begin, count), down_EHD.select(0, e), out=y_MD.narrow(0, begin, count))
+    if N == 1:
+        return wide(y_MD).sum(0, keepdim=True).to(x_ND.dtype)
     return torch.zeros_like(wide(x_ND)).index_add_(0, token_M, wide(y_MD)).to(x_ND.dtype)
 
 
-def _runs(sorted_values: list[int]) -> list[tuple[int, int]]:
-    """Begin and length of each run of equal values."""
-    begins = [i for i, value in enumerate(sorted_values) if not i or value != sorted_values[i - 1]]
-    return [(a, b - a) for a, b in zip(begins, [*begins[1:], len(sorted_values)], strict=True)]
+def _runs(experts: list[int]) -> list[tuple[int, int, int]]:
+    """Value, begin and length of each run of equal values."""
+    begins = [i for i, e in enumerate(experts) if not i or e != experts[i - 1]]
+    return [(experts[a], a, b - a) for a, b in zip(begins, [*begins[1:], len(experts)], strict=True)]
 
 
 class _Mixture(torch.autograd.Function):

@@ -65,14 +65,12 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def _normalise(x: Tensor, weight_D: Tensor | None, scale: float, floor: float) -> Tensor:
+    if not torch.is_grad_enabled() and x.numel() <= FEW:  # as of a token: a function's call costs more than its work
+        x = wide(x)
+        r = x.square().sum(-1, keepdim=True).add_(floor).rsqrt_()
+        return (x * r).mul_(scale if weight_D is None else scale * weight_D.to(x.dtype))
     rows_ND = wide(x).reshape(-1, x.shape[-1])
     weight_D = None if weight_D is None else weight_D.to(rows_ND.dtype)
-    if (
-        rows_ND.numel() <= FEW and not torch.is_grad_enabled()
-    ):  # a token: the call of a function costs more than it does
-        factor_D = scale if weight_D is None else scale * weight_D
-        r_N1 = rows_ND.square().sum(-1, keepdim=True).add_(floor).rsqrt_()
-        return (rows_ND * r_N1).mul_(factor_D).view(x.shape)
     return _Normalise.apply(rows_ND, weight_D, scale, floor).view(x.shape)
 
 

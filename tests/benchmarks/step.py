@@ -300,13 +300,13 @@ def _intro() -> str:
         f"`python -m tests.benchmarks.step`: forward, backward, clipping and AdamW of a model of {count / 1e6:.1f}M "
         f"parameters (three layers of Gated DeltaNet to one of gated softmax attention, {EXPERTS} experts, {CHOSEN} a "
         f"token) beside the same shapes of transformers {transformers.__version__}'s Qwen3-Next without extra "
-        f"packages. {_cpu()}, one thread, torch {torch.__version__}, CPU time, medians of alternating rounds. The "
+        f"packages. {cpu_name()}, one thread, torch {torch.__version__}, CPU time, medians of alternating rounds. The "
         "matmul peak is the sum of our step's own matrix products, each timed alone in the same run, over the step's "
         f"time. Its aim is {PEAK:.0%} where the ratio misses its own."
     )
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.pack import NO_TARGET, Packed
 from models.decoding import TextRows
@@ -133,7 +133,6 @@ class Decoder:
             memory.advance()
         return Prefilled(memory.entering, len(tokens), logits if comm.rank == comm.size - 1 else None)
 
-    @torch.no_grad()
     def extend(
         self,
         texts: Sequence[Prefilled],
@@ -145,6 +144,19 @@ class Decoder:
     ) -> None:
         """Continues texts together by at most `count` tokens each: `take(text, token)` is told every one of them, and
         says whether that text goes on. samples: so many texts on end have been read from one prompt, and part."""
+        # Inference mode costs an operator less than no_grad does; sharded weights are gathered into tensors of before.
+        plain = all(type(p) is nn.Parameter for p in self.model.parameters())
+        with torch.inference_mode() if plain else torch.no_grad():
+            self._extend(texts, count, sampling, take, samples)
+
+    def _extend(
+        self,
+        texts: Sequence[Prefilled],
+        count: int,
+        sampling: Sampling,
+        take: Callable[[int, int], bool],
+        samples: int,
+    ) -> None:
         rows, draws = list(range(len(texts))), [sampling.start(text % samples) for text in range(len(texts))]
         seq = TextRows(_joined([text.entering for text in texts]), [text.tokens for text in texts], self.device)
         logits = [text.logits for text in texts]
