@@ -5,7 +5,7 @@ import torch
 
 from models.axes import initialise
 from models.dispatch import Here
-from models.kernels.grouped_ffn import grouped_linear, loop, mixture
+from models.kernels.grouped_ffn import grouped_linear, loop, mixture, mixture_of_few
 from models.moe import MoE, balance
 from models.router import within_capacity
 from models.sequence import Whole
@@ -128,6 +128,22 @@ def test_the_mixture_in_low_precision_equals_that_in_fp64(dtype, tolerance):
 
     for got, want in zip(run(dtype), run(torch.float64), strict=True):
         assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_few_tokens_get_what_each_of_their_experts_gives(tokens):
+    """Token by token, expert by expert; a choice of E is of no expert, experts without a token are there."""
+    E, X, D, H = 6, 2, 8, 5
+    x, weights = torch.randn(tokens, D, dtype=torch.float64), torch.rand(tokens, X, dtype=torch.float64)
+    gate_up, down = (torch.randn(E, *shape, dtype=torch.float64) for shape in ((D, 2 * H), (H, D)))
+    choices = torch.tensor([[4, 1], [1, 2], [E, 4], [2, 1], [E, E]])[:tokens]
+    want = torch.zeros_like(x)
+    for n in range(tokens):
+        for e, weight in zip(choices[n].tolist(), weights[n], strict=True):
+            if e < E:
+                want[n] += weight * swiglu(x[n], gate_up[e], down[e])
+    got = mixture_of_few(x, weights, choices, gate_up, down)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_of_the_mixture_is_its_derivative():
