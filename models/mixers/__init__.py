@@ -4,6 +4,7 @@ from torch import nn
 
 from models.mixers.attention import Attention
 from models.mixers.deltanet import DeltaNet
+from models.mixers.gated_conv import GatedConv
 from models.mixers.gated_deltanet import GatedDeltaNet
 from models.mixers.gated_deltaproduct import GatedDeltaProduct
 from models.mixers.gateloop import GateLoop
@@ -21,6 +22,7 @@ from models.mixers.mamba import Mamba
 from models.mixers.mamba2 import Mamba2
 from models.mixers.mingru import MinGRU
 from models.mixers.minlstm import MinLSTM
+from models.mixers.mla import MultiHeadLatentAttention
 from models.mixers.mlstm import MLSTM
 from models.mixers.mom import MixtureOfMemories
 from models.mixers.retnet import RetNet
@@ -33,6 +35,7 @@ from models.mixers.titans import Titans
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "deltanet": DeltaNet,
+    "gated_conv": GatedConv,
     "gated_deltanet": GatedDeltaNet,
     "gated_deltaproduct": GatedDeltaProduct,
     "gateloop": GateLoop,
@@ -50,6 +53,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mamba2": Mamba2,
     "mingru": MinGRU,
     "minlstm": MinLSTM,
+    "mla": MultiHeadLatentAttention,
     "mlstm": MLSTM,
     "mom": MixtureOfMemories,
     "retnet": RetNet,

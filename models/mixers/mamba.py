@@ -7,6 +7,7 @@ hold: (e^{ΔA} - 1)/A·B differs from it by a tenth at Δ = 0.1 and A = -2. A st
 
 import math
 from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 
 from models.axes import constant, declare, positive, softplus_inverse_of_log_uniform, uniform
 from models.conv import short_conv
+from models.kernels.norm import rms_norm
 from models.linear import Linear
+from models.norm import RMSNorm, checked
 from models.precision import wide
 from models.recurrence import Elementwise
 from models.sequence import Sequence
 from models.width import UNDIVIDED, Units, Width
+
+InnerNorm = Literal["none", "plain", "weighted"]
 
 
 def harmonics(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -54,11 +59,13 @@ class MambaBlock(nn.Module):
 class Mamba(MambaBlock):
     """The state is dim * expand by `state` numbers, `dim` the model's.
 
-    heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer
-    can take another's place. expand: inner width in multiples of dim. state: numbers that each inner channel keeps,
-    the width of B and of C. rank: width through which the step sizes of all channels are computed; null for dim / 16,
+    heads: has no meaning here, where every number of the state has a decay of its own; accepted so that any mixer can
+    take another's place. expand: inner width in multiples of dim. state: numbers that each inner channel keeps, the
+    width of B and of C. rank: width through which the step sizes of all channels are computed; null for dim / 16,
     rounded up. conv: tokens that the short causal convolution before the recurrence sees, the present one included; it
-    stays within the document. conv_bias: true gives it a bias.
+    stays within the document. conv_bias: true gives it a bias. inner_norm: plain normalises what the step sizes are
+    made of, B and C, each by itself (Falcon Mamba, 2410.05355), weighted gives these norms weights (Jamba, 2403.19887);
+    none leaves them as they are. norm_eps: epsilon that these norms add to the mean square.
 
     x [B, T, D] -> [B, T, D].
     """
@@ -73,8 +80,16 @@ class Mamba(MambaBlock):
         rank: int | None = None,
         conv: int = 4,
         conv_bias: bool = True,
+        inner_norm: InnerNorm = "none",
+        norm_eps: float = 1e-6,
     ):
         super().__init__(dim=dim, expand=expand, state=state, rank=rank, conv=conv, conv_bias=conv_bias)
+        if inner_norm not in get_args(InnerNorm):
+            raise ValueError(f"inner_norm={inner_norm}: must be one of {', '.join(get_args(InnerNorm))}")
+        self.plain_eps = checked(norm_eps) if inner_norm == "plain" else None
+        self.norms = None
+        if inner_norm == "weighted":
+            self.norms = nn.ModuleList(RMSNorm(width, eps=checked(norm_eps), axis=None) for width in self.widths)
         inner, rank = self.inner, self.widths[0]
         self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
         self.dt = Linear(rank, inner, axes=("heads", None), init=uniform(rank**-0.5))
@@ -87,8 +102,15 @@ class Mamba(MambaBlock):
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         v_BTV = self.conv(self.x(x_BTD), seq, slot=slot)
-        dt, b_BTN, c_BTN = self.width.sum(self.dbc(v_BTV)).split(self.widths, dim=-1)
+        dt, b_BTN, c_BTN = self._normed(self.width.sum(self.dbc(v_BTV)).split(self.widths, dim=-1))
         delta_BTV = F.softplus(wide(self.dt(dt)) + wide(self.dt_bias))
         recurrence = replace(self.recurrence, shared=(-wide(self.A_log).exp(),))
         y_BTV = seq.scan(recurrence, c_BTN, b_BTN, wide(v_BTV), delta_BTV, slot=slot)
         return self.output(y_BTV, v_BTV, x_BTD)
+
+    def _normed(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the step sizes are made of, B and C."""
+        if self.norms is not None:
+            return tuple(norm(part) for norm, part in zip(self.norms, parts, strict=True))
+        eps = self.plain_eps
+        return parts if eps is None else tuple(rms_norm(part, None, eps).to(part.dtype) for part in parts)

@@ -35,6 +35,10 @@ FUSED = {  # what the counter does not know: the CPU's fused attention, with its
 }
 
 
+# Latents are values of 4 head widths behind keys of 4.5, and the fused kernel makes them as wide as the keys.
+PADDED = {"mla": 18 / 17}
+
+
 def single(mixer: str, dtype: torch.dtype = torch.float64) -> LM:
     """Two layers of one mixer."""
     wanted = inspect.signature(MIXERS[mixer].__init__).parameters
@@ -83,7 +87,7 @@ def square(costs: Account, tokens: int) -> int:
 def test_flops_are_those_that_a_real_run_multiplies(make):
     costs = on_meta(make)
     forward, backward = counted(make(), T)
-    in_square = square(costs, T)
+    in_square = square(costs, T) * PADDED.get(named(make), 1)
     if "mom" in str(make):  # each memory fills its last chunk, of as many tokens as happen to go there
         assert T * costs.per_token.forward == pytest.approx(forward, rel=0.2)
         return

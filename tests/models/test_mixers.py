@@ -34,6 +34,7 @@ MORE = {
         {"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2, "conv_bias": True},
         {"conv": None},
     ],
+    "gated_conv": [{"conv": 2, "bias": True}, {"conv": 1}],
     "gated_deltaproduct": [{"steps": 3, "negative_eigenvalues": False, "expand_k": 0.5}],
     "gla": [{"conv": None, "feature": "relu"}, {"conv_bias": True, "feature": "elu"}],
     "hgrn2": [{"expand_k": 0.5}],
@@ -42,9 +43,17 @@ MORE = {
     "lightnet": [{"expand_k": 0.5}],
     "lightning": [{"rates": "transnormer"}],
     "linear": [{"normalise": True}, {"feature": "relu"}],
-    "mamba": [{"state": 3, "rank": 2, "expand": 1.5}],
+    "mamba": [
+        {"state": 3, "rank": 2, "expand": 1.5},
+        {"state": 3, "rank": 2, "inner_norm": "weighted"},
+        {"state": 3, "rank": 2, "inner_norm": "plain"},
+    ],
     "mamba2": [{"groups": 2, "state": 4, "conv_bias": False}],
     "mingru": [{"expand": 1.5}],
+    "mla": [
+        {"rank": 6, "head_dim": 5, "rope_dim": 4, "value_dim": 3, "query_rank": 7, "bias": True, "scale": 0.3},
+        {"rank": 6, "rope_dim": 2, "absorb": False},
+    ],
     "mom": [
         {"memories": 3, "top_k": 1, "shared": False, "inner": partial(MIXERS["mlstm"], heads=2)},
         {"memories": 2, "top_k": 1, "inner": partial(MIXERS["rglru"], heads=2, conv=3)},
@@ -272,7 +281,7 @@ def test_the_eps_of_a_mixers_norms_is_an_option(name):
     """Every norm that it has, and none is out of its reach; the default is the one of old."""
     own = inspect.signature(MIXERS[name]).parameters
     given = {key: value for key, value in NEEDED.items() if key in own} | (
-        {"qk_norm": True} if "qk_norm" in own else {}
+        {"qk_norm": True} if "qk_norm" in own else {"inner_norm": "weighted"} if "inner_norm" in own else {}
     )
     if name == "mom":  # its memories' own
         assert {m.eps for m in MIXERS[name](dim=DIM, **given).modules() if hasattr(m, "eps")} == {1e-5}

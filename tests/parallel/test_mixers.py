@@ -30,6 +30,13 @@ def goose() -> LM:
 BUILDS["rwkv7, channel mix"] = goose
 BUILDS |= {  # options that take another path over ranks
     "mom, one norm": partial(mixer_model, "mom", heads=2, memories=2, norm_after=True),
+    "attention, norms over all heads": partial(
+        *(mixer_model, "attention"),
+        **{"heads": 4, "kv_heads": 2, "qk_norm": True, "norm_heads": "all", "qkv_bias": True, "out_bias": True},
+        scale=0.3,
+    ),
+    "mla, keys of every head": partial(mixer_model, "mla", heads=2, absorb=False, query_rank=6),
+    "mamba, norms": partial(mixer_model, "mamba", inner_norm="weighted"),
     "gla, no convolution": partial(mixer_model, "gla", heads=2, conv=None, feature="elu"),
     "rglru, biases, no convolution": partial(mixer_model, "rglru", heads=2, conv=None, bias=True),
 }
@@ -38,7 +45,7 @@ LAYOUTS = {
     "4 ranks, unequal spans, recomputed": (4, unequal(), "full"),
 }
 # Those whose layers share something, and a state that is no affine map's: all others are in the matrix.
-EVERY_RUN = ("mom, one norm", "rwkv7, channel mix", "slstm")
+EVERY_RUN = ("mom, one norm", "rwkv7, channel mix", "slstm", "attention, norms over all heads", "mla")
 
 
 def mixers(names, plan, remat):
