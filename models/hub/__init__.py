@@ -5,22 +5,28 @@ and its tensors' rows to our parameters, an export the same two tables the other
 are pickled, and nothing needs `transformers`.
 """
 
+from models.hub.arcee import ARCEE
 from models.hub.architecture import Architecture
 from models.hub.bamba import BAMBA
+from models.hub.deepseek import DEEPSEEK_V3
 from models.hub.dense import ERNIE, MISTRAL, PHI3, QWEN3, SMOLLM3
 from models.hub.gemma import GEMMA, GEMMA3
 from models.hub.glm import GLM, GLM4, GLM4_MOE
 from models.hub.granite import GRANITE
 from models.hub.granite_hybrid import GRANITE_HYBRID
+from models.hub.jamba import JAMBA
+from models.hub.lfm2 import LFM2
 from models.hub.llama import LLAMA
-from models.hub.mamba import MAMBA
+from models.hub.mamba import FALCON_MAMBA, MAMBA
 from models.hub.mamba2 import MAMBA2
 from models.hub.mixtral import MIXTRAL
 from models.hub.olmo import EXAONE4, OLMO2, OLMO3, OLMOE
+from models.hub.olmo_hybrid import OLMO_HYBRID
 from models.hub.qwen2 import QWEN2, QWEN2_MOE, SEED_OSS
 from models.hub.qwen3_5 import QWEN3_5, QWEN3_5_MOE, text_of
 from models.hub.qwen3_moe import QWEN3_MOE
 from models.hub.qwen3_next import QWEN3_NEXT
+from models.hub.sparse import DOTS1, MINIMAX_M2
 from models.hub.values import WORDS, shown
 
 # In the order in which an export asks them: the first that can say a model does.
@@ -28,7 +34,11 @@ _FIRST = (LLAMA, QWEN3_MOE, QWEN3_NEXT, MAMBA2)
 _MORE = (MISTRAL, QWEN3, SMOLLM3, MIXTRAL, MAMBA, PHI3, ERNIE, QWEN3_5, QWEN3_5_MOE, BAMBA, GRANITE, GRANITE_HYBRID)
 _BIASED = (QWEN2, QWEN2_MOE, SEED_OSS, GLM, GLM4, GLM4_MOE)
 _NORMED = (OLMO2, OLMO3, OLMOE, EXAONE4, GEMMA, GEMMA3)
-ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in _FIRST + _MORE + _BIASED + _NORMED}
+_SQUARED = (ARCEE,)
+_SPARSE = (MINIMAX_M2, DOTS1, DEEPSEEK_V3)
+_HYBRID = (OLMO_HYBRID, LFM2, FALCON_MAMBA, JAMBA)
+_ALL = _FIRST + _MORE + _BIASED + _NORMED + _SQUARED + _SPARSE + _HYBRID
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in _ALL}
 
 
 __all__ = ["ARCHITECTURES", "families", "of_config", "of_model", "text_of"]
