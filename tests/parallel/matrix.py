@@ -46,6 +46,7 @@ ATTENTION = {  # Ulysses splits a head a rank, or copies one; USP has rows and c
 OPTIONS = {"lact": {"chunk": 64}, "mom": {"memories": 3, "inner": partial(MIXERS["titans"], heads=2)}}
 # In fp64 only: Newton-Schulz enlarges small singular values, and with them what fp32 leaves there, to some 1e-4.
 ENLARGING = {"lact"}
+HALO = {"gated_conv"}  # nothing but the inputs before a span travels, whatever the transport
 LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
 # Of the weights, for mixers whose weights of seed 0 make a problem that fp32 solves to no better than 1e-5 in any order
 # of summation: see `conditioned`.
@@ -178,6 +179,8 @@ def transports(mixer: str) -> dict[str, Any]:
     all."""
     if Serial in kinds(mixer):
         return {"relay": EFFECTS["relay"]}
+    if mixer in HALO:
+        return {"gather": KEYS["gather"]}
     return EFFECTS if recurrent(mixer) else KEYS
 
 
@@ -188,7 +191,7 @@ def cells() -> tuple[Cell, ...]:
     for mixer, (_, options) in rows().items():
         for transport in transports(mixer):
             for ranks in RANKS:
-                if transport == "ulysses" and not divides(ranks, options["heads"], options["kv_heads"]):
+                if transport == "ulysses" and not divides(ranks, options["heads"], options.get("kv_heads", 1)):
                     continue
                 for layout in LAYOUTS:
                     if layout_spans(layout, ranks, LENGTH) is not None:
