@@ -109,7 +109,7 @@ class Mamba(MambaBlock):
         return self.output(y_BTV, v_BTV, x_BTD)
 
     def _normed(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the step sizes are made of, B and C."""
+        """The inputs of the step sizes, B and C, each normalised where that is asked for."""
         if self.norms is not None:
             return tuple(norm(part) for norm, part in zip(self.norms, parts, strict=True))
         eps = self.plain_eps

@@ -99,7 +99,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _latents(
         self, q_BTHN: Tensor, q_BTHP: Tensor, c_BTR: Tensor, k_BT1P: Tensor, seq: Sequence, slot: str
     ) -> Tensor:
-        """What each head reads of the latents, [B, T, H, V]."""
+        """The reads of each head among the latents, [B, T, H, V]."""
         weight = self.kv_b.weight.to(c_BTR.dtype).unflatten(0, (-1, sum(self.made)))
         k_HNR, v_HVR = weight.split(self.made, dim=1)
         q_BTHK = torch.cat((torch.einsum("bthn,hnr->bthr", q_BTHN, k_HNR), q_BTHP), dim=-1)
@@ -108,7 +108,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.einsum("bthr,hvr->bthv", o_BTHR, v_HVR)
 
     def _heads(self, q_BTHN: Tensor, q_BTHP: Tensor, c_BTR: Tensor, k_BT1P: Tensor, seq: Sequence, slot: str) -> Tensor:
-        """The same of keys and values that are made of the latents first."""
+        """The same among keys and values, which are made of the latents first."""
         k_BTHN, v_BTHV = self.kv_b(c_BTR).unflatten(-1, (-1, sum(self.made))).split(self.made, dim=-1)
         k_BTHK = torch.cat((k_BTHN, k_BT1P.expand(-1, -1, k_BTHN.shape[2], -1)), dim=-1)
         return seq.attend(torch.cat((q_BTHN, q_BTHP), dim=-1) * self.factor, k_BTHK, v_BTHV, slot=slot)
