@@ -10,23 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from data import reading
-from parallel.schedule.adaptive.cost import Costs, Layer, Wire
+from parallel.schedule.adaptive.cost import Costs, Layer, Messages, Wire
 from train.run_config import RunConfig
 
-FORMAT = 1
+FORMAT = 2
 LONGEST = 1 << 20  # bytes of a file
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """The costs of `count` layers of one kind: seconds a pair of a query and a key, a token, and whatever it holds.
-    error: of the fit, relative, on average and at worst."""
+    shared: by the size of a group of several ranks, seconds more that a rank computes whatever it holds, and a token of
+    its own. error: of the fit, relative, on average and at worst."""
 
     kind: str
     count: int
@@ -35,10 +37,22 @@ class LayerCost:
     launch: float
     window: int | None = None
     error: tuple[float, float] = (0.0, 0.0)
+    shared: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (self.count >= 1 and min(self.pair, self.token, self.launch) >= 0):
             raise ValueError(f"layers {self.kind} have {self.count} layers of negative seconds")
+        if any(size < 2 or min(seconds) < 0 for size, seconds in self.shared.items()):
+            raise ValueError(f"layers {self.kind} of several ranks have negative seconds")
+
+    def messages(self, sizes: Sequence[int]) -> tuple[tuple[int, Messages], ...]:
+        """Seconds of a rank in groups of these sizes; the largest that was measured stands for larger ones."""
+        several = []
+        for size in (size for size in sizes if size > 1 and self.shared):
+            measured = max((s for s in self.shared if s <= size), default=min(self.shared))
+            seconds, token = self.shared[measured]
+            several.append((size, Messages(0.0, 0.0, 0.0, seconds, token / size)))
+        return tuple(several)
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class CostProfile:
             card = reading.json_object(path)
             if card["format"] != FORMAT:
                 raise ValueError(f"format {card['format']}")
-            layers = tuple(LayerCost(**{**each, "error": tuple(each["error"])}) for each in card["layers"])
+            layers = tuple(_layer(each) for each in card["layers"])
             wires = {int(size): (float(b), float(latency)) for size, (b, latency) in card["wires"].items()}
             if not layers or any(b <= 0 or latency < 0 for b, latency in wires.values()):
                 raise ValueError("no layers, or wires that carry nothing")
@@ -79,7 +93,7 @@ class CostProfile:
         rank receives in a micro-step."""
         *_, rest = costs.model.layers  # its messages, of all layers together
         layers = [
-            Layer(each.count, pair=each.pair, token=each.token, window=each.window, states="scan")
+            Layer(each.count, each.pair, each.token, each.window, by_size=each.messages(costs.sizes))
             for each in self.layers
         ]
         wires = {1: next(iter(self.wires.values()), (1e12, 0.0)), **self.wires}
@@ -98,12 +112,23 @@ class CostProfile:
             "at worst"
             for each in self.layers
         ]
+        for size in sorted({size for each in self.layers for size in each.shared}):
+            more = [(each.count, *each.shared[size]) for each in self.layers if size in each.shared]
+            fixed, token = (sum(n * pair[i] for n, *pair in more) for i in (0, 1))
+            lines.append(
+                f"{size} ranks a sequence: {fixed * 1e3:.3g} ms more, and {token * 1e6:.3g} µs a token of a rank"
+            )
         lines.append(f"embedding, head and loss: {self.head * 1e6:.3g} µs a token")
         lines += [
             f"{size} ranks: {latency * 1e6:.3g} µs a message, {bandwidth / 1e9:.3g} GB/s"
             for size, (bandwidth, latency) in self.wires.items()
         ]
         return lines
+
+
+def _layer(card: dict[str, Any]) -> LayerCost:
+    shared = {int(size): (float(a), float(b)) for size, (a, b) in card["shared"].items()}
+    return LayerCost(**{**card, "error": tuple(card["error"]), "shared": shared})
 
 
 def model_key(config: RunConfig) -> str:

@@ -32,7 +32,7 @@ from train.execute import Executor
 from train.precision import dtypes
 from train.run_config import RunConfig
 
-SHORTEST = 64  # tokens
+SHORTEST, LONGER = 64, 512  # tokens
 MESSAGES = (1 << 12, 1 << 16, 1 << 19, 1 << 21)  # bytes from each rank
 REPEATS = 3  # at least, of each length
 
@@ -67,6 +67,7 @@ def run(order: dict[str, Any]) -> None:
     head = _head(model, config, limit, device, compute, budget)
     beside = _beside(config, layers, head, device) / len(layers)
     layers = tuple(replace(each, launch=each.launch + beside) for each in layers)
+    layers = tuple(replace(each, shared=_shared(config, each, device, budget)) for each in layers)
     wires = _wires(device, budget)
     if dist.get_rank() == 0:
         machine = machine_name(order["device"], torch.get_num_threads())
@@ -147,30 +148,78 @@ def _beside(config: RunConfig, layers: tuple[LayerCost, ...], head: float, devic
     Of a model with one layer of each kind, sharded as the run's is: the second of two micro-steps, since the last also
     reduces gradients. 0 for a model that cannot be cut down so.
     """
-    names, world = [each.kind for each in layers], dist.get_world_size()
+    executor = _executor(config, [each.kind for each in layers], device)
+    if executor is None:
+        return 0.0
+    known = sum(each.token * SHORTEST + each.launch + each.pair * SHORTEST**2 / 2 for each in layers)
+    return max(0.0, _micro_step(executor, 1, SHORTEST, device) - known - head * SHORTEST)
+
+
+def _shared(config: RunConfig, layer: LayerCost, device: torch.device, budget: float) -> dict[int, tuple[float, float]]:
+    """Seconds more that a rank computes in a layer where several share a sequence, by the size of their group: whatever
+    it holds, and a token of its own. Effects of spans, two spans for one, packing; not the messages' time on a wire."""
+    executor, world = _executor(config, [layer.kind], device), dist.get_world_size()
+    found: dict[int, tuple[float, float]] = {}
+    if executor is None:
+        return found
+    took = torch.tensor([(layer.launch + LONGER * layer.token) * 16 * REPEATS], dtype=torch.float64, device=device)
+    dist.all_reduce(took, op=dist.ReduceOp.MAX)  # every rank decides the same
+    lengths = (SHORTEST, LONGER) if took.item() < 4 * budget else (SHORTEST,)
+    shape = Layer(1, window=layer.window)
+    alone = [_micro_step(executor, 1, n, device) for n in lengths]
+    for size in (size for size in powers(world) if size > 1 and world % size == 0):
+        try:
+            together = [_micro_step(executor, size, n, device) for n in lengths]
+        except ValueError:  # a transport that does not serve groups of this size: all ranks say so
+            continue
+        more = []
+        for n, one, several in zip(lengths, alone, together, strict=True):
+            pairs = shape.pairs(np.array([float(size * n), float(n)]))
+            more.append(several - one - layer.pair * (pairs[0] / size - pairs[1]))
+        token = max(0.0, (more[-1] - more[0]) / max(lengths[-1] - lengths[0], 1))
+        found[size] = (max(0.0, more[0] - token * lengths[0]), token)
+    return found
+
+
+def _executor(config: RunConfig, kinds: list[str], device: torch.device) -> Executor | None:
+    """An executor of a model with one layer of each of these kinds, sharded as the run's is; None for a model that
+    cannot be cut down so."""
     compute, master = dtypes(config.precision.compute, device.type)
     try:
         with torch.device("meta"):
-            model = config.model.having(layers=len(names), pattern=names).build()
+            model = config.model.having(layers=len(kinds), pattern=kinds).build()
     except ValueError:
-        return 0.0
+        return None
     model.compute = compute
-    config.engine.build().prepare(model, Meshes(Mesh(sequence=world), device), seed=0, dtype=master)
-    executor = Executor(model, Groups(), device, *config.parallel.transport.build(), 0.0)
-    tokens = np.zeros(SHORTEST, dtype=np.int64)
-    batch = [Packed(tokens=tokens, targets=tokens, starts=np.arange(SHORTEST) == 0) for _ in range(2 * world)]
+    meshes = Meshes(Mesh(sequence=dist.get_world_size()), device)
+    config.engine.build().prepare(model, meshes, seed=0, dtype=master)
+    return Executor(model, Groups(), device, *config.parallel.transport.build(), 0.0)
+
+
+def _micro_step(executor: Executor, size: int, tokens: int, device: torch.device) -> float:
+    """Seconds of a micro-step in groups of so many ranks that hold so many tokens each, zigzag: of the second of two,
+    since the last also reduces gradients."""
+    total, groups = size * tokens, dist.get_world_size() // size
+    own, each = np.zeros(total, dtype=np.int64), total // (2 * size)
+    batch = [Packed(tokens=own, targets=own, starts=np.arange(total) == 0) for _ in range(2 * groups)]
+    if size == 1:
+        spans: Any = (((0, total),),)
+    else:
+        ends = [2 * size - 1 - r for r in range(size)]
+        spans = tuple(((r * each, (r + 1) * each), (end * each, (end + 1) * each)) for r, end in enumerate(ends))
+        spans = (*spans[:-1], ((spans[-1][0][0], spans[-1][1][1]),))  # the last rank's meet, and are one
     seconds = []
     for count in (1, 2):
         micro_steps = tuple(
-            MicroStep(tuple(Group((r,), (m * world + r,), (((0, SHORTEST),),)) for r in range(world)))
+            MicroStep(
+                tuple(Group(tuple(range(g * size, (g + 1) * size)), (m * groups + g,), spans) for g in range(groups))
+            )
             for m in range(count)
         )
-        plan = Plan(0, (SHORTEST,) * (count * world), micro_steps)
-        once = partial(executor.train, plan, batch[: count * world])
+        once = partial(executor.train, Plan(0, (total,) * (count * groups), micro_steps), batch[: count * groups])
         once()
         seconds.append(min(_seconds(once, device) for _ in range(REPEATS)))
-    known = sum(each.token * SHORTEST + each.launch + each.pair * SHORTEST**2 / 2 for each in layers)
-    return max(0.0, seconds[1] - seconds[0] - known - head * SHORTEST)
+    return seconds[1] - seconds[0]
 
 
 def _lengths(limit: int) -> list[int]:

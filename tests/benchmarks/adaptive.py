@@ -42,7 +42,7 @@ from train.execute import Executor
 from train.step_costs import costs_of
 
 RANKS, BATCHES, SEQUENCES, SCALE, LONGEST = 4, 2, 48, 24, 2048
-REPEATS = 2  # of a step, of which the least counts, as of a layer when costs are measured
+REPEATS = 5  # of a step, of which the least counts, as of a layer when costs are measured
 PER_RANK = 640  # tokens that a rank holds
 LENGTHS = Path(__file__).parents[1] / "parallel" / "wikipedia_lengths.txt"
 MODEL = [

@@ -19,7 +19,8 @@ from train.precision import dtypes
 from train.run_config import RunConfig
 from train.step_costs import costs_of
 
-LAYERS = (LayerCost("gla", 3, 0.0, 2e-5, 1e-3), LayerCost("attn", 1, 4e-9, 1e-5, 2e-3))
+SHARED = {2: (1e-3, 4e-6), 4: (2e-3, 8e-6)}
+LAYERS = (LayerCost("gla", 3, 0.0, 2e-5, 1e-3, shared=SHARED), LayerCost("attn", 1, 4e-9, 1e-5, 2e-3))
 
 
 @pytest.fixture
@@ -46,6 +47,12 @@ def test_a_run_plans_by_its_measured_costs(config: RunConfig) -> None:
     assert costs.computing(lengths).sum(0) == pytest.approx(want)
     assert costs.model.launch > 5e-3, "all layers' launches, and the weights' way over the wire"
     assert costs.cluster.wire(4).bandwidth == 1e8 and costs.sending(2).sum() > 0
+    plain = replace(profile, layers=tuple(replace(each, shared={}) for each in profile.layers))
+    plain.write(Path(config.cost.path))
+    without, _ = costs_of(config, Adaptive(), model, device="cpu", mesh=Mesh(sequence=4), threads=1)
+    assert costs.fixed(4).sum() - without.fixed(4).sum() == pytest.approx(3 * 2e-3), "three layers of that kind"
+    assert costs.sending(4).sum() - without.sending(4).sum() == pytest.approx(3 * 8e-6 / 4), "a fourth of the tokens"
+    assert costs.fixed(1).sum() == without.fixed(1).sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,8 @@ def test_plan_measures_and_stores_the_costs(tmp_path: Path, capsys: Any) -> None
     profile = CostProfile.read(path)
     found = {layer.kind: layer for layer in profile.layers}
     assert set(found) == {"gla", "gdn", "attn"} and found["gla"].pair == 0 < found["gla"].token
-    assert set(profile.wires) == {2} and json.loads(path.read_text())["format"] == 1
+    assert set(profile.wires) == {2} and json.loads(path.read_text())["format"] == 2
+    assert all(set(layer.shared) == {2} for layer in profile.layers) and "2 ranks a sequence: " in said
     capsys.readouterr()
     assert main(["plan", *overrides(tmp_path, "scheduler=adaptive", *more)]) == 0
     assert "plans by costs measured on" in capsys.readouterr().out

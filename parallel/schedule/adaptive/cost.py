@@ -50,11 +50,14 @@ class NoRoomError(ValueError):
 
 class Messages(NamedTuple):
     """Traffic that a rank of a group receives in one layer, forward and backward: `fixed` bytes whatever the group
-    holds, `token` bytes more for every token of the group, in `calls` messages."""
+    holds, `token` bytes more for every token of the group, in `calls` messages. seconds, token_seconds: that a rank
+    computes for it, whatever the group holds and for every token of the group: effects, packing, spans."""
 
     fixed: float
     token: float
     calls: float
+    seconds: float = 0.0
+    token_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,11 +236,14 @@ class Costs:
 
     def _sending(self, size: int) -> Floats:
         bandwidth = self.cluster.wire(size).bandwidth
-        return np.array([layer.count * layer.messages(size).token / bandwidth for layer in self.model.layers])
+        sent = [(layer.count, layer.messages(size)) for layer in self.model.layers]
+        return np.array([n * (each.token / bandwidth + each.token_seconds) for n, each in sent])
 
     def _fixed(self, size: int) -> Floats:
         wire, sent = self.cluster.wire(size), [(layer.count, layer.messages(size)) for layer in self.model.layers]
-        return np.array([n * (each.calls * wire.latency + each.fixed / wire.bandwidth) for n, each in sent])
+        return np.array(
+            [n * (each.calls * wire.latency + each.fixed / wire.bandwidth + each.seconds) for n, each in sent]
+        )
 
     def group(self, lengths: Sequence[int], first: int, size: int, choice: int = 0) -> Floats:
         """Seconds [kinds of layers] of a group on ranks [first, first + size), the launch left out."""
