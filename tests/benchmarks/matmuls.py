@@ -89,8 +89,10 @@ def _like(x: Any) -> Any:
 def _make(x: Any) -> Any:
     if not isinstance(x, Like):
         return x
-    made = torch.empty_strided(x.shape, x.strides, dtype=x.dtype)
-    return made.normal_() if x.dtype.is_floating_point else made.zero_()
+    # Filled as a row: of an expanded operand several elements are one, and in-place operators refuse it.
+    row = torch.empty(1 + sum((size - 1) * step for size, step in zip(x.shape, x.strides, strict=True) if size))
+    row = row.normal_().to(x.dtype) if x.dtype.is_floating_point else torch.zeros(len(row), dtype=x.dtype)
+    return row.as_strided(x.shape, x.strides)
 
 
 def _frozen(x: Any) -> Any:
