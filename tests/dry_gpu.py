@@ -34,7 +34,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from launch.config.compose import composed
 from models.axes import declarations
-from models.kernels import fla, registry
+from models.kernels import fla, norm, registry, varlen
 from models.lm import LM
 from parallel import collectives
 from parallel.mesh import Groups
@@ -179,13 +179,16 @@ class Launched(torch.autograd.Function):
 
 
 class Fused(TorchFunctionMode):
-    """Fused attention, of which a device of this kind has none of its own."""
+    """torch's fused attention and norm, of which a device of this kind has none of its own."""
 
     def __init__(self, watch: Watch):
         super().__init__()
         self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.rms_norm:
+            xs = [x for x in args if isinstance(x, Tensor)]
+            return Launched.apply(self.watch, "rms_norm", [(xs[0].shape, xs[0].dtype)], *xs)[0]
         if func is F.scaled_dot_product_attention:
             q, _, v = args[:3]
             return Launched.apply(self.watch, "attention", [((*q.shape[:-1], v.shape[-1]), q.dtype)], *args[:3])[0]
@@ -218,6 +221,8 @@ class _AtOnce:
 def believed(watch: Watch) -> Iterator[None]:
     """Has what asks for CUDA by name take the device for one, and its libraries for installed."""
     at = {
+        (varlen, "FLASH"): (*varlen.FLASH, NAME),
+        (norm, "FUSED"): (*norm.FUSED, NAME),
         (registry, "TRITON"): (*registry.TRITON, NAME),
         (registry, "_missing"): lambda rule: None,
         (adamw, "HAVE_FUSED"): (*adamw.HAVE_FUSED, NAME),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kernels import varlen
 from models.kernels.attention_tiles import ROWS, Tile, tile_for
 from models.kernels.pieces import Piece
 from models.precision import wide
@@ -79,18 +80,25 @@ def attend_pieces(
     has the first token of the document that row b begins in the middle of, if not `past` before its offset. Scale is
     K^-½; G divides H.
     """
+    K, V = k_BSGK.shape[-1], v_BSGV.shape[-1]
+    scale = K**-0.5
+    if firsts is None:  # a span entered without its past sees what there is
+        pieces = [
+            [run._replace(past=min(run.past, offset + run.begin)) for run in runs]
+            for runs, offset in zip(pieces, offsets, strict=True)
+        ]
+    if tile is None and not sinks and varlen.runs_on(q_BTHK, max(K, V)):
+        one_width = (F.pad(x, [0, max(K, V) - x.shape[-1]]) if K != V else x for x in (q_BTHK, k_BSGK, v_BSGV))
+        runs_of_all = tuple(tuple(runs) for runs in pieces)
+        return varlen.attend(*one_width, runs_of_all, tuple(offsets), window=window, scale=scale)[..., :V]
     rows = []
     for b, (runs, offset) in enumerate(zip(pieces, offsets, strict=True)):
         row: list[AttentionPart] = []
         for run in runs:
             key = offset + run.begin
-            if firsts is None:  # a span entered without its past sees what there is
-                run = run._replace(past=min(run.past, key))
             first = key - run.past if firsts is None or run.begin else firsts[b]
             row += parts_of(run, key, first, window=window, sinks=sinks)
         rows.append(row)
-    K, V = k_BSGK.shape[-1], v_BSGV.shape[-1]
-    scale = K**-0.5
     if tile is None and q_BTHK.device.type != "cpu" and all(p.causal and p.window is None for row in rows for p in row):
         return _squares(q_BTHK, k_BSGK, v_BSGV, rows)
     # The fused kernel reads rows, whatever the strides say.
