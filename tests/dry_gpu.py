@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from launch.config.compose import composed
 from models.axes import declarations
-from models.kernels import fla, norm, registry, varlen
+from models.kernels import conv, fla, norm, registry, varlen
 from models.lm import LM
 from parallel import collectives
 from parallel.mesh import Groups
@@ -63,6 +64,7 @@ OF_VALUES = {  # operators whose result, or its shape, the host has to wait for
     "equal",
     "is_nonzero",
 }
+BACKWARD = {"conv": 3}  # launches of the gradients of a kernel, where these are not one
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
 
 
@@ -174,7 +176,8 @@ class Launched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        ctx.watch.count(f"{ctx.name}_backward")
+        for _ in range(BACKWARD.get(ctx.name, 1)):
+            ctx.watch.count(f"{ctx.name}_backward")
         return None, None, None, *(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
@@ -207,6 +210,16 @@ def of_fla(watch: Watch, rule: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return kernel
 
 
+def of_conv(watch: Watch) -> Any:
+    """The stand-in of `models.kernels.conv_triton`."""
+
+    def apply(x: Tensor, taps: Tensor, bias: Tensor | None, positions: Tensor, silu: bool) -> Any:
+        xs = [x, taps] if bias is None else [x, taps, bias]
+        return Launched.apply(watch, "conv", [((*positions.shape, x.shape[-1]), x.dtype)], *xs)[0]
+
+    return SimpleNamespace(Conv=SimpleNamespace(apply=apply), DTYPES=(torch.bfloat16, torch.float32))
+
+
 class _AtOnce:
     """In place of a thread, in which no mode of this one would hold."""
 
@@ -221,6 +234,8 @@ class _AtOnce:
 def believed(watch: Watch) -> Iterator[None]:
     """Has what asks for CUDA by name take the device for one, and its libraries for installed."""
     at = {
+        (conv, "TRITON"): (*conv.TRITON, NAME),
+        (conv, "_kernels"): lambda: of_conv(watch),
         (varlen, "FLASH"): (*varlen.FLASH, NAME),
         (norm, "FUSED"): (*norm.FUSED, NAME),
         (registry, "TRITON"): (*registry.TRITON, NAME),

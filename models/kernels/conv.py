@@ -5,12 +5,13 @@ and for each of their gradients; over a tile that fits in the cache it is one. T
 pre-activation again, so that only the inputs are kept.
 
 Taps that reach over the start of a document are left out, not subtracted: nothing of another document enters, not even
-as rounding. Tiles in which no document starts need no mask.
+as rounding. Tiles in which no document starts need no mask. On CUDA it is one kernel (`models.kernels.conv_triton`).
 
 Legend: B spans, T tokens, D channels, W taps, P = W - 1 + T inputs with those before the span, N tokens of a tile.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kernels.registry import TRITON
 from models.precision import wide
 
 TILE = 1 << 16  # elements: 256 KiB in fp32, of which a core's cache holds several
@@ -77,6 +79,8 @@ def conv(x_BPD: Tensor, taps_WD: Tensor, bias_D: Tensor | None, positions_BT: Te
 
     x: the span's inputs behind the W - 1 before it. taps: tap 0 meets the token itself. Sums are in at least fp32.
     """
+    if x_BPD.device.type in TRITON and (kernels := _kernels()) is not None and x_BPD.dtype in kernels.DTYPES:
+        return kernels.Conv.apply(x_BPD, wide(taps_WD), None if bias_D is None else wide(bias_D), positions_BT, silu)
     return _Conv.apply(x_BPD, wide(taps_WD), None if bias_D is None else wide(bias_D), positions_BT, silu)
 
 
@@ -90,6 +94,16 @@ def conv_token(before_BWD: Tensor, x_B1D: Tensor, weight_DW: Tensor, bias_D: Ten
     if bias_D is not None:
         y_BD.add_(wide(bias_D))
     return (F.silu(y_BD, inplace=True) if silu else y_BD).to(x_B1D.dtype).unsqueeze(1)
+
+
+@cache
+def _kernels() -> Any:
+    """`models.kernels.conv_triton`; None without Triton."""
+    try:
+        from models.kernels import conv_triton
+    except ImportError:
+        return None
+    return conv_triton
 
 
 def _tile(x_BPD: Tensor, taps_WD: Tensor, bias_D: Tensor | None, tile: _Tile) -> Tensor:
