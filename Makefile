@@ -1,5 +1,5 @@
 # The README's commands are `make train` and `make test`. The environment is built once, and again when pyproject.toml
-# changes. Plain pip honours whatever package source this machine's pip is configured with.
+# or the constraints change. Plain pip honours whatever package source this machine's pip is configured with.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
@@ -73,10 +73,10 @@ bench: $(READY)
 reference: $(READY)
 	$(VENV)/bin/python -m launch.config.reference
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 clean:
