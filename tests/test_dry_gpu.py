@@ -50,10 +50,13 @@ def held_to_the_table(found: dict[str, dict[str, tuple[int, int]]], world: int) 
     table = dry_gpu.written(world)
     for model, kinds in found.items():
         for kind, (forward, backward) in kinds.items():
-            most = table[model, kind]
+            if (most := table.get((model, kind))) is None and model not in EVERY_RUN:
+                continue  # nobody has counted it yet
+            assert most is not None, f"{model}, {kind}: not in docs/gpu.md"
             line = f"{world} ranks, {model}, {kind}: {forward} + {backward} launches, docs/gpu.md says {most}"
             assert forward <= most[0] and backward <= most[1], line
-            assert forward > 0.9 * most[0] and backward > 0.9 * most[1], f"{line}: write fewer there"
+            if model in EVERY_RUN:
+                assert forward > 0.9 * most[0] and backward > 0.9 * most[1], f"{line}: write fewer there"
 
 
 @pytest.mark.parametrize("world", [1, 8])

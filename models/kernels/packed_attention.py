@@ -88,9 +88,9 @@ def attend_pieces(
             for runs, offset in zip(pieces, offsets, strict=True)
         ]
     if tile is None and not sinks and varlen.runs_on(q_BTHK, max(K, V)):
-        one_width = (F.pad(x, [0, max(K, V) - x.shape[-1]]) if K != V else x for x in (q_BTHK, k_BSGK, v_BSGV))
+        q, k, v = (F.pad(x, [0, max(K, V) - x.shape[-1]]) if K != V else x for x in (q_BTHK, k_BSGK, v_BSGV))
         runs_of_all = tuple(tuple(runs) for runs in pieces)
-        return varlen.attend(*one_width, runs_of_all, tuple(offsets), window=window, scale=scale)[..., :V]
+        return varlen.attend(q, k, v, runs_of_all, tuple(offsets), window=window, scale=scale)[..., :V]
     rows = []
     for b, (runs, offset) in enumerate(zip(pieces, offsets, strict=True)):
         row: list[AttentionPart] = []

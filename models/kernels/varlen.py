@@ -9,7 +9,7 @@ Legend: B rows, T tokens, S keys on the key axis, H heads, G key/value heads, K 
 
 import inspect
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,8 +97,8 @@ def attend(
 
     where = bounds(rows, offsets, window, q_BTHK.device)
     k, v = (_together(x, where.rows) for x in (k_BSGK, v_BSGK))
-    groups = {"enable_gqa": True} if _takes_groups() and k.shape[1] != q_BTHK.shape[2] else {}
-    out = varlen_attn(
+    groups: dict[str, Any] = {"enable_gqa": True} if _takes_groups() and k.shape[1] != q_BTHK.shape[2] else {}
+    out: Any = varlen_attn(
         q_BTHK.flatten(0, 1),
         k,
         v,
@@ -110,7 +110,8 @@ def attend(
         window_size=(-1 if window is None else window - 1, 0),
         **groups,
     )
-    return out.unflatten(0, q_BTHK.shape[:2])
+    spread: Tensor = out.unflatten(0, q_BTHK.shape[:2])
+    return spread
 
 
 def _together(x_BSGK: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from models.axes import declarations, declare, initial, initialise
 from models.conv import ShortConv
+from models.kernels import norm
 from models.lm import LM
 from models.mixers import MIXERS
 from models.pattern import unroll
@@ -91,3 +92,15 @@ def test_sizes_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match="pattern"):
         LM(vocabulary=8, dim=8, layers=2, pattern=["a", "x"], blocks={"a": partial(int)})
     assert unroll(["a", "b", "b"], 5, ["a", "b"]) == ["a", "b", "b", "a", "b"]
+
+
+def test_torchs_own_norm_equals_ours_where_it_takes_over(monkeypatch):
+    x, weight = torch.randn(5, 7, 24, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    found = []
+    for devices in (norm.FUSED, ("cpu",)):
+        monkeypatch.setattr(norm, "FUSED", devices)
+        leaves = [y.clone().requires_grad_() for y in (x, weight)]
+        outs = norm.rms_norm(*leaves, 1e-2), norm.l2_norm(leaves[0], 1e-2)
+        found.append([*outs, *torch.autograd.grad(sum((y**3).sum() for y in outs), leaves)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-13 * b.norm()
