@@ -25,7 +25,7 @@ Rows = tuple[tuple[Piece, ...], ...]
 
 
 class Bounds(NamedTuple):
-    """Where the runs of all rows lie, end to end."""
+    """The places of the runs of all rows, end to end."""
 
     queries: Tensor  # [N + 1] int32
     keys: Tensor  # [N + 1] int32
