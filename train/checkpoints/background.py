@@ -26,7 +26,7 @@ _LAST_S = 30.0  # that a failing rank waits for a checkpoint which is being writ
 
 
 class StateCopies:
-    """StateCopies of state dicts on the CPU, in memory that is allocated once."""
+    """Copies of state dicts on the CPU, in memory that is allocated once."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Any, ...], Any] = {}
@@ -85,7 +85,7 @@ class Background:
         return self._thread is not None
 
     def begin(self, held: Contents, write: Write) -> None:
-        """StateCopies the tensors, and has `write` make a checkpoint of the copy. None may be written at the moment."""
+        """Copies the tensors, and has `write` make a checkpoint of the copy. None may be written at the moment."""
         assert self._thread is None
         if self._groups is None:
             world = list(range(dist.get_world_size()))
