@@ -33,7 +33,6 @@ PAGES = [
         for page in (
             "install",
             "first-run",
-            "install",
             "models",
             "parallel",
             "verify",
@@ -56,6 +55,7 @@ TAKE_MINUTES = [
         f"docs/{page}.md"
         for page in (
             "first-run",
+            "install",
             "models",
             "parallel",
             "verify",
