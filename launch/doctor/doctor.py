@@ -62,7 +62,7 @@ PACKAGES = {
     "torch": Package("torch", "all that is computed"),
     "wandb": Package("wandb", "tracking=wandb"),
     "fla-core": Package("fla", "Triton kernels of linear mixers on GPUs, in bf16"),
-    "triton": Package("triton", "torch.compile on GPUs; fla-core's kernels"),
+    "triton": Package("triton", "short convolutions and torch.compile on GPUs; fla-core's kernels"),
     "apex": Package("apex", "optimizer.fused=apex: AdamW in one pass on GPUs", "from source, github.com/NVIDIA/apex"),
     "megatron-core": Package(
         "megatron.core",

@@ -5,6 +5,8 @@ and its tensors' rows to our parameters, an export the same two tables the other
 are pickled, and nothing needs `transformers`.
 """
 
+from difflib import get_close_matches
+
 from models.hub.arcee import ARCEE
 from models.hub.architecture import Architecture
 from models.hub.bamba import BAMBA
@@ -51,13 +53,19 @@ def families() -> str:
 
 
 def of_config(config: dict) -> Architecture:
-    """The architecture that a config.json names. Raises ValueError for another, which names those that are known."""
+    """The architecture that a config.json names. Raises ValueError for another, which says who names those that are
+    known: a line of all of them would be too long to read."""
     named = config.get("architectures")
     for name in named or () if WORDS.holds(named) else ():
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
     kind = named[0] if isinstance(named, list) and named else named
-    raise ValueError(f"config.json: architectures={shown(kind)}: must be one of {', '.join(ARCHITECTURES)}")
+    near = get_close_matches(kind, ARCHITECTURES, 3, 0.5) if isinstance(kind, str) else []
+    nearest = f"; nearest: {', '.join(near)}" if near else ""
+    raise ValueError(
+        f"config.json: architectures={shown(kind)}: must be one of the {len(ARCHITECTURES)} that `farspan import "
+        f"--list` names{nearest}"
+    )
 
 
 def of_model(model: dict, origin: str | None = None) -> tuple[Architecture, dict]:

@@ -194,7 +194,7 @@ def test_what_is_planned_is_not_there_and_what_is_there_is_imported():
     for name, each in doctor.PACKAGES.items():
         module = re.escape(each.module.partition(".")[0])
         used = re.search(rf"^\s*(import|from) {module}\b|\"{module}\.ops\b", text, re.MULTILINE)
-        unused = each.brings.startswith("planned") or "oracle" in each.brings or name == "triton"  # torch's and fla's
+        unused = each.brings.startswith("planned") or "oracle" in each.brings
         assert bool(used) != unused, name
 
 

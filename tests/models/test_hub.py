@@ -119,8 +119,7 @@ LLAMA = {
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "config.json: architectures=GPT2LMHeadModel: must be one of LlamaForCausalLM, Qwen3MoeForCausalLM, "
-            "Qwen3NextForCausalLM, Mamba2ForCausalLM",
+            "config.json: architectures=GPT2LMHeadModel: must be one of the 36 that `farspan import --list` names",
         ),
         ({"attention_bias": True}, "config.json: attention_bias=true: must be false"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act=gelu: must be silu"),
@@ -174,7 +173,7 @@ MOE = {
         (LLAMA, {"tie_word_embeddings": "yes"}, "config.json: tie_word_embeddings=yes: must be true or false"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "config.json: quantization_config: must be absent"),
         (LLAMA, {"architectures": "LlamaForCausalLM"}, "config.json: architectures=LlamaForCausalLM: must be one of"),
-        (LLAMA, {"architectures": [["x"]]}, "config.json: architectures=['x']: must be one of LlamaForCausalLM"),
+        (LLAMA, {"architectures": [["x"]]}, "config.json: architectures=['x']: must be one of the 36 that"),
         (LLAMA, {"model_type": "mistral"}, "config.json: model_type=mistral: must be llama, that of LlamaForCausalLM"),
         (LLAMA, {"num_key_value_heads": 3}, "config.json: num_key_value_heads=3: must divide num_attention_heads=4"),
         (LLAMA, {"num_attention_heads": 5}, "config.json: num_attention_heads=5: must divide hidden_size=32"),

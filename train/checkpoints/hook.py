@@ -72,6 +72,7 @@ class Checkpoints(Hook):
         """Lets a checkpoint that is being written come to its end, where the other ranks do."""
         if (path := self.background.abandon()) is not None:
             self._tell(path)
+            self.written(path, self.record)
 
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder. Collective."""
