@@ -26,7 +26,7 @@ from models.recompute import Tape
 
 SAMPLES = (128, 512, 1024, 2048, 4096, 6144)  # tokens between which lines are drawn
 
-# Of outputs, their gradients, inputs and weights: fills the inputs' gradients, returns what is left for the weights'.
+# Takes outputs, their gradients, inputs and weights; fills the inputs' gradients, returns what the weights' half needs.
 Inputs = Callable[[list[Tensor], list[Tensor], list[Tensor], Iterator[nn.Parameter]], Any]
 
 

@@ -52,8 +52,8 @@ class TokenChoice:
 
     def only(self, after: Tensor, before: Tensor) -> Tensor:
         """Rows of `after` [B, ...] of which a token is taken, those of `before` else."""
-        taken = torch.tensor(self.counts, device=after.device) > 0
-        return torch.where(taken.view(-1, *(1,) * (after.dim() - 1)), after, before)
+        chosen = torch.tensor(self.counts, device=after.device) > 0
+        return torch.where(chosen.view(-1, *(1,) * (after.dim() - 1)), after, before)
 
     def add(self, y_BTD: Tensor, x_BRD: Tensor) -> Tensor:
         """y with the taken tokens' x added to them."""
@@ -176,8 +176,8 @@ class Tail(Dense):
         if state is None:
             return super().step(*xs, state=None)
         moved = torch.cat((state[:, :, 1:], wide(xs[0]).unsqueeze(1)), dim=2)
-        taken = torch.tensor(self.counts, device=state.device).view(-1, 1, 1, 1) > 0
-        return state[:, 0].to(xs[0].dtype), torch.where(taken, moved, state)
+        chosen = torch.tensor(self.counts, device=state.device).view(-1, 1, 1, 1) > 0
+        return state[:, 0].to(xs[0].dtype), torch.where(chosen, moved, state)
 
 
 @dataclass

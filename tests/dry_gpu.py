@@ -9,7 +9,7 @@ a place, so three things show that the CPU hides:
 - launches: every operator that is neither a view nor an allocation starts at least one kernel. A kernel of
   flash-linear-attention, and fused attention, counts as one; the stand-ins below take their place.
 
-What it does not show: numbers, races, memory, speed, or that a Triton kernel compiles.
+It shows no numbers, no races, no memory, no speed, and not that a Triton kernel compiles.
 """
 
 import sys

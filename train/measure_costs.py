@@ -159,9 +159,9 @@ def _shared(config: RunConfig, layer: LayerCost, device: torch.device, budget: f
     """Seconds more that a rank computes in a layer where several share a sequence, by the size of their group: whatever
     it holds, and a token of its own. Effects of spans, two spans for one, packing; not the messages' time on a wire."""
     executor, world = _executor(config, [layer.kind], device), dist.get_world_size()
-    found: dict[int, tuple[float, float]] = {}
+    seconds_by_size: dict[int, tuple[float, float]] = {}
     if executor is None:
-        return found
+        return seconds_by_size
     took = torch.tensor([(layer.launch + LONGER * layer.token) * 16 * REPEATS], dtype=torch.float64, device=device)
     dist.all_reduce(took, op=dist.ReduceOp.MAX)  # every rank decides the same
     lengths = (SHORTEST, LONGER) if took.item() < 4 * budget else (SHORTEST,)
@@ -177,8 +177,8 @@ def _shared(config: RunConfig, layer: LayerCost, device: torch.device, budget: f
             pairs = shape.pairs(np.array([float(size * n), float(n)]))
             more.append(several - one - layer.pair * (pairs[0] / size - pairs[1]))
         token = max(0.0, (more[-1] - more[0]) / max(lengths[-1] - lengths[0], 1))
-        found[size] = (max(0.0, more[0] - token * lengths[0]), token)
-    return found
+        seconds_by_size[size] = (max(0.0, more[0] - token * lengths[0]), token)
+    return seconds_by_size
 
 
 def _executor(config: RunConfig, kinds: list[str], device: torch.device) -> Executor | None:

@@ -121,17 +121,17 @@ def by_window(
     if rope and set(rope) - {FULL, WINDOWED}:
         raise ValueError(f"config.json: rope_parameters={shown(rope)}: must be tables of {FULL}, {WINDOWED}")
     older = {FULL: config.get("rope_theta") or base, WINDOWED: config.get("rope_local_base_freq") or local_base or base}
-    found = {}
+    blocks = {}
     for windowed, kind in ((False, FULL), (True, WINDOWED)):
         own = rope.get(kind) or {"rope_type": "default"}
         if not rope and kind == FULL and config.get("rope_scaling"):
             own = config["rope_scaling"]
         own = {"rope_theta": older[kind], **own}
         section = attention(config | {"rope_parameters": own, "rope_scaling": None}, **values)
-        found[windowed] = ("window" if windowed else "attn", {**section, "window": None})
+        blocks[windowed] = ("window" if windowed else "attn", {**section, "window": None})
         if windowed:
-            found[True][1]["window"] = config["sliding_window"]
-    return found
+            blocks[True][1]["window"] = config["sliding_window"]
+    return blocks
 
 
 def attentions(model: Node) -> list[tuple[str, Node]]:

@@ -1,5 +1,5 @@
 """Mixtures as DeepSeek-V3 has them (2412.19437): sigmoid scores, a bias that only chooses, groups of experts, shared
-experts without a gate, and dense layers in front. What the families with them share.
+experts without a gate, and dense layers in front. The families with them share these tables.
 
 The bias is a buffer here (`models.router`), and moves by `RATE` once such a model is trained further.
 """
@@ -105,12 +105,12 @@ def keys(model: Node, who: str, **fixed: Any) -> Config:
             **{"n_group": moe["expert_groups"], "topk_group": moe["top_groups"]},
         }
         mapping.append((path, named))
-    found = one(mapping, who)
-    if found is None:
+    sizes = one(mapping, who)
+    if sizes is None:
         raise ValueError(f"model.pattern=[{','.join(model['pattern'])}]: must have a layer of experts for {who}")
-    return found | {
+    return sizes | {
         "first_k_dense_replace": front,
-        "intermediate_size": one(wide, who) or found["moe_intermediate_size"],
+        "intermediate_size": one(wide, who) or sizes["moe_intermediate_size"],
     }
 
 

@@ -71,9 +71,9 @@ def delta_product(
 def dplr(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor, *, state: Tensor, scale: float | None
 ) -> Stepped:
-    """q, k, g, a, b [B, H, K], v [B, H, V]; state [B, H, K, V]. What a reads has not decayed."""
-    found = _read(wide(a), state)
-    state = _write(state.mul_(wide(g).exp().unsqueeze(-1)), wide(b), found)
+    """q, k, g, a, b [B, H, K], v [B, H, V]; state [B, H, K, V]. `a` reads the state before its decay."""
+    before = _read(wide(a), state)
+    state = _write(state.mul_(wide(g).exp().unsqueeze(-1)), wide(b), before)
     state = _write(state, wide(k), wide(v))
     return _read(scaled(wide(q), scale), state).to(v.dtype), state
 

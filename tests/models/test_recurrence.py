@@ -65,7 +65,7 @@ def test_outputs_state_and_gradients_equal_the_token_loop(rule, T, where, decay)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_a_token_at_a_time_equals_the_token_loop(rule, scale):
-    """Of the first token, before which there is nothing, a span's way; then the rule's own step, in one state."""
+    """The first token, before which there is nothing, goes as a span; others by the rule's own step, in one state."""
     recurrence, xs, starts = replace(KINDS[rule], scale=scale), EXAMPLES[rule](9, decay=9.0), starting(9, "none")
     want, want_state = ORACLES[rule](*xs, starts=starts, scale=scale)
     assert rule in STEPS

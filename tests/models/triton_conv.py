@@ -52,7 +52,7 @@ def errors(shape, silu, bias, dtype):
 
 
 def compiled():
-    """What ptxas says of each kernel on sm_90."""
+    """Returns what ptxas says of each kernel on sm_90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
