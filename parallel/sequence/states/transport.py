@@ -88,7 +88,8 @@ class _Depart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.crossing.local(), None
+        local, ctx.crossing.local = ctx.crossing.local, None
+        return None, *local(), None
 
 
 class _Arrive(torch.autograd.Function):
@@ -108,6 +109,7 @@ class _Arrive(torch.autograd.Function):
         A, U, alive, entering, *saved = ctx.saved_tensors
         crossing: Crossing = ctx.crossing
         effect = Effect(A.detach(), U.detach(), alive)
+        entering = entering.detach()  # else it holds this node, which holds the crossing: a circle that is never freed
         crossing.depart(crossing.transport.gradients, effect, entering, saved, grad)
 
         def local() -> tuple[Tensor, Tensor]:
