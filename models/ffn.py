@@ -37,6 +37,12 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor, *, limit: float = 7.0, sharpness: float = 1.702) -> Tensor:
+    """(u + 1) g σ(1.702 g) with g at most 7 and u within ±7: gpt-oss's SwiGLU (2508.10925)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(sharpness * gate)
+
+
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -56,18 +62,18 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
 
 class SwiGLU(nn.Module):
     """(silu(x W1) ⊙ x W3) W2. hidden: columns of W1 and of W3. activation: of x W1; silu is SwiGLU itself, gelu and
-    gelu_tanh GeGLU.
+    gelu_tanh GeGLU. bias: true adds one to each of the products.
 
     x [..., D] -> [..., D]; of the attribute `tile` tokens at a time, unless it is None.
     """
 
-    def __init__(self, *, dim: int, hidden: int, activation: ActivationName = "silu"):
+    def __init__(self, *, dim: int, hidden: int, activation: ActivationName = "silu", bias: bool = False):
         super().__init__()
         positive(dim=dim, hidden=hidden)
         self.activation = activation_of(activation)
         self.tile: int | None = None
-        self.gate_up = Linear(dim, 2 * hidden, axes=("ffn", "embed"), parts=(hidden, hidden))
-        self.down = Linear(hidden, dim, axes=("embed", "ffn"))
+        self.gate_up = Linear(dim, 2 * hidden, axes=("ffn", "embed"), parts=(hidden, hidden), bias=bias)
+        self.down = Linear(hidden, dim, axes=("embed", "ffn"), bias=bias)
 
     def transform(self, x: Tensor) -> Tensor:
         return tiled(self._gated, x, self.tile)

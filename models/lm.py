@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from models.axes import declare, normal, positive
 from models.block import Factory
 from models.cross_layer import Coupled, Depth
+from models.kernels.cross_entropy import softcapped
 from models.linear import Linear
 from models.moe import Routing, balance, mixtures
-from models.norm import RMSNorm
+from models.norm import NormKind, norm_of
 from models.pattern import dense_front, unroll
 from models.sequence import Sequence
 from models.width import UNDIVIDED, Width
@@ -50,7 +51,9 @@ class LM(nn.Module):
     dense: that feed-forward. tied: true has the head multiply by the embedding instead of weights of its own.
     tied_scale: factor of a tied head's input; null for dim^-½ (T5, 1910.10683), which suits an embedding whose entries
     have variance 1, as they start here. Released models have 1. embedding_scale: factor of the embedding's output;
-    Gemma has dim^½ (2403.08295). norm_eps: epsilon that the last norm adds to the mean square.
+    Gemma has dim^½ (2403.08295). logit_softcap: c that makes logits c·tanh(logit / c), as in Gemma 2 (2408.00118); null
+    for none. norm: the last norm, rms, or layer for LayerNorm with a bias. norm_eps: epsilon that it adds to the mean
+    square.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
@@ -71,6 +74,8 @@ class LM(nn.Module):
         tied: bool = False,
         tied_scale: float | None = None,
         embedding_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        norm: NormKind = "rms",
         norm_eps: float = 1e-5,
     ):
         super().__init__()
@@ -81,7 +86,9 @@ class LM(nn.Module):
             raise ValueError(f"tied_scale={tied_scale}: must be null without a tied head, else above 0")
         if not 0 < embedding_scale < math.inf:
             raise ValueError(f"embedding_scale={embedding_scale}: must be above 0")
-        self.dim, self.embedding_scale = dim, embedding_scale
+        if logit_softcap is not None and not 0 < logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap={logit_softcap}: must be above 0, or null for none")
+        self.dim, self.embedding_scale, self.logit_softcap = dim, embedding_scale, logit_softcap
         self.tied_scale = dim**-0.5 if tied_scale is None else tied_scale
         self.kinds = unroll(pattern, layers, list(blocks))
         front = dense_front(first_k_dense, dense, layers)
@@ -99,7 +106,7 @@ class LM(nn.Module):
         )
         self.coupled = Coupled(self.layers)
         self.hands = {name: getattr(layer, "hands", None) for name, layer in self.layers.items()}
-        self.norm = RMSNorm(dim, eps=norm_eps)
+        self.norm = norm_of(norm)(dim, eps=norm_eps)
         self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
         self.routed = len(mixtures(self))  # layers with experts: the routers' losses are means over them
 
@@ -173,13 +180,14 @@ class LM(nn.Module):
             logits_BTV = self.head(x_BTD)
         else:
             logits_BTV = F.linear(x_BTD * self.tied_scale, self.embedding.to(x_BTD.dtype))
-        return self.width.join(logits_BTV, self.vocabulary)
+        return self.width.join(softcapped(logits_BTV, self.logit_softcap), self.vocabulary)
 
     def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, ...]:
         """The same logits' cross-entropy in nats, summed over the targets; without gradients, all of `Scored`."""
         weight_VD = self.embedding if self.head is None else self.head.weight
         if self.head is None:
             x_BTD = x_BTD * self.tied_scale
+        how: dict[str, Any] = {"chunk": self.loss_chunk, "softcap": self.logit_softcap}
         if torch.is_grad_enabled():
-            return (self.width.cross_entropy(x_BTD, weight_VD, targets_BT, self.vocabulary, chunk=self.loss_chunk),)
-        return self.width.score(x_BTD, weight_VD, targets_BT, self.vocabulary, chunk=self.loss_chunk)
+            return (self.width.cross_entropy(x_BTD, weight_VD, targets_BT, self.vocabulary, **how),)
+        return self.width.score(x_BTD, weight_VD, targets_BT, self.vocabulary, **how)

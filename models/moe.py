@@ -17,15 +17,15 @@ Legend: B spans, T tokens, N = B·T, D model width, E experts, X choices a token
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.axes import declare, fan_in, positive
-from models.dispatch import Dispatch, Dispatched, Here, by_expert
-from models.ffn import SwiGLU
+from models.axes import constant, declare, fan_in, positive
+from models.dispatch import Dispatch, Dispatched, Here, Sent, by_expert
+from models.ffn import MLP, SwiGLU, clamped_swiglu, relu2
 from models.kernels.grouped_ffn import FEW, IN_TURN, grouped_linear, mixture, mixture_of_few
 from models.linear import Linear
 from models.router import BALANCES, ROUTERS, BalanceName, Router, RouterName, Routing, within_capacity
@@ -35,18 +35,26 @@ from models.width import UNDIVIDED, Width
 Beside = Callable[[], Tensor | None]
 
 
-class Experts(nn.Module):
-    """E SwiGLU feed-forwards. x [N, D], choices [N, X] (E: none), weights [N, X] -> [N, D], weighted and summed; and
-    the result of `beside`, which is computed while rows are on their way to other devices. room: as `Dispatch` says."""
+ExpertName = Literal["swiglu", "clamped", "relu2"]
 
-    def __init__(self, num_experts: int, dim: int, hidden: int):
+
+class Experts(nn.Module):
+    """E feed-forwards of a form, SwiGLU, gpt-oss's clamped one, or relu(x W1)² W2, with biases or none. x [N, D],
+    choices [N, X] (E: none), weights [N, X] -> [N, D], weighted and summed; and the result of `beside`, which is
+    computed while rows are on their way to other devices. room: as `Dispatch` says."""
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, form: ExpertName = "swiglu", bias: bool = False):
         super().__init__()
-        self.num_experts = num_experts
-        axes = ("expert", "embed", "ffn")
-        self.gate_up = declare(
-            num_experts, dim, 2 * hidden, axes=axes, init=fan_in(dim), parts=(hidden, hidden), along=2
-        )
+        self.num_experts, self.hidden, self.form = num_experts, hidden, form
+        parts = (hidden,) if form == "relu2" else (hidden, hidden)
+        inner, axes = sum(parts), ("expert", "embed", "ffn")
+        self.gate_up = declare(num_experts, dim, inner, axes=axes, init=fan_in(dim), parts=parts, along=2)
         self.down = declare(num_experts, hidden, dim, axes=("expert", "ffn", "embed"), init=fan_in(hidden))
+        zeros: dict[str, Any] = {"init": constant(0.0), "decay": False, "matrix": False}
+        self.gate_up_bias = (
+            declare(num_experts, inner, axes=("expert", "ffn"), parts=parts, along=1, **zeros) if bias else None
+        )
+        self.down_bias = declare(num_experts, dim, axes=("expert", "embed"), **zeros) if bias else None
 
     def forward(
         self,
@@ -58,7 +66,8 @@ class Experts(nn.Module):
         room: int | None,
     ) -> tuple[Tensor, Tensor | None]:
         gate_up, down = (dispatch.held(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
-        if isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
+        plain = self.form == "swiglu" and self.gate_up_bias is None
+        if plain and isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
             if len(x_ND) <= FEW and not torch.is_grad_enabled():
                 return mixture_of_few(x_ND, weights_NX, choices_NX, gate_up, down), beside()
             order, counts = by_expert(choices_NX, self.num_experts)
@@ -67,25 +76,48 @@ class Experts(nn.Module):
         sent = dispatch.send(x_ND, choices_NX, self.num_experts, room)
         y_BTD = beside()
         sent = dispatch.receive(sent)
-        gate, up = grouped_linear(sent.rows, gate_up, sent.offsets).chunk(2, dim=-1)
-        y_MD = grouped_linear(F.silu(gate) * up, down, sent.offsets)
-        return dispatch.collect(y_MD, sent, weights_NX), y_BTD
+        return dispatch.collect(self.transform(sent, gate_up, down, dispatch), sent, weights_NX), y_BTD
+
+    def transform(self, sent: Sent, gate_up: Tensor, down: Tensor, dispatch: Dispatch) -> Tensor:
+        """The experts' outputs [M, D] of the rows that were sent to them."""
+        inner_MH = grouped_linear(sent.rows, gate_up, sent.offsets)
+        if self.gate_up_bias is not None:
+            inner_MH = inner_MH + _of_each(dispatch.held(self.gate_up_bias), sent)
+        if self.form == "relu2":
+            hidden_MH = relu2(inner_MH)
+        else:
+            gate_MH, up_MH = inner_MH.chunk(2, dim=-1)
+            hidden_MH = clamped_swiglu(gate_MH, up_MH) if self.form == "clamped" else F.silu(gate_MH) * up_MH
+        y_MD = grouped_linear(hidden_MH, down, sent.offsets)
+        if self.down_bias is not None:  # of which a device that holds some channels adds as large a share
+            share = down.shape[1] / self.hidden
+            y_MD = y_MD + share * _of_each(dispatch.held(self.down_bias), sent)
+        return y_MD
+
+
+def _of_each(bias_EO: Tensor, sent: Sent) -> Tensor:
+    """The row [M, O] of its expert for each row that was sent."""
+    sizes_E = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).long()
+    return bias_EO.to(sent.rows.dtype).repeat_interleave(sizes_E, dim=0, output_size=len(sent.rows))
 
 
 class MoE(Dispatched):
     """A mixture of experts: each token's `top_k`, weighted by the router, and a shared one that every token passes.
 
     num_experts: experts to choose from, the shared one not counted. top_k: number of them that a token goes to, from 1
-    to num_experts. hidden: inner width of each of them, a SwiGLU (2002.05202). shared_hidden: inner width of the shared
-    expert; 0 for none. shared_gate: true scales the shared expert's output by a sigmoid of a linear function of the
-    token (Qwen2, 2407.10671). router: scores of the experts for a token; softmax over them, or sigmoid, each by itself
-    (DeepSeek-V3, 2412.19437). renormalise: true divides a token's weights, the scores of its experts, by their sum.
-    scale: factor of the weights after that. balance: the choices that the balance loss (train.balance_weight) evens
-    out: those of each document, those of the whole batch (by the loads of the step before), or none. bias_rate: step by
-    which a bias that only chooses experts moves after each step towards those that had too few tokens (2408.15664 takes
-    0.001); 0 for no bias. expert_groups: equal groups that the experts lie in; 1 for none. top_groups: number of
-    groups that a token's experts may come from. capacity_factor: choices that an expert takes of a span of tokens, in
-    multiples of its fair share; later tokens' are dropped, which makes a run depend on its layout. null for no limit.
+    to num_experts. hidden: inner width of each of them. expert: its form, SwiGLU (2002.05202), clamped for gpt-oss's
+    (2508.10925), or relu2 for two matrices with relu(x)² between them, as in Nemotron-H (2504.03624); the shared one's
+    too. bias: true adds one to each product of an expert and to the router's logits. shared_hidden: inner width of the
+    shared expert; 0 for none. shared_gate: true scales the shared expert's output by a sigmoid of a linear function of
+    the token (Qwen2, 2407.10671). router: scores of the experts for a token; softmax over them, or sigmoid, each by
+    itself (DeepSeek-V3, 2412.19437). renormalise: true divides a token's weights, the scores of its experts, by their
+    sum. scale: factor of the weights after that. balance: the choices that the balance loss (train.balance_weight)
+    evens out: those of each document, those of the whole batch (by the loads of the step before), or none. bias_rate:
+    step by which a bias that only chooses experts moves after each step towards those that had too few tokens
+    (2408.15664 takes 0.001); 0 for no bias. expert_groups: equal groups that the experts lie in; 1 for none.
+    top_groups: number of groups that a token's experts may come from. capacity_factor: choices that an expert takes of
+    a span of tokens, in multiples of its fair share; later tokens' are dropped, which makes a run depend on its layout.
+    null for no limit.
 
     x [B, T, D] -> [B, T, D] and the Routing that the losses need.
     """
@@ -99,6 +131,8 @@ class MoE(Dispatched):
         num_experts: int,
         top_k: int,
         hidden: int,
+        expert: ExpertName = "swiglu",
+        bias: bool = False,
         shared_hidden: int = 0,
         shared_gate: bool = False,
         router: RouterName = "softmax",
@@ -114,6 +148,10 @@ class MoE(Dispatched):
         positive(dim=dim, num_experts=num_experts, hidden=hidden)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}: must lie between 1 and num_experts={num_experts}")
+        if expert not in get_args(ExpertName):
+            raise ValueError(f"expert={expert}: must be one of {', '.join(get_args(ExpertName))}")
+        if shared_hidden and (bias or expert == "clamped"):
+            raise ValueError(f"shared_hidden={shared_hidden}: must be 0 with bias=true, and with expert=clamped")
         if router not in ROUTERS:
             raise ValueError(f"router={router}: must be one of {', '.join(ROUTERS)}")
         if balance not in BALANCES:
@@ -145,12 +183,14 @@ class MoE(Dispatched):
             renormalise=renormalise,
             scale=scale,
             balance=balance,
+            bias=bias,
             bias_rate=bias_rate,
             expert_groups=expert_groups,
             top_groups=top_groups,
         )
-        self.experts = Experts(num_experts, dim, hidden)
-        self.shared = SwiGLU(dim=dim, hidden=shared_hidden) if shared_hidden else None
+        self.experts = Experts(num_experts, dim, hidden, expert, bias)
+        beside = partial(MLP, activation="relu2") if expert == "relu2" else SwiGLU
+        self.shared = beside(dim=dim, hidden=shared_hidden) if shared_hidden else None
         self.shared_gate = Linear(dim, 1, axes=(None, "embed")) if shared_gate else None
         self.width: Width = UNDIVIDED
         self.dispatch: Dispatch = Here(dropping=capacity_factor is not None)

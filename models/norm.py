@@ -1,6 +1,7 @@
-"""Root-mean-square normalisation (arXiv 1910.07467), its gated form for mixer outputs, and the norms of heads."""
+"""Root-mean-square normalisation (arXiv 1910.07467), LayerNorm, their forms for mixer outputs, and norms of heads."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,33 @@ class RMSNorm(nn.Module):
         copies = x.shape[-1] // (end - begin)  # devices that hold the same channels, as those of shared key heads
         squares = self.width.sum(wide(x).square().sum(-1, keepdim=True)) / copies
         return wide(x) * (squares / self.dim + self.eps).rsqrt() * wide(self.weight)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation · weight + bias over the last dimension (1607.06450), computed in at least fp32, returned
+    in x's dtype. No device may hold a part of the channels only."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = declare(dim, axes=("embed",), init=constant(1.0), decay=False)
+        self.bias = declare(dim, axes=("embed",), init=constant(0.0), decay=False, matrix=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wider = wide(x)
+        weight, bias = (each.to(wider.dtype) for each in (self.weight, self.bias))
+        return F.layer_norm(wider, x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+
+
+NormKind = Literal["rms", "layer"]
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+def norm_of(kind: str) -> Callable[..., nn.Module]:
+    """The class of this name. Raises ValueError for another."""
+    if kind not in NORMS:
+        raise ValueError(f"norm={kind}: must be one of {', '.join(NORMS)}")
+    return NORMS[kind]
 
 
 class GatedRMSNorm(RMSNorm):

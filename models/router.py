@@ -76,10 +76,11 @@ class Router(Linear):
         scale: float,
         balance: str,
         bias_rate: float,
+        bias: bool = False,
         expert_groups: int = 1,
         top_groups: int = 1,
     ):
-        super().__init__(dim, num_experts, axes=("expert", "embed"))
+        super().__init__(dim, num_experts, axes=("expert", "embed"), bias=bias)
         self.num_experts, self.top_k, self.scores = num_experts, top_k, ROUTERS[router]
         self.renormalise, self.scale, self.balance, self.bias_rate = renormalise, scale, balance, bias_rate
         self.expert_groups, self.top_groups = expert_groups, top_groups

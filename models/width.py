@@ -61,12 +61,14 @@ class Width(Protocol):
         ...
 
     def cross_entropy(
-        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None
+        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None, softcap: float | None
     ) -> Tensor:
         """As `models.kernels.cross_entropy.cross_entropy`."""
         ...
 
-    def score(self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None) -> Scored:
+    def score(
+        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None, softcap: float | None
+    ) -> Scored:
         """As `models.kernels.cross_entropy.score`."""
         ...
 
@@ -99,12 +101,14 @@ class Undivided:
         return F.embedding(tokens, table)
 
     def cross_entropy(
-        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None
+        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None, softcap: float | None
     ) -> Tensor:
-        return cross_entropy(x, weight, targets, chunk=chunk)
+        return cross_entropy(x, weight, targets, chunk=chunk, softcap=softcap)
 
-    def score(self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None) -> Scored:
-        return score(x, weight, targets, chunk=chunk)
+    def score(
+        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None, softcap: float | None
+    ) -> Scored:
+        return score(x, weight, targets, chunk=chunk, softcap=softcap)
 
 
 UNDIVIDED = Undivided()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from models.axes import Declared
+from models.kernels.cross_entropy import Scored
 from parallel.activation_memory import parameter_name
 from parallel.collectives import Comm, sum_over
 from parallel.mesh import Meshes
@@ -118,12 +119,14 @@ class DividedWidth:
         return embed(tokens, table, self.span(vocabulary)[0])
 
     def cross_entropy(
-        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None
+        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None, softcap: float | None
     ) -> Tensor:
-        return cross_entropy(self.comm, x, weight, targets, self.span(vocabulary)[0], chunk=chunk)
+        return cross_entropy(self.comm, x, weight, targets, self.span(vocabulary)[0], chunk=chunk, softcap=softcap)
 
-    def score(self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None):
-        return score(self.comm, x, weight, targets, self.span(vocabulary)[0], chunk=chunk)
+    def score(
+        self, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, *, chunk: int | None, softcap: float | None
+    ) -> Scored:
+        return score(self.comm, x, weight, targets, self.span(vocabulary)[0], chunk=chunk, softcap=softcap)
 
 
 def _dealt(y: Tensor, ranks: int) -> Tensor:

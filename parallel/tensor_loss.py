@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.kernels.cross_entropy import NO_TARGET, Scored
+from models.kernels.cross_entropy import NO_TARGET, Scored, softcap_slope, softcapped
 from models.precision import wide
 from parallel.collectives import Comm
 
@@ -44,7 +44,14 @@ def _over_all(comm: Comm, z_CV: Tensor, index_C: Tensor, elsewhere_C: Tensor) ->
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, comm: Comm, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, first: int, chunk: int
+        ctx: Any,
+        comm: Comm,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        first: int,
+        chunk: int,
+        cap: float | None,
     ) -> Tensor:
         cast_VD = weight_VD.to(x_ND.dtype)
         total = wide(x_ND.new_zeros(()))
@@ -52,13 +59,14 @@ class _CrossEntropy(torch.autograd.Function):
         for x_CD, targets_C, dx_CD in zip(x_ND.split(chunk), targets_N.split(chunk), dx_ND.split(chunk), strict=True):
             missing_C = targets_C == NO_TARGET
             index_C, elsewhere_C = _own(targets_C, len(weight_VD), first)
-            z_CV = wide(x_CD @ cast_VD.T)
+            z_CV = softcapped(wide(x_CD @ cast_VD.T), cap)
             sum_C, target_C = _over_all(comm, z_CV, index_C, elsewhere_C)
             total += (sum_C - target_C).masked_fill(missing_C, 0.0).sum()
             dz_CV = (z_CV - sum_C.unsqueeze(-1)).exp()
             onehot_C1 = (~elsewhere_C).to(dz_CV.dtype).unsqueeze(-1)
             dz_CV.scatter_add_(-1, index_C.unsqueeze(-1), -onehot_C1)
-            dz_CV = dz_CV.masked_fill(missing_C.unsqueeze(-1), 0.0).to(x_ND.dtype)
+            dz_CV = dz_CV.masked_fill(missing_C.unsqueeze(-1), 0.0)
+            dz_CV = (dz_CV if cap is None else dz_CV * softcap_slope(z_CV, cap)).to(x_ND.dtype)
             torch.mm(dz_CV, cast_VD, out=dx_CD)
             dweight_VD += dz_CV.T @ x_CD
         ctx.save_for_backward(dx_ND, dweight_VD.to(weight_VD.dtype))
@@ -68,23 +76,41 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx_ND, dweight_VD = ctx.saved_tensors
-        return None, grad * dx_ND, grad * dweight_VD, None, None, None
+        return None, grad * dx_ND, grad * dweight_VD, None, None, None, None
 
 
 def cross_entropy(
-    comm: Comm, x: Tensor, weight_VD: Tensor, targets: Tensor, first: int, *, chunk: int | None
+    comm: Comm,
+    x: Tensor,
+    weight_VD: Tensor,
+    targets: Tensor,
+    first: int,
+    *,
+    chunk: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """As `models.kernels.cross_entropy.cross_entropy`, on every rank, the weight being this rank's rows from `first`
     on. The gradient of x is this rank's part. Collective."""
     if not torch.is_grad_enabled():
-        return score(comm, x, weight_VD, targets, first, chunk=chunk).total
+        return score(comm, x, weight_VD, targets, first, chunk=chunk, softcap=softcap).total
     x_ND = x.flatten(0, -2)
-    total: Tensor = _CrossEntropy.apply(comm, x_ND, weight_VD, targets.flatten(), first, chunk or max(len(x_ND), 1))
+    total: Tensor = _CrossEntropy.apply(
+        comm, x_ND, weight_VD, targets.flatten(), first, chunk or max(len(x_ND), 1), softcap
+    )
     return total
 
 
 @torch.no_grad()
-def score(comm: Comm, x: Tensor, weight_VD: Tensor, targets: Tensor, first: int, *, chunk: int | None) -> Scored:
+def score(
+    comm: Comm,
+    x: Tensor,
+    weight_VD: Tensor,
+    targets: Tensor,
+    first: int,
+    *,
+    chunk: int | None,
+    softcap: float | None = None,
+) -> Scored:
     """As `models.kernels.cross_entropy.score`, on every rank. Collective."""
     x_ND, targets_N = x.flatten(0, -2), targets.flatten()
     cast_VD, size = weight_VD.to(x.dtype), chunk or max(len(x_ND), 1)
@@ -92,7 +118,7 @@ def score(comm: Comm, x: Tensor, weight_VD: Tensor, targets: Tensor, first: int,
     for x_CD, targets_C in zip(x_ND.split(size), targets_N.split(size), strict=True):
         missing_C = targets_C == NO_TARGET
         index_C, elsewhere_C = _own(targets_C, len(weight_VD), first)
-        z_CV = wide(x_CD @ cast_VD.T)
+        z_CV = softcapped(wide(x_CD @ cast_VD.T), softcap)
         sum_C, target_C = _over_all(comm, z_CV, index_C, elsewhere_C)
         nats.append((sum_C - target_C).masked_fill(missing_C, 0.0))
         largest_C, place_C = z_CV.max(-1)

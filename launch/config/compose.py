@@ -118,14 +118,15 @@ def _placed(model: dict[str, Any]) -> list[str]:
         raise UserError("model.blocks: must be blocks by their names")
     store, entries, blocks = ConfigStore.instance(), [], dict(model["blocks"])
     for name, block in blocks.items():
-        mixer = block.get("mixer") if isinstance(block, dict) else None
-        if not isinstance(mixer, dict):
-            raise UserError(f"model.blocks.{name}: must be a block with a mixer")
-        if isinstance(mixer.get("positions"), dict):
-            store.store(group="positions", name=f"{_OTHER}_{name}", node=mixer["positions"])
-            entries.append({f"/positions@blocks.{name}.mixer.positions": f"{_OTHER}_{name}"})
-            rest = {key: value for key, value in mixer.items() if key != "positions"}
-            blocks[name] = {**block, "mixer": rest}
+        if not isinstance(block, dict) or not isinstance(block.get("mixer"), dict | None):
+            raise UserError(f"model.blocks.{name}: must be a block with a mixer, or null for none")
+        for part in ("mixer", "beside"):
+            mixer = block.get(part)
+            if isinstance(mixer, dict) and isinstance(mixer.get("positions"), dict):
+                store.store(group="positions", name=f"{_OTHER}_{name}_{part}", node=mixer["positions"])
+                entries.append({f"/positions@blocks.{name}.{part}.positions": f"{_OTHER}_{name}_{part}"})
+                rest = {key: value for key, value in mixer.items() if key != "positions"}
+                blocks[name] = {**blocks[name], part: rest}
     store.store(group="model", name=_OTHER, node={"defaults": [*entries, "_self_"], **model, "blocks": blocks})
     return [f"model={_OTHER}"]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from launch.config.choices import parameters
 from launch.config.validate import nearest
-from models.hub.architecture import Node, layers, node, target
+from models.hub.architecture import NO_MIXER, Node, layers, node, target
 from models.positions import NoPE, RoPE
 from train.run_config import ObjectConfig, RunConfig, Stage
 
@@ -55,23 +55,25 @@ def positioned(model: Node, positions: Any) -> Node:
     if not rules:
         raise ValueError("positions: must be null, no layer of the model has rotary positions")
     blocks = dict(model["blocks"])
-    for name, rule in rules.items():
+    for (name, part), rule in rules.items():
         new = rule
         if "_target_" in positions:
             dropped = () if positions["_target_"] == target(NoPE) else ("base", "fraction")
             new = {key: rule[key] for key in dropped}
-        mixer = {**blocks[name]["mixer"], "positions": new | positions}
-        blocks[name] = {**blocks[name], "mixer": mixer}
+        mixer = {**blocks[name][part], "positions": new | positions}
+        blocks[name] = {**blocks[name], part: mixer}
     return {**model, "blocks": blocks}
 
 
-def rules_of(model: Node) -> dict[str, Node]:
-    """The rotary rule of each kind of block that has one, and that a layer is of; complete."""
+def rules_of(model: Node) -> dict[tuple[str, str], Node]:
+    """The rotary rules of each kind of block that a layer is of, by its name and by the part that turns, its mixer or
+    the one beside it; complete."""
     rules = {}
     for name, block in layers(model):
-        mixer = block["mixer"]
-        if "positions" in parameters(mixer["_target_"]):
-            rule = node(RoPE, partial=False) | mixer.get("positions", {})
-            if rule["_target_"] != target(NoPE):
-                rules[name] = rule
+        for part in ("mixer", "beside"):
+            mixer = block.get(part)
+            if mixer and mixer["_target_"] != NO_MIXER and "positions" in parameters(mixer["_target_"]):
+                rule = node(RoPE, partial=False) | mixer.get("positions", {})
+                if rule["_target_"] != target(NoPE):
+                    rules[name, part] = rule
     return rules

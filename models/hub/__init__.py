@@ -8,20 +8,25 @@ are pickled, and nothing needs `transformers`.
 from difflib import get_close_matches
 
 from models.hub.arcee import ARCEE
-from models.hub.architecture import Architecture
+from models.hub.architecture import Architecture, mixed
 from models.hub.bamba import BAMBA
 from models.hub.deepseek import DEEPSEEK_V3
 from models.hub.dense import ERNIE, MISTRAL, PHI3, QWEN3, SMOLLM3
+from models.hub.ernie_moe import ERNIE_MOE
+from models.hub.falcon_h1 import FALCON_H1
 from models.hub.gemma import GEMMA, GEMMA3
 from models.hub.glm import GLM, GLM4, GLM4_MOE
 from models.hub.granite import GRANITE
 from models.hub.granite_hybrid import GRANITE_HYBRID
+from models.hub.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from models.hub.jamba import JAMBA
 from models.hub.lfm2 import LFM2
 from models.hub.llama import LLAMA
 from models.hub.mamba import FALCON_MAMBA, MAMBA
 from models.hub.mamba2 import MAMBA2
+from models.hub.minimax import MINIMAX
 from models.hub.mixtral import MIXTRAL
+from models.hub.nemotron import NEMOTRON, NEMOTRON_H
 from models.hub.olmo import EXAONE4, OLMO2, OLMO3, OLMOE
 from models.hub.olmo_hybrid import OLMO_HYBRID
 from models.hub.qwen2 import QWEN2, QWEN2_MOE, SEED_OSS
@@ -36,9 +41,9 @@ _FIRST = (LLAMA, QWEN3_MOE, QWEN3_NEXT, MAMBA2)
 _MORE = (MISTRAL, QWEN3, SMOLLM3, MIXTRAL, MAMBA, PHI3, ERNIE, QWEN3_5, QWEN3_5_MOE, BAMBA, GRANITE, GRANITE_HYBRID)
 _BIASED = (QWEN2, QWEN2_MOE, SEED_OSS, GLM, GLM4, GLM4_MOE)
 _NORMED = (OLMO2, OLMO3, OLMOE, EXAONE4, GEMMA, GEMMA3)
-_SQUARED = (ARCEE,)
-_SPARSE = (MINIMAX_M2, DOTS1, DEEPSEEK_V3)
-_HYBRID = (OLMO_HYBRID, LFM2, FALCON_MAMBA, JAMBA)
+_SQUARED = (ARCEE, NEMOTRON)
+_SPARSE = (MINIMAX_M2, DOTS1, DEEPSEEK_V3, GRANITE_MOE, GRANITE_MOE_SHARED, ERNIE_MOE)
+_HYBRID = (OLMO_HYBRID, LFM2, FALCON_MAMBA, JAMBA, FALCON_H1, MINIMAX, NEMOTRON_H)
 _ALL = _FIRST + _MORE + _BIASED + _NORMED + _SQUARED + _SPARSE + _HYBRID
 ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in _ALL}
 
@@ -76,7 +81,9 @@ def of_model(model: dict, origin: str | None = None) -> tuple[Architecture, dict
     Raises ValueError for a model that none can express: the key that stands in the way of the nearest one, which is
     told by the mixers and the feed-forwards.
     """
-    mixers = {block["mixer"]["_target_"] for name, block in model["blocks"].items() if name in model["pattern"]}
+    placed_blocks = {name: mixed(block) for name, block in model["blocks"].items() if name in model["pattern"]}
+    mixers = {block["mixer"]["_target_"] for block in placed_blocks.values()}
+    mixers |= {block["beside"]["_target_"] for block in placed_blocks.values() if block.get("beside")}
     refused = None
     for architecture in sorted(ARCHITECTURES.values(), key=lambda each: each.name != origin):
         if architecture.suits(model, mixers):
@@ -88,8 +95,8 @@ def of_model(model: dict, origin: str | None = None) -> tuple[Architecture, dict
         raise refused
     known, pattern = ", ".join(ARCHITECTURES), f"model.pattern=[{','.join(model['pattern'])}]"
     placed = {mixer for architecture in ARCHITECTURES.values() for mixer in architecture.mixers}
-    strange = [name for name in model["pattern"] if model["blocks"][name]["mixer"]["_target_"] not in placed]
+    strange = [name for name in model["pattern"] if placed_blocks[name]["mixer"]["_target_"] not in placed]
     if strange:
-        mixer = model["blocks"][strange[0]]["mixer"]["_target_"].rpartition(".")[2]
+        mixer = placed_blocks[strange[0]]["mixer"]["_target_"].rpartition(".")[2]
         raise ValueError(f"{pattern}: none of {known} has layers of {mixer}")
     raise ValueError(f"{pattern}: none of {known} has these mixers together")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from models.hub.rows import Entries
+from models.hub.rows import Entries, PublishedTensors
 from models.hub.tensors import StoredTensor
 from models.hub.values import USUAL, Kind, check, shown
 
@@ -30,7 +30,9 @@ class Architecture:
     entries: of a complete config.json, the rows of our parameters. suits: whether a `model` section, its mixers'
     targets given, would be this one. aliases: other names of keys. left_out: beginnings and endings of tensors' names
     that a folder may hold and no model of ours reads. unstacked: tensors that a folder may hold as one, by the names of
-    the tables.
+    the tables. stacked: those that an export writes as one, of those of the tables. settled: a config.json with what
+    follows from older keys. beyond: keys of the model and of its blocks that it can say and that others have at one
+    value.
 
     All are held to the class of `transformers`, the reader: what that has not is refused, by its key, in both
     directions. `fits`, `body` and `express` raise ValueError, a line that begins with the key.
@@ -52,10 +54,14 @@ class Architecture:
     other_kinds: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     unstacked: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] = dict
+    stacked: Callable[[PublishedTensors], PublishedTensors] = dict
+    settled: Callable[[Config], Config] = dict
+    beyond: frozenset[str] = frozenset()
 
     def complete(self, config: Config) -> Config:
         """The same config.json under the names that we read, with what it leaves out. Raises ValueError."""
         renamed = {self.aliases.get(key, key): value for key, value in config.items()}
+        renamed = self.settled(renamed)
         kind = renamed.get("model_type", self.kind)
         if kind not in (self.kind, *self.other_kinds):  # which a reader goes by
             raise ValueError(f"config.json: model_type={shown(kind)}: must be {self.kind}, that of {self.name}")
@@ -93,6 +99,9 @@ class Architecture:
 
     def write(self, model: Node) -> Config:
         """The config.json of a `model` section. Raises ValueError for what stands in the way."""
+        must("model", PLAIN_MODEL | model, without(PLAIN_MODEL, self.beyond), self.name)
+        for name, block in layers(model):
+            must(f"model.blocks.{name}", PLAIN_BLOCK | block, without(PLAIN_BLOCK, self.beyond), self.name)
         config = {"architectures": [self.name], "model_type": self.kind, **self.fixed, **self.express(model)}
         self.read(config)  # what is written here is read here, too
         return config
@@ -102,6 +111,12 @@ class Architecture:
         return self.entries(self.complete(config))
 
 
+NO_MIXER = "null"
+PLAIN_MODEL: Config = {"logit_softcap": None, "norm": "rms"}
+PLAIN_BLOCK: Config = {
+    **{"beside": None, "norm": "rms", "residual": "input"},
+    **{"mixer_residual_scale": 1.0, "ffn_residual_scale": 1.0},
+}
 REQUIRED = object()  # in `defaults`: a key that has none
 LARGE = 65_536  # a size up to which anything is made at once
 UNBOUNDED = {  # whole numbers that no tensor has for a size
@@ -137,10 +152,16 @@ def fold(kinds: list[str]) -> list[str]:
     return kinds
 
 
+def mixed(block: Node) -> Node:
+    """The same block, with a section that builds nothing for a mixer that is null."""
+    return {**block, "mixer": {"_target_": NO_MIXER}} if block["mixer"] is None else block
+
+
 def layers(model: Node) -> list[tuple[str, Node]]:
-    """The name and the section of each layer's block, the dense first ones with their feed-forward."""
+    """The name and the section of each layer's block, the dense first ones with their feed-forward. A layer without a
+    mixer has one whose `_target_` is `NO_MIXER`."""
     names = [model["pattern"][i % len(model["pattern"])] for i in range(model["layers"])]
-    blocks = [(name, model["blocks"][name]) for name in names]
+    blocks = [(name, mixed(model["blocks"][name])) for name in names]
     front = model.get("first_k_dense") or 0
     return [(n, {**b, "ffn": model["dense"]} if i < front else b) for i, (n, b) in enumerate(blocks)]
 
@@ -148,6 +169,10 @@ def layers(model: Node) -> list[tuple[str, Node]]:
 def with_defaults(section: Node, kind: type) -> Node:
     """A section's values, with the constructor's defaults for what it leaves out."""
     return node(kind) | section
+
+
+def without(values: Config, keys: frozenset[str]) -> Config:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def must(path: str, section: Node, wanted: Mapping[str, Any], who: str) -> None:

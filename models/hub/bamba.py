@@ -5,9 +5,9 @@ Granite 4 has the same mixers; what they share is here.
 
 from models.ffn import SwiGLU
 from models.hub import layers as parts
-from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, node, one, ratio, with_defaults
+from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must, node, one, ratio, with_defaults
 from models.hub.decoder import only_dense
-from models.hub.mamba2 import MIXER, UNLIMITED, mixer_rows
+from models.hub.mamba2 import MIXER, PLAIN_SSM, UNLIMITED, mixer_rows
 from models.hub.rows import Entries, ParameterSource, scaled, whole
 from models.hub.values import FLAG, Kind, listed, optional, shown
 from models.hub.values import whole as count
@@ -63,6 +63,7 @@ def ssm_keys(model: Node, who: str) -> Config:
     for name, section in layers(model):
         if section["mixer"]["_target_"] == MIXER:
             path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], Mamba2)
+            must(path, mixer, PLAIN_SSM, who)
             if not float(mixer["expand"]).is_integer():
                 raise ValueError(f"{path}.expand={mixer['expand']}: must be a whole number, as in {who}")
             keys = {"mamba_n_heads": mixer["heads"], "mamba_d_head": int(dim * mixer["expand"]) // mixer["heads"]}

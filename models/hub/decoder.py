@@ -67,7 +67,7 @@ def changed(model: Node, change: Callable[[Node], Node]) -> Node:
     """The `model` section with keys of its layers' mixers changed. change: a mixer with every key to those keys."""
     blocks = dict(model["blocks"])
     for name, section in blocks.items():
-        if section["mixer"]["_target_"] == parts.ATTENTION:
+        if section["mixer"] is not None and section["mixer"]["_target_"] == parts.ATTENTION:
             mixer = with_defaults(section["mixer"], Attention)
             blocks[name] = {**section, "mixer": {**mixer, **change(mixer)}}
     return {**model, "blocks": blocks}

@@ -177,7 +177,7 @@ PHI3 = architecture(
 # --- ERNIE-4.5: pairs of rotated channels lie side by side
 
 
-def _ernie_rows(ours: str, theirs: str, config: Config) -> Entries:
+def ernie_rows(ours: str, theirs: str, config: Config) -> Entries:
     width = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     return parts.attention_rows(ours, theirs, config, interleaved=width)
 
@@ -202,5 +202,5 @@ ERNIE = architecture(
     fits=by_row_fits,
     body=lambda config: alike(config, parts.attention(config)),
     express=_ernie_express,
-    entries=entries(_ernie_rows),
+    entries=entries(ernie_rows),
 )

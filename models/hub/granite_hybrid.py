@@ -1,7 +1,5 @@
-"""Granite 4: Mamba-2 and attention, with or without positions, SwiGLU, in some beside experts; and Granite 3's factors.
-
-Its experts are read, and not written: they lie in tensors of three dimensions, which no table of rows has.
-"""
+"""Granite 4: Mamba-2 and attention, with or without positions, SwiGLU, in some beside experts; and Granite 3's
+factors."""
 
 from models.ffn import SwiGLU
 from models.hub import layers as parts
@@ -15,13 +13,12 @@ from models.hub.bamba import (
     ssm_fits,
     ssm_keys,
     ssm_rows,
-    times,
 )
 from models.hub.decoder import changed, only_dense, rotates
 from models.hub.granite import KINDS, MULTIPLIERS, folded, folded_attention, folded_ends, ones
+from models.hub.granite_moe import chosen_fit, expert_keys, expert_rows, experts, shared_rows, stacked, unstacked
 from models.hub.mamba2 import MIXER
-from models.hub.rows import Entries, whole
-from models.hub.tensors import StoredTensor
+from models.hub.rows import Entries
 from models.hub.values import WORDS, Kind, optional, shown
 from models.hub.values import whole as count
 from models.mixers.mamba2 import Mamba2
@@ -42,19 +39,13 @@ def _attends(config: Config) -> list[bool]:
     return [ATTENDS[each] for each in types]
 
 
-def _experts(config: Config) -> Config:
-    """The same under the names that other mixtures have."""
-    names = {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
-    return config | {ours: config[theirs] for ours, theirs in names.items()} | {"norm_topk_prob": True}
-
-
 def _body(config: Config) -> Node:
     eps, shared = config["rms_norm_eps"], config["shared_intermediate_size"]
     attention = parts.attention(config)
     if config["position_embedding_type"] is None:
         attention["positions"] = node(NoPE, partial=False)
     if config["num_local_experts"]:
-        ffn = parts.mixture(_experts(config), shared_hidden=shared, shared_gate=False)
+        ffn = parts.mixture(experts(config), shared_hidden=shared, shared_gate=False)
     else:
         ffn = node(SwiGLU, hidden=shared)
     blocks = {name: parts.block(mixer, ffn, eps) for name, mixer in (("attn", attention), ("mamba", ssm(config)))}
@@ -69,65 +60,55 @@ def _express(model: Node) -> Config:
         model = changed(model, lambda mixer: {"positions": None})
     keys = attention_keys(model, NAME, partial=False)
     eps = {"rms_norm_eps": parts.eps_of(model, NAME, {MIXER: Mamba2})}
-    hidden = only_dense(model, NAME)["intermediate_size"]
+    if any((section["ffn"] or {}).get("_target_") == parts.MIXTURE for _, section in layers(model)):
+        ffn = expert_keys(model, NAME)
+        if not ffn["shared_intermediate_size"]:
+            raise ValueError(f"model.blocks: shared_hidden=0 of experts: must be above 0 for {NAME}")
+    else:
+        hidden = only_dense(model, NAME)["intermediate_size"]
+        ffn = {"num_local_experts": 0, "shared_intermediate_size": hidden, "intermediate_size": hidden}
     return {
         **parts.shapes(model, NAME),
         **eps,
         **keys,
         **{"mamba_n_heads": 1, **ssm_keys(model, NAME)},
         **ones(keys),
-        **{"num_local_experts": 0, "shared_intermediate_size": hidden, "intermediate_size": hidden},
+        **ffn,
         "position_embedding_type": "rope" if any(rotary) else None,
         "layer_types": ["attention" if each else "mamba" for each in attention],
     }
 
 
-def _unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Experts one by one, of their published tensors or of those that `transformers` holds in memory."""
-    names = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
-    names |= {"router.layer.weight": "gate.weight", "router.weight": "gate.weight"}
-    tensors = {}
-    for name, each in stored.items():
-        stem, sparse, last = name.partition(".block_sparse_moe.")
-        tensors[stem + sparse + names.get(last, last)] = each
-    return parts.unstacked(tensors)
-
-
 def _entries(config: Config) -> Entries:
-    D, shared, residual = config["hidden_size"], config["shared_intermediate_size"], config["residual_multiplier"]
+    D, residual = config["hidden_size"], config["residual_multiplier"]
     rows = folded_ends(config, parts.ends(config))
     for i, attends in enumerate(_attends(config)):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        mixer, mlp = f"{ours}.mixer", f"{theirs}.shared_mlp"
+        mixer = f"{ours}.mixer"
         rows |= parts.norms(i, D)
         if attends:
             own = parts.attention_rows(mixer, f"{theirs}.self_attn", config)
             rows |= folded_attention(mixer, config, own)
         else:
             rows |= ssm_rows(mixer, f"{theirs}.mamba", config, residual)
-        dense = f"{ours}.ffn"
         if config["num_local_experts"]:
-            experts = parts.mixture_rows(dense, f"{theirs}.block_sparse_moe", _experts(config))
-            rows |= times(experts, f"{dense}.experts.down", residual)
-            dense = f"{dense}.shared"
-        rows[f"{dense}.gate_up.weight"] = whole(f"{mlp}.input_linear.weight", 2 * shared)
-        rows[f"{dense}.down.weight"] = whole(f"{mlp}.output_linear.weight", D)
-        rows = times(rows, f"{dense}.down.weight", residual)
+            rows |= expert_rows(f"{ours}.ffn", theirs, config)
+        else:
+            rows |= shared_rows(f"{ours}.ffn", f"{theirs}.shared_mlp", config)
     return rows
 
 
 def _fits(config: Config) -> None:
     parts.heads_fit(config)
     ssm_fits(config)
-    chosen, there = config["num_experts_per_tok"], config["num_local_experts"]
-    if there and not 1 < chosen <= there:
-        raise ValueError(f"config.json: num_experts_per_tok={chosen}: must be 2 to num_local_experts={there}")
+    if config["num_local_experts"]:
+        chosen_fit(config)
 
 
 GRANITE_HYBRID = Architecture(
     name=NAME,
     kind="granitemoehybrid",
-    about="Granite 4: Mamba-2 and attention, SwiGLU, as in Granite 3; with experts it comes in and cannot go out",
+    about="Granite 4: Mamba-2 and attention, SwiGLU, as in Granite 3, in some beside experts",
     mixers=frozenset({parts.ATTENTION, MIXER}),
     defaults={
         **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), REQUIRED),
@@ -157,7 +138,8 @@ GRANITE_HYBRID = Architecture(
         "layer_types": optional(WORDS),
     },
     fits=_fits,
-    unstacked=_unstacked,
+    unstacked=unstacked,
+    stacked=stacked,
     body=_body,
     express=_express,
     entries=_entries,

@@ -11,7 +11,17 @@ from models.block import Block
 from models.ffn import SwiGLU
 from models.hub import positions
 from models.hub.architecture import Config, Node, fold, layers, must, node, one, target, with_defaults
-from models.hub.rows import PLAIN, Entries, Form, ParameterSource, PublishedRows, experts, joined, whole
+from models.hub.rows import (
+    PLAIN,
+    Entries,
+    Form,
+    ParameterSource,
+    PublishedRows,
+    PublishedTensors,
+    experts,
+    joined,
+    whole,
+)
 from models.hub.tensors import StoredTensor, rows_of
 from models.hub.values import FLAG, Kind, listed, optional
 from models.hub.values import whole as count
@@ -179,10 +189,10 @@ def turned(source: str, begin: int, width: int, interleaved: int) -> list[Publis
 # --- feed-forwards
 
 
-def hidden(path: str, ffn: Node, who: str, *, activation: str = "silu") -> int:
-    """The width of a SwiGLU. Raises ValueError for another activation."""
+def hidden(path: str, ffn: Node, who: str, *, activation: str = "silu", bias: bool = False) -> int:
+    """The width of a SwiGLU. Raises ValueError for another activation, and for biases or none."""
     section = with_defaults(ffn, SwiGLU)
-    must(path, section, {"activation": activation}, who)
+    must(path, section, {"activation": activation, "bias": bias}, who)
     return int(section["hidden"])
 
 
@@ -193,7 +203,10 @@ def sparse(config: Config) -> list[bool]:
     return [config["num_experts"] > 0 and i not in dense and (i + 1) % step == 0 for i in layers]
 
 
-PLAIN_MIXTURE = {"router": "softmax", "scale": 1.0, "bias_rate": 0.0, "expert_groups": 1, "capacity_factor": None}
+PLAIN_MIXTURE = {
+    **{"router": "softmax", "scale": 1.0, "bias_rate": 0.0, "expert_groups": 1, "capacity_factor": None},
+    **{"expert": "swiglu", "bias": False},
+}
 EXPERTS: dict[str, Kind] = {
     "num_experts": count(0),
     "num_experts_per_tok": count(),
@@ -281,6 +294,29 @@ def unstacked(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
             expert, part = divmod(i, len(parts))
             tensors[f"{stem}.{expert}.{parts[part]}.weight"] = rows_of(each, i * rows, rows)
     return tensors
+
+
+def stacked(tensors: PublishedTensors, names: Mapping[str, str]) -> PublishedTensors:
+    """The same with the experts of each layer in two tensors, [E, 2I, D] and [E, D, I]. names: what is written in
+    the place of experts.gate_up_proj and experts.down_proj, and of other endings of names."""
+    result: PublishedTensors = {}
+    numbers: dict[str, int] = {}
+    for source, (shape, places) in tensors.items():
+        stem, _, rest = source.partition(".experts.")
+        number, _, part = rest.partition(".")
+        if number.isdigit():
+            kind = "experts.down_proj" if part == "down_proj.weight" else "experts.gate_up_proj"
+            name = f"{stem}.{names[kind]}"
+            numbers[name] = int(number) + 1
+            so_far, before = result.get(name, ((0,), ()))
+            result[name] = (so_far[0] + shape[0], *shape[1:]), (*before, *places)
+        else:
+            own = next((end for end in names if source.endswith(f".{end}")), None)
+            result[source if own is None else source.removesuffix(own) + names[own]] = (shape, places)
+    for name, number_of_experts in numbers.items():
+        (rows, *columns), places = result[name]
+        result[name] = (number_of_experts, rows // number_of_experts, *columns), places
+    return result
 
 
 def dense_rows(ours: str, theirs: str, hidden: int, dim: int) -> Entries:

@@ -26,6 +26,7 @@ from models.mixers.mamba2 import Mamba2
 
 NAME = "Mamba2ForCausalLM"
 MIXER = target(Mamba2)
+PLAIN_SSM: Config = {"out_norm": "gated", "dt_min": 0.0}
 UNLIMITED = [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]]  # JSON has no word for it
 
 
@@ -62,6 +63,7 @@ def _express(model: Node) -> Config:
     for name, section in layers(model):
         path, mixer = f"model.blocks.{name}.mixer", with_defaults(section["mixer"], Mamba2)
         must(f"model.blocks.{name}", section, {"ffn": None}, NAME)
+        must(path, mixer, PLAIN_SSM, NAME)
         inner, heads = int(dim * mixer["expand"]), mixer["heads"]
         if not float(mixer["expand"]).is_integer():
             raise ValueError(f"{path}.expand={mixer['expand']}: must be a whole number, as in {NAME}")
@@ -74,9 +76,18 @@ def _express(model: Node) -> Config:
 
 
 def mixer_rows(
-    ours: str, theirs: str, *, dim: int, heads: int, inner: int, groups: int, state: int, conv_bias: bool
+    ours: str,
+    theirs: str,
+    *,
+    dim: int,
+    heads: int,
+    inner: int,
+    groups: int,
+    state: int,
+    conv_bias: bool,
+    normed: bool = True,
 ) -> Entries:
-    """The rows of one layer's mixer."""
+    """The rows of one layer's mixer. normed: whether its output has a norm."""
     H, G, N = heads, groups, state
 
     def split(source: str, start: int, form: Form = PLAIN) -> tuple[ParameterSource, ParameterSource]:
@@ -93,7 +104,8 @@ def mixer_rows(
     if conv_bias:
         rows[f"{ours}.conv.bias"], rows[f"{ours}.bc_conv.bias"] = split(f"{conv}.bias", 0)
     rows |= {f"{ours}.{name}": whole(f"{theirs}.{name}", H) for name in ("A_log", "dt_bias", "D")}
-    rows[f"{ours}.norm.weight"] = whole(f"{theirs}.norm.weight", inner)
+    if normed:
+        rows[f"{ours}.norm.weight"] = whole(f"{theirs}.norm.weight", inner)
     rows[f"{ours}.out.weight"] = whole(f"{theirs}.out_proj.weight", dim)
     return rows
 

@@ -2,7 +2,7 @@
 
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Architecture, Config, Node
-from models.hub.rows import Entries, ParameterSource, PublishedRows
+from models.hub.rows import Entries, ParameterSource
 from models.hub.tensors import StoredTensor
 from models.hub.values import optional
 from models.hub.values import whole as count
@@ -61,7 +61,7 @@ def _entries(config: Config) -> Entries:
         rows |= parts.norms(i, D)
         rows |= parts.attention_rows(f"{ours}.mixer", f"{theirs}.self_attn", config)
         for name, entry in parts.mixture_rows(f"{ours}.ffn", f"{theirs}.block_sparse_moe", full).items():
-            pieces = (PublishedRows(renamed(source), start, number) for source, start, number in entry.pieces)
+            pieces = (piece._replace(source=renamed(piece.source)) for piece in entry.pieces)
             rows[name] = ParameterSource(tuple(pieces), entry.form)
     return rows
 

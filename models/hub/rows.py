@@ -67,12 +67,21 @@ def scaled(form: Form, factor: float) -> Form:
     return Form(form.unit, form.columns, lambda x: wide(form.here(x)) * factor, lambda x: form.there(x / factor), True)
 
 
+def times_rows(rows: "Entries", name: str, factor: Callable[[int], float]) -> "Entries":
+    """The same rows, each piece of one parameter times a factor. factor: by the piece's place."""
+    pieces, form = rows[name]
+    scaled_pieces = tuple(p._replace(factor=p.factor * factor(i)) for i, p in enumerate(pieces))
+    return rows | {name: ParameterSource(scaled_pieces, form)}
+
+
 class PublishedRows(NamedTuple):
-    """`number` rows of the published tensor `source`, from `start` on."""
+    """`number` rows of the published tensor `source`, from `start` on. factor: of the published model's, which no layer
+    of ours has; an export has it at 1."""
 
     source: str
     start: int
     number: int
+    factor: float = 1.0
 
 
 class ParameterSource(NamedTuple):
@@ -98,11 +107,11 @@ def joined(*sources: tuple[str, int], form: Form = PLAIN) -> ParameterSource:
 def parts(pieces: tuple[PublishedRows, ...], begin: int, end: int) -> list[PublishedRows]:
     """The pieces of the rows [begin, end) of what they make up together."""
     parts, at = [], 0
-    for source, start, number in pieces:
-        low, high = max(begin - at, 0), min(end - at, number)
+    for piece in pieces:
+        low, high = max(begin - at, 0), min(end - at, piece.number)
         if low < high:
-            parts.append(PublishedRows(source, start + low, high - low))
-        at += number
+            parts.append(piece._replace(start=piece.start + low, number=high - low))
+        at += piece.number
     return parts
 
 
@@ -114,7 +123,10 @@ class RowPlace(NamedTuple):
     number: int
 
 
-def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, tuple[RowPlace, ...]]]:
+PublishedTensors = dict[str, tuple[Shape, tuple[RowPlace, ...]]]  # by their names
+
+
+def published(entries: Entries, shapes: Mapping[str, Shape]) -> PublishedTensors:
     """Maps each published tensor to its shape and to its rows in our parameters, in order. shapes: of our parameters.
 
     Raises ValueError where the tables do not fit the shapes, or name a row twice or never: a mistake in them.
@@ -123,7 +135,7 @@ def published(entries: Entries, shapes: Mapping[str, Shape]) -> dict[str, tuple[
     columns: dict[str, Shape] = {}
     for name, entry in entries.items():
         at, shape = 0, shapes[name]
-        for source, start, number in entry.pieces:
+        for source, start, number, _ in entry.pieces:
             row_places.setdefault(source, []).append((start, RowPlace(name, at, number)))
             columns[source] = entry.form.columns(shape)
             at += number

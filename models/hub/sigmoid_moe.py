@@ -15,17 +15,21 @@ from models.hub.values import whole as count
 from models.moe import MoE
 
 RATE = 0.001
+SWIGLU_EXPERTS: Config = {"expert": "swiglu", "bias": False, "capacity_factor": None}
 DEFAULTS: Config = {
     **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
     **{"n_shared_experts": 1, "first_k_dense_replace": 1},
 }
-KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"), count()),
+RULES: dict[str, Kind] = {  # of a choice
     **dict.fromkeys(("n_group", "topk_group"), optional(count())),
-    "n_shared_experts": optional(count(0)),
-    "first_k_dense_replace": optional(count(0)),
     "norm_topk_prob": FLAG,
     "routed_scaling_factor": ABOVE_ZERO,
+}
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"), count()),
+    **RULES,
+    "n_shared_experts": optional(count(0)),
+    "first_k_dense_replace": optional(count(0)),
 }
 
 
@@ -93,7 +97,7 @@ def keys(model: Node, who: str, **fixed: Any) -> Config:
             kind = ffn["_target_"].rpartition(".")[2]
             raise ValueError(f"{path}={kind}: must be MoE behind the first dense layers for {who}")
         moe = with_defaults(ffn, MoE)
-        must(path, moe, {"router": "sigmoid", "shared_gate": False, "capacity_factor": None, **fixed}, who)
+        must(path, moe, {**SWIGLU_EXPERTS, "router": "sigmoid", "shared_gate": False, **fixed}, who)
         if not moe["bias_rate"]:
             raise ValueError(f"{path}.bias_rate={moe['bias_rate']:g}: must be above 0: {who} has a bias that chooses")
         if moe["shared_hidden"] % moe["hidden"]:

@@ -8,7 +8,7 @@ from models.hub import decoder, sigmoid_moe
 from models.hub import layers as parts
 from models.hub.architecture import REQUIRED, Config, Node
 from models.hub.mixtral import renamed, unstacked
-from models.hub.rows import PLAIN, Entries, ParameterSource, PublishedRows, whole
+from models.hub.rows import PLAIN, Entries, ParameterSource, whole
 from models.hub.values import FLAG, WORDS, optional
 from models.hub.values import whole as count
 from models.mixers.attention import Attention
@@ -57,7 +57,7 @@ def _minimax_ffn(ours: str, theirs: str, config: Config, layer: int) -> Entries:
     theirs, rows = theirs.replace(".mlp", ".block_sparse_moe"), {}
     usual = parts.mixture_rows(ours, theirs, config | {"num_experts": config["num_local_experts"], **_width(config)})
     for name, entry in usual.items():
-        pieces = (PublishedRows(renamed(source), start, number) for source, start, number in entry.pieces)
+        pieces = (piece._replace(source=renamed(piece.source)) for piece in entry.pieces)
         rows[name] = ParameterSource(tuple(pieces), entry.form)
     bias = whole(f"{theirs}.e_score_correction_bias", config["num_local_experts"])
     return rows | {f"{ours}.router.selection_bias": bias}

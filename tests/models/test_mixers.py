@@ -48,7 +48,11 @@ MORE = {
         {"state": 3, "rank": 2, "inner_norm": "weighted"},
         {"state": 3, "rank": 2, "inner_norm": "plain"},
     ],
-    "mamba2": [{"groups": 2, "state": 4, "conv_bias": False}],
+    "mamba2": [
+        {"out_norm": "none", "dt_min": 0.05},
+        {"out_norm": "before_gate"},
+        {"groups": 2, "state": 4, "conv_bias": False},
+    ],
     "mingru": [{"expand": 1.5}],
     "mla": [
         {"rank": 6, "head_dim": 5, "rope_dim": 4, "value_dim": 3, "query_rank": 7, "bias": True, "scale": 0.3},

@@ -22,7 +22,7 @@ import parallel.tensor_loss
 import train.execute
 from models.axes import declarations, initialise
 from models.block import Block
-from models.ffn import MLP
+from models.ffn import MLP, SwiGLU
 from models.linear import Linear
 from models.lm import LM
 from models.mixers import MIXERS
@@ -68,10 +68,29 @@ def shared() -> LM:
     return LM(vocabulary=VOCABULARY + 1, dim=32, layers=3, pattern=list(blocks), blocks=blocks, tied=True)
 
 
-MODELS: dict[str, Callable[[], LM]] = {"hybrid": small_model, "shared heads": shared}
+def parts() -> LM:
+    """A mixer beside another, a feed-forward alone, experts of relu² and of two biases, LayerNorm, a residual stream of
+    what was normed, and capped logits."""
+    heads = partial(MIXERS["attention"], heads=4, kv_heads=2)
+    mamba = partial(MIXERS["mamba2"], heads=4, groups=2, state=8, out_norm="none", dt_min=0.2)
+    clamped = partial(MoE, num_experts=4, top_k=2, hidden=12, expert="clamped", bias=True)
+    squared = partial(MoE, num_experts=4, top_k=2, hidden=12, expert="relu2", shared_hidden=8)
+    scales = {"mixer_residual_scale": 1.5, "ffn_residual_scale": 0.7}
+    blocks = {
+        "beside": partial(Block, mixer=mamba, beside=heads, ffn=clamped, norm="layer"),
+        "squared": partial(Block, mixer=None, ffn=squared, norms="both"),
+        "normed": partial(Block, mixer=heads, ffn=partial(SwiGLU, hidden=24, bias=True), residual="normed", **scales),
+    }
+    cap: dict[str, Any] = {"logit_softcap": 0.7, "norm": "layer"}
+    return LM(vocabulary=VOCABULARY + 1, dim=32, layers=3, pattern=list(blocks), blocks=blocks, **cap)
+
+
+MODELS: dict[str, Callable[[], LM]] = {"hybrid": small_model, "shared heads": shared, "parts": parts}
 LAYOUTS: dict[str, tuple[Mesh, str, str, int | None]] = {  # mesh, model, recomputation, tokens a rank at a time
     "tensor 2 × sequence 2, recomputed": (Mesh(tensor=2, sequence=2), "hybrid", "full", None),
     "tensor 4": (Mesh(tensor=4), "shared heads", "none", None),
+    "tensor 2 × sequence 2, parts": (Mesh(tensor=2, sequence=2), "parts", "none", None),
+    "expert 2 × sequence 2, parts": (Mesh(expert=2, sequence=2), "parts", "selective", None),
     "replicate 2 × data 2, accumulated, recomputed": (Mesh(replicate=2, data=2), "hybrid", "selective", 140),
 }
 DIVISIONS = {"tensor 2": Mesh(tensor=2), "tensor 2 × sequence 2": Mesh(tensor=2, sequence=2)}

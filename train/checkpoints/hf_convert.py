@@ -33,7 +33,7 @@ from parallel.activation_memory import give_back_large
 from train.checkpoints import checkpoint
 from train.checkpoints.hf_reader import CONFIG, Published, named_shapes
 from train.instantiate import construct
-from train.rope_base import rebase, rotary
+from train.rope_base import following, rebase, rotary
 
 SHARD = 5_000_000_000  # bytes of a file, unless told otherwise
 PARTIAL = ".partial"
@@ -135,8 +135,9 @@ class Saved:
         self._entries = architecture.rows(self.config)
         self.shapes = named_shapes(built, self._entries)
         self._averaged = {name for name, _ in built.named_parameters()}
-        self.published = published(self._entries, self.shapes)
-        self._scales = {"norm.weight": built.tied_scale} if built.head is None else {}
+        self.published = architecture.stacked(published(self._entries, self.shapes))
+        scaled = ("norm.weight", "norm.bias") if built.head is None else ()
+        self._scales = dict.fromkeys(scaled, built.tied_scale)
         self._dtypes = dict.fromkeys(self.shapes, "float32")  # as buffers are
         self._dtypes |= {name: dtype for name, (_, dtype) in facts["model"].items()}
         self._own = lru_cache(maxsize=2)(self._read)
@@ -233,13 +234,20 @@ def _streamed(saved: Saved, part: list[str], watch: Callable[[str], None]) -> It
 
 
 def rebased(model: dict[str, Any], base: float) -> dict[str, Any]:
-    """The section with this base in every rotary rule."""
+    """The section with this base in the rotary rules that `rope_base.rebase` changes."""
     blocks = dict(model["blocks"])
-    for name, block in layers(model):
-        rope = block["mixer"].get("positions")
-        if isinstance(rope, dict) and "base" in rope:
-            blocks[name] = {**block, "mixer": {**block["mixer"], "positions": {**rope, "base": base}}}
+    rotating = [(name, block) for name, block in layers(model) if _rotary_base(block["mixer"]) is not None]
+    follows = following([(block["mixer"].get("window"), _rotary_base(block["mixer"])) for _, block in rotating])
+    for (name, block), moves in zip(rotating, follows, strict=True):
+        if moves:
+            rope = {**block["mixer"]["positions"], "base": base}
+            blocks[name] = {**blocks[name], "mixer": {**block["mixer"], "positions": rope}}
     return {**model, "blocks": blocks}
+
+
+def _rotary_base(mixer: dict[str, Any]) -> Any:
+    rope = mixer.get("positions")
+    return rope.get("base") if isinstance(rope, dict) else None
 
 
 def trained_length(config: dict[str, Any], tokens: int) -> int | None:

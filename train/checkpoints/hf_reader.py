@@ -102,7 +102,8 @@ class Published:
     def _dtype(self, name: str) -> torch.dtype:
         entry = self._entries[name]
         dtype = reduce(torch.promote_types, (self._stored[piece.source].dtype for piece in entry.pieces))
-        return torch.promote_types(dtype, torch.float32) if entry.form.computed else dtype
+        computed = entry.form.computed or any(piece.factor != 1 for piece in entry.pieces)
+        return torch.promote_types(dtype, torch.float32) if computed else dtype
 
     def _extend(self, vocabulary: int | None, extend: bool) -> None:
         has: int = self.model["vocabulary"]
@@ -137,7 +138,10 @@ class Published:
         form, have = self._entries[name].form, self._rows[name][0]
         unit = form.unit(self.shapes[name])
         pieces = parts(self._entries[name].pieces, begin * unit, min(end, have) * unit)
-        blocks = [self._published(*piece).to(self.dtypes[name]) for piece in pieces]
+        blocks = [self._published(*piece[:3]).to(self.dtypes[name]) for piece in pieces]
+        for block, piece in zip(blocks, pieces, strict=True):
+            if piece.factor != 1:
+                block *= piece.factor
         ours = [form.here(blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(self.dtypes[name])] if blocks else []
         if end > have:
             ours.append(self._mean(name).expand(end - max(begin, have), *self.shapes[name][1:]))

@@ -49,10 +49,10 @@ def test_what_a_stage_does_not_say_is_as_it_was(config):
 def test_a_rule_keeps_base_and_fraction_and_keys_alone_keep_the_rule(config):
     yarn = {"_target_": "models.positions.YaRN", "factor": 4.0, "trained_length": 4096}
     model = positioned(config.model.values, yarn | {"base": 2e4})
-    assert rules_of(model) == {"attn": {**yarn, "base": 2e4, "fraction": 1.0}}
-    longer = rules_of(positioned(model, {"factor": 8.0}))["attn"]
+    assert rules_of(model) == {("attn", "mixer"): {**yarn, "base": 2e4, "fraction": 1.0}}
+    longer = rules_of(positioned(model, {"factor": 8.0}))["attn", "mixer"]
     assert longer["_target_"] == "models.positions.YaRN" and longer["factor"] == 8.0 and longer["base"] == 2e4
-    again = rules_of(positioned(model, {"_target_": "models.positions.RoPE"}))["attn"]
+    again = rules_of(positioned(model, {"_target_": "models.positions.RoPE"}))["attn", "mixer"]
     assert again == {"_target_": "models.positions.RoPE", "base": 2e4, "fraction": 1.0}
     none = positioned(model, {"_target_": "models.positions.NoPE"})
     assert (
@@ -63,7 +63,7 @@ def test_a_rule_keeps_base_and_fraction_and_keys_alone_keep_the_rule(config):
 def test_only_layers_with_rotary_positions_have_a_rule(config):
     blocks = dict(config.model["blocks"])
     attn = {**blocks["attn"], "mixer": {**blocks["attn"]["mixer"], "positions": {"_target_": "models.positions.NoPE"}}}
-    assert rules_of(config.model.values).keys() == {"attn"}
+    assert rules_of(config.model.values).keys() == {("attn", "mixer")}
     none = {**config.model.values, "blocks": blocks | {"attn": attn}}
     assert rules_of(none) == {} and positioned(none, None) is none
     with pytest.raises(ValueError, match="positions: must be null, no layer"):
