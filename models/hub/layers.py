@@ -49,7 +49,7 @@ def stack(config: Config, kinds: list[str], blocks: dict[str, Node], eps: float)
     )
 
 
-def block(mixer: Node, ffn: Node | None, eps: float, norms: str = "pre") -> Node:
+def block(mixer: Node | None, ffn: Node | None, eps: float, norms: str = "pre") -> Node:
     return node(Block, mixer=mixer, ffn=ffn, norms=norms, norm_eps=eps)
 
 

@@ -68,7 +68,7 @@ def _body(config: Config) -> Node:
 def _express(model: Node) -> Config:
     types, linear, eps = [], [], [("model.norm_eps", model.get("norm_eps", 1e-5))]
     alphas: dict[str, list[tuple[str, float]]] = {key: [] for key in ALPHAS}
-    usual = {"norms": "pre", "residual": "input", "mixer_residual_scale": 1.0, "ffn_residual_scale": 1.0}
+    usual: Node = {"norms": "pre", "residual": "input", "mixer_residual_scale": 1.0, "ffn_residual_scale": 1.0}
     for name, section in layers(model):
         path, block = f"model.blocks.{name}", usual | section
         must(path, block, {"norms": "pre", "residual": "normed"}, NAME)

@@ -100,7 +100,7 @@ def _settled(config: Config) -> Config:
     types = config.get("layers_block_type")
     if types is None and isinstance(pattern := config.get("hybrid_override_pattern"), str):
         types = [WORDS_OF.get(letter, letter) for letter in pattern]
-    if not WORDS.holds(types):
+    if not isinstance(types, list) or not WORDS.holds(types):
         raise ValueError(f"config.json: layers_block_type={shown(types)}: must be {WORDS.words}")
     types = [OLDER.get(each, each) for each in types]
     if not types or set(types) - NAMES.keys():
@@ -143,7 +143,12 @@ def _hybrid_body(config: Config) -> Node:
     attention = parts.attention(plain | {"rope_parameters": None, "rope_scaling": None})
     attention["positions"] = node(NoPE, partial=False)
     mlp = node(MLP, hidden=config["intermediate_size"], activation="relu2", bias=config["mlp_bias"])
-    made = {"mamba": (mamba, None), "attn": (attention, None), "mlp": (None, mlp), "moe": (None, _moe(config))}
+    made: dict[str, tuple[Node | None, Node | None]] = {
+        "mamba": (mamba, None),
+        "attn": (attention, None),
+        "mlp": (None, mlp),
+        "moe": (None, _moe(config)),
+    }
     blocks = {name: parts.block(mixer, ffn, eps) for name, (mixer, ffn) in made.items()}
     return parts.stack(config, [NAMES[each] for each in config["layers_block_type"]], blocks, eps)
 
@@ -151,7 +156,10 @@ def _hybrid_body(config: Config) -> Node:
 def _kind(name: str, block: Node) -> str:
     """The type of a layer. Raises ValueError for one that has two parts, or another one."""
     path, mixer, ffn = f"model.blocks.{name}", block["mixer"]["_target_"], (block["ffn"] or {}).get("_target_")
-    kinds = {(MIXER, None): "linear_attention", (parts.ATTENTION, None): "full_attention"}
+    kinds: dict[tuple[str, str | None], str] = {
+        (MIXER, None): "linear_attention",
+        (parts.ATTENTION, None): "full_attention",
+    }
     kinds |= {(NO_MIXER, SQUARED): "mlp", (NO_MIXER, parts.MIXTURE): "moe"}
     if (mixer, ffn) not in kinds:
         raise ValueError(f"{path}: must be Mamba2, Attention, MLP or MoE alone in a layer for {HYBRID}")
