@@ -35,11 +35,16 @@ class Linear(nn.Module):
             else None
         )
         self.bias_share = 1.0  # that is added here, where several devices add up what they make of their inputs
+        self.low: Any = None  # a recipe of few bits (`models.recipes.LowPrecision`)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if bias is not None and self.bias_share != 1.0:
             bias = bias * self.bias_share
+        if self.low is not None:  # codes are made of the weight itself: a cast before would round twice
+            low: Tensor = self.low.linear(x, self.weight)
+            return low if bias is None else low + bias
+        weight = self.weight.to(x.dtype)
         y: Tensor = _SavedLinear.apply(x, weight, bias) if keeping() else F.linear(x, weight, bias)
         return y
 

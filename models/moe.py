@@ -55,6 +55,7 @@ class Experts(nn.Module):
             declare(num_experts, inner, axes=("expert", "ffn"), parts=parts, along=1, **zeros) if bias else None
         )
         self.down_bias = declare(num_experts, dim, axes=("expert", "embed"), **zeros) if bias else None
+        self.low: Any = None  # a recipe of few bits (`models.recipes.LowPrecision`)
 
     def forward(
         self,
@@ -65,8 +66,10 @@ class Experts(nn.Module):
         beside: Beside,
         room: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        gate_up, down = (dispatch.held(w).to(x_ND.dtype) for w in (self.gate_up, self.down))
-        plain = self.form == "swiglu" and self.gate_up_bias is None
+        gate_up, down = (dispatch.held(w) for w in (self.gate_up, self.down))
+        if self.low is None:
+            gate_up, down = gate_up.to(x_ND.dtype), down.to(x_ND.dtype)
+        plain = self.form == "swiglu" and self.gate_up_bias is None and self.low is None
         if plain and isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
             if len(x_ND) <= FEW and not torch.is_grad_enabled():
                 return mixture_of_few(x_ND, weights_NX, choices_NX, gate_up, down), beside()
@@ -80,7 +83,8 @@ class Experts(nn.Module):
 
     def transform(self, sent: Sent, gate_up: Tensor, down: Tensor, dispatch: Dispatch) -> Tensor:
         """The experts' outputs [M, D] of the rows that were sent to them."""
-        inner_MH = grouped_linear(sent.rows, gate_up, sent.offsets)
+        multiply = grouped_linear if self.low is None else self.low.grouped
+        inner_MH = multiply(sent.rows, gate_up, sent.offsets)
         if self.gate_up_bias is not None:
             inner_MH = inner_MH + _of_each(dispatch.held(self.gate_up_bias), sent)
         if self.form == "relu2":
@@ -88,7 +92,7 @@ class Experts(nn.Module):
         else:
             gate_MH, up_MH = inner_MH.chunk(2, dim=-1)
             hidden_MH = clamped_swiglu(gate_MH, up_MH) if self.form == "clamped" else F.silu(gate_MH) * up_MH
-        y_MD = grouped_linear(hidden_MH, down, sent.offsets)
+        y_MD = multiply(hidden_MH, down, sent.offsets)
         if self.down_bias is not None:  # of which a device that holds some channels adds as large a share
             share = down.shape[1] / self.hidden
             y_MD = y_MD + share * _of_each(dispatch.held(self.down_bias), sent)

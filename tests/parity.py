@@ -17,6 +17,7 @@ from models.ffn import SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
+from models.recipes import RECIPES, LowPrecision, apply, policy
 from models.sequence import Whole
 from parallel.matrix_owners import whole
 from parallel.mesh import Groups, Meshes
@@ -79,16 +80,29 @@ def mixer_model(mixer: str, layers: int = 3, **options: Any) -> LM:
     return LM(vocabulary=VOCABULARY, dim=16, layers=layers, pattern=["layer"], blocks={"layer": block})
 
 
+def follow(model: LM, recipe: str | None) -> LowPrecision | None:
+    """Gives all layers that the policy leaves a recipe, whatever their widths; but for experts where blocks of tokens
+    share scales, which depend on how many come from where."""
+    if recipe is None:
+        return None
+    low = LowPrecision(RECIPES[recipe])
+    blocks = any(scaling is not None and scaling.columns for scaling in low.recipe.weight_gradient)
+    apply(model, policy(model, high=["*.experts.*"] if blocks else []), low)
+    return low
+
+
 def truth(
     batch: list[Sample],
     precision: str,
     attention: dict[str, Any] | None = None,
     build: Callable[..., LM] = small_model,
+    recipe: str | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and every gradient with the whole model on one device, one sequence at a time, without its padding, no
     process group."""
     model = initialise((build() if attention is None else build(attention)).to(DTYPE[precision]), seed=1)
     model.compute = DTYPE[precision]
+    follow(model, recipe)
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     tokens = counted(batch)
     total = 0.0
@@ -113,6 +127,8 @@ def spread(
     keys: Keys | None = None,
     mesh: Mesh | None = None,
     spans: Spans | None = None,
+    recipe: str | None = None,
+    scales: str = "sequence",
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it.
 
@@ -123,11 +139,11 @@ def spread(
     with torch.device("meta"):
         model = build() if attention is None else build(attention)
     model.compute = DTYPE[precision]
+    low = follow(model, recipe)
     meshes = Meshes(groups.mesh, torch.device(device))
     parallelise(model, meshes, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
-    executor = Executor(
-        model, groups, torch.device(device), recurrence or GatherEffects(), keys or GatherKeys(), BALANCE, spans=spans
-    )
+    transports, shared = (recurrence or GatherEffects(), keys or GatherKeys()), low if scales == "sequence" else None
+    executor = Executor(model, groups, torch.device(device), *transports, BALANCE, spans=spans, low=shared)
     tally = executor.train(plan, batch)
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double(), purpose="loss")

@@ -93,6 +93,7 @@ def build(order: dict[str, Any]) -> Trainer:
         placed.experts,
         placed.limited,
         own,
+        placed.low if config.precision.scales == "sequence" else None,
     )
     progress = TrainProgress(train, state)
 

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.lm import Output
+from models.recipes import LowPrecision
 from models.sequence import Memory
 from parallel.activation_memory import recompute_group
+from parallel.collectives import Comm
 from parallel.fsdp import communicate_gradients
 from parallel.mesh import Groups
 from parallel.pipeline.runner import Pipeline
@@ -26,6 +29,11 @@ from train.loss import LossSums, sums
 from train.time_spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def largest_of(comm: Comm, magnitudes: Tensor) -> Tensor:
+    """The largest of each number over the ranks."""
+    return comm.all_gather(magnitudes.contiguous(), purpose="scales").amax(0)
 
 
 def _no_clock(phase: str) -> AbstractContextManager[None]:
@@ -75,6 +83,7 @@ class Executor:
     experts: Mapping[str, int] = field(default_factory=dict)  # by layer, those of all stages of a pipeline
     limited: Sequence[str] = ()  # those of them whose experts have a capacity
     engine: EngineOptimizer | None = None  # that does more than FSDP inside the model does
+    low: LowPrecision | None = None  # a recipe whose scales are those of all ranks of a group
 
     def train(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
@@ -109,6 +118,7 @@ class Executor:
     ) -> Iterator[LossSums]:
         """Forward and backward of a micro-step, whole or span after span in time."""
         groups, shapes = self._in_time(plan, micro)
+        self._share_scales(groups[0])
         if self.spans is None or len(groups) == 1:
             placed = self._place(groups[0], batch, shapes[0], step=plan.step)
             self._begin(last)
@@ -129,6 +139,12 @@ class Executor:
             communicate_gradients(self.model, last and ends)
 
         yield from Passage(forward, tokens, objective, begin_backward, self.phase, self.passed).run(self.spans)
+
+    def _share_scales(self, group: Group) -> None:
+        """Has scales that span tokens be those of all ranks of the group, forward and backward."""
+        if self.low is not None:
+            comm = self.groups.comm(group.ranks)
+            self.low.share = None if comm.size == 1 else partial(largest_of, comm)
 
     def _begin(self, last: bool) -> None:
         if self.engine is None:
@@ -185,6 +201,7 @@ class Executor:
         """Returns what the model says of each micro-step, whole or span after span in time."""
         for _, micro in self._micro_steps(plan, batch):
             groups, shapes = self._in_time(plan, micro)
+            self._share_scales(groups[0])
             memory = Memory() if len(groups) > 1 else None
             for group, shape in zip(groups, shapes, strict=True):
                 placed = self._place(group, batch, shape, memory=memory if any(group.spans) else None)

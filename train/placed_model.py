@@ -11,6 +11,7 @@ from models.accounting import account
 from models.lm import LM
 from models.moe import mixtures
 from models.nonlinear_recurrence import Serial
+from models.recipes import LowPrecision
 from parallel.expert import pad
 from parallel.mesh import Meshes
 from parallel.pipeline.cut import PipelineCut
@@ -19,7 +20,7 @@ from parallel.schedule.comm_volume import Ask
 from train.layout import dependences
 from train.metrics.comm_trace import asked
 from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
-from train.precision import dtypes
+from train.precision import dtypes, follow, lines
 from train.run_config import RunConfig
 from train.settings import TrainSettings
 from train.stages import pipeline_cut
@@ -30,7 +31,7 @@ class PlacedModel(NamedTuple):
 
     experts: by layer, the experts of all stages of a pipeline, {} without one; limited: those layers whose experts have
     a capacity. asks: what a transport is to be chosen for. utilisation: on rank 0, where a model's costs are known.
-    counts: parameters of the whole, by what they are counted for.
+    counts: parameters of the whole, by what they are counted for. low: the recipe that linear layers follow, or None.
     """
 
     model: LM
@@ -41,6 +42,7 @@ class PlacedModel(NamedTuple):
     asks: Sequence[Ask]
     utilisation: Utilisation | None
     counts: dict[str, int]
+    low: LowPrecision | None = None
 
 
 def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: Callable[[str], None]) -> PlacedModel:
@@ -56,6 +58,9 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
     utilisation = _utilisation(model, order["device"], say) if counted else None
     cut, counts = pipeline_cut(config, model, order["device"]), _counts(model, utilisation)
     experts = mixtures(model) if cut is not None else {}
+    low, layers = follow(config.precision, model, order["device"])
+    for line in lines(config, layers, low, order["device"]) if low else ():
+        say(line)
     engine, make = config.engine.build(), config.optimizer.build()
     optimizer = engine.build(model, meshes, make, seed=config.seed, dtype=master, cut=cut)
     if config.parallel.transport.experts == "padded":
@@ -70,6 +75,7 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
         asks,
         utilisation,
         counts,
+        low,
     )
 
 

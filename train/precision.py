@@ -1,6 +1,16 @@
-"""The dtypes that a run computes in and keeps its weights in."""
+"""The dtypes that a run computes in and keeps its weights in, and the recipe that its linear layers follow."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
+
+from train.settings import PrecisionSettings
+
+if TYPE_CHECKING:
+    from models.lm import LM
+    from models.recipes import LowPrecision, Recipe, WeightProduct
+    from train.run_config import RunConfig
 
 NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -20,3 +30,88 @@ def dtypes(compute: str, device: str) -> tuple[torch.dtype, torch.dtype]:
     if compute == "auto":
         compute = "bf16" if native_bf16(device) else "fp32"
     return NAMES[compute], torch.float64 if compute == "fp64" else torch.float32
+
+
+def layers_of(settings: PrecisionSettings, model: "LM", device: str) -> "list[WeightProduct]":
+    """Every product with weights, and why it stays high; [] without a recipe. Raises ValueError for a pattern that
+    matches none, and a recipe that no layer can follow."""
+    if settings.recipe == "none":
+        return []
+    from models.recipes import RECIPES, policy
+
+    tiles = RECIPES[settings.recipe].tiles
+    layers = policy(model, tiles, high=settings.high, low=settings.low, grouped=device == "cpu")
+    if all(layer.why is not None for layer in layers):
+        first = next((f"; of {layer.name}, {layer.why}" for layer in layers if "multiple" in str(layer.why)), "")
+        raise ValueError(f"precision.recipe={settings.recipe}: no linear layer of this model may follow it{first}")
+    return layers
+
+
+def check_recipe(config: "RunConfig", model: "LM", device: str) -> None:
+    """Raises ValueError for a recipe that the device, the layout or the model cannot have."""
+    settings, recipe = config.precision, config.precision.recipe
+    if recipe == "none":
+        return
+    if settings.kernel == "native" and not has_native(recipe, device):
+        raise ValueError(
+            f"precision.kernel=native: must be auto or emulated with precision.recipe={recipe} on {device}"
+        )
+    if settings.scales == "sequence" and config.parallel.stages > 1:
+        raise ValueError("precision.scales=sequence: must be rank with a pipeline, whose micro-steps overlap")
+    layers_of(settings, model, device)
+
+
+def has_native(recipe: str, device: str) -> bool:
+    """Says whether a device multiplies a recipe's codes; of machines that are not this one, by its kind alone."""
+    from models.recipes import NATIVE, native
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return recipe in NATIVE["cuda"]
+    return native(recipe, device)
+
+
+def follow(settings: PrecisionSettings, model: "LM", device: str) -> "tuple[LowPrecision | None, list[WeightProduct]]":
+    """Gives a model's layers their recipe, before they are sharded. Returns what they share, None without a recipe."""
+    if not (layers := layers_of(settings, model, device)):
+        return None, layers
+    from models.recipes import RECIPES, LowPrecision, apply
+
+    natively = settings.kernel == "native" or settings.kernel == "auto" and device != "cpu"
+    low = LowPrecision(RECIPES[settings.recipe], natively and has_native(settings.recipe, device))
+    apply(model, layers, low)
+    return low, layers
+
+
+def lines(config: "RunConfig", layers: "list[WeightProduct]", low: "LowPrecision", device: str) -> list[str]:
+    """Says how much of a model follows the recipe, what does not and why, and what then depends on the layout."""
+    key = f"precision.recipe={config.precision.recipe}"
+    followed = [layer for layer in layers if layer.why is None]
+    share = sum(layer.numel for layer in followed) / sum(layer.numel for layer in layers)
+    how = "natively" if low.native else "emulated"
+    told = [
+        f"{key}: {len(followed)} of {len(layers)} products with weights follow it ({share:.0%} of these weights), "
+        f"{how} on {device}"
+    ]
+    reasons = Counter(layer.why for layer in layers if layer.why is not None)
+    for why, count in reasons.most_common():
+        named = next(layer.name for layer in layers if layer.why == why)
+        told.append(f"{key}: {count} stay high, as {named}: {why}")
+    return told + [f"{line}, so the loss depends on the layout" for line in dependence(config, low.recipe)]
+
+
+def dependence(config: "RunConfig", recipe: "Recipe") -> list[str]:
+    """Says which scales are not the same on every layout, each line opened by its key."""
+    settings, told = config.precision, []
+    tokens = [scaling for scaling in recipe.weight_gradient if scaling is not None]
+    rows = [scaling for scaling in (recipe.forward.first, recipe.input_gradient.first) if scaling is not None]
+    if any(not scaling.rows for scaling in rows) or any(not scaling.columns for scaling in tokens):
+        whose = "a rank's tokens" if settings.scales == "rank" else "all tokens"
+        told.append(f"precision.scales={settings.scales}: scales span {whose} of a micro-step")
+    if blocks := max((scaling.columns for scaling in tokens), default=0):
+        told.append(
+            f"precision.recipe={settings.recipe}: {blocks} tokens share a scale, of the same {blocks} only where every "
+            f"span begins at a multiple of {blocks}"
+        )
+    if config.parallel.tensor > 1:
+        told.append(f"parallel.tensor={config.parallel.tensor}: scales of weights are of a rank's part of them")
+    return told

@@ -314,19 +314,53 @@ ComputeDtype = Literal["auto", "bf16", "fp32", "fp64"]
 COMPUTE = get_args(ComputeDtype)
 
 
+RecipeName = Literal[
+    "none",
+    "fp8_tensorwise",
+    "fp8_rowwise",
+    "fp8_rowwise_wide",
+    "fp8_blockwise",
+    "mxfp8",
+    "int8",
+    "int8_weights",
+    "int4_weights",
+]
+ProductKernel = Literal["auto", "emulated", "native"]
+ScaleSpan = Literal["rank", "sequence"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings:
-    """The dtypes of computation and of weights.
+    """The dtypes of computation and of weights, and formats of few bits in which linear layers multiply.
 
     compute: the dtype of matmuls; auto is bf16 where the device multiplies it natively, fp32 elsewhere. Master weights
-    are fp32, or fp64 when computing in fp64 (to compare layouts).
+    are fp32, or fp64 when computing in fp64 (to compare layouts). recipe: formats of the three products of a linear
+    layer, forward and backward; none leaves them in `compute`. docs/precision.md has each. kernel: the way of products
+    in a recipe; native: the device's own products of codes; emulated: values rounded as the format has them, multiplied
+    in `compute` or fp32; auto: native on a GPU that has them, else emulated. scales: tokens that share a scale, where
+    scales span tokens; rank: those of a rank, so that the loss depends on the layout; sequence: those of all ranks that
+    share a sequence, for a message more a product. high: patterns of layers' names, * for any text, that stay as they
+    are without a recipe, besides those that the policy keeps so: the head, routers, and all that makes decays, gates
+    and writing strengths. low: patterns of layers that follow the recipe against the policy.
     """
 
     compute: ComputeDtype = "auto"
+    recipe: RecipeName = "none"
+    kernel: ProductKernel = "auto"
+    scales: ScaleSpan = "rank"
+    high: list[str] = field(default_factory=list)
+    low: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for key, accepted in (("recipe", RecipeName), ("kernel", ProductKernel), ("scales", ScaleSpan)):
+            if (value := getattr(self, key)) not in get_args(accepted):
+                raise ValueError(f"precision.{key}={value}: must be one of {', '.join(get_args(accepted))}")
         if self.compute not in COMPUTE:
             raise ValueError(f"precision.compute={self.compute}: must be one of {', '.join(COMPUTE)}")
+        if self.recipe == "none":
+            for key in ("high", "low"):
+                if several := getattr(self, key):
+                    raise ValueError(f"precision.{key}={several}: must be [] without a recipe (precision.recipe=none)")
 
 
 def section(kind: type[Settings], values: dict[str, Any]) -> Settings:

@@ -113,6 +113,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         *_flops(costs, read, config.engine.get("recompute", "none")),
         *_order(flight),
         *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
+        *_recipe(flight, model),
         *_memory(flight, model, costs, spans, first),
         f"state       {size_text(costs.state(longest))} to go on after {longest:,} tokens",
         *(_traffic(flight, model, first, batch) if spans == 1 else _traffic_in_time(flight)),
@@ -196,6 +197,16 @@ def _model(flight: CheckedRun) -> LM:
     model.compute = dtypes(flight.config.precision.compute, flight.device)[0]
     model.loss_chunk = flight.train.loss_chunk
     return model
+
+
+def _recipe(flight: CheckedRun, model: LM) -> list[str]:
+    """Lines about the recipe of linear layers; none without one."""
+    from train.precision import follow
+    from train.precision import lines as lines_of
+
+    low, layers = follow(flight.config.precision, model, flight.device)
+    several = lines_of(flight.config, layers, low, flight.device) if low else []
+    return [f"{'' if i else 'precision':<12}{line}" for i, line in enumerate(several)]
 
 
 def _costs(flight: CheckedRun, model: LM) -> Account:

@@ -33,6 +33,7 @@ def check_run(
     device: that of the workers, where it is known already. data_here: whether the corpus and the checkpoints can be
     read from this machine; where not, what needs them is left unchecked, and the run has no batches.
     """
+    from train.precision import check_recipe
     from train.tracking import obey_environment
 
     with refusals(config):
@@ -58,6 +59,7 @@ def check_run(
         check_engine(config, mesh, device)
         _optimizer(config, device)
         check_layout(config, mesh, model)
+        check_recipe(config, model, device)
         _bases(config, model)
         _stages(config, device)
         if not data_here:

@@ -15,7 +15,7 @@ from launch.config.model import model_of
 from launch.errors import UserError
 from parallel.schedule.mesh import Mesh
 from train.run_config import ObjectConfig, RunConfig
-from train.settings import GuardSettings
+from train.settings import GuardSettings, PrecisionSettings
 
 MOST = 8  # processes that are spawned; of a larger mesh each size above 1 becomes 2
 WIDTHS = (32, 48, 64, 96, 128, 192, 256)  # of the residual stream, the first that fits
@@ -114,7 +114,7 @@ def shrink(config: RunConfig) -> Shrunk:
         scheduler=scheduler,
         engine=engine,
         schedule=ObjectConfig({"_target_": "train.schedules.Constant", "warmup": 0}),
-        precision=replace(config.precision, compute="fp64"),
+        precision=PrecisionSettings(compute="fp64"),
         cluster=replace(config.cluster, kind="none", device="cpu", threads=1, address=None, template=None),
         tracking=ObjectConfig({"_target_": "train.tracking.Tracking", "mode": "disabled"}),
         optimizer=_optimizer(config.optimizer),

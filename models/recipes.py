@@ -1,0 +1,235 @@
+"""Recipes of few bits for a model's linear layers, and the policy that says which of them may have one.
+
+A linear layer multiplies three times: y = x Wᵀ forward, and backward dx = g W and dW = gᵀ x. A recipe gives each
+matrix of each product a format and the values that share a scale (`models.kernels.low_precision`).
+
+A hybrid model has layers that bear it less than a transformer's. A decay of 0.999 a token forgets half in 700 tokens,
+one of 0.996 in 170: an error of 0.3% there is one of 4 in how far a layer sees. So everything stays high that makes a
+decay, a gate, a writing strength or a token's experts, and all that is no product of a weight anyway: short
+convolutions, norms, A_log, states, logsumexps, the embedding; and the head, whose logits the loss reads.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from models.kernels.low_precision import E4M3, E5M2, INT4, INT8, Codes, Scaling, Share, encode, product
+from models.linear import Linear
+from models.moe import Experts
+from models.recompute import kept
+from models.router import Router
+
+
+class Pair(NamedTuple):
+    """The scalings of a product's two matrices; None for one that stays as it is."""
+
+    first: Scaling | None = None
+    second: Scaling | None = None
+
+
+class Recipe(NamedTuple):
+    """The three products of a linear layer. tiles: both widths of a weight must be multiples of it.
+
+    forward: of x and W. input_gradient: of g and Wᵀ. weight_gradient: of gᵀ and xᵀ. straight: W has the same codes in
+    both products, and its gradient passes by the rounding as if there were none (1308.3432).
+    """
+
+    tiles: int
+    forward: Pair
+    input_gradient: Pair
+    weight_gradient: Pair
+    straight: bool = False
+
+
+_TENSOR, _TENSOR_GRADIENT = Scaling(E4M3, 0, 0), Scaling(E5M2, 0, 0)
+_ROW, _MX, _INT8 = Scaling(E4M3, 1, 0, True), Scaling(E4M3, 1, 32, True), Scaling(INT8, 1, 0)
+_PART, _SQUARE = Scaling(E4M3, 1, 128), Scaling(E4M3, 128, 128)
+
+RECIPES = {
+    "fp8_tensorwise": Recipe(16, Pair(_TENSOR, _TENSOR), *(2 * (Pair(_TENSOR_GRADIENT, _TENSOR),))),
+    "fp8_rowwise": Recipe(16, *(3 * (Pair(_ROW, _ROW),))),
+    # The weight's gradient, which sums over all tokens, is as it would be without a recipe.
+    "fp8_rowwise_wide": Recipe(16, Pair(_ROW, _ROW), Pair(_ROW, Scaling(E4M3, 0, 0, True)), Pair()),
+    # DeepSeek-V3, 2412.19437, section 3.3.
+    "fp8_blockwise": Recipe(128, Pair(_PART, _SQUARE), Pair(_PART, _SQUARE), Pair(_PART, _PART)),
+    # OCP Microscaling Formats 1.0; scales rounded up, so that nothing is cut off.
+    "mxfp8": Recipe(32, *(3 * (Pair(_MX, _MX),))),
+    # SwitchBack's rows (2304.13013), in all three products.
+    "int8": Recipe(16, *(3 * (Pair(_INT8, _INT8),))),
+    "int8_weights": Recipe(1, Pair(None, _INT8), Pair(None, _INT8), Pair(), straight=True),
+    "int4_weights": Recipe(32, *(2 * (Pair(None, Scaling(INT4, 1, 32)),)), Pair(), straight=True),
+}
+NATIVE = {  # recipes whose products torch has for codes, by kind of device
+    "cpu": ("fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_wide", "int8"),
+    "cuda": ("fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_wide"),
+}
+CAPABILITY = (8, 9)  # of an NVIDIA GPU, from which on it multiplies FP8
+
+
+def native(name: str, device: str) -> bool:
+    """Says whether `device` has a product of its own for all codes of a recipe."""
+    if name not in NATIVE.get(device, ()):
+        return False
+    return device != "cuda" or torch.cuda.get_device_capability() >= CAPABILITY
+
+
+@dataclass
+class LowPrecision:
+    """A recipe at work in a model. native: multiply codes by the device's own product. share: makes the largest
+    magnitudes of scales that span tokens those of all ranks that share a sequence; None for this rank's."""
+
+    recipe: Recipe
+    native: bool = False
+    share: Share | None = None
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., K], weight [N, K] -> x Wᵀ [..., N] in x's dtype. The gradients follow the recipe too."""
+        y: Tensor = _Product.apply(x, weight, self)
+        return y
+
+    def grouped(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """`models.kernels.grouped_ffn.grouped_linear`, an expert at a time, each with scales of its own."""
+        sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+        parts = zip(rows.split(sizes), weight.unbind(), strict=True)
+        return torch.cat([self.linear(part, each.T) for part, each in parts])
+
+    def multiply(
+        self, first: Tensor, second: Tensor, pair: Pair, dtype: torch.dtype, *, tokens: tuple[int | None, int | None]
+    ) -> Tensor:
+        """first [M, K] times the transpose of second [N, K] -> [M, N] in `dtype`.
+
+        tokens: the dimension of each that is tokens, None for none.
+        """
+        each = zip((first, second), pair, tokens, strict=True)
+        return product(*(self._codes(x, scaling, dim) for x, scaling, dim in each), dtype, native=self.native)
+
+    def _codes(self, x: Tensor, scaling: Scaling | None, tokens: int | None) -> Codes | Tensor:
+        if scaling is None:
+            return x
+        spans = tokens is not None and not (scaling.rows, scaling.columns)[tokens]
+        return encode(x, scaling, self.share if spans else None)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ by a recipe, whose result is kept where a layer keeps results."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, low: LowPrecision) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.low = low
+        rows, pair = x.reshape(-1, x.shape[-1]), low.recipe.forward
+        return kept(lambda: low.multiply(rows, weight, pair, x.dtype, tokens=(0, None)).view(*x.shape[:-1], -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), low = ctx.saved_tensors, ctx.low
+        recipe = low.recipe
+        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            pair, other = recipe.input_gradient, weight.T
+            if recipe.straight:
+                assert pair.second is not None
+                pair, other = Pair(), encode(weight, pair.second).values(grad.dtype).T
+            dx = low.multiply(g, other, pair, grad.dtype, tokens=(0, None)).view_as(x)
+        if ctx.needs_input_grad[1]:
+            pair = recipe.weight_gradient
+            made = grad.dtype if pair == Pair() else weight.dtype
+            dw = low.multiply(g.T, rows.T, pair, made, tokens=(1, 1)).to(weight.dtype)
+        return dx, dw, None
+
+
+GATES = "makes decays, gates or writing strengths"
+OUTPUT_GATE = "gates an output"
+BY_NAME = {  # the last part of a linear layer's name, in any mixer or feed-forward
+    **dict.fromkeys(("alpha", "beta", "decay_in", "decay_out", "dt", "f", "gates", "mix_in", "rates", "scale"), GATES),
+    **dict.fromkeys(("gate", "gate_in", "gate_out", "shared_gate", "y", "z"), OUTPUT_GATE),
+    "head": "makes logits",
+}
+BY_CLASS = {  # names that mean something else elsewhere, by the class of the module that has them
+    "HGRN2": {"qfv": GATES},
+    "LightNet": {"qkv": "makes keys whose exponentials decay states"},
+    "Longhorn": {"dkq": GATES},
+    "LowRank": {"into": GATES, "out": GATES},
+    "Mamba": {"dbc": GATES},
+    "MinLSTM": {"i": GATES},
+    "SLSTM": {"values": "enters a recurrence that is not linear"},
+}
+
+
+class WeightProduct(NamedTuple):
+    """A product with weights. name: of the module. shape: of a weight, outputs first. count: of weights, as experts
+    have several. why: the reason for which it stays high, None for one that follows the recipe."""
+
+    name: str
+    shape: tuple[int, int]
+    count: int
+    why: str | None
+
+    @property
+    def numel(self) -> int:
+        return self.count * self.shape[0] * self.shape[1]
+
+
+def policy(
+    model: nn.Module, tiles: int = 1, *, high: Iterable[str] = (), low: Iterable[str] = (), grouped: bool = True
+) -> list[WeightProduct]:
+    """Every product with weights of a model, in its order; of experts, one for each of their two.
+
+    high, low: patterns of names (`*` for any text) that stay high besides, and that do not although the policy would
+    have them do so; tiles are asked for in any case. grouped: whether experts may have a recipe. Raises ValueError for
+    a pattern that matches no layer.
+    """
+    asked = {"high": tuple(high), "low": tuple(low)}
+    matched: set[str] = set()
+
+    def matches(key: str, name: str) -> bool:
+        several = {pattern for pattern in asked[key] if fnmatchcase(name, pattern)}
+        matched.update(several)
+        return bool(several)
+
+    layers = []
+    for name, shape, count, reason in _products(model, grouped):
+        forced, opened = matches("high", name), matches("low", name)
+        why = "precision.high" if forced else None if opened else reason
+        if why is None and (odd := [n for n in shape if n % tiles]):
+            why = f"{odd[0]} is no multiple of {tiles}"
+        layers.append(WeightProduct(name, shape, count, why))
+    for key, patterns in asked.items():
+        for pattern in patterns:
+            if pattern not in matched:
+                raise ValueError(f"precision.{key}={pattern}: must match a linear layer, as layers.0.* does")
+    return layers
+
+
+def _products(model: nn.Module, grouped: bool) -> Iterable[WeightProduct]:
+    """Each by the policy alone, whatever its widths are."""
+    parents = dict(model.named_modules())
+    for name, module in parents.items():
+        if isinstance(module, Experts):
+            why = None if grouped else "has no product of codes for experts here"
+            for part in ("gate_up", "down"):
+                count, inputs, outputs = getattr(module, part).shape
+                yield WeightProduct(f"{name}.{part}", (outputs, inputs), count, why)
+        elif isinstance(module, Linear):
+            above, _, last = name.rpartition(".")
+            outputs, inputs = module.weight.shape
+            of_class = BY_CLASS.get(type(parents[above]).__name__, {})
+            why = "chooses experts" if isinstance(module, Router) else of_class.get(last, BY_NAME.get(last))
+            yield WeightProduct(name, (outputs, inputs), 1, why)
+
+
+def apply(model: nn.Module, layers: Iterable[WeightProduct], low: LowPrecision) -> None:
+    """Gives the layers that need not stay high their recipe. Of experts, both products or neither."""
+    chosen = {layer.name for layer in layers if layer.why is None}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            module.low = low if {f"{name}.gate_up", f"{name}.down"} <= chosen else None
+        elif isinstance(module, Linear):
+            module.low = low if name in chosen else None

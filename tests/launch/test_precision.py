@@ -1,0 +1,63 @@
+"""`precision=…` as a user meets it: what a plan says of a recipe, what is refused, and a run that follows one."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.run.rundir import saved_config
+from tests.jobs import overrides
+from train.tracking import records
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("precision")
+
+
+@pytest.mark.composes
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["precision.recipe=fp8"], "precision.recipe=fp8: must be one of none, fp8_tensorwise, fp8_rowwise"),
+        (["precision=fp8"], "precision=fp8: "),
+        (["precision.high=[head]"], "precision.high=['head']: must be [] without a recipe"),
+        (["precision=mxfp8", "precision.kernel=native"], "precision.kernel=native: must be auto or emulated with"),
+        (["precision=fp8_rowwise", "precision.high=[heads]"], "precision.high=heads: must match a linear layer"),
+        (["precision=fp8_blockwise"], "no linear layer of this model may follow it; of layers.0.mixer.qkv, "),
+        (["precision=int8", "engine=deepspeed"], "precision.recipe=int8: must be none with engine=deepspeed"),
+        (
+            ["precision=fp8_tensorwise", "precision.scales=sequence", "parallel.pipeline=2", "cluster.workers=2"],
+            "precision.scales=sequence: must be rank with a pipeline",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(place, capsys, more, words):
+    assert main(["plan", *overrides(place), *more]) == 2
+    line = capsys.readouterr().err.strip()
+    assert words in line and "\n" not in line
+
+
+@pytest.mark.composes
+def test_a_run_follows_a_recipe_and_says_how_far(place, capsys):
+    """The same lines in the plan and in the run's log; layers that the format cannot tile are counted, one named."""
+    more = [
+        "precision=mxfp8",
+        "precision.high=[layers.0.*]",
+        "train.steps=2",
+        "cluster.workers=1",
+        f"run.dir={place / 'run'}",
+    ]
+    given = [
+        each for each in overrides(place) if not each.startswith(("run.", "precision", "train.tokens", "train.steps"))
+    ]
+    assert main(["plan", *given, *more]) == 0
+    planned = [line[12:] for line in capsys.readouterr().out.splitlines() if "precision.recipe=mxfp8: " in line]
+    assert " products with weights follow it (" in planned[0] and planned[0].endswith("emulated on cpu")
+    assert any("stay high, as layers.0.mixer.qkv: precision.high" in line for line in planned)
+    assert any("stay high, as head: makes logits" in line for line in planned)
+    assert main(["train", *given, *more]) == 0
+    log = (place / "run" / "log.txt").read_text()
+    assert all(line in log for line in planned)
+    assert saved_config(place / "run")["precision"]["recipe"] == "mxfp8"
+    assert len(records(place / "run" / "metrics.jsonl")) == 2
