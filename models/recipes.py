@@ -105,8 +105,8 @@ class LowPrecision:
 
         tokens: the dimension of each that is tokens, None for none.
         """
-        each = zip((first, second), pair, tokens, strict=True)
-        return product(*(self._codes(x, scaling, dim) for x, scaling, dim in each), dtype, native=self.native)
+        a, b = (self._codes(x, s, dim) for x, s, dim in zip((first, second), pair, tokens, strict=True))
+        return product(a, b, dtype, native=self.native)
 
     def _codes(self, x: Tensor, scaling: Scaling | None, tokens: int | None) -> Codes | Tensor:
         if scaling is None:
@@ -133,10 +133,9 @@ class _Product(torch.autograd.Function):
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            pair, other = recipe.input_gradient, weight.T
-            if recipe.straight:
-                assert pair.second is not None
-                pair, other = Pair(), encode(weight, pair.second).values(grad.dtype).T
+            pair, other, codes = recipe.input_gradient, weight.T, recipe.forward.second
+            if recipe.straight and codes is not None:
+                pair, other = Pair(), encode(weight, codes).values(grad.dtype).T
             dx = low.multiply(g, other, pair, grad.dtype, tokens=(0, None)).view_as(x)
         if ctx.needs_input_grad[1]:
             pair = recipe.weight_gradient
@@ -164,17 +163,17 @@ BY_CLASS = {  # names that mean something else elsewhere, by the class of the mo
 
 
 class WeightProduct(NamedTuple):
-    """A product with weights. name: of the module. shape: of a weight, outputs first. count: of weights, as experts
+    """A product with weights. name: of the module. shape: of a weight, outputs first. copies: of weights, as experts
     have several. why: the reason for which it stays high, None for one that follows the recipe."""
 
     name: str
     shape: tuple[int, int]
-    count: int
+    copies: int
     why: str | None
 
     @property
     def numel(self) -> int:
-        return self.count * self.shape[0] * self.shape[1]
+        return self.copies * self.shape[0] * self.shape[1]
 
 
 def policy(

@@ -118,10 +118,10 @@ def _native(a: Codes, b: Codes, dtype: torch.dtype) -> Tensor:
         first, second = (F.pad(x.view(torch.uint8), (0, padding)).view(x.dtype) for x in (first, second))
     if a.codes.dtype is torch.int8:
         return (torch._int_mm(first, second.T).to(a.scale.dtype) * a.scale * b.scale.T).to(dtype)
-    scales = [a.scale.float(), b.scale.float().T]
-    if {a.scale.numel(), b.scale.numel()} != {1}:
-        scales = [scales[0].expand(len(first), 1).contiguous(), scales[1].expand(1, len(second)).contiguous()]
+    by, of = a.scale.float(), b.scale.float().T
+    if by.numel() == of.numel() == 1:
+        by, of = by.view(()), of.view(())
     else:
-        scales = [scale.view(()) for scale in scales]
+        by, of = by.expand(len(first), 1).contiguous(), of.expand(1, len(second)).contiguous()
     made = torch.float32 if dtype == torch.float64 else dtype
-    return torch._scaled_mm(first, second.T, *scales, out_dtype=made).to(dtype)
+    return torch._scaled_mm(first, second.T, by, of, out_dtype=made).to(dtype)

@@ -202,7 +202,7 @@ def test_feed_forwards_follow_but_for_routers_and_gates():
         "router": "chooses experts",
         "head": "makes logits",
     }
-    assert layers["layers.0.ffn.experts.gate_up"].count > 1
+    assert layers["layers.0.ffn.experts.gate_up"].copies > 1
     untouched = {"embedding", "A_log", "dt_bias", "conv.weight", "norm.weight"}
     for name, _ in model.named_parameters():
         if any(name.endswith(each) for each in untouched):
