@@ -121,7 +121,7 @@ def test_published_constants_give_the_baselines_and_the_lead_that_were_measured(
     assert static.mean() / ours.mean() >= 1.75 and best.mean() / ours.mean() >= 1.40
     assert _ms(costs, OneSize(costs).pack).mean() / ours.mean() >= 1.15
     assert _ms(costs, WorkByPairs(costs).pack).mean() / ours.mean() >= 1.25
-    assert (ours / bounds - 1).mean() <= 0.045 and (ours / bounds - 1).max() <= 0.15 and (ours >= bounds).all()
+    assert (ours / bounds - 1).mean() <= 0.03 and (ours / bounds - 1).max() <= 0.05 and (ours >= bounds).all()
     for plan, lengths in zip(plans, BATCHES, strict=True):
         assert timing(costs, plan.packing, lengths).imbalance < 1.25
 
@@ -145,7 +145,8 @@ def test_recomputation_where_memory_asks_for_it():
     for plan, lengths in zip(plans, BATCHES, strict=True):
         plan.packing.check(64, 512)
         assert timing(choosing, plan.packing, lengths).peak.max() <= 28 * 2**30
-        assert plan.bound <= plan.seconds
+    gaps = np.array([plan.seconds / plan.bound - 1 for plan in plans])
+    assert 0 <= gaps.min() and gaps.mean() <= 0.045 and gaps.max() <= 0.1
 
 
 def test_plans_are_deterministic():
@@ -304,6 +305,14 @@ def test_groups_lie_on_aligned_blocks_and_slow_ranks_in_small_ones():
         Packing(((Share(0, 2, (0,)), Share(1, 1, (1,))),)).check(4, 2)
     with pytest.raises(ValueError, match="runs 1 sequences of 2"):
         Packing(((Share(0, 2, (0,)),),)).check(4, 2)
+
+
+def test_what_a_step_sends_once_changes_no_plan():
+    costs, lengths = _small(4, 20.0), [30, 20, 9, 9, 3]
+    sending = _small(4, 20.0, once=7.0)
+    without, with_it = (Planner(each, quantum=1).plan(lengths) for each in (costs, sending))
+    assert with_it.packing == without.packing
+    assert with_it.seconds == pytest.approx(without.seconds + 7) and with_it.bound == pytest.approx(without.bound + 7)
 
 
 def test_costs_by_hand():
