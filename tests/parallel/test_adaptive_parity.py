@@ -40,6 +40,7 @@ from tests.parallel.matrix import EFFECTS, KEYS, rows
 from tests.parity import BALANCE, VOCABULARY, Sample, assert_close, counted
 from train.execute import Executor
 from train.loss import sums
+from train.time_spans import Spans
 
 pytestmark = pytest.mark.dist
 
@@ -53,11 +54,12 @@ Numbers = tuple[float, dict[str, np.ndarray]]
 
 
 class Case(NamedTuple):
-    """A model by its number, and the transports that its layers use."""
+    """A model by its number, the transports that its layers use, and `train.span_tokens`."""
 
     model: int
     effects: str
     keys: str
+    span: int | None = None
 
 
 def layers(number: int) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -125,7 +127,9 @@ def spread(case: Case, plans: list[Plan]) -> list[Numbers]:
     model.compute = torch.float64
     meshes = Meshes(groups.mesh, device)
     parallelise(model, meshes, seed=1, dtype=torch.float64, remat="none", reshard_after_forward=False)
-    executor, found = Executor(model, groups, device, EFFECTS[case.effects], KEYS[case.keys], BALANCE), []
+    spans = None if case.span is None else Spans(case.span)
+    executor = Executor(model, groups, device, EFFECTS[case.effects], KEYS[case.keys], BALANCE, spans=spans)
+    found = []
     for batch, plan in zip(BATCHES, plans, strict=True):
         tally = executor.train(plan, batch)
         both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double(), purpose="loss")
@@ -232,12 +236,13 @@ def hold_to_one_process(run: Any, chosen: list[Case], schedulers: list[Any]) -> 
 
 
 def test_adaptive_training_equals_one_process_for_every_mixer(run: Any) -> None:
-    hold_to_one_process(run, cases(0), [adaptive])
+    """One of them in spans in time besides, in which groups of one micro-step take as many each."""
+    hold_to_one_process(run, [*cases(0), SMALL._replace(span=6)], [adaptive])
 
 
 def test_what_is_broken_on_purpose_is_caught(run: Any) -> None:
     want, missed = one_process(SMALL.model), []
-    for way, *ranks in zip(BROKEN, *run(RANKS, broken), strict=True):
+    for way, *ranks in zip(BROKEN, *run(RANKS, broken, timeout=500), strict=True):
         try:
             check(ranks, want, way.__name__)
         except AssertionError:
