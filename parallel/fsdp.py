@@ -24,11 +24,15 @@ def shard(
     on_host: bool = False,
 ) -> None:
     """Shards each block, then the rest with the root, over `mesh`; of two dimensions, the first has copies of the
-    shards, whose gradients are summed (hybrid sharding). `on_host`: shards live there, gradients too."""
+    shards, whose gradients are summed (hybrid sharding). `on_host`: shards live there, gradients too. What is not let
+    go after its forward pass, and the rest with the root always, stays gathered until the step's last backward pass
+    (`communicate_gradients`)."""
     policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+        block.stays = not reshard_after_forward  # type: ignore[assignment]
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
+    model.stays = True  # type: ignore[assignment]
     sum_gradients(model)
     count(model, mesh.get_group(0) if mesh.ndim > 1 else None)
 
@@ -40,6 +44,7 @@ def shard_experts(
     policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
     for each in experts:
         fully_shard(each, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
+        each.stays = not reshard_after_forward  # type: ignore[assignment]
 
 
 class Counted:
@@ -109,10 +114,17 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def communicate_gradients(model: nn.Module, last: bool) -> None:
-    """Gradients of a step's micro-steps accumulate unsharded; only the last one reduces them."""
+    """Gradients of a step's micro-steps accumulate unsharded; only the last one reduces them.
+
+    Weights that stay gathered behind a forward pass stay so until then, too: no rank changes them before, and their
+    room was there at the end of the forward pass anyway. So a micro-step more gathers nothing more.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_backward(last or not getattr(module, "stays", False), recurse=False)
 
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -88,9 +89,9 @@ class CostProfile:
         aside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
         aside.replace(path)
 
-    def applied(self, costs: Costs, gathered: float) -> Costs:
-        """Costs with these seconds in place of those from shapes. gathered: bytes of weights and their gradients that a
-        rank receives in a micro-step."""
+    def applied(self, costs: Costs, gathered: float, once: float) -> Costs:
+        """Costs with these seconds in place of those from shapes. gathered: bytes of weights that a rank receives in a
+        micro-step. once: those of weights and gradients in a step beside."""
         *_, rest = costs.model.layers  # its messages, of all layers together
         layers = [
             Layer(each.count, each.pair, each.token, each.window, by_size=each.messages(costs.sizes))
@@ -98,10 +99,11 @@ class CostProfile:
         ]
         wires = {1: next(iter(self.wires.values()), (1e12, 0.0)), **self.wires}
         cluster = replace(costs.cluster, wires={size: Wire(*wire) for size, wire in wires.items()})
-        launch = sum(each.count * each.launch for each in self.layers)
+        launch, bandwidth = sum(each.count * each.launch for each in self.layers), math.inf
         if cluster.ranks > 1:
-            launch += gathered / cluster.wire(cluster.ranks).bandwidth
-        model = replace(costs.model, layers=(*layers, replace(rest, token=self.head)), launch=launch)
+            bandwidth = cluster.wire(cluster.ranks).bandwidth
+        layers, launch = [*layers, replace(rest, token=self.head)], launch + gathered / bandwidth
+        model = replace(costs.model, layers=tuple(layers), launch=launch, once=once / bandwidth)
         return Costs(model, cluster, costs.sizes)
 
     def lines(self) -> list[str]:

@@ -248,7 +248,7 @@ class LayoutSearch:
             recompute=True,
             spans=2,
         )
-        return costs if self.machine.profile is None else self.machine.profile.applied(costs, 0.0)
+        return costs if self.machine.profile is None else self.machine.profile.applied(costs, 0.0, 0.0)
 
     def work(self, tensor: int, expert: int) -> LayoutWork:
         if (tensor, expert) not in self._work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from parallel.schedule.adaptive.cost import Cluster, Costs, NoRoomError, Wire, p
 from parallel.schedule.adaptive.planner import TooLongError
 from parallel.schedule.adaptive.scheduler import Adaptive
 from parallel.schedule.adaptive.shapes import Pairs, Shapes, fitting, model_of
-from parallel.schedule.comm_volume import How, of_weights
+from parallel.schedule.comm_volume import How, Unit, of_weights
 from parallel.schedule.mesh import Mesh
 from train.cost_profile import found_profile, machine_name, said
 from train.metrics.comm_trace import asked, weight_units
@@ -37,6 +38,10 @@ ASSUMED = {
 }
 """An A100's rate on bf16 and a 400 Gbit/s network card; a core's rate on fp32 and a loopback of gloo."""
 
+LAUNCH = {"cuda": 1e-3, "cpu": 5e-3}
+"""Seconds that a layer's forward and backward passes take at least, whatever they compute: some hundred kernels or
+operators, and FSDP's hooks. Assumed, too."""
+
 
 def shaped(
     config: RunConfig,
@@ -52,8 +57,8 @@ def shaped(
 ) -> Costs:
     """The costs of a model on the meta device, read off its shapes, in groups of the sizes that its transports serve.
 
-    model: computing in `model.compute`. rate: FLOP/s of a rank. launch: seconds of a micro-step; None for gathering the
-    weights twice and scattering their gradients. recompute: a group may compute activations again where the engine
+    model: computing in `model.compute`. rate: FLOP/s of a rank. launch: seconds of a micro-step; None for what it
+    gathers, and `LAUNCH` for each layer. recompute: a group may compute activations again where the engine
     keeps them. spans: of a rank in a group. Raises ValueError for a model whose costs are not known, NoRoomError where
     its states fill a rank.
     """
@@ -91,10 +96,17 @@ def shaped(
     recurrence = "gather" if transport.recurrence == "auto" else transport.recurrence
     how = How(recurrence, transport.attention, transport.blocks)
     sizes = fitting(asks, how, powers(cluster.ranks))
+    units = weight_units(model, itemsize=compute.itemsize, reshard=reshard)
+    again, once = (sent / cluster.wire(cluster.ranks).bandwidth for sent in weight_bytes(units, cluster.ranks))
     if launch is None:
-        units = weight_units(model, itemsize=compute.itemsize, reshard=reshard)
-        launch = sum(of_weights(units, cluster.ranks, 1).bytes.values()) / cluster.wire(cluster.ranks).bandwidth
-    return Costs(model_of(shapes, asks, how, sizes, rate=rate, launch=launch, spans=spans), cluster, sizes)
+        launch = again + LAUNCH["cpu" if device == "cpu" else "cuda"] * shape["layers"]
+    return Costs(model_of(shapes, asks, how, sizes, rate=rate, launch=launch, once=once, spans=spans), cluster, sizes)
+
+
+def weight_bytes(units: Iterable[Unit], ranks: int) -> tuple[float, float]:
+    """Bytes of weights and their gradients that a rank receives for each micro-step, and for a step beside those."""
+    one, two = (sum(of_weights(units, ranks, micro_steps).bytes.values()) for micro_steps in (1, 2))
+    return two - one, 2 * one - two
 
 
 def costs_of(
@@ -122,8 +134,7 @@ def costs_of(
         reshard = config.engine.get("reshard_after_forward", True)
         master = dtypes(config.precision.compute, device)[1]
         units = weight_units(model, itemsize=master.itemsize, reshard=reshard)
-        gathered = sum(of_weights(units, mesh.planned, 1).bytes.values())
-        return profile[0].applied(costs, gathered), said(*profile)
+        return profile[0].applied(costs, *weight_bytes(units, mesh.planned)), said(*profile)
     return costs, (
         f"scheduler: plans by the model's shapes at {rate / 1e12:g} TFLOP/s a rank and {wire.bandwidth / 1e9:g} GB/s "
         "between ranks, which are assumed"

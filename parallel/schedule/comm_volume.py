@@ -301,8 +301,8 @@ def lay(lengths: Sequence[int], starts: Sequence[Sequence[int]], spans: tuple[tu
 
 
 class Unit(NamedTuple):
-    """Parameters that FSDP gathers together: rows and numbers a row of each, bytes a number. `stays`: gathered once
-    for forward and backward."""
+    """Parameters that FSDP gathers together: rows and numbers a row of each, bytes a number. `stays`: gathered once a
+    step, and not once for each forward and backward pass."""
 
     shapes: tuple[tuple[int, int], ...]
     itemsize: int
@@ -316,7 +316,7 @@ def of_weights(units: Iterable[Unit], ranks: int, micro_steps: int) -> Traffic:
     for unit in units:
         shard = sum(-(-rows // ranks) * rest for rows, rest in unit.shapes) * unit.itemsize
         if ranks > 1:
-            gathers = micro_steps * (1 if unit.stays else 2)
+            gathers = 1 if unit.stays else 2 * micro_steps
             total.add("weights", gathers * (ranks - 1) * shard, gathers)
             total.add("weights" + GRADIENT, (ranks - 1) * shard)
     return total

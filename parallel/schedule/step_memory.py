@@ -3,12 +3,13 @@
 A layer's tensors are known by themselves (`models.footprint`). FSDP adds what it gathers and reduces around them: a
 layer's weights whole while it computes, in the forward pass beside the buffer that they arrived in, in the backward
 pass beside those of the layer before, which are fetched meanwhile; gradients whole, beside the buffer that they leave
-in. Gradients of all micro-steps but the last stay whole, for they are reduced once a step. So the peak lies at one of a
-few instants a layer:
+in. Gradients of all micro-steps but the last stay whole, for they are reduced once a step; so do weights that are not
+let go after a forward pass. So the peak lies at one of a few instants a layer:
 
     forward i    saved of the layers before i, and the most of i's forward pass; its weights, and what they came in
     head         saved of all layers, and the most of the loss
-    backward i   saved of the layers before i, and the most of i's backward pass; gradients of the layers after i
+    backward i   saved of the layers before i, and the most of i's backward pass; gradients of the layers after i;
+                 before the last micro-step gradients and, where they stay, weights of all layers
     reduce i     saved of the layers before i, i's gradients twice
     end          all gradients, the root's twice
     update       the gradients of this rank's shares, and what the optimizer makes beside them
@@ -59,9 +60,10 @@ class StepMemory:
     layers: those of the rank, in their order. head: of the norm, the head and the loss, whose weights are the `root`'s.
     root, root_shard: weights outside of the layers, whole and as they are sharded. entering: of what enters the first
     layer. states: weights, moments and averages. alone: FSDP shards over this rank only, and gathers nothing. reshard:
-    a layer's weights are let go after its forward pass. whole: no weights are let go before the step ends, as a
-    pipeline that takes backward passes in two has it. micro_steps: of the step. flying: micro-steps in flight, the one
-    that computes among them, over those that this rank's layers keep; and those of which half a backward pass is done.
+    a layer's weights are let go after its forward pass; else they stay until the last micro-step's backward pass.
+    whole: no weights are let go before the step ends, as a pipeline that takes backward passes in two has it.
+    micro_steps: of the step. flying: micro-steps in flight, the one that computes among them, over those that this
+    rank's layers keep; and those of which half a backward pass is done.
     update: the most that the optimizer makes at a time beside states and gradients.
     """
 
@@ -92,15 +94,22 @@ class StepMemory:
         waiting = max((held - 1) * own + halved * half for held, halved in self.flying)  # of other micro-steps
         accumulated = sum(each.whole for each in layers) + self.root if self.micro_steps > 1 else 0.0
         held, stays, buffer = self.entering + waiting, 0.0, 0.0
+        # Where weights stay, the first micro-step gathers them, beside no gradients, and later ones have both whole.
+        every, again = sum(each.whole for each in layers), self._stays and self.micro_steps > 1
+        before_this = 0.0 if again else accumulated
         for each in layers:
             buffer = each.whole * buffers
-            yield self._instant(held + each.forward, self.root + stays + each.whole + buffer, accumulated, each.sent)
+            yield self._instant(held + each.forward, self.root + stays + each.whole + buffer, before_this, each.sent)
+            if again:
+                yield self._instant(held + each.forward, self.root + every, accumulated, each.sent)
             held += each.saved
             stays = stays + each.whole if self._stays else 0.0
         of_head = halves = 0.0
         if self.head is not None:
-            yield self._instant(held + self.head.forward, self.root + stays + buffer, accumulated)
-            yield self._instant(held + self.head.backward, self.root + stays + buffer, accumulated)
+            for most in (self.head.forward, self.head.backward):
+                yield self._instant(held + most, self.root + stays + buffer, before_this)
+                if again:
+                    yield self._instant(held + most, self.root + every, accumulated)
             of_head = self.head.whole  # its gradient stays until the root's leave
         done, leaving = 0.0, 0.0
         for i in range(len(layers) - 1, -1, -1):
@@ -108,6 +117,8 @@ class StepMemory:
             held -= each.saved
             weights = stays if self._stays else before + each.whole
             gradients = accumulated + of_head + done
+            if again:  # none but the last lets go of weights, or sends gradients
+                yield self._instant(halves + held + each.backward, self.root + every, accumulated + of_head, each.sent)
             yield self._instant(halves + held + each.backward, self.root + weights + leaving, gradients, each.sent)
             halves += each.half
             if accumulated == 0:  # its weights are let go, and its gradients copied into what leaves

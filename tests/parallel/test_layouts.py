@@ -73,6 +73,11 @@ def test_what_a_choice_saves_is_not_held():
     again = two_layers(layers=[LayerMemory(8, 60, 160, 40, 10)] * 2)
     assert again.most() == 75 + (8 + 160) + (20 + 40 + 40) + (20 + 10)
     assert two_layers(micro_steps=2).most() == plain + 40 + 40 + 20  # gradients stay whole
+    stays = two_layers(micro_steps=2, reshard=False)  # the same instant: no weight was let go before it
+    assert stays.most() == plain + 40 + 40 + 20
+    # Backward of the first layer is the fullest: before the last micro-step the others' weights are there, too.
+    three = {"layers": [LayerMemory(8, 60, 160, 40, 10), *[LayerMemory(8, 60, 20, 40, 10)] * 2], "reshard": False}
+    assert two_layers(**three, micro_steps=2).most() == 75 + (8 + 160) + (20 + 3 * 40) + (3 * 40 + 20 + 20)
     assert two_layers(flying=[(3, 0)]).most() == plain + 2 * (8 + 100 + 100)
     many = {"layers": [LayerMemory(0, 10, 10, 40, 10)] * 5}
     assert two_layers(**many, reshard=False).most() > two_layers(**many).most() + 100

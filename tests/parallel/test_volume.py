@@ -80,14 +80,14 @@ def transports(how: How):
     return TRANSPORTS["recurrence"][how.recurrence](**options), TRANSPORTS["attention"][how.attention](**keys)
 
 
-def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, sharded=False):
+def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, sharded=False, reshard=True):
     """(bytes, calls) by "axis/purpose" of this rank in one step of training."""
     with torch.device("meta" if sharded else "cpu"):
         lm = build()
     lm.compute = DTYPE[precision]
     device = torch.device("cpu")
     if sharded:
-        parallelise(lm, everyone(device), seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
+        parallelise(lm, everyone(device), seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=reshard)
     else:
         initialise(lm.to(DTYPE[precision]), seed=1)
         activation_memory.recompute(lm.layers, remat)
@@ -213,17 +213,27 @@ def test_the_bytes_of_states_do_not_depend_on_the_length_and_all_scan_sends_no_m
 
 def weights():
     twice = Static(tokens_per_rank=24).plan(0, LENGTHS, data=1, sequence=2)
-    return counted(partial(model, 2, 2), twice, How(), sharded=True), len(twice.micro_steps)
+    sent = {reshard: counted(partial(model, 2, 2), twice, How(), sharded=True, reshard=reshard) for reshard in RESHARDS}
+    return sent, len(twice.micro_steps)
+
+
+RESHARDS = (True, False)
 
 
 @pytest.mark.dist
 def test_what_sharding_sends_is_counted_and_predicted(run):
-    with torch.device("meta"):
-        units = weight_units(model(2, 2), itemsize=4, reshard=True)
-    for (bytes, calls), micro_steps in run(2, weights):
+    """Weights that are let go are gathered twice a micro-step, others once a step."""
+    for sent, micro_steps in run(2, weights):
         assert micro_steps == 2
-        want = by_axis(of_weights(units, 2, micro_steps), "world")
-        assert tuple({p: n for p, n in part.items() if "world/" in p} for part in (bytes, calls)) == want
+        gathers = {}
+        for reshard in RESHARDS:
+            with torch.device("meta"):
+                units = weight_units(model(2, 2), itemsize=4, reshard=reshard)
+            want = by_axis(of_weights(units, 2, micro_steps), "world")
+            found = tuple({p: n for p, n in part.items() if "world/" in p} for part in sent[reshard])
+            assert found == want, reshard
+            gathers[reshard] = found[1]["world/weights"]
+        assert gathers[False] == len(units) and gathers[True] == 2 * micro_steps * (len(units) - 1) + 1
 
 
 def test_the_fastest_is_chosen_from_latency_bandwidth_ranks_and_kind():

@@ -45,7 +45,11 @@ def test_a_run_plans_by_its_measured_costs(config: RunConfig) -> None:
     lengths = np.array([100.0, 1000.0])
     want = 3 * 2e-5 * lengths + 4e-9 * lengths**2 / 2 + 1e-5 * lengths + 1e-6 * lengths
     assert costs.computing(lengths).sum(0) == pytest.approx(want)
-    assert costs.model.launch > 5e-3, "all layers' launches, and the weights' way over the wire"
+    assert costs.model.launch == pytest.approx(5e-3), "all layers' launches"
+    assert costs.model.once > 0, "the weights' way over the wire"
+    often = replace(config, engine=config.engine.having(reshard_after_forward=True))
+    twice, _ = costs_of(often, Adaptive(), model, device="cpu", mesh=Mesh(sequence=4), threads=1)
+    assert twice.model.launch - 5e-3 > costs.model.once / 2, "gathered twice a micro-step, each as much as reduced"
     assert costs.cluster.wire(4).bandwidth == 1e8 and costs.sending(2).sum() > 0
     plain = replace(profile, layers=tuple(replace(each, shared={}) for each in profile.layers))
     plain.write(Path(config.cost.path))

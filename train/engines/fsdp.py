@@ -17,8 +17,9 @@ class FSDP:
     """recompute: the parts that the backward pass computes again. none: nothing; full: each layer, saving its input
     alone; selective: each layer but its matmuls with weights, its attention and its messages between ranks, whose
     results are saved; planned: each layer, in the groups to which scheduler=adaptive gives more tokens for it, by
-    scheduler.memory. reshard_after_forward: free a layer's gathered weights after its forward and gather them again
-    for its backward: less memory, more communication. tile: tokens that a dense feed-forward and a recurrence take at a
+    scheduler.memory. reshard_after_forward: true frees a layer's gathered weights after its forward pass and
+    gathers them again for its backward pass, in every micro-step: less memory, more communication; false gathers them
+    once a step. tile: tokens that a dense feed-forward and a recurrence take at a
     time, computing each tile again for its backward (2506.13996); null for all at once. offload_activations: true moves
     the activations that layers save to the host's memory. offload_optimizer: true holds weights, gradients and
     optimizer state in the host's memory, and steps the optimizer there. Where the device is the CPU, both offloads

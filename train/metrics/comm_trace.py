@@ -54,7 +54,7 @@ def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> No
 def weight_units(model: LM, *, itemsize: int, reshard: bool, experts: int = 1) -> list[Unit]:
     """Returns what FSDP gathers at a time, as `parallel.fsdp.shard` wraps it: each layer, then the rest.
 
-    itemsize: bytes of a master weight. reshard: whether a layer's weights are let go between forward and backward.
+    itemsize: bytes of a master weight. reshard: whether a layer's weights are let go after each forward and backward.
     experts: ranks over which experts are cut: where there are several, these are units of their own (`expert_units`).
     """
     apart = set() if experts == 1 else {p for moe in mixtures(model).values() for p in moe.experts.parameters()}

@@ -13,9 +13,10 @@ mixer, whose states are sent once a layer, whatever is packed: (g-1) states gath
 receives bytes(g) for each token of its group: a g-th of a token's where heads are exchanged. `shapes.py` reads both off
 `comm_volume` for any transport. Nothing is sent in a group of one. Experts cost by tokens and belong to `Layer.token`.
 
-All ranks are in lockstep (FSDP gathers each layer's weights on all of them), so a micro-step takes as long as its
-slowest group. Where experts are spread over ranks of several groups (`Model.meets`), groups meet in every layer, and
-a micro-step is the sum over the kinds of layers of the slowest group's time in that kind.
+All ranks are in lockstep (FSDP's collectives are all ranks'), so a micro-step takes as long as its slowest group. What
+a step sends once, however many micro-steps it has (`Model.once`), comes on top. Where experts are spread over ranks of
+several groups (`Model.meets`), groups meet in every layer, and a micro-step is the sum over the kinds of layers of the
+slowest group's time in that kind.
 
 Seconds and bytes throughout.
 """
@@ -123,7 +124,8 @@ class Model:
     launch: seconds of a micro-step that do not depend on its tokens. state_bytes: parameters, gradients and moments
     of the whole model, sharded over all ranks. resident_bytes: on each rank whatever the sharding (gathered layers,
     buffers). activation_bytes: a token's, kept for the backward pass. logit_bytes: a token's, never recomputed.
-    recompute: the choices that a group has, NONE first. meets: experts are spread over ranks of several groups.
+    recompute: the choices that a group has, NONE first. meets: experts are spread over ranks of several groups. once:
+    seconds of a step whatever its micro-steps are: weights that are gathered, gradients that are reduced once a step.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Model:
     resident_bytes: float = 0.0
     recompute: tuple[Recompute, ...] = (NONE,)
     meets: bool = False
+    once: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,13 @@ class ExactPlanner:
         fast = Planner(self.costs, quantum=1).plan(padded)
         best, best_seconds, bound = fast.packing, fast.seconds, np.inf
         counts = [padded.count(b) for b in bounds]
-        room = float(self.costs.rank_tokens.max()) * self.costs.cluster.ranks
+        room, once = float(self.costs.rank_tokens.max()) * self.costs.cluster.ranks, self.costs.model.once
         fewest, closed = max(1, -(-int(sum(padded)) // int(room))), True
         for m in range(fewest, fewest + self.more + 1):
-            packing, below, done = _Programme(self.costs, bounds, counts, m, best_seconds).solve(
+            packing, below, done = _Programme(self.costs, bounds, counts, m, best_seconds - once).solve(
                 best, padded, self.time_limit, self.gap
             )
-            bound, closed = min(bound, below), closed and done
+            bound, closed = min(bound, below + once), closed and done
             if packing is not None and (new_seconds := seconds(self.costs, packing, padded)) < best_seconds:
                 best, best_seconds = packing, new_seconds
         beyond = fast.bound + (self.more + 1) * self.costs.model.launch  # more micro-steps than were tried

@@ -35,7 +35,8 @@ def integer_bound(
 
     lengths: distinct, counts: sequences of each. cells: intervals of T1. time_limit: seconds for each programme.
     """
-    launch = costs.model.launch
+    launch, once = costs.model.launch, costs.model.once
+    best -= once
     quick = lower_bound(costs, lengths, counts)
     room = float(costs.rank_tokens.max(axis=0).sum())
     fewest = max(1, math.ceil(float(np.dot(lengths, counts)) / room - 1e-9))
@@ -44,7 +45,7 @@ def integer_bound(
         for low, high in _cells(costs, lengths, best - m * launch, cells):
             bound = min(bound, _programme(costs, lengths, counts, m, low, high, time_limit) + m * launch)
         m += 1
-    return max(bound, quick)
+    return max(bound, quick) + once
 
 
 def _cells(costs: Costs, lengths: Sequence[int], high: float, cells: int) -> list[tuple[float, float]]:

@@ -261,7 +261,7 @@ class Planner:
         packing = self._ranks(search, best, padded)
         held: list[int] = padded.tolist()
         packing = improve(self.costs, packing, held, self.rounds if self.costs.alike else self.rounds * 16)
-        return Planned(packing, seconds(self.costs, packing, held), bound)
+        return Planned(packing, seconds(self.costs, packing, held), bound + self.costs.model.once)
 
     def _plain(self, search: _Search) -> _Search | None:
         """The same with nothing computed again, where that may be better: where it takes as many micro-steps."""

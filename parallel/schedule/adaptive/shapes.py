@@ -41,11 +41,19 @@ class Shapes(NamedTuple):
 
 
 def model_of(
-    shapes: Shapes, asks: Iterable[Ask], how: How, sizes: Sequence[int], *, rate: float, launch: float, spans: int = 1
+    shapes: Shapes,
+    asks: Iterable[Ask],
+    how: How,
+    sizes: Sequence[int],
+    *,
+    rate: float,
+    launch: float,
+    once: float = 0.0,
+    spans: int = 1,
 ) -> Model:
     """asks: what all layers ask, as `comm_volume.of_plan` takes them. sizes: of groups. rate: FLOP/s of a rank. launch:
-    seconds of a micro-step. spans: of a rank, one or two (zigzag), which send their states and halos each. Raises
-    ValueError where a transport cannot serve one of the sizes."""
+    seconds of a micro-step. once: of a step beside those. spans: of a rank, one or two (zigzag), which send their
+    states and halos each. Raises ValueError where a transport cannot serve one of the sizes."""
     several = Counter(ask for ask in asks if ask.in_layer)
     sent = {size: _messages(several, how, size, spans) for size in sizes if size > 1}
     layers = [Layer(each.layers, pair=3 * each.flops / rate, window=each.window) for each in shapes.pairs]
@@ -69,6 +77,7 @@ def model_of(
         shapes.logit_bytes,
         shapes.resident_bytes,
         tuple(recompute),
+        once=once,
     )
 
 

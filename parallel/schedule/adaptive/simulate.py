@@ -17,16 +17,18 @@ from parallel.schedule.adaptive.packing import Packing, Share
 @dataclass(frozen=True)
 class Timing:
     """Times of one step. micro_steps: seconds of each. busy: [ranks], seconds in which a rank computes or sends,
-    launches included. loads: [ranks], the same without launches. peak: [ranks], bytes."""
+    launches included. loads: [ranks], the same without launches. peak: [ranks], bytes. once: seconds beside those of
+    micro-steps, in which all ranks send."""
 
     micro_steps: tuple[float, ...]
     busy: Floats
     loads: Floats
     peak: Floats
+    once: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return sum(self.micro_steps)
+        return self.once + sum(self.micro_steps)
 
     @property
     def utilisation(self) -> float:
@@ -55,7 +57,8 @@ def timing(costs: Costs, packing: Packing, lengths: Sequence[int]) -> Timing:
             memory = costs.states + costs.token_bytes[choice] * sum(held) / share.size
             peak[own] = np.maximum(peak[own], memory)
         micro_steps.append(costs.micro_step(groups))
-    return Timing(tuple(micro_steps), loads + launch * len(micro_steps), loads, peak)
+    once = costs.model.once
+    return Timing(tuple(micro_steps), loads + launch * len(micro_steps) + once, loads, peak, once)
 
 
 def seconds(costs: Costs, packing: Packing, lengths: Sequence[int]) -> float:
