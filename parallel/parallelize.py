@@ -13,6 +13,7 @@ from parallel.expert import spread_experts
 from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
 from parallel.pipeline.cut import PipelineCut
+from parallel.shards import ByParts, local
 from parallel.tensor import TensorPiece, divide, division
 
 
@@ -51,13 +52,15 @@ def parallelise(
     if offload_activations:
         activation_memory.offload(model.layers)
     layers, on_host = list(model.layers.values()), offload_optimizer and device != "cpu"
-    if experts:
-        shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)
-    if sharded:
-        shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
+    with ByParts():
+        if experts:
+            shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)
+        if sharded:
+            shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
     if cut is not None:
         register_fsdp_forward_method(model, "part")
-    model.to_empty(device="cpu" if on_host else device)
+    with ByParts():
+        model.to_empty(device="cpu" if on_host else device)
     start_buffers(model, device)
     initialise_sharded(model, declared, seed, pieces, meshes.place["tensor"])
     for name, parameter in model.named_parameters():
@@ -82,4 +85,4 @@ def initialise_sharded(
             if isinstance(parameter, DTensor):
                 value = value.to(parameter.device)
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(value)
+            local(parameter).copy_(local(value))

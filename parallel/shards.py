@@ -1,9 +1,33 @@
 """A rank's part of a tensor that ranks share out, without an import of torch's DTensor: it takes a second."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def local(x: Tensor) -> Tensor:
     """This rank's part of it; a plain tensor as it is."""
     part: Tensor = x.to_local() if hasattr(x, "to_local") else x
     return part
+
+
+class ByParts(TorchFunctionMode):
+    """Within it, what each rank can do with its part alone is done with the part: copies of a tensor's form, and
+    `detach`. The result is shared out as the tensor is.
+
+    For an operator over a whole tensor torch first looks for the placement of its result, once for each shape: at the
+    start of a run that takes longer than the rest of building a small model.
+    """
+
+    OPERATORS = (torch.empty_like, torch.zeros_like, Tensor.detach)
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function not in self.OPERATORS or not hasattr(args[0], "to_local"):
+            return function(*args, **kwargs)
+        x = args[0]
+        part = function(local(x), *args[1:], **kwargs)
+        whole: Any = type(x)
+        return whole.from_local(part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())

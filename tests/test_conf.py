@@ -4,12 +4,14 @@ import copy
 import os
 import shutil
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from launch.config import compose as composing
@@ -58,18 +60,55 @@ def nodes(tree: object) -> Iterator[dict]:
             yield from nodes(child)
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_file_composes_is_accepted_and_builds(file):
-    config = composed(overrides_for(file))
-    if file.parts[0] == "mixer":
-        target = config.model["blocks"]["gla"]["mixer"]["_target_"]
-        assert target == f"models.mixers.{MIXERS[file.parts[1]].__name__}"
+def together(files: list[Path]) -> list[tuple[Path, ...]]:
+    """Every file in one of these: a file of each group beside the others, since a composition takes long; models and
+    experiments alone, which say what stands in several groups."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(file.parts[0], []).append(file)
+    alone = [(file,) for group in ("model", "experiment") for file in groups.pop(group, [])]
+    rows = zip_longest(*groups.values())
+    return [*alone, *(tuple(file for file in row if file is not None) for row in rows)]
+
+
+@pytest.mark.parametrize("several", together(FILES), ids=lambda several: " ".join(map(str, several)))
+def test_every_file_composes_is_accepted_and_builds(several):
+    config = composed([override for file in several for override in overrides_for(file)])
+    for file in several:
+        if file.parts[0] == "mixer":
+            target = config.model["blocks"]["gla"]["mixer"]["_target_"]
+            assert target == f"models.mixers.{MIXERS[file.parts[1]].__name__}"
     with torch.device("meta"):
         built = [construct(node) for node in nodes(config.to_dict())]
     assert len(built) >= len(OBJECTS)
     parameters = list(build(config).parameters())
     assert parameters and all(p.device.type == "meta" for p in parameters)
     config.optimizer.build()(parameters)
+
+
+def same(ours: object, theirs: object) -> bool:
+    """Of one class, with equal parts: of partials, of plain containers, of objects by what they hold."""
+    if isinstance(ours, partial):
+        return isinstance(theirs, partial) and ours.func is theirs.func and same(ours.keywords, theirs.keywords)
+    if isinstance(ours, torch.Tensor):
+        return ours.shape == theirs.shape
+    if isinstance(ours, dict):
+        return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if type(ours) is type(theirs) and hasattr(ours, "__dict__"):
+        return same(vars(ours), vars(theirs))
+    return type(ours) is type(theirs) and (ours == theirs or callable(ours))
+
+
+@pytest.mark.parametrize("chosen", ["model=qwen3_next_tiny", "curriculum=grow_linear"])
+def test_objects_are_those_that_hydra_builds(chosen):
+    with torch.device("meta"):
+        for node in nodes(composed([chosen]).to_dict()):
+            assert same(construct(node), instantiate(node, _convert_="all")), node["_target_"]
+            assert not node.get("blocks") or not same(
+                construct(node), instantiate({**node, "dim": 32}, _convert_="all")
+            )
 
 
 def test_the_default_model_has_the_size_that_it_is_said_to_have():
@@ -97,11 +136,11 @@ def unlike() -> list[Path]:
     return [f for f in FILES if f in first.values() or "defaults:" in (CONF / f"{f}.yaml").read_text()]
 
 
-@pytest.mark.parametrize("file", [None, *unlike()], ids=str)
-def test_plain_reading_of_the_files_says_what_hydra_composes(file, monkeypatch):
+@pytest.mark.parametrize("several", [(), *together(unlike())], ids=lambda several: " ".join(map(str, several)))
+def test_plain_reading_of_the_files_says_what_hydra_composes(several, monkeypatch):
     """`launch.config.files`, which completion and help read, against Hydra: the same keys, the same values."""
     monkeypatch.setattr(files, "_load", lambda path: copy.deepcopy(_with_types(path)))
-    chosen = overrides_for(file)[:1] if file else []
+    chosen = [overrides_for(file)[0] for file in several]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         theirs = OmegaConf.to_container(compose("train", chosen), resolve=False)
     choices = dict(each.split("=", 1) for each in chosen)

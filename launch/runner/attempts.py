@@ -76,7 +76,7 @@ def here(
             if hosted:
                 _note_job(folder, hosted)
             if flight.cluster.kind == "none":
-                spawn.warm("train.build", "train.engines.fsdp", "train.optim.adamw", "train.schedules", "hydra.utils")
+                spawn.warm("train.build", "train.engines.fsdp", "train.optim.adamw", "train.schedules")
             start = f", from {flight.resume or flight.init_from}" if flight.resume or flight.init_from else ""
             say(f"run {folder}: {_place(flight)}{start}")
             _say_missing(flight, folder, say)

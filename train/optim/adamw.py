@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from parallel.shards import local
+from parallel.shards import ByParts, local
 from train.optim.apex_adam import Apex, fused_adam
 from train.optim.build import refined
 
@@ -76,7 +76,8 @@ class AdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Any], **more: Any) -> bool:
         """Gathers what torch's kernel updates, this rank's parts of it: an element's update needs no other. Given whole
         tensors of many ranks, torch would look for the placement of the kernel's result first, half a second long."""
-        is_complex: bool = super()._init_group(group, *lists, **more)
+        with ByParts():  # of states, which are zero
+            is_complex: bool = super()._init_group(group, *lists, **more)
         for tensors in lists:
             tensors[:] = [local(x) for x in tensors]
         return is_complex
