@@ -14,6 +14,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import tests.read_once  # noqa: E402, F401
 from tests.world import run_world  # noqa: E402
 
 torch.set_num_threads(1)

@@ -72,8 +72,6 @@ TAKE_MINUTES = [
         )
     ),
 ]
-# The README's runs that `make test` starts; it checks the others as a run does before it starts a process.
-STARTED = ("farspan train parallel.data=2", "farspan train resume=first")
 NOT_RUN = {
     "python3 -m venv": "makes an environment: `make` does the same",
     ".venv/bin/python -m pip": "installs: `make` does the same",
@@ -171,19 +169,15 @@ def test_every_command_works_as_printed(page, tmp_path):
         shutil.rmtree(sockets, ignore_errors=True)
 
 
-@pytest.mark.e2e
-def test_the_readmes_runs_are_accepted_and_some_start(tmp_path, monkeypatch):
-    """All of them, started, are `make docs`."""
+def test_the_readmes_runs_are_accepted(tmp_path, monkeypatch):
+    """As they are checked before a process starts, but for the run that some begin from; `make docs` starts them."""
     _write_texts(tmp_path / "my_texts")
     monkeypatch.chdir(tmp_path)
-    env = os.environ | {"PATH": f"{_console(tmp_path)}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    trained = [command for command in commands("README.md") if command.startswith("farspan train")]
-    assert len(trained) >= 8 and all(any(c.startswith(start) for c in trained) for start in STARTED)
-    for command in trained:
-        if command.startswith(STARTED):  # without Ray, which `tests/launch/test_cli.py` starts
-            _type(f"{command} cluster=none", tmp_path, env)
-        else:
-            check_run(configure(shlex.split(command)[2:]), lambda line: None)
+    trained = [shlex.split(line)[2:] for line in commands("README.md") if line.startswith("farspan train")]
+    assert len(trained) >= 8 and any("run.name=first" in words for words in trained)
+    for words in trained:
+        if "experiment=continual" not in words:
+            check_run(configure([w for w in words if not w.endswith("=first")]), lambda line: None)
 
 
 def _write_texts(folder: Path) -> None:

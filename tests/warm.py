@@ -31,7 +31,7 @@ IMPORTS = (
     "launch.evaluation.measure",
     "launch.commands.generate",
     "launch.commands.prepare",
-    "hydra.utils",
+    "tests.read_once",
     "matplotlib.backends.backend_agg",  # a corpus's card
     "matplotlib.figure",
     "torch._dynamo",
@@ -114,6 +114,9 @@ def serve(address: str, modules: list[str]) -> None:
         importlib.import_module(name)
     import torch
 
+    from launch.config.compose import composed
+
+    composed([])  # what it reads and keeps, each client's process has
     torch.set_num_threads(1)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)

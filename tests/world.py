@@ -11,7 +11,15 @@ from tests.late_imports import LATE
 _context = multiprocessing.get_context("forkserver")
 _PRELOAD = ("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "parallel.parallelize")
 _DRAWS = ("matplotlib.figure", "matplotlib.backends.backend_agg")  # a corpus's card
-_context.set_forkserver_preload([*_PRELOAD, *_DRAWS, "hydra.utils", "torch.utils.flop_counter", "train.build", *LATE])
+_TESTS = (
+    "pytest",
+    "hypothesis",
+    "launch.config.compose",
+    "tests.parity",
+    "tests.jobs",
+)  # of the functions that ranks run
+_MODULES = (*_PRELOAD, *_DRAWS, "torch.utils.flop_counter", "train.build", *LATE, *_TESTS)
+_context.set_forkserver_preload(list(_MODULES))
 
 
 def run_world(

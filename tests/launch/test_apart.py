@@ -40,14 +40,8 @@ def _farspan(place: Path, words: list[str], **env: str) -> subprocess.CompletedP
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(
-    "cluster, before",
-    [
-        ("none", ""),
-        pytest.param("none", os.pathsep, marks=pytest.mark.slow),
-        pytest.param("local", "", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster, before", [("none", ""), ("none", os.pathsep), ("local", "")])
 def test_modules_of_the_working_folder_are_not_imported(tmp_path: Path, cluster: str, before: str) -> None:
     """Under both launchers; also with an empty entry of PYTHONPATH, which stands for the working folder."""
     # With an empty entry Python itself takes the folder's modules for its own, before farspan runs.

@@ -177,6 +177,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(place, uninterrupted):
     assert [(r["step"], r["attempt"]) for r in written[20:]] == [(s, a) for a in (1, 2) for s in range(21, 25)]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_whole_checkpoint_begins_anew_where_it_is_told_to(place, uninterrupted):
     run = place / "anew"
     shutil.copytree(uninterrupted[0], run)

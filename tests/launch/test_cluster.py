@@ -35,6 +35,7 @@ def _nobody_else_gets_in(mark: str) -> None:
     assert place.stat().st_mode & 0o077 == 0 and (place / "ray").exists()
 
 
+@pytest.mark.slow
 def test_ray_runs_quietly_and_stops_after_the_step(tmp_path: Path) -> None:
     (tmp_path / "stop").touch()  # of an earlier attempt
     process = launcher("cluster.controller", "fit", "add_and_step", tmp_path)

@@ -315,6 +315,7 @@ def test_the_requirements_are_those_of_the_package_or_of_the_checkout(monkeypatc
     assert {"torch", "ray", "hydra-core", "wandb"} <= set(checkout) and checkout["torch"].startswith(">=")
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_as_a_user_would(tmp_path, ray):
     command = [sys.executable, "-c", "import sys; from launch.cli import main; sys.exit(main())", "doctor"]

@@ -154,6 +154,7 @@ def test_a_stopped_chain_goes_on_with_the_stage_that_was_reached(extended, place
     assert numbers(run / "2-384") == numbers(extended[0] / "2-384")
 
 
+@pytest.mark.slow
 def test_carried_states_of_a_stage_whose_gradients_end_at_spans(extended, place):
     """Sequences of 192 tokens, 96 at a time through the same states: the same loss at first, and other gradients."""
     run = place / "carried"
@@ -193,6 +194,7 @@ def test_a_stop_while_a_stage_is_measured_and_a_stage_that_fails_say_how_to_go_o
     assert (run / "2-192" / "summary.json").exists() and (run / "export").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_hugging_faces_is_extended_and_written_back_longer(place, tmp_path, capsys):
     write(tmp_path / "llama", LLAMA)
     yarn = "{_target_: models.positions.YaRN, factor: 2, trained_length: 512}"

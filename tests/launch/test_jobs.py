@@ -37,7 +37,7 @@ needs_namespace = pytest.mark.skipif(
 )
 RAY = str(Path(sys.executable).parent / "ray")
 STEPS = 100  # of a run that is stopped on its way
-FEW = 30  # of one that ends
+FEW = 16  # of one that ends
 
 
 def free_port() -> int:
@@ -265,26 +265,24 @@ def first(cluster) -> Path:
         cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=runs/first", f"train.steps={FEW}")
     )
     assert said == "first\n"
-    run = cluster.place / "runs" / "first"
-    lose_a_worker(run)
-    return run
+    return cluster.place / "runs" / "first"
 
 
 def lose_a_worker(run: Path) -> None:
-    """Kills the second rank of a job on its way, and waits until the job has begun again."""
-    wait_for(lambda: steps(run) >= 6, 120)
+    """Kills the second rank of a job that has a whole checkpoint, and waits until the job has begun again."""
+    # A checkpoint is written beside training: behind which step it is whole depends on the machine.
+    wait_for(lambda: checkpoint.newest(run / "checkpoints", lambda _: None) is not None, 120)
     (victim,) = [m["pid"] for m in json.loads((run / ".ray" / "members.json").read_text())][1:]
     os.kill(victim, signal.SIGKILL)
     wait_for(lambda: records(run)[-1]["attempt"] == 2, 120)
 
 
-def test_a_submitted_job_loses_a_worker_and_is_followed_to_its_end(cluster, first, uninterrupted):
+def test_a_submitted_job_is_followed_to_its_end(cluster, first, uninterrupted):
     run = first
     logs = farspan(cluster, "logs", "first", "--follow", cluster.address)
     assert "2 workers on 2 machines" in logs and "sequence x2: over 2 neighbouring nodes" in logs
     assert f"step {FEW}" in logs and "held-out loss" in logs and "Traceback" not in logs
     assert numbers(run) == numbers(uninterrupted)
-    assert {r["attempt"] for r in records(run)} == {1, 2}
     assert {"config.yaml", "tokenizer.json", "corpus.json"} <= {p.name for p in run.iterdir()}
     last = checkpoint.newest(run / "checkpoints", pytest.fail)
     assert last is not None and {"config.yaml", "tokenizer.json", "corpus.json"} <= {p.name for p in last.iterdir()}
@@ -295,7 +293,6 @@ def test_a_submitted_job_loses_a_worker_and_is_followed_to_its_end(cluster, firs
         f"step        {FEW} of {FEW} (100%)",
         "held-out",
         "tokens/s",
-        "restarts    1",
     ):
         assert words in status, status
     assert f"step-{FEW}" in status
@@ -304,6 +301,20 @@ def test_a_submitted_job_loses_a_worker_and_is_followed_to_its_end(cluster, firs
     moved = cluster.place / "moved"  # a checkpoint alone, away from its run
     shutil.copytree(last, moved)
     assert farspan(cluster, "generate", str(moved), "prompt=alpha", "tokens=5").startswith("alpha")
+
+
+@pytest.mark.slow
+def test_a_submitted_job_that_loses_a_worker_goes_on_to_its_end(cluster, uninterrupted):
+    job = job_overrides(cluster, "run.dir=runs/lost", f"train.steps={FEW}")
+    assert farspan(cluster, "submit", cluster.address, *job) == "lost\n"
+    run = cluster.place / "runs" / "lost"
+    lose_a_worker(run)
+    logs = farspan(cluster, "logs", "lost", "--follow", cluster.address)
+    assert f"step {FEW}" in logs and "Traceback" not in logs
+    assert numbers(run) == numbers(uninterrupted)
+    assert {r["attempt"] for r in records(run)} == {1, 2}
+    status = farspan(cluster, "status", "lost", cluster.address)
+    assert "succeeded" in status and "restarts    1" in status
 
 
 @needs_namespace
@@ -438,6 +449,7 @@ def test_what_the_cluster_cannot_do_is_one_line(cluster):
     assert sorted(cluster.place.glob("runs/*")) == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_refused_by_the_job(cluster):
     said = farspan(cluster, "submit", cluster.address, *job_overrides(cluster, "run.dir=/proc/1/nowhere"), code=2)
     assert "run.dir=/proc/1/nowhere: cannot be written (" in said

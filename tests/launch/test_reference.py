@@ -38,6 +38,7 @@ def test_the_table_of_architectures_is_current():
     assert all(f"| `{name}` |" in text for name in ARCHITECTURES)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_twice_and_names_no_machine(text):
     assert page() == text
     assert str(reference.ROOT) not in text and "object at 0x" not in text and "<" not in text.replace("<!--", "")

@@ -28,7 +28,7 @@ from tests.launch.processes import mentioning, wait_for
 from train.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-STEPS = 24
+STEPS = 16
 MARK = "FARSPAN_TEST_STOP"
 
 
@@ -116,7 +116,8 @@ def usable(place: Path, run: Path, expected: dict[int, float], *, go_on: bool) -
         assert losses(run) == expected
 
 
-@pytest.mark.parametrize("moment", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
 def test_a_stop_at_a_random_moment(place, whole, moment):
     expected, seconds = whole
     rng = random.Random()
@@ -193,6 +194,7 @@ def test_a_terminal_that_goes_away_is_a_stop(place, whole, cluster):
     usable(place, run, whole[0], go_on=cluster == "none")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_nobody_reads_it_and_hang_ups_are_ignored(place, whole):
     """`nohup farspan train … | head`: the reader has left, and a SIGHUP to the group is not for it."""
     run = place / "unread"

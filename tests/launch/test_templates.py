@@ -378,6 +378,7 @@ def processes(mark: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_job_starts_ray_follows_its_run_saves_at_the_limit_and_goes_on(stage):
     """Two machines on one host; then, queued again, one."""

@@ -200,7 +200,7 @@ def test_a_run_with_a_frozen_rank_ends_and_resumes(tmp_path: Path) -> None:
     assert "failed: rank 1 stopped answering in " in said and "no word for" in said, said
     wait_for(lambda: not mentioning(f"{MARK}={tmp_path}"), 15)
     steps = max(losses(run)) + 2
-    finish(start(tmp_path, "train", f"resume={run}", f"train.steps={steps}"))
+    finish(start(tmp_path, "train", f"resume={run}", f"train.steps={steps}", cold=False))
     assert max(losses(run)) == steps
 
 

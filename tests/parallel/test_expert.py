@@ -76,7 +76,7 @@ def alone(kind: str, ranks: int):
     return found, {n: p.grad.numpy() for n, p in m.named_parameters()}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_experts_on_other_ranks_equal_every_expert_on_every_token(run, ranks):
     for rank, by_kind in enumerate(got := run(ranks, over_ranks)):
         for (kind, padded), (y, dx, held, _) in by_kind.items():
@@ -106,7 +106,7 @@ def every_layout(ranks: int) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
     return found | ({"fp32": spread(BATCH, static(2, 1), "fp32", mesh=Mesh(expert=2))} if ranks == 2 else {})
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_loss_and_every_gradient_equal_one_process(run, ranks):
     want = {precision: truth(BATCH, precision) for precision in ("fp64", "fp32")}
     for found in run(ranks, every_layout, ranks):

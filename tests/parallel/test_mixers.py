@@ -52,11 +52,12 @@ def mixers(names, plan, remat):
     return {name: spread(BATCH, plan, "fp64", remat=remat, build=BUILDS[name]) for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, names",
     [
         ("4 ranks, unequal spans, recomputed", EVERY_RUN),
-        *(pytest.param(layout, tuple(BUILDS), marks=pytest.mark.slow) for layout in LAYOUTS),
+        *((layout, tuple(BUILDS)) for layout in LAYOUTS),
     ],
 )
 def test_mixers_give_the_loss_and_gradients_of_one_process(run, layout, names):

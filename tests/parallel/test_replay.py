@@ -29,6 +29,8 @@ CASES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "relay, ulysses": (Relay(), Ulysses(), "idle rank", {}),
     "allscan, window": (AllScan(3), GatherKeys(), "unequal", {"window": 9, "sinks": 2}),
 }
+QUICK = ("gather, gather", "relay, ring", "allscan, window")  # of every run of the tests
+EACH = [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES]
 Sent = tuple[str, int]  # purpose, bytes
 
 
@@ -91,32 +93,39 @@ def every_policy(case: str) -> dict[str, tuple[Record, dict[str, float]]]:
     return {remat: record(case, remat) for remat in ("none", "full", "selective")}
 
 
-def every_case() -> tuple[dict[str, dict[str, tuple[Record, dict[str, float]]]], list[str]]:
+def every_case(cases: list[str]) -> tuple[dict[str, dict[str, tuple[Record, dict[str, float]]]], list[str]]:
     """By case and policy; and the nodes of graphs that outlive the steps."""
-    found = {case: every_policy(case) for case in CASES}
+    found = {case: every_policy(case) for case in cases}
     gc.collect()
     return found, sorted(type(x).__name__ for x in gc.get_objects() if issubclass(type(x), BackwardCFunction))
 
 
 @pytest.fixture(scope="module")
-def world(run):
-    """One for all of them."""
-    return run(4, every_case)
+def quick(run):
+    """One world for all of them."""
+    return run(4, every_case, list(QUICK))
 
 
 @pytest.fixture(scope="module")
-def recorded(world):
+def rest(run):
+    return run(4, every_case, [case for case in CASES if case not in QUICK])
+
+
+@pytest.fixture
+def recorded(request):
     """By rank, case and policy."""
-    return [found for found, _ in world]
+    case = request.node.callspec.params["case"] if hasattr(request.node, "callspec") else QUICK[0]
+    return [found for found, _ in request.getfixturevalue("quick" if case in QUICK else "rest")]
 
 
-def test_a_step_leaves_nothing_of_its_graph_behind(world):
+@pytest.mark.parametrize("world", ["quick", pytest.param("rest", marks=pytest.mark.slow)])
+def test_a_step_leaves_nothing_of_its_graph_behind(request, world):
     """A node that holds its own output is in a circle through autograd, which no collection frees: each step would
     leave its effects and states."""
-    assert [left for _, left in world] == [[]] * 4
+    assert [left for _, left in request.getfixturevalue(world)] == [[]] * 4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH)
 def test_a_layer_computed_again_sends_the_same_in_the_same_order(recorded, case):
     """Full recomputation repeats each layer's forward, entry by entry, and is otherwise as without."""
     for rank in recorded:
@@ -136,7 +145,7 @@ def test_a_layer_computed_again_sends_the_same_in_the_same_order(recorded, case)
         assert rest == [event for _, sent in plain for event in sent]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH)
 def test_selective_recomputation_sends_nothing_twice(recorded, case):
     for rank in recorded:
         plain, selective, full = (rank[case][remat][0] for remat in ("none", "selective", "full"))
@@ -152,7 +161,7 @@ def test_collectives_come_in_the_same_order_on_every_rank(recorded):
         assert all(sent == first for sent in others)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH)
 def test_recomputed_gradients_are_those_of_one_process(recorded, case):
     for rank in recorded:
         for remat, (_, found) in rank[case].items():

@@ -328,6 +328,8 @@ def test_bytes_by_axis_are_those_foretold(four):
     measured = [{name: counted for name, (_, counted) in rank["layouts"].items()} for rank in four]
     starts = [np.flatnonzero(s.positions == 0).tolist() for s in BATCH]
     for name, (mesh, model_name, remat, tokens) in LAYOUTS.items():
+        if mesh.expert > 1:  # rows go where routers send them: `test_expert_volume`
+            continue
 
         def build(model_name=model_name):
             with torch.device("meta"):

@@ -127,6 +127,7 @@ def test_saved_resumed_evaluated_and_taken(run, tmp_path, kind):
     assert all(np.array_equal(p.detach().numpy(), before[n]) for n, p in plain.model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_an_average_of_another_kind_begins_anew(run, tmp_path):
     job = order(tmp_path, tmp_path / "run", *LAYOUTS[2], *KINDS["last"], "train.steps=20")

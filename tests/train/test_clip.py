@@ -59,7 +59,9 @@ def by_hand(*, largest: float, each: float | None, value: float | None) -> tuple
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("sizes", [{}, {"sequence": 3}, {"expert": 2, "sequence": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{}, pytest.param({"sequence": 3}, marks=pytest.mark.slow), {"expert": 2, "sequence": 2}], ids=str
+)
 def test_gradients_are_clipped_as_whole_ones(run, sizes):
     for found in run(Mesh(**sizes).world, clipped, **sizes):
         for limits, (norm, got) in zip(LIMITS, found, strict=True):

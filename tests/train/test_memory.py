@@ -162,7 +162,9 @@ def test_selective_sends_nothing_twice(run):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("remat", activation_memory.RECOMPUTE)
+@pytest.mark.parametrize(
+    "remat", [pytest.param(n, marks=[pytest.mark.slow] * (n != "selective")) for n in activation_memory.RECOMPUTE]
+)
 def test_everything_at_once_equals_one_process(run, remat):
     more = {"tile": 24, "offload_activations": True, "offload_optimizer": True}
     want = parity.truth(BATCH, "fp64")

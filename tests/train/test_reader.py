@@ -34,7 +34,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 T, VOCABULARY = 33, 40
 TOKENS = torch.randint(0, VOCABULARY, (2, T), generator=torch.Generator().manual_seed(0))
 SEQ = Whole.of(torch.arange(T).expand(2, T))
-FEW, MANY = 24, 200
+FEW, MANY = 12, 200
 
 
 def tries(number):

@@ -75,7 +75,7 @@ def together(run, folder):
     return run(2, train, order(folder, folder / "together", *more), STEPS, save_at=STEPS // 2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=[pytest.mark.slow] * (n != "sequence 2")) for n in LAYOUTS])
 def test_routers_remember_the_same_and_lose_the_same_on_every_layout(run, alone, together, tmp_path, layout):
     world, more = LAYOUTS[layout]
     done = together

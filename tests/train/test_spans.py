@@ -52,7 +52,10 @@ def each(several, batch, **options):
     return found
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(
+    "attention",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ACROSS or n == "window and sinks")) for n in ATTENTION],
+)
 def test_exact_spans_on_one_rank_are_the_whole(run, attention):
     options = ATTENTION[attention]
     want = truth(BATCH, "fp64", options)

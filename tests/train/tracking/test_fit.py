@@ -67,6 +67,7 @@ def broken_twice(run, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_steps_that_are_trained_again_are_in_every_record_with_their_attempt(broken_twice: Path) -> None:
     expected = [(s, 1) for s in (1, 2, 3, 4)] + [(3, 2)] + [(s, 3) for s in (3, 4, 5, 6)]
     written = records(broken_twice / "metrics.jsonl", every_attempt=True)
