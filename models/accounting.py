@@ -243,27 +243,38 @@ class Traced(Whole):
         return begun.finish(entering)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         (H, K), (G, V) = q.shape[2:], v.shape[2:]
         self.attention.append(AttentionCost(2 * H * (K + V), G * (K + V) * k.itemsize, window, sinks))
-        return _Attend.apply(q, k.clone(), v.clone())  # they are joined to those of the past, wherever that is
+        return _Attend.apply(
+            q, k.clone(), v.clone(), sink_logits
+        )  # they are joined to those of the past, wherever that is
 
 
 class _Attend(torch.autograd.Function):
     """The shapes of fused attention, and what it keeps: its inputs, its output, a logsumexp a query and head."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor:
         out, lse = kept(
             lambda: (q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32))
         )
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, sink, out, lse)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tuple(None if x is None else torch.empty_like(x) for x in ctx.saved_tensors[:4])
 
 
 class _Cross(torch.autograd.Function):

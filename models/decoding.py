@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.cross_entropy import softcapped
 from models.kernels.pieces import Piece
 from models.kv_cache import KVCache
 from models.nonlinear_recurrence import Serial
+from models.precision import wide
 from models.recurrence import Recurrence
 from models.sequence import DocumentKey
 
@@ -164,7 +166,16 @@ class TextRows:
         return out
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         keys = self.held.get(slot)
         if not isinstance(keys, PlacedKeys):
@@ -180,7 +191,16 @@ class TextRows:
         # A group's queries are rows of one product: its keys are read once for all of them.
         q_BGRK = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])
         k_BGLK, v_BGLV = keys.k.narrow(2, 0, longest), keys.v.narrow(2, 0, longest)
-        o_BGRV = F.scaled_dot_product_attention(q_BGRK, k_BGLK, v_BGLV, attn_mask=mask)
+        if softcap is None and sink_logits is None:
+            o_BGRV = F.scaled_dot_product_attention(q_BGRK, k_BGLK, v_BGLV, attn_mask=mask)
+        else:
+            s_BGRL = wide(q_BGRK @ k_BGLK.transpose(-1, -2)) * q.shape[3] ** -0.5
+            s_BGRL = softcapped(s_BGRL, softcap)
+            s_BGRL = s_BGRL if mask is None else s_BGRL.masked_fill(~mask, -torch.inf)
+            if sink_logits is not None:
+                sink_GR1 = sink_logits.to(s_BGRL.dtype).view(k.shape[2], -1, 1)
+                s_BGRL = torch.cat((s_BGRL, sink_GR1.expand(*s_BGRL.shape[:3], 1)), dim=-1)
+            o_BGRV = s_BGRL.softmax(-1)[..., :longest].to(v.dtype) @ v_BGLV
         return o_BGRV.reshape(q.shape[0], 1, q.shape[2], -1)
 
     def sum(self, x: Tensor) -> Tensor:

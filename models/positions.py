@@ -161,10 +161,11 @@ class YaRN(RoPE):
     factor: length of the documents over that of those trained on. trained_length: the longest document that the
     weights were trained on, in tokens. beta_fast: pairs that turn at least this often in trained_length keep their
     speed. beta_slow: pairs that turn at most this often are interpolated. attention_factor: factor of queries and
-    keys; null for 0.1 ln(factor) + 1. base, fraction: as in RoPE.
+    keys; null for 0.1 ln(factor) + 1. truncate: false begins and ends the ramp between pairs, as in gpt-oss. base,
+    fraction: as in RoPE.
 
-    The ramp is linear in the index of the pair, between whole numbers, as in the authors' code and every released
-    model; the paper writes it linear in the number of turns.
+    The ramp is linear in the index of the pair, between whole numbers unless told otherwise, as in the authors' code;
+    the paper writes it linear in the number of turns.
     """
 
     def __init__(
@@ -175,11 +176,13 @@ class YaRN(RoPE):
         beta_fast: float = 32.0,
         beta_slow: float = 1.0,
         attention_factor: float | None = None,
+        truncate: bool = True,
         base: float = 10_000.0,
         fraction: float = 1.0,
     ):
         super().__init__(base=base, fraction=fraction)
         self.factor, self.trained_length = _factor(factor), _trained(trained_length)
+        self.truncate = truncate
         if not beta_fast > beta_slow > 0:
             raise ValueError(f"beta_fast={beta_fast}: must be above beta_slow={beta_slow}, and that above 0")
         if attention_factor is not None and attention_factor <= 0:
@@ -197,7 +200,10 @@ class YaRN(RoPE):
             """The place on the axis of pairs of one that turns this often in trained_length."""
             return channels * math.log(self.trained_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
 
-        low, high = max(math.floor(pair(self.beta_fast)), 0), min(math.ceil(pair(self.beta_slow)), channels - 1)
+        low, high = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, channels - 1)
         index = torch.arange(channels // 2, dtype=torch.float64, device="cpu")
         slow = ((index - low) / (high - low if high != low else 1e-3)).clamp(0, 1)
         trained = _frequencies(self.base, channels)

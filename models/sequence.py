@@ -72,11 +72,22 @@ class Sequence(Protocol):
         ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """Causal softmax attention in documents: q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] -> [B,T,H,V], G divides H.
 
         A token sees the last `window` tokens of its document, itself included (None: all), and the first `sinks`.
+        softcap: c that makes the scores s c·tanh(s / c). sink_logits [H]: a score a head that takes part in each
+        softmax and has no value.
         """
         ...
 
@@ -213,14 +224,34 @@ class Whole(Tokens):
         return begun.finish(state)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         past = self.recall(slot) or KVCache(k[:, :0], v[:, :0])
         firsts = past.firsts(self.pieces)
         held = past.joined(k, v)
         self.leave(slot, lambda: held.kept(self.pieces, firsts, window, sinks))
         offsets = [past.k.shape[1]] * q.shape[0]
-        return attend_pieces(q, held.k, held.v, self.pieces, offsets, window=window, sinks=sinks, firsts=firsts)
+        return attend_pieces(
+            q,
+            held.k,
+            held.v,
+            self.pieces,
+            offsets,
+            window=window,
+            sinks=sinks,
+            firsts=firsts,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
 
     def sum(self, x: Tensor) -> Tensor:
         return self.summed(lambda: self.local_sum(x))

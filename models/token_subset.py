@@ -214,7 +214,16 @@ class TokenSubset:
         return self.seq.scan(picked, *xs, slot=slot)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         raise NotImplementedError("softmax attention over some of a sequence's tokens")
 

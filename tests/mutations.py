@@ -235,6 +235,16 @@ def run_spans_from_nothing() -> None:
     parallel.sequence.nonlinear.Post = Lost
 
 
+def let_no_sink_take_its_share() -> None:
+    parallel.sequence.attention.visibility.join_sink = lambda out, lse, sink: None
+
+
+def forget_the_cap_of_scores() -> None:
+    honest = parallel.sequence.attention.ring_ulysses.tile_for
+    for transport in (parallel.sequence.attention.ring_ulysses, parallel.sequence.attention.all_gather):
+        transport.tile_for = lambda device, softcap=None: honest(device)
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -282,6 +292,7 @@ class Broken(NamedTuple):
 
 
 MHA, GROUPED, WINDOW = "attention", "attention, two key heads", "attention, window"
+CAPPED = "attention, capped"
 CARRIED: dict[str, Broken] = {
     broken.by.__name__: broken
     for broken in (
@@ -300,5 +311,7 @@ CARRIED: dict[str, Broken] = {
         Broken(lose_a_hop_of_the_keys_gradient, (MHA, GROUPED, WINDOW)),
         Broken(fetch_one_token_less_than_the_window, (WINDOW,)),
         Broken(fetch_no_sinks, (WINDOW,)),
+        Broken(let_no_sink_take_its_share, (CAPPED,)),
+        Broken(forget_the_cap_of_scores, (CAPPED,)),
     )
 }

@@ -44,10 +44,19 @@ class _Attending(Whole):
     windows: list[int | None] = field(default_factory=list)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         self.windows.append(window)
-        return super().attend(q, k, v, slot=slot, window=window, sinks=sinks)
+        return super().attend(q, k, v, slot=slot, window=window, sinks=sinks, softcap=softcap, sink_logits=sink_logits)
 
 
 def run(order: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from models.hub.deepseek import DEEPSEEK_V3
 from models.hub.dense import ERNIE, MISTRAL, PHI3, QWEN3, SMOLLM3
 from models.hub.ernie_moe import ERNIE_MOE
 from models.hub.falcon_h1 import FALCON_H1
-from models.hub.gemma import GEMMA, GEMMA3
+from models.hub.gemma import GEMMA, GEMMA2, GEMMA3, VAULT_GEMMA
 from models.hub.glm import GLM, GLM4, GLM4_MOE
+from models.hub.gpt_oss import GPT_OSS
 from models.hub.granite import GRANITE
 from models.hub.granite_hybrid import GRANITE_HYBRID
 from models.hub.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
@@ -33,6 +34,7 @@ from models.hub.qwen2 import QWEN2, QWEN2_MOE, SEED_OSS
 from models.hub.qwen3_5 import QWEN3_5, QWEN3_5_MOE, text_of
 from models.hub.qwen3_moe import QWEN3_MOE
 from models.hub.qwen3_next import QWEN3_NEXT
+from models.hub.recurrent_gemma import RECURRENT_GEMMA
 from models.hub.sparse import DOTS1, MINIMAX_M2
 from models.hub.values import WORDS, shown
 
@@ -40,10 +42,10 @@ from models.hub.values import WORDS, shown
 _FIRST = (LLAMA, QWEN3_MOE, QWEN3_NEXT, MAMBA2)
 _MORE = (MISTRAL, QWEN3, SMOLLM3, MIXTRAL, MAMBA, PHI3, ERNIE, QWEN3_5, QWEN3_5_MOE, BAMBA, GRANITE, GRANITE_HYBRID)
 _BIASED = (QWEN2, QWEN2_MOE, SEED_OSS, GLM, GLM4, GLM4_MOE)
-_NORMED = (OLMO2, OLMO3, OLMOE, EXAONE4, GEMMA, GEMMA3)
+_NORMED = (OLMO2, OLMO3, OLMOE, EXAONE4, GEMMA, GEMMA2, GEMMA3, VAULT_GEMMA)
 _SQUARED = (ARCEE, NEMOTRON)
-_SPARSE = (MINIMAX_M2, DOTS1, DEEPSEEK_V3, GRANITE_MOE, GRANITE_MOE_SHARED, ERNIE_MOE)
-_HYBRID = (OLMO_HYBRID, LFM2, FALCON_MAMBA, JAMBA, FALCON_H1, MINIMAX, NEMOTRON_H)
+_SPARSE = (MINIMAX_M2, DOTS1, DEEPSEEK_V3, GRANITE_MOE, GRANITE_MOE_SHARED, ERNIE_MOE, GPT_OSS)
+_HYBRID = (OLMO_HYBRID, LFM2, FALCON_MAMBA, JAMBA, FALCON_H1, MINIMAX, NEMOTRON_H, RECURRENT_GEMMA)
 _ALL = _FIRST + _MORE + _BIASED + _NORMED + _SQUARED + _SPARSE + _HYBRID
 ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in _ALL}
 

@@ -82,6 +82,7 @@ def eps_of(model: Node, who: str, mixers: Mapping[str, type] = {}, *, norms: str
 
 
 PLAIN_ATTENTION = {"sinks": 0, "norm_heads": "each", "qkv_bias": False, "out_bias": False, "scale": None}
+PLAIN_ATTENTION |= {"softcap": None, "sink_logits": False}
 HEADS: dict[str, Kind] = dict.fromkeys(("num_key_value_heads", "head_dim"), optional(count()))
 
 

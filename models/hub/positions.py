@@ -21,6 +21,7 @@ RULES: dict[str, tuple[type[RoPE], dict[str, str]]] = {
             "beta_fast": "beta_fast",
             "beta_slow": "beta_slow",
             "attention_factor": "attention_factor",
+            "truncate": "truncate",
         },
     ),
     "llama3": (
@@ -58,8 +59,6 @@ def read(config: Config, head_dim: int, fraction: float | None = None) -> Node:
     if kind not in RULES:
         raise ValueError(f"config.json: rope_type={shown(kind)}: must be one of {', '.join(RULES)}")
     rule, keys = RULES[kind]
-    if kind == "yarn" and not rope.get("truncate", True):
-        raise ValueError("config.json: truncate=false: must be true")
     given = {ours: rope[theirs] for ours, theirs in keys.items() if rope.get(theirs) is not None}
     if "trained_length" in keys:  # beside the rule it counts before the one in it
         own = given.get("trained_length") or config.get("max_position_embeddings")

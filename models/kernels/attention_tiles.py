@@ -12,12 +12,13 @@ Legend: n queries, m keys, H heads, G key/value heads, R = H / G, K width of a h
 keys up to itself, the last `window` of them where that is not None.
 """
 
-from functools import lru_cache
-from typing import Protocol
+from functools import cache, lru_cache
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from models.kernels.cross_entropy import softcap_slope, softcapped
 from models.precision import wide
 
 ROWS = 128
@@ -29,15 +30,16 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Tile(Protocol):
     """One way to compute a part."""
 
-    @staticmethod
+    @classmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
+        cls, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         """out [1, H, n, K] and lse."""
         ...
 
-    @staticmethod
+    @classmethod
     def backward(
+        cls,
         grad: Tensor,
         q: Tensor,
         k: Tensor,
@@ -70,15 +72,16 @@ class Fused:
             return causal, None
         return False, bias(n, m, window, q.dtype, q.device)
 
-    @staticmethod
+    @classmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
+        cls, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         causal, mask = Fused._mask(q, k, causal, window)
         return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
-    @staticmethod
+    @classmethod
     def backward(
+        cls,
         grad: Tensor,
         q: Tensor,
         k: Tensor,
@@ -95,7 +98,9 @@ class Fused:
 
 
 class Plain:
-    """Matmuls in at least fp32, `ROWS` queries at a time."""
+    """Matmuls in at least fp32, `ROWS` queries at a time. softcap: bounds the scores, see `softcapped`; None: not."""
+
+    softcap: ClassVar[float | None] = None
 
     @staticmethod
     def _blocks(n: int, m: int, causal: bool, window: int | None) -> list[tuple[slice, slice]]:
@@ -107,27 +112,34 @@ class Plain:
             blocks.append((slice(a, b), slice(low, b + m - n) if causal else slice(0, m)))
         return blocks
 
-    @staticmethod
-    def _scores(q_GRnK: Tensor, k_GmK: Tensor, causal: bool, window: int | None, scale: float) -> Tensor:
+    @classmethod
+    def _scores(
+        cls, q_GRnK: Tensor, k_GmK: Tensor, causal: bool, window: int | None, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scores, and where they are capped their derivatives by what they are made of."""
         n, m = q_GRnK.shape[-2], k_GmK.shape[-2]
-        s_GRnm = scale * (q_GRnK @ k_GmK.transpose(-1, -2).unsqueeze(1))
-        return s_GRnm + bias(n, m, window, s_GRnm.dtype, s_GRnm.device) if causal else s_GRnm
+        s_GRnm, slope_GRnm = scale * (q_GRnK @ k_GmK.transpose(-1, -2).unsqueeze(1)), None
+        if cls.softcap is not None:
+            s_GRnm = softcapped(s_GRnm, cls.softcap)
+            slope_GRnm = softcap_slope(s_GRnm, cls.softcap)
+        return s_GRnm + bias(n, m, window, s_GRnm.dtype, s_GRnm.device) if causal else s_GRnm, slope_GRnm
 
-    @staticmethod
+    @classmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
+        cls, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         q_GRnK, k_GmK, v_GmK = wide(q[0]).unflatten(0, (k.shape[1], -1)), wide(k[0]), wide(v[0])
         outs, lses = [], []
         for rows, columns in Plain._blocks(q.shape[2], k.shape[2], causal, window):
-            s_GRnm = Plain._scores(q_GRnK[:, :, rows], k_GmK[:, columns], causal, window, scale)
+            s_GRnm, _ = cls._scores(q_GRnK[:, :, rows], k_GmK[:, columns], causal, window, scale)
             lse_GRn = s_GRnm.logsumexp(-1)
             outs.append((s_GRnm - lse_GRn.unsqueeze(-1)).exp() @ v_GmK[:, columns].unsqueeze(1))
             lses.append(lse_GRn)
         return torch.cat(outs, -2).flatten(0, 1)[None].to(q.dtype), torch.cat(lses, -1).flatten(0, 1)[None]
 
-    @staticmethod
+    @classmethod
     def backward(
+        cls,
         grad: Tensor,
         q: Tensor,
         k: Tensor,
@@ -145,16 +157,40 @@ class Plain:
         delta_GRn = (g_GRnK * o_GRnK).sum(-1)
         for rows, columns in Plain._blocks(q.shape[2], k.shape[2], causal, window):
             block, keys, values = q_GRnK[:, :, rows], k_GmK[:, columns], v_GmK[:, columns]
-            s_GRnm = Plain._scores(block, keys, causal, window, scale)
+            s_GRnm, slope_GRnm = cls._scores(block, keys, causal, window, scale)
             p_GRnm = (s_GRnm - lse_GRn[:, :, rows, None]).exp()
             dp_GRnm = g_GRnK[:, :, rows] @ values.transpose(-1, -2).unsqueeze(1)
             ds_GRnm = scale * p_GRnm * (dp_GRnm - delta_GRn[:, :, rows, None])
+            ds_GRnm = ds_GRnm if slope_GRnm is None else ds_GRnm * slope_GRnm
             dq[:, :, rows] = ds_GRnm @ keys.unsqueeze(1)
             dk[:, columns] += (ds_GRnm.transpose(-1, -2) @ block).sum(1)
             dv[:, columns] += (p_GRnm.transpose(-1, -2) @ g_GRnK[:, :, rows]).sum(1)
         return dq.flatten(0, 1)[None], dk[None], dv[None]
 
 
-def tile_for(device: torch.device) -> type[Tile]:
+@cache
+def capped(softcap: float) -> type[Plain]:
+    """`Plain` with these bounds: no fused kernel of a CPU has any."""
+    return type("Capped", (Plain,), {"softcap": softcap})
+
+
+def tile_for(device: torch.device, softcap: float | None = None) -> type[Tile]:
     """The way that `device` has."""
+    if softcap is not None:
+        return capped(softcap)
     return Fused if device.type == "cpu" else Plain
+
+
+def join_sink(out_BTHK: Tensor, lse_BHT: Tensor, sink_H: Tensor) -> None:
+    """Lets a logit that has no value take its share of each softmax, in place: of its result [B, T, H, K] and its
+    logsumexp [B, H, T], both in at least fp32. With these the backward of the parts is that of the whole."""
+    both_BHT = torch.logaddexp(lse_BHT, sink_H.to(lse_BHT.dtype)[:, None])
+    out_BTHK.mul_((lse_BHT - both_BHT).exp().transpose(1, 2).unsqueeze(-1))
+    lse_BHT.copy_(both_BHT)
+
+
+def sink_gradient(sink_H: Tensor, grad_BTHK: Tensor, out_BTHK: Tensor, lse_BHT: Tensor) -> Tensor:
+    """The gradient of these logits [H]: -p Σ grad · out over all queries, p their share, from result and logsumexp."""
+    delta_BTH = (wide(grad_BTHK) * wide(out_BTHK)).sum(-1)
+    share_BHT = (sink_H.to(lse_BHT.dtype)[:, None] - lse_BHT).exp()
+    return -(share_BHT.transpose(1, 2) * delta_BTH).sum((0, 1)).to(sink_H.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels import varlen
-from models.kernels.attention_tiles import ROWS, Tile, tile_for
+from models.kernels.attention_tiles import ROWS, Tile, join_sink, sink_gradient, tile_for
 from models.kernels.pieces import Piece
 from models.precision import wide
 from models.recompute import kept
@@ -71,6 +71,8 @@ def attend_pieces(
     window: int | None = None,
     sinks: int = 0,
     firsts: list[int] | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     tile: type[Tile] | None = None,
 ) -> Tensor:
     """Attention of each run to its own document's keys up to and including each query. -> [B, T, H, V] in q's dtype.
@@ -78,7 +80,7 @@ def attend_pieces(
     `offsets[b]` is the index on the key axis S of span b's first token. A query sees the last `window` of its
     document's tokens, itself included (None: all), and the first `sinks` of them. `firsts[b]` is where the key axis
     has the first token of the document that row b begins in the middle of, if not `past` before its offset. Scale is
-    K^-½; G divides H.
+    K^-½; G divides H. softcap, sink_logits: as in `models.sequence.Sequence.attend`.
     """
     K, V = k_BSGK.shape[-1], v_BSGV.shape[-1]
     scale = K**-0.5
@@ -87,7 +89,8 @@ def attend_pieces(
             [run._replace(past=min(run.past, offset + run.begin)) for run in runs]
             for runs, offset in zip(pieces, offsets, strict=True)
         ]
-    if tile is None and not sinks and varlen.runs_on(q_BTHK, max(K, V)):
+    plain = tile is None and softcap is None and sink_logits is None
+    if plain and not sinks and varlen.runs_on(q_BTHK, max(K, V)):
         q, k, v = (F.pad(x, [0, max(K, V) - x.shape[-1]]) if K != V else x for x in (q_BTHK, k_BSGK, v_BSGV))
         runs_of_all = tuple(tuple(runs) for runs in pieces)
         return varlen.attend(q, k, v, runs_of_all, tuple(offsets), window=window, scale=scale)[..., :V]
@@ -99,13 +102,14 @@ def attend_pieces(
             first = key - run.past if firsts is None or run.begin else firsts[b]
             row += parts_of(run, key, first, window=window, sinks=sinks)
         rows.append(row)
-    if tile is None and q_BTHK.device.type != "cpu" and all(p.causal and p.window is None for row in rows for p in row):
+    if plain and q_BTHK.device.type != "cpu" and all(p.causal and p.window is None for row in rows for p in row):
         return _squares(q_BTHK, k_BSGK, v_BSGV, rows)
     # The fused kernel reads rows, whatever the strides say.
     q_BTHK, k_BSGK, v_BSGV = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHK, k_BSGK, v_BSGV))
     if K != V:  # the fused kernel wants one width: zeros change neither scores nor the values that are kept
         q_BTHK, k_BSGK, v_BSGV = (F.pad(x, [0, max(K, V) - x.shape[-1]]) for x in (q_BTHK, k_BSGK, v_BSGV))
-    return _Attend.apply(q_BTHK, k_BSGK, v_BSGV, rows, scale, tile or tile_for(q_BTHK.device))[..., :V]
+    tile = tile or tile_for(q_BTHK.device, softcap)
+    return _Attend.apply(q_BTHK, k_BSGK, v_BSGV, sink_logits, rows, scale, tile)[..., :V]
 
 
 def _squares(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, rows: list[list[AttentionPart]]) -> Tensor:
@@ -125,19 +129,32 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: list[list[AttentionPart]], scale: float, tile: type[Tile]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        rows: list[list[AttentionPart]],
+        scale: float,
+        tile: type[Tile],
     ) -> Tensor:
-        out, lse = kept(lambda: _Attend.run(q, k, v, rows, scale, tile))
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = kept(lambda: _Attend.run(q, k, v, sink, rows, scale, tile))
+        ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.rows, ctx.scale, ctx.tile = rows, scale, tile
         return out
 
     @staticmethod
     def run(
-        q: Tensor, k: Tensor, v: Tensor, rows: list[list[AttentionPart]], scale: float, tile: type[Tile]
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        rows: list[list[AttentionPart]],
+        scale: float,
+        tile: type[Tile],
     ) -> tuple[Tensor, Tensor]:
         """out and lse."""
-        merging = any(part.merged for parts in rows for part in parts)
+        merging = sink is not None or any(part.merged for parts in rows for part in parts)
         precise = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty_like(q, dtype=precise if merging else q.dtype)
         lse = torch.empty(q.shape[:3], dtype=precise, device=q.device).transpose(1, 2)
@@ -153,12 +170,14 @@ class _Attend(torch.autograd.Function):
                 else:
                     whole.copy_(part_out)
                     total.copy_(part_lse)
+        if sink is not None:
+            join_sink(out, lse, sink)
         return out.to(q.dtype), lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sink, out, lse = ctx.saved_tensors
         grad = grad.contiguous()  # a sum's gradient is one number, expanded: the fused kernel reads it by rows
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         for b, parts in enumerate(ctx.rows):
@@ -178,7 +197,8 @@ class _Attend(torch.autograd.Function):
                 )
                 for total, gradient in zip(_cut(part, b, dq, dk, dv), gradients, strict=True):
                     total += gradient
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        dsink = None if sink is None else sink_gradient(sink, grad, out, lse)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsink, None, None, None
 
 
 def _cut(part: AttentionPart, b: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

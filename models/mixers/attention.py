@@ -6,11 +6,11 @@ on the output is Qwen3-Next's (2505.06708).
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from models.axes import positive
+from models.axes import constant, declare, positive
 from models.linear import Linear
 from models.mixers import heads as sizes
 from models.norm import RMSNorm, checked
@@ -32,7 +32,9 @@ class Attention(nn.Module):
     qk_norm: true normalises queries and keys before they are rotated. norm_heads: each normalises every head by itself,
     all the channels of all heads together. gate: true multiplies each channel of the output by a sigmoid of the input.
     qkv_bias: true adds a bias to queries, keys and values. out_bias: true adds one to the output. scale: factor of
-    the scores; null for head_dim^-½. positions: the rule by which a token's place in its document enters, of
+    the scores; null for head_dim^-½. softcap: c that makes the scores s c·tanh(s / c), as in Gemma 2 (2408.00118); null
+    for none. sink_logits: true gives each head a learnt score that takes part in every softmax and has no value, as in
+    gpt-oss (2508.10925). positions: the rule by which a token's place in its document enters, of
     `models.positions`. norm_eps: epsilon that the norms of queries and keys add to the mean square.
 
     x [B, T, D] -> [B, T, D].
@@ -53,6 +55,8 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: bool = False,
         positions: Positions = ROPE,
         norm_eps: float = 1e-6,
     ):
@@ -73,6 +77,8 @@ class Attention(nn.Module):
             raise ValueError("norm_heads=all: must be each without qk_norm")
         if scale is not None and not 0 < scale < math.inf:
             raise ValueError(f"scale={scale}: must be above 0, or null for head_dim^-½")
+        if softcap is not None and not 0 < softcap < math.inf:
+            raise ValueError(f"softcap={softcap}: must be above 0, or null for none")
         positions.frequencies(self.head_dim)  # refuses a width that it cannot rotate
         self.window, self.sinks, self.positions = window, sinks, positions
         self.units: Units = {"heads": heads, "kv_heads": kv_heads}
@@ -87,6 +93,8 @@ class Attention(nn.Module):
         else:
             self.q_norm = RMSNorm(self.head_dim, eps=norm_eps, axis=None) if qk_norm else nn.Identity()
             self.k_norm = RMSNorm(self.head_dim, eps=norm_eps, axis=None) if qk_norm else nn.Identity()
+        self.softcap = softcap
+        self.sink_logits = declare(heads, axes=("heads",), init=constant(0.0), decay=False) if sink_logits else None
         self.gate = Linear(dim, width, axes=("heads", "embed")) if gate else None
         self.out = Linear(width, dim, axes=("embed", "heads"), bias=out_bias)
 
@@ -100,5 +108,7 @@ class Attention(nn.Module):
         q_BTHK, k_BTGK = self.positions.turned(q_BTHK, self._normed(self.k_norm, k_BTGK), seq)
         if self.factor is not None:
             q_BTHK = q_BTHK * self.factor  # `attend` multiplies scores by head_dim^-½
-        o_BTD = seq.attend(q_BTHK, k_BTGK, v_BTGK, slot=slot, window=self.window, sinks=self.sinks).flatten(-2)
+        seen: dict[str, Any] = {"window": self.window, "sinks": self.sinks, "softcap": self.softcap}
+        o_BTHK = seq.attend(q_BTHK, k_BTGK, v_BTGK, slot=slot, sink_logits=self.sink_logits, **seen)
+        o_BTD = o_BTHK.flatten(-2)
         return self.out(o_BTD if self.gate is None else o_BTD * self.gate(x_BTD).sigmoid())

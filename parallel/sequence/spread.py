@@ -5,6 +5,7 @@ masked token. The chain gives the order; the transports carry effects, keys and 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +65,31 @@ class Spread(Tokens):
         return begun.finish(entering())
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         if self.memory is not None:
-            return time_spans.attend(self, q, k, v, slot=slot, window=window, sinks=sinks)
-        return self.attention.attend(self.chain.of(slot), q, k, v, self.pieces, window=window, sinks=sinks)
+            how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
+            return time_spans.attend(self, q, k, v, slot=slot, **how)
+        return self.attention.attend(
+            self.chain.of(slot),
+            q,
+            k,
+            v,
+            self.pieces,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
 
     def sum(self, x: Tensor) -> Tensor:
         return self.summed(lambda: sum_over(self.chain.comm, self.local_sum(x), purpose="document sums"))

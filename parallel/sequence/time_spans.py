@@ -7,7 +7,7 @@ their gradients. A rank's chain then needs no more than its first span entered w
 Legend: B spans of this rank, T tokens, G key/value heads, W widths of a key and a value together, S the chain's tokens.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -79,16 +79,26 @@ def _placed(x: Tensor, at: int, one: Tensor) -> Tensor:
 
 
 def attend(
-    seq: SpreadInTime, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+    seq: SpreadInTime,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slot: str,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Implements `Sequence.attend`. Within a window, the keys and values before a span are inputs like any other; else
     the chain's are gathered, and join those that it was entered with."""
     kv_BTGW = torch.cat((k, v), dim=-1)
     widths = (k.shape[-1], v.shape[-1])
+    softmax: dict[str, Any] = {"softcap": softcap, "sink_logits": sink_logits}
     if window is not None and not sinks:
         past_BTGW = _window(seq, kv_BTGW, widths, window - 1, slot)
         keys, values = torch.cat((past_BTGW, kv_BTGW), dim=1).split(widths, dim=-1)
-        return attend_pieces(q, keys, values, seq.pieces, [window - 1] * len(q), window=window)
+        return attend_pieces(q, keys, values, seq.pieces, [window - 1] * len(q), window=window, **softmax)
     chain = seq.chain.of(slot)
     if len(chain.mine) != 1:
         raise ValueError("spans in time: a rank holds one span of each chain")
@@ -106,7 +116,7 @@ def attend(
     offset, before = past.k.shape[1] + at, seq.pieces[0][0].past
     if firsts is not None and before <= at:  # the document began in this chain
         firsts = [offset - before]
-    return attend_pieces(q, held.k, held.v, seq.pieces, [offset], window=window, sinks=sinks, firsts=firsts)
+    return attend_pieces(q, held.k, held.v, seq.pieces, [offset], window=window, sinks=sinks, firsts=firsts, **softmax)
 
 
 def _window(seq: SpreadInTime, kv_BTGW: Tensor, widths: tuple[int, int], width: int, slot: str) -> Tensor:

@@ -28,6 +28,7 @@ MORE = {
         {"heads": 4, "kv_heads": 2, "window": 5, "sinks": 2, "qk_norm": True, "gate": True},
         {"heads": 4, "kv_heads": 2, "qk_norm": True, "norm_heads": "all", "qkv_bias": True, "out_bias": True}
         | {"scale": 0.3},
+        {"heads": 4, "kv_heads": 2, "softcap": 0.4, "sink_logits": True},
     ],
     "deltanet": [{"negative_eigenvalues": True, "gate": True, "expand_v": 2.0}, {"conv": None}],
     "gated_deltanet": [
@@ -148,14 +149,20 @@ class TokenByToken(Whole):
             rows.append(F.pad(out, [0, 0] * (out.dim() - 2) + [0, xs[0].shape[1] - n]))
         return torch.cat(rows)
 
-    def attend(self, q, k, v, *, slot, window=None, sinks=0):
+    def attend(self, q, k, v, *, slot, window=None, sinks=0, softcap=None, sink_logits=None):
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         at, document = torch.arange(q.shape[1]), self.starts.cumsum(1)
         back = at[:, None] - at[None, :]
         near = (back < (window or len(at))) | (self.positions < sinks)[:, None, :]
         seen = (document[:, :, None] == document[:, None, :]) & (back >= 0) & near
         scores = torch.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
-        return torch.einsum("bhts,bshv->bthv", scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1), v)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        if sink_logits is not None:  # a key more, whose value is 0
+            sinks_BHT1 = sink_logits[:, None, None].expand(*scores.shape[:3], 1)
+            return torch.einsum("bhts,bshv->bthv", torch.cat((scores, sinks_BHT1), -1).softmax(-1)[..., :-1], v)
+        return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v)
 
 
 def outputs_and_gradients(mixer, run, x):

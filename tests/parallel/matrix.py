@@ -40,6 +40,7 @@ ATTENTION = {  # Ulysses splits a head a rank, or copies one; USP has rows and c
     "attention": {"heads": 12, "kv_heads": 12, "head_dim": 4},
     "attention, two key heads": {"heads": 6, "kv_heads": 2, "head_dim": 4},
     "attention, one key head": {"heads": 12, "kv_heads": 1, "head_dim": 4},
+    "attention, capped": {"heads": 12, "kv_heads": 12, "head_dim": 4, "softcap": 0.5, "sink_logits": True},
     "attention, window": {"heads": 12, "kv_heads": 1, "head_dim": 4, "window": 9, "sinks": 3, "qk_norm": True},
 }
 # Titans: a dense A, a convolution, and weights that fp32 can solve; of five Gated DeltaNets none in 100 are.

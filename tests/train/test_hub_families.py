@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from models.hub import ARCHITECTURES, of_config, tensors
 from models.sequence import Whole
 from tests.train.test_hub import NO_TOKENS, SEQ, TOKENS, close, loaded
+from train.checkpoints import checkpoint
 from train.checkpoints.hf_convert import Saved, give, take
 from train.checkpoints.hf_reader import Published
 
@@ -48,6 +49,8 @@ FALCON |= {"ssm_out_multiplier": 0.8, "mlp_multipliers": [0.9, 0.6], "ssm_multip
 MINIMAX = {"num_local_experts": 3, "block_size": 16, "layer_types": ["linear_attention", "full_attention"]}
 MINIMAX |= {"full_attn_alpha_factor": 3.5, "linear_attn_alpha_factor": 2.5, "mlp_alpha_factor": 1.5}
 MINIMAX |= {"full_attn_beta_factor": 1.2, "linear_attn_beta_factor": 0.9, "mlp_beta_factor": 0.7}
+CAPS = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5}
+RECURRENT = {key: DENSE[key] for key in DENSE if key != "head_dim"} | {"logits_soft_cap": 1.5}
 # As they are published, at small sizes; those after the first of a family have its other flags.
 FAMILIES = {
     "qwen3": ("Qwen3", DENSE | {"head_dim": 16, "tie_word_embeddings": True} | THETA),
@@ -244,6 +247,35 @@ FAMILIES = {
         "MiniMax",
         DENSE | {"num_local_experts": 3, "sliding_window": 9, "tie_word_embeddings": True, "num_hidden_layers": 3},
     ),
+    "gemma2": (
+        "Gemma2",
+        DENSE | {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24} | THETA | CAPS,
+    ),
+    "gemma2, no caps": (
+        "Gemma2",
+        DENSE
+        | {"attention_bias": True, "layer_types": ["full_attention"] * 2, "attn_logit_softcapping": None}
+        | {"final_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
+    "vault_gemma": ("VaultGemma", DENSE | {"sliding_window": 9, "query_pre_attn_scalar": 24} | CAPS),
+    "gpt_oss": (
+        "GptOss",
+        DENSE
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9, "head_dim": 12}
+        | {"rope_parameters": YARN | {"truncate": False}},
+    ),
+    "gpt_oss, no biases": (
+        "GptOss",
+        DENSE | {"num_local_experts": 3, "num_experts_per_tok": 2, "attention_bias": False, "num_hidden_layers": 1},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        RECURRENT | {"block_types": ["recurrent", "attention"], "attention_window_size": 9, "lru_width": 48},
+    ),
+    "recurrent_gemma, biases": (
+        "RecurrentGemma",
+        RECURRENT | {"num_hidden_layers": 3, "attention_bias": True, "conv1d_width": 3} | THETA,
+    ),
 }
 LENGTHS = (11, 4, 30)  # of documents in one row
 
@@ -307,6 +339,14 @@ def held_to(found, ours, model, folder):
             p.copy_(weights[name])
 
 
+def at_once(saved):
+    """Reads all parameters in one go: for small ones the way to each costs more than all of them (test_hub.py takes
+    it)."""
+    values = {name: torch.empty(shape) for name, shape in saved.shapes.items()}
+    checkpoint.read({"model": values}, saved.path, alone=True)
+    saved._own = lambda name: values[name] * saved._scales.get(name, 1.0)
+
+
 @pytest.mark.parametrize(
     "name", [name if "," not in name else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
@@ -329,6 +369,7 @@ def test_a_family_is_its_class_of_transformers(name, tmp_path):
     out = Saved(
         take(found, tmp_path / "run", {}, lambda name: None), {"model": found.model, "data": {"max_length": 77}}
     )
+    at_once(out)
     give(out, tmp_path / "back", {}, config=NO_TOKENS)
     names = ARCHITECTURES[found.name].unstacked
     before, after = names(tensors.folder(folder)), names(tensors.folder(tmp_path / "back"))
@@ -360,7 +401,73 @@ def test_a_family_is_its_class_of_transformers(name, tmp_path):
         assert torch.equal(written, tokens)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gemma3", "glm4_moe", "deepseek_v3", "lfm2", "jamba"])
+def without(place, *path):
+    """Takes the norm or the other part there away."""
+
+    def change(model):
+        owner = model.layers[place]
+        for part in path[:-1]:
+            owner = owner[part] if isinstance(part, int) else getattr(owner, part)
+        if isinstance(path[-1], int):
+            owner[path[-1]] = torch.nn.Identity()
+        else:
+            setattr(owner, path[-1], torch.nn.Identity())
+
+    return change
+
+
+def other(place, *path):
+    """Gives the attribute there another value, the last of `path`."""
+
+    def change(model):
+        owner = model if place is None else model.layers[place]
+        for part in path[:-2]:
+            owner = getattr(owner, part)
+        setattr(owner, path[-2], path[-1])
+
+    return change
+
+
+def unconvolved(model):
+    model.layers["0"].mixer.conv.forward = lambda x, seq, slot: x
+
+
+BROKEN = {
+    "a norm behind the mixer": ("olmo2", without("0", "mixer_post_norm")),
+    "a norm behind the feed-forward": ("gemma3", without("1", "ffn_post_norm")),
+    "a norm over the keys of all heads": ("olmo2", without("0", "mixer", "k_norm")),
+    "a norm of a step size": ("jamba", without("0", "mixer", "norms", 0)),
+    "the norm of latents": ("deepseek_v3", without("0", "mixer", "kv_norm")),
+    "the scale of latents": ("deepseek_v3", other("0", "mixer", "factor", 1.0)),
+    "a gated convolution": ("lfm2", unconvolved),
+    "a mixer beside": ("falcon_h1", other("1", "beside", None)),
+    "a normed stream": ("minimax", other("0", "from_normed", False)),
+    "a scaled stream": ("minimax", other("1", "scales", (1.0, 1.0))),
+    "a least step size": ("nemotron_h, groups", other("2", "mixer", "dt_min", 0.0)),
+    "the sinks": ("gpt_oss", other("0", "mixer", "sink_logits", None)),
+    "the biases of experts": ("gpt_oss", other("0", "ffn", "experts", "down_bias", None)),
+    "the cap of scores": ("gemma2", other("1", "mixer", "softcap", None)),
+    "the cap of logits": ("recurrent_gemma", other(None, "logit_softcap", None)),
+    "the place of a norm by a gate": ("falcon_h1, norms", other("0", "mixer", "out_norm", "gated")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", BROKEN)
+@torch.no_grad()
+def test_a_part_that_is_broken_is_seen(what, tmp_path):
+    """The comparison above would be red without it."""
+    name, breaks = BROKEN[what]
+    model = theirs(name)
+    model.save_pretrained(tmp_path)
+    ours = loaded(Published(tmp_path).model, tmp_path)
+    want = model(TOKENS).logits
+    close(ours(TOKENS, SEQ).logits, want)
+    breaks(ours)
+    assert (ours(TOKENS, SEQ).logits - want).norm() > 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["olmo2", "deepseek_v3", "lfm2", "jamba", "gpt_oss", "falcon_h1"])
 def test_five_steps_of_training_are_those_of_transformers(name, tmp_path):
     """One family for each kind of block: the losses of both, each step of plain gradient descent taken by both."""
     model = theirs(name)
@@ -463,6 +570,11 @@ def test_the_text_of_a_model_that_sees_is_read_and_its_pictures_left_out(tmp_pat
         ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers=[1.0]: must be 5 numbers"),
         ("falcon_h1", {"key_multiplier": 0}, "key_multiplier=0: must be a number above 0"),
         ("minimax", {"layer_types": ["x"] * 2}, "layer_types=['x', 'x']: must be 2 of full_attention, linear_attent"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping=0: must be a number above 0, or null"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0: must be 7.0"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config: must be absent"),
+        ("recurrent_gemma", {"block_types": ["x"]}, "block_types=['x']: must be of recurrent, attention"),
+        ("recurrent_gemma", {"intermediate_size": 41}, "intermediate_size=41: must be even"),
         ("granite_hybrid", {"layer_types": ["x"] * 3}, "layer_types=['x', 'x', 'x']: must be 3 of attention, "),
         ("granite_hybrid", {"position_embedding_type": "nope"}, "position_embedding_type=nope: must be rope, or null"),
     ],

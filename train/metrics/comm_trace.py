@@ -109,11 +109,20 @@ class _Noting(Traced):
         return begun.finish(None)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, slot: str, window: int | None = None, sinks: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        slot: str,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         (H, K), (G, V) = q.shape[2:], v.shape[2:]
         self.asks.append(AttendCall(H, G, K, V, k.itemsize, window, sinks))
-        return super().attend(q, k, v, slot=slot, window=window, sinks=sinks)
+        return super().attend(q, k, v, slot=slot, window=window, sinks=sinks, softcap=softcap, sink_logits=sink_logits)
 
     def sum(self, x: Tensor) -> Tensor:
         self.asks.append(SumCall(x[0, 0].numel(), x.itemsize, x.requires_grad))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.kernels.attention_tiles import Tile, tile_for
+from models.kernels.attention_tiles import Tile, sink_gradient, tile_for
 from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
 from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
@@ -37,22 +37,32 @@ class GatherKeys:
         *,
         window: int | None = None,
         sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """See `Keys.attend`."""
         if window is not None:
-            return attend_in_window(chain, q, k, v, pieces, window=window, sinks=sinks)
+            how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
+            return attend_in_window(chain, q, k, v, pieces, **how)
         q, kv, scale = together(q, k, v)
-        out: Tensor = _Gathered.apply(chain, self.heads, tile_for(q.device), scale, q, kv)
+        out: Tensor = _Gathered.apply(chain, self.heads, tile_for(q.device, softcap), scale, sink_logits, q, kv)
         return out[..., : v.shape[-1]]
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, chain: SpanLayout, heads: int, tile: type[Tile], scale: float, q: Tensor, kv: Tensor
+        ctx: Any,
+        chain: SpanLayout,
+        heads: int,
+        tile: type[Tile],
+        scale: float,
+        sink: Tensor | None,
+        q: Tensor,
+        kv: Tensor,
     ) -> Tensor:
         def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
-            outs, lses = [], []
+            outs, lses, at = [], [], 0
             for q_part, kv_part in _strides(q, kv, heads):
                 softmax = Softmax(q_part, tile, scale)
                 blocks = chain.comm.all_gather(_padded(chain, kv_part), purpose="keys and values")
@@ -61,19 +71,21 @@ class _Gathered(torch.autograd.Function):
                         k, v = blocks[link.rank, link.row].chunk(2, dim=-1)
                         for meeting in meetings(chain, chain.links[n], link):
                             softmax.see(row, k, v, meeting)
+                own, at = slice(at, at + q_part.shape[2]), at + q_part.shape[2]
+                softmax.join(None if sink is None else sink[own])
                 outs.append(softmax.out.to(q.dtype))
                 lses.append(softmax.lse)
             return [torch.cat(outs, dim=2), torch.cat(lses, dim=1)]
 
         out, lse = as_operator(attend, q, kv)
-        ctx.save_for_backward(q, kv, out, lse)
+        ctx.save_for_backward(q, kv, sink, out, lse)
         ctx.chain, ctx.heads, ctx.tile, ctx.scale = chain, heads, tile, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, kv, out, lse = ctx.saved_tensors
+        q, kv, sink, out, lse = ctx.saved_tensors
         chain = ctx.chain
         dqs, dkvs, at = [], [], 0
         for q_part, kv_part in _strides(q, kv, ctx.heads):
@@ -90,7 +102,8 @@ class _Gathered(torch.autograd.Function):
             part = chain.comm.reduce_scatter(gradients, purpose="keys and values gradient")
             dqs.append(transpose.dq)
             dkvs.append(part[: kv.shape[0], : kv.shape[1]])
-        return None, None, None, None, torch.cat(dqs, dim=2).to(q.dtype), torch.cat(dkvs, dim=2).to(kv.dtype)
+        dsink = None if sink is None else sink_gradient(sink, grad, out, lse)
+        return None, None, None, None, dsink, torch.cat(dqs, dim=2).to(q.dtype), torch.cat(dkvs, dim=2).to(kv.dtype)
 
 
 def _strides(q_BTHK: Tensor, kv_BTGW: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor]]:

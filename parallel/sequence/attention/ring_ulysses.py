@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.kernels.attention_tiles import Tile, tile_for
+from models.kernels.attention_tiles import Tile, sink_gradient, tile_for
 from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
 from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
@@ -45,13 +45,16 @@ class MeshKeys:
         *,
         window: int | None = None,
         sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """See `Keys.attend`."""
         if window is not None:
-            return attend_in_window(chain, q, k, v, pieces, window=window, sinks=sinks)
+            how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
+            return attend_in_window(chain, q, k, v, pieces, **how)
         mesh = RowsAndColumns(chain, self.split(chain.comm.size, q.shape[2], k.shape[2]))
         q, kv, scale = together(q, k, v)
-        out: Tensor = _Attended.apply(mesh, tile_for(q.device), scale, q, kv)
+        out: Tensor = _Attended.apply(mesh, tile_for(q.device, softcap), scale, sink_logits, q, kv)
         return out[..., : v.shape[-1]]
 
 
@@ -91,6 +94,11 @@ class RowsAndColumns:
             [held.get((row * split + u, i)) for u in range(split) for i in range(chain.rows)]
             for row in range(self.rows)
         ]
+
+    def heads(self, total: int) -> slice:
+        """The heads of this column."""
+        share = total // self.split
+        return slice(self.column * share, (self.column + 1) * share)
 
     def by_heads(self, x_BTHK: Tensor, purpose: str) -> Tensor:
         """[B, T, H, K] of this rank -> [spans of the row, longest, H / split, K], heads of this column."""
@@ -141,7 +149,9 @@ class RowsAndColumns:
 
 class _Attended(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mesh: RowsAndColumns, tile: type[Tile], scale: float, q: Tensor, kv: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, mesh: RowsAndColumns, tile: type[Tile], scale: float, sink: Tensor | None, q: Tensor, kv: Tensor
+    ) -> Tensor:
         B, T, H, _ = q.shape
 
         def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
@@ -157,22 +167,27 @@ class _Attended(torch.autograd.Function):
                                 softmax.see(a, k, v, meeting)
                 if coming is not None:
                     (block,) = coming()
+            softmax.join(None if sink is None else sink[mesh.heads(len(sink))])
             out = mesh.by_spans(softmax.out.to(q.dtype), B, T, H, "outputs")
             return [out.clone(), softmax.lse]
 
         out, lse = as_operator(attend, q, kv)
-        ctx.save_for_backward(q, kv, out, lse)
+        ctx.save_for_backward(q, kv, sink, out, lse)
         ctx.mesh, ctx.tile, ctx.scale = mesh, tile, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, kv, out, lse = ctx.saved_tensors
+        q, kv, sink, out, lse = ctx.saved_tensors
         mesh, (B, T, H, _), G = ctx.mesh, q.shape, kv.shape[2]
         # What was exchanged for heads is exchanged again: kept, it would be as large as the activations.
         grad, out, queries = (mesh.by_heads(x, "queries gradient") for x in (grad, out, q))
         block = mesh.by_heads(kv, "keys and values")
+        dsink = None
+        if sink is not None:  # of this column's heads; other ranks have those of others
+            own, dsink = mesh.heads(len(sink)), torch.zeros_like(sink)
+            dsink[own] = sink_gradient(sink[own], grad, out, lse)
         transpose = Transpose(queries, out, lse, grad, ctx.tile, ctx.scale)
         gradient = torch.zeros_like(block, dtype=lse.dtype)
         returning: Arrival | None = None
@@ -197,4 +212,4 @@ class _Attended(torch.autograd.Function):
             (gradient,) = returning()
         dq = mesh.by_spans(transpose.dq, B, T, H, "queries gradient")
         dkv = mesh.by_spans(gradient, B, T, G, "keys and values gradient")
-        return None, None, None, dq.to(q.dtype), dkv.to(kv.dtype)
+        return None, None, None, dsink, dq.to(q.dtype), dkv.to(kv.dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.attention_tiles import Tile
+from models.kernels.attention_tiles import Tile, join_sink
 from models.kernels.pieces import Piece
 from parallel.sequence.span_layout import Link, SpanLayout
 
@@ -25,6 +25,8 @@ class Keys(Protocol):
         *,
         window: int | None = None,
         sinks: int = 0,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] of this rank's spans -> [B,T,H,V]; see `Sequence.attend`."""
         ...
@@ -87,6 +89,11 @@ class Softmax:
         whole.mul_((total - both).exp().unsqueeze(-1))
         whole.addcmul_(out[0].to(whole.dtype), (lse[0] - both).exp().unsqueeze(-1))
         total.copy_(both)
+
+    def join(self, sink_H: Tensor | None) -> None:
+        """Ends with logits that have no value, where there are some."""
+        if sink_H is not None:
+            join_sink(self.out, self.lse, sink_H)
 
     @staticmethod
     def _cut(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, meeting: VisibleKeys) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,16 @@ def needed(chain: SpanLayout, link: Link, window: int, sinks: int) -> list[Range
 
 
 def attend_in_window(
-    chain: SpanLayout, q: Tensor, k: Tensor, v: Tensor, pieces: list[list[Piece]], *, window: int, sinks: int
+    chain: SpanLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pieces: list[list[Piece]],
+    *,
+    window: int,
+    sinks: int,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Implements `Keys.attend` for a layer with a window, on any layout: every span fetches the tokens that it sees, no
     more."""
@@ -41,7 +50,18 @@ def attend_in_window(
         for before, own in zip(torch.stack(rows).split((k.shape[-1], v.shape[-1]), dim=-1), (k, v), strict=True)
     )
     firsts = [longest - count for count in counts]
-    return attend_pieces(q, keys, values, pieces, [longest] * len(counts), window=window, sinks=sinks, firsts=firsts)
+    return attend_pieces(
+        q,
+        keys,
+        values,
+        pieces,
+        [longest] * len(counts),
+        window=window,
+        sinks=sinks,
+        firsts=firsts,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
 
 
 def _parts(chain: SpanLayout, ranges: list[Range]) -> list[tuple[Link, slice]]:
