@@ -101,10 +101,10 @@ def here(
 
 def _say_missing(flight: CheckedRun, folder: Path, say: Callable[[str], None]) -> None:
     """A record that was cut, by a full disk or a lost machine, before the step that the weights are of."""
-    from train.checkpoints import checkpoint
-
     if flight.resume is None:
         return
+    from train.checkpoints import checkpoint
+
     records, saved = status.tail(folder / "metrics.jsonl"), checkpoint.manifest(flight.resume)["step"]
     last = max((record["step"] for record in records), default=0)
     if last < saved:
@@ -142,8 +142,6 @@ def _attempts(
 
     `cluster.restarts` of them may follow each other without a new checkpoint in between.
     """
-    from train.checkpoints import checkpoint
-
     left, before, again = flight.cluster.restarts, flight.resume, False
     while True:
         # Its files hold records of an earlier attempt by now, even one that left no checkpoint to go on from.
@@ -152,6 +150,8 @@ def _attempts(
         progress.close()
         if outcome.ok or not outcome.lost or stop_file(folder).exists():
             return outcome
+        from train.checkpoints import checkpoint  # two seconds, that a run which loses nobody does not need
+
         newest = checkpoint.newest(folder / "checkpoints", lambda line: None)
         if newest is None and checkpoint.damaged(folder / "checkpoints"):
             return outcome  # to begin again is for a person to say
