@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.axes import constant, declare, positive, uniform
 from models.cross_layer import ALONE, Depth
+from models.kernels.swiglu import swiglu
 from models.linear import Linear
 from models.recompute import unkept
 from models.sequence import Sequence
@@ -79,7 +80,10 @@ class SwiGLU(nn.Module):
         return tiled(self._gated, x, self.tile)
 
     def _gated(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        inner = self.gate_up(x)
+        if self.activation is F.silu:
+            return self.down(swiglu(inner))
+        gate, up = inner.chunk(2, dim=-1)
         return self.down(self.activation(gate) * up)
 
     def forward(self, x_BTD: Tensor, seq: Sequence) -> tuple[Tensor, None]:
