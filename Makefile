@@ -66,6 +66,7 @@ docs: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/test_docs.py -m "slow or not slow"
 
 bench: $(READY)
+	$(VENV)/bin/python -m tests.benchmarks.peers
 	$(VENV)/bin/python -m tests.benchmarks.train_rate
 	$(VENV)/bin/python -m tests.benchmarks.tracking
 	$(VENV)/bin/python -m tests.benchmarks.mixers

@@ -1,16 +1,15 @@
 """The rate at which a token is written, beside transformers, behind 1k, 4k and 64k tokens of context.
 
-    python -m tests.benchmarks.decoding_peers [rounds [tokens [model ...]]]
+    python -m tests.benchmarks.peers decoding
 
 Models of the same shapes and count of parameters on both sides: dense Llamas, the Qwen3-Next of
 `tests.benchmarks.step`, and Mamba-2. Contexts are not read: keys, values and states are drawn at random, which costs
 nothing and is as fast to write behind. transformers is what it is without extra packages, its cache and its greedy
 choice included. One thread, one process, fp32; the sides write in turn, `tokens` each, and the next context's turn
 comes after that. Figures are medians of processor time a token; a ratio is the median over rounds of the peer's time
-over ours. Writes its section of docs/speed.md.
+over ours.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.benchmarks import section, step
+from tests.benchmarks import step
 from train.inference.decode import Decoder, Prefilled, Sampling
 
 VOCABULARY = step.VOCABULARY
@@ -183,41 +182,3 @@ def compare(name: str, rounds: int, tokens: int) -> dict[int, Compared]:
         print(name, context, found[context], file=sys.stderr, flush=True)
         del sides
     return found
-
-
-def size(name: str) -> float:
-    return sum(p.numel() for p in MODELS[name][0]().parameters()) / 1e6
-
-
-def report(found: dict[str, dict[int, Compared]], rounds: int, tokens: int) -> str:
-    import transformers
-
-    lines = [
-        f"`python -m tests.benchmarks.decoding_peers`: processor time of a written token beside transformers "
-        f"{transformers.__version__} without extra packages, same shapes, fp32, one thread, {step.cpu_name()}, torch "
-        f"{torch.__version__}; medians of {rounds} alternating rounds of {tokens} tokens, a load of "
-        f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} cores at the end. Aim: {AIM}.",
-        "",
-        "| model | context | ours, ms a token | transformers | ratio (range over rounds) |",
-        "|---|---|---|---|---|",
-    ]
-    for name, contexts in found.items():
-        for context, one in contexts.items():
-            lines.append(
-                f"| {name}, {size(name):.1f}M | {context:,} | {1e3 * one.ours:.2f} | {1e3 * one.peer:.2f} | "
-                f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f}) |"
-            )
-    return "\n".join(lines)
-
-
-def main(rounds: int = 5, tokens: int = 24, *names: str) -> None:
-    torch.set_num_threads(1)
-    found = {name: compare(name, rounds, tokens) for name in names or MODELS}
-    text = report(found, rounds, tokens)
-    print(text)
-    if not names:
-        section.write(section.SPEED, "Decoding", text)
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), *sys.argv[3:])

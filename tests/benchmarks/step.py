@@ -111,7 +111,7 @@ def ours(length: int, dtype: torch.dtype, *, lean: bool = False) -> Step:
     def step(count: int = length) -> float:
         part = sums(model(tokens[:, :count], Whole.of(positions[:, :count]), tokens[:, 1 : count + 1]))
         loss = part.objective(targets=count, tokens=count, balance_weight=BALANCE)
-        return _update(loss, model, adamw)
+        return update(loss, model, adamw)
 
     return step
 
@@ -135,12 +135,12 @@ def peer(length: int, dtype: torch.dtype, *, lean: bool = False) -> Step:
     def step(count: int = length) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(input_ids=tokens[:, :count], labels=tokens[:, :count]).loss
-        return _update(loss, model, adamw)
+        return update(loss, model, adamw)
 
     return step
 
 
-def _update(loss: Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def update(loss: Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
