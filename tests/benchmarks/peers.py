@@ -151,7 +151,10 @@ def scans(rounds: int, options: dict[str, int]) -> Iterator[Row]:
     def gated_delta(*inputs: Tensor) -> Tensor:
         return torch_chunk_gated_delta_rule(*inputs)[0]
 
-    peers = {"gated_deltanet": ("transformers", gated_delta), "gla": ("loop over chunks", plain_torch.gla_by_chunks)}
+    peers: dict[str, tuple[str, Callable[..., Tensor]]] = {
+        "gated_deltanet": ("transformers", gated_delta),
+        "gla": ("loop over chunks", plain_torch.gla_by_chunks),
+    }
     for length in SCANS:
         for mixer, (name, peer) in peers.items():
             (run, inputs) = asked(mixer, length)
@@ -161,7 +164,7 @@ def scans(rounds: int, options: dict[str, int]) -> Iterator[Row]:
 
 def asked(mixer: str, length: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The scan that a mixer asks of one document of so many tokens, and its inputs."""
-    seq = mixers.Recording.of(torch.arange(length)[None])
+    seq: Any = mixers.Recording.of(torch.arange(length)[None])
     with torch.no_grad():
         mixers.build(mixer)(torch.randn(1, length, mixers.DIM), seq, slot="mixer")
     ((run, inputs),) = seq.asked
