@@ -317,6 +317,7 @@ def test_a_submitted_job_that_loses_a_worker_goes_on_to_its_end(cluster, uninter
     assert "succeeded" in status and "restarts    1" in status
 
 
+@pytest.mark.slow
 @needs_namespace
 def test_a_run_that_only_the_cluster_sees_is_described(cluster, first):
     said = far(cluster, "status", "first", cluster.address)

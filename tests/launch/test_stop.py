@@ -131,7 +131,7 @@ def test_a_stop_at_a_random_moment(place, whole, moment):
     usable(place, run, expected, go_on=moment % 3 == 0)
 
 
-@pytest.mark.parametrize("how", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM", "stop"])
+@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGINT", "stop")), "SIGTERM"])
 def test_a_stop_inside_a_checkpoint(place, whole, how):
     run = place / f"checkpoint-{how}"
     process = start(place, *job(place, run), cold=False)

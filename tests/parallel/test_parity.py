@@ -81,7 +81,8 @@ PLANS = {
     "unequal 4": (4, unequal()),
     "adaptive 4": (4, adaptive()),
 }
-IN_THE_MATRIX = ("sequence 2", "sequence 4", "data 2", "data 2 sequence 2")  # whose covering part has such layouts
+# Layouts of the covering part of the matrix, and of tests/parallel/test_adaptive_parity.py.
+ELSEWHERE = ("sequence 2", "sequence 4", "data 2", "data 2 sequence 2", "unequal 4", "adaptive 4")
 
 
 def in_turn(plan: Plan, cases: dict[str, tuple[str, dict]]) -> dict:
@@ -104,7 +105,7 @@ def equal_one_process(run, plan: str, cases: dict[str, tuple[str, dict]]) -> Non
                 raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("plan", [pytest.param(n, marks=[pytest.mark.slow] * (n in IN_THE_MATRIX)) for n in PLANS])
+@pytest.mark.parametrize("plan", [pytest.param(n, marks=[pytest.mark.slow] * (n in ELSEWHERE)) for n in PLANS])
 def test_loss_and_gradients_equal_one_process(run, plan):
     equal_one_process(run, plan, {precision: (precision, {}) for precision in ("fp64", "fp32")})
 

@@ -61,6 +61,7 @@ def hold(run, wanted, cases, world):
         assert len(nats) == 1 and math.isfinite(nats.pop())
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(run, wanted):
     hold(run, wanted, TWO, 2)
 

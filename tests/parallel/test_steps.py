@@ -99,9 +99,8 @@ def descended():
     return {precision: alone(precision) for precision in DTYPE}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "4 ranks, allscan and ring")) for n in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_parameters_after_ten_steps_in_fp64(run, descended, name):
     before, want = descended["fp64"]
     for got in run(LAYOUTS[name][0], together, name, "fp64"):

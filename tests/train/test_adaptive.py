@@ -82,6 +82,7 @@ def adaptive(run, tmp_path_factory) -> Any:
     return folder, run(4, train, job, STEPS, save_at=STEPS // 2)
 
 
+@pytest.mark.slow
 def test_an_adaptive_run_has_the_losses_of_one_process(alone: Any, adaptive: Any) -> None:
     _, ranks = adaptive
     for steps, _ in ranks:

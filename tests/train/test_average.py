@@ -61,7 +61,10 @@ def by_hand(kind: str, after: list[Weights]) -> Weights:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("kind", "world"), [pytest.param("ema", 1, marks=pytest.mark.slow), ("ema", 3), ("last", 2)])
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [pytest.param("ema", 1, marks=pytest.mark.slow), ("ema", 3), pytest.param("last", 2, marks=pytest.mark.slow)],
+)
 def test_the_average_is_that_of_whole_weights(run, tmp_path, kind, world):
     job = order(tmp_path, tmp_path / "run", *LAYOUTS[world], *KINDS[kind], "precision=fp64", "train.steps=20")
     for after, got in run(world, steps, job, STEPS):

@@ -118,6 +118,7 @@ def test_what_is_forgotten_and_learnt_is_that_of_a_plain_loop_on_every_layout(ru
     assert summary["forgetting"] == one[-1]["forgetting"] and summary["heldout"] == one[-1]["heldout"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_from_its_first_beginning(run, place: Path, weights: str) -> None:
     more = [*SHORT, "train.checkpoint_every=384", "cluster.workers=1", "schedule=constant", "schedule.warmup=0"]
     run(1, trained, order(place, "halted", *more, init_from=weights), 2)

@@ -150,6 +150,7 @@ def continued(first: dict[str, Any], second: dict[str, Any]) -> None:
         build(job).fit()
 
 
+@pytest.mark.slow
 def test_a_continued_run_knows_its_parent_through_restarts(run, broken_twice: Path, tmp_path: Path) -> None:
     child = tmp_path / "child"
     more = [*TRACKED, "train.checkpoint_every=384"]
