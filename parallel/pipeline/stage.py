@@ -182,9 +182,9 @@ def detached(output: Output) -> Output:
 def whole_weights(model: nn.Module) -> None:
     """FSDP gathers a layer's weights once a step, and reduces their gradients when it is told to."""
     if isinstance(model, FSDPModule):
-        model.set_reshard_after_forward(False)
-        model.set_reshard_after_backward(False)
         communicate_gradients(model, False)
+        model.set_reshard_after_forward(False)
+        model.set_reshard_after_backward(False)  # of all weights: halves of backward passes read them later
 
 
 def reduce(model: nn.Module, *, reshard_after_forward: bool) -> None:
