@@ -68,10 +68,15 @@ def declarations(model: nn.Module) -> dict[str, Declared]:
     return {name: p.declared for name, p in model.named_parameters()}  # type: ignore[attr-defined]
 
 
+def number(seed: int, name: str) -> int:
+    """A number below 2^63 that a seed and a name have for themselves."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def initial(seed: int, name: str, declared: Declared, shape: tuple[int, ...]) -> Tensor:
     """The starting value of one parameter: fp32 [*shape] on the CPU, a function of (seed, name) only."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator("cpu").manual_seed(number(seed, name))
     return declared.init(tuple(shape), generator)
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.axes import Declared, declarations, initial, start_buffers
+from models.axes import Declared, declarations, initial, number, start_buffers
 from models.lm import LM
 from parallel import activation_memory
 from parallel.activation_memory import parameter_name as parameter_name
@@ -66,6 +66,7 @@ def parallelise(
     for name, parameter in model.named_parameters():
         name = parameter_name(name)
         parameter.piece = pieces[name]  # type: ignore[attr-defined]
+        parameter.stream = number(seed, f"{name}/rounding")  # type: ignore[attr-defined]
         if model.division is not None:
             parameter.tensor_comm = model.division.comm  # type: ignore[attr-defined]
         parameter.holders = meshes.mesh.replicate * pieces[name].copies  # type: ignore[attr-defined]

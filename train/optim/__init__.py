@@ -6,7 +6,7 @@ HOMES: the module of each class that a configuration names as `train.optim.NAME`
 from importlib import import_module
 from typing import Any
 
-HOMES = {"AdamW": "train.optim.adamw", "Muon": "train.optim.muon"}
+HOMES = {"AdamW": "train.optim.adamw", "CompactAdamW": "train.optim.compact_adamw", "Muon": "train.optim.muon"}
 
 
 def __getattr__(name: str) -> Any:

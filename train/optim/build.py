@@ -73,11 +73,15 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def moments(make: Make, model: nn.Module) -> int:
-    """Numbers that the optimizer keeps beside the weights: AdamW's two for each, or one for each of a matrix of Muon's.
+    """Numbers that the optimizer keeps beside the weights: AdamW's two for each, or one for each of a matrix of Muon's,
+    or fewer of as many bits.
 
     model: before it is sharded.
     """
-    groups = build_optimizer(make, model, declarations(model)).param_groups
+    optimizer = build_optimizer(make, model, declarations(model))
+    groups = optimizer.param_groups
+    if hasattr(optimizer, "numbers"):
+        return round(sum(optimizer.numbers(p) for group in groups for p in group["params"]))
     return sum((1 if group.get("muon") else 2) * p.numel() for group in groups for p in group["params"])
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from train.checkpoints import checkpoint
+from train.optim.compact_adamw import CompactAdamW
 
 MEANS = ("exp_avg", "momentum_buffer")  # of gradients, as torch.optim names them
 
@@ -25,6 +26,10 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, what: str) -> None:
 
 def reset(optimizer: Optimizer, what: str) -> None:
     """Sets running means to 0 in place: those of gradients, or all of a weight's shape. Counts of steps stay."""
+    if isinstance(optimizer, CompactAdamW):
+        for name in {"reset_moments": ("exp_avg", "exp_avg_sq"), "reset_mean": ("exp_avg",)}.get(what, ()):
+            optimizer.reset(name)
+        return
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape and name != "step"
