@@ -69,7 +69,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_what_would_make_it_fit(place
     assert main(["plan", *common]) == 2
     line = capsys.readouterr().err.strip()
     assert (
-        "parallel.machine.memory=0.005: a rank can hold 4.8 MB, and one rank takes 7.5 MB, " in line
+        "parallel.machine.memory=0.005: a rank can hold 4.8 MB, and one rank takes 7.4 MB, " in line
         and "\n" not in line
     )
     assert (

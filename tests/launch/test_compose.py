@@ -120,7 +120,7 @@ REFUSED = {
     "model.blocks=[]": "model.blocks=[]: expected a section with keys",
     "model.blocks=3": "model.blocks=3: expected a section with keys",
     f"{GLA}.mixer=gla": f"{GLA}.mixer=gla: expected an object",
-    f"{GLA}.mixer=null": f"{GLA}.mixer=null: expected an object",
+    f"{GLA}.mixer=3": f"{GLA}.mixer=3: expected an object, a section with _target_ or null",
     "model.blocks.new=3": "model.blocks.new",
     "+model.blocks.new=3": "model.blocks.new=3: expected an object",
     "+model.blocks.new.mixer.heads=3": "model.blocks.new._target_: missing",

@@ -467,7 +467,7 @@ def test_a_part_that_is_broken_is_seen(what, tmp_path):
     assert (ours(TOKENS, SEQ).logits - want).norm() > 1e-4 * want.norm()
 
 
-@pytest.mark.parametrize("name", ["olmo2", "deepseek_v3", "lfm2", "jamba", "gpt_oss", "falcon_h1"])
+@pytest.mark.parametrize("name", ["olmo2", "deepseek_v3", "lfm2", "jamba", "gpt_oss", "nemotron_h"])
 def test_five_steps_of_training_are_those_of_transformers(name, tmp_path):
     """One family for each kind of block: the losses of both, each step of plain gradient descent taken by both."""
     model = theirs(name)
