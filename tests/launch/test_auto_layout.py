@@ -73,7 +73,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_what_would_make_it_fit(place
         and "\n" not in line
     )
     assert (
-        "of which activations are 6.4 MB" in line and "; the largest tensor, " in line and "would make it fit" in line
+        "of which activations are 6.3 MB" in line and "; the largest tensor, " in line and "would make it fit" in line
     )
     assert main(["plan", *common[:-1], "parallel.machine.memory=1"]) == 0
     assert "memory " in capsys.readouterr().out
