@@ -260,7 +260,8 @@ def test_typing_in_bash(place, path):
         told = place / "told"
         setup = (
             "PS1=ready\\>; eval \"$(farspan completion bash)\"; bind 'set enable-bracketed-paste off'; "
-            f"""note() {{ printf '%s' "$READLINE_LINE" > {told}.new; mv {told}.new {told}; READLINE_LINE=; READLINE_POINT=0; }}; """
+            f"""note() {{ printf '%s' "$READLINE_LINE" > {told}.new; mv {told}.new {told}; """  # a whole file or none
+            "READLINE_LINE=; READLINE_POINT=0; }; "
             "bind -x '\"\\C-g\":note'\n"
         )
         os.write(terminal, setup.encode())
