@@ -122,7 +122,7 @@ K = "model.layers.1.self_attn.k_proj.weight"
 DAMAGES = {
     "architecture": (
         _config(architectures=["GPT2LMHeadModel"]),
-        "config.json: architectures=GPT2LMHeadModel: must be one of the 36 that `farspan import --list` names",
+        f"config.json: architectures=GPT2LMHeadModel: must be one of the {len(ARCHITECTURES)} that `farspan import",
     ),
     "bias": (_config(attention_bias=True), "config.json: attention_bias=true: must be false"),
     "missing": (_wanted(lambda w: w.pop(K)), f"{K} [16, 32]: missing from source"),
