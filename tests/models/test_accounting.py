@@ -69,6 +69,22 @@ def small(dtype: torch.dtype = torch.float64) -> LM:
     return model
 
 
+OFTEN = (
+    "attention",
+    "gated_conv",
+    "gated_deltanet",
+    "gla",
+    "mamba2",
+    "mla",
+    "mlstm",
+    "mom",
+)  # of each form of cost one
+EACH = [
+    small,
+    *(pytest.param(partial(single, n), marks=[pytest.mark.slow] * (n not in OFTEN)) for n in sorted(MIXERS)),
+]
+
+
 def whole(tokens: int, memory: Memory | None = None) -> Whole:
     return Whole.of(torch.arange(tokens).unsqueeze(0), memory=memory)
 
@@ -88,7 +104,7 @@ def square(costs: Account, tokens: int) -> int:
     return sum(layer.flops * tokens**2 for layer in costs.attention)
 
 
-@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in sorted(MIXERS))], ids=named)
+@pytest.mark.parametrize("make", EACH, ids=named)
 def test_flops_are_those_that_a_real_run_multiplies(make):
     costs = on_meta(make)
     forward, backward = counted(make(), T)
@@ -102,7 +118,7 @@ def test_flops_are_those_that_a_real_run_multiplies(make):
     assert costs.per_token.recompute == costs.per_token.forward - 2 * VOCABULARY * 32
 
 
-@pytest.mark.parametrize("make", [small, *(partial(single, name) for name in sorted(MIXERS))], ids=named)
+@pytest.mark.parametrize("make", EACH, ids=named)
 def test_state_is_what_a_real_run_leaves(make):
     memory = Memory()
     model = make()

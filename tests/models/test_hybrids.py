@@ -97,7 +97,13 @@ def placed(name: str, mixer: str) -> LM:
 
 @pytest.mark.parametrize(
     ("name", "mixer"),
-    [*(("linear_moe_a300m_2b", m) for m in ("attention", "gla")), *(("linear_moe_a1b_7b", m) for m in sorted(MIXERS))],
+    [
+        *(("linear_moe_a300m_2b", m) for m in ("attention", "gla")),
+        *(
+            pytest.param("linear_moe_a1b_7b", m, marks=[pytest.mark.slow] * (m not in ("attention", "mamba2", "mom")))
+            for m in sorted(MIXERS)
+        ),
+    ],
 )
 def test_linear_moe_has_the_published_size_with_every_mixer(name, mixer):
     dim, layers, width, activated, total = SHAPES[name]
