@@ -108,11 +108,6 @@ class Pipeline:
         assert output is not None
         return output
 
-    @property
-    def counted_elsewhere(self) -> set[str]:
-        """The names of parameters that an earlier rank of the pipeline holds, too, and counts."""
-        return {name for name, comm in self.shared.items() if comm.rank}
-
     def _sum_shared(self) -> None:
         """Gives each rank that holds a parameter the sum of the gradients of all that do."""
         for name, comm in self.shared.items():
