@@ -225,7 +225,7 @@ def _products(model: nn.Module, grouped: bool) -> Iterable[WeightProduct]:
 
 
 def apply(model: nn.Module, layers: Iterable[WeightProduct], low: LowPrecision) -> None:
-    """Gives the layers that need not stay high their recipe. Of experts, both products or neither."""
+    """Gives the layers that need not stay high their recipe. Experts follow with both products or with neither."""
     chosen = {layer.name for layer in layers if layer.why is None}
     for name, module in model.named_modules():
         if isinstance(module, Experts):

@@ -24,9 +24,9 @@ def shard(
     on_host: bool = False,
 ) -> None:
     """Shards each block, then the rest with the root, over `mesh`; of two dimensions, the first has copies of the
-    shards, whose gradients are summed (hybrid sharding). `on_host`: shards live there, gradients too. What is not let
-    go after its forward pass, and the rest with the root always, stays gathered until the step's last backward pass
-    (`communicate_gradients`)."""
+    shards, whose gradients are summed (hybrid sharding). `on_host`: shards live there, gradients too. Weights
+    that a block does not let go after its forward pass, and always those of the root, stay gathered until the step's
+    last backward pass (`communicate_gradients`)."""
     policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)

@@ -87,7 +87,7 @@ def test_every_file_composes_is_accepted_and_builds(several):
 
 
 def same(ours: object, theirs: object) -> bool:
-    """Of one class, with equal parts: of partials, of plain containers, of objects by what they hold."""
+    """Compares class and parts: of partials, of plain containers, of objects by what they hold."""
     if isinstance(ours, partial):
         return isinstance(theirs, partial) and ours.func is theirs.func and same(ours.keywords, theirs.keywords)
     if isinstance(ours, torch.Tensor):

@@ -39,7 +39,8 @@ def construct(node: Any) -> Any:
 
 
 def _built(node: Any) -> Any:
-    """As Hydra's `instantiate` builds a tree of plain values, in a hundredth of its time: every worker builds some."""
+    """Builds a tree of plain values as Hydra's `instantiate` does, without copying each node into OmegaConf's first:
+    that took two fifths of a small run's start."""
     if isinstance(node, list):
         return [_built(child) for child in node]
     if not isinstance(node, dict):

@@ -30,6 +30,6 @@ def noise(stream: int, step: int, begin: int, count: int, device: torch.device |
 
 
 def to_bf16(x: Tensor, random: Tensor) -> Tensor:
-    """x fp32 [...] rounded to bf16 by `random` int32 [...] of 16 bits. What is not finite is taken as it is."""
+    """x fp32 [...] rounded to bf16 by `random` int32 [...] of 16 bits. Values that are not finite stay as they are."""
     up = ((x.view(torch.int32) + random) & ~_LOW).view(torch.float32)
     return torch.where(torch.isfinite(x), up, x).to(torch.bfloat16)

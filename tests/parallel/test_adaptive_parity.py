@@ -105,7 +105,7 @@ def static(batch: list[Sample]) -> Plan:
 
 
 def one_process(number: int) -> list[Numbers]:
-    """Of each update loss and gradients, by gradient descent: one process, all documents end to end, no padding."""
+    """Returns each update's loss and gradients, by gradient descent: one process, all documents end to end, unpadded."""
     model = initialise(build(number).double(), seed=1)
     model.compute, found = torch.float64, []
     for batch in BATCHES:
@@ -207,7 +207,7 @@ SMALL = Case(3, "gather", "gather")
 
 
 def broken() -> list[list[Numbers]]:
-    """Of each way to break it."""
+    """Returns the same for each way to break it."""
     found = []
     for way in BROKEN:
         with way():

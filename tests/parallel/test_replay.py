@@ -1,4 +1,4 @@
-"""What is recomputed sends what was sent, in the same order; and nothing twice where the policy keeps it (T11). A step
+"""A layer that is recomputed sends what it sent, in the same order; and nothing twice where the policy keeps it (T11). A step
 leaves nothing of its graph behind."""
 
 import gc
