@@ -105,7 +105,7 @@ def static(batch: list[Sample]) -> Plan:
 
 
 def one_process(number: int) -> list[Numbers]:
-    """Returns each update's loss and gradients, by gradient descent: one process, all documents end to end, unpadded."""
+    """Returns each update's loss and gradients: one process, plain descent, documents end to end, unpadded."""
     model = initialise(build(number).double(), seed=1)
     model.compute, found = torch.float64, []
     for batch in BATCHES:

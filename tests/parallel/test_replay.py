@@ -1,5 +1,7 @@
-"""A layer that is recomputed sends what it sent, in the same order; and nothing twice where the policy keeps it (T11). A step
-leaves nothing of its graph behind."""
+"""A layer that is recomputed sends what it sent, in the same order; and nothing twice where the policy keeps it (T11).
+
+A step leaves nothing of its graph behind.
+"""
 
 import gc
 from dataclasses import dataclass, field
