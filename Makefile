@@ -77,7 +77,7 @@ reference: $(READY)
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 clean:
