@@ -10,8 +10,8 @@ from typing import NamedTuple
 from models.accounting import account
 from models.lm import LM
 from parallel.schedule.adaptive.cost import Cluster, Costs, NoRoomError, Wire, powers
-from parallel.schedule.adaptive.planner import TooLongError
 from parallel.schedule.adaptive.scheduler import Adaptive
+from parallel.schedule.adaptive.search import TooLongError
 from parallel.schedule.adaptive.shapes import Pairs, Shapes, fitting, model_of
 from parallel.schedule.comm_volume import How, Unit, of_weights
 from parallel.schedule.mesh import Mesh

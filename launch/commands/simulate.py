@@ -9,7 +9,7 @@ from launch.config.validate import build
 from launch.preflight.check import check_run
 from parallel.schedule.adaptive.compare import SCHEDULERS, compare, text
 from parallel.schedule.adaptive.cost import Cluster, Costs, NoRoomError
-from parallel.schedule.adaptive.planner import TooLongError
+from parallel.schedule.adaptive.search import TooLongError
 from parallel.schedule.adaptive.settings import SimulationSettings
 from parallel.schedule.adaptive.simulate import timing
 from train.run_config import RunConfig

@@ -5,6 +5,7 @@ of 2412.01523 published; the whole table is `python -m tests.benchmarks.planner`
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from functools import cache
@@ -15,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.schedule.adaptive import planner
+from parallel.schedule.adaptive import planner, search
 from parallel.schedule.adaptive.bound import lower_bound
 from parallel.schedule.adaptive.cost import NONE, Cluster, Costs, Layer, Model, Recompute, Wire
 from parallel.schedule.adaptive.packing import Packing, Share, place
-from parallel.schedule.adaptive.planner import Planner, TooLongError
+from parallel.schedule.adaptive.planner import Planner
 from parallel.schedule.adaptive.profiles import flexsp, flexsp_cluster, hybrid
 from parallel.schedule.adaptive.rivals import BestFit, LongestFirst, OneSize, WorkByPairs
+from parallel.schedule.adaptive.search import TooLongError
 from parallel.schedule.adaptive.simulate import seconds, timing
 
 LENGTHS = np.array(Path(__file__).with_name("wikipedia_lengths.txt").read_text().split(), dtype=np.int64)
@@ -334,15 +336,35 @@ def test_costs_by_hand():
     assert [cluster.wire(size).bandwidth for size in (1, 2, 8, 16)] == [9.0, 9.0, 9.0, 1.0]
 
 
+def test_a_packing_that_is_given_up_early_would_have_failed():
+    """Where all must fit, `pack` ends once too much time is lost; without that it fails a little later."""
+    rng = np.random.default_rng(3)
+    ended = 0
+    for choices in (False, True):
+        costs = Costs(flexsp("7b", recompute=choices), flexsp_cluster())
+        for _ in range(10):
+            lengths = np.unique(rng.lognormal(8, 1.4, 30).astype(int).clip(128, 30_000))[::-1].tolist()
+            counts = rng.integers(1, 4, len(lengths)).tolist()
+            early, late = search.Search(costs, lengths, counts), search.Search(costs, lengths, counts)
+            late.least_work = lambda counts: -math.inf  # so that nothing counts as lost
+            least = max(early.longest(counts), early.least_work(counts) / early.ranks)
+            for times in np.linspace(1, 1.25, 12):
+                one, other = (one.pack(times * least, counts, all_or_none=True) for one in (early, late))
+                assert (one is None) == (other is None)
+                assert one is None or one.seconds == other.seconds
+                ended += one is None
+    assert 0 < ended < 240
+
+
 def _forget_memory(monkeypatch):
-    honest = planner._Search.__init__
+    honest = search.Search.__init__
 
     def wide(self, *args):
         honest(self, *args)
         self.room = [[100 * room for room in rooms] for rooms in self.room]
         self.total_tokens *= 100
 
-    monkeypatch.setattr(planner._Search, "__init__", wide)
+    monkeypatch.setattr(search.Search, "__init__", wide)
 
 
 def _run_one_twice(monkeypatch):

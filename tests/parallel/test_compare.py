@@ -10,9 +10,10 @@ import pytest
 from parallel.schedule.adaptive.auto import Auto
 from parallel.schedule.adaptive.compare import SCHEDULERS, compare, text
 from parallel.schedule.adaptive.cost import Cluster, Costs, Model, Wire
-from parallel.schedule.adaptive.planner import Planner, TooLongError
+from parallel.schedule.adaptive.planner import Planner
 from parallel.schedule.adaptive.profiles import flexsp, flexsp_cluster, hybrid
 from parallel.schedule.adaptive.rivals import BestFit, LongestFirst, WorkByPairs
+from parallel.schedule.adaptive.search import TooLongError
 from parallel.schedule.adaptive.simulate import seconds
 from tests.parallel.test_adaptive import BATCHES, audited, published
 

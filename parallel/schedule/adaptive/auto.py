@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from parallel.schedule.adaptive.cost import Costs
 from parallel.schedule.adaptive.packing import Packing
-from parallel.schedule.adaptive.planner import Planner, TooLongError
+from parallel.schedule.adaptive.planner import Planner
 from parallel.schedule.adaptive.rivals import LongestFirst
+from parallel.schedule.adaptive.search import TooLongError
 from parallel.schedule.adaptive.simulate import seconds
 
 

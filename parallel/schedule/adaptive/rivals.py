@@ -18,7 +18,8 @@ import numpy as np
 
 from parallel.schedule.adaptive.cost import Costs
 from parallel.schedule.adaptive.packing import Packing, Share
-from parallel.schedule.adaptive.planner import Planner, TooLongError
+from parallel.schedule.adaptive.planner import Planner
+from parallel.schedule.adaptive.search import TooLongError
 from parallel.schedule.adaptive.simulate import seconds
 
 
