@@ -341,7 +341,9 @@ class PrecisionSettings:
     scales span tokens; rank: those of a rank, so that the loss depends on the layout; sequence: those of all ranks that
     share a sequence, for a message more a product. high: patterns of layers' names, * for any text, that stay as they
     are without a recipe, besides those that the policy keeps so: the head, routers, and all that makes decays, gates
-    and writing strengths. low: patterns of layers that follow the recipe against the policy.
+    and writing strengths. low: patterns of layers that follow the recipe against the policy. report: true has `farspan
+    plan` run the model once, on this machine, and print how far a recipe rounds each layer, and its gain; training does
+    not read it.
     """
 
     compute: ComputeDtype = "auto"
@@ -350,6 +352,7 @@ class PrecisionSettings:
     scales: ScaleSpan = "rank"
     high: list[str] = field(default_factory=list)
     low: list[str] = field(default_factory=list)
+    report: bool = False
 
     def __post_init__(self) -> None:
         for key, accepted in (("recipe", RecipeName), ("kernel", ProductKernel), ("scales", ScaleSpan)):

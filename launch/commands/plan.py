@@ -55,6 +55,8 @@ def plan(overrides: list[str]) -> int:
         if picture := config.run.plot:
             schedule_plot.draw(flight, Path(picture))
             print(f"picture     {picture}")
+        if config.precision.report:
+            print("\n".join(_precision(flight)))
         if steps := config.data.get("audit"):
             print("\n".join(_audit(flight, steps)))
     return 0
@@ -207,6 +209,27 @@ def _recipe(flight: CheckedRun, model: LM) -> list[str]:
     low, layers = follow(flight.config.precision, model, flight.device)
     several = lines_of(flight.config, layers, low, flight.device) if low else []
     return [f"{'' if i else 'precision':<12}{line}" for i, line in enumerate(several)]
+
+
+def _precision(flight: CheckedRun) -> list[str]:
+    """Lines of `precision.report=true`. Raises ValueError for a model too large to be run here."""
+    from train.precision import layers_of
+    from train.precision_report import report
+    from train.rank_memory import layout_of
+
+    settings, model = flight.config.precision, _model(flight)
+    batch, first, _ = _first(flight, model)
+    several = report(
+        model,
+        batch[0],
+        recipe=settings.recipe,
+        layers=layers_of(settings, model, flight.device),
+        seed=flight.config.seed,
+        tokens=layout_of(flight.config, model, flight.mesh, first, flight.device).tokens,
+        device=flight.config.parallel.machine.device or "h100",
+        checkpoint=flight.resume or flight.init_from,
+    )
+    return [f"{'' if i else 'rounding':<12}{line}" for i, line in enumerate(several)]
 
 
 def _costs(flight: CheckedRun, model: LM) -> Account:

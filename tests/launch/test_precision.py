@@ -61,3 +61,6 @@ def test_a_run_follows_a_recipe_and_says_how_far(place, capsys):
     assert all(line in log for line in planned)
     assert saved_config(place / "run")["precision"]["recipe"] == "mxfp8"
     assert len(records(place / "run" / "metrics.jsonl")) == 2
+    capsys.readouterr()
+    assert main(["plan", *given, "precision=int8", "precision.report=true", f"init_from={place / 'run'}"]) == 0
+    assert "96 tokens with its weights of step-2" in capsys.readouterr().out
