@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 # A file runs on one worker, in the order that tests/conftest.py gives to files.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# An installation without bytecode needs the first import to write it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test tests unit check slow mutations foreign compositions matrix tensor types plans fuzz stops faults docs bench reference clean
 
 train: $(READY)

@@ -77,6 +77,7 @@ def test_what_is_started_is_shielded_and_no_more(monkeypatch: pytest.MonkeyPatch
     assert os.environ["PYTHONPATH"] == f"{os.pathsep}{ROOT}" and "PYTHONSAFEPATH" not in os.environ
 
 
+@pytest.mark.slow
 def test_scripts_of_users_find_our_packages_as_the_page_says(tmp_path: Path) -> None:
     """Beside a train.py of theirs each command of docs/install.md works, and none works without its precaution."""
     section = (ROOT / "docs" / "install.md").read_text().split("## Your own scripts")[1].split("\n## ")[0]

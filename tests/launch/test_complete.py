@@ -73,9 +73,14 @@ def test_what_is_offered(words, tmp_path, monkeypatch):
 def test_every_key_of_the_default_job_is_offered():
     from launch.config import files
 
-    for key in files.leaves(files.written()[0]):
-        if not key.rpartition(".")[2].startswith("_"):
-            assert f"{key}=" in candidates(["train", key[:-1]]), key
+    keys = [key for key in files.leaves(files.written()[0]) if not key.rpartition(".")[2].startswith("_")]
+    offered = {}
+    for key in keys:
+        parent = key.rpartition(".")[0]
+        if parent not in offered:
+            offered[parent] = set(candidates(["train", f"{parent}." if parent else ""]))
+        assert f"{key}=" in offered[parent], key
+    assert f"{keys[-1]}=" in candidates(["train", keys[-1][:-1]])
 
 
 @pytest.fixture

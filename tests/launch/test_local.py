@@ -109,7 +109,8 @@ def test_a_failing_tick_leaves_no_worker(tmp_path: Path) -> None:
     all_gone(pids(tmp_path))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step(tmp_path: Path, number: int) -> None:
     process = launcher("world.spawn", "spawn", "steps", tmp_path)
     try:

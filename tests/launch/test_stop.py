@@ -156,7 +156,8 @@ def started(run: Path, process: subprocess.Popen, meanwhile: Callable[[], object
     assert process.poll() is None
 
 
-@pytest.mark.parametrize("cluster", ["none", pytest.param("local", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", ["none", "local"])
 def test_a_terminal_that_goes_away_is_a_stop(place, whole, cluster):
     """SIGHUP comes from the kernel and, a moment later, from the shell; nothing can be written any more."""
     run = place / f"terminal-{cluster}"
@@ -214,7 +215,10 @@ def test_a_run_goes_on_where_nobody_reads_it_and_hang_ups_are_ignored(place, who
     assert losses(run) == whole[0]
 
 
-@pytest.mark.parametrize("how, after", [("SIGINT", 0.0), ("SIGTERM", 2.0), ("SIGINT", 6.0), ("stop", 5.0)])
+@pytest.mark.parametrize(
+    "how, after",
+    [("SIGINT", 0.0), ("SIGTERM", 2.0), pytest.param("SIGINT", 6.0, marks=pytest.mark.slow), ("stop", 5.0)],
+)
 def test_a_stop_while_ray_starts(place, whole, how, after):
     run = place / f"ray-{how}-{after}"
     process = start(place, *job(place, run, "cluster=local"))

@@ -541,6 +541,7 @@ def test_a_failed_member_does_not_end_the_others_and_is_resumed(place):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(place):
     folder = place / "runs/interrupted"
     given = [*overrides(place), *QUICK, "train.steps=2,40,3", "run.name=interrupted"]

@@ -181,6 +181,7 @@ def _ranks(place: Path, launcher: int) -> list[int]:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_with_a_frozen_rank_ends_and_resumes(tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -100,16 +100,25 @@ LAYOUTS = {
 }
 
 
-def every_layout(ranks: int) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
-    alike = {name: layout for name, layout in LAYOUTS.items() if layout[0].world == ranks}
-    found = {name: spread(BATCH, plan, "fp64", remat, mesh=mesh) for name, (mesh, plan, remat) in alike.items()}
-    return found | ({"fp32": spread(BATCH, static(2, 1), "fp32", mesh=Mesh(expert=2))} if ranks == 2 else {})
+TOGETHER = [  # in one world; the first two in `make slow`
+    ("expert 2",),
+    ("expert 2 sequence 2",),
+    ("expert 4", "expert 2, groups that change"),
+]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_loss_and_every_gradient_equal_one_process(run, ranks):
+def several_layouts(names: tuple[str, ...]) -> dict[str, tuple[float, dict[str, np.ndarray]]]:
+    chosen = {name: LAYOUTS[name] for name in names}
+    found = {name: spread(BATCH, plan, "fp64", remat, mesh=mesh) for name, (mesh, plan, remat) in chosen.items()}
+    return found | ({"fp32": spread(BATCH, static(2, 1), "fp32", mesh=Mesh(expert=2))} if "expert 2" in names else {})
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(names, marks=[pytest.mark.slow] * (names != TOGETHER[-1])) for names in TOGETHER]
+)
+def test_loss_and_every_gradient_equal_one_process(run, names):
     want = {precision: truth(BATCH, precision) for precision in ("fp64", "fp32")}
-    for found in run(ranks, every_layout, ranks):
+    for found in run(LAYOUTS[names[0]][0].world, several_layouts, names):
         for name, got in found.items():
             precision = name if name in want else "fp64"
             assert_close(got, want[precision], precision)

@@ -134,6 +134,7 @@ def test_every_transport_of_keys_gives_the_same(run, plan):
     equal_one_process(run, plan, {n: ("fp64", {"keys": k, "attention": a}) for n, (k, a) in cases.items()})
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(run):
     equal_one_process(run, "unequal 4", {"recomputed": ("fp64", {"remat": "full"})})
 

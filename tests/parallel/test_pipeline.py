@@ -67,6 +67,7 @@ def test_two_ranks_equal_one_process(run, wanted):
     hold(run, wanted, TWO, 2)
 
 
+@pytest.mark.slow
 def test_four_ranks_equal_one_process(run, wanted):
     hold(run, wanted, FOUR, 4)
 

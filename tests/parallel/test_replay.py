@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "relay, ulysses": (Relay(), Ulysses(), "idle rank", {}),
     "allscan, window": (AllScan(3), GatherKeys(), "unequal", {"window": 9, "sinks": 2}),
 }
-QUICK = ("gather, gather", "relay, ring", "allscan, window")  # of every run of the tests
+QUICK = ("gather, gather", "relay, ring")  # of every run of the tests
 EACH = [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES]
 Sent = tuple[str, int]  # purpose, bytes
 

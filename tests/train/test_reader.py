@@ -1,7 +1,7 @@
 """Exports and imports held to their reader: `transformers` itself, over random models.
 
 What a table writes is no use unless the class that is named understands it: a table held to itself agrees with itself.
-`make test` tries a few dozen; `pytest -m slow tests/train/test_reader.py` two hundred each way.
+`pytest -m slow tests/train/test_reader.py` tries a dozen, then two hundred, each way.
 """
 
 import copy
@@ -199,6 +199,7 @@ def counted(tmp_path_factory, number, drawn, verdict):
     return seen
 
 
+@pytest.mark.slow
 def test_exports_are_read_as_they_were_meant_or_refused_by_key(tmp_path_factory):
     seen = counted(tmp_path_factory, FEW, sections, exported)
     assert seen.count(True) >= FEW // 4 and seen.count(False) >= 2
@@ -289,6 +290,7 @@ def imported(drawn, path):
     return True
 
 
+@pytest.mark.slow
 def test_folders_are_imported_and_exported_again_or_refused_by_a_key_that_they_have(tmp_path_factory):
     seen = counted(tmp_path_factory, FEW, configs, imported)
     assert seen.count(True) >= FEW // 4 and seen.count(False) >= 2
