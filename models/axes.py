@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-AXES = ("batch", "seq", "embed", "heads", "kv_heads", "groups", "ffn", "vocab", "expert", "stage")
+# rank: the inside of a product of two matrices, where it widens with the model; of a fixed number it has no name.
+AXES = ("batch", "seq", "embed", "heads", "kv_heads", "groups", "ffn", "vocab", "expert", "stage", "rank")
 
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
@@ -24,7 +25,8 @@ class Declared:
 
     matrix: whether its last two dimensions are a matrix that multiplies vectors: filters are none. parts: sizes of the
     matrices that lie side by side in it, as q, k and v do, along the dimension `along`, again and again where they take
-    turns, as the keys and values of heads do; () for one matrix.
+    turns, as the keys and values of heads do; () for one matrix. inputs: the dimension along which a matrix takes in
+    what it multiplies; 0 for a table, of which a token takes a row.
     """
 
     axes: tuple[str | None, ...]
@@ -33,6 +35,7 @@ class Declared:
     matrix: bool = True
     parts: tuple[int, ...] = ()
     along: int = 0
+    inputs: int = 1
 
 
 def declare(
@@ -43,6 +46,7 @@ def declare(
     matrix: bool = True,
     parts: tuple[int, ...] = (),
     along: int = 0,
+    inputs: int = 1,
 ) -> nn.Parameter:
     """An uninitialised parameter that carries its declaration as `.declared`."""
     if len(axes) != len(shape) or any(a is not None and a not in AXES for a in axes):
@@ -52,7 +56,7 @@ def declare(
     if parts and shape[along] % sum(parts):
         raise ValueError(f"parts {parts} do not fill the {shape[along]} of dimension {along}")
     parameter = nn.Parameter(torch.empty(*shape))
-    parameter.declared = Declared(axes, init, decay, matrix, parts, along)  # type: ignore[attr-defined]
+    parameter.declared = Declared(axes, init, decay, matrix, parts, along, inputs)  # type: ignore[attr-defined]
     return parameter
 
 
@@ -115,6 +119,10 @@ def uniform(bound: float) -> Init:
 def fan_in(dim: int, gain: float = 1.0) -> Init:
     """Normal with variance gain² / dim: unit-variance inputs give outputs of variance gain²."""
     return normal(gain * dim**-0.5)
+
+
+def scaled(init: Init, factor: float) -> Init:
+    return lambda shape, generator: init(shape, generator) * factor
 
 
 def constant(value: float) -> Init:

@@ -97,7 +97,7 @@ class LM(nn.Module):
         self.division: Any = None  # of the parameters over ranks, where there is one (`parallel.tensor`)
         self.compute = torch.float32
         self.loss_chunk: int | None = 2048
-        self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0))
+        self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0), inputs=0)
         self.layers = nn.ModuleDict(
             {
                 str(i): blocks[n](dim=dim, slot=f"layers.{i}", depth=Depth(i, layers), **front.get(i, {}))

@@ -618,6 +618,13 @@ RIGHT: dict[str, tuple[str, ...]] = {
     ),
     "adaptive": (*TWO, "scheduler=adaptive"),
     "Muon": (*TWO, "optimizer=muon"),
+    **{
+        f"{name}, transfer over widths, data 2 x tensor 2": (
+            *("cluster.workers=4", "parallel.data=2", "parallel.tensor=2", f"optimizer={name}"),
+            *("optimizer.transfer=width", "optimizer.base_width=64"),
+        )
+        for name in ("adamw", "muon")
+    },
     "each gradient clipped": (*TWO, "train.clip_each=1.0", "train.clip_value=0.1", "train.z_weight=0.001"),
     "kimi_linear_tiny": (*TWO, "model=kimi_linear_tiny"),
     "qwen3_next_tiny": (*TWO, "model=qwen3_next_tiny"),

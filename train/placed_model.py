@@ -20,6 +20,7 @@ from parallel.schedule.comm_volume import Ask
 from train.layout import dependences
 from train.metrics.comm_trace import asked
 from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
+from train.optim.transfer import start_for_width
 from train.precision import dtypes, follow, lines
 from train.run_config import RunConfig
 from train.settings import TrainSettings
@@ -51,6 +52,7 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
     compute, master = dtypes(config.precision.compute, meshes.device.type)
     with torch.device("meta"):
         model = config.model.build()
+    start_for_width(config.optimizer, model)
     model.compute = compute
     _announce(model, config.train, say)
     asks = _asks(model, config, order["device"])

@@ -111,6 +111,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         ),
         _budget(flight, sizes),
         *schedule_plot.lines(flight),
+        *_transfer(flight, model),
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
         *_flops(costs, read, config.engine.get("recompute", "none")),
         *_order(flight),
@@ -199,6 +200,14 @@ def _model(flight: CheckedRun) -> LM:
     model.compute = dtypes(flight.config.precision.compute, flight.device)[0]
     model.loss_chunk = flight.train.loss_chunk
     return model
+
+
+def _transfer(flight: CheckedRun, model: LM) -> list[str]:
+    """Lines about the rates that width asks for; none without transfer."""
+    from train.optim.transfer import lines as lines_of
+
+    several = lines_of(flight.config.optimizer, model)
+    return [f"{'' if i else 'transfer':<12}{line}" for i, line in enumerate(several)]
 
 
 def _recipe(flight: CheckedRun, model: LM) -> list[str]:

@@ -81,6 +81,7 @@ def build(config: RunConfig) -> Any:
     import torch
 
     from train.optim.build import try_optimizer
+    from train.optim.transfer import check_transfer
 
     with torch.device("meta"):
         try:
@@ -88,6 +89,7 @@ def build(config: RunConfig) -> Any:
         except (ArithmeticError, RuntimeError, TypeError) as error:
             raise ValueError(f"model: cannot be built: {error}") from None
     try_optimizer(config.optimizer)
+    check_transfer(config.optimizer, model)
     return model
 
 

@@ -57,7 +57,7 @@ def check_run(
         model = model_of(config.model.values)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         check_engine(config, mesh, device)
-        _optimizer(config, device)
+        _optimizer(config, device, model)
         check_layout(config, mesh, model)
         check_recipe(config, model, device)
         _bases(config, model)
@@ -162,15 +162,17 @@ def _fitting(flight: CheckedRun, model: Any) -> None:
     check_fits(scheduler, costs, longest)
 
 
-def _optimizer(config: RunConfig, device: str) -> None:
-    """Builds it for one weight as the run has them. Raises ValueError."""
+def _optimizer(config: RunConfig, device: str, model: Any) -> None:
+    """Builds it for one weight as the run has them. Raises ValueError, also for a model that it does not suit."""
     import torch
 
     from train.optim.build import try_optimizer
+    from train.optim.transfer import check_transfer
 
     on_host = config.engine.get("offload_optimizer", False)
     dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
     try_optimizer(config.optimizer, device="cpu" if on_host else device, dtype=dtype)
+    check_transfer(config.optimizer, model)
 
 
 def _stages(config: RunConfig, device: str, batches: list[list[int]] | None = None) -> None:

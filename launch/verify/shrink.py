@@ -117,7 +117,7 @@ def shrink(config: RunConfig) -> Shrunk:
         precision=PrecisionSettings(compute="fp64"),
         cluster=replace(config.cluster, kind="none", device="cpu", threads=1, address=None, template=None),
         tracking=ObjectConfig({"_target_": "train.tracking.Tracking", "mode": "disabled"}),
-        optimizer=_optimizer(config.optimizer),
+        optimizer=_optimizer(config.optimizer, model, config.model["dim"]),
         init_from=None,
         resume=None,
         stages=(),
@@ -127,8 +127,14 @@ def shrink(config: RunConfig) -> Shrunk:
     return Shrunk(with_sizes(small, sizes), sizes, tuple(notes))
 
 
-def _optimizer(node: ObjectConfig) -> ObjectConfig:
-    """The same optimizer by a kernel that takes fp64."""
+def _optimizer(node: ObjectConfig, model: dict[str, Any], dim: int) -> ObjectConfig:
+    """The same optimizer by a kernel that takes fp64. Transfer is to the small model, from as much smaller a base; the
+    model's tied head follows."""
+    if node.get("transfer") == "width":
+        base = max(1, round(node["base_width"] * model["dim"] / dim))
+        node = node.having(base_width=base)
+        if model.get("tied"):
+            model["tied_scale"] = base**0.5 / model["dim"]
     return node.having(fused="none") if node.get("fused") == "apex" else node
 
 

@@ -39,7 +39,7 @@ class Longhorn(MambaBlock):
         super().__init__(dim=dim, expand=expand, state=state, rank=rank, conv=conv, conv_bias=conv_bias)
         inner, rank = self.inner, self.widths[0]
         self.dkq = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
-        self.dt = Linear(rank, inner, axes=("heads", None), bias=True)
+        self.dt = Linear(rank, inner, axes=("heads", self.inside), bias=True)
         self.D = declare(inner, axes=("heads",), init=constant(1.0), decay=False)
         self.out = Linear(inner, dim, axes=("embed", "heads"))
         self.recurrence = Elementwise("longhorn", scale=1.0)

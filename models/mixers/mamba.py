@@ -41,6 +41,7 @@ class MambaBlock(nn.Module):
     def __init__(self, *, dim: int, expand: float, state: int, rank: int | None, conv: int, conv_bias: bool):
         super().__init__()
         self.width: Width = UNDIVIDED
+        self.inside = "rank" if rank is None else None  # the axis, which widens with the model or not
         self.inner, rank = int(dim * expand), math.ceil(dim / 16) if rank is None else rank
         positive(dim=dim, **{"dim * expand": self.inner}, state=state, rank=rank)
         self.units: Units = {"heads": None}
@@ -92,7 +93,7 @@ class Mamba(MambaBlock):
             self.norms = nn.ModuleList(RMSNorm(width, eps=checked(norm_eps), axis=None) for width in self.widths)
         inner, rank = self.inner, self.widths[0]
         self.dbc = Linear(inner, sum(self.widths), axes=(None, "heads"), parts=self.widths)
-        self.dt = Linear(rank, inner, axes=("heads", None), init=uniform(rank**-0.5))
+        self.dt = Linear(rank, inner, axes=("heads", self.inside), init=uniform(rank**-0.5))
         dt = softplus_inverse_of_log_uniform(1e-3, 0.1)
         self.dt_bias = declare(inner, axes=("heads",), init=dt, decay=False)
         self.A_log = declare(inner, state, axes=("heads", None), init=harmonics, decay=False)

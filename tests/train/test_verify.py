@@ -52,6 +52,8 @@ OPTIMIZERS = {
     "adamw": (),
     "adamw, rates": ("optimizer.rates={vocab: 0.5}", "optimizer.no_decay=[heads]", "optimizer.amsgrad=true"),
     "muon": ("optimizer=muon",),
+    "adamw, width": ("optimizer.transfer=width", "optimizer.base_width=5", "optimizer.weight_decay=0.2"),
+    "muon, width": ("optimizer=muon", "optimizer.transfer=width", "optimizer.base_width=5"),
 }
 
 

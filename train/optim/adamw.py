@@ -8,6 +8,7 @@ import torch
 from parallel.shards import ByParts, local
 from train.optim.apex_adam import Apex, fused_adam
 from train.optim.build import refined
+from train.optim.width import TransferName, base_of
 
 FusedStep = Literal["auto", "torch", "apex", "none"]
 FUSED = get_args(FusedStep)
@@ -19,11 +20,13 @@ class AdamW(torch.optim.AdamW):
     gradient and of its square. eps: added to the root of the mean square, which divides the mean. weight_decay: a step
     takes this times its rate off a weight; never off norms, biases and other vectors (A_log, dt_bias). no_decay: names
     of axes (embed, heads, kv_heads, groups, ffn, vocab, expert) whose weights do not decay either; null for none.
-    rates: factors of the learning rate, by name of an axis, for the weights that have it; null for none. amsgrad: true
-    divides by the largest mean square so far instead of the last (1904.09237); apex's kernel cannot. fused: the kernel
-    that updates all of a weight in one pass; torch: torch's, on CPUs and NVIDIA's GPUs; apex: FusedAdam of NVIDIA's
-    apex, on a GPU where it is installed, in fp32; none: an operator at a time; auto: torch where there is a kernel,
-    else none, so that installing a package changes no run. true and false are torch and none.
+    rates: factors of the learning rate, by name of an axis, for the weights that have it; null for none. transfer:
+    width gives every weight the rate that its axes ask for, and head and routers the start, in a model of another width
+    than the one that lr suits (docs/optimizers.md); none does not. base_width: dim of that one; null without transfer.
+    amsgrad: true divides by the largest mean square so far instead of the last (1904.09237); apex's kernel cannot.
+    fused: the kernel that updates all of a weight in one pass; torch: torch's, on CPUs and NVIDIA's GPUs; apex:
+    FusedAdam of NVIDIA's apex, on a GPU where it is installed, in fp32; none: an operator at a time; auto: torch where
+    there is a kernel, else none, so that installing a package changes no run. true and false are torch and none.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 0.1,
         no_decay: list[str] | None = None,
         rates: dict[str, float] | None = None,
+        transfer: TransferName = "none",
+        base_width: int | None = None,
         amsgrad: bool = False,
         fused: FusedStep | bool = "auto",
     ):
@@ -45,7 +50,8 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(f"optimizer.fused={fused}: must be one of {', '.join(FUSED)}")
         if fused == "apex" and amsgrad:
             raise ValueError("optimizer.amsgrad=true: must be false with optimizer.fused=apex")
-        groups = refined(params, no_decay=no_decay or (), rates=rates)
+        base = base_of(transfer, base_width)
+        groups = refined(params, no_decay=no_decay or (), rates=rates, base_width=base, weight_decay=weight_decay)
         every = [p for group in groups for p in group["params"]]
         kernel = fused == "torch" or fused == "auto" and all(p.device.type in HAVE_FUSED for p in every)
         settings: dict[str, Any] = {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay}

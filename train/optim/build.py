@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from models.axes import AXES, Declared, declarations
 from parallel.activation_memory import parameter_name
+from train.optim.width import WidthFactors, never
 from train.run_config import ObjectConfig
 
 Make = Callable[..., Optimizer]
@@ -34,13 +35,20 @@ def axes(parameter: torch.Tensor) -> set[str]:
 
 
 def refined(
-    params: Iterable[Any], *, no_decay: Sequence[str] = (), rates: Mapping[str, float] | None = None
+    params: Iterable[Any],
+    *,
+    no_decay: Sequence[str] = (),
+    rates: Mapping[str, float] | None = None,
+    base_width: int | None = None,
+    weight_decay: float = 0.0,
+    orthogonal: Callable[[torch.Tensor], bool] = never,
 ) -> list[dict[str, Any]]:
     """Groups, or plain parameters, as groups with one weight decay, one factor of the rate and one mesh each.
 
     no_decay: axes whose parameters do not decay. rates: by axis, what the rate of its parameters is multiplied by; a
-    parameter with several of them has the product. Groups that need no dividing stay as they are. Raises ValueError
-    for what is no axis, or a factor below 0.
+    parameter with several of them has the product. base_width: of `train.optim.width`, None without transfer;
+    orthogonal: as there; weight_decay: of groups that say nothing of it. Groups that need no dividing stay as they are.
+    Raises ValueError for what is no axis, or a factor below 0.
     """
     rates = dict(rates or {})
     for key, names in (("no_decay", list(no_decay)), ("rates", list(rates))):
@@ -51,18 +59,25 @@ def refined(
             raise ValueError(f"optimizer.rates.{axis}={rate}: must not be negative")
     given = list(params)
     groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
+    widths = None
+    if base_width is not None:
+        widths = WidthFactors((p for group in groups for p in group["params"]), base_width, orthogonal)
     refined_groups: list[dict[str, Any]] = []
     for group in groups:
-        within: dict[tuple[bool, float, DeviceMesh | None], list[nn.Parameter]] = {}
+        within: dict[tuple[bool, float, float, DeviceMesh | None], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             named = axes(parameter)
             factor: float = group.get("factor", 1.0)
             for axis in sorted(named & rates.keys()):
                 factor *= rates[axis]
             mesh = getattr(parameter, "device_mesh", None)
-            within.setdefault((bool(named & set(no_decay)), factor, mesh), []).append(parameter)
-        for (stays, factor, _), several in within.items() or [((False, 1.0, None), [])]:
+            width = widths.rate(parameter) if widths else 1.0
+            within.setdefault((bool(named & set(no_decay)), factor, width, mesh), []).append(parameter)
+        for (stays, factor, width, _), several in within.items() or [((False, 1.0, 1.0, None), [])]:
             more = {"weight_decay": 0.0} if stays else {}
+            if width != 1:
+                more = {"weight_decay": more.get("weight_decay", group.get("weight_decay", weight_decay)) / width}
+                factor *= width
             refined_groups.append({**group, "params": several, "factor": factor} | more)
     return refined_groups
 

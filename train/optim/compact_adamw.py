@@ -14,6 +14,7 @@ from models.kernels.stochastic import noise, to_bf16
 from parallel.shards import local
 from train.optim.build import refined
 from train.optim.few_bits import BLOCK, FORMATS, FewBits, MomentFormat, decode_moment, encode_moment, numbers
+from train.optim.width import TransferName, base_of
 
 LEAST = 4096  # numbers of a weight whose moments are encoded: below, scales and lost digits are not worth it
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have signs
@@ -26,7 +27,9 @@ class CompactAdamW(Optimizer):
     the gradient and of its square. eps: added to the root of the mean square, which divides the mean. weight_decay: a
     step takes this times its rate off a weight; never off norms, biases and other vectors (A_log, dt_bias). no_decay:
     names of axes (embed, heads, kv_heads, groups, ffn, vocab, expert) whose weights do not decay either; null for none.
-    rates: factors of the learning rate, by name of an axis, for the weights that have it; null for none.
+    rates: factors of the learning rate, by name of an axis, for the weights that have it; null for none. transfer:
+    width gives every weight the rate that its axes ask for, and head and routers the start, in a model of another width
+    than the one that lr suits (docs/optimizers.md); none does not. base_width: dim of that one; null without transfer.
     """
 
     def __init__(
@@ -40,13 +43,16 @@ class CompactAdamW(Optimizer):
         weight_decay: float = 0.1,
         no_decay: list[str] | None = None,
         rates: dict[str, float] | None = None,
+        transfer: TransferName = "none",
+        base_width: int | None = None,
     ):
         if moments not in FORMATS:
             raise ValueError(f"optimizer.moments={moments}: must be one of {', '.join(FORMATS)}")
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError("optimizer: lr, eps and weight_decay must not be negative, betas at least 0 and below 1")
         self.moments = moments
-        groups = refined(params, no_decay=no_decay or (), rates=rates)
+        base = base_of(transfer, base_width)
+        groups = refined(params, no_decay=no_decay or (), rates=rates, base_width=base, weight_decay=weight_decay)
         super().__init__(groups, {"lr": lr, "betas": (betas[0], betas[1]), "eps": eps, "weight_decay": weight_decay})
 
     def encodes(self, p: Tensor) -> bool:

@@ -11,6 +11,7 @@ whole on one of them while it is made orthogonal (`parallel.matrix_owners`).
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from parallel.schedule.mesh import Mesh
 from parallel.shards import local
 from train.optim.adamw import AdamW, FusedStep
 from train.optim.build import axes, refined
+from train.optim.width import TransferName, base_of
 
 RMS = 0.2  # of the entries of AdamW's updates, as 2502.16982 has measured them (section 2.2)
 
@@ -42,6 +44,9 @@ class Muon(Optimizer):
     that of embedding and head. betas, eps: AdamW's, for the rest. weight_decay: a step takes this times its rate off a
     weight; never off norms, biases and other vectors. no_decay: names of axes whose weights do not decay either; null
     for none. rates: factors of the learning rate, by name of an axis, for the weights that have it; null for none.
+    transfer: width gives every weight the rate that its axes ask for, and head and routers the start, in a model of
+    another width than the one that lr suits (docs/optimizers.md); none does not. base_width: dim of that one; null
+    without transfer.
     fused: AdamW's kernel for the rest, as `optimizer=adamw` has it.
     """
 
@@ -59,6 +64,8 @@ class Muon(Optimizer):
         weight_decay: float = 0.1,
         no_decay: list[str] | None = None,
         rates: dict[str, float] | None = None,
+        transfer: TransferName = "none",
+        base_width: int | None = None,
         fused: FusedStep | bool = "auto",
     ):
         if not 0 <= momentum < 1:
@@ -69,8 +76,15 @@ class Muon(Optimizer):
         if unknown := [axis for axis in adamw if axis not in AXES]:
             raise ValueError(f"optimizer.adamw={unknown[0]}: must be one of {', '.join(AXES)}")
         self.momentum, self.nesterov, self.steps = momentum, nesterov, steps
-        groups = []
-        for group in refined(params, no_decay=no_decay or (), rates=rates):
+        groups, base = [], base_of(transfer, base_width)
+        for group in refined(
+            params,
+            no_decay=no_decay or (),
+            rates=rates,
+            base_width=base,
+            weight_decay=weight_decay,
+            orthogonal=partial(is_matrix, adamw=adamw),
+        ):
             several: dict[bool, list[Tensor]] = {True: [], False: []}
             for parameter in group["params"]:
                 several[is_matrix(parameter, adamw)].append(parameter)

@@ -32,6 +32,7 @@ def trace(config: RunConfig, steps: int, *, packed: bool = False, perturbed: int
     model = config.model.build().double()
     model.compute, model.loss_chunk = torch.float64, None
     initialise(model, config.seed)
+    _narrow(model, config)
     if perturbed is not None:
         generator = torch.Generator().manual_seed(perturbed)
         with torch.no_grad():
@@ -94,12 +95,23 @@ def _whole(documents: list[Document]) -> Whole:
     )
 
 
+def _narrow(model: Any, config: RunConfig) -> None:
+    """Has head and routers start as those of a model of another width than that which the rate suits."""
+    if config.optimizer.get("transfer", "none") == "none":
+        return
+    factor = (config.optimizer["base_width"] / model.dim) ** 0.5
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name == "head.weight" or declarations(model)[name].axes == ("expert", "embed"):
+                p.mul_(factor)
+
+
 class _Stepper:
     """Clipping and the optimizer, for whole weights: AdamW (1711.05101), Muon (2502.16982), or one of torch's."""
 
     def __init__(self, config: RunConfig, model: nn.Module):
         self.train, self.node = config.train, config.optimizer
-        self.declared = declarations(model)
+        self.declared, self.dim = declarations(model), config.model["dim"]
         self.state: dict[str, dict[str, Tensor]] = {}
         self.count = 0
         self.muon = self.node.target.endswith(".Muon")
@@ -140,6 +152,7 @@ class _Stepper:
         lr = node["lr"] * math.prod(rate for axis, rate in (node.get("rates") or {}).items() if axis in axes)
         decays = declared.decay and not axes & set(node.get("no_decay") or ())
         p.mul_(1 - lr * (node.get("weight_decay", 0.1) if decays else 0.0))
+        lr *= self._of_width(name, declared, p, axes)
         state = self.state.setdefault(name, {})
         if self.muon and self._is_matrix(declared, p, axes):
             mean = state.setdefault("mean", torch.zeros_like(p))
@@ -161,6 +174,25 @@ class _Stepper:
             spread = state["largest"] = torch.maximum(state.get("largest", second), second)
         root = (spread / (1 - gamma**self.count)).sqrt().add_(node.get("eps", 1e-8))
         p.addcdiv_(first, root, value=-lr / (1 - beta**self.count))
+
+    def _of_width(self, name: str, declared: Declared, p: Tensor, axes: set[str]) -> float:
+        """Returns the factor of a rate that width asks for (2203.03466, 2310.17813): 1 where inputs do not widen."""
+        if self.node.get("transfer", "none") == "none" or name == "embedding" or not declared.decay:
+            return 1.0
+        if not declared.matrix:
+            return 1.0
+        ratio = self.dim / self.node["base_width"]
+        widens = [axis in ("embed", "heads", "kv_heads", "ffn", "rank") for axis in declared.axes]
+        inputs, outputs = (1, 0) if p.ndim == 2 else (1, 2)
+        if not (self.muon and self._is_matrix(declared, p, axes)):
+            return 1 / ratio if widens[inputs] else 1.0
+
+        def norm(n_in: float, n_out: float) -> float:
+            return math.sqrt(n_out / n_in) / math.sqrt(max(n_in, n_out))
+
+        now = p.shape[inputs], p.shape[outputs]
+        then = [n / ratio if widens[side] else n for n, side in zip(now, (inputs, outputs), strict=True)]
+        return norm(*now) / norm(*then)
 
     def _is_matrix(self, declared: Declared, p: Tensor, axes: set[str]) -> bool:
         of_adamw = self.node.get("adamw")
