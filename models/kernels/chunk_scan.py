@@ -16,22 +16,24 @@ class Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        before = torch.empty_like(update)
+        states = update.new_empty(len(update) + 1, *update.shape[1:])
+        states[0] = state
         factor = decay.unsqueeze(-1)
         for n in range(len(update)):
-            before[n] = state
-            state = torch.addcmul(update[n], factor[n], state)
+            torch.addcmul(update[n], factor[n], states[n], out=states[n + 1])
+        before = states[:-1]
         ctx.save_for_backward(decay, before)
-        return before, state
+        return before, states[-1].clone()
 
     @staticmethod
     def backward(ctx: Any, d_before: Tensor, d_state: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         decay, before = ctx.saved_tensors
-        d_update, factor = torch.empty_like(before), decay.unsqueeze(-1)
+        d_states, factor = before.new_empty(len(before) + 1, *before.shape[1:]), decay.unsqueeze(-1)
+        d_states[-1] = d_state
         for n in reversed(range(len(before))):
-            d_update[n] = d_state
-            d_state = torch.addcmul(d_before[n], factor[n], d_state)
-        return (d_update * before).sum(-1).sum_to_size(decay.shape), d_update, d_state
+            torch.addcmul(d_before[n], factor[n], d_states[n + 1], out=d_states[n])
+        d_update = d_states[1:]
+        return (d_update * before).sum(-1).sum_to_size(decay.shape), d_update, d_states[0].clone()
 
 
 class Replace(torch.autograd.Function):

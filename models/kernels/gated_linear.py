@@ -6,6 +6,7 @@ section 4). A chunk adds writesᵀ·v to what it keeps of the state that enters 
 
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
 from models.kernels import span_effect
@@ -24,7 +25,8 @@ def step(
     known = decayed(gates[0] if gates else None, k, scaled(q, scale), seen=seen_in(starts, size), memo=memo)
     update = known.writes.mT @ v
     before, state = Add.apply(known.kept, update, state)  # type: ignore[no-untyped-call]
-    out = known.reads[0] @ before + known.scores[0] @ v
+    inside = known.scores[0] @ v
+    out = torch.baddbmm(inside.flatten(0, 2), known.reads[0].flatten(0, 2), before.flatten(0, 2)).view_as(inside)
     return unchunks(out, starts.shape[1]), state
 
 
