@@ -118,12 +118,12 @@ class PerChannel(torch.autograd.Function):
         ctx: Any, g: Tensor, k: Tensor, seen: Segments, memo: list[Tensor], *readers: Tensor
     ) -> tuple[Tensor, ...]:
         pairs = pairs_of(g)
-        factors, until, after = pairs.factors(g)
+        factors, since, after = pairs.factors(g, seen.visible)
         scores = [*memo] or [s.mul_(seen.visible) for s in pairs.scores(readers, k, factors)]
         memo[:] = [s.detach() for s in scores]
-        read = until.exp().mul_(seen.first.unsqueeze(-1))
+        read = since * seen.first.unsqueeze(-1)
         write = after.exp_().mul_(seen.last.unsqueeze(-1))
-        carry = until[..., -1, :].exp() * seen.alive.unsqueeze(-1)
+        carry = since[..., -1, :] * seen.alive.unsqueeze(-1)
         reads = [r * read for r in readers]
         writes = k * write
         ctx.save_for_backward(k, read, write, carry, seen.visible, *readers, *factors)

@@ -3,8 +3,8 @@
 The exponent cannot be taken out of the sum over k; it is split at a token in between, m: r_t e^{G_t - G_m} meets
 k_s e^{G_m - G_s}.
 
-- `Middle`: where no channel of any chunk forgets more than e^WEAK, all pairs are split at the middle of the chunk. One
-  matmul; one of the two factors may be above one, far from overflow, and an exponent loses log2 WEAK bits.
+- `FromStart`: where no channel of any chunk forgets more than e^WEAK, all pairs are split at the chunk's start, or at
+  their document's. One matmul; e^{-G_s} is above one, but far from overflow, and exponents lose log2 WEAK bits.
 - `Doubling`: where something is forgotten, no factor may have a positive exponent, or it overflows. Blocks of 2, 4, ...
   C tokens are each split at their own middle, where what is read decays since the middle and what was written decays
   up to it; two sums grow with the blocks, of the same sign throughout, so that nothing cancels.
@@ -29,8 +29,9 @@ class Pairs(Protocol):
     """One of the two ways."""
 
     @staticmethod
-    def factors(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Decays to and from the tokens in between, and log decays in the chunk up to and after t; g [..., C, K]."""
+    def factors(g: Tensor, visible: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Decays to and from the tokens in between, the decay e^{G_t} of what enters the chunk, and the log decay
+        after t, both right where no document starts before, or after it. g [..., C, K], visible as of `Segments`."""
         ...
 
     @staticmethod
@@ -54,21 +55,25 @@ class Pairs(Protocol):
 def pairs_of(g: Tensor) -> type[Pairs]:
     """The way for log decays g [..., C, K]."""
     if g.is_meta:
-        return Middle
+        return FromStart
     if g.device.type != "cpu" or not g.numel():
         return Doubling
-    return Middle if g.amax() <= 0 and g.sum(-2).amin() >= -WEAK else Doubling
+    return FromStart if g.amax() <= 0 and g.sum(-2).amin() >= -WEAK else Doubling
 
 
-class Middle:
-    """All pairs split at the middle of the chunk."""
+class FromStart:
+    """All pairs split at the start of the chunk, or of their document in it."""
 
     @staticmethod
-    def factors(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def factors(g: Tensor, visible: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         C = g.shape[-2]
-        until = torch.ones(C, C, dtype=g.dtype, device=g.device).tril() @ g
-        since = until - until[..., (C - 1) // 2, None, :]
-        return [since.exp(), since.neg_().exp_()], until, until[..., -1:, :] - until
+        sums = torch.ones(C, C, dtype=torch.bool, device=g.device).tril()
+        # A sum that went on through documents would be rounded as those before it say.
+        if not g.is_meta and not visible[..., 0].all():
+            sums = visible
+        total = sums.to(g.dtype) @ g
+        since = total.exp()
+        return [since, total.neg().exp_()], since, total[..., -1:, :] - total
 
     @staticmethod
     def scores(readers: Sequence[Tensor], k: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
@@ -97,7 +102,7 @@ class Doubling:
     """Each pair split at the middle of the smallest block that holds both."""
 
     @staticmethod
-    def factors(g: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def factors(g: Tensor, visible: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """A small block's decays are one tensor like g; a large one's are two, of its first half and of its second. The
         sums in small blocks are matmuls with zeros and ones: faster on a processor than additions of short rows."""
         C = g.shape[-2]
@@ -114,7 +119,7 @@ class Doubling:
             until_2 += total_1
             after_1 += total_2
             h *= 2
-        return levels, until, after
+        return levels, until.exp_(), after
 
     @staticmethod
     def scores(readers: Sequence[Tensor], k: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
