@@ -25,7 +25,7 @@ WEAK = 8.0  # of log decay, over a chunk
 SMALL = 16  # blocks up to this many tokens are one masked matmul: smaller ones cost more to cut out than to multiply
 
 
-class Pairs(Protocol):
+class Splitting(Protocol):
     """One of the two ways."""
 
     @staticmethod
@@ -52,7 +52,7 @@ class Pairs(Protocol):
         ...
 
 
-def pairs_of(g: Tensor) -> type[Pairs]:
+def pairs_of(g: Tensor) -> type[Splitting]:
     """The way for log decays g [..., C, K]."""
     if g.is_meta:
         return FromStart

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.decay_pairs import WEAK, Doubling, FromStart, Pairs, pairs_of
+from models.kernels.decay_pairs import WEAK, Doubling, FromStart, Splitting, pairs_of
 
 
 def written_out(r: Tensor, k: Tensor, g: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def drawn(tokens: int, forgotten: float, dtype: torch.dtype) -> tuple[Tensor, ..
 
 @pytest.mark.parametrize("way", [FromStart, Doubling])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 32])
-def test_scores_and_gradients_of_both_ways_are_those_written_out(way: type[Pairs], tokens: int) -> None:
+def test_scores_and_gradients_of_both_ways_are_those_written_out(way: type[Splitting], tokens: int) -> None:
     q, a, k, g = drawn(tokens, WEAK, torch.float64)
     leaves = [x.clone().requires_grad_() for x in (q, a, k)]
     expected = [written_out(r, leaves[2], g) for r in leaves[:2]]
