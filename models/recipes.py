@@ -123,7 +123,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.low = low
         rows, pair = x.reshape(-1, x.shape[-1]), low.recipe.forward
-        return kept(lambda: low.multiply(rows, weight, pair, x.dtype, tokens=(0, None)).view(*x.shape[:-1], -1))
+        shape = (*x.shape[:-1], len(weight))  # no -1: an expert may have no tokens
+        return kept(lambda: low.multiply(rows, weight, pair, x.dtype, tokens=(0, None)).view(shape))
 
     @staticmethod
     @once_differentiable

@@ -102,7 +102,7 @@ def rounded(x: Tensor, scaling: Scaling) -> Tensor:
 
 def product(a: Codes | Tensor, b: Codes | Tensor, dtype: torch.dtype, *, native: bool = False) -> Tensor:
     """a [M, K] times the transpose of b [N, K]: [M, N] in `dtype`, summed in fp32 or better."""
-    if native and isinstance(a, Codes) and isinstance(b, Codes):
+    if native and isinstance(a, Codes) and isinstance(b, Codes) and a.codes.numel() and b.codes.numel():
         return _native(a, b, dtype)
     exact = all(not isinstance(x, Codes) or x.scaling.power for x in (a, b))
     inner = dtype if exact else torch.promote_types(dtype, torch.float32)

@@ -127,6 +127,17 @@ def test_products_of_codes_are_those_of_their_values(name):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "natively"), [("mxfp8", False), ("int4_weights", False), ("int8", True)])
+def test_an_expert_without_tokens_takes_part_in_a_recipe(name, natively):
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(3, 32, 64, generator=draw, requires_grad=True)
+    rows, low = torch.randn(7, 32, generator=draw), LowPrecision(RECIPES[name], natively)
+    y = low.grouped(rows, weight, torch.tensor([5, 5, 7]))
+    y.sum().backward()
+    assert torch.equal(y, torch.cat([low.linear(rows[:5], weight[0].T), low.linear(rows[5:], weight[2].T)]))
+    assert [bool(each.any()) for each in weight.grad] == [True, False, True]
+
+
 def test_results_of_a_recipe_are_kept_where_layers_are_computed_again():
     layer, low = Linear(32, 32, axes=(None, None)), LowPrecision(RECIPES["fp8_rowwise"])
     nn.init.ones_(layer.weight)
