@@ -64,3 +64,15 @@ def test_a_run_follows_a_recipe_and_says_how_far(place, capsys):
     capsys.readouterr()
     assert main(["plan", *given, "precision=int8", "precision.report=true", f"init_from={place / 'run'}"]) == 0
     assert "96 tokens with its weights of step-2" in capsys.readouterr().out
+
+
+@pytest.mark.composes
+def test_weights_that_are_no_numbers_become_no_checkpoint_and_no_success(place, capsys):
+    """A rate beyond fp32 in the last of two steps: its gradients are finite, and its weights are not."""
+    given = [o for o in overrides(place) if not o.startswith(("run.", "precision", "train.tokens", "train.steps"))]
+    curve = "[[0.5,0.0,constant],[0.5,1.0,linear]]"
+    more = ["optimizer.lr=1e39", "schedule=phases", f"schedule.phases={curve}", "train.checkpoint_every=384"]
+    more += ["precision=int8", "train.steps=2", "cluster.workers=1", "train.keep=9", f"run.dir={place / 'endless'}"]
+    assert main(["train", *given, *more]) == 1
+    assert [path.name for path in sorted((place / "endless" / "checkpoints").iterdir())] == ["step-1"]
+    assert "is not finite after step 2: no checkpoint is made of it" in (place / "endless" / "log.txt").read_text()

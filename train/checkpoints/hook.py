@@ -110,8 +110,14 @@ class Checkpoints(Hook):
         return json.loads(json.dumps(facts))
 
     def _contents(self) -> Contents:
+        """Raises FloatingPointError on every rank for weights that are not finite: such a checkpoint would be the
+        newest, the one that a run goes on from, and the end of one that trained on nothing else would look good."""
         pipeline = None if self.pipeline is None else self.pipeline.comm
-        return saving.contents(self.model, self.optimizer, self.hooks.tensors(), pipeline)
+        held = saving.contents(self.model, self.optimizer, self.hooks.tensors(), pipeline)
+        if (name := saving.not_finite(held)) is not None:
+            step = self.progress.state.step
+            raise FloatingPointError(f"{name} is not finite after step {step}: no checkpoint is made of it")
+        return held
 
     def _write(self, facts: dict[str, Any], held: Contents, group: dist.ProcessGroup | None = None) -> Path:
         keep = self.progress.settings.keep

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.optim import Optimizer
 
 from parallel.collectives import Comm
 from parallel.parallelize import parameter_name
+from parallel.shards import local
 from parallel.tensor import Division, division_of
 from train.checkpoints import stored
 from train.checkpoints.checkpoint import FORMAT, MANIFEST, prune
@@ -52,6 +54,22 @@ def contents(
         weights, moments = get_state_dict(model, optimizer)  # settings, no tensors, are the run's own: never read again
         state = {"model": weights, "optimizer": {"state": moments["state"]}}
     return Contents({**state, **(parts or {})}, _parameters(model, pipeline), division_of(model))
+
+
+def not_finite(held: Contents) -> str | None:
+    """The first weight, or else moment, with a number that is not finite on any rank; None where all are. Collective
+    over all ranks."""
+    parts = {key: held.state[key] for key in ("model", "optimizer") if key in held.state}
+    tensors = {
+        name: local(x)
+        for name, x in flatten_state_dict(parts)[0].items()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    flags = [x.isfinite().all() for x in tensors.values()]  # read afterwards: a device need not stop for each
+    bad = [name for name, finite in zip(tensors, flags, strict=True) if not finite]
+    ranks: list[str | None] = [None for _ in range(dist.get_world_size())]
+    dist.all_gather_object(ranks, bad[0] if bad else None)
+    return next((name for name in ranks if name is not None), None)
 
 
 def save(
