@@ -181,7 +181,7 @@ def run(bench: Bench) -> None:
             more += ["model.dim=32", "model.layers=2", "train.batch_tokens=256", "data.max_length=128"]
             more += ["data.heldout_tokens=256"]
         codes = (
-            farspan(["train", "experiment=smoke", "train.tokens=null", "train.steps=2", *more]),
+            farspan(["train", "experiment=smoke", "train.steps=2", *more]),
             farspan(["train", f"resume={folder}/run", "train.steps=3", f"cluster.device={bench.device}"]),
         )
     bench.check("farspan train, then resume: exit codes", float(sum(codes)), 0.0)

@@ -59,7 +59,7 @@ def contents(
 def not_finite(held: Contents) -> str | None:
     """The first weight, or else moment, with a number that is not finite on any rank; None where all are. Collective
     over all ranks."""
-    parts = {key: held.state[key] for key in ("model", "optimizer") if key in held.state}
+    parts: dict[str, Any] = {key: held.state[key] for key in ("model", "optimizer") if key in held.state}
     tensors = {
         name: local(x)
         for name, x in flatten_state_dict(parts)[0].items()
