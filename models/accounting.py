@@ -253,6 +253,7 @@ class Traced(Whole):
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         (H, K), (G, V) = q.shape[2:], v.shape[2:]
         self.attention.append(AttentionCost(2 * H * (K + V), G * (K + V) * k.itemsize, window, sinks))

@@ -176,6 +176,7 @@ class TextRows:
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         keys = self.held.get(slot)
         if not isinstance(keys, PlacedKeys):

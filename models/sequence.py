@@ -82,12 +82,14 @@ class Sequence(Protocol):
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         """Causal softmax attention in documents: q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] -> [B,T,H,V], G divides H.
 
         A token sees the last `window` tokens of its document, itself included (None: all), and the first `sinks`.
         softcap: c that makes the scores s c·tanh(s / c). sink_logits [H]: a score a head that takes part in each
-        softmax and has no value.
+        softmax and has no value. values_in_keys: says that `v` is the first V channels of `k`, so that one of the two
+        need not travel; a promise, of which nothing else depends.
         """
         ...
 
@@ -234,6 +236,7 @@ class Whole(Tokens):
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         past = self.recall(slot) or KVCache(k[:, :0], v[:, :0])
         firsts = past.firsts(self.pieces)

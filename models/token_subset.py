@@ -224,6 +224,7 @@ class TokenSubset:
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         raise NotImplementedError("softmax attention over some of a sequence's tokens")
 

@@ -54,6 +54,7 @@ class _Attending(Whole):
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         self.windows.append(window)
         return super().attend(q, k, v, slot=slot, window=window, sinks=sinks, softcap=softcap, sink_logits=sink_logits)

@@ -236,7 +236,7 @@ class MemoryModel:
             if isinstance(ask, AttendCall) and ask.window is None:
                 heads = 1 if transport.attention == "gather" else ask.kv_heads
                 spans = ranks if transport.attention == "gather" else 2
-                block = spans * layout.tokens * heads * 2 * max(ask.key, ask.value)
+                block = spans * layout.tokens * heads * ask.sent
                 most = max(most, block * (ask.itemsize + max(4, ask.itemsize)))
             if isinstance(ask, ScanCall):
                 most = max(most, 2.0 * ranks * (ask.decay + ask.state) * ask.itemsize)

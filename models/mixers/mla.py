@@ -103,8 +103,9 @@ class MultiHeadLatentAttention(nn.Module):
         weight = self.kv_b.weight.to(c_BTR.dtype).unflatten(0, (-1, sum(self.made)))
         k_HNR, v_HVR = weight.split(self.made, dim=1)
         q_BTHK = torch.cat((torch.einsum("bthn,hnr->bthr", q_BTHN, k_HNR), q_BTHP), dim=-1)
-        c_BT1R = c_BTR.unsqueeze(2)
-        o_BTHR = seq.attend(q_BTHK * self.factor, torch.cat((c_BT1R, k_BT1P), dim=-1), c_BT1R, slot=slot)
+        k_BT1K = torch.cat((c_BTR.unsqueeze(2), k_BT1P), dim=-1)
+        c_BT1R = k_BT1K[..., : c_BTR.shape[-1]]
+        o_BTHR = seq.attend(q_BTHK * self.factor, k_BT1K, c_BT1R, slot=slot, values_in_keys=True)
         return torch.einsum("bthr,hvr->bthv", o_BTHR, v_HVR)
 
     def _heads(self, q_BTHN: Tensor, q_BTHP: Tensor, c_BTR: Tensor, k_BT1P: Tensor, seq: Sequence, slot: str) -> Tensor:

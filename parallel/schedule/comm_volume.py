@@ -12,9 +12,9 @@ a layer and direction, of states S = H·K·V and decays A:
     ulysses       (P-1)/P of a rank's queries, keys, values and outputs             2309.14509
 
 W is the wider of a key's and a value's channels, L the longest span: spans are padded to it, a rank's two to two rows.
-Only `gather`, `relay` and `allscan` of states do not depend on the length. What is accumulated over ranks (gradients of
-halos, of keys and values) travels in at least fp32. An all-reduce counts as 2(P-1)/P of its bytes, which a ring
-receives.
+Where values are channels of the keys, as those of latents are, it is W and not 2W. Only `gather`, `relay` and `allscan`
+of states do not depend on the length. What is accumulated over ranks (gradients of halos, of keys and values) travels
+in at least fp32. An all-reduce counts as 2(P-1)/P of its bytes, which a ring receives.
 
 Legend: P ranks of a group, R spans a rank, H heads, G key/value heads, K key width, V value width.
 """
@@ -158,7 +158,7 @@ class ScanCall:
 
 @dataclass(frozen=True)
 class AttendCall:
-    """`Sequence.attend`: heads H, kv_heads G, widths key K and value V; window, sinks as there."""
+    """`Sequence.attend`: heads H, kv_heads G, widths key K and value V; window, sinks, values_in_keys as there."""
 
     in_layer: ClassVar[bool] = True
     heads: int
@@ -168,6 +168,12 @@ class AttendCall:
     itemsize: int
     window: int | None = None
     sinks: int = 0
+    values_in_keys: bool = False
+
+    @property
+    def sent(self) -> int:
+        """The numbers that a token has for others in a head of keys and values, without a window."""
+        return max(self.key, self.value) * (1 if self.values_in_keys else 2)
 
     def received(self, layout: Layout, rank: int, how: How) -> Both:
         if self.window is not None:
@@ -195,8 +201,7 @@ class AttendCall:
         return fitting[-1]
 
     def _gathered(self, layout: Layout, how: How) -> Both:
-        width = 2 * max(self.key, self.value)
-        numbers = (layout.ranks - 1) * layout.rows * layout.longest * self.kv_heads * width
+        numbers = (layout.ranks - 1) * layout.rows * layout.longest * self.kv_heads * self.sent
         calls = -(-self.kv_heads // how.heads)
         both = Both(Traffic(), Traffic())
         for way in both:
@@ -209,7 +214,7 @@ class AttendCall:
         rows, others, tokens = layout.ranks // split, split - 1, layout.rows * layout.longest
         width = max(self.key, self.value)
         queries = tokens * self.heads // split * width  # of one rank for another
-        keys = tokens * max(self.kv_heads, split) // split * 2 * width
+        keys = tokens * max(self.kv_heads, split) // split * self.sent
         block = split * keys  # what travels around the ring
         both = Both(Traffic(), Traffic())
         for way in both:

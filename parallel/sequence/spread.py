@@ -75,10 +75,11 @@ class Spread(Tokens):
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         if self.memory is not None:
             how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
-            return time_spans.attend(self, q, k, v, slot=slot, **how)
+            return time_spans.attend(self, q, k, v, slot=slot, values_in_keys=values_in_keys, **how)
         return self.attention.attend(
             self.chain.of(slot),
             q,
@@ -89,6 +90,7 @@ class Spread(Tokens):
             sinks=sinks,
             softcap=softcap,
             sink_logits=sink_logits,
+            values_in_keys=values_in_keys,
         )
 
     def sum(self, x: Tensor) -> Tensor:

@@ -89,10 +89,12 @@ def attend(
     sinks: int = 0,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    values_in_keys: bool = False,
 ) -> Tensor:
     """Implements `Sequence.attend`. Within a window, the keys and values before a span are inputs like any other; else
     the chain's are gathered, and join those that it was entered with."""
-    kv_BTGW = torch.cat((k, v), dim=-1)
+    values_in_keys = values_in_keys and window is None
+    kv_BTGW = k if values_in_keys else torch.cat((k, v), dim=-1)
     widths = (k.shape[-1], v.shape[-1])
     softmax: dict[str, Any] = {"softcap": softcap, "sink_logits": sink_logits}
     if window is not None and not sinks:
@@ -107,7 +109,8 @@ def attend(
         return torch.cat([gathered[a.rank, a.row, : a.length] for a in chain.links])[None]
 
     padded = F.pad(kv_BTGW, [0, 0, 0, 0, 0, chain.longest - k.shape[1]])
-    all_k, all_v = gather(chain.comm, padded, joined, purpose="keys and values", linear=True).split(widths, dim=-1)
+    everyone = gather(chain.comm, padded, joined, purpose="keys and values", linear=True)
+    all_k, all_v = (everyone, everyone[..., : widths[1]]) if values_in_keys else everyone.split(widths, dim=-1)
     past = seq.recall(slot) or KVCache(k[:, :0], v[:, :0])
     runs = _pieces(chain)
     firsts, held = past.firsts([runs]), past.joined(all_k, all_v)

@@ -149,7 +149,7 @@ class TokenByToken(Whole):
             rows.append(F.pad(out, [0, 0] * (out.dim() - 2) + [0, xs[0].shape[1] - n]))
         return torch.cat(rows)
 
-    def attend(self, q, k, v, *, slot, window=None, sinks=0, softcap=None, sink_logits=None):
+    def attend(self, q, k, v, *, slot, window=None, sinks=0, softcap=None, sink_logits=None, values_in_keys=False):
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         at, document = torch.arange(q.shape[1]), self.starts.cumsum(1)
         back = at[:, None] - at[None, :]

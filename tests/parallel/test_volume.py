@@ -30,6 +30,7 @@ from train.execute import Executor
 from train.metrics.comm_trace import asked, weight_units
 
 DIM, HEADS, BLOCKS = 24, 2, 3
+LATENT, ROPE = 10, 2  # of a head of latents: values, and with positions keys
 LINEAR = ("gla", "gated_deltanet", "retnet", "linear", "lru", "rglru", "mlstm", "longhorn")
 HEADED = {"gla", "gated_deltanet", "retnet", "linear", "rglru", "mlstm"}
 
@@ -39,6 +40,7 @@ def model(heads: int, kv_heads: int, only: tuple[str, ...] = ()) -> LM:
     mixers = {name: partial(MIXERS[name], **({"heads": HEADS} if name in HEADED else {})) for name in LINEAR}
     attention = partial(MIXERS["attention"], heads=heads, kv_heads=kv_heads, head_dim=4)
     mixers |= {"attention": attention, "window": partial(attention, window=7, sinks=3)}
+    mixers["mla"] = partial(MIXERS["mla"], heads=heads, head_dim=4, rank=LATENT, rope_dim=ROPE)
     dense, moe = partial(SwiGLU, hidden=8), partial(MoE, num_experts=3, top_k=2, hidden=8)
     chosen = only or (*LINEAR[:-1], "attention", "window")
     blocks = {n: partial(Block, mixer=mixers[n], ffn=moe if n == "window" else dense) for n in chosen}
@@ -100,6 +102,7 @@ def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, shard
 
 # Of attention alone, key heads: one each, and heads too few for four ranks. The whole model has a key head for all.
 MODELS = {"whole": (12, 1), "a head each": (12, 12, ("attention",)), "few heads": (2, 2, ("attention",))}
+MODELS["latents"] = (12, 1, ("mla",))
 
 
 def every_cell(ranks):
@@ -143,6 +146,10 @@ def test_measured_is_predicted_byte_for_byte_on_every_rank(run, ranks):
         name, layout, pair = cell
         want = predicted(MODELS[name], plans(ranks)[layout], How(*pair, BLOCKS, 2))
         assert [got[cell] for got in measured] == want, cell
+    once = (ranks - 1) * -(-len(BATCH[0].tokens) // ranks) * (LATENT + ROPE) * 4  # the latents, and no values
+    once += (ranks - 1) * -(-len(BATCH[1].tokens) // ranks) * (LATENT + ROPE) * 4
+    gathered = measured[0]["latents", "contiguous", PAIRS[0]][0]
+    assert gathered["sequence/keys and values"] == 2 * once and gathered["sequence/keys and values gradient"] == once
     purposes = {purpose for got in measured for cell in got.values() for purpose in cell[0]}
     assert purposes >= {f"sequence/{p}" for p in ("halo", "state", "queries", "keys and values", "document sums")}
 

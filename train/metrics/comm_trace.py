@@ -119,9 +119,10 @@ class _Noting(Traced):
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         (H, K), (G, V) = q.shape[2:], v.shape[2:]
-        self.asks.append(AttendCall(H, G, K, V, k.itemsize, window, sinks))
+        self.asks.append(AttendCall(H, G, K, V, k.itemsize, window, sinks, values_in_keys))
         return super().attend(q, k, v, slot=slot, window=window, sinks=sinks, softcap=softcap, sink_logits=sink_logits)
 
     def sum(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from models.kernels.attention_tiles import Tile, sink_gradient, tile_for
 from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
-from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
+from parallel.sequence.attention.visibility import Softmax, Transpose, apart, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
 from parallel.sequence.span_layout import SpanLayout
 
@@ -39,12 +39,13 @@ class GatherKeys:
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         """See `Keys.attend`."""
         if window is not None:
             how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
             return attend_in_window(chain, q, k, v, pieces, **how)
-        q, kv, scale = together(q, k, v)
+        q, kv, scale = together(q, k, v, values_in_keys)
         out: Tensor = _Gathered.apply(chain, self.heads, tile_for(q.device, softcap), scale, sink_logits, q, kv)
         return out[..., : v.shape[-1]]
 
@@ -68,7 +69,7 @@ class _Gathered(torch.autograd.Function):
                 blocks = chain.comm.all_gather(_padded(chain, kv_part), purpose="keys and values")
                 for row, n in enumerate(chain.mine):
                     for link in chain.links[: n + 1]:
-                        k, v = blocks[link.rank, link.row].chunk(2, dim=-1)
+                        k, v = apart(blocks[link.rank, link.row], q.shape[-1])
                         for meeting in meetings(chain, chain.links[n], link):
                             softmax.see(row, k, v, meeting)
                 own, at = slice(at, at + q_part.shape[2]), at + q_part.shape[2]
@@ -95,8 +96,8 @@ class _Gathered(torch.autograd.Function):
             gradients = torch.zeros_like(blocks, dtype=lse.dtype)
             for row, n in enumerate(chain.mine):
                 for link in chain.links[: n + 1]:
-                    k, v = blocks[link.rank, link.row].chunk(2, dim=-1)
-                    dk, dv = gradients[link.rank, link.row].chunk(2, dim=-1)
+                    k, v = apart(blocks[link.rank, link.row], q.shape[-1])
+                    dk, dv = apart(gradients[link.rank, link.row], q.shape[-1])
                     for meeting in meetings(chain, chain.links[n], link):
                         transpose.see(row, k, v, dk, dv, meeting)
             part = chain.comm.reduce_scatter(gradients, purpose="keys and values gradient")

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from models.kernels.attention_tiles import Tile, sink_gradient, tile_for
 from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
-from parallel.sequence.attention.visibility import Softmax, Transpose, meetings, together
+from parallel.sequence.attention.visibility import Softmax, Transpose, apart, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
 from parallel.sequence.span_layout import Link, SpanLayout
 
@@ -47,13 +47,14 @@ class MeshKeys:
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         """See `Keys.attend`."""
         if window is not None:
             how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
             return attend_in_window(chain, q, k, v, pieces, **how)
         mesh = RowsAndColumns(chain, self.split(chain.comm.size, q.shape[2], k.shape[2]))
-        q, kv, scale = together(q, k, v)
+        q, kv, scale = together(q, k, v, values_in_keys)
         out: Tensor = _Attended.apply(mesh, tile_for(q.device, softcap), scale, sink_logits, q, kv)
         return out[..., : v.shape[-1]]
 
@@ -163,7 +164,7 @@ class _Attended(torch.autograd.Function):
                     for b, queries in enumerate(mesh.links[mesh.row - hop]):
                         if asking is not None and queries is not None:
                             for meeting in meetings(mesh.chain, asking, queries):
-                                k, v = block[b].chunk(2, dim=-1)
+                                k, v = apart(block[b], q.shape[-1])
                                 softmax.see(a, k, v, meeting)
                 if coming is not None:
                     (block,) = coming()
@@ -197,8 +198,8 @@ class _Attended(torch.autograd.Function):
             for a, asking in enumerate(mesh.links[mesh.row]):
                 for b, queries_of_hop in enumerate(mesh.links[mesh.row - hop]):
                     if asking is not None and queries_of_hop is not None:
-                        k, v = block[b].chunk(2, dim=-1)
-                        dk, dv = part[b].chunk(2, dim=-1)
+                        k, v = apart(block[b], q.shape[-1])
+                        dk, dv = apart(part[b], q.shape[-1])
                         for meeting in meetings(mesh.chain, asking, queries_of_hop):
                             transpose.see(a, k, v, dk, dv, meeting)
             if returning is not None:

@@ -27,6 +27,7 @@ class Keys(Protocol):
         sinks: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        values_in_keys: bool = False,
     ) -> Tensor:
         """q [B,T,H,K], k [B,T,G,K], v [B,T,G,V] of this rank's spans -> [B,T,H,V]; see `Sequence.attend`."""
         ...
@@ -61,11 +62,24 @@ def meetings(chain: SpanLayout, queries: Link, keys: Link) -> Iterator[VisibleKe
         )
 
 
-def together(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
-    """q, [k | v] for one message, and the scale: all of the wider one's width, since fused kernels know only one."""
-    scale, width = q.shape[-1] ** -0.5, max(q.shape[-1], v.shape[-1])
+def together(q: Tensor, k: Tensor, v: Tensor, values_in_keys: bool = False) -> tuple[Tensor, Tensor, float]:
+    """q, [k | v] for one message, and the scale: all of the wider one's width, since fused kernels know only one.
+    values_in_keys: the message is k alone, and what is read beyond the width of v means nothing."""
+    scale = q.shape[-1] ** -0.5
+    if values_in_keys:
+        return q, k, scale
+    width = max(q.shape[-1], v.shape[-1])
     q, k, v = (F.pad(x, [0, width - x.shape[-1]]) if x.shape[-1] < width else x for x in (q, k, v))
     return q, torch.cat((k, v), dim=-1), scale
+
+
+def apart(kv: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The keys and the values of such a message, or of its gradient, for queries of a width. Where one is both, it is
+    given twice: what is added to either is added to it."""
+    if kv.shape[-1] == width:
+        return kv, kv
+    k, v = kv.chunk(2, dim=-1)
+    return k, v
 
 
 class Softmax:
