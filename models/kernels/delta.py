@@ -47,9 +47,9 @@ def step(
     q, k, v, *gates, beta = (chunks(wide(x), size) for x in xs)
     known = decayed(gates[0] if gates else None, k, scaled(q, scale), k, seen=seen_in(starts, size), memo=memo)
     u, w = Solve.apply(known.scores[1], beta, v, known.reads[1])  # type: ignore[no-untyped-call]
-    before, written, state = Replace.apply(  # type: ignore[no-untyped-call]
-        known.kept, F.pad(u, (0, state.shape[-1] - u.shape[-1])), w, known.writes, state
-    )
+    if more := state.shape[-1] - u.shape[-1]:  # columns for the effect
+        u = F.pad(u, (0, more))
+    before, written, state = Replace.apply(known.kept, u, w, known.writes, state)  # type: ignore[no-untyped-call]
     return unchunks(known.reads[0] @ before + known.scores[0] @ written, starts.shape[1]), state
 
 
