@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # A file runs on one worker, in the order that tests/conftest.py gives to files.
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-# An installation without bytecode needs the first import to write it.
+# Imports write bytecode, which the installation leaves out.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test tests unit check slow mutations foreign compositions matrix tensor types plans fuzz stops faults docs bench reference clean
@@ -81,6 +81,8 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt --editable '.[dev]'
+	# pip would compile all of torch; what a run imports is a seventh of it.
+	$(VENV)/bin/python -c "import launch.cli, train.build, ray.train, wandb"
 	touch $(READY)
 
 clean:
