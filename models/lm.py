@@ -1,7 +1,7 @@
 """The language model: embedding, a pattern of blocks, and a head over the vocabulary."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -111,9 +111,17 @@ class LM(nn.Module):
         self.routed = len(mixtures(self))  # layers with experts: the routers' losses are means over them
 
     def forward(
-        self, tokens_BT: Tensor, seq: Sequence, targets_BT: Tensor | None = None, *, last: int | None = None
-    ) -> Output:
-        x_BTD, _, routings = self._run(range(len(self.kinds)), self._embed(tokens_BT), {}, seq)
+        self,
+        tokens_BT: Tensor,
+        seq: Sequence,
+        targets_BT: Tensor | None = None,
+        *,
+        last: int | None = None,
+        objective: Callable[..., Any] | None = None,
+    ) -> Any:
+        if objective is not None:  # of `models.distillation`: in here, where sharded weights are whole
+            return objective(self, tokens_BT, seq, targets_BT)
+        x_BTD, _, routings = self.run(range(len(self.kinds)), self.embed(tokens_BT), {}, seq)
         x_BTD = self.width.enter(self.norm(x_BTD), (tokens_BT.shape[0], tokens_BT.shape[1]))
         counts = balance(routings, seq)
         if targets_BT is None:
@@ -134,11 +142,11 @@ class LM(nn.Module):
         The parts' routers' losses and cross-entropies add up to those of `forward`.
         """
         if passed is None:
-            x_BTD, handed = self._embed(tokens_BT), dict[str, Tensor]()
+            x_BTD, handed = self.embed(tokens_BT), dict[str, Tensor]()
         else:
             x_BTD, *values = passed.unbind()
             handed = dict(zip(self.crossing(layers.start), values, strict=True))
-        x_BTD, handed, routings = self._run(layers, x_BTD, handed, seq)
+        x_BTD, handed, routings = self.run(layers, x_BTD, handed, seq)
         counts = balance(routings, seq, layers=self.routed)
         if layers.stop == len(self.kinds):
             assert targets_BT is not None
@@ -153,12 +161,12 @@ class LM(nn.Module):
         before, after = ({self.hands[str(i)] for i in r} for r in (range(layer), range(layer, len(self.kinds))))
         return sorted(name for name in before & after if name is not None)
 
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.width.embed(tokens_BT, self.embedding, self.vocabulary)
         x_BTD = self.width.leave(x_BTD.to(self.compute))
         return x_BTD if self.embedding_scale == 1 else x_BTD * self.embedding_scale
 
-    def _run(
+    def run(
         self, layers: range, x_BTD: Tensor, handed: dict[str, Tensor], seq: Sequence
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Routing]]:
         """The residual stream after these layers, what they hand on, and where their routers sent tokens."""
@@ -184,10 +192,14 @@ class LM(nn.Module):
 
     def score(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, ...]:
         """The same logits' cross-entropy in nats, summed over the targets; without gradients, all of `Scored`."""
-        weight_VD = self.embedding if self.head is None else self.head.weight
-        if self.head is None:
-            x_BTD = x_BTD * self.tied_scale
+        x_BTD, weight_VD = self.before_head(x_BTD)
         how: dict[str, Any] = {"chunk": self.loss_chunk, "softcap": self.logit_softcap}
         if torch.is_grad_enabled():
             return (self.width.cross_entropy(x_BTD, weight_VD, targets_BT, self.vocabulary, **how),)
         return self.width.score(x_BTD, weight_VD, targets_BT, self.vocabulary, **how)
+
+    def before_head(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the weight [V, D] of the head's product, from the normalised residual stream."""
+        if self.head is None:
+            return x_BTD * self.tied_scale, self.embedding
+        return x_BTD, self.head.weight

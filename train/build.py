@@ -94,6 +94,7 @@ def build(order: dict[str, Any]) -> Trainer:
         placed.limited,
         own,
         placed.low if config.precision.scales == "sequence" else None,
+        placed.teacher,
     )
     progress = TrainProgress(train, state)
 

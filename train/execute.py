@@ -24,8 +24,9 @@ from parallel.sequence.attention import Keys
 from parallel.sequence.place import PackedSequence, Placed, place
 from parallel.sequence.states import Transport
 from parallel.tensor import sum_undivided_gradients
+from train.distill import Teacher
 from train.engines.engine import EngineOptimizer
-from train.loss import LossSums, sums
+from train.loss import LossSums, distilled, sums
 from train.time_spans import Passage, Spans
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -53,6 +54,7 @@ class Tally:
     z: Tensor
     dropped: dict[str, Tensor]
     correct: Tensor
+    divergence: Tensor
 
     def add(self, part: LossSums) -> None:
         self.cross_entropy = self.cross_entropy + part.cross_entropy.detach()
@@ -60,6 +62,8 @@ class Tally:
         self.z = self.z + part.z.detach()
         if part.correct is not None:
             self.correct = self.correct + part.correct
+        if part.divergence is not None:
+            self.divergence = self.divergence + part.divergence
         for mine, more in ((self.load, part.load), (self.dropped, part.dropped)):
             for name, choices in more.items():
                 mine[name] = mine[name] + choices if name in mine else choices
@@ -84,6 +88,7 @@ class Executor:
     limited: Sequence[str] = ()  # those of them whose experts have a capacity
     engine: EngineOptimizer | None = None  # that does more than FSDP inside the model does
     low: LowPrecision | None = None  # a recipe whose scales are those of all ranks of a group
+    teacher: Teacher | None = None  # that gives the objective in the cross-entropy's place
 
     def train(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
@@ -124,7 +129,11 @@ class Executor:
             self._begin(last)
             recompute_group(self.model.layers, groups[0].recompute)  # type: ignore[arg-type]
             with self.phase("forward"):
-                part = sums(self.model(placed.tokens, placed.seq, placed.targets))
+                if self.teacher is None:
+                    part = sums(self.model(placed.tokens, placed.seq, placed.targets))
+                else:  # which reads by itself: a sequence is used up by one pass
+                    asked = self.teacher.objective(self._place(groups[0], batch, shapes[0], step=plan.step))
+                    part = distilled(self.model(placed.tokens, placed.seq, placed.targets, objective=asked))
             with self.phase("backward"):
                 self._backward(objective(part))
             yield part
@@ -249,7 +258,7 @@ class Executor:
             )
 
     def _empty(self) -> Tally:
-        nats, balance, z, count = torch.zeros(4, device=self.device).unbind()
+        nats, balance, z, divergence, count = torch.zeros(5, device=self.device).unbind()
         load = {name: torch.zeros(size, dtype=torch.long, device=self.device) for name, size in self.experts.items()}
         dropped = dict.fromkeys(self.limited, count.long())
-        return Tally(nats, balance, load, z, dropped, count.long())
+        return Tally(nats, balance, load, z, dropped, count.long(), divergence)

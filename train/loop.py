@@ -176,6 +176,8 @@ class Trainer:
             "expert_load": {name: (n / n.sum().clamp_min(1)).tolist() for name, n in sums.choices.items()},
         }
         record |= self.by_layer | sums.communication
+        if self.executor.teacher is not None:
+            record["distill_loss"] = sums.divergence / max(sum(s.num_targets for s in batch), 1)
         if state.skips:
             record["skips"] = state.skips
         if len(drawn := self.batches.drawn(state.step, state.skips)) > 1:

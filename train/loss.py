@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.distillation import Distilled
 from models.lm import Output
 from models.precision import wide
 
@@ -18,11 +19,19 @@ class LossSums(NamedTuple):
     z: Tensor  # scalar with gradient, the routers' z-loss, mean over layers
     dropped: dict[str, Tensor]  # by layer whose experts have a capacity, choices that found no place
     correct: Tensor | None = None  # targets that are the likeliest token, where no gradient is taken
+    taught: Tensor | None = None  # scalar with gradient, in the cross-entropy's place, of a run with a teacher
+    divergence: Tensor | None = None  # scalar: of the teacher's distribution from the model's, nats
 
     def objective(self, *, targets: int, tokens: int, balance_weight: float, z_weight: float = 0.0) -> Tensor:
         """This rank's part of the step's loss. It is divided by global counts, so that parts sum and never average."""
         routers = balance_weight * self.balance + z_weight * self.z
-        return self.cross_entropy / max(targets, 1) + routers / max(tokens, 1)
+        nats = self.cross_entropy if self.taught is None else self.taught
+        return nats / max(targets, 1) + routers / max(tokens, 1)
+
+
+def distilled(found: Distilled) -> LossSums:
+    """Sums from a pass with a teacher's objective."""
+    return sums(found.output)._replace(taught=found.objective, divergence=found.divergence)
 
 
 def sums(output: Output, targets_BT: Tensor | None = None) -> LossSums:

@@ -17,6 +17,7 @@ from parallel.mesh import Meshes
 from parallel.pipeline.cut import PipelineCut
 from parallel.pipeline.runner import Pipeline
 from parallel.schedule.comm_volume import Ask
+from train.distill import Teacher, place_teacher
 from train.layout import dependences
 from train.metrics.comm_trace import asked
 from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
@@ -33,6 +34,7 @@ class PlacedModel(NamedTuple):
     experts: by layer, the experts of all stages of a pipeline, {} without one; limited: those layers whose experts have
     a capacity. asks: what a transport is to be chosen for. utilisation: on rank 0, where a model's costs are known.
     counts: parameters of the whole, by what they are counted for. low: the recipe that linear layers follow, or None.
+    teacher: the model that the run learns from, or None.
     """
 
     model: LM
@@ -44,6 +46,7 @@ class PlacedModel(NamedTuple):
     utilisation: Utilisation | None
     counts: dict[str, int]
     low: LowPrecision | None = None
+    teacher: Teacher | None = None
 
 
 def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: Callable[[str], None]) -> PlacedModel:
@@ -63,6 +66,7 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
     low, layers = follow(config.precision, model, order["device"])
     for line in lines(config, layers, low, order["device"]) if low else ():
         say(line)
+    teacher = place_teacher(config, model, meshes)
     engine, make = config.engine.build(), config.optimizer.build()
     optimizer = engine.build(model, meshes, make, seed=config.seed, dtype=master, cut=cut)
     if config.parallel.transport.experts == "padded":
@@ -78,6 +82,7 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
         utilisation,
         counts,
         low,
+        teacher,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from parallel.schedule.adaptive.settings import CostSettings, SimulationSettings
+from train.distill_settings import DISTILL_TARGETS, ConvertSettings, DistillTarget
 from train.instantiate import construct
 from train.settings import (
     ClusterSettings,
@@ -32,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateSettings,
     "simulation": SimulationSettings,
     "cost": CostSettings,
+    "convert": ConvertSettings,
 }
 
 
@@ -64,7 +66,7 @@ class ObjectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A run of a chain that extends a context, each from the one before (docs/extension.md).
+    """A run of a chain that extends a context or converts a model, each from the one before (docs/extension.md).
 
     Keys that a stage does not have are those of the configuration.
 
@@ -72,7 +74,8 @@ class Stage:
     of rotary positions of every softmax layer that has some, an object of `models.positions`, or only its keys that
     change; null for the rule as it is. lr: the learning rate that its schedule multiplies; null for optimizer.lr.
     weights: of data=mixture, by source its weight in this stage; null for those that the sources have. batch_tokens:
-    tokens of a step; null for train.batch_tokens, or for the length where that is more.
+    tokens of a step; null for train.batch_tokens, or for the length where that is more. distill: what the stage learns
+    from the model that the chain begins with, as train.distill.target; null for nothing.
     """
 
     length: int
@@ -81,6 +84,7 @@ class Stage:
     lr: float | None = None
     weights: dict[str, float] | None = None
     batch_tokens: int | None = None
+    distill: DistillTarget | None = None
 
     def __post_init__(self) -> None:
         for name in ("length", "tokens", "batch_tokens", "lr"):
@@ -92,6 +96,8 @@ class Stage:
         for source, weight in (self.weights or {}).items():
             if weight < 0:
                 raise ValueError(f"weights.{source}={weight}: must not be negative")
+        if self.distill not in (None, *DISTILL_TARGETS):
+            raise ValueError(f"distill={self.distill}: must be one of {', '.join(DISTILL_TARGETS)}, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,7 @@ class RunConfig:
     evaluate: EvaluateSettings
     simulation: SimulationSettings
     cost: CostSettings
+    convert: ConvertSettings
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from data.batch_ramp import Ramp
+from train.distill_settings import DistillSettings
 from train.parallel_settings import MachineSettings, ParallelSettings, TransportSettings
 
 Settings = TypeVar("Settings")
@@ -117,6 +118,7 @@ class TrainSettings:
     batch_tokens: int | list[Any] = 4096
     init_optimizer: InitOptimizer = "reset"
     guard: GuardSettings = GuardSettings()
+    distill: DistillSettings = DistillSettings()
     loss_chunk: int | None = 2048
     span_tokens: int | None = None
     span_gradient: SpanGradient = "exact"
@@ -375,4 +377,6 @@ def section(kind: type[Settings], values: dict[str, Any]) -> Settings:
         values["machine"] = MachineSettings(**values["machine"])
     if kind is TrainSettings and isinstance(values.get("guard"), dict):
         values["guard"] = GuardSettings(**values["guard"])
+    if kind is TrainSettings and isinstance(values.get("distill"), dict):
+        values["distill"] = DistillSettings(**values["distill"])
     return kind(**values)

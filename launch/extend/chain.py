@@ -6,12 +6,14 @@ end `export`, a folder that `transformers` loads. A stage that is done is not ru
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from launch import paths
@@ -33,6 +35,7 @@ from launch.shell import command, override, quote
 from train.run_config import ObjectConfig, RunConfig, Stage
 from train.settings import RunSettings
 
+CONVERTED = "converted"  # the folder, in a chain's, of the model between its parent and its first stage
 SHORTEST = 128  # tokens of a needle's text, in bytes, for it and its question to have room
 
 
@@ -60,6 +63,7 @@ def extend(config: RunConfig, overrides: list[str], console: Console) -> RunResu
                 before = rundir.saved_config(resumed)
                 config = replace(config, init_from=before["init_from"])
                 _same_stages(config.stages, before["stages"], resumed)
+                _same_conversion(config, before.get("convert"), resumed)
                 overrides = [each for each in overrides if not _is_own(each)]
             parent, legs = stages.legs(config, overrides)
             _check_folder(config, legs)
@@ -104,6 +108,10 @@ class StagedRun:
         if code := self._measure("before", self.parent.path, self.parent.model, None):
             return RunResult(code, self.folder)
         source: Path = self.parent.path
+        if self.parent.converted is not None:
+            source = self._converted(self.parent.converted)
+            if code := self._measure(CONVERTED, source, self.parent.converted, None):
+                return RunResult(code, self.folder)
         for leg in self.legs:
             place, began = self.folder / leg.name, time.monotonic()
             if not _is_done(place):
@@ -136,6 +144,21 @@ class StagedRun:
         config = replace(leg.config, init_from=str(source), resume=None, run=own, tracking=tracking)
         return checked(config.to_dict())
 
+    def _converted(self, model: ObjectConfig) -> Path:
+        """The checkpoint of the model whose layers have been converted and not trained yet."""
+        from train.conversion import ConvertedWeights, write
+
+        place = self.folder / CONVERTED
+        if not place.exists():
+            parent, after = self.parent, dict(model.values)
+            weights = ConvertedWeights(
+                parent.path, dict(parent.model.values), after, list(parent.layers), self.config.seed
+            )
+            own = {"model": after, "data": {"max_length": parent.trained}, "code": rundir.code_version()}
+            files = {"config.yaml": yaml.safe_dump(own, sort_keys=False)} | _tokenizer(parent.path)
+            write(weights, place, files, lambda name: None)
+        return _checkpoint(place)
+
     def _measure(self, name: str, saved: Path, model: ObjectConfig, leg: StagePlan | None) -> int:
         """Evaluates a checkpoint at the chain's lengths, unless that is done. Returns the exit code."""
         if name in self.record:
@@ -144,7 +167,7 @@ class StagedRun:
         config, device = check_evaluation(config, saved, str(saved), lambda line: None)
         folder = self.folder / "evaluation" / name if leg is None else folder_of(saved)
         folder.mkdir(parents=True, exist_ok=True)
-        self.console.print(f"measuring {'what is extended' if leg is None else f'stage {leg.name}'}", markup=False)
+        self.console.print(f"measuring {_called(name) if leg is None else f'stage {leg.name}'}", markup=False)
         if code := measured(config, saved, folder, device, self.console):
             return code
         self.record.add(name, folder / "results.json", leg)
@@ -220,10 +243,31 @@ def _same_stages(now: Sequence[Stage], before: list[Any], folder: Path) -> None:
             raise UserError(f"stages[{i}]: must be as it was: {folder / name} has begun")
 
 
+def _same_conversion(config: RunConfig, before: dict[str, Any] | None, folder: Path) -> None:
+    """Raises UserError where layers have been converted, and not as the configuration says now."""
+    if (folder / CONVERTED).exists() and asdict(config.convert) != before:
+        raise UserError(f"convert.mixer={config.convert.mixer}: must be as it was: {folder / CONVERTED} is there")
+
+
 def _is_own(override: str) -> bool:
     """Says whether an override is of the chain as a whole, and not of each of its runs."""
     key = override.lstrip("+~").partition("=")[0]
-    return key in ("resume", "stages", "init_from") or key.startswith("run.")
+    return key in ("resume", "stages", "init_from") or key.startswith(("run.", "convert"))
+
+
+def _tokenizer(parent: Path) -> dict[str, str]:
+    """The file that says which tokens a model knows, by its name; {} where there is none."""
+    from data.hf_tokenizer import card_of
+    from train.checkpoints.hf_reader import is_folder
+
+    file = parent / "tokenizer.json"
+    if not file.exists():
+        return {}
+    return {file.name: json.dumps(card_of(parent)) if is_folder(parent) else file.read_text()}
+
+
+def _called(name: str) -> str:
+    return "the converted model" if name == CONVERTED else "what is extended"
 
 
 def _is_done(place: Path) -> bool:

@@ -1,32 +1,40 @@
 """The run that comes of a stage: a chain's configuration, with what the stage says."""
 
+from dataclasses import asdict
 from typing import Any
 
 from launch.config.choices import parameters
 from launch.config.validate import nearest
 from models.hub.architecture import NO_MIXER, Node, layers, node, target
 from models.positions import NoPE, RoPE
+from train.distill_settings import ConvertSettings
 from train.run_config import ObjectConfig, RunConfig, Stage
 
 
-def configured(config: RunConfig, stage: Stage, number: int, model: ObjectConfig) -> dict[str, Any]:
+def configured(config: RunConfig, stage: Stage, number: int, model: ObjectConfig, teacher: str) -> dict[str, Any]:
     """A run's configuration, not checked: the chain's, with what the stage says. number: of the stage, from 1.
 
-    model: that before the stage. Raises ValueError, a line that begins with a key of the stage, for a stage that does
-    not fit the chain.
+    model: that before the stage. teacher: of a stage that distils, where the configuration names none. Raises
+    ValueError, a line that begins with a key of the stage, for a stage that does not fit the chain.
     """
     batch = config.train.batch_tokens
     if stage.batch_tokens is None and not isinstance(batch, int):
         raise ValueError("batch_tokens: missing; train.batch_tokens grows, and a stage has a number")
     settings = config.to_dict()
-    settings["stages"] = []
+    settings["stages"], settings["convert"] = [], asdict(ConvertSettings())
     settings["seed"] = config.seed + number  # else a stage would read again what the one before has read
     settings["model"] = positioned(dict(model.values), stage.positions)
     settings["data"]["max_length"] = stage.length
     settings["train"] |= {"tokens": stage.tokens, "steps": None}
     settings["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)  # type: ignore[type-var]
     if number > 1:  # from the second stage on, the chain goes on from itself
-        settings["train"] |= {"init_optimizer": "keep", "init_weights": "raw"}
+        before = config.stages[number - 2]  # whose optimizer knows the mixers alone, where it has aligned them
+        kept = "reset" if before.distill == "hidden" and stage.distill != "hidden" else "keep"
+        settings["train"] |= {"init_optimizer": kept, "init_weights": "raw"}
+    settings["train"]["distill"] |= {"teacher": None, "target": "logits"}
+    if stage.distill is not None:
+        named = config.train.distill.teacher
+        settings["train"]["distill"] |= {"teacher": named or teacher, "target": stage.distill}
     if stage.lr is not None:
         settings["optimizer"]["lr"] = stage.lr
     if stage.weights is not None:

@@ -15,16 +15,21 @@ def table(facts: dict[str, Any]) -> list[str]:
     last = max((row["from"] for stage in stages for row in stage.get("positions", [])), default=0)
     head = [f"needle at {n:,}" for n in lengths]
     head += [f"loss from {last:,} on"] if last else []
+    whole = any("loss" in stage for stage in stages)
+    head += ["held-out loss"] if whole else []
     rows = []
     for stage in stages:
         cells = [_needle(stage, n) for n in lengths]
         if last:
             losses = [row["loss"] for row in stage.get("positions", []) if row["from"] == last]
             cells.append(f"{losses[0]:.4f}" if losses else "")
+        if whole:
+            cells.append(f"{stage['loss']['loss']:.4f}" if "loss" in stage else "")
         rows.append([stage["name"], *cells])
     far = [stage for stage in stages if stage.get("extrapolation", {}).get("octaves")]
     verdicts = [f"{stage['name']}: {stage['extrapolation']['verdict']}" for stage in far]
-    return [*columns(head, rows, "stage (needle: nats, exact)"), *verdicts]
+    name = "stage (needle: nats, exact)" if lengths else "stage"
+    return [*columns(head, rows, name), *verdicts]
 
 
 def _needle(stage: dict[str, Any], length: int) -> str:

@@ -13,6 +13,7 @@ from launch.errors import UserError
 from launch.evaluation.measure import trained_on
 from launch.evaluation.report import columns
 from launch.extend.compose import configured
+from launch.preflight import init_from
 from launch.preflight.check import check_run
 from launch.preflight.checked import CheckedRun
 from launch.preflight.refusals import refusals
@@ -25,13 +26,20 @@ NUMBERED = ("train.tokens", "train.steps")  # of a chain, each stage has its own
 
 @dataclass(frozen=True)
 class Parent:
-    """The model that a chain extends. path: a checkpoint of ours, or a folder of Hugging Face's. trained: tokens of its
-    longest
-    sequences; None where it does not say. model: its section."""
+    """The model that a chain begins with. path: a checkpoint of ours, or a folder of Hugging Face's. trained: tokens of
+    its longest sequences; None where it does not say. model: its section. converted: what that becomes before the first
+    stage, and layers: those that are converted; None and () without a conversion."""
 
     path: Path
     trained: int | None
     model: ObjectConfig
+    converted: ObjectConfig | None = None
+    layers: tuple[int, ...] = ()
+
+    @property
+    def begins(self) -> ObjectConfig:
+        """The model of the first stage."""
+        return self.converted or self.model
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,9 @@ def legs(config: RunConfig, overrides: list[str]) -> tuple[Parent, list[StagePla
         raise UserError(f"evaluate.weights={config.evaluate.weights}: must be raw with stages")
     if stages := config.curriculum.get("context"):
         raise UserError(f"curriculum.context={stages}: must be null with stages, which say lengths and positions")
-    parent = _parent(config)
+    parent = _after_conversion(config, _parent(config))
     legs_so_far: list[StagePlan] = []
-    model, before = parent.model, parent.trained
+    model, before = parent.begins, parent.trained
     for i, stage in enumerate(config.stages):
         try:
             leg = _leg(config, stage, i + 1, parent, model, before)
@@ -79,12 +87,16 @@ def _leg(
     if before is not None and stage.length < before:
         what = f"those of init_from={config.init_from}" if number == 1 else "the stage before"
         raise ValueError(f"length={stage.length}: must be at least {before}, as {what}")
-    leg = checked(configured(config, stage, number, model))
+    leg = checked(configured(config, stage, number, model, str(parent.path)))
     alone = replace(leg, init_from=str(parent.path))
     if number > 1:  # from the second stage on, the chain goes on from itself
         alone = replace(alone, train=replace(alone.train, init_optimizer=config.train.init_optimizer))
+    if parent.converted is not None:  # whose weights are not there yet
+        alone = replace(alone, init_from=None, train=replace(alone.train, init_optimizer="reset"))
     texts = _positions(stage, parent, model, leg.model, before)
     flight = check_run(alone, lambda line: None)  # the run itself says it again
+    if parent.converted is not None:
+        init_from.still_held_out(parent.path, flight.batches, lambda line: None)
     return StagePlan(stage, rundir.stage_name(number, stage.length), leg, texts, flight)
 
 
@@ -117,12 +129,31 @@ def _parent(config: RunConfig) -> Parent:
     return Parent(path, trained_on(path), model)
 
 
+def _after_conversion(config: RunConfig, parent: Parent) -> Parent:
+    """The parent with what a conversion makes of its model. Raises UserError."""
+    settings = config.convert
+    if settings.mixer is None:
+        return parent
+    from train.conversion import converted
+
+    train = config.train
+    for key, must in (("init_optimizer", "reset"), ("init_weights", "raw")):
+        if (value := getattr(train, key)) != must:
+            raise UserError(f"train.{key}={value}: must be {must} with convert.mixer={settings.mixer}")
+    try:
+        model, layers = converted(dict(parent.model.values), settings)
+        model_of(model)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return replace(parent, converted=ObjectConfig(model), layers=tuple(layers))
+
+
 def _positions(
     stage: Stage, parent: Parent, before: ObjectConfig, after: ObjectConfig, trained: int | None
 ) -> list[str]:
     """Returns what becomes of rotary positions, a line each kind. Raises ValueError for a rule that does not reach."""
     lines = []
-    for plain, was, now in zip(*(_layers(model) for model in (parent.model, before, after)), strict=True):
+    for plain, was, now in zip(*(_layers(model) for model in (parent.begins, before, after)), strict=True):
         if isinstance(now.positions, NoPE):
             lines += [] if isinstance(was.positions, NoPE) else [f"{type(was.positions).__name__} becomes NoPE"]
             continue
@@ -180,9 +211,25 @@ def table(parent: Parent, stages: list[StagePlan]) -> list[str]:
     known = "of unknown length" if parent.trained is None else f"trained on {parent.trained:,} tokens"
     return [
         f"extends     {parent.path}, {known}",
+        *_conversion(parent),
         *columns(head, rows, "stage"),
         *(f"{leg.name}: {line}" for leg in stages for line in leg.positions),
     ]
+
+
+def _conversion(parent: Parent) -> list[str]:
+    if parent.converted is None:
+        return []
+    from train.conversion import lost
+
+    before, after = dict(parent.model.values), dict(parent.converted.values)
+    made = model_of(after).layers[str(parent.layers[0])].mixer
+    numbers = ", ".join(map(str, parent.layers))
+    lines = [f"converts    layers {numbers} of {after['layers']}: softmax attention becomes {type(made).__name__}"]
+    if names := lost(before, list(parent.layers), after):
+        more = "" if len(names) == 1 else f" and {len(names) - 1} more"
+        lines.append(f"            nothing begins from {names[0]}{more}")
+    return lines
 
 
 def _flops(leg: StagePlan) -> list[str]:

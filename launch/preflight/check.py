@@ -12,6 +12,7 @@ from launch.preflight import continuation, init_from
 from launch.preflight.auto_layout import with_layout
 from launch.preflight.checked import CheckedRun, cores
 from launch.preflight.corpus import open_batches
+from launch.preflight.distill import with_teacher
 from launch.preflight.engine import check_engine
 from launch.preflight.layout import check_layout
 from launch.preflight.memory_fit import check_memory
@@ -59,6 +60,7 @@ def check_run(
         check_engine(config, mesh, device)
         _optimizer(config, device, model)
         check_layout(config, mesh, model)
+        config = with_teacher(config, model, here=data_here)
         check_recipe(config, model, device)
         _bases(config, model)
         _stages(config, device)

@@ -57,7 +57,7 @@ def overlay(saved: dict[str, Any], wanted: dict[str, Any], overrides: list[str])
         _copy(wanted, saved, path if package or path[0] not in groups() or len(path) > 1 else path[:1])
     if any(override.lstrip("+").startswith("train.tokens=") for override in overrides):
         saved["train"]["steps"] = wanted["train"]["steps"]  # of the two budgets, the one that is given now
-    for key in ("evaluate", "simulation", "cost", "stages"):
+    for key in ("evaluate", "simulation", "cost", "stages", "convert"):
         saved.setdefault(key, wanted[key])
 
 

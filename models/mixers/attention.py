@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.axes import constant, declare, positive
 from models.linear import Linear
 from models.mixers import heads as sizes
+from models.mixers.inheritance import HeadShape, SoftmaxWeights
 from models.norm import RMSNorm, checked
 from models.positions import Positions, RoPE
 from models.sequence import Sequence
@@ -101,6 +102,14 @@ class Attention(nn.Module):
     def _normed(self, norm: nn.Module, x_BTHK: Tensor) -> Tensor:
         y: Tensor = norm(x_BTHK.flatten(-2)).view_as(x_BTHK) if self.joint else norm(x_BTHK)
         return y
+
+    def projections(self) -> SoftmaxWeights:
+        """The weights that a linear mixer may begin from."""
+        shape = HeadShape(self.q.weight.shape[1], self.units["heads"] or 1, self.head_dim)
+        k, v = self.kv.weight.detach().unflatten(0, (-1, 2, self.head_dim)).unbind(1)
+        k, v = (x.repeat_interleave(shape.heads // len(x), 0).flatten(0, 1) for x in (k, v))
+        gate = None if self.gate is None else self.gate.weight.detach()
+        return SoftmaxWeights(shape, self.q.weight.detach(), k, v, self.out.weight.detach(), gate)
 
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q_BTHK = self._normed(self.q_norm, self.q(x_BTD).unflatten(-1, (-1, self.head_dim)))

@@ -26,6 +26,8 @@ class DeltaNet(QKVMixer):
     x [B, T, D] -> [B, T, D].
     """
 
+    INHERITS = True
+
     def __init__(
         self,
         *,

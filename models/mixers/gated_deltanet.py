@@ -32,6 +32,7 @@ class GatedDeltaNet(QKVMixer):
     x [B, T, D] -> [B, T, D].
     """
 
+    INHERITS = True
     CLOSING = ("gate", "norm", "out")  # what `close` needs
 
     def __init__(

@@ -34,6 +34,8 @@ class GatedLinearAttention(QKVMixer):
     x [B, T, D] -> [B, T, D].
     """
 
+    INHERITS = True
+
     def __init__(
         self,
         *,

@@ -33,6 +33,8 @@ class LinearAttention(QKVMixer):
     x [B, T, D] -> [B, T, D].
     """
 
+    INHERITS = True
+
     def __init__(
         self,
         *,

@@ -2,12 +2,16 @@
 mixers share. Each mixer's own file has its gates, its recurrence and its norm.
 """
 
+from typing import Any, ClassVar
+
+import torch
 from torch import Tensor, nn
 
 from models.axes import positive
-from models.conv import short_conv
+from models.conv import ShortConv, short_conv
 from models.linear import Linear
 from models.mixers.heads import head_dim
+from models.mixers.inheritance import HeadShape, SoftmaxWeights, expand
 from models.sequence import Sequence
 from models.width import Units, split
 
@@ -20,9 +24,12 @@ class QKVMixer(nn.Module):
     keys and values a token has in each head. conv, conv_bias: the short causal convolution, whose result passes silu;
     null for none. silu: whether silu stays without one.
 
+    INHERITS: whether the mixer may begin from softmax attention's weights (`models.mixers.inheritance`).
+
     Raises ValueError for widths that the heads do not divide.
     """
 
+    INHERITS: ClassVar[bool] = False
     norm: nn.Module
     out: nn.Module
 
@@ -69,3 +76,17 @@ class QKVMixer(nn.Module):
         gates = () if gate is None else (gate.unflatten(-1, (-1, self.value_dim)),)
         y: Tensor = self.out(self.norm(o_BTNV, *gates).flatten(-2))
         return y
+
+    @classmethod
+    def like(cls, shape: HeadShape) -> dict[str, Any]:
+        return {"heads": shape.heads, "expand_k": expand(shape), "expand_v": expand(shape)}
+
+    def inherited(self, softmax: SoftmaxWeights) -> dict[str, Tensor]:
+        """The convolution begins as the present token alone, so that it changes nothing yet."""
+        values = {"qkv.weight": torch.cat((softmax.q, softmax.k, softmax.v)), "out.weight": softmax.out}
+        if isinstance(self.conv, ShortConv):
+            values["conv.weight"] = torch.zeros(self.conv.weight.shape)
+            values["conv.weight"][:, -1] = 1.0
+        if softmax.gate is not None and isinstance(getattr(self, "gate", None), nn.Linear | Linear):
+            values["gate.weight"] = softmax.gate
+        return values

@@ -28,6 +28,8 @@ class RetNet(QKVMixer):
     x [B, T, D] -> [B, T, D].
     """
 
+    INHERITS = True
+
     def __init__(
         self,
         *,

@@ -156,6 +156,13 @@ def _reader(checkpoint: Path) -> dcp.StorageReader:
     return PublishedReader(checkpoint) if is_folder(checkpoint) else _Reader(str(checkpoint))
 
 
+def tensors(checkpoint: Path) -> set[str]:
+    """The names of the model's tensors in a checkpoint or in a folder of Hugging Face's, those that are no parameters
+    included. Raises DamagedError."""
+    saved = _reader(checkpoint).read_metadata().state_dict_metadata
+    return {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+
+
 def complete(folder: Path) -> list[Path]:
     """Checkpoints with a manifest, oldest first."""
     return [p for p in _named(folder) if (p / MANIFEST).exists()]

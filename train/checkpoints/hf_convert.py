@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,7 +31,7 @@ from models.hub.architecture import Config, layers
 from models.hub.rows import RowPlace, published
 from parallel.activation_memory import give_back_large
 from train.checkpoints import checkpoint
-from train.checkpoints.hf_reader import CONFIG, Published, named_shapes
+from train.checkpoints.hf_reader import CONFIG, named_shapes
 from train.instantiate import construct
 from train.rope_base import following, rebase, rotary
 
@@ -40,10 +40,26 @@ PARTIAL = ".partial"
 PRECISE = ("norm.weight", ".A_log", ".dt_bias", ".D", ".selection_bias")  # stay as they are at a lower precision
 
 
-class _Streamed(SavePlanner):
-    """Saves what `Published` reads, stretch by stretch: each is read when its turn to be written has come."""
+class ModelSource(Protocol):
+    """A model's parameters, of which rows can be read: `Published` is one."""
 
-    def __init__(self, folder: Published, watch: Callable[[str], None]):
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def stretches(self, name: str) -> Iterator[tuple[int, int]]:
+        """Rows [begin, end) of a parameter, in parts."""
+
+    def read(self, name: str, begin: int, end: int) -> Tensor:
+        """These rows."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Returns what a checkpoint's manifest says of the model."""
+
+
+class _Streamed(SavePlanner):
+    """Saves what a source reads, stretch by stretch: each is read when its turn to be written has come."""
+
+    def __init__(self, folder: ModelSource, watch: Callable[[str], None]):
         self.folder, self.watch = folder, watch
         self._last: Tensor | None = None
 
@@ -83,8 +99,8 @@ class _Streamed(SavePlanner):
         return self._last
 
 
-def take(folder: Published, run: Path, companions: dict[str, str], watch: Callable[[str], None]) -> Path:
-    """Writes a folder's model as `run`, which must not exist: a run of no steps, whose checkpoint is `step-0`.
+def take(folder: ModelSource, run: Path, companions: dict[str, str], watch: Callable[[str], None]) -> Path:
+    """Writes a source's model as `run`, which must not exist: a run of no steps, whose checkpoint is `step-0`.
 
     companions: the files beside the weights, by name their text. watch: is told each parameter whose turn has come.
     Returns the checkpoint. Raises OSError for a disk that is full, ValueError for files that have changed meanwhile.

@@ -30,6 +30,7 @@ class StepTotals:
     cross_entropy: float
     balance: float
     z: float
+    divergence: float
     choices: dict[str, Tensor]
     dropped: dict[str, float]
     communication: dict[str, Any]
@@ -41,7 +42,7 @@ def totals(
     """Adds up what this rank found in a step with that of the others. held: bool []. Collective."""
     layers, limited = sorted(tally.load), sorted(tally.dropped)
     loads = [tally.load[name].double() for name in layers]
-    sums = [tally.cross_entropy, tally.balance, tally.z, *(tally.dropped[name] for name in limited)]
+    sums = [tally.cross_entropy, tally.balance, tally.z, tally.divergence, *(tally.dropped[name] for name in limited)]
     memory = float(peak_memory_bytes(str(device)))
     own = torch.tensor([float(stop), memory, cpu, 0.0, computing], dtype=torch.float64, device=device)
     own[3] = held  # without a word from the device to the host
@@ -52,7 +53,7 @@ def totals(
     first = len(own) + len(sums)
     *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])
     choices = dict(zip(layers, counts, strict=True))
-    cross_entropy, balance, z, *left_out = total[len(own) : first].tolist()
+    cross_entropy, balance, z, divergence, *left_out = total[len(own) : first].tolist()
     dropped = dict(zip(limited, left_out, strict=True))
     return StepTotals(
         stop=bool(total[0] > 0),
@@ -63,6 +64,7 @@ def totals(
         cross_entropy=cross_entropy,
         balance=balance,
         z=z,
+        divergence=divergence,
         choices=choices,
         dropped={name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
         communication=comm_record.record(received.tolist()),

@@ -17,14 +17,15 @@ Make = Callable[..., Optimizer]
 
 
 def build_optimizer(make: Make, model: nn.Module, declared: dict[str, Declared]) -> Optimizer:
-    """`make` on two groups of the model's parameters; only the declared ones decay.
+    """`make` on two groups of the model's parameters; only the declared ones decay, and frozen ones are in none.
 
     Each parameter carries its declaration as `.declared` from here on: sharding has made new ones.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         parameter.declared = declared[parameter_name(name)]  # type: ignore[attr-defined]
-        groups[declared[parameter_name(name)].decay].append(parameter)
+        if parameter.requires_grad:  # else it stays as it is
+            groups[declared[parameter_name(name)].decay].append(parameter)
     return make([{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}])
 
 
