@@ -209,6 +209,6 @@ def spread_experts(model: nn.Module, meshes: Meshes) -> list[nn.Module]:
         for each, weight in list(module.experts.named_parameters(recurse=False)):
             part = weight.detach().chunk(comm.size)[comm.rank].clone()
             cut = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-            module.experts.register_parameter(each, nn.Parameter(cut))
+            module.experts.register_parameter(each, nn.Parameter(cut, requires_grad=weight.requires_grad))
         modules.append(module.experts)
     return modules

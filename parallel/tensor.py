@@ -232,7 +232,8 @@ def replace_parameters(model: nn.Module, pieces: Mapping[str, TensorPiece], widt
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             piece = pieces[f"{module_name}.{leaf}".removeprefix(".")]
             if piece.along is not None:
-                smaller = nn.Parameter(piece.of(parameter.detach(), comm.rank))
+                own = piece.of(parameter.detach(), comm.rank)
+                smaller = nn.Parameter(own, requires_grad=parameter.requires_grad)
                 smaller.declared = parameter.declared  # type: ignore[attr-defined]
                 setattr(module, leaf, smaller)
         if hasattr(module, "bias_share") and module.bias is not None:

@@ -44,6 +44,7 @@ PAGES = [
             "cluster",
             "evaluate",
             "extension",
+            "conversion",
             "decoding",
             "hub",
         )
@@ -67,6 +68,7 @@ TAKE_MINUTES = [
             "cluster",
             "evaluate",
             "extension",
+            "conversion",
             "decoding",
             "hub",
         )
@@ -125,6 +127,9 @@ def shortened(command: str) -> str:
     length = int(re.findall(r"\d+", asked.get("train.batch_tokens", "4096").replace("_", ""))[-1])  # a ramp's last
     if "resume" in asked and words[1] == "sweep":
         return command
+    if asked.get("experiment") == "convert":
+        stages = "stages=[{length: 4096, tokens: 4096, distill: hidden}, {length: 4096, tokens: 4096, distill: logits}]"
+        return shlex.join([*words, *SMALL, stages, "evaluate.parts=[loss]", "evaluate.tokens=4096"])
     if asked.get("experiment") == "extend_context" or asked.get("resume") == "long":  # its stages have budgets
         stages = "stages=[{length: 8192, tokens: 8192, positions: {base: 40_000}}]"
         few = ["evaluate.samples=1", "evaluate.tokens=8192", "evaluate.depths=2", "evaluate.documents=2"]

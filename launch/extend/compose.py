@@ -11,7 +11,9 @@ from train.distill_settings import ConvertSettings
 from train.run_config import ObjectConfig, RunConfig, Stage
 
 
-def configured(config: RunConfig, stage: Stage, number: int, model: ObjectConfig, teacher: str) -> dict[str, Any]:
+def configured(
+    config: RunConfig, stage: Stage, number: int, model: ObjectConfig, teacher: str | None = None
+) -> dict[str, Any]:
     """A run's configuration, not checked: the chain's, with what the stage says. number: of the stage, from 1.
 
     model: that before the stage. teacher: of a stage that distils, where the configuration names none. Raises

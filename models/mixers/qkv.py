@@ -86,7 +86,7 @@ class QKVMixer(nn.Module):
         values = {"qkv.weight": torch.cat((softmax.q, softmax.k, softmax.v)), "out.weight": softmax.out}
         if isinstance(self.conv, ShortConv):
             values["conv.weight"] = torch.zeros(self.conv.weight.shape)
-            values["conv.weight"][:, -1] = 1.0
+            values["conv.weight"][:, 0] = 1.0
         if softmax.gate is not None and isinstance(getattr(self, "gate", None), nn.Linear | Linear):
             values["gate.weight"] = softmax.gate
         return values

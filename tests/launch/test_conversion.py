@@ -1,0 +1,122 @@
+"""A conversion as a user meets it: a published Transformer in, a hybrid out, and mistakes that cost one line."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from launch.cli import main
+from launch.preflight.check import check_run
+from launch.preflight.configure import configure
+from launch.run.checkpoints import checkpoint_of
+from tests.jobs import overrides
+from tests.launch.test_cli import records
+from tests.published_folder import LLAMA, write
+from train.checkpoints import checkpoint
+
+pytestmark = pytest.mark.e2e
+
+FEW = ["cluster.workers=1", "evaluate.parts=[loss]", "evaluate.tokens=1200"]
+ALIGN, MATCH = "{length: 96, tokens: 1500, distill: hidden}", "{length: 96, tokens: 1100, distill: logits, lr: 1e-3}"
+
+
+def given(place) -> list[str]:
+    return [o for o in overrides(place) if not o.startswith("model")] + FEW
+
+
+def chain(place, *more: str) -> list[str]:
+    return [*given(place), "experiment=convert", f"init_from={place / 'llama'}", "convert.every=2", *more]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("conversion")
+    write(place / "llama", LLAMA | {"max_position_embeddings": 96})
+    return place
+
+
+@pytest.fixture(scope="module")
+def hybrid(place):
+    run = place / "hybrid"
+    assert main(["train", *chain(place, f"stages=[{ALIGN}, {MATCH}]", f"run.dir={run}")]) == 0
+    return run
+
+
+def weights(path):
+    state = {name: torch.empty(shape) for name, (shape, _) in checkpoint.manifest(path)["model"].items()}
+    checkpoint.read({"model": state}, path, alone=True)
+    return state
+
+
+def test_the_mixers_are_aligned_then_all_of_the_model_learns(hybrid):
+    began, aligned, matched = (
+        checkpoint.newest(hybrid / name / "checkpoints", print) for name in ("converted", "1-96", "2-96")
+    )
+    saved = [OmegaConf.load(path / "config.yaml") for path in (began, aligned, matched)]
+    assert [list(c.model.pattern) for c in saved] == 3 * [["attn_gla", "attn"]]
+    assert [c.train.distill.target for c in saved[1:]] == ["hidden", "logits"]
+    assert [c.train.init_optimizer for c in saved[1:]] == ["reset", "reset"]
+    assert [c.convert.mixer for c in saved[1:]] == [None, None]
+    first, second, third = map(weights, (began, aligned, matched))
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert moved == {name for name in first if name.startswith("layers.0.mixer.")}
+    assert all(not torch.equal(second[name], third[name]) for name in second)
+    losses = [r["loss"] for r in records(hybrid / "1-96")]
+    assert losses[-1] < losses[0] < 5 and "distill_loss" in records(hybrid / "2-96")[0]
+    found = json.loads((hybrid / "extension.json").read_text())
+    assert [stage["name"] for stage in found["stages"]] == ["before", "converted", "1-96", "2-96"]
+    assert all(stage["loss"]["loss"] > 0 for stage in found["stages"])
+
+
+def test_what_comes_out_is_a_run_and_a_chain_that_goes_on(hybrid, place):
+    child = configure([*given(place), f"init_from={hybrid}", "train.steps=1"])
+    assert check_run(child, lambda line: None).init_from == checkpoint_of(str(hybrid))
+    mtimes = [(hybrid / name / "metrics.jsonl").stat().st_mtime for name in ("1-96", "2-96")]
+    longer = f"stages=[{ALIGN}, {MATCH}, {{length: 192, tokens: 384, positions: {{base: 40000}}}}]"
+    assert main(["train", f"resume={hybrid}", longer]) == 0
+    assert [(hybrid / name / "metrics.jsonl").stat().st_mtime for name in ("1-96", "2-96")] == mtimes
+    saved = OmegaConf.load(hybrid / "3-192" / "config.yaml")
+    assert saved.train.init_optimizer == "keep" and saved.train.distill.teacher is None
+    assert saved.model.blocks.attn.mixer.positions.base == 40000
+
+
+@pytest.mark.slow
+def test_an_alignment_that_is_resumed_is_one_that_was_never_stopped(hybrid, place):
+    asked = [*given(place), f"init_from={hybrid / 'converted'}", f"train.distill.teacher={place / 'llama'}"]
+    asked += ["train.distill.target=hidden", "schedule=constant", "tracking=none"]
+    assert main(["train", *asked, "train.steps=4", f"run.dir={place / 'whole'}"]) == 0
+    assert main(["train", *asked, "train.steps=2", f"run.dir={place / 'halves'}"]) == 0
+    assert main(["train", f"resume={place / 'halves'}", "train.steps=4"]) == 0
+    runs = [records(place / name) for name in ("whole", "halves")]
+    assert [r["loss"] for r in runs[0]] == [r["loss"] for r in runs[1]] and len(runs[0]) == 4
+    one, other = (weights(checkpoint_of(str(place / name))) for name in ("whole", "halves"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+REFUSED = {
+    "convert.mixer=mamba2": "convert.mixer=mamba2: must be one of deltanet, gated_deltanet, gla, kda, linear, retnet",
+    "convert.keep=[7]": "convert.keep=[7]: must be some of 0, 1, the layers of attention",
+    "convert.every=0": "convert.every=0: must be at least 1",
+    "convert.options={heads: 2}": "convert.options.heads: must not be given: it is that of the attention, 4",
+    "train.init_optimizer=keep": "train.init_optimizer=keep: must be reset with convert.mixer=gla",
+    "stages=[{length: 96, tokens: 100, distill: both}]": "stages[0].distill=both: must be one of logits, hidden",
+    "stages=[{length: 96, tokens: 500}, {length: 96, tokens: 500, distill: hidden}] train.distill.teacher=nowhere": (
+        "stages[1]: train.distill.teacher=nowhere: no such run"
+    ),
+    "parallel.tensor=2 cluster.workers=2": "stages[0]: parallel.tensor=2: must be 1 with train.distill.teacher",
+    "train.span_tokens=48": "stages[0]: train.span_tokens=48: must be null with train.distill.teacher",
+    "init_from=nowhere": "init_from=nowhere: no such run",
+    "stages=[] init_from=null": "convert.mixer=gla: must be null without stages",
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_a_conversion_that_cannot_be_costs_one_line_and_writes_nothing(place, capsys, wrong):
+    words = wrong.split(" ") if wrong.count("stages=[{") == 0 else wrong.replace("] train", "]\ntrain").split("\n")
+    asked = chain(place, f"stages=[{ALIGN}]", f"run.dir={place / 'none'}")
+    words = [wrong] if wrong.startswith("convert.options") else words
+    assert main(["train", *asked, *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"farspan train: {REFUSED[wrong]}") and err.count("\n") == 1, err
+    assert not (place / "none").exists()
