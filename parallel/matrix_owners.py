@@ -17,17 +17,18 @@ A parameter holds one matrix or several: those of experts along its first dimens
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from parallel.collectives import LEDGER
+from parallel.collectives import LEDGER, all_gather_into
 from parallel.liveness import HERE, Wait
 from parallel.schedule.comm_volume import Traffic
 
@@ -35,6 +36,7 @@ TOGETHER = 1 << 25  # elements of whole matrices that a rank holds at a time, un
 PURPOSE = "matrices"
 CUT = ("expert",)  # dimensions of a mesh along which ranks hold other experts
 
+Name = TypeVar("Name")
 Places = slice | list[int]
 Function = Callable[[Tensor], Tensor]  # [S, M, N] -> [S, M, N], of S matrices of one shape
 
@@ -141,6 +143,34 @@ def whole(x: Tensor) -> Tensor:
         placements[dim] = Replicate()
         x = x.redistribute(placements=placements)
     return x.full_tensor()
+
+
+def wholes(tensors: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
+    """Each tensor as `whole` gives it. Tensors of one dtype whose rows one group of ranks shares travel in one message,
+    where `whole` sends one for each. Collective."""
+    results, together = dict(tensors), defaultdict[Any, dict[Name, DTensor]](dict)
+    for name, x in tensors.items():
+        if isinstance(x, DTensor) and (dim := _dim_of_rows(x)) is not None:
+            together[x.device_mesh.get_group(dim), x.dtype][name] = x
+        else:
+            results[name] = whole(x)
+    for (group, _), several in together.items():
+        world, own = dist.get_world_size(group), torch.cat([x.to_local().reshape(-1) for x in several.values()])
+        rows = [(shares(len(x), world), x.numel() // max(len(x), 1)) for x in several.values()]
+        sizes = [[(begins[rank + 1] - begins[rank]) * each for begins, each in rows] for rank in range(world)]
+        longest = max(map(sum, sizes))
+        received = own.new_empty(world * longest)
+        all_gather_into(received, nn.functional.pad(own, (0, longest - len(own))), group=group)
+        parts = [row[: sum(held)].split(held) for row, held in zip(received.view(world, -1), sizes, strict=True)]
+        for (name, x), pieces in zip(several.items(), zip(*parts, strict=True), strict=True):
+            results[name] = torch.cat(pieces).view(x.shape)
+    return results
+
+
+def _dim_of_rows(x: DTensor) -> int | None:
+    """The dimension of its mesh along which ranks hold other rows; None where anything else divides it too."""
+    cut = [dim for dim, placement in enumerate(x.placements) if placement != Replicate()]
+    return cut[0] if len(cut) == 1 and type(at := x.placements[cut[0]]) is Shard and at.dim == 0 else None
 
 
 class MatrixOwners:

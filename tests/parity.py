@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from models.axes import initialise
 from models.block import Block
@@ -20,7 +19,7 @@ from models.mixers import MIXERS
 from models.moe import MoE
 from models.recipes import RECIPES, LowPrecision, apply, policy
 from models.sequence import Whole
-from parallel.matrix_owners import whole
+from parallel.matrix_owners import whole, wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
@@ -149,19 +148,8 @@ def spread(
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double(), purpose="loss")
     loss = both[0].item() / targets + BALANCE * both[1].item() / counted(batch)
-    gradients = gathered({parameter_name(n): p.grad for n, p in model.named_parameters()})
+    gradients = wholes({parameter_name(n): p.grad for n, p in model.named_parameters()})
     return loss, {name: logical(model, name, gradient).cpu().numpy() for name, gradient in gradients.items()}
-
-
-def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those that one mesh divides by rows, whole, by one message: a `full_tensor` each is a fourth of a small step."""
-    rows = {n: x for n, x in tensors.items() if isinstance(x, DTensor) and x.placements == (Shard(0),)}
-    if not rows or len({x.device_mesh for x in rows.values()}) > 1:
-        return tensors
-    group = next(iter(rows.values())).device_mesh.get_group()
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, {name: x.to_local().cpu() for name, x in rows.items()}, group=group)
-    return tensors | {name: torch.cat([part[name] for part in parts]) for name in rows}
 
 
 def logical(model: LM, name: str, x: Tensor) -> Tensor:

@@ -205,9 +205,12 @@ def cells() -> tuple[Cell, ...]:
     return tuple(sorted(found, key=lambda cell: (cell.ranks, cell.mixer, cell.precision, cell.packing)))
 
 
-def covering(seed: int = 0, tries: int = 40) -> list[Cell]:
-    """Few cells in which every two values that some cell has together stand together (greedy, the same each time)."""
-    everything = cells()
+def covering(seed: int = 0, tries: int = 40, *, packings_by_mixer: bool = False) -> list[Cell]:
+    """Few cells in which every two values that some cell has together stand together (greedy, the same each time).
+
+    packings_by_mixer: a mixer and a packing too, which takes three times the cells.
+    """
+    everything, pairs = cells(), every_pair if packings_by_mixer else quick_pairs
     holding: dict[tuple, list[Cell]] = {}
     for cell in everything:
         for pair in pairs(cell):
@@ -224,7 +227,12 @@ def covering(seed: int = 0, tries: int = 40) -> list[Cell]:
     return [cell for cell in everything if cell in set(chosen)]
 
 
-def pairs(cell: Cell) -> Iterable[tuple]:
+def quick_pairs(cell: Cell) -> list[tuple]:
+    """All pairs but the mixer with the packing: a packing with each transport stands for it."""
+    return [pair for pair in every_pair(cell) if {name for name, _ in pair} != {"mixer", "packing"}]
+
+
+def every_pair(cell: Cell) -> Iterable[tuple]:
     """Two of the cell's values; a transport's name means another one for effects than for keys."""
     named = [(field, value) for field, value in cell._asdict().items()]
     named[1] = (f"transport of {'effects' if recurrent(cell.mixer) else 'keys'}", cell.transport)

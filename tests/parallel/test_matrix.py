@@ -58,18 +58,22 @@ def red(measured: dict[Cell, Worst]) -> list[str]:
     ]
 
 
-def test_a_covering_part_equals_one_process(run):
-    """Any two of mixer, transport, layout, packing, ranks and precision that go together do so in some cell."""
-    failed = red(run_matrix(run, matrix.covering()))
+@pytest.mark.parametrize("packings_by_mixer", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_covering_part_equals_one_process(run, packings_by_mixer):
+    """Any two of mixer, transport, layout, packing, ranks and precision that go together do so in some cell; a mixer
+    and a packing in `make slow`."""
+    failed = red(run_matrix(run, matrix.covering(packings_by_mixer=packings_by_mixer)))
     assert not failed, "\n".join(failed)
 
 
-def test_the_covering_part_covers():
-    every, chosen = matrix.cells(), matrix.covering()
-    assert {pair for cell in every for pair in matrix.pairs(cell)} == {
-        pair for cell in chosen for pair in matrix.pairs(cell)
-    }
-    assert len(chosen) < len(every) / 50 and chosen == matrix.covering()
+@pytest.mark.parametrize(
+    ("packings_by_mixer", "pairs", "share"),
+    [(False, matrix.quick_pairs, 200), pytest.param(True, matrix.every_pair, 50, marks=pytest.mark.slow)],
+)
+def test_the_covering_part_covers(packings_by_mixer, pairs, share):
+    every, chosen = matrix.cells(), matrix.covering(packings_by_mixer=packings_by_mixer)
+    assert {pair for cell in every for pair in pairs(cell)} == {pair for cell in chosen for pair in pairs(cell)}
+    assert len(chosen) < len(every) / share and chosen == matrix.covering(packings_by_mixer=packings_by_mixer)
 
 
 def test_the_matrix_has_every_mixer_and_every_transport():

@@ -32,10 +32,11 @@ from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.comm_volume import How
 from parallel.schedule.mesh import Mesh
+from parallel.schedule.plan import Plan
 from parallel.schedule.static import Static
 from parallel.tensor import TensorPiece, division
 from tests.parallel.test_mixers import BUILDS
-from tests.parallel.test_parity import BATCH, static
+from tests.parallel.test_parity import BATCH
 from tests.parity import TOLERANCE, VOCABULARY, differences, logical, mixer_model, small_model, spread, truth
 from tests.world import run_world
 from train.checkpoints import checkpoint, saving
@@ -93,6 +94,7 @@ LAYOUTS: dict[str, tuple[Mesh, str, str, int | None]] = {  # mesh, model, recomp
     "expert 2 × sequence 2, parts": (Mesh(expert=2, sequence=2), "parts", "selective", None),
     "replicate 2 × data 2, accumulated, recomputed": (Mesh(replicate=2, data=2), "hybrid", "selective", 140),
 }
+BATCHES = {name: SHORT if tokens is None else BATCH for name, (_, _, _, tokens) in LAYOUTS.items()}
 DIVISIONS = {"tensor 2": Mesh(tensor=2), "tensor 2 × sequence 2": Mesh(tensor=2, sequence=2)}
 OPTIONS = {  # that are divided in another way than the mixer's plain form
     "gated_deltanet, value heads": partial(mixer_model, "gated_deltanet", heads=2, value_heads=4),
@@ -101,12 +103,18 @@ OPTIONS = {  # that are divided in another way than the mixer's plain form
 }
 
 
+def planned(layout: str) -> Plan:
+    mesh, _, _, tokens = LAYOUTS[layout]
+    lengths = [len(s.tokens) for s in BATCHES[layout]]
+    return Static(tokens_per_rank=tokens).plan(0, lengths, data=mesh.split[0], sequence=mesh.split[1])
+
+
 def every_layout() -> dict[str, Any]:
     """Returns loss and gradients of each layout; and by "axis/purpose", the bytes and calls that this rank counts."""
     found = {}
-    for name, (mesh, model, remat, tokens) in LAYOUTS.items():
+    for name, (mesh, model, remat, _) in LAYOUTS.items():
         LEDGER.take()
-        got = spread(BATCH, static(*mesh.split, tokens), "fp64", remat, mesh=mesh, build=MODELS[model])
+        got = spread(BATCHES[name], planned(name), "fp64", remat, mesh=mesh, build=MODELS[model])
         size, calls = LEDGER.take()
         own = {LedgerEntry("plan", "loss"), LedgerEntry("world", "loss")}  # the sum that `spread` takes
         found[name] = got, {"/".join(e): (size[e], calls[e]) for e in calls.keys() - own}
@@ -124,10 +132,10 @@ def four(run, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_layout_gives_the_loss_and_gradients_of_one_process(four):
-    wanted = {name: truth(BATCH, "fp64", build=build) for name, build in MODELS.items()}
+    wanted = {name: truth(BATCHES[name], "fp64", build=MODELS[LAYOUTS[name][1]]) for name in LAYOUTS}
     for rank in four:
         for name, (got, _) in rank["layouts"].items():
-            for what, error in differences(got, wanted[LAYOUTS[name][1]]).items():
+            for what, error in differences(got, wanted[name]).items():
                 assert error <= TOLERANCE["fp64"], f"{name}: {what}: {error:.1e}"
 
 
@@ -326,8 +334,7 @@ def test_muon_moves_divided_matrices_as_one_process_does(four):
 
 def test_bytes_by_axis_are_those_foretold(four):
     measured = [{name: counted for name, (_, counted) in rank["layouts"].items()} for rank in four]
-    starts = [np.flatnonzero(s.positions == 0).tolist() for s in BATCH]
-    for name, (mesh, model_name, remat, tokens) in LAYOUTS.items():
+    for name, (mesh, model_name, remat, _) in LAYOUTS.items():
         if mesh.expert > 1:  # rows go where routers send them: `test_expert_volume`
             continue
 
@@ -337,8 +344,8 @@ def test_bytes_by_axis_are_those_foretold(four):
             model.compute = torch.float64
             return model
 
-        plan = static(*mesh.split, tokens)
-        foretold = of_step(build, mesh, plan, starts, How(), itemsize=8, reshard=True, recompute=remat)
+        starts = [np.flatnonzero(s.positions == 0).tolist() for s in BATCHES[name]]
+        foretold = of_step(build, mesh, planned(name), starts, How(), itemsize=8, reshard=True, recompute=remat)
         for got, want in zip(measured, foretold, strict=True):
             there = {f"{axis}/{p}": (t.bytes[p], t.calls[p]) for axis, t in want.items() for p in t.calls}
             assert got[name] == there, name

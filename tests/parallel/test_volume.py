@@ -100,6 +100,7 @@ def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, shard
     return tuple({"/".join(entry): n for entry, n in part.items()} for part in LEDGER.take())
 
 
+KEY_HEADS = {"ulysses": ("unequal", "contiguous"), "usp": ("unequal", "contiguous")}  # layouts, for attention alone
 # Of attention alone, key heads: one each, and heads too few for four ranks. The whole model has a key head for all.
 MODELS = {"whole": (12, 1), "a head each": (12, 12, ("attention",)), "few heads": (2, 2, ("attention",))}
 MODELS["latents"] = (12, 1, ("mla",))
@@ -112,7 +113,7 @@ def every_cell(ranks):
         for name, options in MODELS.items()
         for layout, plan in plans(ranks).items()
         for pair in PAIRS
-        if fits(options[0], plan, pair[1])
+        if fits(options[0], plan, pair[1]) and (name == "whole" or layout in KEY_HEADS.get(pair[1], ("unequal",)))
     }
 
 

@@ -17,7 +17,7 @@ from parallel.schedule.plan import Group, MicroStep
 from parallel.schedule.static import Static
 from parallel.sequence import TRANSPORTS
 from tests import parity
-from tests.parity import Sample, assert_close, mixer_model, spread, truth
+from tests.parity import Sample, assert_close, spread, truth
 from train import time_spans as spans_of
 from train.time_spans import Borders, Spans, SpansTold
 
@@ -101,20 +101,32 @@ MIXERS_TRIED = {
 }
 
 
-def one_mixer(mixer, sequence):
-    build = partial(mixer_model, mixer, layers=2, **MIXERS_TRIED[mixer])
-    batch = [Sample((30, 11, 2, 1, 37))]
-    return in_spans(Spans(12), batch, sequence=sequence, build=build), truth(batch, "fp64", build=build)
+MODELS = 3
+PACKED = [Sample((30, 11, 2, 1, 37))]
 
 
-def mixers_of(sequence):
-    return {mixer: one_mixer(mixer, sequence) for mixer in MIXERS_TRIED}
+def several_mixers(number):
+    """A layer for each; the mixers are dealt out to the models."""
+    dealt = [name for i, name in enumerate(MIXERS_TRIED) if i % MODELS == number]
+    blocks = {
+        name: partial(Block, mixer=partial(MIXERS[name], **MIXERS_TRIED[name]), ffn=partial(SwiGLU, hidden=24))
+        for name in dealt
+    }
+    return LM(vocabulary=parity.VOCABULARY, dim=16, layers=len(dealt), pattern=dealt, blocks=blocks)
+
+
+def every_model(sequence):
+    return [
+        in_spans(Spans(12), PACKED, sequence=sequence, build=partial(several_mixers, number))
+        for number in range(MODELS)
+    ]
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_kind_of_state_passes_from_span_to_span(run, ranks):
-    for found in run(ranks, mixers_of, ranks):
-        for got, want in found.values():
+    wanted = [truth(PACKED, "fp64", build=partial(several_mixers, number)) for number in range(MODELS)]
+    for found in run(ranks, every_model, ranks):
+        for got, want in zip(found, wanted, strict=True):
             assert_close(got, want, "fp64")
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.matrix_owners import whole
+from parallel.matrix_owners import wholes
 from parallel.parallelize import parameter_name
 from parallel.tensor import division_of
 from train.build import build
@@ -86,11 +86,9 @@ class _Watched:
     def _every(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The whole tensors of all weights, or a tensor rank's parts of them; zeros for one that is not there.
         Collective."""
-        results = {}
-        for name, parameter in self._named().items():
-            value = held.get(name)
-            results[name] = whole(torch.zeros_like(parameter) if value is None else value).detach().clone()
-        return results
+        values = {name: held.get(name) for name in self._named()}
+        there = {name: torch.zeros_like(p) if (x := values[name]) is None else x for name, p in self._named().items()}
+        return {name: x.detach().clone() for name, x in wholes(there).items()}
 
 
 class _Noting:

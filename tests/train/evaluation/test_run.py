@@ -62,9 +62,8 @@ def test_one_rank_and_four_give_the_same_numbers(run, tmp_path, precision, toler
     config = composed([*overrides(tmp_path, *more), "train.steps=2", "cluster.workers=1"])
     run(1, trained, config, tmp_path / "run")
     one = measured(run, tmp_path, config, "one", 1)
-    others: dict = {"four": (4, {})}
-    if precision == "fp64":
-        others["in pairs, span after span"] = (4, {"data": 2, "span_tokens": 40})
+    pairs: dict = {"data": 2, "span_tokens": 40}  # of ranks, span after span
+    others = {"in pairs": (4, pairs)} if precision == "fp64" else {"four": (4, {})}
     for name, (world, options) in others.items():
         other = numbers(measured(run, tmp_path, config, name, world, **options))
         for key, value in numbers(one).items():
