@@ -21,6 +21,7 @@ from models.hub.granite import GRANITE
 from models.hub.granite_hybrid import GRANITE_HYBRID
 from models.hub.granite_moe import GRANITE_MOE, GRANITE_MOE_SHARED
 from models.hub.jamba import JAMBA
+from models.hub.kimi_linear import KIMI_LINEAR
 from models.hub.lfm2 import LFM2
 from models.hub.llama import LLAMA
 from models.hub.mamba import FALCON_MAMBA, MAMBA
@@ -45,7 +46,7 @@ _BIASED = (QWEN2, QWEN2_MOE, SEED_OSS, GLM, GLM4, GLM4_MOE)
 _NORMED = (OLMO2, OLMO3, OLMOE, EXAONE4, GEMMA, GEMMA2, GEMMA3, VAULT_GEMMA)
 _SQUARED = (ARCEE, NEMOTRON)
 _SPARSE = (MINIMAX_M2, DOTS1, DEEPSEEK_V3, GRANITE_MOE, GRANITE_MOE_SHARED, ERNIE_MOE, GPT_OSS)
-_HYBRID = (OLMO_HYBRID, LFM2, FALCON_MAMBA, JAMBA, FALCON_H1, MINIMAX, NEMOTRON_H, RECURRENT_GEMMA)
+_HYBRID = (OLMO_HYBRID, LFM2, FALCON_MAMBA, JAMBA, FALCON_H1, MINIMAX, NEMOTRON_H, RECURRENT_GEMMA, KIMI_LINEAR)
 _ALL = _FIRST + _MORE + _BIASED + _NORMED + _SQUARED + _SPARSE + _HYBRID
 ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in _ALL}
 

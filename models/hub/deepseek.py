@@ -78,7 +78,7 @@ def _express(model: Node) -> Config:
     return parts.shapes(model, NAME) | eps | one(mapping, NAME) | sigmoid_moe.keys(model, NAME)
 
 
-def _rows(ours: str, theirs: str, config: Config) -> Entries:
+def latent_rows(ours: str, theirs: str, config: Config) -> Entries:
     H, D, R, Q = (config[key] for key in ("num_attention_heads", "hidden_size", "kv_lora_rank", "q_lora_rank"))
     N, P, V = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     turned = P if config["rope_interleave"] else 0
@@ -107,16 +107,21 @@ def _rows(ours: str, theirs: str, config: Config) -> Entries:
     return rows
 
 
-def _fits(config: Config) -> None:
+def latents_fit(config: Config) -> None:
+    """Raises ValueError for keys of latent attention that are none together."""
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"] or config["num_attention_heads"]
     if heads != groups:
         raise ValueError(f"config.json: num_key_value_heads={groups}: must be num_attention_heads={heads}")
-    turned = config["qk_rope_head_dim"]
-    if config["head_dim"] not in (None, turned):
-        raise ValueError(f"config.json: head_dim={config['head_dim']}: must be qk_rope_head_dim={turned}, or absent")
     wide = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
     if wide > 4 * decoder.LARGE:
         raise ValueError(f"config.json: qk_rope_head_dim={config['qk_rope_head_dim']}: is too much for {heads} heads")
+
+
+def _fits(config: Config) -> None:
+    turned = config["qk_rope_head_dim"]
+    if config["head_dim"] not in (None, turned):
+        raise ValueError(f"config.json: head_dim={config['head_dim']}: must be qk_rope_head_dim={turned}, or absent")
+    latents_fit(config)
     sigmoid_moe.fits(config)
 
 
@@ -146,7 +151,7 @@ DEEPSEEK_V3 = Architecture(
     unstacked=parts.unstacked,
     body=_body,
     express=_express,
-    entries=decoder.entries(_rows, sigmoid_moe.rows),
+    entries=decoder.entries(latent_rows, sigmoid_moe.rows),
     suits=lambda model, mixers: mixers == {MIXER},
     left_out=("model.layers.61.",),  # of the prediction of several tokens, as its reader leaves out
 )

@@ -26,7 +26,8 @@ class KimiDeltaAttention(QKVMixer):
     of dim. conv: tokens that the short causal convolution on queries, keys and values sees, the present one included;
     it stays within the document; null for none, and silu alone. negative_eigenvalues: β in (0, 2) instead of (0, 1), so
     that a write may also turn the sign of the value at its key (2411.12537). conv_bias: true gives the convolution a
-    bias. norm_eps: epsilon that the norm of a head's output adds to its mean square.
+    bias. gate_bias: true gives the output's gate one, which the published weights have not. norm_eps: epsilon that the
+    norm of a head's output adds to its mean square.
 
     The decays and the output's gate come through a bottleneck as wide as a head's values.
 
@@ -45,6 +46,7 @@ class KimiDeltaAttention(QKVMixer):
         conv: int | None = 4,
         negative_eigenvalues: bool = False,
         conv_bias: bool = False,
+        gate_bias: bool = True,
         norm_eps: float = 1e-5,
     ):
         super().__init__(
@@ -57,7 +59,7 @@ class KimiDeltaAttention(QKVMixer):
         self.dt_bias = declare(self.keys, axes=("heads",), init=softplus_inverse_of_log_uniform(1e-3, 0.1), decay=False)
         self.beta = Linear(dim, heads, axes=("heads", "embed"))
         self.gate_in = Linear(dim, self.value_dim, axes=(None, "embed"))
-        self.gate_out = Linear(self.value_dim, self.values, axes=("heads", None), bias=True)
+        self.gate_out = Linear(self.value_dim, self.values, axes=("heads", None), bias=gate_bias)
         self.norm = GatedRMSNorm(self.value_dim, activation=torch.sigmoid, eps=checked(norm_eps), axis=None)
         self.out = Linear(self.values, dim, axes=("embed", "heads"))
         self.recurrence = Dense("kda")

@@ -39,6 +39,9 @@ SIGMOID = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_si
 LATENT = {"num_key_value_heads": 4, "head_dim": 4, "q_lora_rank": 12, "kv_lora_rank": 8, "v_head_dim": 10, "n_group": 1}
 LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "topk_group": 1}
 GATED = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+KIMI = {key: LATENT[key] for key in LATENT if key not in ("head_dim", "q_lora_rank")} | {"linear_conv_kernel_dim": 3}
+KIMI |= {"linear_head_dim": 6, "linear_num_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+KIMI |= {"moe_intermediate_size": 12}
 NEMOTRON = DENSE | {"mamba_num_heads": 4, "mamba_head_dim": 12, "ssm_state_size": 6, "n_groups": 2, "chunk_size": 16}
 NEMOTRON |= {"n_routed_experts": 3, "moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 20}
 del NEMOTRON["num_hidden_layers"]
@@ -268,6 +271,19 @@ FAMILIES = {
         "GptOss",
         DENSE | {"num_local_experts": 3, "num_experts_per_tok": 2, "attention_bias": False, "num_hidden_layers": 1},
     ),
+    "kimi_linear": (
+        "KimiLinear",
+        DENSE
+        | KIMI
+        | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "kimi_linear, groups": (
+        "KimiLinear",
+        DENSE
+        | KIMI
+        | {"layer_types": DELTA["layer_types"], "mlp_layer_types": ["sparse", "sparse"], "n_group": 2, "topk_group": 1}
+        | {"q_lora_rank": 12, "attention_bias": True, "norm_topk_prob": False, "linear_head_dim": 10},
+    ),
     "recurrent_gemma": (
         "RecurrentGemma",
         RECURRENT | {"block_types": ["recurrent", "attention"], "attention_window_size": 9, "lru_width": 48},
@@ -437,6 +453,8 @@ BROKEN = {
     "a norm behind the feed-forward": ("gemma3", without("1", "ffn_post_norm")),
     "a norm over the keys of all heads": ("olmo2", without("0", "mixer", "k_norm")),
     "a norm of a step size": ("jamba", without("0", "mixer", "norms", 0)),
+    "the norm of kimi's latents": ("kimi_linear", without("1", "mixer", "kv_norm")),
+    "kimi's strengths of writes": ("kimi_linear", other("0", "mixer", "strongest", 2.0)),
     "the norm of latents": ("deepseek_v3", without("0", "mixer", "kv_norm")),
     "the scale of latents": ("deepseek_v3", other("0", "mixer", "factor", 1.0)),
     "a gated convolution": ("lfm2", unconvolved),
@@ -521,6 +539,25 @@ def test_the_text_of_a_model_that_sees_is_read_and_its_pictures_left_out(tmp_pat
         Published(tmp_path / "in")
 
 
+def test_the_published_table_of_kimi_linears_layers_is_read():
+    """Layers are counted from 1 there, and sizes lie in a table."""
+    kind, sizes = FAMILIES["kimi_linear"]
+    flat = sizes | {"architectures": [f"{kind}ForCausalLM"]}
+    table = {"num_heads": 4, "head_dim": 6, "short_conv_kernel_size": 3, "kda_layers": [1, 3], "full_attn_layers": [2]}
+    left = ("layer_types", "linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim", "num_experts_per_tok")
+    own = {key: value for key, value in flat.items() if key not in left}
+    own |= {"linear_attn_config": table, "num_experts_per_token": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1}
+    assert of_config(own).read(own) == of_config(flat).read(flat)
+    for change, line in (
+        ({"kda_layers": [1, 2, 3]}, "linear_attn_config: must name each of num_hidden_layers=3 once"),
+        ({"kda_layers": "x"}, "linear_attn_config.kda_layers=x: must be a list of numbers"),
+    ):
+        wrong = own | {"linear_attn_config": table | change}
+        with pytest.raises(ValueError) as refused:
+            of_config(wrong).read(wrong)
+        assert str(refused.value) == f"config.json: {line}"
+
+
 @pytest.mark.parametrize(
     ("name", "change", "line"),
     [
@@ -573,6 +610,18 @@ def test_the_text_of_a_model_that_sees_is_read_and_its_pictures_left_out(tmp_pat
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping=0: must be a number above 0, or null"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0: must be 7.0"),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config: must be absent"),
+        (
+            "kimi_linear",
+            {"layer_types": ["x"] * 3},
+            "layer_types=['x', 'x', 'x']: must be 3 of full_attention, linear_att",
+        ),
+        (
+            "kimi_linear",
+            {"mlp_layer_types": ["sparse", "dense"]},
+            "mlp_layer_types=['sparse', 'dense']: must be dense, ",
+        ),
+        ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope=false: must be true"),
+        ("kimi_linear", {"linear_attn_config": 3}, "linear_attn_config=3: must be a table"),
         ("recurrent_gemma", {"block_types": ["x"]}, "block_types=['x']: must be of recurrent, attention"),
         ("recurrent_gemma", {"intermediate_size": 41}, "intermediate_size=41: must be even"),
         ("granite_hybrid", {"layer_types": ["x"] * 3}, "layer_types=['x', 'x', 'x']: must be 3 of attention, "),
