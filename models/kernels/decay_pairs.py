@@ -9,8 +9,9 @@ k_s e^{G_m - G_s}.
   C tokens are each split at their own middle, where what is read decays since the middle and what was written decays
   up to it; two sums grow with the blocks, of the same sign throughout, so that nothing cancels.
 
-The first needs to look at the decays, which is free only on a CPU. On the meta device decays are taken to be weak, as
-they are in a model that begins. Everything is [N, B, H, C, K], fp32 or better; legend in `models.kernels.decay`.
+The first needs to look at the decays, which is free only on a CPU. On the meta device decays count as strong, so that
+the memory of a step is not foretold too low. Everything is [N, B, H, C, K], fp32 or better; legend in
+`models.kernels.decay`.
 Source: gated linear attention, 2312.06635, section 4 (the secondary chunks), with halves for its sub-chunks of 16.
 """
 
@@ -54,8 +55,6 @@ class Splitting(Protocol):
 
 def pairs_of(g: Tensor) -> type[Splitting]:
     """The way for log decays g [..., C, K]."""
-    if g.is_meta:
-        return FromStart
     if g.device.type != "cpu" or not g.numel():
         return Doubling
     return FromStart if g.amax() <= 0 and g.sum(-2).amin() >= -WEAK else Doubling
@@ -69,7 +68,7 @@ class FromStart:
         C = g.shape[-2]
         sums = torch.ones(C, C, dtype=torch.bool, device=g.device).tril()
         # A sum that went on through documents would be rounded as those before it say.
-        if not g.is_meta and not visible[..., 0].all():
+        if not visible[..., 0].all():
             sums = visible
         total = sums.to(g.dtype) @ g
         since = total.exp()
