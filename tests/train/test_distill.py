@@ -15,13 +15,14 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Whole
+from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.static import Static
 from parallel.sequence.attention import GatherKeys
 from parallel.sequence.states import GatherEffects
-from tests.parity import BALANCE, VOCABULARY, Sample, assert_close, counted, gathered, logical
+from tests.parity import BALANCE, VOCABULARY, Sample, assert_close, counted, logical
 from train import distill
 from train.distill import Teacher, refuse, unlike
 from train.distill_settings import DistillSettings
@@ -109,7 +110,7 @@ def on_ranks(target: str, mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
         loss = sums[0] / targets
     else:
         loss = (0.3 * sums[0] + 0.7 * 1.5**2 * sums[1]) / targets + BALANCE * sums[2] / counted(BATCH)
-    gradients = gathered({parameter_name(n): p.grad for n, p in ours.named_parameters() if p.grad is not None})
+    gradients = wholes({parameter_name(n): p.grad for n, p in ours.named_parameters() if p.grad is not None})
     return loss, {name: logical(ours, name, x).numpy() for name, x in gradients.items()}
 
 
