@@ -15,6 +15,8 @@ from models.accounting import Account, AttentionCost, Flops, LayerWork, account
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
+from models.kernels import decay
+from models.kernels.decay_pairs import Doubling
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
@@ -55,6 +57,12 @@ def named(make) -> str:
 
 def on_meta(make) -> Account:
     return _on_meta(make.func, *make.args) if isinstance(make, partial) else _on_meta(make)
+
+
+@pytest.fixture(autouse=True)
+def decays_count_as_strong(monkeypatch):
+    """Where no number can be looked at, decays by channel cost what strong ones do (`models.kernels.decay_pairs`)."""
+    monkeypatch.setattr(decay, "pairs_of", lambda g: Doubling)
 
 
 @cache  # partials are equal where function and arguments are
