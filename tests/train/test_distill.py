@@ -1,5 +1,6 @@
 """A run that distils has the loss and the gradients of one process, by formulas written out here, on any ranks."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import distillation
 from models.axes import initialise
 from models.block import Block
 from models.distillation import MatchLogits, read_head
@@ -21,12 +23,14 @@ from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.static import Static
 from parallel.sequence.attention import GatherKeys
+from parallel.sequence.place import Placed
 from parallel.sequence.states import GatherEffects
 from tests.parity import BALANCE, VOCABULARY, Sample, assert_close, counted, logical
 from train import distill
 from train.distill import Teacher, refuse, unlike
 from train.distill_settings import DistillSettings
 from train.execute import Executor
+from train.loss import distilled
 
 FP64 = torch.float64
 BATCH = [Sample((9, 14, 1, 2, 22)), Sample((31, 5), seed=1, masked=(4, 11)), Sample((17, 6), seed=2, padding=6)]
@@ -126,6 +130,66 @@ def test_both_objectives_on_two_ranks_are_those_of_one_process(run):
         for rank in found:
             for mesh in MESHES:
                 assert_close(rank[target, mesh], want, "fp64")
+
+
+def one_process(target: str) -> tuple[float, dict[str, np.ndarray]]:
+    """As `alone`, by the objectives themselves."""
+    ours, theirs = (initialise(lm().to(FP64), seed=seed) for lm, seed in ((student, 1), (teacher, 2)))
+    ours.compute = theirs.compute = FP64
+    layers = unlike(theirs, ours)
+    if target == "hidden":
+        distill._freeze(ours, layers)
+    placed, total = Teacher(theirs, SETTINGS[target], layers), 0.0
+    targets = sum(int((s.targets != -100).sum()) for s in BATCH)
+    for s in BATCH:
+        own = (torch.from_numpy(x[s.counted])[None] for x in (s.tokens, s.targets, s.positions))
+        tokens, targeted, positions = own
+        asked = placed.objective(Placed(tokens, targeted, Whole.of(positions)))
+        part = distilled(ours(tokens, Whole.of(positions), targeted, objective=asked))
+        loss = part.objective(targets=targets, tokens=counted(BATCH), balance_weight=BALANCE)
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.numpy() for n, p in ours.named_parameters() if p.grad is not None}
+
+
+def forget_the_mask(monkeypatch):
+    monkeypatch.setattr(distillation, "NO_TARGET", -7)
+
+
+def align_to_what_enters(monkeypatch):
+    honest = distillation.AlignLayers.__call__
+    shifted = lambda self, *given: honest(replace(self, streams=[self.streams[0], *self.streams[:-1]]), *given)  # noqa: E731
+    monkeypatch.setattr(distillation.AlignLayers, "__call__", shifted)
+
+
+def leave_the_teacher_at_its_own_temperature(monkeypatch):
+    honest = distillation.MatchLogits.__call__
+
+    def cooled(self, *given):
+        taught = self.taught._replace(x=self.taught.x * self.temperature)
+        return honest(replace(self, taught=taught), *given)
+
+    monkeypatch.setattr(distillation.MatchLogits, "__call__", cooled)
+
+
+@pytest.mark.parametrize("target", SETTINGS)
+def test_the_objectives_are_their_formulas(target):
+    assert_close(one_process(target), alone(target), "fp64")
+
+
+@pytest.mark.parametrize(
+    ("target", "mutation"),
+    [
+        ("logits", forget_the_mask),
+        ("hidden", forget_the_mask),
+        ("hidden", align_to_what_enters),
+        ("logits", leave_the_teacher_at_its_own_temperature),
+    ],
+)
+def test_a_mutation_of_an_objective_is_seen(monkeypatch, target, mutation):
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_close(one_process(target), alone(target), "fp64")
 
 
 def test_a_share_of_one_and_the_students_own_logits_leave_nothing_to_learn():
