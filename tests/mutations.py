@@ -235,6 +235,13 @@ def run_spans_from_nothing() -> None:
     parallel.sequence.nonlinear.Post = Lost
 
 
+def lose_what_latents_are_owed_as_values() -> None:
+    """Their gradient as keys alone is sent back."""
+    for transport in (parallel.sequence.attention.all_gather, parallel.sequence.attention.ring_ulysses):
+        honest = transport.apart
+        transport.apart = lambda kv, width, honest=honest: (honest(kv, width)[0], honest(kv, width)[1].clone())
+
+
 def let_no_sink_take_its_share() -> None:
     parallel.sequence.attention.visibility.join_sink = lambda out, lse, sink: None
 
@@ -311,6 +318,7 @@ CARRIED: dict[str, Broken] = {
         Broken(lose_a_hop_of_the_keys_gradient, (MHA, GROUPED, WINDOW)),
         Broken(fetch_one_token_less_than_the_window, (WINDOW,)),
         Broken(fetch_no_sinks, (WINDOW,)),
+        Broken(lose_what_latents_are_owed_as_values, ("mla",)),
         Broken(let_no_sink_take_its_share, (CAPPED,)),
         Broken(forget_the_cap_of_scores, (CAPPED,)),
     )

@@ -131,8 +131,10 @@ def rows(mutation: str) -> list[matrix.Cell]:
 @pytest.mark.parametrize("mutation", CARRIED)
 def test_what_is_broken_between_ranks_turns_every_transport_red(run, mutation):
     cells = rows(mutation)
-    kinds = {transport for cell in cells for transport in matrix.transports(cell.mixer)}
-    assert {cell.transport for cell in cells} == kinds
+    mixers = CARRIED[mutation].mixers  # two heads of latents are too few for Ulysses on four ranks
+    assert {cell.transport for cell in cells} == {
+        cell.transport for cell in matrix.cells() if cell.mixer in mixers and cell.ranks == 4
+    }
     assert unnoticed(run, cells, CARRIED[mutation].by) == []
 
 
