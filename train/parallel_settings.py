@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from parallel.schedule.comm_volume import KeyFormatName
 from parallel.schedule.devices import DEVICES
 from parallel.schedule.mesh import DIMENSIONS, Mesh
 from parallel.schedule.stages import PIPELINE_SCHEDULES, PipelineScheduleName
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 StateTransportName = Literal["allscan", "auto", "gather", "relay"]
 AttentionTransportName = Literal["gather", "ring", "ulysses", "usp"]
 ExpertTransportName = Literal["counted", "padded"]
-EXPERT_TRANSPORTS = get_args(ExpertTransportName)
+EXPERT_TRANSPORTS, KEY_FORMATS = get_args(ExpertTransportName), get_args(KeyFormatName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +34,28 @@ class TransportSettings:
     heads (2309.14509); usp: heads over as many ranks as there are heads, a ring over the rest (2405.07719). experts:
     the way of rows to experts on other ranks (parallel.expert). counted: ranks first tell each other how many rows they
     send, and send as many; padded: every rank sends each expert as many rows as its capacity_factor allows, zeros among
-    them, and waits for no count.
+    them, and waits for no count. keys: format of keys and values between ranks that share a sequence. exact: that of
+    the computation; fp8 (E4M3) or int8: 8 bits a number and an exponent for each token and head, with attention=gather
+    and in windows; they are rounded on the rank that holds them too. Gradients and states stay as they are.
     """
 
     recurrence: StateTransportName = "gather"
     attention: AttentionTransportName = "gather"
     blocks: int = 4
     experts: ExpertTransportName = "counted"
+    keys: KeyFormatName = "exact"
 
     def __post_init__(self) -> None:
         if self.experts not in EXPERT_TRANSPORTS:
             accepted = ", ".join(EXPERT_TRANSPORTS)
             raise ValueError(f"parallel.transport.experts={self.experts}: must be one of {accepted}")
+        if self.keys not in KEY_FORMATS:
+            raise ValueError(f"parallel.transport.keys={self.keys}: must be one of {', '.join(KEY_FORMATS)}")
+        if self.keys != "exact" and self.attention != "gather":
+            raise ValueError(
+                f"parallel.transport.keys={self.keys}: must be exact with parallel.transport.attention="
+                f"{self.attention}; gather sends few bits"
+            )
         if (self.recurrence, self.attention) != ("gather", "gather"):  # what is there by default costs no torch
             from parallel.sequence import TRANSPORTS
 
@@ -60,7 +71,8 @@ class TransportSettings:
         from parallel.sequence import TRANSPORTS
 
         options = {"blocks": self.blocks} if self.recurrence in ("allscan", "auto") else {}
-        return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention]()
+        keys = {"keys": self.keys} if self.attention == "gather" else {}
+        return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention](**keys)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,6 @@ from train.metrics.timing import PhaseTimes, Utilisation, matmul_peak
 from train.optim.transfer import start_for_width
 from train.precision import dtypes, follow, lines
 from train.run_config import RunConfig
-from train.settings import TrainSettings
 from train.stages import pipeline_cut
 
 
@@ -57,7 +56,7 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
         model = config.model.build()
     start_for_width(config.optimizer, model)
     model.compute = compute
-    _announce(model, config.train, say)
+    _announce(model, config, say)
     asks = _asks(model, config, order["device"])
     counted = dist.get_rank() == 0 and config.train.mfu
     utilisation = _utilisation(model, order["device"], say) if counted else None
@@ -86,9 +85,9 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
     )
 
 
-def _announce(model: LM, train: TrainSettings, say: Callable[[str], None]) -> None:
+def _announce(model: LM, config: RunConfig, say: Callable[[str], None]) -> None:
     """Says what of the model keeps a run from having the same loss on every layout, or from its transport."""
-    for line in dependences(model, train):
+    for line in dependences(model, config.train, config.parallel.transport.keys):
         say(line)
     declared = (getattr(module, "recurrence", None) for module in model.modules())
     for rule in sorted({each.rule for each in declared if isinstance(each, Serial)}):

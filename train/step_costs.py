@@ -94,7 +94,7 @@ def shaped(
     )
     transport = config.parallel.transport
     recurrence = "gather" if transport.recurrence == "auto" else transport.recurrence
-    how = How(recurrence, transport.attention, transport.blocks)
+    how = How(recurrence, transport.attention, transport.blocks, keys=transport.keys)
     sizes = fitting(asks, how, powers(cluster.ranks))
     units = weight_units(model, itemsize=compute.itemsize, reshard=reshard)
     again, once = (sent / cluster.wire(cluster.ranks).bandwidth for sent in weight_bytes(units, cluster.ranks))

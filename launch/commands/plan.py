@@ -87,7 +87,6 @@ def _nodes(flight: CheckedRun) -> list[Node]:
 def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
     """The plan of a run on `nodes`. Raises ValueError when it does not fit them."""
     from train.engines.refusals import name_of, plain
-    from train.layout import dependences
     from train.metrics.timing import pieces
     from train.stages import lines as stages_of
 
@@ -115,7 +114,7 @@ def lines(flight: CheckedRun, nodes: list[Node]) -> list[str]:
         f"parameters  {costs.parameters:,}, of which {costs.activated:,} act on a token",
         *_flops(costs, read, config.engine.get("recompute", "none")),
         *_order(flight),
-        *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(dependences(model, train))),
+        *(f"{'' if i else 'layout':<12}{line}" for i, line in enumerate(_dependences(flight, model))),
         *_recipe(flight, model),
         *_memory(flight, model, costs, spans, first),
         f"state       {size_text(costs.state(longest))} to go on after {longest:,} tokens",
@@ -208,6 +207,12 @@ def _transfer(flight: CheckedRun, model: LM) -> list[str]:
 
     several = lines_of(flight.config.optimizer, model)
     return [f"{'' if i else 'transfer':<12}{line}" for i, line in enumerate(several)]
+
+
+def _dependences(flight: CheckedRun, model: LM) -> list[str]:
+    from train.layout import dependences
+
+    return dependences(model, flight.train, flight.config.parallel.transport.keys)
 
 
 def _recipe(flight: CheckedRun, model: LM) -> list[str]:
@@ -323,7 +328,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         sent = messages(model, cuts(flight.config, model, flight.device), first, flight.mesh.tensor)
         return [f"traffic     {size_text(sent)} a step between stages; what else is sent in a pipeline, a run counts"]
     auto = transport.recurrence == "auto"
-    how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks)
+    how = How("gather" if auto else transport.recurrence, transport.attention, transport.blocks, keys=transport.keys)
     starts = [s.starts.nonzero()[0].tolist() for s in batch]
     master = dtypes(flight.config.precision.compute, flight.device)[1]
     traffic_of_step = of_step(

@@ -14,7 +14,9 @@ def check_layout(config: RunConfig, mesh: Mesh, model: Any) -> None:
     from train.metrics.comm_trace import check_heads
 
     check_experts(model, mesh.expert, config.parallel.transport.experts)
-    attention = config.parallel.transport.attention
+    attention, keys = config.parallel.transport.attention, config.parallel.transport.keys
+    if keys != "exact" and config.train.span_tokens is not None:
+        raise ValueError(f"parallel.transport.keys={keys}: must be exact with train.span_tokens")
     if mesh.tensor > 1:
         division(model, declarations(model), mesh.tensor)
         if (axes := config.optimizer.get("adamw")) is not None and "vocab" not in axes:

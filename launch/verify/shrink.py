@@ -115,6 +115,7 @@ def shrink(config: RunConfig) -> Shrunk:
         engine=engine,
         schedule=ObjectConfig({"_target_": "train.schedules.Constant", "warmup": 0}),
         precision=PrecisionSettings(compute="fp64"),
+        parallel=replace(config.parallel, transport=replace(config.parallel.transport, keys="exact")),
         cluster=replace(config.cluster, kind="none", device="cpu", threads=1, address=None, template=None),
         tracking=ObjectConfig({"_target_": "train.tracking.Tracking", "mode": "disabled"}),
         optimizer=_optimizer(config.optimizer, model, config.model["dim"]),

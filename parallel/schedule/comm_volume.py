@@ -11,10 +11,10 @@ a layer and direction, of states S = H·K·V and decays A:
     ring          the same forward; backward as much again, and P times a rank's gradients
     ulysses       (P-1)/P of a rank's queries, keys, values and outputs             2309.14509
 
-W is the wider of a key's and a value's channels, L the longest span: spans are padded to it, a rank's two to two rows.
-Where values are channels of the keys, as those of latents are, it is W and not 2W. Only `gather`, `relay` and `allscan`
-of states do not depend on the length. What is accumulated over ranks (gradients of halos, of keys and values) travels
-in at least fp32. An all-reduce counts as 2(P-1)/P of its bytes, which a ring receives.
+W is the wider of a key's and a value's channels (W + 1 bytes of each in 8 bits), L the longest span: spans are padded
+to it, a rank's two to two rows. Where values are channels of the keys, as those of latents are, it is W and not 2W. Only
+`gather`, `relay` and `allscan` of states do not depend on the length. What is accumulated over ranks (gradients of halos,
+of keys and values) travels in at least fp32. An all-reduce counts as 2(P-1)/P of its bytes, which a ring receives.
 
 Legend: P ranks of a group, R spans a rank, H heads, G key/value heads, K key width, V value width.
 """
@@ -24,10 +24,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from parallel.schedule.plan import Plan, Span
 
+KeyFormatName = Literal["exact", "fp8", "int8"]
 GRADIENT = " gradient"  # ends the purpose of what a backward pass sends
 
 
@@ -58,12 +59,14 @@ class Both(NamedTuple):
 
 @dataclass(frozen=True)
 class How:
-    """The transports by name. blocks: of allscan. heads: key/value heads that `gather` gathers at a time."""
+    """The transports by name. blocks: of allscan. heads: key/value heads that `gather` gathers at a time. keys: format
+    of keys and values, exact or one of 8 bits."""
 
     recurrence: str = "gather"
     attention: str = "gather"
     blocks: int = 4
     heads: int = 1
+    keys: str = "exact"
 
 
 class PlacedSpan(NamedTuple):
@@ -177,7 +180,7 @@ class AttendCall:
 
     def received(self, layout: Layout, rank: int, how: How) -> Both:
         if self.window is not None:
-            return self._in_window(layout, rank, self.window)
+            return self._in_window(layout, rank, self.window, how)
         return self._gathered(layout, how) if how.attention == "gather" else self._meshed(layout, how)
 
     def here(self, tensor: int) -> AttendCall:
@@ -201,11 +204,12 @@ class AttendCall:
         return fitting[-1]
 
     def _gathered(self, layout: Layout, how: How) -> Both:
-        numbers = (layout.ranks - 1) * layout.rows * layout.longest * self.kv_heads * self.sent
-        calls = -(-self.kv_heads // how.heads)
+        tokens = (layout.ranks - 1) * layout.rows * layout.longest * self.kv_heads
+        numbers, calls = tokens * self.sent, -(-self.kv_heads // how.heads)
+        parts = 1 if self.values_in_keys else 2
         both = Both(Traffic(), Traffic())
         for way in both:
-            way.add("keys and values", numbers * self.itemsize, calls)
+            way.add("keys and values", tokens * self._bytes(self.sent, parts, how), calls)
         both.backward.add("keys and values" + GRADIENT, numbers * _wide(self.itemsize), calls)
         return both
 
@@ -230,14 +234,19 @@ class AttendCall:
             both.backward.add("keys and values" + GRADIENT, rows * block * _wide(self.itemsize), rows)
         return both
 
-    def _in_window(self, layout: Layout, rank: int, window: int) -> Both:
-        token = self.kv_heads * (self.key + self.value) * self.itemsize
+    def _bytes(self, numbers: int, parts: int, how: How) -> int:
+        """Bytes of so many numbers of a token and head; in 8 bits each part has a byte more, for its scale."""
+        return numbers * self.itemsize if how.keys == "exact" else numbers + parts
+
+    def _in_window(self, layout: Layout, rank: int, window: int, how: How) -> Both:
+        token = self.kv_heads * self._bytes(self.key + self.value, 2, how)
+        back = self.kv_heads * (self.key + self.value) * self.itemsize
         both = Both(Traffic(), Traffic())
         for other in set(range(layout.ranks)) - {rank}:
             tokens = self._tokens(layout, rank, other, window)
             both.forward.add("keys and values", tokens * token, int(tokens > 0))
             given = self._tokens(layout, other, rank, window)
-            both.backward.add("keys and values" + GRADIENT, given * token, int(given > 0))
+            both.backward.add("keys and values" + GRADIENT, given * back, int(given > 0))
         return both
 
     def _tokens(self, layout: Layout, asking: int, holding: int, window: int) -> int:

@@ -78,7 +78,7 @@ PAIRS = [("gather", "gather"), ("relay", "ring"), ("allscan", "ulysses"), ("rela
 
 def transports(how: How):
     options = {"blocks": how.blocks} if how.recurrence == "allscan" else {}
-    keys = {"heads": how.heads} if how.attention == "gather" else {}
+    keys = {"heads": how.heads, "keys": how.keys} if how.attention == "gather" else {}
     return TRANSPORTS["recurrence"][how.recurrence](**options), TRANSPORTS["attention"][how.attention](**keys)
 
 

@@ -16,16 +16,19 @@ from torch.autograd.function import once_differentiable
 from models.kernels.attention_tiles import Tile, sink_gradient, tile_for
 from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
+from parallel.schedule.comm_volume import KeyFormatName
+from parallel.sequence.attention.few_bits import KeyCodec
 from parallel.sequence.attention.visibility import Softmax, Transpose, apart, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
 from parallel.sequence.span_layout import SpanLayout
 
 
 class GatherKeys:
-    """`heads`: key/value heads gathered at a time."""
+    """`heads`: key/value heads gathered at a time. keys: the format of keys and values. Raises ValueError for one that
+    there is not."""
 
-    def __init__(self, heads: int = 1):
-        self.heads = heads
+    def __init__(self, heads: int = 1, keys: KeyFormatName = "exact"):
+        self.heads, self.codec = heads, KeyCodec(keys)
 
     def attend(
         self,
@@ -42,11 +45,15 @@ class GatherKeys:
         values_in_keys: bool = False,
     ) -> Tensor:
         """See `Keys.attend`."""
+        k = self.codec.rounded(k)
+        v = k[..., : v.shape[-1]] if values_in_keys else self.codec.rounded(v)
         if window is not None:
             how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
+            how["codec"] = self.codec
             return attend_in_window(chain, q, k, v, pieces, **how)
         q, kv, scale = together(q, k, v, values_in_keys)
-        out: Tensor = _Gathered.apply(chain, self.heads, tile_for(q.device, softcap), scale, sink_logits, q, kv)
+        tile = tile_for(q.device, softcap)
+        out: Tensor = _Gathered.apply(chain, self.heads, self.codec, tile, scale, sink_logits, q, kv)
         return out[..., : v.shape[-1]]
 
 
@@ -56,6 +63,7 @@ class _Gathered(torch.autograd.Function):
         ctx: Any,
         chain: SpanLayout,
         heads: int,
+        codec: KeyCodec,
         tile: type[Tile],
         scale: float,
         sink: Tensor | None,
@@ -66,7 +74,7 @@ class _Gathered(torch.autograd.Function):
             outs, lses, at = [], [], 0
             for q_part, kv_part in _strides(q, kv, heads):
                 softmax = Softmax(q_part, tile, scale)
-                blocks = chain.comm.all_gather(_padded(chain, kv_part), purpose="keys and values")
+                blocks = _gathered(chain, codec, kv_part, q.shape[-1])
                 for row, n in enumerate(chain.mine):
                     for link in chain.links[: n + 1]:
                         k, v = apart(blocks[link.rank, link.row], q.shape[-1])
@@ -80,7 +88,7 @@ class _Gathered(torch.autograd.Function):
 
         out, lse = as_operator(attend, q, kv)
         ctx.save_for_backward(q, kv, sink, out, lse)
-        ctx.chain, ctx.heads, ctx.tile, ctx.scale = chain, heads, tile, scale
+        ctx.chain, ctx.heads, ctx.codec, ctx.tile, ctx.scale = chain, heads, codec, tile, scale
         return out
 
     @staticmethod
@@ -92,7 +100,7 @@ class _Gathered(torch.autograd.Function):
         for q_part, kv_part in _strides(q, kv, ctx.heads):
             heads = slice(at, at := at + q_part.shape[2])
             transpose = Transpose(q_part, out[:, :, heads], lse[:, heads], grad[:, :, heads], ctx.tile, ctx.scale)
-            blocks = chain.comm.all_gather(_padded(chain, kv_part), purpose="keys and values")
+            blocks = _gathered(chain, ctx.codec, kv_part, q.shape[-1])
             gradients = torch.zeros_like(blocks, dtype=lse.dtype)
             for row, n in enumerate(chain.mine):
                 for link in chain.links[: n + 1]:
@@ -104,7 +112,8 @@ class _Gathered(torch.autograd.Function):
             dqs.append(transpose.dq)
             dkvs.append(part[: kv.shape[0], : kv.shape[1]])
         dsink = None if sink is None else sink_gradient(sink, grad, out, lse)
-        return None, None, None, None, dsink, torch.cat(dqs, dim=2).to(q.dtype), torch.cat(dkvs, dim=2).to(kv.dtype)
+        dq, dkv = torch.cat(dqs, dim=2).to(q.dtype), torch.cat(dkvs, dim=2).to(kv.dtype)
+        return None, None, None, None, None, dsink, dq, dkv
 
 
 def _strides(q_BTHK: Tensor, kv_BTGW: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -114,6 +123,13 @@ def _strides(q_BTHK: Tensor, kv_BTGW: Tensor, heads: int) -> Iterator[tuple[Tens
         count = kv.shape[2] * shared
         yield q_BTHK[:, :, :count], kv
         q_BTHK = q_BTHK[:, :, count:]
+
+
+def _gathered(chain: SpanLayout, codec: KeyCodec, kv: Tensor, width: int) -> Tensor:
+    """[B, T, G, W or 2W] of this rank -> [P, rows, longest, G, the same] of all, in its dtype. width: W."""
+    widths = (width,) * (kv.shape[-1] // width)
+    message = _padded(chain, codec.packed(kv, widths))
+    return codec.unpacked(chain.comm.all_gather(message, purpose="keys and values"), widths, kv.dtype)
 
 
 def _padded(chain: SpanLayout, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from models.kernels.packed_attention import attend_pieces
 from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
+from parallel.sequence.attention.few_bits import EXACT, KeyCodec
 from parallel.sequence.span_layout import Link, SpanLayout
 
 Range = tuple[int, int]  # tokens [begin, end) of the packed sequence
@@ -35,11 +36,12 @@ def attend_in_window(
     sinks: int,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    codec: KeyCodec = EXACT,
 ) -> Tensor:
     """Implements `Keys.attend` for a layer with a window, on any layout: every span fetches the tokens that it sees, no
-    more."""
+    more. codec: of messages, whose format k and v are rounded to already."""
     wanted = [needed(chain, chain.links[n], window, sinks) for n in chain.mine]
-    past = _Fetch.apply(chain, window, sinks, torch.cat((k, v), dim=-1))
+    past = _Fetch.apply(chain, window, sinks, codec, (k.shape[-1], v.shape[-1]), torch.cat((k, v), dim=-1))
     counts = [sum(b - a for a, b in ranges) for ranges in wanted]
     longest = max(counts)
     rows = []
@@ -74,23 +76,23 @@ def _parts(chain: SpanLayout, ranges: list[Range]) -> list[tuple[Link, slice]]:
     ]
 
 
-def _fetched(chain: SpanLayout, orders: dict[int, list[tuple[Link, slice]]], x: Tensor) -> list[Tensor]:
+def _fetched(
+    chain: SpanLayout, orders: dict[int, list[tuple[Link, slice]]], codec: KeyCodec, widths: tuple[int, int], x: Tensor
+) -> list[Tensor]:
     """Sends what each rank ordered of x, and gives what this one did."""
     me = chain.comm.rank
     sent = []
     for rank, parts in orders.items():
         mine = [x[link.row, at] for link, at in parts if link.rank == me]
         if mine and rank != me:
-            out = torch.cat(mine)
+            out = codec.packed(torch.cat(mine), widths)
             sent.append((chain.comm.send(out, rank, purpose="keys and values"), out))
-    arrived = {
-        source: chain.comm.receive(
-            x.new_empty(sum(at.stop - at.start for link, at in orders[me] if link.rank == source), *x.shape[2:]),
-            source,
-            purpose="keys and values",
-        )
-        for source in sorted({link.rank for link, _ in orders[me]} - {me})
-    }
+    arrived = {}
+    for source in sorted({link.rank for link, _ in orders[me]} - {me}):
+        count = sum(at.stop - at.start for link, at in orders[me] if link.rank == source)
+        like = codec.like(x, (count, *x.shape[2:-1]), widths)
+        message = chain.comm.receive(like, source, purpose="keys and values")
+        arrived[source] = codec.unpacked(message, widths, x.dtype)
     pieces, counts = [], dict.fromkeys(arrived, 0)
     for link, at in orders[me]:
         if link.rank == me:
@@ -108,7 +110,15 @@ class _Fetch(torch.autograd.Function):
     """x [B, T, ...] -> the tokens that this rank's spans ask for, [N, ...], row after row."""
 
     @staticmethod
-    def forward(ctx: Any, chain: SpanLayout, window: int, sinks: int, x: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        chain: SpanLayout,
+        window: int,
+        sinks: int,
+        codec: KeyCodec,
+        widths: tuple[int, int],
+        x: Tensor,
+    ) -> Tensor:
         orders = {
             rank: [
                 part
@@ -119,7 +129,7 @@ class _Fetch(torch.autograd.Function):
             for rank in range(chain.comm.size)
         }
         ctx.chain, ctx.orders, ctx.shape = chain, orders, x.shape
-        return as_operator(partial(_fetched, chain, orders), x)[0]
+        return as_operator(partial(_fetched, chain, orders, codec, widths), x)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -147,4 +157,4 @@ class _Fetch(torch.autograd.Function):
                 total[link.row, at] += part
         for work, _ in sent:
             work.wait()
-        return None, None, None, total
+        return None, None, None, None, None, total
