@@ -148,7 +148,8 @@ def test_accepted_values_are_read_from_the_source():
     assert "offline" in accepts("train.tracking.Tracking", "mode")  # a class that its package hands on
     assert accepts("train.settings.TrainSettings", "tokens") == accepts("torch.optim.AdamW", "lr") == []
     hints = {"recurrence": "StateTransportName", "attention": "AttentionTransportName", "blocks": "int"}
-    assert parameters("train.parallel_settings.TransportSettings") == hints | {"experts": "ExpertTransportName"}
+    hints |= {"experts": "ExpertTransportName", "keys": "KeyFormatName"}
+    assert parameters("train.parallel_settings.TransportSettings") == hints
     assert parameters("no.such.Module") == {}
     assert (
         nested("train.parallel_settings.ParallelSettings", "transport") == "train.parallel_settings.TransportSettings"
