@@ -25,6 +25,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["precision=mxfp8", "precision.kernel=native"], "precision.kernel=native: must be auto or emulated with"),
         (["precision=fp8_rowwise", "precision.high=[heads]"], "precision.high=heads: must match a linear layer"),
         (["precision=fp8_blockwise"], "no linear layer of this model may follow it; of layers.0.mixer.qkv, "),
+        (["parallel.transport.keys=fp4"], "parallel.transport.keys=fp4: must be one of exact, fp8, int8"),
+        (["parallel.transport.keys=fp8", "train.span_tokens=32"], "keys=fp8: must be exact with train.span_tokens"),
         (["precision=int8", "engine=deepspeed"], "precision.recipe=int8: must be none with engine=deepspeed"),
         (
             ["precision=fp8_tensorwise", "precision.scales=sequence", "parallel.pipeline=2", "cluster.workers=2"],
