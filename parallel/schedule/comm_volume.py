@@ -12,9 +12,10 @@ a layer and direction, of states S = H·K·V and decays A:
     ulysses       (P-1)/P of a rank's queries, keys, values and outputs             2309.14509
 
 W is the wider of a key's and a value's channels (W + 1 bytes of each in 8 bits), L the longest span: spans are padded
-to it, a rank's two to two rows. Where values are channels of the keys, as those of latents are, it is W and not 2W. Only
-`gather`, `relay` and `allscan` of states do not depend on the length. What is accumulated over ranks (gradients of halos,
-of keys and values) travels in at least fp32. An all-reduce counts as 2(P-1)/P of its bytes, which a ring receives.
+to it, a rank's two to two rows. Where values are channels of the keys, as those of latents are, it is W and not 2W.
+Only `gather`, `relay` and `allscan` of states do not depend on the length. What is accumulated over ranks (gradients of
+halos, of keys and values) travels in at least fp32. An all-reduce counts as 2(P-1)/P of its bytes, which a ring
+receives.
 
 Legend: P ranks of a group, R spans a rank, H heads, G key/value heads, K key width, V value width.
 """
