@@ -23,7 +23,7 @@ LIKELIEST = Sampling(temperature=0)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 
 
-def model_of(case, layers=3):
+def model_of(case, layers=2):
     name, options = case
     asked = inspect.signature(MIXERS[name]).parameters
     given = {key: value for key, value in NEEDED.items() if key in asked and key not in options}
