@@ -12,6 +12,7 @@ from models.ffn import SwiGLU
 from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
+from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.pipeline.cut import PipelineCut
@@ -92,7 +93,8 @@ def pipelined(case: Case) -> Found:
     targets = sum(int((s.targets != -100).sum()) for s in BATCH)
     sums = groups.stages_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance, nats)).double(), purpose="")
     loss = sums[0].item() / targets + BALANCE * sums[1].item() / counted(BATCH)
-    gradients = {parameter_name(n): p.grad.full_tensor().numpy().copy() for n, p in model.named_parameters()}
+    whole = wholes({parameter_name(n): p.grad for n, p in model.named_parameters()})
+    gradients = {n: x.numpy().copy() for n, x in whole.items()}
     norm = clip(model, groups.world_comm, largest=1e9, each=None, value=None, pipeline=pipeline)
     return Found(loss, gradients, norm.item(), sums[2].item() / targets)
 

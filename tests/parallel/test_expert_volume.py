@@ -13,6 +13,7 @@ from models.mixers import MIXERS
 from models.moe import MoE
 from parallel.collectives import LEDGER
 from parallel.expert import pad
+from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.comm_volume import Traffic, of_weights
@@ -66,12 +67,12 @@ def counted(capacity: float | None, padded: bool, remat: str) -> dict[str, Any]:
     LEDGER.take()
     tally = executor.train(PLAN, BATCH)
     bytes, calls = ({"/".join(entry): n for entry, n in part.items()} for part in LEDGER.take())
-    gradients = {parameter_name(n): p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
+    gradients = wholes({parameter_name(n): p.grad for n, p in model.named_parameters()})
     return {
         "bytes": bytes,
         "calls": calls,
         "load": {n: c.numpy() for n, c in tally.load.items()},
-        "gradients": gradients,
+        "gradients": {n: x.numpy() for n, x in gradients.items()},
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parallel.matrix_owners import wholes
 from parallel.parallelize import parameter_name
 from tests.jobs import order
 from train.build import build
@@ -25,7 +26,7 @@ Weights = dict[str, np.ndarray]
 
 
 def whole(weights) -> Weights:
-    return {name: x.full_tensor().numpy().copy() for name, x in weights.items()}
+    return {name: x.numpy().copy() for name, x in wholes(weights).items()}
 
 
 def raw(trainer) -> Weights:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.matrix_owners import wholes
 from tests.jobs import order
 from tests.train.test_invariance import PRECISION, TOLERANCE
 from train.build import build
@@ -36,10 +37,11 @@ def load_then_go_on(job, steps):
 
 def whole(trainer):
     state = trainer.optimizer.state
-    return {
-        name: [x.detach().full_tensor().numpy().copy() for x in (p, state[p]["exp_avg"], state[p]["exp_avg_sq"])]
-        for name, p in trainer.model.named_parameters()
-    }
+    named = dict(trainer.model.named_parameters())
+    kinds = [{n: p.detach() for n, p in named.items()}]
+    kinds += [{n: state[p][key] for n, p in named.items()} for key in ("exp_avg", "exp_avg_sq")]
+    found = [wholes(kind) for kind in kinds]
+    return {name: [kind[name].numpy().copy() for kind in found] for name in named}
 
 
 @pytest.mark.dist

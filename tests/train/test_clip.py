@@ -6,6 +6,7 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 
 import parallel.fsdp
+from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
@@ -43,7 +44,9 @@ def clipped(**sizes: int) -> list[tuple[float, dict[str, np.ndarray]]]:
         for name, p in named.items():
             p.grad = distribute_tensor(whole[name].clone(), p.device_mesh, p.placements, src_data_rank=None)
         norm = clip(model, Groups().world_comm, **limits)
-        found.append((norm.item(), {name: p.grad.full_tensor().numpy() for name, p in named.items()}))
+        found.append(
+            (norm.item(), {n: x.numpy() for n, x in wholes({name: p.grad for name, p in named.items()}).items()})
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from parallel.matrix_owners import wholes
 from tests.jobs import order
 from train.build import build
 from train.checkpoints.hook import Checkpoints
@@ -22,12 +23,8 @@ def state(trainer) -> dict[str, list[np.ndarray]]:
 
     found |= {f"average {n}": [x] for n, x in trainer.hooks.of(Average).averaged().items()}
     found |= {n: [b] for n, b in trainer.model.named_buffers()}
-    return {n: [whole(x) for x in several] for n, several in found.items()}
-
-
-def whole(x) -> np.ndarray:
-    x = x.detach()
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).numpy().copy()
+    every = wholes({(n, i): x.detach() for n, several in found.items() for i, x in enumerate(several)})
+    return {n: [every[n, i].numpy().copy() for i in range(len(several))] for n, several in found.items()}
 
 
 def saved(job) -> tuple[dict, list[float]]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from parallel.matrix_owners import wholes
 from tests.jobs import order
 from train.build import build
 from train.checkpoints.hook import Checkpoints
@@ -14,11 +15,14 @@ MORE = ["optimizer=muon", "precision=fp64", "train.steps=20"]
 
 def state(trainer) -> dict[str, list[np.ndarray]]:
     """Every weight and what the optimizer knows of it, whole."""
-    found = {}
+    tensors = {}
     for name, p in trainer.model.named_parameters():
         parts = trainer.optimizer.state[p]
         kept = [parts[key] for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if key in parts]
-        found[name] = [x.detach().full_tensor().numpy().copy() for x in (p, *kept)]
+        tensors |= {(name, i): x.detach() for i, x in enumerate((p, *kept))}
+    found: dict[str, list[np.ndarray]] = {}
+    for (name, _), x in wholes(tensors).items():
+        found.setdefault(name, []).append(x.numpy().copy())
     return found
 
 
