@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.axes import declare, log_uniform_rate, softplus_inverse_of_log_uniform
 from models.linear import Linear
+from models.mixers.inheritance import SoftmaxWeights
 from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked, l2_normalise
 from models.precision import wide
@@ -72,3 +73,7 @@ class KimiDeltaAttention(QKVMixer):
         beta_BTH = self.strongest * wide(self.beta(x_BTD)).sigmoid()
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, slot=slot)
         return self.output(o_BTHV, self.gate_out(self.gate_in(x_BTD)))
+
+    def inherited(self, softmax: SoftmaxWeights) -> dict[str, Tensor]:
+        """The gate begins as one half everywhere: a random one would hide what the heads read."""
+        return super().inherited(softmax) | {"gate_out.weight": torch.zeros(self.gate_out.weight.shape)}

@@ -61,6 +61,12 @@ def test_the_gate_of_attention_is_that_of_a_mixer_that_has_one():
     assert "gate.weight" not in MIXERS["kda"](dim=32, heads=4).inherited(attention.projections())
 
 
+def test_the_gate_of_kda_begins_as_one_half_everywhere():
+    mixer = filled("kda", initialise(Attention(dim=32, heads=4), seed=3))
+    gate = mixer.gate_out(mixer.gate_in(torch.randn(3, 32, generator=torch.Generator().manual_seed(0))))
+    assert torch.equal(gate.sigmoid(), torch.full((3, 32), 0.5))
+
+
 def test_a_mutation_that_repeats_key_heads_in_turns_is_seen(monkeypatch):
     honest = Attention.projections
 
