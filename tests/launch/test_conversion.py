@@ -26,7 +26,14 @@ def given(place) -> list[str]:
 
 
 def chain(place, *more: str) -> list[str]:
-    return [*given(place), "experiment=convert", "convert.mixer=gla", f"init_from={place / 'llama'}", "convert.every=2", *more]
+    return [
+        *given(place),
+        "experiment=convert",
+        "convert.mixer=gla",
+        f"init_from={place / 'llama'}",
+        "convert.every=2",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
