@@ -167,6 +167,7 @@ def test_carried_states_of_a_stage_whose_gradients_end_at_spans(extended, place)
     assert ours[-1]["tokens"] == whole[-1]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_stop_while_a_stage_is_measured_and_a_stage_that_fails_say_how_to_go_on(place, capsys, monkeypatch):
     from launch.extend import chain as chains
 

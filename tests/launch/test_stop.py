@@ -131,7 +131,7 @@ def test_a_stop_at_a_random_moment(place, whole, moment):
     usable(place, run, expected, go_on=moment % 3 == 0)
 
 
-@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGINT", "stop")), "SIGTERM"])
+@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGINT", "SIGTERM")), "stop"])
 def test_a_stop_inside_a_checkpoint(place, whole, how):
     run = place / f"checkpoint-{how}"
     process = start(place, *job(place, run), cold=False)
@@ -217,7 +217,12 @@ def test_a_run_goes_on_where_nobody_reads_it_and_hang_ups_are_ignored(place, who
 
 @pytest.mark.parametrize(
     "how, after",
-    [("SIGINT", 0.0), ("SIGTERM", 2.0), pytest.param("SIGINT", 6.0, marks=pytest.mark.slow), ("stop", 5.0)],
+    [
+        ("SIGINT", 0.0),
+        ("SIGTERM", 2.0),
+        pytest.param("SIGINT", 6.0, marks=pytest.mark.slow),
+        pytest.param("stop", 5.0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stop_while_ray_starts(place, whole, how, after):
     run = place / f"ray-{how}-{after}"

@@ -240,6 +240,7 @@ def test_adaptive_training_equals_one_process_for_every_mixer(run: Any) -> None:
     hold_to_one_process(run, [*cases(0), SMALL._replace(span=6)], [adaptive])
 
 
+@pytest.mark.slow  # run by `make mutations`
 def test_what_is_broken_on_purpose_is_caught(run: Any) -> None:
     want, missed = one_process(SMALL.model), []
     for way, *ranks in zip(BROKEN, *run(RANKS, broken, timeout=500), strict=True):

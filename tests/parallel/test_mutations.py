@@ -57,6 +57,7 @@ def passes(run):
     return run(4, each_broken, BATCH, unequal(), "fp64")
 
 
+@pytest.mark.slow  # run by `make mutations`
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_mechanism_is_caught(passes, want, mutation):
     with pytest.raises(AssertionError, match="error|loss"):
@@ -64,6 +65,7 @@ def test_a_broken_mechanism_is_caught(passes, want, mutation):
             assert_close(got[mutation], want, "fp64")
 
 
+@pytest.mark.slow  # run by `make mutations`
 @pytest.mark.parametrize("nothing", ["nothing", "nothing again"])
 def test_no_pass_is_caught_where_nothing_is_broken(passes, want, nothing):
     for got in passes:
