@@ -23,6 +23,7 @@ def turns():
     return zip(cycle(MODELS), cycle(fuzz.EFFECTS), cycle(fuzz.KEYS), strict=True)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=len(MODELS) + 1,  # the first is the smallest there is
     derandomize=True,

@@ -92,6 +92,7 @@ def test_an_adaptive_run_has_the_losses_of_one_process(alone: Any, adaptive: Any
     assert len({str(groups) for *_, groups in ranks[0][0]}) > STEPS // 2, "that follow the lengths"
 
 
+@pytest.mark.slow
 def test_spans_in_time_in_adaptive_groups_have_those_losses_too(run, tmp_path: Any, alone: Any) -> None:
     more = ["train.span_tokens=20", "cluster.workers=2"]
     steps, _ = run(2, train, order(tmp_path, tmp_path / "run", *JOB, *ADAPTIVE, *more), 2)[0]

@@ -208,7 +208,8 @@ def logits_after(decoder, read, logits):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_a_prompt_over_ranks_leaves_on_each_what_one_process_has(run, world):
     cases = [{}, {"window": 5}, {"window": 9, "sinks": 3}]
     for found in run(world, spread, cases, (1, 2, 13, 40)):
