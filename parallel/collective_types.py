@@ -91,6 +91,7 @@ FUNCTIONS: dict[str, FunctionType] = {
     "parallel.sequence.attention.all_gather._Gathered": FunctionType(
         "sequence", (GATHER, OWN_USE), of="kv", others={"q": "V"}, again=True
     ),
+    "parallel.sequence.attention.few_bits._Rounded": FunctionType("sequence", (), why="a rank rounds its own keys"),
 }
 
 UNTYPED: dict[str, str] = {

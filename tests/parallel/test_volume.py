@@ -100,7 +100,7 @@ def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, shard
     return tuple({"/".join(entry): n for entry, n in part.items()} for part in LEDGER.take())
 
 
-KEY_HEADS = {"ulysses": ("unequal", "contiguous"), "usp": ("unequal", "contiguous")}  # layouts, for attention alone
+KEY_HEADS = dict.fromkeys(("gather", "ulysses", "usp"), ("unequal", "contiguous"))  # layouts, for attention alone
 # Of attention alone, key heads: one each, and heads too few for four ranks. The whole model has a key head for all.
 MODELS = {"whole": (12, 1), "a head each": (12, 12, ("attention",)), "few heads": (2, 2, ("attention",))}
 MODELS["latents"] = (12, 1, ("mla",))
