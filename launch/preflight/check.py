@@ -17,7 +17,7 @@ from launch.preflight.engine import check_engine
 from launch.preflight.layout import check_layout
 from launch.preflight.memory_fit import check_memory
 from launch.preflight.refusals import refusals
-from launch.run.rundir import is_checkpoint, latest
+from launch.run.rundir import is_checkpoint, latest, locked
 from parallel.schedule import Adaptive
 from train.run_config import RunConfig
 from train.settings import ClusterSettings
@@ -267,6 +267,8 @@ def _newest(flight: CheckedRun, key: str, value: str, say: Callable[[str], None]
         return newest
     damaged = checkpoint.damaged(folder)
     if damaged and not anew:
+        if key == "resume" and locked(folder.parent):  # whoever trains there takes old checkpoints away meanwhile
+            raise ValueError(f"run.dir={folder.parent}: in use by another run")
         last, why = list(damaged.items())[-1]
         which = "its only checkpoint is damaged" if len(damaged) == 1 else f"all {len(damaged)} checkpoints are damaged"
         more = "; run.anew=true leaves them and begins at step 0" if key == "resume" else ""

@@ -1,5 +1,6 @@
 """A run, a checkpoint or a sweep from elsewhere, at the command line: no traceback, no hang, nothing run or written."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -234,6 +235,11 @@ def test_init_from_and_resume_verify_the_checkpoint_that_they_are_given(run, cap
     altered(run / "checkpoints" / "step-2")
     code, line = told(capsys, "train", "resume=run", bound=60)
     assert code == 2 and "all 2 checkpoints are damaged" in line and "run.anew=true" in line, line
+    with (run / ".lock").open("w") as lock:  # a run that trains takes its old checkpoints away
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, line = told(capsys, "train", "resume=run", bound=60)
+    (run / ".lock").unlink()
+    assert code == 2 and line.count("\n") == 1 and "run: in use by another run" in line, line
     assert listing(run.parent) == before
 
 

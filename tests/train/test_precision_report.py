@@ -47,7 +47,7 @@ def decibels(x: torch.Tensor, rounded) -> float:
 
 
 def looked_at(folder: Path) -> tuple[dict[str, list[torch.Tensor]], dict[str, torch.Tensor]]:
-    """Of each linear layer of the run's model, by hooks of torch: weight, input and gradient of the output; and every
+    """Records each linear layer of the run's model by hooks of torch: weight, input, gradient of the output; and every
     weight."""
     config = composed(overrides(folder))
     flight, seen = check_run(config, lambda line: None), {}
