@@ -239,7 +239,7 @@ def test_init_from_and_resume_verify_the_checkpoint_that_they_are_given(run, cap
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, line = told(capsys, "train", "resume=run", bound=60)
     (run / ".lock").unlink()
-    assert code == 2 and line.count("\n") == 1 and "run: in use by another run" in line, line
+    assert code == 2 and line.splitlines()[-1] == "farspan train: run.dir=run: in use by another run", line
     assert listing(run.parent) == before
 
 
