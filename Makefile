@@ -14,16 +14,15 @@ unexport PYTHONDONTWRITEBYTECODE
 train: $(READY)
 	$(VENV)/bin/farspan train $(ARGS)
 
-# Tests that measure time run alone. All others share the cores, and the checks run beside them.
+# The checks run beside the tests.
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs 2 check tests
-	$(VENV)/bin/python -m pytest -q -m "timing and not gpu and not slow" $$(grep -rl "mark.timing" tests)
 
 tests: $(READY)
-	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not timing and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not gpu and not slow"
 
 unit: $(READY)
-	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not composes and not dist and not e2e and not timing and not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not composes and not dist and not e2e and not gpu and not slow"
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check --quiet .

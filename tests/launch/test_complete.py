@@ -179,7 +179,6 @@ def test_checking_a_run_imports_nothing_that_only_its_workers_need(tmp_path):
     assert said.splitlines()[-1] == "[]", said
 
 
-@pytest.mark.timing
 @pytest.mark.parametrize(
     ("words", "times"),
     [(["--help"], 4), (["train", "--help"], 6), (["complete", "--", "train", "model."], 9)],  # measured: 2.3, 3.4, 5.4

@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.cluster import nodes
 from launch.cluster.inspection import Sight, _folder, difference
 from launch.errors import UserError
 from tests import warm
@@ -456,17 +457,18 @@ def test_a_folder_that_cannot_be_written_is_refused_by_the_job(cluster):
     assert "run.dir=/proc/1/nowhere: cannot be written (" in said
 
 
-@pytest.mark.timing
-def test_where_no_ray_answers_it_is_said_within_ten_seconds(capsys, tmp_path):
+def test_where_no_ray_answers_it_is_said_within_ten_seconds(monkeypatch, capsys, tmp_path):
+    assert 2 * nodes._ANSWER_S <= 10  # a connection, then an answer
+    monkeypatch.setattr(nodes, "_ANSWER_S", 0.5)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         port = deaf.getsockname()[1]
         for address in (f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{port}"):
             for verb in (["submit", *overrides(tmp_path)[:1], f"data.path={tmp_path}"], ["list"], ["status", "x"]):
-                began = time.monotonic()
+                began, busy = time.monotonic(), time.process_time()
                 assert main([*verb, f"cluster.address={address}"]) == 2
-                assert time.monotonic() - began < 10
+                assert time.monotonic() - began - (time.process_time() - busy) < 5
                 said = capsys.readouterr().err
                 assert len(said.splitlines()) == 1 and f"cluster.address={address}: no Ray answers there" in said, said
 

@@ -165,11 +165,14 @@ def test_a_continued_run_knows_its_parent_through_restarts(run, broken_twice: Pa
         assert of_kind(path, "run")[0].job_type == "continue"
 
 
-@pytest.mark.timing
 def test_tracking_takes_less_than_a_hundredth_of_the_training_thread(run, tmp_path: Path) -> None:
     """The default model on a short step, which makes the share larger; by the thread's own CPU clock."""
     small = [o for o in overrides(tmp_path) if not o.startswith(("model", "data.max_length", "train.", "tracking"))]
-    more = ["data.max_length=1024", "train.batch_tokens=1024", "train.steps=6", "train.checkpoint_every=2048"]
-    cost: Cost = run(1, measure, fully_tracked(tmp_path / "run", [*small, *more, "train.evaluate_every=2048"]))[0]
-    assert cost.calls == 6 + 3 + 1  # records, checkpoints, the end
+    more = ["data.max_length=1024", "train.batch_tokens=1024", "train.steps=4", "train.checkpoint_every=2048"]
+    cost: Cost = run(
+        1,
+        measure,
+        fully_tracked(tmp_path / "run", [*small, *more, "train.evaluate_every=2048", "train.evaluate_tokens=1024"]),
+    )[0]
+    assert cost.calls == 4 + 2 + 1  # records, checkpoints, the end
     assert 0 < cost.tracker < 0.01 * cost.thread, cost
