@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.kernels.coded_weight import CodedWeight
 from models.kernels.low_precision import E4M3, E5M2, INT4, INT8, Codes, Scaling, Share, encode, product
 from models.linear import Linear
 from models.moe import Experts
@@ -44,6 +45,13 @@ class Recipe(NamedTuple):
     input_gradient: Pair
     weight_gradient: Pair
     straight: bool = False
+
+    @property
+    def weight(self) -> Scaling | None:
+        """The scaling of W where both products that read it have the same codes of it, else None."""
+        scaling = self.forward.second
+        same = scaling == self.input_gradient.second and scaling is not None and scaling.rows == scaling.columns
+        return scaling if self.straight or same else None
 
 
 _TENSOR, _TENSOR_GRADIENT = Scaling(E4M3, 0, 0), Scaling(E5M2, 0, 0)
@@ -81,11 +89,13 @@ def native(name: str, device: str) -> bool:
 @dataclass
 class LowPrecision:
     """A recipe at work in a model. native: multiply codes by the device's own product. share: makes the largest
-    magnitudes of scales that span tokens those of all ranks that share a sequence; None for this rank's."""
+    magnitudes of scales that span tokens those of all ranks that share a sequence; None for this rank's. gather:
+    weights of layers come from other devices as codes (`models.kernels.coded_weight`)."""
 
     recipe: Recipe
     native: bool = False
     share: Share | None = None
+    gather: bool = False
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., K], weight [N, K] -> x Wᵀ [..., N] in x's dtype. The gradients follow the recipe too."""
@@ -99,17 +109,23 @@ class LowPrecision:
         return torch.cat([self.linear(part, each.T) for part, each in parts])
 
     def multiply(
-        self, first: Tensor, second: Tensor, pair: Pair, dtype: torch.dtype, *, tokens: tuple[int | None, int | None]
+        self,
+        first: Tensor,
+        second: Tensor | Codes,
+        pair: Pair,
+        dtype: torch.dtype,
+        *,
+        tokens: tuple[int | None, int | None],
     ) -> Tensor:
-        """first [M, K] times the transpose of second [N, K] -> [M, N] in `dtype`.
+        """first [M, K] times the transpose of second [N, K] -> [M, N] in `dtype`. second: codes stay as they are.
 
         tokens: the dimension of each that is tokens, None for none.
         """
         a, b = (self._codes(x, s, dim) for x, s, dim in zip((first, second), pair, tokens, strict=True))
         return product(a, b, dtype, native=self.native)
 
-    def _codes(self, x: Tensor, scaling: Scaling | None, tokens: int | None) -> Codes | Tensor:
-        if scaling is None:
+    def _codes(self, x: Tensor | Codes, scaling: Scaling | None, tokens: int | None) -> Codes | Tensor:
+        if scaling is None or isinstance(x, Codes):
             return x
         spans = tokens is not None and not (scaling.rows, scaling.columns)[tokens]
         return encode(x, scaling, self.share if spans else None)
@@ -120,23 +136,28 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, low: LowPrecision) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.low = low
+        coded = isinstance(weight, CodedWeight)  # whoever moves what is saved knows nothing of codes
+        ctx.save_for_backward(x, *([] if coded else [weight]))
+        ctx.low, ctx.coded = low, weight if coded else None
         rows, pair = x.reshape(-1, x.shape[-1]), low.recipe.forward
         shape = (*x.shape[:-1], len(weight))  # no -1: an expert may have no tokens
-        return kept(lambda: low.multiply(rows, weight, pair, x.dtype, tokens=(0, None)).view(shape))
+        second = weight.codes if isinstance(weight, CodedWeight) else weight
+        return kept(lambda: low.multiply(rows, second, pair, x.dtype, tokens=(0, None)).view(shape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), low = ctx.saved_tensors, ctx.low
-        recipe = low.recipe
+        (x, *saved), low = ctx.saved_tensors, ctx.low
+        weight = saved[0] if saved else ctx.coded
+        recipe, whole = low.recipe, weight if saved else weight.codes
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            pair, other, codes = recipe.input_gradient, weight.T, recipe.forward.second
-            if recipe.straight and codes is not None:
-                pair, other = Pair(), encode(weight, codes).values(grad.dtype).T
+            pair, scaling = recipe.input_gradient, recipe.forward.second
+            other = whole.transposed() if isinstance(whole, Codes) else whole.T
+            if recipe.straight and scaling is not None:
+                codes = whole if isinstance(whole, Codes) else encode(whole, scaling)
+                pair, other = Pair(), codes.values(grad.dtype).T
             dx = low.multiply(g, other, pair, grad.dtype, tokens=(0, None)).view_as(x)
         if ctx.needs_input_grad[1]:
             pair = recipe.weight_gradient
@@ -222,6 +243,8 @@ def _products(model: nn.Module, grouped: bool) -> Iterable[WeightProduct]:
             outputs, inputs = module.weight.shape
             of_class = BY_CLASS.get(type(parents[above]).__name__, {})
             why = "chooses experts" if isinstance(module, Router) else of_class.get(last, BY_NAME.get(last))
+            if last == "kv_b" and getattr(parents[above], "absorb", False):
+                why = "is multiplied into queries and outputs, outside of its layer"
             yield WeightProduct(name, (outputs, inputs), 1, why)
 
 
@@ -233,3 +256,10 @@ def apply(model: nn.Module, layers: Iterable[WeightProduct], low: LowPrecision) 
             module.low = low if {f"{name}.gate_up", f"{name}.down"} <= chosen else None
         elif isinstance(module, Linear):
             module.low = low if name in chosen else None
+
+
+def coded_layers(model: nn.Module) -> list[tuple[str, Linear, Scaling]]:
+    """The layers whose weights come from other devices as codes: name, layer, and how its weight is scaled."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    followed = [(name, layer) for name, layer in layers if layer.low is not None and layer.low.gather]
+    return [(name, layer, layer.low.recipe.weight) for name, layer in followed]

@@ -80,12 +80,12 @@ def mixer_model(mixer: str, layers: int = 3, **options: Any) -> LM:
     return LM(vocabulary=VOCABULARY, dim=16, layers=layers, pattern=["layer"], blocks={"layer": block})
 
 
-def follow(model: LM, recipe: str | None) -> LowPrecision | None:
+def follow(model: LM, recipe: str | None, gather: bool = False) -> LowPrecision | None:
     """Gives all layers that the policy leaves a recipe, whatever their widths; but for experts where blocks of tokens
     share scales, which depend on how many come from where."""
     if recipe is None:
         return None
-    low = LowPrecision(RECIPES[recipe])
+    low = LowPrecision(RECIPES[recipe], gather=gather)
     blocks = any(scaling is not None and scaling.columns for scaling in low.recipe.weight_gradient)
     apply(model, policy(model, high=["*.experts.*"] if blocks else []), low)
     return low
@@ -129,6 +129,7 @@ def spread(
     spans: Spans | None = None,
     recipe: str | None = None,
     scales: str = "sequence",
+    gather: bool = False,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The same, run by the executor on this world along `plan`: the global loss, every gradient as this rank has it.
 
@@ -139,7 +140,7 @@ def spread(
     with torch.device("meta"):
         model = build() if attention is None else build(attention)
     model.compute = DTYPE[precision]
-    low = follow(model, recipe)
+    low = follow(model, recipe, gather)
     meshes = Meshes(groups.mesh, torch.device(device))
     parallelise(model, meshes, seed=1, dtype=DTYPE[precision], remat=remat, reshard_after_forward=True)
     transports, shared = (recurrence or GatherEffects(), keys or GatherKeys()), low if scales == "sequence" else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from models.kernels.low_precision import Scaling
 from models.lm import LM
 from models.moe import mixtures
 from parallel.pipeline.cut import PipelineCut
@@ -31,6 +32,7 @@ from train.engines.refusals import name_of, plain
 from train.metrics.comm_trace import asked, expert_calls, expert_units, weight_units
 from train.metrics.width_trace import divided, step_calls
 from train.parallel_settings import MachineSettings
+from train.precision import coded_weights
 from train.rank_memory import MemoryLayout, MemoryModel
 from train.run_config import RunConfig
 from train.stages import work as stage_work
@@ -250,6 +252,11 @@ class LayoutSearch:
         )
         return costs if self.machine.profile is None else self.machine.profile.applied(costs, 0.0, 0.0)
 
+    @cached_property
+    def coded(self) -> dict[str, Scaling]:
+        """The scaling of each weight that ranks gather as codes."""
+        return coded_weights(self.config.precision, self.memory.whole, self.device)
+
     def work(self, tensor: int, expert: int) -> LayoutWork:
         if (tensor, expert) not in self._work:
             model, engine = self.memory.build(), self.config.engine
@@ -264,7 +271,7 @@ class LayoutSearch:
                 Costs(model_costs, cluster, self.costs.sizes),
                 Counter(step_calls(model, notes)) if tensor > 1 else Counter(),
                 Counter(expert_calls(model)) if expert > 1 else Counter(),
-                weight_units(model, **options, experts=expert),
+                weight_units(model, **options, experts=expert, coded=self.coded),
                 expert_units(model, **options, experts=expert) if expert > 1 else [],
                 model.dim * model.compute.itemsize,
                 self.machine.streams,

@@ -8,6 +8,7 @@ import torch
 from train.settings import PrecisionSettings
 
 if TYPE_CHECKING:
+    from models.kernels.low_precision import Scaling
     from models.lm import LM
     from models.recipes import LowPrecision, Recipe, WeightProduct
     from train.run_config import RunConfig
@@ -58,7 +59,33 @@ def check_recipe(config: "RunConfig", model: "LM", device: str) -> None:
         )
     if settings.scales == "sequence" and config.parallel.stages > 1:
         raise ValueError("precision.scales=sequence: must be rank with a pipeline, whose micro-steps overlap")
+    if settings.gather == "codes":
+        _check_gather(config)
     layers_of(settings, model, device)
+
+
+def _check_gather(config: "RunConfig") -> None:
+    from models.recipes import RECIPES
+
+    recipe, must = config.precision.recipe, "precision.gather=codes: must be high with"
+    if RECIPES[recipe].weight is None:
+        having = ", ".join(name for name, each in RECIPES.items() if each.weight is not None)
+        raise ValueError(f"{must} precision.recipe={recipe}, whose products read other codes each; {having} can")
+    if config.parallel.stages > 1:
+        raise ValueError(f"{must} a pipeline, whose micro-steps overlap")
+    if config.engine.get("offload_optimizer"):
+        raise ValueError(f"{must} engine.offload_optimizer=true")
+
+
+def coded_weights(settings: PrecisionSettings, model: "LM", device: str) -> "dict[str, Scaling]":
+    """The scaling of each weight that ranks gather as codes, by the parameter's name."""
+    if settings.gather != "codes":
+        return {}
+    from models.recipes import RECIPES
+
+    scaling = RECIPES[settings.recipe].weight
+    layers = [layer for layer in layers_of(settings, model, device) if layer.why is None]
+    return {f"{layer.name}.weight": scaling for layer in layers if scaling is not None}
 
 
 def has_native(recipe: str, device: str) -> bool:
@@ -77,7 +104,11 @@ def follow(settings: PrecisionSettings, model: "LM", device: str) -> "tuple[LowP
     from models.recipes import RECIPES, LowPrecision, apply
 
     natively = settings.kernel == "native" or settings.kernel == "auto" and device != "cpu"
-    low = LowPrecision(RECIPES[settings.recipe], natively and has_native(settings.recipe, device))
+    low = LowPrecision(
+        RECIPES[settings.recipe],
+        natively and has_native(settings.recipe, device),
+        gather=settings.gather == "codes",
+    )
     apply(model, layers, low)
     return low, layers
 
@@ -96,6 +127,10 @@ def lines(config: "RunConfig", layers: "list[WeightProduct]", low: "LowPrecision
     for why, count in reasons.most_common():
         named = next(layer.name for layer in layers if layer.why == why)
         told.append(f"{key}: {count} stay high, as {named}: {why}")
+    if low.gather:
+        told.append(
+            "precision.gather=codes: ranks gather these weights as codes, a byte a number; experts' as they are"
+        )
     return told + [f"{line}, so the loss depends on the layout" for line in dependence(config, low.recipe)]
 
 

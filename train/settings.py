@@ -329,6 +329,7 @@ RecipeName = Literal[
 ]
 ProductKernel = Literal["auto", "emulated", "native"]
 ScaleSpan = Literal["rank", "sequence"]
+WeightGather = Literal["high", "codes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +342,10 @@ class PrecisionSettings:
     in a recipe; native: the device's own products of codes; emulated: values rounded as the format has them, multiplied
     in `compute` or fp32; auto: native on a GPU that has them, else emulated. scales: tokens that share a scale, where
     scales span tokens; rank: those of a rank, so that the loss depends on the layout; sequence: those of all ranks that
-    share a sequence, for a message more a product. high: patterns of layers' names, * for any text, that stay as they
+    share a sequence, for a message more a product. gather: form in which ranks gather sharded weights of layers that
+    follow the recipe. high: as they are, and each rank makes codes; codes: a byte a number, a quarter of fp32's bytes,
+    and the same codes, with recipes that read a weight as the same codes in both products: fp8_tensorwise,
+    fp8_blockwise, int8_weights and int4_weights. high: patterns of layers' names, * for any text, that stay as they
     are without a recipe, besides those that the policy keeps so: the head, routers, and all that makes decays, gates
     and writing strengths. low: patterns of layers that follow the recipe against the policy. report: true has `farspan
     plan` run the model once, on this machine, and print how far a recipe rounds each layer, and its gain; training does
@@ -352,17 +356,27 @@ class PrecisionSettings:
     recipe: RecipeName = "none"
     kernel: ProductKernel = "auto"
     scales: ScaleSpan = "rank"
+    gather: WeightGather = "high"
     high: list[str] = field(default_factory=list)
     low: list[str] = field(default_factory=list)
     report: bool = False
 
     def __post_init__(self) -> None:
-        for key, accepted in (("recipe", RecipeName), ("kernel", ProductKernel), ("scales", ScaleSpan)):
+        for key, accepted in (
+            ("recipe", RecipeName),
+            ("kernel", ProductKernel),
+            ("scales", ScaleSpan),
+            ("gather", WeightGather),
+        ):
             if (value := getattr(self, key)) not in get_args(accepted):
                 raise ValueError(f"precision.{key}={value}: must be one of {', '.join(get_args(accepted))}")
         if self.compute not in COMPUTE:
             raise ValueError(f"precision.compute={self.compute}: must be one of {', '.join(COMPUTE)}")
         if self.recipe == "none":
+            if self.gather != "high":
+                raise ValueError(
+                    f"precision.gather={self.gather}: must be high without a recipe (precision.recipe=none)"
+                )
             for key in ("high", "low"):
                 if several := getattr(self, key):
                     raise ValueError(f"precision.{key}={several}: must be [] without a recipe (precision.recipe=none)")

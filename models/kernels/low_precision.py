@@ -52,15 +52,26 @@ class Codes(NamedTuple):
     scale: Tensor
     scaling: Scaling
 
+    def transposed(self) -> "Codes":
+        """[K, R]: the same values, shared as before."""
+        rows, columns = self.scaling.rows, self.scaling.columns
+        return Codes(self.codes.T, self.scale.T, self.scaling._replace(rows=columns, columns=rows))
+
     def values(self, dtype: torch.dtype) -> Tensor:
         """[R, K] in `dtype`."""
-        return (self.codes.to(self.scale.dtype) * _beside(self.scale, self.scaling, self.codes.shape)).to(dtype)
+        return (self.codes.to(self.scale.dtype) * beside(self.scale, self.scaling, self.codes.shape)).to(dtype)
+
+
+def shares(shape: torch.Size, scaling: Scaling) -> tuple[int, int]:
+    """The number of shares along rows and columns; one of what is empty."""
+    (R, K), rows, columns = shape, scaling.rows, scaling.columns
+    return max(1, -(-R // rows)) if rows else 1, max(1, -(-K // columns)) if columns else 1
 
 
 def largest(x: Tensor, scaling: Scaling) -> Tensor:
     """The largest magnitude of each share of x [R, K], [shares of R, shares of K]; 0 of an empty one."""
     (R, K), rows, columns = x.shape, scaling.rows or max(len(x), 1), scaling.columns or max(x.shape[1], 1)
-    down, across = max(1, -(-R // rows)), max(1, -(-K // columns))
+    down, across = shares(x.shape, scaling)
     if (missing := (down * rows - R, across * columns - K)) != (0, 0):
         x = F.pad(x, (0, missing[1], 0, missing[0]))
     return x.view(down, rows, across, columns).abs().amax((1, 3))
@@ -75,18 +86,27 @@ def encode(x: Tensor, scaling: Scaling, share: Share | None = None) -> Codes:
     magnitude = largest(x, scaling)
     if share is not None:
         magnitude = share(magnitude)
-    most = LARGEST[scaling.format]
-    scale = (magnitude / most).clamp_min(SMALLEST)
+    scale = scales(magnitude, scaling)
+    return Codes(cast(x / beside(scale, scaling, x.shape), scaling), scale, scaling)
+
+
+def scales(magnitude: Tensor, scaling: Scaling) -> Tensor:
+    """The scale of each share, of its largest magnitude; nan where that is not finite."""
+    scale = (magnitude / LARGEST[scaling.format]).clamp_min(SMALLEST)
     if scaling.power:
         fraction, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5).to(exponent.dtype))
-    scale = torch.where(torch.isfinite(magnitude), scale, torch.nan)
-    scaled = (x / _beside(scale, scaling, x.shape)).clamp(-most, most)
-    dtype = DTYPES[scaling.format]
-    return Codes((scaled.round() if dtype is torch.int8 else scaled).to(dtype), scale, scaling)
+    return torch.where(torch.isfinite(magnitude), scale, torch.nan)
 
 
-def _beside(scale: Tensor, scaling: Scaling, shape: torch.Size) -> Tensor:
+def cast(scaled: Tensor, scaling: Scaling) -> Tensor:
+    """Values divided by their scales, to the nearest codes."""
+    most, dtype = LARGEST[scaling.format], DTYPES[scaling.format]
+    scaled = scaled.clamp(-most, most)
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype)
+
+
+def beside(scale: Tensor, scaling: Scaling, shape: torch.Size) -> Tensor:
     """Scales in a shape that multiplies [R, K]."""
     if scaling.columns:
         scale = scale.repeat_interleave(scaling.columns, 1)[:, : shape[1]]

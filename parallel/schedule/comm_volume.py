@@ -30,6 +30,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 from parallel.schedule.plan import Plan, Span
 
 KeyFormatName = Literal["exact", "fp8", "int8"]
+SCALES = "weight scales"
 GRADIENT = " gradient"  # ends the purpose of what a backward pass sends
 
 
@@ -317,23 +318,41 @@ def lay(lengths: Sequence[int], starts: Sequence[Sequence[int]], spans: tuple[tu
 
 class Unit(NamedTuple):
     """Parameters that FSDP gathers together: rows and numbers a row of each, bytes a number. `stays`: gathered once a
-    step, and not once for each forward and backward pass."""
+    step, and not once for each forward and backward pass. coded: those of `shapes` that are gathered as codes, a byte
+    a number; scales: theirs, on which ranks agree in each micro-step."""
 
     shapes: tuple[tuple[int, int], ...]
     itemsize: int
     stays: bool
+    coded: tuple[tuple[int, int], ...] = ()
+    scales: int = 0
+
+    def shard(self, ranks: int) -> int:
+        """Bytes of a rank's part."""
+        return _rows(self.shapes, ranks) * self.itemsize
+
+    def sent(self, ranks: int) -> int:
+        """Bytes of a rank's part as others get it."""
+        return self.shard(ranks) - _rows(self.coded, ranks) * (self.itemsize - 1)
+
+
+def _rows(shapes: tuple[tuple[int, int], ...], ranks: int) -> int:
+    """Numbers of a rank: rows are padded to the ranks."""
+    return sum(-(-rows // ranks) * rest for rows, rest in shapes)
 
 
 def of_weights(units: Iterable[Unit], ranks: int, micro_steps: int) -> Traffic:
     """Traffic of weights and their gradients that each rank receives in a step: FSDP shards rows, padded to the
     ranks."""
-    total = Traffic()
+    total, scales = Traffic(), 0
     for unit in units:
-        shard = sum(-(-rows // ranks) * rest for rows, rest in unit.shapes) * unit.itemsize
         if ranks > 1:
             gathers = 1 if unit.stays else 2 * micro_steps
-            total.add("weights", gathers * (ranks - 1) * shard, gathers)
-            total.add("weights" + GRADIENT, (ranks - 1) * shard)
+            total.add("weights", gathers * (ranks - 1) * unit.sent(ranks), gathers)
+            total.add("weights" + GRADIENT, (ranks - 1) * unit.shard(ranks))
+            scales += unit.scales * _wide(unit.itemsize)
+    if scales:
+        total.add(SCALES, micro_steps * (2 * (ranks - 1) * scales // ranks), micro_steps)
     return total
 
 

@@ -88,7 +88,7 @@ def of_copies(units: Iterable[Unit], ranks: int, copies: int) -> Traffic:
     """Traffic of the sums of gradients over so many `copies` of the shards of `ranks`."""
     total = Traffic()
     for unit in units:
-        shard = sum(-(-rows // ranks) * rest for rows, rest in unit.shapes) * unit.itemsize
+        shard = unit.shard(ranks)
         if copies > 1:
             total.add("weights" + GRADIENT, 2 * (copies - 1) * shard // copies)
     return total

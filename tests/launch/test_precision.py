@@ -27,6 +27,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["precision=fp8_blockwise"], "no linear layer of this model may follow it; of layers.0.mixer.qkv, "),
         (["parallel.transport.keys=fp4"], "parallel.transport.keys=fp4: must be one of exact, fp8, int8"),
         (["parallel.transport.keys=fp8", "train.span_tokens=32"], "keys=fp8: must be exact with train.span_tokens"),
+        (["precision.gather=codes"], "precision.gather=codes: must be high without a recipe"),
+        (["precision=int8_weights", "precision.gather=fp8"], "precision.gather=fp8: must be one of high, codes"),
+        (
+            ["precision=mxfp8", "precision.gather=codes"],
+            "gather=codes: must be high with precision.recipe=mxfp8, whose",
+        ),
+        (
+            ["precision=int8_weights", "precision.gather=codes", "engine.offload_optimizer=true"],
+            "precision.gather=codes: must be high with engine.offload_optimizer=true",
+        ),
+        (
+            ["precision=int8_weights", "precision.gather=codes", "parallel.pipeline=2", "cluster.workers=2"],
+            "precision.gather=codes: must be high with a pipeline",
+        ),
         (["precision=int8", "engine=deepspeed"], "precision.recipe=int8: must be none with engine=deepspeed"),
         (
             ["precision=fp8_tensorwise", "precision.scales=sequence", "parallel.pipeline=2", "cluster.workers=2"],
@@ -70,11 +84,19 @@ def test_a_run_follows_a_recipe_and_says_how_far(place, capsys):
 
 @pytest.mark.composes
 def test_weights_that_are_no_numbers_become_no_checkpoint_and_no_success(place, capsys):
-    """A rate beyond fp32 in the last of two steps: its gradients are finite, and its weights are not."""
+    """A rate beyond fp32 in the last of two steps: its gradients are finite, and its weights are not; nor
+    does a maximum over ranks hide that."""
     given = [o for o in overrides(place) if not o.startswith(("run.", "precision", "train.tokens", "train.steps"))]
     curve = "[[0.5,0.0,constant],[0.5,1.0,linear]]"
     more = ["optimizer.lr=1e39", "schedule=phases", f"schedule.phases={curve}", "train.checkpoint_every=384"]
-    more += ["precision=int8", "train.steps=2", "cluster.workers=1", "train.keep=9", f"run.dir={place / 'endless'}"]
+    more += [
+        "precision=int8_weights",
+        "precision.gather=codes",
+        "train.steps=2",
+        "cluster.workers=1",
+        "train.keep=9",
+        f"run.dir={place / 'endless'}",
+    ]
     assert main(["train", *given, *more]) == 1
     assert [path.name for path in sorted((place / "endless" / "checkpoints").iterdir())] == ["step-1"]
     assert "is not finite after step 2: no checkpoint is made of it" in capsys.readouterr().err

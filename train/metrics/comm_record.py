@@ -11,7 +11,7 @@ from parallel.matrix_owners import PURPOSE
 from parallel.mesh import Groups
 from parallel.pipeline.runner import SHARED
 from parallel.pipeline.stage import ACTIVATIONS
-from parallel.schedule.comm_volume import GRADIENT, Ask, ScanCall
+from parallel.schedule.comm_volume import GRADIENT, SCALES, Ask, ScanCall
 from parallel.schedule.expert_volume import COUNTS, OUTPUTS, ROWS
 from parallel.schedule.transport_cost import LinkCost
 from parallel.sequence.states import AutoTransport
@@ -26,6 +26,7 @@ ENTRIES = (
         for way in ("", GRADIENT)
     ),
     *(LedgerEntry(axis, "weights" + way) for axis in ("world", "dense") for way in ("", GRADIENT)),
+    *(LedgerEntry(axis, SCALES) for axis in ("world", "dense")),
     LedgerEntry("replicate", "weights" + GRADIENT),
     *(LedgerEntry("tensor", purpose + way) for purpose in ("hidden", "channels") for way in ("", GRADIENT)),
     LedgerEntry("tensor", "loss"),

@@ -3,6 +3,8 @@
 No module states it: the model runs once on the meta device, on a sequence that notes what it is asked.
 """
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.accounting import Traced, by_shape
+from models.kernels.low_precision import Scaling, shares
 from models.lm import LM
 from models.moe import mixtures
 from models.nonlinear_recurrence import Serial
@@ -51,12 +54,16 @@ def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> No
             ask.here(tensor).split(ranks, attention)
 
 
-def weight_units(model: LM, *, itemsize: int, reshard: bool, experts: int = 1) -> list[Unit]:
+def weight_units(
+    model: LM, *, itemsize: int, reshard: bool, experts: int = 1, coded: Mapping[str, Scaling] | None = None
+) -> list[Unit]:
     """Returns what FSDP gathers at a time, as `parallel.fsdp.shard` wraps it: each layer, then the rest.
 
     itemsize: bytes of a master weight. reshard: whether a layer's weights are let go after each forward and backward.
     experts: ranks over which experts are cut: where there are several, these are units of their own (`expert_units`).
+    coded: the scaling of each weight that is gathered as codes, by name (`train.precision.coded_weights`).
     """
+    scaled = coded or {}
     apart = set() if experts == 1 else {p for moe in mixtures(model).values() for p in moe.experts.parameters()}
     layers = [
         {name: p for name, p in layer.named_parameters(prefix=f"layers.{n}") if p not in apart}
@@ -66,9 +73,15 @@ def weight_units(model: LM, *, itemsize: int, reshard: bool, experts: int = 1) -
     rest = {name: p for name, p in model.named_parameters() if name not in inside and p not in apart}
 
     def unit(parameters: dict[str, torch.nn.Parameter], stays: bool) -> Unit:
-        return Unit(tuple((p.shape[0], p[0].numel()) for p in parameters.values()), itemsize, stays)
+        few = {name: p for name, p in parameters.items() if name in scaled}
+        scales = sum(math.prod(shares(p.shape, scaled[name])) for name, p in few.items())
+        return Unit(_matrices(parameters.values()), itemsize, stays, _matrices(few.values()), scales)
 
     return [*(unit(layer, not reshard) for layer in layers), unit(rest, True)]
+
+
+def _matrices(parameters: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((p.shape[0], p[0].numel()) for p in parameters)
 
 
 def expert_units(model: LM, *, itemsize: int, reshard: bool, experts: int) -> list[Unit]:

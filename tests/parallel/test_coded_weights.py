@@ -1,0 +1,128 @@
+"""`precision.gather=codes`: weights that two ranks gather as bytes, against one process that rounds them whole."""
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from models.kernels.coded_weight import CodedWeight
+from models.kernels.low_precision import encode
+from models.linear import Linear
+from models.recipes import RECIPES, LowPrecision, policy
+from parallel import coded_weights
+from parallel.collectives import LEDGER
+from parallel.fsdp import shard
+from parallel.schedule.comm_volume import SCALES, of_weights
+from tests.parallel.test_recipes import BATCH, PLANS, hybrid
+from tests.parity import assert_close, spread, truth
+from train.metrics.comm_trace import weight_units
+
+RECIPES_OF_CODES = [name for name, recipe in RECIPES.items() if recipe.weight is not None]
+# Outputs and inputs: rows that two ranks cannot halve, one row alone, blocks of 128 that lie on both ranks.
+WIDTHS = ((5, 40), (1, 5), (300, 1), (7, 300))
+
+
+def chain(recipe: str, gather: bool) -> nn.Sequential:
+    """Linear layers of these widths, a bias in one of them, all of which follow a recipe."""
+    draw = torch.Generator().manual_seed(3)
+    layers = []
+    for i, (outputs, inputs) in enumerate(WIDTHS):
+        layer = Linear(inputs, outputs, axes=(None, None), bias=i == 2)
+        layer.low = LowPrecision(RECIPES[recipe], gather=gather)
+        for p in layer.parameters():
+            p.data = torch.randn(p.shape, generator=draw) * 10.0 ** torch.arange(len(p)).view(
+                -1, *[1] * (p.dim() - 1)
+            ).fmod(4)
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def stepped(model: nn.Sequential) -> dict[str, Any]:
+    """Output and gradients after the weights have changed once, as an optimizer changes them."""
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(4))
+    model(x).square().mean().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    model.zero_grad()
+    y = model(x)
+    y.square().mean().backward()
+    whole = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in model.named_parameters()}
+    return {name: x.numpy() for name, x in {"output": y.detach(), **whole}.items()}
+
+
+def sharded(recipe: str, gather: bool) -> tuple[dict[str, Any], dict[str, int]]:
+    """The same on this world, and bytes that this rank has received, by purpose."""
+    model = chain(recipe, gather)
+    shard(model, list(model), init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=True)
+    coded_weights.gather_codes(model)
+    LEDGER.take()
+    found = stepped(model)
+    if gather:
+        model[0].weight._local_tensor.mul_(2)
+        with pytest.raises(RuntimeError, match="0.weight: its scales are of other weights"):
+            model[0](torch.zeros(1, 40))
+    return found, {purpose: count for (_, purpose), count in LEDGER.take()[0].items()}
+
+
+def test_every_recipe_of_codes_has_them_alike_in_both_products():
+    """One matrix, rounded once, is what both products read; the others have two."""
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
+    for name, recipe in RECIPES.items():
+        first, second = recipe.forward.second, recipe.input_gradient.second
+        if recipe.straight:
+            assert name in RECIPES_OF_CODES
+            continue
+        alike = torch.equal(
+            encode(weight, first).values(torch.float32).T, encode(weight.T, second).values(torch.float32)
+        )
+        assert alike == (name in RECIPES_OF_CODES), name
+    assert RECIPES_OF_CODES == ["fp8_tensorwise", "fp8_blockwise", "int8_weights", "int4_weights"]
+
+
+def on_two_ranks() -> dict[str, Any]:
+    found: dict[str, Any] = {name: sharded(name, True) for name in RECIPES_OF_CODES}
+    found["high"] = sharded("fp8_tensorwise", False)
+    with patch.object(coded_weights.dist, "all_reduce"):  # the scales of a rank's own rows
+        found["apart"] = sharded("fp8_tensorwise", True)
+    LEDGER.take()
+    found["model"] = spread(BATCH, PLANS["data"], "fp64", "full", build=hybrid, recipe="fp8_tensorwise", gather=True)
+    found["bytes"], found["calls"] = ({e.purpose: n for e, n in part.items()} for part in LEDGER.take())
+    return found
+
+
+@pytest.mark.dist
+def test_two_ranks_round_as_one_process_bit_for_bit_and_send_bytes(run):
+    want = {name: stepped(chain(name, False)) for name in RECIPES_OF_CODES}
+    whole = truth(BATCH, "fp64", build=hybrid, recipe="fp8_tensorwise")
+    with torch.device("meta"):
+        model = hybrid()
+    followed = [layer.name for layer in policy(model) if layer.why is None]
+    coded = {f"{name}.weight": RECIPES["fp8_tensorwise"].weight for name in followed}
+    told = of_weights(weight_units(model, itemsize=8, reshard=True, coded=coded), 2, len(PLANS["data"].micro_steps))
+    for got in run(2, on_two_ranks):
+        for name in RECIPES_OF_CODES:
+            values, _ = got[name]
+            assert np.array_equal(values["output"], want[name]["output"]), name
+            for parameter, gradient in list(want[name].items())[1:]:  # both ranks have the same tokens
+                assert np.array_equal(values[parameter], 2 * gradient), (name, parameter)
+        codes, high = (got[name][1] for name in ("fp8_tensorwise", "high"))
+        bias = 4 * 4 * 150  # four gathers of one layer's
+        assert codes["weights"] - bias == (high["weights"] - bias) // 4 and (high["weights"] - bias) % 4 == 0
+        assert codes["weights gradient"] == high["weights gradient"] and SCALES not in high
+        assert not np.array_equal(got["apart"][0]["output"], want["fp8_tensorwise"]["output"])
+        assert_close(got["model"], whole, "fp64")
+        for purpose in ("weights", "weights gradient", SCALES):
+            assert (got["bytes"][purpose], got["calls"][purpose]) == (told.bytes[purpose], told.calls[purpose]), purpose
+
+
+def test_a_weight_of_codes_is_read_by_its_recipe_alone():
+    weight = CodedWeight(encode(torch.ones(4, 4), RECIPES["fp8_tensorwise"].weight), torch.float32)
+    for read in (lambda: weight + 1, lambda: weight.double(), lambda: weight @ weight):
+        with pytest.raises(RuntimeError, match="reads the numbers of a weight that is there as codes"):
+            read()
