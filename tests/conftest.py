@@ -57,6 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(str(item.path.relative_to(TESTS)), len(order)))
 
 
+def pytest_collection_finish() -> None:
+    """Takes all that is there out of the search for circles: a million objects of modules and tests, which stay."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def run():
     return run_world

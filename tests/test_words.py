@@ -3,22 +3,28 @@
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "launch", "models", "parallel", "train")
-TREES = {
-    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
-    for room in ROOMS
-    for path in sorted((ROOT / room).rglob("*.py"))
-}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Every module of the product, parsed by the first test that asks: not by each process that collects tests."""
+    return {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+        for room in ROOMS
+        for path in sorted((ROOT / room).rglob("*.py"))
+    }
 
 
 def test_no_two_public_classes_share_a_name():
     homes = defaultdict(list)
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(f"{file}:{node.lineno}")
@@ -31,7 +37,7 @@ def test_no_docstring_opens_with_a_question(room):
     """Nor do modules: "The cost of a layer", not "What a layer costs"."""
     opened = re.compile(r"(What|Whether|Of|How|Which|Where)\b")
     found, seen = [], 0
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         if file.startswith(f"{room}/"):
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):

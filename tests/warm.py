@@ -9,6 +9,7 @@ uses `COLD`, a fresh interpreter.
 
 import array
 import atexit
+import gc
 import json
 import os
 import select
@@ -118,6 +119,7 @@ def serve(address: str, modules: list[str]) -> None:
 
     composed([])  # what it reads and keeps, each client's process has
     torch.set_num_threads(1)
+    gc.freeze()  # what is there stays: no process of a client looks through it for circles
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()

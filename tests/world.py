@@ -18,7 +18,8 @@ _TESTS = (
     "tests.parity",
     "tests.jobs",
 )  # of the functions that ranks run
-_MODULES = (*_PRELOAD, *_DRAWS, "torch.utils.flop_counter", "train.build", *LATE, *_TESTS)
+# The last one: what the others have made is looked through no more, in no rank.
+_MODULES = (*_PRELOAD, *_DRAWS, "torch.utils.flop_counter", "train.build", *LATE, *_TESTS, "tests.frozen")
 _context.set_forkserver_preload(list(_MODULES))
 
 
