@@ -1,6 +1,7 @@
-"""Jobs on a Ray of two machines, both on this one: submitted, followed, stopped, lost, resumed, refused.
+"""Jobs on a Ray that runs already: submitted, followed, stopped, lost, resumed, refused.
 
-The machines are two `ray start` with ports and folders of their own, and a token, as on a cluster of several users.
+A machine is a `ray start` with ports and a folder of its own, and a token, as on a cluster of several users. Slow tests
+have two of one core each. Without them one of two cores will do: how ranks of two machines meet is in test_rendezvous.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ needs_namespace = pytest.mark.skipif(
 )
 RAY = str(Path(sys.executable).parent / "ray")
 STEPS = 100  # of a run that is stopped on its way
-FEW, MORE = 8, 16  # of one that ends; of one that loses a worker behind a checkpoint, and ends
+FEW, MORE = 4, 16  # of one that ends; of one that loses a worker behind a checkpoint, and ends
 
 
 def free_port() -> int:
@@ -49,9 +50,10 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """Ray nodes of one CPU each; `place` is the folder that all share."""
+    """Ray nodes of `cores` CPUs each; `place` is the folder that all share."""
 
     place: Path
+    cores: int = 1
     port: int = field(default_factory=free_port)
     dashboard: int = field(default_factory=free_port)
     nodes: list[subprocess.Popen] = field(default_factory=list)
@@ -96,8 +98,9 @@ class Cluster:
             if not self.nodes
             else [f"--address=127.0.0.1:{self.port}"]
         )
-        sizes = ["--num-cpus=1", "--object-store-memory=80000000", "--node-ip-address=127.0.0.1"]
-        ports = [f"--dashboard-agent-listen-port={free_port()}"]
+        sizes = [f"--num-cpus={self.cores}", "--object-store-memory=80000000", "--node-ip-address=127.0.0.1"]
+        # Nobody reads the workers' lines that Ray's log monitor hands to drivers; it looks for them all the time.
+        ports = [f"--dashboard-agent-listen-port={free_port()}", "--include-log-monitor=false"]
         with (self.place / f"node-{len(self.nodes)}.log").open("w") as log:
             node = subprocess.Popen(
                 [*before, sys.executable, RAY, "start", "--block", "--disable-usage-stats", *which, *sizes, *ports],
@@ -165,22 +168,22 @@ def in_session(session: int, words: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
+def cluster(request) -> Iterator[Cluster]:
+    machines = 2 if any(item.get_closest_marker("slow") for item in request.session.items) else 1
     place = Path(tempfile.gettempdir()) / f"fs-{secrets.token_hex(4)}"  # Ray's sockets need a short path
     place.mkdir(mode=0o700)
     (place / "token").write_text(secrets.token_hex(32))
     (place / "token").chmod(0o600)
-    two = Cluster(place)
+    ray = Cluster(place, cores=2 // machines)
     before = {k: os.environ.get(k) for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    os.environ.update({k: two.env[k] for k in before})
+    os.environ.update({k: ray.env[k] for k in before})
     try:
-        two.start()
-        two.wait_for(1)
-        two.start()
-        two.wait_for(2)
-        yield two
+        for number in range(machines):
+            ray.start()
+            ray.wait_for(number + 1)
+        yield ray
     finally:
-        for node in two.nodes:
+        for node in ray.nodes:
             with_session(node.pid, signal.SIGKILL)
             node.wait(10)
         for key, value in before.items():
@@ -281,7 +284,10 @@ def lose_a_worker(run: Path) -> None:
 def test_a_submitted_job_is_followed_to_its_end(cluster, first, uninterrupted):
     run = first
     logs = farspan(cluster, "logs", "first", "--follow", cluster.address)
-    assert "2 workers on 2 machines" in logs and "sequence x2: over 2 neighbouring nodes" in logs
+    if len(cluster.nodes) == 2:
+        assert "2 workers on 2 machines" in logs and "sequence x2: over 2 neighbouring nodes" in logs
+    else:
+        assert "2 workers on 1 machine, all with Python " in logs
     assert f"step {FEW}" in logs and "held-out loss" in logs and "Traceback" not in logs
     assert numbers(run) == numbers(uninterrupted)
     assert {"config.yaml", "tokenizer.json", "corpus.json"} <= {p.name for p in run.iterdir()}
@@ -438,7 +444,8 @@ def test_what_the_cluster_cannot_do_is_one_line(cluster):
     before = sorted(cluster.place.glob("runs/*"))
     job = job_overrides(cluster, "run.name=never")
     line = refused(cluster, "submit", cluster.address, *job, "cluster.workers=3")
-    assert "cluster.workers=3: the cluster has room for 2 (" in line and line.count(": 1") == 2
+    assert "cluster.workers=3: the cluster has room for 2 (" in line
+    assert line.count(f": {cluster.cores}") == len(cluster.nodes)
     line = refused(cluster, "submit", cluster.address, *job, "cluster.device=cuda")
     assert "cluster.device=cuda: no machine of http://" in line
     line = refused(cluster, "status", "frist", cluster.address)
