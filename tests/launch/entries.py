@@ -139,10 +139,12 @@ def freeze_keeper(config: dict[str, Any]) -> None:
     port: list[Any] = [own.port if own else None]
     dist.broadcast_object_list(port, src=2)
     here = Liveness()
+    _note(config, "pid", os.getpid())
     with Watch(rank, size, "127.0.0.1", port[0], lambda f: _note(config, "line", f.line), here, keeper=2):
         here.patience = 3.0
         time.sleep(1.0)
         if rank == 2:
+            _note(config, "stopped", time.monotonic())
             os.kill(os.getpid(), signal.SIGSTOP)
         with here.waiting(Wait("layers.3", "state", "all-gather")):
             time.sleep(600)

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,50 +126,66 @@ def test_the_oldest_wait_is_where_one_is() -> None:
     assert here.wait is None and here.signs == 4
 
 
-def _spawn(entry: str, run_dir: Path) -> Outcome:
-    named = f"tests.launch.entries:{entry}"
-    return spawn(named, {"dir": str(run_dir)}, workers=2, run_dir=run_dir, device="cpu", threads=1, tick=lambda: None)
+STOPPED = {
+    "freeze": "rank 1 stopped answering in layers.3, state (all-gather): no word for",
+    "freeze_host": "rank 0 stopped answering in layers.3, state (all-gather): no word for",
+    "freeze_saving": "rank 1 stopped answering, writing a checkpoint: no word for",
+    "busy": "rank 1 stopped answering before layers.3, state (all-gather): busy elsewhere for",
+}
+WORLDS = {**dict.fromkeys([*STOPPED, "pause"], 2), "freeze_keeper": 3}  # entries of tests.launch.entries, and ranks
+
+
+def _spawn(entry: str, run_dir: Path) -> tuple[Outcome, float]:
+    """The end of a world, and when it came."""
+    run_dir.mkdir()
+    named, given = f"tests.launch.entries:{entry}", {"dir": str(run_dir)}
+    workers = WORLDS[entry]
+    outcome = spawn(named, given, workers=workers, run_dir=run_dir, device="cpu", threads=1, tick=lambda: None)
+    return outcome, time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Future[tuple[Outcome, float]]]]]:
+    """A folder for each world, and its end. They wait beside each other: none does anything but wait."""
+    place = tmp_path_factory.mktemp("worlds")
+    with ThreadPoolExecutor(len(WORLDS)) as pool:
+        ends = {}
+        for entry in WORLDS:
+            ends[entry] = pool.submit(_spawn, entry, place / entry)
+            begun = place / entry  # one after the other: a start changes what this process is for a moment
+            wait_for(lambda begun=begun, end=ends[entry]: len(pids(begun)) == WORLDS[begun.name] or end.done(), 60)
+        yield place, ends
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize(
-    "entry, line",
-    [
-        ("freeze", "rank 1 stopped answering in layers.3, state (all-gather): no word for"),
-        ("freeze_host", "rank 0 stopped answering in layers.3, state (all-gather): no word for"),
-        ("freeze_saving", "rank 1 stopped answering, writing a checkpoint: no word for"),
-        ("busy", "rank 1 stopped answering before layers.3, state (all-gather): busy elsewhere for"),
-    ],
-)
-def test_a_rank_that_stops_ends_the_world(tmp_path: Path, entry: str, line: str) -> None:
-    outcome = _spawn(entry, tmp_path)
+@pytest.mark.parametrize("entry", STOPPED)
+def test_a_rank_that_stops_ends_the_world(worlds, entry: str) -> None:
+    place, ends = worlds
+    outcome, ended = ends[entry].result(60)
     assert not outcome.ok and outcome.exit_code == 1 and outcome.lost
-    assert str(outcome.reason).startswith(line), outcome.reason
-    assert "main thread" in (tmp_path / "error.txt").read_text()
-    (stopped,) = tmp_path.glob("stopped-*")
-    assert time.monotonic() - float(stopped.read_text()) < 20  # 3 s of patience, 5 s for the others' last words
-    all_gone(pids(tmp_path))
+    assert str(outcome.reason).startswith(STOPPED[entry]), outcome.reason
+    assert "main thread" in (place / entry / "error.txt").read_text()
+    (stopped,) = (place / entry).glob("stopped-*")
+    assert ended - float(stopped.read_text()) < 20  # 3 s of patience, 5 s for the others' last words
+    all_gone(pids(place / entry))
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
-def test_the_rank_that_keeps_the_store_is_found_whichever_it_is(tmp_path: Path) -> None:
+def test_the_rank_that_keeps_the_store_is_found_whichever_it_is(worlds) -> None:
     """All others find it, and blame no third one: the store tells nothing of anybody."""
-    entry, began = "tests.launch.entries:freeze_keeper", time.monotonic()
-    outcome = spawn(
-        entry, {"dir": str(tmp_path)}, workers=3, run_dir=tmp_path, device="cpu", threads=1, tick=lambda: None
-    )
-    assert not outcome.ok and time.monotonic() - began < 40
-    lines = [path.read_text() for path in tmp_path.glob("line-*")]
+    place, ends = worlds
+    outcome, ended = ends["freeze_keeper"].result(60)
+    (stopped,) = (place / "freeze_keeper").glob("stopped-*")
+    assert not outcome.ok and ended - float(stopped.read_text()) < 30
+    lines = [path.read_text() for path in (place / "freeze_keeper").glob("line-*")]
     words = "rank 2 stopped answering in layers.3, state (all-gather): no word for"
     assert lines and all(line.startswith(words) for line in lines), lines
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(60)
-def test_a_world_that_is_paused_as_a_whole_goes_on(tmp_path: Path) -> None:
-    assert _spawn("pause", tmp_path).ok
+def test_a_world_that_is_paused_as_a_whole_goes_on(worlds) -> None:
+    outcome, _ = worlds[1]["pause"].result(60)
+    assert outcome.ok, outcome
 
 
 def _ranks(place: Path, launcher: int) -> list[int]:
