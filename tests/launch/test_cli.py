@@ -1,12 +1,16 @@
 """The command line as a user meets it: jobs that run, stop, break and go on; mistakes that cost one line."""
 
+import contextlib
+import io
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ import pytest
 from launch.cli import main
 from tests import warm
 from tests.jobs import overrides
+from tests.launch.processes import wait_for
 from tests.wandb_file import config, history, summary
 from train import tracking
 from train.checkpoints import checkpoint
@@ -148,34 +153,99 @@ def test_generate_continues_a_prompt(place, uninterrupted):
     assert first.startswith("alpha") and first == again and "Warning" not in first
 
 
-def test_a_killed_run_goes_on_bit_for_bit(place, uninterrupted):
-    run = place / "killed"
-    process = start(
-        place, "train", *overrides(place), f"run.dir={run}", f"train.steps={STEPS}", "train.checkpoint_every=1920"
-    )
-    wait_for_step(run, random.randint(6, 12))
-    os.killpg(process.pid, signal.SIGKILL)  # the launcher and every worker at once
-    process.communicate(timeout=30)
-    said = finish(start(place, "train", f"resume={run}"))
-    assert "from " in said
-    assert numbers(run) == numbers(uninterrupted[0])
-    assert _weights(run) == _weights(uninterrupted[0])
+@dataclass
+class Interrupted:
+    """A run that was broken in every way, and what was said and found each time."""
+
+    run: Path
+    in_use: list[str]  # refusals of commands beside it
+    lost: str
+    stopped: str
+    saved: tuple[list[str], int]  # whole checkpoints then, and the steps that were logged
+    damaged: str  # the name of a checkpoint
+    ended: str
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(place, uninterrupted):
-    run = place / "damaged"
-    shutil.copytree(uninterrupted[0], run)
-    (victim, *_) = (run / "checkpoints" / "step-16").glob("*.distcp")
+@pytest.fixture(scope="module")
+def interrupted(place) -> Interrupted:
+    """It loses a worker, is stopped by Ctrl-C, is killed, finds its newest checkpoint damaged; each time it goes on."""
+    run = place / "interrupted"
+    given = [*overrides(place), f"run.dir={run}", f"train.steps={STEPS}", "train.checkpoint_every=1920"]
+
+    def further(steps: int) -> subprocess.Popen:
+        """The run, so many steps after it has begun again."""
+        before = logged()
+        process = start(place, "train", f"resume={run}")
+        wait_for_step(run, before + steps)
+        return process
+
+    def logged() -> int:
+        return len((run / "metrics.jsonl").read_text().splitlines())
+
+    def whole() -> list[str]:
+        return [path.name for path in sorted(checkpoint.complete(run / "checkpoints"), key=checkpoint.step_of)]
+
+    process = start(place, "train", *given)
+    try:
+        wait_for(lambda: run.exists() and (run / "checkpoints").exists() and whole() or process.poll() is not None, 90)
+        workers = _workers(run)
+        for each in workers:  # they would go on, at some cost, while others are refused
+            os.kill(each, signal.SIGSTOP)
+        in_use = []
+        for more in (f"run.dir={run}", f"resume={run}"):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                assert main(["train", *overrides(place), more]) == 2
+            in_use.append(said.getvalue())
+        os.kill(max(workers), signal.SIGKILL)  # the last one started
+        os.kill(min(workers), signal.SIGCONT)
+        lost = finish(process, 1)
+        process = further(random.randint(1, 2))
+        process.send_signal(signal.SIGINT)
+        stopped = finish(process, 0)
+        saved = whole(), len(records(run))
+        process = further(random.randint(1, 3))
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher and every worker at once
+        process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    newest = run / "checkpoints" / whole()[-1]
+    (victim, *_) = newest.glob("*.distcp")
     with victim.open("rb+") as file:
         file.truncate(victim.stat().st_size // 2)
     (run / "checkpoints" / "step-17.partial").mkdir()
-    said = finish(start(place, "train", f"resume={run}"))
-    assert "step-16 is damaged" in said and victim.name in said and "step-17 was never completed" in said
-    assert "step-15" in said
+    ended = finish(start(place, "train", f"resume={run}"))
+    assert victim.name in ended
+    return Interrupted(run, in_use, lost, stopped, saved, newest.name, ended)
+
+
+def test_a_run_folder_is_in_use_until_a_worker_that_dies_ends_the_run(interrupted):
+    run, lost = interrupted.run, interrupted.lost
+    assert all(f"run.dir={run}: in use by another run" in refusal for refusal in interrupted.in_use)
+    assert "rank 1 was killed (SIGKILL)" in lost and f"farspan train resume={run} goes on from step-" in lost
+    assert "Traceback" not in lost
+
+
+def test_ctrl_c_saves_and_exits_with_zero(interrupted):
+    said, (checkpoints, steps) = interrupted.stopped, interrupted.saved
+    assert "stopping after this step" in said and f"resume={interrupted.run} goes on" in said
+    assert 5 <= steps < STEPS and checkpoints[-1] == f"step-{steps}"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(interrupted):
+    said = interrupted.ended
+    assert f"{interrupted.damaged} is damaged" in said and "step-17 was never completed" in said
+    earlier = [name for name in interrupted.saved[0] if name != interrupted.damaged]
+    assert any(re.search(rf", from \S*/{name}\b", said) for name in earlier), said
+
+
+def test_a_run_goes_on_bit_for_bit_whatever_has_ended_it(interrupted, uninterrupted):
+    run = interrupted.run
     assert numbers(run) == numbers(uninterrupted[0])
-    assert [r["attempt"] for r in records(run)] == [1] * 15 + [2]
+    assert _weights(run) == _weights(uninterrupted[0])
+    assert [r["attempt"] for r in records(run)] == sorted(r["attempt"] for r in records(run))
     written = tracking.records(run / "metrics.jsonl", every_attempt=True)  # nothing is taken out of the record
-    assert [(r["step"], r["attempt"]) for r in written[15:]] == [(STEPS, 1), (STEPS, 2)]
+    assert {r["attempt"] for r in written} == {1, 2, 3, 4} and len(written) > STEPS
 
 
 @pytest.mark.slow
@@ -198,7 +268,8 @@ def test_a_run_without_a_whole_checkpoint_begins_anew_where_it_is_told_to(place,
     assert _weights(run) == _weights(uninterrupted[0])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM])
 def test_a_signal_saves_and_exits_with_zero(place, uninterrupted, sent):
     run = place / sent.name
     process = start(place, "train", *overrides(place), f"run.dir={run}", f"train.steps={STEPS}")
@@ -211,24 +282,6 @@ def test_a_signal_saves_and_exits_with_zero(place, uninterrupted, sent):
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{steps}"]
     finish(start(place, "train", f"resume={run}"))
     assert numbers(run) == numbers(uninterrupted[0])
-
-
-def test_a_run_folder_is_in_use_until_a_worker_that_dies_ends_the_run(place, capsys):
-    run = place / "worker"
-    given = [*overrides(place), f"run.dir={run}", "train.steps=400", "train.checkpoint_every=384"]
-    process = start(place, "train", *given)
-    try:
-        wait_for_step(run, 3)
-        for more in (f"run.dir={run}", f"resume={run}"):
-            assert main(["train", *overrides(place), more]) == 2
-            assert f"run.dir={run}: in use by another run" in capsys.readouterr().err
-        os.kill(max(_workers(run)), signal.SIGKILL)  # the last one started
-        said = finish(process, 1)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert "rank 1 was killed (SIGKILL)" in said and f"farspan train resume={run} goes on from step-" in said
-    assert "Traceback" not in said
 
 
 @pytest.mark.slow
