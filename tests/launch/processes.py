@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _LAUNCHER = """
 import sys
 from pathlib import Path
+from launch.world import spawn
 from launch.{module} import {function} as launch
+spawn._PRELOAD = ("torch",)  # the entries need no more
 outcome = launch({entry!r}, {{"dir": {dir!r}}}, workers=2, run_dir=Path({dir!r}), device="cpu", threads=1,
                  tick=lambda: None)
 print("outcome:", outcome.ok, outcome.exit_code, outcome.reason, flush=True)
