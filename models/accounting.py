@@ -100,14 +100,16 @@ class Account:
     per_token: Flops  # without what attention does on pairs of tokens
     layers: tuple[LayerWork, ...]
     head: float  # FLOPs that training needs for a token's logits; looking up its embedding takes none
-    attention: tuple[AttentionCost, ...]  # a softmax layer each
+    ahead: tuple[LayerWork, ...]  # modules of multi-token prediction, with their logits: training alone runs them
+    attention: tuple[AttentionCost, ...]  # a softmax layer each, without those of `ahead`
     activations: float  # bytes a token that the layers keep for the backward
     dear: float  # bytes a token of the results that they keep besides their inputs where the rest is computed again
     recurrent: int  # bytes a sequence: states and convolution tails, whatever its length
 
     def flops(self, lengths: Iterable[int]) -> Flops:
         """FLOPs of documents of these lengths, packed in any way."""
-        documents, layers = Counter(lengths), Counter(self.attention)
+        documents = Counter(lengths)
+        layers = Counter([*self.attention, *(each for module in self.ahead for each in module.attention)])
         on_pairs = sum(
             times * layer.flops * count * layer.pairs(length)
             for layer, times in layers.items()
@@ -148,23 +150,24 @@ def account(model: LM, *, device: str = "cpu") -> Account:
                 line = (str(error).splitlines() or [""])[0]
                 raise NotImplementedError(f"costs of layers.{name} ({kind}): {line}") from error
         layers.append(known[alike])
-    forward, backward = sum(each.forward for each in layers), sum(each.backward for each in layers)
+    modules = [_module(name, model, device) for name in model.mtp]
+    forward, backward = (sum(getattr(e, way) for e in (*layers, *modules)) for way in ("forward", "backward"))
     vocabulary, dim = model.embedding.shape
     head = 2 * vocabulary * dim
+    heads = head * (1 + len(modules))
     looked_up = vocabulary * dim if model.head is not None else 0
     parameters = sum(p.numel() for p in model.parameters())
     return Account(
         parameters=parameters,
         embedding=looked_up,
         activated=parameters - idle(model) - (looked_up and looked_up - dim),
-        per_token=Flops(forward / TOKENS + head, backward / TOKENS + 2 * head, forward / TOKENS),
-        layers=tuple(
-            LayerWork(Flops(e.forward / TOKENS, e.backward / TOKENS, e.forward / TOKENS), e.attention) for e in layers
-        ),
+        per_token=Flops(forward / TOKENS + heads, backward / TOKENS + 2 * heads, forward / TOKENS),
+        layers=tuple(e.work() for e in layers),
         head=3.0 * head,
+        ahead=tuple(e.work(head) for e in modules),
         attention=tuple(attention for each in layers for attention in each.attention),
-        activations=sum(each.kept for each in layers) / TOKENS,
-        dear=sum(each.dear for each in layers) / TOKENS,
+        activations=sum(each.kept for each in (*layers, *modules)) / TOKENS,
+        dear=sum(each.dear for each in (*layers, *modules)) / TOKENS,
         recurrent=sum(each.recurrent for each in layers),
     )
 
@@ -187,6 +190,21 @@ class _Layer(NamedTuple):
     kept: int
     dear: int
     recurrent: int
+
+    def work(self, head: int = 0) -> LayerWork:
+        """The work on a token, with that of a head in front."""
+        forward, backward = self.forward / TOKENS, self.backward / TOKENS
+        return LayerWork(Flops(forward + head, backward + 2 * head, forward), self.attention)
+
+
+def _module(name: str, model: LM, device: str) -> _Layer:
+    """A module of multi-token prediction, without its head."""
+    embedded_BTD = torch.empty(1, TOKENS, model.embedding.shape[1], dtype=model.compute, device="meta")
+    try:
+        return _run(model.mtp[name], model, device, {"embedded_BTD": embedded_BTD.requires_grad_()})
+    except RuntimeError as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise NotImplementedError(f"costs of mtp.{name}: {line}") from error
 
 
 def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Layer:

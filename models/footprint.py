@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from models.accounting import Traced, by_shape
 from models.lm import LM
+from models.moe import balance
+from models.mtp import Ahead
 from models.recompute import Tape
 
 SAMPLES = (128, 512, 1024, 2048, 4096, 6144)  # tokens between which lines are drawn
@@ -89,7 +91,8 @@ class LiveBytes(TorchDispatchMode):
 def footprints(
     model: LM, tokens: int, *, device: str = "cpu", ranks: int = 1, shared: bool = False, inputs: Inputs | None = None
 ) -> tuple[list[Footprint], Footprint]:
-    """Those of each layer of a model on the meta device, and of its norm, head and loss; layers alike are run once.
+    """Those of each layer of a model on the meta device, and of its norm, head and loss, with whole modules of
+    multi-token prediction, whatever these compute again; layers alike are run once.
 
     tokens: of a rank. device: see `models.accounting.account`. ranks: that share out the tokens between layers
     (`models.width`). shared: a sequence is, with other ranks. inputs: the first half of a backward pass, of layers
@@ -123,8 +126,11 @@ def _layer(layer: nn.Module, rows: Mapping[str, Any]) -> Run:
 def _head(model: LM) -> Run:
     def run(x_BTD: Tensor, seq: Traced) -> Tensor:
         rows = (seq.positions.shape[0], seq.positions.shape[1])
-        whole_BTD = model.width.enter(model.norm(x_BTD), rows)
-        return model.score(whole_BTD, torch.zeros(rows, dtype=torch.long, device="meta"))[0]
+        zeros_BT = torch.zeros(rows, dtype=torch.long, device="meta")
+        ahead = torch.stack([zeros_BT] * model.mtp_layers) if model.mtp_layers else None
+        output = model.finish(x_BTD, balance({}, seq), seq, zeros_BT, None if ahead is None else Ahead(ahead, ahead))
+        assert output.cross_entropy is not None
+        return output.cross_entropy if output.ahead is None else output.cross_entropy + output.ahead.sum()
 
     return run
 

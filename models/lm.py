@@ -13,10 +13,11 @@ from models.block import Factory
 from models.cross_layer import Coupled, Depth
 from models.kernels.cross_entropy import softcapped
 from models.linear import Linear
-from models.moe import Routing, balance, mixtures
+from models.moe import Routed, Routing, balance, mixtures
+from models.mtp import Ahead, MTPModule
 from models.norm import NormKind, norm_of
 from models.pattern import dense_front, unroll
-from models.sequence import Sequence
+from models.sequence import Sequence, counting
 from models.width import UNDIVIDED, Width
 
 
@@ -31,6 +32,9 @@ class Output(NamedTuple):
     correct: Tensor | None = None  # scalar int64: targets that are the likeliest token
     nats: Tensor | None = None  # [B, T], each target's, 0 where there is none
     right: Tensor | None = None  # [B, T] bool, whether it is the likeliest token
+    # Where tokens ahead were given: [M], each MTP module's nats summed over its targets; without targets its logits
+    # [M, B, T, vocabulary].
+    ahead: Tensor | None = None
 
 
 class PartOutput(NamedTuple):
@@ -58,7 +62,7 @@ class LM(nn.Module):
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
     their cross-entropy in place of the logits, of which no more are held at a time than those of `loss_chunk` tokens.
-    That happens in here because a sharded head is whole only in here.
+    That happens in here because a sharded head is whole only in here. ahead: has the MTP modules run too.
     """
 
     def __init__(
@@ -77,9 +81,15 @@ class LM(nn.Module):
         logit_softcap: float | None = None,
         norm: NormKind = "rms",
         norm_eps: float = 1e-5,
+        mtp_layers: int = 0,
+        mtp_block: str | None = None,
     ):
         super().__init__()
         positive(vocabulary=vocabulary, dim=dim)
+        if mtp_layers < 0:
+            raise ValueError(f"mtp_layers={mtp_layers}: must not be negative; 0 for none")
+        if mtp_block is not None and mtp_block not in blocks:
+            raise ValueError(f"mtp_block={mtp_block}: must be one of {', '.join(blocks)}, or null for the last layer's")
         if norm_eps <= 0:
             raise ValueError(f"norm_eps={norm_eps}: must be above 0")
         if tied_scale is not None and (tied_scale <= 0 or not tied):
@@ -107,8 +117,17 @@ class LM(nn.Module):
         self.coupled = Coupled(self.layers)
         self.hands = {name: getattr(layer, "hands", None) for name, layer in self.layers.items()}
         self.norm = norm_of(norm)(dim, eps=norm_eps)
+        self.mtp_layers, self.mtp = mtp_layers, nn.ModuleDict()  # the number of a whole model, and those that are here
+        for k in range(mtp_layers):
+            kind = mtp_block or self.kinds[-1]
+            block = blocks[kind](dim=dim, slot=f"mtp.{k}", depth=Depth(layers - 1, layers))
+            if getattr(block, "hands", None) is not None:
+                raise ValueError(f"mtp_block={kind}: must be a kind of layer that takes nothing from earlier layers")
+            self.mtp[str(k)] = MTPModule(dim=dim, block=block, norm=norm, norm_eps=norm_eps)
         self.head = None if tied else Linear(dim, vocabulary, axes=("vocab", "embed"))
-        self.routed = len(mixtures(self))  # layers with experts: the routers' losses are means over them
+        # Layers with experts, and those of MTP modules: the routers' losses are means over all that run.
+        self.routed = sum(name.startswith("layers.") for name in mixtures(self))
+        self.routed_ahead = len(mixtures(self)) - self.routed
 
     def forward(
         self,
@@ -117,16 +136,14 @@ class LM(nn.Module):
         targets_BT: Tensor | None = None,
         *,
         last: int | None = None,
+        ahead: Ahead | None = None,
         objective: Callable[..., Any] | None = None,
     ) -> Any:
         if objective is not None:  # of `models.distillation`: in here, where sharded weights are whole
             return objective(self, tokens_BT, seq, targets_BT)
         x_BTD, _, routings = self.run(range(len(self.kinds)), self.embed(tokens_BT), {}, seq)
-        x_BTD = self.width.enter(self.norm(x_BTD), (tokens_BT.shape[0], tokens_BT.shape[1]))
-        counts = balance(routings, seq)
-        if targets_BT is None:
-            return Output(self.unembed(x_BTD if last is None else x_BTD[:, -last:]), *counts)
-        return Output(x_BTD.new_empty(0), *counts, *self.score(x_BTD, targets_BT))
+        counts = balance(routings, seq, layers=self._averaged(ahead))
+        return self.finish(x_BTD, counts, seq, targets_BT, ahead, last)
 
     def part(
         self,
@@ -135,6 +152,7 @@ class LM(nn.Module):
         seq: Sequence,
         targets_BT: Tensor | None = None,
         passed: Tensor | None = None,
+        ahead: Ahead | None = None,
     ) -> PartOutput:
         """`forward` with targets, of these layers alone. The first of them embed the tokens, the last score the
         targets; others take what the layers before them passed on, [1 + H, B, T, D]. All else may be missing.
@@ -147,22 +165,66 @@ class LM(nn.Module):
             x_BTD, *values = passed.unbind()
             handed = dict(zip(self.crossing(layers.start), values, strict=True))
         x_BTD, handed, routings = self.run(layers, x_BTD, handed, seq)
-        counts = balance(routings, seq, layers=self.routed)
+        counts = balance(routings, seq, layers=self._averaged(ahead) or self.routed)
         if layers.stop == len(self.kinds):
             assert targets_BT is not None
-            none, rows = x_BTD.new_empty(0), (tokens_BT.shape[0], tokens_BT.shape[1])
-            x_BTD = self.width.enter(self.norm(x_BTD), rows)
-            return PartOutput(none, Output(none, *counts, *self.score(x_BTD, targets_BT)))
+            return PartOutput(x_BTD.new_empty(0), self.finish(x_BTD, counts, seq, targets_BT, ahead))
         leaving = torch.stack([x_BTD, *(handed[name] for name in self.crossing(layers.stop))])
         return PartOutput(leaving, Output(x_BTD.new_empty(0), *counts, torch.zeros((), device=x_BTD.device)))
+
+    def _averaged(self, ahead: Ahead | None) -> int | None:
+        """The layers with experts over which routers' losses are means where MTP modules run; None where none do."""
+        return None if ahead is None else self.routed + self.routed_ahead
+
+    def finish(
+        self,
+        x_BTD: Tensor,
+        counts: Routed,
+        seq: Sequence,
+        targets_BT: Tensor | None,
+        ahead: Ahead | None,
+        last: int | None = None,
+    ) -> Output:
+        """The output, from the residual stream that leaves the last layer and from what routers did."""
+        x_BTD = self.norm(x_BTD)
+        whole_BTD, found = self.width.enter(x_BTD, (seq.positions.shape[0], seq.positions.shape[1])), None
+        if ahead is not None:
+            found, counts = self._look_ahead(x_BTD, counts, seq, ahead, scored=targets_BT is not None)
+        if targets_BT is None:
+            logits_BTV = self.unembed(whole_BTD if last is None else whole_BTD[:, -last:])
+            return Output(logits_BTV, *counts, ahead=found)
+        return Output(x_BTD.new_empty(0), *counts, *self.score(whole_BTD, targets_BT))._replace(ahead=found)
+
+    def _look_ahead(
+        self, x_BTD: Tensor, counts: Routed, seq: Sequence, ahead: Ahead, *, scored: bool
+    ) -> tuple[Tensor, Routed]:
+        """`Output.ahead` of the normalised residual stream, nats where `scored`; and counts with those of the modules'
+        routers."""
+        rows, found = (seq.positions.shape[0], seq.positions.shape[1]), []
+        for (name, module), tokens_BT, targets_BT in zip(self.mtp.items(), *ahead, strict=True):
+            missing_BT = tokens_BT < 0
+            there = counting(seq, seq.counted & ~missing_BT)
+            x_BTD, routing = module(x_BTD, there, self.embed(tokens_BT.clamp_min(0), missing_BT))
+            if routing is not None:
+                own = balance({f"mtp.{name}": routing}, there, layers=self._averaged(ahead))
+                counts = Routed(
+                    counts.balance + own.balance,
+                    counts.load | own.load,
+                    counts.z + own.z,
+                    counts.dropped | own.dropped,
+                )
+            whole_BTD = self.width.enter(x_BTD, rows)
+            found.append(self.score(whole_BTD, targets_BT)[0] if scored else self.unembed(whole_BTD))
+        return torch.stack(found), counts
 
     def crossing(self, layer: int) -> list[str]:
         """The names of what layers before this one hand to it or to a later one."""
         before, after = ({self.hands[str(i)] for i in r} for r in (range(layer), range(layer, len(self.kinds))))
         return sorted(name for name in before & after if name is not None)
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor, missing_BT: Tensor | None = None) -> Tensor:
         x_BTD = self.width.embed(tokens_BT, self.embedding, self.vocabulary)
+        x_BTD = x_BTD if missing_BT is None else x_BTD.masked_fill(missing_BT.unsqueeze(-1), 0.0)
         x_BTD = self.width.leave(x_BTD.to(self.compute))
         return x_BTD if self.embedding_scale == 1 else x_BTD * self.embedding_scale
 

@@ -281,10 +281,11 @@ def _of_documents(chosen: dict[str, Tensor], seq: Sequence) -> dict[str, Tensor]
 
 
 def mixtures(model: nn.Module) -> dict[str, MoE]:
-    """The mixture of experts of each layer that has one, by the layer's name as in `Routed.load`."""
+    """The mixture of experts of each layer and MTP module that has one, by its name as in `Routed.load`."""
     return {
-        f"layers.{name}": moe
-        for name, block in model.layers.items()  # type: ignore[operator, union-attr]
+        f"{where}.{name}": moe
+        for where in ("layers", "mtp")
+        for name, block in getattr(model, where).items()
         for moe in block.modules()
         if isinstance(moe, MoE)
     }

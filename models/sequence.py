@@ -9,6 +9,7 @@ Tensors are span-major: a row never continues the row above it through a convolu
 independent packed sequences; in `Spread` they are the spans that this rank holds of one packed sequence.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,6 +128,13 @@ class DocumentSums:
         else:
             self.totals[index] = self.totals[index] + own
         return self.totals[index]
+
+
+def counting(seq: Sequence, counted: Tensor) -> Sequence:
+    """The same sequence, with the same memory, of which statistics count these tokens [B, T] bool."""
+    other = copy.copy(seq)
+    other.counted = counted
+    return other
 
 
 class Memory:

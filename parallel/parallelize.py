@@ -49,10 +49,11 @@ def parallelise(
     experts = spread_experts(model, meshes) if meshes.mesh.expert > 1 else []
     if tile is not None:
         activation_memory.tile(model, tile)
-    activation_memory.recompute(model.layers, remat, device=device)
-    if offload_activations:
-        activation_memory.offload(model.layers)
-    layers, on_host = list(model.layers.values()), offload_optimizer and device != "cpu"
+    for each in (model.layers, model.mtp):
+        activation_memory.recompute(each, remat, device=device)
+        if offload_activations:
+            activation_memory.offload(each)
+    layers, on_host = [*model.layers.values(), *model.mtp.values()], offload_optimizer and device != "cpu"
     with ByParts():
         if experts:
             shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)

@@ -95,6 +95,8 @@ def build(order: dict[str, Any]) -> Trainer:
         own,
         placed.low if config.precision.scales == "sequence" else None,
         placed.teacher,
+        placed.model.mtp_layers,
+        train.mtp_weight,
     )
     progress = TrainProgress(train, state)
 

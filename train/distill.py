@@ -42,6 +42,8 @@ def unlike(teacher: LM, model: LM) -> list[int]:
 def refuse(settings: DistillSettings, teacher: LM, model: LM) -> None:
     """Raises ValueError, without the key's section, for models that do not fit each other; both may have no weights."""
     key = f"teacher={settings.teacher}"
+    if model.mtp_layers:
+        raise ValueError(f"{key}: must be null with model.mtp_layers={model.mtp_layers}: modules ahead have no teacher")
     if teacher.vocabulary != model.vocabulary:
         raise ValueError(f"{key}: must have {model.vocabulary} tokens as this model, and has {teacher.vocabulary}")
     if settings.target == "logits":

@@ -21,7 +21,7 @@ from parallel.schedule import time_spans
 from parallel.schedule.plan import Group, MicroStep, Plan
 from parallel.schedule.time_spans import Shape
 from parallel.sequence.attention import Keys
-from parallel.sequence.place import PackedSequence, Placed, place
+from parallel.sequence.place import PackedSequence, Placed, place, targets_ahead
 from parallel.sequence.states import Transport
 from parallel.tensor import sum_undivided_gradients
 from train.distill import Teacher
@@ -45,7 +45,7 @@ def _no_clock(phase: str) -> AbstractContextManager[None]:
 class Tally:
     """The sums of a step over its micro-steps, on this rank: `train.loss.LossSums`, without gradients.
 
-    correct: targets that were the likeliest token, counted by `Executor.evaluate` only.
+    correct: targets that were the likeliest token, counted by `Executor.evaluate` only. ahead: [M], of training only.
     """
 
     cross_entropy: Tensor
@@ -55,6 +55,7 @@ class Tally:
     dropped: dict[str, Tensor]
     correct: Tensor
     divergence: Tensor
+    ahead: Tensor
 
     def add(self, part: LossSums) -> None:
         self.cross_entropy = self.cross_entropy + part.cross_entropy.detach()
@@ -64,6 +65,8 @@ class Tally:
             self.correct = self.correct + part.correct
         if part.divergence is not None:
             self.divergence = self.divergence + part.divergence
+        if part.ahead is not None:
+            self.ahead = self.ahead + part.ahead.detach()
         for mine, more in ((self.load, part.load), (self.dropped, part.dropped)):
             for name, choices in more.items():
                 mine[name] = mine[name] + choices if name in mine else choices
@@ -89,15 +92,18 @@ class Executor:
     engine: EngineOptimizer | None = None  # that does more than FSDP inside the model does
     low: LowPrecision | None = None  # a recipe whose scales are those of all ranks of a group
     teacher: Teacher | None = None  # that gives the objective in the cross-entropy's place
+    mtp: int = 0  # modules that predict tokens ahead, which training alone runs
+    mtp_weight: float = 0.0
 
     def train(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
         tokens, tally = sum(int(np.count_nonzero(s.counted)) for s in batch), self._empty()
+        ahead = targets_ahead(batch, self.mtp)
 
         def objective(part: LossSums) -> Tensor:
-            weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight}
-            return part.objective(targets=targets, tokens=tokens, **weights)
+            weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight, "mtp_weight": self.mtp_weight}
+            return part.objective(targets=targets, tokens=tokens, targets_ahead=ahead, **weights)
 
         micro_steps = self._micro_steps(plan, batch)
         if self.pipeline is not None:
@@ -127,10 +133,11 @@ class Executor:
         if self.spans is None or len(groups) == 1:
             placed = self._place(groups[0], batch, shapes[0], step=plan.step)
             self._begin(last)
-            recompute_group(self.model.layers, groups[0].recompute)  # type: ignore[arg-type]
+            for layers in (self.model.layers, self.model.mtp):
+                recompute_group(layers, groups[0].recompute)  # type: ignore[arg-type]
             with self.phase("forward"):
                 if self.teacher is None:
-                    part = sums(self.model(placed.tokens, placed.seq, placed.targets))
+                    part = sums(self.model(placed.tokens, placed.seq, placed.targets, ahead=placed.ahead))
                 else:  # which reads by itself: a sequence is used up by one pass
                     asked = self.teacher.objective(self._place(groups[0], batch, shapes[0], step=plan.step))
                     part = distilled(self.model(placed.tokens, placed.seq, placed.targets, objective=asked))
@@ -142,7 +149,7 @@ class Executor:
 
         def forward(i: int, memory: Memory) -> LossSums:
             placed = self._place(groups[i], batch, shapes[i], step=plan.step, memory=memory)
-            return sums(self.model(placed.tokens, placed.seq, placed.targets))
+            return sums(self.model(placed.tokens, placed.seq, placed.targets, ahead=placed.ahead))
 
         def begin_backward(ends: bool) -> None:
             communicate_gradients(self.model, last and ends)
@@ -255,10 +262,12 @@ class Executor:
                 step=step,
                 memory=memory,
                 shapes=shapes,
+                mtp=0 if step is None else self.mtp,
             )
 
     def _empty(self) -> Tally:
         nats, balance, z, divergence, count = torch.zeros(5, device=self.device).unbind()
         load = {name: torch.zeros(size, dtype=torch.long, device=self.device) for name, size in self.experts.items()}
         dropped = dict.fromkeys(self.limited, count.long())
-        return Tally(nats, balance, load, z, dropped, count.long(), divergence)
+        ahead = torch.zeros(self.mtp, device=self.device)
+        return Tally(nats, balance, load, z, dropped, count.long(), divergence, ahead)

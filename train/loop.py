@@ -14,12 +14,14 @@ from models.moe import mixtures
 from parallel.collectives import LEDGER
 from parallel.mesh import Groups
 from parallel.schedule.plan import Plan
+from parallel.sequence.place import targets_ahead
 from train.engines.engine import EngineOptimizer
 from train.execute import Executor
 from train.guards.hang_timeout import Patience
 from train.guards.rollback import Rollback
 from train.guards.step_guard import Guard, apply
 from train.hooks import Hooks, Record
+from train.loss import mean_ahead
 from train.metrics.step_totals import StepTotals, totals
 from train.metrics.timing import PhaseTimes, Utilisation
 from train.optim.build import set_rate
@@ -178,6 +180,8 @@ class Trainer:
         record |= self.by_layer | sums.communication
         if self.executor.teacher is not None:
             record["distill_loss"] = sums.divergence / max(sum(s.num_targets for s in batch), 1)
+        if sums.ahead:
+            record["mtp_loss"] = mean_ahead(sums.ahead, targets_ahead(batch, len(sums.ahead)))
         if state.skips:
             record["skips"] = state.skips
         if len(drawn := self.batches.drawn(state.step, state.skips)) > 1:

@@ -1,6 +1,7 @@
 """The objective: cross-entropy summed over tokens, divided by the step's global targets, plus the routers' losses."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,12 +22,31 @@ class LossSums(NamedTuple):
     correct: Tensor | None = None  # targets that are the likeliest token, where no gradient is taken
     taught: Tensor | None = None  # scalar with gradient, in the cross-entropy's place, of a run with a teacher
     divergence: Tensor | None = None  # scalar: of the teacher's distribution from the model's, nats
+    ahead: Tensor | None = None  # [M] with gradient, nats of each module of multi-token prediction, where they ran
 
-    def objective(self, *, targets: int, tokens: int, balance_weight: float, z_weight: float = 0.0) -> Tensor:
-        """This rank's part of the step's loss. It is divided by global counts, so that parts sum and never average."""
+    def objective(
+        self,
+        *,
+        targets: int,
+        tokens: int,
+        balance_weight: float,
+        z_weight: float = 0.0,
+        mtp_weight: float = 0.0,
+        targets_ahead: Sequence[int] = (),
+    ) -> Tensor:
+        """This rank's part of the step's loss. It is divided by global counts, so that parts sum and never average.
+
+        targets_ahead: of each module of multi-token prediction, as `targets`.
+        """
         routers = balance_weight * self.balance + z_weight * self.z
         nats = self.cross_entropy if self.taught is None else self.taught
-        return nats / max(targets, 1) + routers / max(tokens, 1)
+        main = nats / max(targets, 1) + routers / max(tokens, 1)
+        return main if self.ahead is None else main + mtp_weight * mean_ahead(self.ahead.unbind(), targets_ahead)
+
+
+def mean_ahead(nats: Sequence[Any], targets: Sequence[int]) -> Any:
+    """The mean over modules of multi-token prediction of their nats a target, from sums over targets."""
+    return sum(n / max(count, 1) for n, count in zip(nats, targets, strict=True)) / max(len(targets), 1)
 
 
 def distilled(found: Distilled) -> LossSums:
@@ -40,7 +60,8 @@ def sums(output: Output, targets_BT: Tensor | None = None) -> LossSums:
     Targets of -100 do not count; a rank with none adds a zero that still reaches every parameter.
     """
     if output.cross_entropy is not None:
-        return LossSums(output.cross_entropy, output.balance, output.load, output.z, output.dropped, output.correct)
+        counts = output.balance, output.load, output.z, output.dropped, output.correct
+        return LossSums(output.cross_entropy, *counts, ahead=output.ahead)
     if targets_BT is None:
         raise ValueError("targets: needed for an output of logits")
     logits = wide(output.logits).flatten(0, 1)

@@ -97,20 +97,21 @@ class TrainSettings:
     each once more from its entering states (1606.03401), for the gradient of the whole; truncated ends gradients at the
     borders of spans, and sums over documents at the tokens read so far. balance_weight: weight of the experts' balance
     loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none. z_weight: weight of the routers' z-loss, which
-    keeps their logits small (2202.08906, equation 5); 0 for none. clip: largest 2-norm of all gradients together;
-    larger ones are scaled down to it. clip_each: largest 2-norm of one weight's gradient, before that; null for any.
-    clip_value: largest magnitude of an element of a gradient, before both; null for any. average: an average of the
-    weights, evaluated and saved beside them. ema: an exponential mean; last: the mean of some of the last (LAWA,
-    2209.14981); none. average_tokens: tokens over which ema forgets, or between two of the weights that `last`
-    averages; null for a twentieth of the budget. average_count: number of weights that `last` averages. init_weights:
-    weights of a checkpoint that init_from loads; raw: the trained ones; average: their average. evaluate_every: tokens
-    between two evaluations of the held-out loss; null for one, at the end. evaluate_tokens: held-out tokens that an
-    evaluation before the end reads, about, the same each time; the one at the end reads all of data.heldout_tokens;
-    null for all of them each time. checkpoint_every: tokens between two checkpoints; null for one, at the end, which a
-    stopped run writes too. checkpoint_async: write those before the end beside training, from a copy of weights and
-    optimizer state that each rank makes; false saves the copy's memory, and training waits. keep: number of the newest
-    checkpoints that stay on disk. mfu: record model FLOP/s, and their share of the devices' rate of matmuls; rank 0
-    counts and measures them for a second or two before the first step.
+    keeps their logits small (2202.08906, equation 5); 0 for none. mtp_weight: weight of the loss of multi-token
+    prediction, the mean of that of model.mtp_layers modules (2412.19437, equation 25); read with modules only. clip:
+    largest 2-norm of all gradients together; larger ones are scaled down to it. clip_each: largest 2-norm of one
+    weight's gradient, before that; null for any. clip_value: largest magnitude of an element of a gradient, before
+    both; null for any. average: an average of the weights, evaluated and saved beside them. ema: an exponential mean;
+    last: the mean of some of the last (LAWA, 2209.14981); none. average_tokens: tokens over which ema forgets, or
+    between two of the weights that `last` averages; null for a twentieth of the budget. average_count: number of
+    weights that `last` averages. init_weights: weights of a checkpoint that init_from loads; raw: the trained ones;
+    average: their average. evaluate_every: tokens between two evaluations of the held-out loss; null for one, at the
+    end. evaluate_tokens: held-out tokens that an evaluation before the end reads, about, the same each time; the one at
+    the end reads all of data.heldout_tokens; null for all of them each time. checkpoint_every: tokens between two
+    checkpoints; null for one, at the end, which a stopped run writes too. checkpoint_async: write those before the end
+    beside training, from a copy of weights and optimizer state that each rank makes; false saves the copy's memory, and
+    training waits. keep: number of the newest checkpoints that stay on disk. mfu: record model FLOP/s, and their share
+    of the devices' rate of matmuls; rank 0 counts and measures them for a second or two before the first step.
     """
 
     tokens: int = 1_000_000
@@ -124,6 +125,7 @@ class TrainSettings:
     span_gradient: SpanGradient = "exact"
     balance_weight: float = 0.01
     z_weight: float = 0.0
+    mtp_weight: float = 0.3
     clip: float = 1.0
     clip_each: float | None = None
     clip_value: float | None = None
@@ -155,7 +157,7 @@ class TrainSettings:
             raise ValueError(f"train.average={self.average}: must be one of {', '.join(AVERAGES)}")
         if self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"train.init_weights={self.init_weights}: must be one of {', '.join(INIT_WEIGHTS)}")
-        for name in ("balance_weight", "z_weight"):
+        for name in ("balance_weight", "z_weight", "mtp_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must not be negative")
         if self.span_gradient not in SPAN_GRADIENTS:

@@ -29,7 +29,8 @@ def work(model: LM, length: int, device: str) -> Work:
     except NotImplementedError:
         sizes = tuple(float(sum(p.numel() for p in layer.parameters())) for layer in model.layers.values())
         return Work(sizes, float(model.embedding.numel()))
-    return Work(tuple(layer.flops(length) for layer in costs.layers), costs.head)
+    ahead = sum(module.flops(length) for module in costs.ahead)  # which lies with the head
+    return Work(tuple(layer.flops(length) for layer in costs.layers), costs.head + ahead)
 
 
 def cuts(config: RunConfig, model: LM, device: str) -> tuple[range, ...]:
@@ -118,6 +119,12 @@ def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> 
             f"engine.recompute=selective: must be none or full with parallel.pipeline_schedule="
             f"{parallel.pipeline_schedule}: each half of a backward pass computes a layer again, which keeps its "
             "results for once"
+        )
+    if parallel.pipeline_schedule in HALVES and model.mtp_layers:
+        raise ValueError(
+            f"parallel.pipeline_schedule={parallel.pipeline_schedule}: must be 1f1b or interleaved with "
+            f"model.mtp_layers={model.mtp_layers}: half a backward pass does not reach an embedding that the last "
+            "stage reads"
         )
     if parallel.tensor > 1 and handed:
         raise ValueError(

@@ -72,6 +72,10 @@ def written(source: Path, dest: Path, request: Export | None = None) -> list[str
     with _progress("writing") as watch, _disk(dest, "DEST"):
         give(saved, dest, files, config=files_and_lines, longest=request.shard, dtype=dtype, watch=watch)
     lines = [f"{saved.name}, {_size(saved.shapes)} parameters, from {source}: {dest}"]
+    if saved.left_out:
+        names = f"{saved.left_out[0]} and {len(saved.left_out) - 1} others"
+        key = f"model.mtp_layers={saved_run['model']['mtp_layers']}"
+        lines.append(f"left out: {names} ({key}), which {saved.name} of transformers does not read")
     if "tokenizer.json" not in files:
         lines.append("without a tokenizer: what the tokens spell is not known")
     return lines

@@ -153,5 +153,5 @@ DEEPSEEK_V3 = Architecture(
     express=_express,
     entries=decoder.entries(latent_rows, sigmoid_moe.rows),
     suits=lambda model, mixers: mixers == {MIXER},
-    left_out=("model.layers.61.",),  # of the prediction of several tokens, as its reader leaves out
+    left_out=("model.layers.61.",),  # of multi-token prediction, which transformers leaves out as well
 )

@@ -140,5 +140,5 @@ ERNIE_MOE = decoder.architecture(
     express=_express,
     entries=decoder.entries(ernie_rows, _ffn_rows),
     aliases={"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
-    left_out=("model.mtp_",),  # of the prediction of several tokens, as its reader leaves out
+    left_out=("model.mtp_",),  # of multi-token prediction, which transformers leaves out as well
 )

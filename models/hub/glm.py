@@ -104,5 +104,5 @@ GLM4_MOE = decoder.architecture(
     body=_sparse_body,
     express=_sparse_express,
     entries=decoder.entries(_sparse_rows, sigmoid_moe.rows),
-    left_out=("model.layers.46.", "model.layers.92."),  # of the prediction of several tokens, as its reader leaves out
+    left_out=("model.layers.46.", "model.layers.92."),  # of multi-token prediction, as transformers
 )

@@ -314,5 +314,5 @@ NEMOTRON_H = Architecture(
     suits=lambda model, mixers: NO_MIXER in mixers and mixers <= {parts.ATTENTION, MIXER, NO_MIXER},
     aliases={"layer_norm_epsilon": "rms_norm_eps", "layer_types": "layers_block_type"}
     | {"num_local_experts": "n_routed_experts"},
-    left_out=("mtp.",),  # of the prediction of several tokens
+    left_out=("mtp.",),  # of multi-token prediction
 )

@@ -212,5 +212,5 @@ QWEN3_NEXT = Architecture(
     express=lambda model: express(model, NAME),
     entries=_entries,
     suits=_suits,
-    left_out=("mtp.",),  # of the prediction of several tokens, which transformers leaves out as well
+    left_out=("mtp.",),  # of multi-token prediction, which transformers leaves out as well
 )

@@ -18,7 +18,8 @@ class PipelineCut:
 
     @classmethod
     def of(cls, model: LM, cuts: Sequence[range], ranks: int) -> "PipelineCut":
-        """Reads it off a whole model. Several ranks hold an embedding that is the head too, and what couples layers."""
+        """Reads it off a whole model. Several ranks hold an embedding that is the head too, or that modules of
+        multi-token prediction beside the head read, and what couples layers."""
         of_layer = {str(layer): s % ranks for s, layers in enumerate(cuts) for layer in layers}
         last = (len(cuts) - 1) % ranks
         held: dict[str, tuple[int, ...]] = {}
@@ -29,7 +30,7 @@ class PipelineCut:
             elif first == "coupled":
                 held[name] = tuple(sorted({of_layer[layer] for layer, _ in model.coupled.asking[rest]}))
             elif first == "embedding":
-                held[name] = tuple(sorted({0, last})) if model.head is None else (0,)
+                held[name] = tuple(sorted({0, last})) if model.head is None or model.mtp_layers else (0,)
             else:
                 held[name] = (last,)
         return cls(tuple(cuts), ranks, held)
@@ -50,6 +51,7 @@ class PipelineCut:
             model.register_parameter("embedding", None)
         if rank not in self.holders["norm.weight"]:
             del model.norm
+            model.mtp.clear()
             if model.head is not None:
                 del model.head
 

@@ -89,7 +89,7 @@ class PipelineStage:
     def run(self, m: int, arrived: Tensor | None) -> tuple[Tensor, Output]:
         """Its layers on a micro-step: what it passes on, and what it found."""
         placed = self.placed[m]
-        return self.model.part(self.layers, placed.tokens, placed.seq, placed.targets, arrived)
+        return self.model.part(self.layers, placed.tokens, placed.seq, placed.targets, arrived, placed.ahead)
 
     # torch's schedules call these.
 
@@ -175,8 +175,8 @@ class PipelineStage:
 
 def detached(output: Output) -> Output:
     """Without its graph."""
-    nats = None if output.cross_entropy is None else output.cross_entropy.detach()
-    return output._replace(balance=output.balance.detach(), z=output.z.detach(), cross_entropy=nats)
+    nats, ahead = (None if x is None else x.detach() for x in (output.cross_entropy, output.ahead))
+    return output._replace(balance=output.balance.detach(), z=output.z.detach(), cross_entropy=nats, ahead=ahead)
 
 
 def whole_weights(model: nn.Module) -> None:

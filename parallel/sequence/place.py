@@ -1,5 +1,6 @@
 """Builds this rank's inputs from a plan's group: its tokens, its targets, and the sequence that joins them."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.kernels.pieces import Piece, know, upload
+from models.mtp import Ahead
 from models.sequence import DocumentKey, Memory, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
@@ -37,11 +39,13 @@ class PackedSequence(Protocol):
 
 @dataclass(frozen=True)
 class Placed:
-    """One micro-step of one rank: tokens and targets [B, T] int64, B spans of T tokens."""
+    """One micro-step of one rank: tokens and targets [B, T] int64, B spans of T tokens. ahead: of the model's modules
+    of multi-token prediction, None where these do not run."""
 
     tokens: Tensor
     targets: Tensor
     seq: Sequence
+    ahead: Ahead | None = None
 
 
 def place(
@@ -55,12 +59,13 @@ def place(
     step: int | None = None,
     memory: Memory | None = None,
     shapes: tuple[tuple[int, int], ...] = (),
+    mtp: int = 0,
 ) -> Placed:
     """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
 
     `step` is that of the training; None where nothing is to be random. `memory`: the group's spans are one of several
     spans in time, see `parallel.schedule.time_spans`; what it leaves to the next and has from the one before is there.
-    shapes: of what all ranks compute at the same time (`models.sequence`).
+    shapes: of what all ranks compute at the same time (`models.sequence`). mtp: modules that predict tokens ahead.
     Raises ValueError for a sequence that begins inside a document: it would be one with what is joined before it.
     """
     tokens, targets, positions, counted = (
@@ -108,7 +113,32 @@ def place(
             recurrence=recurrence,
             attention=attention,
         )
-    return Placed(rows(tokens), rows(targets), seq)
+    return Placed(rows(tokens), rows(targets), seq, _ahead(tokens, targets, positions, mtp, rows) if mtp else None)
+
+
+def shifted(values: np.ndarray, positions: np.ndarray, by: int, missing: int) -> np.ndarray:
+    """The value that each token's document has `by` tokens on, [L]; `missing` where the document has ended."""
+    there = np.full_like(values, missing)
+    inside = positions[by:] == positions[:-by] + by
+    there[:-by][inside] = values[by:][inside]
+    return there
+
+
+def targets_ahead(batch: Listed[PackedSequence], mtp: int) -> list[int]:
+    """The targets of a batch, for each module of multi-token prediction."""
+    shifts = [[shifted(s.targets, s.positions, k + 1, NO_TARGET) for s in batch] for k in range(mtp)]
+    return [sum(int(np.count_nonzero(targets != NO_TARGET)) for targets in each) for each in shifts]
+
+
+def _ahead(
+    tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, mtp: int, rows: Callable[[np.ndarray], Tensor]
+) -> Ahead:
+    """The tokens ahead of this rank's: found in the whole packed sequence, since they may be another rank's."""
+    shifts = range(1, mtp + 1)
+    return Ahead(
+        torch.stack([rows(shifted(tokens, positions, k, -1)) for k in shifts]),
+        torch.stack([rows(shifted(targets, positions, k, NO_TARGET)) for k in shifts]),
+    )
 
 
 def _pieces(positions: np.ndarray) -> list[Piece]:

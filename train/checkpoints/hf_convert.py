@@ -133,12 +133,13 @@ def take(folder: ModelSource, run: Path, companions: dict[str, str], watch: Call
 class Saved:
     """A checkpoint of ours to be published. Nothing but its metadata is read until `tensor` is called.
 
-    config: the run's, resolved. average: what train.average keeps in the weights' place, which must be there. Raises
-    ValueError for a model that no architecture can express: the key that stands in the way.
+    config: the run's, resolved. average: what train.average keeps in the weights' place, which must be there.
+    left_out: parameters of multi-token prediction, which no reader of such a folder runs. Raises ValueError for a model
+    that no architecture can express: the key that stands in the way.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, average: bool = False):
-        self.path, self.average, model = path, average, config["model"]
+        self.path, self.average, model = path, average, {**config["model"], "mtp_layers": 0}
         facts = checkpoint.manifest(path)
         with torch.device("meta"):
             built = construct(model)
@@ -156,6 +157,7 @@ class Saved:
         self._scales = dict.fromkeys(scaled, built.tied_scale)
         self._dtypes = dict.fromkeys(self.shapes, "float32")  # as buffers are
         self._dtypes |= {name: dtype for name, (_, dtype) in facts["model"].items()}
+        self.left_out = sorted(name for name in facts["model"] if name.startswith("mtp."))
         self._own = lru_cache(maxsize=2)(self._read)
         trained = trained_length(config, facts.get("places", facts["tokens"]))
         self.max_length = max(trained or 0, came.get("positions") or 0) or None  # never less than it came with

@@ -15,6 +15,7 @@ from models.accounting import Traced, by_shape
 from models.kernels.low_precision import Scaling, shares
 from models.lm import LM
 from models.moe import mixtures
+from models.mtp import Ahead
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
 from parallel.schedule.comm_volume import Ask, AttendCall, Halo, ScanCall, SumCall, Unit
@@ -24,16 +25,17 @@ TOKENS = 64
 
 
 def asked(model: LM, *, device: str = "cpu") -> tuple[Ask, ...]:
-    """Returns what a forward pass of a model on the meta device asks, computing in `model.compute` on a `device`, in
-    order.
+    """Returns what a forward pass of training asks, of a model on the meta device, computing in `model.compute` on a
+    `device`, in order.
 
     Raises NotImplementedError for a model whose course depends on data.
     """
     seq: Any = _Noting.of_length(TOKENS)
     tokens = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    ahead = [tokens] * model.mtp_layers
     try:
         with by_shape(model, device):
-            model(tokens, seq)
+            model(tokens, seq, ahead=Ahead(torch.stack(ahead), torch.stack(ahead)) if ahead else None)
     except RuntimeError as error:  # what the meta device cannot do
         raise NotImplementedError(f"what it asks: {(str(error).splitlines() or [''])[0]}") from error
     return tuple(seq.asks)
@@ -57,7 +59,8 @@ def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> No
 def weight_units(
     model: LM, *, itemsize: int, reshard: bool, experts: int = 1, coded: Mapping[str, Scaling] | None = None
 ) -> list[Unit]:
-    """Returns what FSDP gathers at a time, as `parallel.fsdp.shard` wraps it: each layer, then the rest.
+    """Returns what FSDP gathers at a time, as `parallel.fsdp.shard` wraps it: each layer and module of multi-token
+    prediction, then the rest.
 
     itemsize: bytes of a master weight. reshard: whether a layer's weights are let go after each forward and backward.
     experts: ranks over which experts are cut: where there are several, these are units of their own (`expert_units`).
@@ -66,8 +69,9 @@ def weight_units(
     scaled = coded or {}
     apart = set() if experts == 1 else {p for moe in mixtures(model).values() for p in moe.experts.parameters()}
     layers = [
-        {name: p for name, p in layer.named_parameters(prefix=f"layers.{n}") if p not in apart}
-        for n, layer in model.layers.items()
+        {name: p for name, p in layer.named_parameters(prefix=f"{where}.{n}") if p not in apart}
+        for where, several in (("layers", model.layers), ("mtp", model.mtp))
+        for n, layer in several.items()
     ]
     inside = {name for layer in layers for name in layer}
     rest = {name: p for name, p in model.named_parameters() if name not in inside and p not in apart}

@@ -18,8 +18,8 @@ class StepTotals:
 
     stop, held: whether any rank was asked to stop, or held the step back. memory: the largest peak of a rank, bytes.
     cpu: seconds of processor time. computing: seconds in layers, of each rank of a plan. choices: by layer, how many
-    tokens each expert got, [E]. dropped: by layer, the share of these that an expert had no room for. communication: as
-    `comm_record.record` has it.
+    tokens each expert got, [E]. ahead: nats of each module of multi-token prediction. dropped: by layer, the share of
+    choices that an expert had no room for. communication: as `comm_record.record` has it.
     """
 
     stop: bool
@@ -31,6 +31,7 @@ class StepTotals:
     balance: float
     z: float
     divergence: float
+    ahead: list[float]
     choices: dict[str, Tensor]
     dropped: dict[str, float]
     communication: dict[str, Any]
@@ -42,7 +43,8 @@ def totals(
     """Adds up what this rank found in a step with that of the others. held: bool []. Collective."""
     layers, limited = sorted(tally.load), sorted(tally.dropped)
     loads = [tally.load[name].double() for name in layers]
-    sums = [tally.cross_entropy, tally.balance, tally.z, tally.divergence, *(tally.dropped[name] for name in limited)]
+    losses = [tally.cross_entropy, tally.balance, tally.z, tally.divergence, *tally.ahead.unbind()]
+    sums = [*losses, *(tally.dropped[name] for name in limited)]
     memory = float(peak_memory_bytes(str(device)))
     own = torch.tensor([float(stop), memory, cpu, 0.0, computing], dtype=torch.float64, device=device)
     own[3] = held  # without a word from the device to the host
@@ -53,7 +55,8 @@ def totals(
     first = len(own) + len(sums)
     *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])
     choices = dict(zip(layers, counts, strict=True))
-    cross_entropy, balance, z, divergence, *left_out = total[len(own) : first].tolist()
+    cross_entropy, balance, z, divergence, *rest = total[len(own) : first].tolist()
+    ahead, left_out = rest[: len(tally.ahead)], rest[len(tally.ahead) :]
     dropped = dict(zip(limited, left_out, strict=True))
     return StepTotals(
         stop=bool(total[0] > 0),
@@ -65,6 +68,7 @@ def totals(
         balance=balance,
         z=z,
         divergence=divergence,
+        ahead=ahead,
         choices=choices,
         dropped={name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
         communication=comm_record.record(received.tolist()),

@@ -79,10 +79,11 @@ def of_step(
 
 @dataclass(frozen=True)
 class _Noting(Comm):
-    """A communicator of shapes alone, which notes what passes. ends: the number of
-    calls when each layer was done."""
+    """A communicator of shapes alone, which notes what passes. begins, ends: the number of
+    calls when each layer began, and when it was done."""
 
     found: list[TensorCall] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
     def _note(self, kind: Kind, x: Tensor, purpose: str, tokens: int) -> None:
@@ -116,7 +117,8 @@ def divided(model: LM, ranks: int, rank: int) -> tuple[_Noting, list[Shared]]:
     for name, p in model.named_parameters():
         p.piece = pieces[name]  # type: ignore[attr-defined]
         shared.setdefault(pieces[name].copies, []).append((p.shape[0], p[0].numel()))
-    for layer in model.layers.values():
+    for layer in (*model.layers.values(), *model.mtp.values()):
+        layer.register_forward_pre_hook(lambda *passed: comm.begins.append(len(comm.found)))
         layer.register_forward_hook(lambda *passed: comm.ends.append(len(comm.found)))
     return comm, [Shared(copies, tuple(shapes)) for copies, shapes in shared.items()]
 
@@ -125,12 +127,15 @@ def step_calls(model: LM, noted: _Noting) -> list[TensorCall]:
     """The calls of a step of training, from those of a forward pass that ends in logits.
 
     What enters the head and what leaves the embedding is in no layer. What leaves a layer last is not sent again where
-    the layer is computed again: nothing that its backward pass needs comes after. Targets have a loss in place of
-    logits.
+    the layer is computed again: nothing that its backward pass needs comes after, but for the norm that ends a module
+    of multi-token prediction. Targets have a loss in place of logits.
     """
-    calls = [call for call in noted.found if call.purpose != "logits"]
-    edges = [i for i, call in enumerate(calls) if call.purpose == HIDDEN]
-    for i in (edges[0], edges[-1], *(end - 1 for end in noted.ends)):
+    calls = list(noted.found)
+    inside = {i for begin, end in zip(noted.begins, noted.ends, strict=True) for i in range(begin, end)}
+    outside = [i for i, call in enumerate(calls) if call.purpose == HIDDEN and i not in inside]
+    for i in (*outside, *(end - 1 for end in noted.ends[: len(model.layers)])):
         calls[i] = replace(calls[i], in_layer=False)
+    calls = [call for call in calls if call.purpose != "logits"]
     itemsize, chunk = wide(torch.empty(0, dtype=model.compute)).itemsize, model.loss_chunk or 1 << 62
-    return [*calls, TensorCall("gather", PURPOSE, 2, itemsize, graded=False, in_layer=False, chunk=chunk)]
+    loss = TensorCall("gather", PURPOSE, 2, itemsize, graded=False, in_layer=False, chunk=chunk)
+    return [*calls, *[loss] * (1 + model.mtp_layers)]

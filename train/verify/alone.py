@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.axes import Declared, declarations, initialise
 from models.kernels.newton_schulz import newton_schulz
 from models.moe import mixtures
+from models.mtp import Ahead
 from models.sequence import Whole
 from train.run_config import RunConfig
 from train.verify.documents import Document, EdgeBatches
@@ -53,14 +54,23 @@ def _step(
     rows = sequences if packed else [[document] for documents in sequences for document in documents]
     every = [document for documents in sequences for document in documents]
     targets = sum(int((document.targets >= 0).sum()) for document in every)
-    tokens = sum(len(document.tokens) for document in every)
-    nats, balance, z, loads = 0.0, 0.0, 0.0, dict[str, Tensor]()
+    tokens, weight = sum(len(document.tokens) for document in every), train.mtp_weight / max(model.mtp_layers, 1)
+    modules = range(1, model.mtp_layers + 1)
+    targets_ahead = [sum(int((d.targets[k:] >= 0).sum()) for d in every) for k in modules]
+    nats, balance, z, loads, further = 0.0, 0.0, 0.0, dict[str, Tensor](), [0.0] * len(modules)
     for row in rows:
-        output = model(_joined(row, "tokens"), _whole(row))
+        ahead = _ahead(row, model.mtp_layers)
+        output = model(_joined(row, "tokens"), _whole(row), ahead=ahead)
         wanted = _joined(row, "targets").flatten()
         part = F.cross_entropy(output.logits.flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
         routers = train.balance_weight * output.balance + train.z_weight * output.z
-        (part / max(targets, 1) + routers / max(tokens, 1)).backward()
+        objective = part / max(targets, 1) + routers / max(tokens, 1)
+        for k, count in enumerate(targets_ahead):
+            assert ahead is not None
+            wanted = ahead.targets[k].flatten()
+            more = F.cross_entropy(output.ahead[k].flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
+            objective, further[k] = objective + weight * more / max(count, 1), further[k] + more.item()
+        objective.backward()
         nats, balance, z = nats + part.item(), balance + output.balance.item(), z + output.z.item()
         loads = {name: loads.get(name, 0) + load for name, load in output.load.items()}
     named = dict(model.named_parameters())
@@ -71,6 +81,9 @@ def _step(
     for name, counts in loads.items():
         mixtures(model)[name].router.settle(counts)
     scalars = {"loss": nats / max(targets, 1), "balance loss": balance / tokens, "z loss": z / tokens}
+    if modules:
+        means = [n / max(count, 1) for n, count in zip(further, targets_ahead, strict=True)]
+        scalars["mtp loss"] = sum(means) / len(modules)
     weights = {name: p.detach().clone() for name, p in named.items()}
     shares = {name: counts.double() / counts.sum().clamp_min(1) for name, counts in loads.items()}
     return Moment(streams.take(), scalars | {"gradient norm": norm}, shares, gradients, clipped, weights)
@@ -82,6 +95,19 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _joined(documents: list[Document], name: str) -> Tensor:
     return torch.cat([torch.from_numpy(getattr(document, name)) for document in documents])[None]
+
+
+def _ahead(documents: list[Document], modules: int) -> Ahead | None:
+    """The tokens and the targets 1, 2 … tokens on, each document by itself."""
+    if not modules:
+        return None
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    for k in range(1, modules + 1):
+        for name, missing, values in zip(("tokens", "targets"), (-1, -100), found, strict=True):
+            rows = [torch.from_numpy(getattr(document, name)) for document in documents]
+            shifted = [torch.cat((row[k:], torch.full((min(k, len(row)),), missing))) for row in rows]
+            values.append(torch.cat(shifted)[None])
+    return Ahead(*(torch.stack(values) for values in found))
 
 
 def _whole(documents: list[Document]) -> Whole:
