@@ -100,7 +100,7 @@ class Account:
     per_token: Flops  # without what attention does on pairs of tokens
     layers: tuple[LayerWork, ...]
     head: float  # FLOPs that training needs for a token's logits; looking up its embedding takes none
-    ahead: tuple[LayerWork, ...]  # modules of multi-token prediction, with their logits: training alone runs them
+    ahead: tuple[LayerWork, ...] = ()  # modules of multi-token prediction, with their logits: training alone runs them
     attention: tuple[AttentionCost, ...]  # a softmax layer each, without those of `ahead`
     activations: float  # bytes a token that the layers keep for the backward
     dear: float  # bytes a token of the results that they keep besides their inputs where the rest is computed again

@@ -94,11 +94,11 @@ def keep_shared_gradients_apart():
 def drop_what_is_handed_on():
     honest = LM.part
 
-    def part(self, layers, tokens, seq, targets=None, passed=None):
+    def part(self, layers, tokens, seq, targets=None, passed=None, ahead=None):
         if passed is not None and len(passed) > 1:
             passed = passed.clone()
             passed[1:] = 0
-        return honest(self, layers, tokens, seq, targets, passed)
+        return honest(self, layers, tokens, seq, targets, passed, ahead)
 
     LM.part = part
 
