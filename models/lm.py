@@ -20,6 +20,8 @@ from models.pattern import dense_front, unroll
 from models.sequence import Sequence, counting
 from models.width import UNDIVIDED, Width
 
+MOST_AHEAD = 64  # modules of multi-token prediction; published models have one to eight heads
+
 
 class Output(NamedTuple):
     logits: Tensor  # [B, T, vocabulary]; empty where targets were given
@@ -86,8 +88,8 @@ class LM(nn.Module):
     ):
         super().__init__()
         positive(vocabulary=vocabulary, dim=dim)
-        if mtp_layers < 0:
-            raise ValueError(f"mtp_layers={mtp_layers}: must not be negative; 0 for none")
+        if not 0 <= mtp_layers <= MOST_AHEAD:
+            raise ValueError(f"mtp_layers={mtp_layers}: must be 0 for none, or up to {MOST_AHEAD}")
         if mtp_block is not None and mtp_block not in blocks:
             raise ValueError(f"mtp_block={mtp_block}: must be one of {', '.join(blocks)}, or null for the last layer's")
         if norm_eps <= 0:

@@ -302,7 +302,7 @@ def test_the_costs_of_modules_are_those_of_training_and_not_of_generating():
 
 
 def test_what_cannot_be_is_refused_by_name():
-    with pytest.raises(ValueError, match="mtp_layers=-1: must not be negative; 0 for none"):
+    with pytest.raises(ValueError, match="mtp_layers=-1: must be 0 for none, or up to 64"):
         LM(**{**_options(), "mtp_layers": -1})
     with pytest.raises(ValueError, match="mtp_block=x: must be one of gla, attention, ahead, or null"):
         LM(**{**_options(), "mtp_block": "x"})
