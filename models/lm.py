@@ -59,7 +59,9 @@ class LM(nn.Module):
     have variance 1, as they start here. Released models have 1. embedding_scale: factor of the embedding's output;
     Gemma has dim^½ (2403.08295). logit_softcap: c that makes logits c·tanh(logit / c), as in Gemma 2 (2408.00118); null
     for none. norm: the last norm, rms, or layer for LayerNorm with a bias. norm_eps: epsilon that it adds to the mean
-    square.
+    square. mtp_layers: number of modules that learn to predict the tokens after the next one (multi-token prediction,
+    2412.19437, section 2.2); 0 for none. Training alone runs them. mtp_block: the kind of their layer, of `blocks`;
+    null for that of the last layer.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
