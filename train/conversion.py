@@ -1,4 +1,5 @@
-"""Conversion of a trained model: some layers of softmax attention become linear mixers, which begin from its weights.
+"""Conversion of a trained model: some layers of softmax attention become linear mixers, which begin from its weights,
+or keep a window of it, with such a mixer beside.
 
 `converted` says what the model is then, `write` makes its first checkpoint, a parameter at a time: ranks have no part
 in it, and whatever layout trains the model loads it as any other. All that is no mixer of a converted layer stays as it
@@ -35,17 +36,36 @@ def built(model: Node) -> LM:
 def converted(model: Node, settings: ConvertSettings) -> tuple[Node, list[int]]:
     """The `model` section after a conversion, and the layers that it converts. Raises ValueError, a line that begins
     with the key."""
-    lm, make = built(model), _mixer(settings)
+    lm = built(model)
     layers = _layers(lm, settings)
     blocks, kinds, names = dict(model["blocks"]), list(lm.kinds), dict[str, str]()
     for i in layers:
         kind = kinds[i]
         if kind not in names:
-            name = names[kind] = _free(f"{kind}_{settings.mixer}", blocks)
-            blocks[name] = {**blocks[kind], "mixer": _like(lm.layers[str(i)].mixer, make, settings)}
+            name = names[kind] = _free(f"{kind}_{settings.mixer or 'window'}", blocks)
+            blocks[name] = _block(lm.layers[str(i)], blocks[kind], settings)
         kinds[i] = names[kind]
     blocks = {name: block for name, block in blocks.items() if name in kinds}
     return {**model, "pattern": _shortest(kinds), "blocks": blocks}, layers
+
+
+def _block(layer: Any, before: Node, settings: ConvertSettings) -> Node:
+    """The section of a converted layer. before: its section before."""
+    linear = None if settings.mixer is None else _like(layer.mixer, _mixer(settings), settings)
+    if settings.window is None:
+        return {**before, "mixer": linear}
+    block = {**before, "mixer": {**before["mixer"], "window": settings.window}}
+    if linear is None:
+        return block
+    if layer.beside is not None:
+        name = type(layer.beside).__name__
+        raise ValueError(f"convert.window={settings.window}: must be null: {name} stands beside the attention already")
+    return {**block, "beside": linear}
+
+
+def part_of(settings: ConvertSettings) -> str | None:
+    """The part of a converted layer that is the linear mixer: mixer or beside; None without one."""
+    return None if settings.mixer is None else "mixer" if settings.window is None else "beside"
 
 
 def _mixer(settings: ConvertSettings) -> Any:
@@ -58,21 +78,44 @@ def _mixer(settings: ConvertSettings) -> Any:
     return MIXERS[settings.mixer]
 
 
-def _layers(lm: LM, settings: ConvertSettings) -> list[int]:
-    """The layers to convert, by their numbers."""
+def candidates(lm: LM, settings: ConvertSettings) -> list[int]:
+    """The layers that may be converted, by their numbers: softmax attention that sees farther than the window."""
     softmax = [i for i, layer in enumerate(lm.layers.values()) if isinstance(layer.mixer, Attention)]
     if not softmax:
-        raise ValueError(f"convert.mixer={settings.mixer}: must be null: no layer of the model is softmax attention")
-    numbers = ", ".join(map(str, softmax))
+        raise ValueError(f"{settings.asked}: must be null: no layer of the model is softmax attention")
+    if settings.mixer is not None:
+        _mixer(settings)
+    if (window := settings.window) is None:
+        return softmax
+    far = [i for i in softmax if (seen := lm.layers[str(i)].mixer.window) is None or seen > window]
+    if not far:
+        raise ValueError(f"convert.window={window}: must be less than that of the attention in every layer")
+    return far
+
+
+def staying(settings: ConvertSettings, layers: list[int], scores: list[float] | None = None) -> list[int]:
+    """The layers that stay of `layers`, where `keep` does not name them: as many as `every` says.
+
+    scores: of each layer, for `by=score`.
+    """
+    last = [i for n, i in enumerate(layers) if (n + 1) % settings.every == 0]
+    if scores is None:
+        return last
+    order = sorted(range(len(layers)), key=lambda n: -scores[n])
+    return sorted(layers[n] for n in order[: len(last)])
+
+
+def _layers(lm: LM, settings: ConvertSettings) -> list[int]:
+    """The layers to convert, by their numbers."""
+    able = candidates(lm, settings)
+    numbers = ", ".join(map(str, able))
     for i in settings.keep or ():
-        if i not in softmax:
+        if i not in able:
             raise ValueError(f"convert.keep={settings.keep}: must be some of {numbers}, the layers of attention")
-    if settings.keep is not None:
-        layers = [i for i in softmax if i not in settings.keep]
-        key = f"convert.keep={settings.keep}"
-    else:
-        layers = [i for n, i in enumerate(softmax) if (n + 1) % settings.every]
-        key = f"convert.every={settings.every}"
+    keep, key = settings.keep, f"convert.keep={settings.keep}"
+    if keep is None:
+        keep, key = staying(settings, able), f"convert.every={settings.every}"
+    layers = [i for i in able if i not in keep]
     if not layers:
         raise ValueError(f"{key}: must leave a layer to convert, of the layers {numbers}")
     return layers
@@ -105,10 +148,12 @@ def _shortest(kinds: list[str]) -> list[str]:
     return next(kinds[:p] for p in range(1, n + 1) if all(kinds[i] == kinds[i % p] for i in range(n)))
 
 
-def lost(model: Node, layers: list[int], converted_model: Node) -> list[str]:
+def lost(model: Node, layers: list[int], converted_model: Node, settings: ConvertSettings) -> list[str]:
     """Parameters of converted layers' attention that nothing begins from, by name. converted_model: of `converted`."""
     before, after = built(model), built(converted_model)
     names: list[str] = []
+    if settings.window is not None:
+        return names
     for i in layers:
         taken = {"q.weight", "kv.weight", "out.weight"}
         attention: Any = before.layers[str(i)].mixer
@@ -122,11 +167,12 @@ def lost(model: Node, layers: list[int], converted_model: Node) -> list[str]:
 class ConvertedWeights:
     """The parameters of a converted model, for `hf_convert.take`: each is read or made when its turn comes.
 
-    path: the checkpoint, or folder of Hugging Face's, of the model before. seed: of the parameters that begin anew.
+    path: the checkpoint, or folder of Hugging Face's, of the model before. part: of a layer, that is the linear mixer:
+    of `part_of`. seed: of the parameters that begin anew.
     """
 
-    def __init__(self, path: Path, before: Node, after: Node, layers: list[int], seed: int):
-        self.path, self.layers, self.seed = path, layers, seed
+    def __init__(self, path: Path, before: Node, after: Node, layers: list[int], seed: int, part: str | None = "mixer"):
+        self.path, self.layers, self.seed, self.part = path, layers, seed, part
         self.before, self.after = built(before), built(after)
         facts = checkpoint.manifest(path)
         self.order, self._held = facts.get("order"), {name: dtype for name, (_, dtype) in facts["model"].items()}
@@ -147,8 +193,8 @@ class ConvertedWeights:
         return self._held.get(f"layers.{layer}.mixer.q.weight", "float32")
 
     def _layer(self, name: str) -> int | None:
-        """The converted layer whose mixer has this parameter."""
-        return next((i for i in self.layers if name.startswith(f"layers.{i}.mixer.")), None)
+        """The converted layer whose linear mixer has this parameter."""
+        return next((i for i in self.layers if name.startswith(f"layers.{i}.{self.part}.")), None)
 
     def stretches(self, name: str) -> Iterator[tuple[int, int]]:
         return iter([(0, self.shapes[name][0])])
@@ -167,7 +213,7 @@ class ConvertedWeights:
         i = self._layer(name)
         if i is None:
             return self._stored(name, self.shapes[name], self.dtypes[name])
-        own = name.removeprefix(f"layers.{i}.mixer.")
+        own = name.removeprefix(f"layers.{i}.{self.part}.")
         value = self._inherited(i).get(own)
         if value is None:
             value = initial(self.seed, name, self._declared[name], self.shapes[name])
@@ -182,8 +228,10 @@ class ConvertedWeights:
             for name, p in attention.named_parameters():
                 whole = f"layers.{i}.mixer.{name}"
                 p.copy_(self._stored(whole, tuple(p.shape), getattr(torch, self._held[whole])))
-            linear: Any = self.after.layers[str(i)].mixer
+            linear: Any = getattr(self.after.layers[str(i)], str(self.part))
             values: dict[str, Tensor] = linear.inherited(attention.projections())
+            if self.part == "beside":  # so that the model begins as the one whose attention sees the window alone
+                values["out.weight"] = torch.zeros_like(values["out.weight"])
         attention.to("meta")
         return values
 

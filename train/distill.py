@@ -34,9 +34,13 @@ def section_of(path: Path) -> dict[str, Any]:
 
 
 def unlike(teacher: LM, model: LM) -> list[int]:
-    """The layers whose mixers are of another kind than the teacher's, by their numbers."""
+    """The layers whose mixers are of another kind than the teacher's, or see another window, by their numbers."""
     pairs = zip(teacher.layers.values(), model.layers.values(), strict=True)
-    return [i for i, (theirs, ours) in enumerate(pairs) if type(theirs.mixer) is not type(ours.mixer)]
+    return [i for i, (theirs, ours) in enumerate(pairs) if _kind(theirs) != _kind(ours)]
+
+
+def _kind(layer: Any) -> tuple[type, type, int | None]:
+    return type(layer.mixer), type(layer.beside), getattr(layer.mixer, "window", None)
 
 
 def refuse(settings: DistillSettings, teacher: LM, model: LM) -> None:
@@ -102,6 +106,6 @@ def place_teacher(config: RunConfig, model: LM, meshes: Meshes) -> Teacher | Non
 
 def _freeze(model: LM, layers: list[int]) -> None:
     """Leaves the mixers of these layers to be trained: the others' work is what they are to do."""
-    trained = tuple(f"layers.{i}.mixer." for i in layers)
+    trained = tuple(f"layers.{i}.{part}." for i in layers for part in ("mixer", "beside"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trained))

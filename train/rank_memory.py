@@ -8,8 +8,9 @@ what it has run, so that a search may ask it for one layout after another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +24,19 @@ from parallel.pipeline.orders import HALVES, orders
 from parallel.schedule.comm_volume import Ask, AttendCall, ScanCall
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import in_flight
-from parallel.schedule.step_memory import LayerMemory, Parts, StepMemory
+from parallel.schedule.step_memory import STATES, LayerMemory, Parts, StepMemory
+from train.checkpoints import checkpoint
+from train.checkpoints.hf_reader import is_folder
+from train.distill import section_of
+from train.distill_settings import DistillSettings
 from train.metrics.comm_trace import asked
 from train.metrics.width_trace import divided
 from train.optim.build import build_optimizer, moments
 from train.precision import dtypes
-from train.run_config import RunConfig
+from train.run_config import ObjectConfig, RunConfig
 from train.stages import cuts
 
+TEACHER = "teacher"
 ROOT = ""  # in place of a layer's name: what is in no layer
 
 
@@ -101,8 +107,42 @@ class MemoryModel:
     def parts(self, layout: MemoryLayout) -> Parts:
         """The parts of the fullest rank's peak, in bytes. Raises ValueError as `parallel.tensor.division` does,
         NotImplementedError for a model whose course depends on data."""
-        peaks = [self.step(layout, rank).peak() for rank in range(layout.mesh.pipeline)]
+        steps = [self.step(layout, rank) for rank in range(layout.mesh.pipeline)]
+        peaks = [step.peak() for step in steps]
+        if self.teacher is not None:
+            stays, reads = self._taught(self.teacher, layout)
+            peaks = [parts | {TEACHER: stays} for parts in peaks]
+            peaks += [{STATES: step.states, TEACHER: reads} for step in steps]
         return max(peaks, key=lambda parts: sum(parts.values()))
+
+    @cached_property
+    def teacher(self) -> MemoryModel | None:
+        """That of the model that the run learns from, where its checkpoint has been found."""
+        path = self.config.train.distill.teacher
+        if path is None or not (is_folder(Path(path)) or (Path(path) / checkpoint.MANIFEST).exists()):
+            return None
+        train = replace(self.config.train, distill=DistillSettings())
+        config = replace(self.config, model=ObjectConfig(section_of(Path(path))), train=train)
+        return MemoryModel(config, self.device, exact=self.exact)
+
+    def _taught(self, teacher: MemoryModel, layout: MemoryLayout) -> tuple[float, float]:
+        """The bytes of a teacher beside the model's step, and the most of its own pass, in which nothing is saved.
+
+        After the pass its weights stay as they are sharded, those outside of its layers gathered, and all of them where
+        the engine keeps weights for a backward pass; and what the objective needs: the streams between its layers, or
+        that before its head, and beside the model's logits seven tensors as large, a chunk at a time.
+        """
+        step, settings = teacher.step(layout), self.config.train.distill
+        stream, gathers = layout.tokens * teacher.whole.dim * teacher.compute.itemsize, not step.alone
+        shards = sum(each.shard for each in step.layers) + step.root_shard
+        kept = step.root + (0.0 if step.reshard else sum(each.whole for each in step.layers)) if gathers else 0.0
+        if settings.target == "hidden":
+            made = (len(step.layers) + 1) * float(stream)
+        else:
+            chunk = min(self.whole.loss_chunk or layout.tokens, layout.tokens)
+            made = stream + 7.0 * chunk * self.whole.vocabulary * torch.float32.itemsize
+        passes = [each.forward + (2 * each.whole if gathers else 0.0) for each in step.layers]
+        return shards + kept + made, shards + kept + made + max(passes)
 
     def largest(self, mesh: Mesh) -> tuple[str, float]:
         """The largest weight of a rank of such a mesh, before it is sharded: its name and bytes."""

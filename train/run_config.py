@@ -72,7 +72,8 @@ class Stage:
 
     length: its data.max_length, in tokens; at least that of the stage before. tokens: its budget. positions: the rule
     of rotary positions of every softmax layer that has some, an object of `models.positions`, or only its keys that
-    change; null for the rule as it is. lr: the learning rate that its schedule multiplies; null for optimizer.lr.
+    change; layers whose window is no wider than the length trained so far stay as they are where others see all of a
+    document; null for the rule as it is. lr: the learning rate that its schedule multiplies; null for optimizer.lr.
     weights: of data=mixture, by source its weight in this stage; null for those that the sources have. batch_tokens:
     tokens of a step; null for train.batch_tokens, or for the length where that is more. distill: what the stage learns
     from the model that the chain begins with, as train.distill.target; null for nothing.

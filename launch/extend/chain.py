@@ -32,6 +32,7 @@ from launch.run.signals import SignalLatch
 from launch.runner.dispatch import run
 from launch.runner.result import RunResult
 from launch.shell import command, override, quote
+from train.distill_settings import ConvertSettings
 from train.run_config import ObjectConfig, RunConfig, Stage
 from train.settings import RunSettings
 
@@ -66,6 +67,8 @@ def extend(config: RunConfig, overrides: list[str], console: Console) -> RunResu
                 _same_conversion(config, before.get("convert"), resumed)
                 overrides = [each for each in overrides if not _is_own(each)]
             parent, legs = stages.legs(config, overrides)
+            if parent.scores:  # measured once, whatever the next start would find
+                config = replace(config, convert=parent.settings)
             _check_folder(config, legs)
             code = rundir.code_version()
             claimed, lock = rundir.claim(config.run, resumed=resumed is not None)
@@ -146,14 +149,13 @@ class StagedRun:
 
     def _converted(self, model: ObjectConfig) -> Path:
         """The checkpoint of the model whose layers have been converted and not trained yet."""
-        from train.conversion import ConvertedWeights, write
+        from train.conversion import ConvertedWeights, part_of, write
 
         place = self.folder / CONVERTED
         if not place.exists():
             parent, after = self.parent, dict(model.values)
-            weights = ConvertedWeights(
-                parent.path, dict(parent.model.values), after, list(parent.layers), self.config.seed
-            )
+            before, part = dict(parent.model.values), part_of(self.config.convert)
+            weights = ConvertedWeights(parent.path, before, after, list(parent.layers), self.config.seed, part)
             own = {"model": after, "data": {"max_length": parent.trained}, "code": rundir.code_version()}
             files = {"config.yaml": yaml.safe_dump(own, sort_keys=False)} | _tokenizer(parent.path)
             write(weights, place, files, lambda name: None)
@@ -245,8 +247,9 @@ def _same_stages(now: Sequence[Stage], before: list[Any], folder: Path) -> None:
 
 def _same_conversion(config: RunConfig, before: dict[str, Any] | None, folder: Path) -> None:
     """Raises UserError where layers have been converted, and not as the configuration says now."""
-    if (folder / CONVERTED).exists() and asdict(config.convert) != before:
-        raise UserError(f"convert.mixer={config.convert.mixer}: must be as it was: {folder / CONVERTED} is there")
+    if (folder / CONVERTED).exists() and asdict(config.convert) != asdict(ConvertSettings()) | (before or {}):
+        asked = config.convert.asked or "convert.mixer=null"
+        raise UserError(f"{asked}: must be as it was, {before}: {folder / CONVERTED} is there")
 
 
 def _is_own(override: str) -> bool:

@@ -12,12 +12,18 @@ from train.run_config import ObjectConfig, RunConfig, Stage
 
 
 def configured(
-    config: RunConfig, stage: Stage, number: int, model: ObjectConfig, teacher: str | None = None
+    config: RunConfig,
+    stage: Stage,
+    number: int,
+    model: ObjectConfig,
+    teacher: str | None = None,
+    before: int | None = None,
 ) -> dict[str, Any]:
     """A run's configuration, not checked: the chain's, with what the stage says. number: of the stage, from 1.
 
-    model: that before the stage. teacher: of a stage that distils, where the configuration names none. Raises
-    ValueError, a line that begins with a key of the stage, for a stage that does not fit the chain.
+    model: that before the stage. teacher: of a stage that distils, where the configuration names none. before: the
+    length trained so far; None where it is not known. Raises ValueError, a line that begins with a key of the stage,
+    for a stage that does not fit the chain.
     """
     batch = config.train.batch_tokens
     if stage.batch_tokens is None and not isinstance(batch, int):
@@ -25,13 +31,13 @@ def configured(
     settings = config.to_dict()
     settings["stages"], settings["convert"] = [], asdict(ConvertSettings())
     settings["seed"] = config.seed + number  # else a stage would read again what the one before has read
-    settings["model"] = positioned(dict(model.values), stage.positions)
+    settings["model"] = positioned(dict(model.values), stage.positions, before)
     settings["data"]["max_length"] = stage.length
     settings["train"] |= {"tokens": stage.tokens, "steps": None}
     settings["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)  # type: ignore[type-var]
     if number > 1:  # from the second stage on, the chain goes on from itself
-        before = config.stages[number - 2]  # whose optimizer knows the mixers alone, where it has aligned them
-        kept = "reset" if before.distill == "hidden" and stage.distill != "hidden" else "keep"
+        last = config.stages[number - 2]  # whose optimizer knows the mixers alone, where it has aligned them
+        kept = "reset" if last.distill == "hidden" and stage.distill != "hidden" else "keep"
         settings["train"] |= {"init_optimizer": kept, "init_weights": "raw"}
     settings["train"]["distill"] |= {"teacher": None, "target": "logits"}
     if stage.distill is not None:
@@ -54,16 +60,19 @@ def _weigh(data: Node, weights: dict[str, float]) -> None:
         sources[name]["weight"] = weight
 
 
-def positioned(model: Node, positions: Any) -> Node:
+def positioned(model: Node, positions: Any, before: int | None = None) -> Node:
     """A `model` section with this rule in all layers that have rotary positions; keys alone change the rule there is.
 
-    Raises ValueError where no layer has any.
+    Where some of these layers see the whole document, those with a window no wider than the length trained `before`
+    stay as they are: within it nothing is farther away than it was. Raises ValueError where no layer has any.
     """
     if positions is None:
         return model
     rules = rules_of(model)
     if not rules:
         raise ValueError("positions: must be null, no layer of the model has rotary positions")
+    wide = {(name, part): rule for (name, part), rule in rules.items() if _farther(model, name, part, before)}
+    rules = wide or rules
     blocks = dict(model["blocks"])
     for (name, part), rule in rules.items():
         new = rule
@@ -73,6 +82,12 @@ def positioned(model: Node, positions: Any) -> Node:
         mixer = {**blocks[name][part], "positions": new | positions}
         blocks[name] = {**blocks[name], part: mixer}
     return {**model, "blocks": blocks}
+
+
+def _farther(model: Node, name: str, part: str, before: int | None) -> bool:
+    """Says whether a layer would see farther than `before` in longer documents."""
+    window = model["blocks"][name][part].get("window")
+    return before is None or window is None or window > before
 
 
 def rules_of(model: Node) -> dict[tuple[str, str], Node]:

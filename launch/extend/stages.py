@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from launch.extend.compose import configured
 from launch.preflight import init_from
 from launch.preflight.check import check_run
 from launch.preflight.checked import CheckedRun
+from launch.preflight.corpus import open_batches
 from launch.preflight.refusals import refusals
 from launch.run import rundir
 from models.positions import NoPE, Positions
+from train.distill_settings import ConvertSettings
 from train.run_config import ObjectConfig, RunConfig, Stage
 
+NO_CONVERSION = ConvertSettings()
 NUMBERED = ("train.tokens", "train.steps")  # of a chain, each stage has its own
 
 
@@ -28,13 +32,16 @@ NUMBERED = ("train.tokens", "train.steps")  # of a chain, each stage has its own
 class Parent:
     """The model that a chain begins with. path: a checkpoint of ours, or a folder of Hugging Face's. trained: tokens of
     its longest sequences; None where it does not say. model: its section. converted: what that becomes before the first
-    stage, and layers: those that are converted; None and () without a conversion."""
+    stage, and layers: those that are converted, settings: how; None and () without a conversion. scores: by layer, what
+    the window costs the model in nats a token, where layers are chosen by it."""
 
     path: Path
     trained: int | None
     model: ObjectConfig
     converted: ObjectConfig | None = None
     layers: tuple[int, ...] = ()
+    settings: ConvertSettings = NO_CONVERSION
+    scores: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def begins(self) -> ObjectConfig:
@@ -87,7 +94,7 @@ def _leg(
     if before is not None and stage.length < before:
         what = f"those of init_from={config.init_from}" if number == 1 else "the stage before"
         raise ValueError(f"length={stage.length}: must be at least {before}, as {what}")
-    leg = checked(configured(config, stage, number, model, str(parent.path)))
+    leg = checked(configured(config, stage, number, model, str(parent.path), before))
     alone = replace(leg, init_from=str(parent.path))
     if number > 1:  # from the second stage on, the chain goes on from itself
         alone = replace(alone, train=replace(alone.train, init_optimizer=config.train.init_optimizer))
@@ -132,20 +139,38 @@ def _parent(config: RunConfig) -> Parent:
 def _after_conversion(config: RunConfig, parent: Parent) -> Parent:
     """The parent with what a conversion makes of its model. Raises UserError."""
     settings = config.convert
-    if settings.mixer is None:
+    if settings.asked is None:
         return parent
     from train.conversion import converted
 
     train = config.train
     for key, must in (("init_optimizer", "reset"), ("init_weights", "raw")):
         if (value := getattr(train, key)) != must:
-            raise UserError(f"train.{key}={value}: must be {must} with convert.mixer={settings.mixer}")
+            raise UserError(f"train.{key}={value}: must be {must} with {settings.asked}")
     try:
+        settings, scores = _chosen(config, parent)
         model, layers = converted(dict(parent.model.values), settings)
         model_of(model)
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
-    return replace(parent, converted=ObjectConfig(model), layers=tuple(layers))
+    converted_model = ObjectConfig(model)
+    return replace(parent, converted=converted_model, layers=tuple(layers), settings=settings, scores=scores)
+
+
+def _chosen(config: RunConfig, parent: Parent) -> tuple[ConvertSettings, dict[int, float]]:
+    """The conversion with the layers that stay, and their scores where those say which. Raises ValueError."""
+    settings, scores = config.convert, dict[int, float]()
+    if settings.by == "place" or settings.keep is not None:
+        return settings, scores
+    from train.conversion import built, candidates, staying
+    from train.layer_scores import score
+
+    model = dict(parent.model.values)
+    able = candidates(built(model), settings)
+    first = checked(configured(config, config.stages[0], 1, parent.model, str(parent.path)))
+    batches = open_batches(first, model["vocabulary"], lambda line: None)
+    scores = score(parent.path, model, able, settings.window, batches, config.seed)
+    return replace(settings, keep=staying(settings, able, list(scores.values()))), scores
 
 
 def _positions(
@@ -158,14 +183,15 @@ def _positions(
             lines += [] if isinstance(was.positions, NoPE) else [f"{type(was.positions).__name__} becomes NoPE"]
             continue
         original = (parent.trained or math.inf) / getattr(plain.positions, "factor", 1.0)
-        reaches = now.positions.reaches(original)
-        if reaches < min(stage.length, now.window or math.inf):  # behind a window nothing is farther away
+        reaches, farthest = now.positions.reaches(original), min(stage.length, now.window or math.inf)
+        if reaches < farthest:  # behind a window nothing is farther away
             rule = "null" if stage.positions is None else now.positions
             raise ValueError(
                 f"positions={rule}: must reach length={stage.length}; "
                 f"{type(now.positions).__name__} reaches {math.floor(reaches)}"
             )
-        lines.append(_turns(was, now, trained, stage.length))
+        seen = None if trained is None else min(trained, was.window or trained)
+        lines.append(_turns(was, now, seen, int(farthest)))
     return list(dict.fromkeys(lines)) or ["no layer has rotary positions"]
 
 
@@ -223,10 +249,16 @@ def _conversion(parent: Parent) -> list[str]:
     from train.conversion import lost
 
     before, after = dict(parent.model.values), dict(parent.converted.values)
-    made = model_of(after).layers[str(parent.layers[0])].mixer
+    layer, window = model_of(after).layers[str(parent.layers[0])], parent.settings.window
     numbers = ", ".join(map(str, parent.layers))
-    lines = [f"converts    layers {numbers} of {after['layers']}: softmax attention becomes {type(made).__name__}"]
-    if names := lost(before, list(parent.layers), after):
+    made = f"becomes {type(layer.mixer).__name__}"
+    if window is not None:
+        made = f"sees {window:,} tokens{'' if layer.beside is None else f' beside {type(layer.beside).__name__}'}"
+    lines = [f"converts    layers {numbers} of {after['layers']}: softmax attention {made}"]
+    if parent.scores:
+        cost = ", ".join(f"{i}: {nats:+.4f}" for i, nats in parent.scores.items())
+        lines.append(f"            nats a token that the window costs, by layer: {cost}")
+    if names := lost(before, list(parent.layers), after, parent.settings):
         more = "" if len(names) == 1 else f" and {len(names) - 1} more"
         lines.append(f"            nothing begins from {names[0]}{more}")
     return lines

@@ -106,6 +106,7 @@ MOE += ["model.blocks.gla.ffn.shared_hidden=64"]
 LLAMA = ["model=llama_tiny", "model.dim=128", "model.layers=4", "model.blocks.attn.ffn.hidden=384"]
 MAMBA = ["model=mamba2_tiny", "model.dim=128", "model.layers=4"]
 RWKV = ["model=rwkv7_tiny", "model.dim=128", "model.layers=3", "model.blocks.rwkv.ffn.hidden=384"]
+TAUGHT = "train.distill.teacher=TEACHER"  # in whose place a folder is made
 MICRO, RESHARD, FULL = "scheduler.tokens_per_rank=256", "engine.reshard_after_forward=true", "engine.recompute=full"
 CASES: dict[str, tuple[int, list[str]]] = {
     "MoE": (1, MOE),
@@ -135,6 +136,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "MoE, data 2 x tensor 2": (4, [*MOE, "parallel.data=2", "parallel.tensor=2"]),
     "MoE, expert 2 x sequence 2, reshard": (4, [*MOE, "parallel.expert=2", "parallel.sequence=2", RESHARD]),
     "Llama, sequence 2 x tensor 2": (4, [*LLAMA, "parallel.sequence=2", "parallel.tensor=2"]),
+    "Llama, a teacher's logits": (1, [*LLAMA, TAUGHT]),
+    "MoE, a larger teacher's logits, loss in chunks, data 2": (2, [*MOE, TAUGHT, "train.loss_chunk=128"]),
     "RWKV-7, data 4, reshard, average": (4, [*RWKV, "parallel.data=4", RESHARD, "train.average=ema"]),
 }
 
@@ -173,12 +176,20 @@ def job_of(folder: Path, name: str) -> dict[str, Any]:
     """As the launcher would order it."""
     from launch.config.compose import composed
     from tests.jobs import corpus
+    from tests.published_folder import LLAMA as LLAMA_FOLDER
+    from tests.published_folder import write
 
     workers, more = CASES[name]
     run_dir = folder / str(list(CASES).index(name))
     run_dir.mkdir(parents=True, exist_ok=True)
     own = ["data=text", f"data.path={corpus(folder / 'corpus', 200)}", f"data.store={folder / 'store'}"]
     own += ["cluster=none", f"cluster.workers={workers}", "cluster.threads=1", "tracking.mode=disabled"]
+    if TAUGHT in more:
+        sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+        teacher = folder / "teacher"
+        if not teacher.exists():
+            write(teacher, LLAMA_FOLDER | sizes)
+        more = [each.replace("TEACHER", str(teacher)) for each in more]
     own += ["train.evaluate_every=null", "train.checkpoint_every=null", "data.heldout=0.2", "data.heldout_tokens=192"]
     return {"config": composed([*own, *SMALL, *more]), "run_dir": str(run_dir), "device": "cpu"}
 

@@ -1,19 +1,23 @@
 """A conversion as a user meets it: a published Transformer in, a hybrid out, and mistakes that cost one line."""
 
 import json
+import re
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from launch.cli import main
 from launch.preflight.check import check_run
 from launch.preflight.configure import configure
 from launch.run.checkpoints import checkpoint_of
+from models.sequence import Whole
 from tests.jobs import overrides
 from tests.launch.test_cli import records
 from tests.published_folder import LLAMA, write
 from train.checkpoints import checkpoint
+from train.inference.decode import Decoder
 
 pytestmark = pytest.mark.e2e
 
@@ -88,6 +92,56 @@ def test_what_comes_out_is_a_run_and_a_chain_that_goes_on(hybrid, place):
     assert saved.model.blocks.attn.mixer.positions.base == 40000
 
 
+def test_a_mixer_beside_a_window_in_the_layers_that_need_it_least(place, capsys):
+    run = place / "beside"
+    asked = [o for o in chain(place, f"stages=[{ALIGN}]", f"run.dir={run}") if o != "convert.mixer=gla"]
+    asked += ["convert.mixer=kda", "convert.window=8", "convert.by=score"]
+    assert main(["train", *asked]) == 0
+    out = " ".join(capsys.readouterr().err.split())
+    scores = re.search(r"nats a token that the window costs, by layer: 0: (\S+), 1: (\S+)", out)
+    kept = int(float(scores[2]) > float(scores[1]))
+    assert f"converts layers {1 - kept} of 2: softmax attention sees 8 tokens beside KimiDeltaAttention" in out
+    assert re.search(r"not exported: .*beside=KimiDeltaAttention", out)
+    saved = OmegaConf.load(run / "config.yaml").convert
+    assert saved.by == "score" and saved.keep == [kept]
+    began, aligned = (weights(checkpoint.newest(run / name / "checkpoints", print)) for name in ("converted", "1-96"))
+    moved = {name for name in began if not torch.equal(began[name], aligned[name])}
+    assert moved == {n for n in began if n.startswith((f"layers.{1 - kept}.mixer.", f"layers.{1 - kept}.beside."))}
+    assert not began[f"layers.{1 - kept}.beside.out.weight"].any()
+    losses = [r["loss"] for r in records(run / "1-96")]
+    assert losses[-1] < losses[0]
+
+
+def test_windows_alone_go_out_as_what_transformers_reads(place):
+    run = place / "windows"
+    asked = [o for o in chain(place, f"stages=[{MATCH}]", f"run.dir={run}") if o != "convert.mixer=gla"]
+    assert main(["train", *asked, "convert.window=8"]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(run / "export").eval()
+    saved = checkpoint_of(str(run))
+    tokens = torch.randint(3, 250, (1, 60), generator=torch.Generator().manual_seed(0))
+    ours = Decoder.load(OmegaConf.to_container(OmegaConf.load(run / "1-96" / "config.yaml").model), saved).model
+    with torch.no_grad():
+        found, want = ours(tokens, Whole.of(torch.arange(60)[None])).logits, theirs(tokens).logits
+        ours.layers["0"].mixer.window = None
+        far = ours(tokens, Whole.of(torch.arange(60)[None])).logits
+    assert (found - want).norm() < 1e-5 * want.norm() < (far - want).norm()
+
+
+@pytest.mark.composes
+def test_the_teachers_memory_is_counted_before_a_process_starts(place, capsys):
+    asked = [*overrides(place, "model=llama_tiny", "model.blocks.attn.mixer.heads=2"), "cluster.workers=1"]
+    asked = [o for o in asked if not o.startswith(("model.blocks.g", "model.pattern"))]
+    most = [*asked, "parallel.machine.memory=0.0075"]
+    assert main(["plan", *most]) == 0, capsys.readouterr().err
+    assert "teacher" not in capsys.readouterr().out
+    write(place / "large", LLAMA | {"num_hidden_layers": 6, "hidden_size": 96, "intermediate_size": 256})
+    taught = f"train.distill.teacher={place / 'large'}"
+    assert main(["plan", *asked, taught]) == 0
+    assert re.search(r"MB  teacher$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["plan", *most, taught]) == 2
+    assert re.search(r"a rank can hold .* of which teacher are \S+ MB; .*\n$", capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_an_alignment_that_is_resumed_is_one_that_was_never_stopped(hybrid, place):
     asked = [*given(place), f"init_from={hybrid / 'converted'}", f"train.distill.teacher={place / 'llama'}"]
@@ -105,6 +159,8 @@ REFUSED = {
     "convert.mixer=mamba2": "convert.mixer=mamba2: must be one of deltanet, gated_deltanet, gla, kda, linear, retnet",
     "convert.keep=[7]": "convert.keep=[7]: must be some of 0, 1, the layers of attention",
     "convert.every=0": "convert.every=0: must be at least 1",
+    "convert.window=0": "convert.window=0: must be at least 1",
+    "convert.by=size": "convert.by=size: must be one of place, score",
     "convert.options={heads: 2}": "convert.options.heads: must not be given: it is that of the attention, 4",
     "train.init_optimizer=keep": "train.init_optimizer=keep: must be reset with convert.mixer=gla",
     "stages=[{length: 96, tokens: 100, distill: both}]": "stages[0].distill=both: must be one of logits, hidden",

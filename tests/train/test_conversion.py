@@ -1,23 +1,28 @@
 """Softmax attention becomes a linear mixer that begins from its projections; everything else stays, to the bit."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from data.pack import Packed
 from models.axes import initialise
 from models.mixers import MIXERS
 from models.mixers.attention import Attention
 from models.mixers.inheritance import HeadShape
 from models.sequence import Whole
 from tests.published_folder import LLAMA, MOE, write
-from train import conversion
+from train import conversion, layer_scores
 from train.checkpoints import checkpoint
 from train.checkpoints.hf_reader import Published
-from train.conversion import ConvertedWeights, converted, lost
+from train.conversion import ConvertedWeights, converted, lost, part_of, staying
 from train.distill_settings import ConvertSettings
+from train.inference.decode import Decoder
 
 ABLE = sorted(name for name, kind in MIXERS.items() if getattr(kind, "INHERITS", False))
 
@@ -120,9 +125,113 @@ def test_a_published_model_is_converted_and_what_is_no_mixer_of_those_layers_sta
 def test_parameters_that_nothing_begins_from_are_named(tmp_path):
     folder = write(tmp_path / "moe", MOE | {"architectures": ["Qwen3MoeForCausalLM"]})
     before = Published(folder).model
-    after, layers = converted(before, ConvertSettings(mixer="gated_deltanet", every=2))
+    settings = ConvertSettings(mixer="gated_deltanet", every=2)
+    after, layers = converted(before, settings)
     assert layers == [0]
-    assert lost(before, layers, after) == ["layers.0.mixer.q_norm.weight", "layers.0.mixer.k_norm.weight"]
+    assert lost(before, layers, after, settings) == ["layers.0.mixer.q_norm.weight", "layers.0.mixer.k_norm.weight"]
+    beside = replace(settings, window=4)
+    assert lost(before, layers, converted(before, beside)[0], beside) == []
+
+
+def logits(model, tokens):
+    return model(tokens, Whole.of(torch.arange(tokens.shape[1])[None])).logits
+
+
+def begun(folder, place, settings):
+    """The converted model with its first weights, in fp64, and the model before it."""
+    before = Published(folder).model
+    after, layers = converted(before, settings)
+    weights = ConvertedWeights(folder, before, after, layers, seed=7, part=part_of(settings))
+    saved = conversion.write(weights, place, {"config.yaml": "{}\n"}, lambda name: None)
+    models = []
+    for section, path in ((after, saved), (before, folder)):
+        models.append(Decoder.load(section, path).model.double())
+        models[-1].compute = torch.float64
+    return *models, layers
+
+
+def check_it_begins_as_the_windowed_model(folder, place, settings):
+    hybrid, parent, layers = begun(folder, place, settings)
+    tokens = torch.randint(3, 90, (1, 23), generator=torch.Generator().manual_seed(0))
+    whole = logits(parent, tokens)
+    for i in layers:
+        parent.layers[str(i)].mixer.window = settings.window
+    torch.testing.assert_close(logits(hybrid, tokens), logits(parent, tokens), atol=1e-12, rtol=0)
+    assert (whole - logits(parent, tokens)).abs().max() > 1e-3  # so that the window is seen at all
+    return hybrid
+
+
+@pytest.mark.parametrize("mixer", ["kda", "linear", None])
+def test_a_layer_with_a_window_begins_as_its_attention_within_it(folder, tmp_path, mixer):
+    settings = ConvertSettings(mixer=mixer, window=5, every=3)
+    hybrid = check_it_begins_as_the_windowed_model(folder, tmp_path / "run", settings)
+    assert all((hybrid.layers[i].beside is None) == (mixer is None or i == "2") for i in "012")
+    if mixer is not None:
+        beside, q = hybrid.layers["0"].beside, hybrid.layers["0"].mixer.q.weight
+        assert beside.out.weight.abs().max() == 0 and torch.equal(beside.qkv.weight[:32], q)
+
+
+def test_a_mutation_that_lets_the_mixer_beside_speak_at_once_is_seen(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "zeros_like", lambda x: x)
+    with pytest.raises(AssertionError):
+        check_it_begins_as_the_windowed_model(folder, tmp_path / "run", ConvertSettings(mixer="gla", window=5, every=3))
+
+
+class Few:
+    """Two packed sequences a step, as `data.batches.Batches` gives them."""
+
+    def batch(self, seed, step):
+        draw = np.random.default_rng([seed, step])
+        tokens = draw.integers(3, 90, (2, 64))
+        starts = np.arange(64)[None] % np.array([[40], [64]]) == 0
+        masked = draw.random((2, 64)) < 0.1
+        targets = np.where(masked, -100, np.roll(tokens, -1, axis=1))
+        return [Packed(*each) for each in zip(tokens, targets, starts, strict=True)]
+
+
+def test_a_score_is_what_the_window_of_one_layer_costs(folder, monkeypatch):
+    monkeypatch.setattr(layer_scores, "TOKENS", 256)
+    found = layer_scores.score(folder, Published(folder).model, [0, 2], 5, Few(), seed=4)
+    theirs = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, attn_implementation="eager"))
+    theirs.load_state_dict({n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()})
+
+    def mean(windowed):
+        nats, targets = 0.0, 0
+        for s in (s for step in range(2) for s in Few().batch(4, step)):
+            document = torch.from_numpy(np.cumsum(s.starts))
+            seen = torch.ones(64, 64).tril().bool() & (document[:, None] == document)
+            hidden = {i: torch.where(seen, 0.0, -torch.inf) for i in range(3)}
+            hidden[windowed] = torch.where(seen & torch.ones(64, 64).triu(-4).bool(), 0.0, -torch.inf)
+            places = torch.from_numpy(s.positions)[None]
+            x = theirs.model.embed_tokens(torch.from_numpy(s.tokens)[None])
+            turns = theirs.model.rotary_emb(x, places)
+            for i, layer in enumerate(theirs.model.layers):
+                x = layer(x, attention_mask=hidden[i][None, None], position_ids=places, position_embeddings=turns)
+            out, asked = theirs.lm_head(theirs.model.norm(x))[0], torch.from_numpy(s.targets)
+            nats += F.cross_entropy(out, asked, reduction="sum").item()
+            targets += int((asked != -100).sum())
+        return nats / targets
+
+    with torch.no_grad():
+        want = {i: mean(i) - mean(-1) for i in (0, 2)}
+    assert found == pytest.approx(want, abs=2e-6) and all(abs(each) > 2e-5 for each in want.values())
+
+
+def test_the_layers_that_a_window_costs_the_most_stay():
+    settings = ConvertSettings(mixer="gla", every=2, by="score")
+    assert staying(settings, [0, 1, 2, 5]) == [1, 5]
+    assert staying(settings, [0, 1, 2, 5], [0.3, 0.1, 0.0, 0.2]) == [0, 5]
+
+
+def test_layers_whose_attention_sees_no_farther_are_left_alone(folder):
+    after, layers = converted(Published(folder).model, ConvertSettings(window=8, every=3))
+    assert layers == [0, 1]
+    with pytest.raises(ValueError, match="convert.keep=.0.: must be some of 2, the layers of attention"):
+        converted(after, ConvertSettings(window=8, keep=[0]))
+    assert converted(after, ConvertSettings(mixer="gla", window=4, keep=[]))[1] == [0, 1, 2]
+    only, _ = converted(after, ConvertSettings(window=8, keep=[]))
+    with pytest.raises(ValueError, match="convert.window=8: must be less than that of the attention in every layer"):
+        converted(only, ConvertSettings(window=8))
 
 
 REFUSED = [
@@ -148,5 +257,13 @@ def test_a_model_without_softmax_attention_is_refused(folder):
     after, _ = converted(Published(folder).model, ConvertSettings(mixer="gla", keep=[]))
     with pytest.raises(ValueError, match="convert.mixer=gla: must be null: no layer of the model is softmax attention"):
         converted(after, ConvertSettings(mixer="gla"))
-    with pytest.raises(ValueError, match="convert.keep=.0.: must come with convert.mixer"):
-        ConvertSettings(keep=[0])
+    for wrong, line in (
+        ({"keep": [0]}, "convert.keep=[0]: must come with convert.mixer or convert.window"),
+        ({"by": "score"}, "convert.by=score: must come with convert.mixer or convert.window"),
+        ({"by": "size", "window": 4}, "convert.by=size: must be one of place, score"),
+        ({"options": {"conv": 2}, "window": 4}, "convert.options={'conv': 2}: must come with convert.mixer"),
+        ({"window": 0}, "convert.window=0: must be at least 1"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            ConvertSettings(**wrong)
+        assert str(refused.value) == line

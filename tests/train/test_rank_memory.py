@@ -5,6 +5,7 @@ import pytest
 
 from parallel.schedule.step_memory import GRADIENTS, UPDATE
 from tests.benchmarks import plan_memory
+from train.rank_memory import TEACHER
 
 
 @pytest.mark.dist
@@ -21,6 +22,11 @@ def test_what_muon_makes_in_a_step_is_counted(tmp_path):
     (muon,) = plan_memory.rows(["MoE, recompute selective, Muon"], tmp_path)
     assert abs(muon.off) < 0.02, muon
     assert muon.parts[UPDATE] > 0.5 * muon.counted
+
+
+def test_a_teacher_beside_the_model_is_counted(tmp_path):
+    (taught,) = plan_memory.rows(["Llama, a teacher's logits"], tmp_path)
+    assert abs(taught.off) < 0.06 and taught.parts[TEACHER] > 0.15 * taught.counted, taught
 
 
 @pytest.mark.slow

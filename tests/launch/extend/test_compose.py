@@ -46,6 +46,17 @@ def test_what_a_stage_does_not_say_is_as_it_was(config):
     )
 
 
+def test_a_rule_leaves_windows_alone_that_see_no_farther_where_others_do(config):
+    blocks = config.model["blocks"]
+    narrow = {**blocks["attn"], "mixer": {**blocks["attn"]["mixer"], "window": 64}}
+    model = {**config.model.values, "blocks": {**blocks, "narrow": narrow}, "pattern": ["narrow", "attn"]}
+    bases = [rule["base"] for rule in rules_of(positioned(model, {"base": 7.0}, 64)).values()]
+    assert sorted(bases) == sorted([7.0, rules_of(model)["narrow", "mixer"]["base"]]) and bases[0] != bases[1]
+    assert [rule["base"] for rule in rules_of(positioned(model, {"base": 7.0}, 63)).values()] == [7.0, 7.0]
+    alone = {**model, "pattern": ["narrow"]}
+    assert [rule["base"] for rule in rules_of(positioned(alone, {"base": 7.0}, 64)).values()] == [7.0]
+
+
 def test_a_rule_keeps_base_and_fraction_and_keys_alone_keep_the_rule(config):
     yarn = {"_target_": "models.positions.YaRN", "factor": 4.0, "trained_length": 4096}
     model = positioned(config.model.values, yarn | {"base": 2e4})
