@@ -86,6 +86,7 @@ NOT_RUN = {
     "ray stop": "would stop every Ray on this machine; the test ends its own",
     "farspan train experiment=million": "takes seven minutes on two free cores, and 12 GB",
     "farspan train experiment=context_study": "takes ten minutes on a free core, and what extends it as long",
+    "farspan train experiment=conversion_study": "takes three minutes on a free core, and what follows it longer",
     "farspan evaluate first 'evaluate.parts=[]'": "needs lm-eval and a network; tests/train/evaluation has a stand-in",
     "wandb login": "needs an account",
     "wandb sync": "needs a server; tests/train/tracking runs it against one of its own",

@@ -102,4 +102,10 @@ def of_model(model: dict, origin: str | None = None) -> tuple[Architecture, dict
     if strange:
         mixer = placed_blocks[strange[0]]["mixer"]["_target_"].rpartition(".")[2]
         raise ValueError(f"{pattern}: none of {known} has layers of {mixer}")
+    for name in model["pattern"]:
+        if side := placed_blocks[name].get("beside"):
+            first, second = (part["_target_"].rpartition(".")[2] for part in (placed_blocks[name]["mixer"], side))
+            raise ValueError(
+                f"model.blocks.{name}.beside={second}: none of {known} has {second} beside {first} in this pattern"
+            )
     raise ValueError(f"{pattern}: none of {known} has these mixers together")

@@ -101,21 +101,21 @@ def test_a_mixer_beside_a_window_in_the_layers_that_need_it_least(place, capsys)
     scores = re.search(r"nats a token that the window costs, by layer: 0: (\S+), 1: (\S+)", out)
     kept = int(float(scores[2]) > float(scores[1]))
     assert f"converts layers {1 - kept} of 2: softmax attention sees 8 tokens beside KimiDeltaAttention" in out
-    assert re.search(r"not exported: .*beside=KimiDeltaAttention", out)
+    kind = "beside=KimiDeltaAttention: none of .* has KimiDeltaAttention beside Attention in this pattern"
+    assert re.search(f"not exported: model.blocks.attn_kda.{kind}", out)
     saved = OmegaConf.load(run / "config.yaml").convert
     assert saved.by == "score" and saved.keep == [kept]
     began, aligned = (weights(checkpoint.newest(run / name / "checkpoints", print)) for name in ("converted", "1-96"))
     moved = {name for name in began if not torch.equal(began[name], aligned[name])}
     assert moved == {n for n in began if n.startswith((f"layers.{1 - kept}.mixer.", f"layers.{1 - kept}.beside."))}
     assert not began[f"layers.{1 - kept}.beside.out.weight"].any()
-    losses = [r["loss"] for r in records(run / "1-96")]
-    assert losses[-1] < losses[0]
+    assert 0 < records(run / "1-96")[0]["loss"] < 1  # a window does more than no mixer at all
 
 
 def test_windows_alone_go_out_as_what_transformers_reads(place):
     run = place / "windows"
     asked = [o for o in chain(place, f"stages=[{MATCH}]", f"run.dir={run}") if o != "convert.mixer=gla"]
-    assert main(["train", *asked, "convert.window=8"]) == 0
+    assert main(["train", *asked, "convert.mixer=null", "convert.window=8"]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(run / "export").eval()
     saved = checkpoint_of(str(run))
     tokens = torch.randint(3, 250, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -131,10 +131,10 @@ def test_windows_alone_go_out_as_what_transformers_reads(place):
 def test_the_teachers_memory_is_counted_before_a_process_starts(place, capsys):
     asked = [*overrides(place, "model=llama_tiny", "model.blocks.attn.mixer.heads=2"), "cluster.workers=1"]
     asked = [o for o in asked if not o.startswith(("model.blocks.g", "model.pattern"))]
-    most = [*asked, "parallel.machine.memory=0.0075"]
+    most = [*asked, "parallel.machine.memory=0.0135"]
     assert main(["plan", *most]) == 0, capsys.readouterr().err
     assert "teacher" not in capsys.readouterr().out
-    write(place / "large", LLAMA | {"num_hidden_layers": 6, "hidden_size": 96, "intermediate_size": 256})
+    write(place / "large", LLAMA | {"num_hidden_layers": 6, "hidden_size": 96, "intermediate_size": 1024})
     taught = f"train.distill.teacher={place / 'large'}"
     assert main(["plan", *asked, taught]) == 0
     assert re.search(r"MB  teacher$", capsys.readouterr().out, re.MULTILINE)
