@@ -87,10 +87,16 @@ def candidates(lm: LM, settings: ConvertSettings) -> list[int]:
         _mixer(settings)
     if (window := settings.window) is None:
         return softmax
-    far = [i for i in softmax if (seen := lm.layers[str(i)].mixer.window) is None or seen > window]
+    seen = {i: _window(lm.layers[str(i)]) for i in softmax}
+    far = [i for i in softmax if (own := seen[i]) is None or own > window]
     if not far:
         raise ValueError(f"convert.window={window}: must be less than that of the attention in every layer")
     return far
+
+
+def _window(layer: Any) -> int | None:
+    window: int | None = layer.mixer.window
+    return window
 
 
 def staying(settings: ConvertSettings, layers: list[int], scores: list[float] | None = None) -> list[int]:
