@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
 from parallel.liveness import HERE, Wait
@@ -143,6 +143,11 @@ def _of_one_mesh(tensors: list[torch.Tensor]) -> torch.Tensor:
             if not placement.is_replicate():
                 dist.all_reduce(square, group=first.device_mesh.get_group(dim))
         return square.sqrt()
+    if isinstance(first, DTensor) and first.placements == (Shard(0),) and len({x.dtype for x in tensors}) == 1:
+        # As torch has it, bit for bit, without its search for the placement of each tensor's norm.
+        squares = torch.stack(torch._foreach_norm([local(x) for x in tensors])).square()
+        dist.all_reduce(squares, group=first.device_mesh.get_group())
+        return torch.linalg.vector_norm(squares.sqrt())
     total = nn.utils.get_total_norm(tensors)
     return total.full_tensor() if isinstance(total, DTensor) else total
 

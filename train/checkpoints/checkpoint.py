@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from data import reading
 from parallel.parallelize import parameter_name
+from parallel.shards import ByParts
 from parallel.tensor import Division, division_of
 from train.checkpoints import stored
 from train.checkpoints.disk import checksum, write_text
@@ -67,20 +68,25 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
     A new run may remember more than the one it starts from, the bias of a router: such buffers keep their first value.
     """
     if optimizer is None:
-        saved = _reader(checkpoint).read_metadata().state_dict_metadata
+        reader = _reader(checkpoint)
+        saved = reader.read_metadata().state_dict_metadata
         buffers = (parameter_name(name) for name, _ in model.named_buffers())
         new = {name for name in buffers if f"model.{name}" not in saved}
-        weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
-        read({"model": weights}, checkpoint, division=division_of(model))
-        set_model_state_dict(model, weights, options=StateDictOptions(strict=not new))
+        with ByParts():
+            weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
+        _fill({"model": weights}, reader, division=division_of(model))
+        with ByParts():
+            set_model_state_dict(model, weights, options=StateDictOptions(strict=not new))
     elif isinstance(optimizer, EngineOptimizer):
         read(optimizer.named_state(), checkpoint)
         optimizer.filled()
     else:
-        weights, moments = get_state_dict(model, optimizer)
+        with ByParts():
+            weights, moments = get_state_dict(model, optimizer)
         state = {"state": moments["state"]}  # and not its settings: a resumed run may have been given others
         read({"model": weights, "optimizer": state}, checkpoint, division=division_of(model))
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        with ByParts():
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return manifest(checkpoint)
 
 
@@ -103,9 +109,11 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> No
         read({"optimizer": optimizer.named_state()["optimizer"]}, checkpoint)
         optimizer.filled()
         return
-    moments = get_optimizer_state_dict(model, optimizer)
+    with ByParts():
+        moments = get_optimizer_state_dict(model, optimizer)
     read({"optimizer": {"state": moments["state"]}}, checkpoint, division=division_of(model))
-    set_optimizer_state_dict(model, optimizer, moments)
+    with ByParts():
+        set_optimizer_state_dict(model, optimizer, moments)
 
 
 def has_moments(checkpoint: Path) -> bool:
@@ -119,7 +127,8 @@ def has_moments(checkpoint: Path) -> bool:
 
 def load_average(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Fills the model's parameters from the averaged weights; what it remembers besides stays. Collective."""
-    averaged = {parameter_name(name): p.detach() for name, p in model.named_parameters()}
+    with ByParts():
+        averaged = {parameter_name(name): p.detach() for name, p in model.named_parameters()}
     if isinstance(optimizer, EngineOptimizer):
         averaged = {name: value for name, value in optimizer.named_state()["model"].items() if name in averaged}
     read({"average": {"mean": averaged}}, checkpoint, division=division_of(model))
@@ -133,7 +142,10 @@ def read(state: dict[str, Any], checkpoint: Path, *, alone: bool = False, divisi
 
     Raises DamagedError for a checkpoint that lacks one of them or has it in another shape, before any is filled.
     """
-    reader = _reader(checkpoint)
+    _fill(state, _reader(checkpoint), alone=alone, division=division)
+
+
+def _fill(state: dict[str, Any], reader: Any, *, alone: bool = False, division: Division | None = None) -> None:
     _check_saved(state, reader.read_metadata(), division)
     try:
         dcp.load(state, storage_reader=reader, planner=stored.TensorLoadPlanner(division), no_dist=alone)

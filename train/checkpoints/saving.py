@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from parallel.collectives import Comm
 from parallel.parallelize import parameter_name
-from parallel.shards import local
+from parallel.shards import ByParts, local
 from parallel.tensor import Division, division_of
 from train.checkpoints import stored
 from train.checkpoints.checkpoint import FORMAT, MANIFEST, prune
@@ -51,7 +51,8 @@ def contents(
     if isinstance(optimizer, EngineOptimizer):
         state = optimizer.named_state()
     else:
-        weights, moments = get_state_dict(model, optimizer)  # settings, no tensors, are the run's own: never read again
+        with ByParts():
+            weights, moments = get_state_dict(model, optimizer)  # settings are the run's own: never read again
         state = {"model": weights, "optimizer": {"state": moments["state"]}}
     return Contents({**state, **(parts or {})}, _parameters(model, pipeline), division_of(model))
 

@@ -11,6 +11,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -66,8 +67,12 @@ class DamagedError(ValueError):
 class CheckpointReader(dcp.FileSystemReader):
     """Reads a checkpoint that may come from elsewhere. Raises DamagedError for one that is not what torch has saved."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    @cached_property
+    def _parsed(self) -> Metadata:  # a load asks for it two or three times
         return metadata(Path(self.path))
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._parsed
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         folder = Path(self.path)

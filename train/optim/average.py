@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.parallelize import parameter_name
-from parallel.shards import local
+from parallel.shards import ByParts, local
 from train.hooks import Hook, Record
 from train.state import TrainProgress
 
@@ -46,7 +46,8 @@ class Average(Hook):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return {parameter_name(name): p.detach() for name, p in self.model.named_parameters()}
+        with ByParts():
+            return {parameter_name(name): p.detach() for name, p in self.model.named_parameters()}
 
     def after_step(self, record: Record) -> None:
         self.step(self._progress.tokens)
@@ -115,7 +116,8 @@ def _locals(weights: Weights) -> list[Tensor]:
 
 
 def _copied(weights: Weights) -> Weights:
-    return {name: x.clone() for name, x in weights.items()}
+    with ByParts():
+        return {name: x.clone() for name, x in weights.items()}
 
 
 @torch.no_grad()
