@@ -1,10 +1,17 @@
 """Small real jobs for tests: a text corpus, a small hybrid model, and what a launcher would order."""
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.corpora.corpus import Text
+from data.stores.store import build
+from data.tokenizer import Bytes
 from launch.config.compose import composed
 
 # A step costs by the layer. All three kinds: HYBRID beside it.
@@ -44,11 +51,28 @@ def corpus(folder: Path, documents: int = 60) -> Path:
     return folder
 
 
+@cache
+def _stored() -> Path:
+    """A folder with the corpus and its store, made once in this process: each takes a second to make."""
+    folder = Path(tempfile.mkdtemp(prefix="fs-jobs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build(Text(path=str(corpus(folder / "corpus"))), Bytes(), folder / "store")
+    return folder
+
+
 def overrides(tmp: Path, *more: str) -> list[str]:
     return [*SMALL, f"data.path={corpus(tmp / 'corpus')}", f"data.store={tmp / 'store'}", *more]
+
+
+def prepared(tmp: Path, *more: str) -> list[str]:
+    """As `overrides`, with the one corpus that this process has for all, and a copy of its store."""
+    shared, store = _stored(), tmp / "store"
+    if not store.exists():
+        shutil.copytree(shared / "store", store)
+    return [*SMALL, f"data.path={shared / 'corpus'}", f"data.store={store}", *more]
 
 
 def order(tmp: Path, run_dir: Path, *more: str, **rest: Any) -> dict[str, Any]:
     """What the launcher hands to `train.build`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    return {"config": composed(overrides(tmp, *more)), "run_dir": str(run_dir), "device": "cpu", **rest}
+    return {"config": composed(prepared(tmp, *more)), "run_dir": str(run_dir), "device": "cpu", **rest}

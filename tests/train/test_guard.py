@@ -16,6 +16,7 @@ from launch.commands import plan
 from launch.preflight.checked import CheckedRun
 from launch.preflight.configure import configure
 from models.axes import initialise
+from parallel.matrix_owners import wholes
 from parallel.mesh import Groups
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.plan import Group, MicroStep, Plan
@@ -23,7 +24,7 @@ from parallel.schedule.static import Static
 from parallel.sequence.attention import GatherKeys
 from parallel.sequence.states import GatherEffects
 from parallel.shards import local
-from tests.jobs import order, overrides
+from tests.jobs import order, prepared
 from tests.parity import small_model
 from train.build import build
 from train.execute import Executor
@@ -37,7 +38,7 @@ from train.tracking import records
 SHORT = [
     "train.batch_tokens=192",
     "tracking=none",
-    "model.layers=2",
+    "model.layers=1",
     "train.keep=9",
     "schedule=constant",
     "optimizer.lr=1e-2",
@@ -186,8 +187,9 @@ def fit(job: dict[str, Any], harm: Any = None, place: int = 0) -> dict[str, Any]
 
     trainer.step = stepped
     trainer.fit()
-    weights = {n: p.detach().full_tensor().numpy().copy() for n, p in trainer.model.named_parameters()}
-    return {"clean": all(clean), "weights": weights, "state": trainer.state.facts()}
+    weights = wholes({n: p.detach() for n, p in trainer.model.named_parameters()})
+    whole = {n: x.numpy().copy() for n, x in weights.items()}
+    return {"clean": all(clean), "weights": whole, "state": trainer.state.facts()}
 
 
 CASES = {  # ranks, the harm, steps, words of the log
@@ -201,9 +203,10 @@ CASES = {  # ranks, the harm, steps, words of the log
 @pytest.mark.parametrize("case", CASES)
 def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: str) -> None:
     world, harm, steps, words = CASES[case]
+    layers = ["model.layers=2"] if harm is poison else []  # or the first that is not finite could be no other
     poisoned = steps - 2
     folder = tmp_path / "run"
-    more = [*SHORT, *LIMITED, f"cluster.workers={world}", f"train.steps={steps}"]
+    more = [*SHORT, *LIMITED, f"cluster.workers={world}", f"train.steps={steps}", *layers]
     found = run(world, fit, order(tmp_path, folder, *more), harm, poisoned)
     for rank in found:
         assert rank["clean"] and rank["state"] == found[0]["state"]
@@ -217,7 +220,7 @@ def test_exactly_the_poisoned_batch_is_passed_over(run, tmp_path: Path, case: st
     assert kept["tokens"].shape == (192,) and kept["lengths"].tolist() == [96, 96]
 
     path = folder / "checkpoints" / f"step-{steps}"
-    config = configure([*overrides(tmp_path), *more])
+    config = configure(prepared(tmp_path, *more))
     batches = preflight_batches(config)
     flight = CheckedRun(config, "cpu", Mesh(sequence=world), {}, batches, resume=path)
     if harm is poison:

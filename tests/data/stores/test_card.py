@@ -5,7 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.corpora.corpus import Text
 from data.stores import card
+from data.stores.store import build
+from data.tokenizer import Bytes
+
+PICTURES = True
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000, 5000])
@@ -37,6 +42,11 @@ def test_the_histogram_is_in_powers_of_two() -> None:
     assert sum(bar["tokens"] for bar in bars) == int((lengths * np.arange(1, 9)).sum())
 
 
-def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    card.draw(card.histogram(np.array([5, 5000]), np.array([3, 1])), "4 documents", tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+def test_the_picture_of_a_store_is_a_png_with_the_same_bytes_each_time(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for i, length in enumerate((4, 4, 4, 4999)):
+        (tmp_path / "texts" / f"{i}.txt").write_text("a" * length)
+    store = build(Text(path=str(tmp_path / "texts")), Bytes(), tmp_path / "store")
+    card.draw(card.histogram(np.array([5, 5000]), np.array([3, 1])), "4 documents, 5,015 tokens", tmp_path / "x.png")
+    picture = (store.folder / "lengths.png").read_bytes()
+    assert picture == (tmp_path / "x.png").read_bytes() and picture[:8] == b"\x89PNG\r\n\x1a\n"
