@@ -19,7 +19,7 @@ from models.mixers import MIXERS
 from models.moe import MoE
 from models.recipes import RECIPES, LowPrecision, apply, policy
 from models.sequence import Whole
-from parallel.matrix_owners import whole, wholes
+from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
@@ -149,25 +149,30 @@ def spread(
     targets = sum(int((s.targets != -100).sum()) for s in batch)
     both = groups.world_comm.all_reduce(torch.stack((tally.cross_entropy, tally.balance)).double(), purpose="loss")
     loss = both[0].item() / targets + BALANCE * both[1].item() / counted(batch)
-    gradients = wholes({parameter_name(n): p.grad for n, p in model.named_parameters()})
-    return loss, {name: logical(model, name, gradient).cpu().numpy() for name, gradient in gradients.items()}
+    gradients = logical(model, {parameter_name(n): p.grad for n, p in model.named_parameters()})
+    return loss, {name: gradient.cpu().numpy() for name, gradient in gradients.items()}
 
 
-def logical(model: LM, name: str, x: Tensor) -> Tensor:
-    """The whole of a tensor that lies as the parameter of that name does. Collective."""
-    own = whole(x)
-    if model.division is None or (piece := model.division.pieces[name]).along is None:
-        return own
+def logical(model: LM, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """The whole of tensors that lie as the parameters of their names do, by few messages for all. Collective."""
+    found = wholes(tensors)
+    pieces = {} if model.division is None else model.division.pieces
+    divided = {name: x for name, x in found.items() if pieces and pieces[name].along is not None}
+    if not pieces:
+        return found
     comm = next(module.width for module in model.modules() if hasattr(module, "width")).comm
     parts: list[Any] = [None] * comm.size
-    dist.all_gather_object(parts, own, group=comm.group)
-    full = own.new_full(piece.shape, float("nan"))
-    for rank, part in enumerate(parts):
-        at = 0
-        for begin, end in piece.segments(rank):
-            full.narrow(piece.along, begin, end - begin).copy_(part.narrow(piece.along, at, end - begin))
-            at += end - begin
-    return full
+    dist.all_gather_object(parts, divided, group=comm.group)
+    for name, own in divided.items():
+        piece = pieces[name]
+        found[name] = own.new_full(piece.shape, float("nan"))
+        for rank, part in enumerate(parts):
+            at = 0
+            for begin, end in piece.segments(rank):
+                theirs = part[name].narrow(piece.along, at, end - begin)
+                found[name].narrow(piece.along, begin, end - begin).copy_(theirs)
+                at += end - begin
+    return found
 
 
 def counted(batch: list[Sample]) -> int:

@@ -1,12 +1,15 @@
 """`parallel.transport.keys`: keys and values in 8 bits between ranks, against one process that rounds them itself."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from models.lm import LM
 from models.sequence import Whole
 from parallel.schedule.comm_volume import How
 from parallel.schedule.plan import Group, MicroStep, Plan
@@ -21,12 +24,17 @@ WINDOW = {"window": 9, "sinks": 3, "head_dim": 16}
 LAST = MicroStep((Group((0, 1), (3,), (((0, 2),), ((2, 5),))),))  # a group of one would round nothing
 ZIGZAG = Plan(0, tuple(LENGTHS), (*zigzag().micro_steps[:3], LAST))
 CASES = {  # the format, the plan, and options of attention
-    "fp8": ("fp8", ZIGZAG, None),
-    "int8, unequal spans": ("int8", unequal_pair(), None),
+    "fp8": ("fp8", ZIGZAG, {}),
+    "int8, unequal spans": ("int8", unequal_pair(), {}),
     "fp8 in a window": ("fp8", ZIGZAG, WINDOW),
 }
 LATENTS = partial(mixer_model, "mla", layers=2, heads=2)  # whose values are channels of their keys
 FORMATS = {"fp8": 448.0, "int8": 127.0}  # and their largest numbers
+
+
+def softmax(options: dict[str, Any]) -> Callable[[], LM]:
+    """Two layers: what the first sends comes from all tokens, what the second sends from what the first received."""
+    return partial(mixer_model, "attention", layers=2, heads=4, kv_heads=2, **options)
 
 
 def near(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -51,8 +59,8 @@ def rounding(name: str):
 
 def on_ranks():
     found = {
-        name: spread(BATCH, plan, "fp64", attention=attention, keys=GatherKeys(2, keys))
-        for name, (keys, plan, attention) in CASES.items()
+        name: spread(BATCH, plan, "fp64", build=softmax(options), keys=GatherKeys(2, keys))
+        for name, (keys, plan, options) in CASES.items()
     }
     found["latents"] = spread(BATCH, unequal_pair(), "fp64", build=LATENTS, keys=GatherKeys(keys="int8"))
     plan, build = test_volume.plans(2)["zigzag"], partial(test_volume.model, 12, 12, test_volume.FEW)
@@ -63,11 +71,11 @@ def on_ranks():
 @pytest.mark.dist
 def test_two_ranks_equal_one_process_that_rounds_and_receive_the_foretold_bytes(run):
     measured = run(2, on_ranks)
-    cases = {name: (keys, {"attention": attention}) for name, (keys, _, attention) in CASES.items()}
-    for name, (keys, options) in {**cases, "latents": ("int8", {"build": LATENTS})}.items():
-        plain = truth(BATCH, "fp64", **options)
+    cases = {name: (keys, softmax(options)) for name, (keys, _, options) in CASES.items()}
+    for name, (keys, build) in {**cases, "latents": ("int8", LATENTS)}.items():
+        plain = truth(BATCH, "fp64", build=build)
         with rounding(keys):
-            want = truth(BATCH, "fp64", **options)
+            want = truth(BATCH, "fp64", build=build)
         for got, _ in measured:
             errors = differences(got[name], want)
             assert max(errors.values()) < 1e-10, (name, max(errors, key=errors.get), max(errors.values()))

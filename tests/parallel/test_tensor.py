@@ -253,12 +253,11 @@ def filled(model: LM, division: Any, rank: int) -> None:
 
 
 def state_of(model: LM, optimizer: Any) -> dict[str, np.ndarray]:
-    found = {}
-    for name, p in model.named_parameters():
-        name = parameter_name(name)
-        found[name] = logical(model, name, p.detach()).numpy()
-        for key in ("exp_avg", "exp_avg_sq"):
-            found[f"{name}/{key}"] = logical(model, name, optimizer.state[p][key]).numpy()
+    named = {parameter_name(name): p for name, p in model.named_parameters()}
+    found = {name: x.numpy() for name, x in logical(model, {n: p.detach() for n, p in named.items()}).items()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        moments = logical(model, {name: optimizer.state[p][key] for name, p in named.items()})
+        found |= {f"{name}/{key}": x.numpy() for name, x in moments.items()}
     return found
 
 
@@ -301,7 +300,8 @@ def muon_steps(model: LM, optimizer: Any, rank: int) -> dict[str, np.ndarray]:
     for _ in range(2):
         filled(model, model.division, rank)
         optimizer.step()
-    return {(n := parameter_name(name)): logical(model, n, p.detach()).numpy() for name, p in model.named_parameters()}
+    whole = logical(model, {parameter_name(name): p.detach() for name, p in model.named_parameters()})
+    return {name: x.numpy().copy() for name, x in whole.items()}
 
 
 def muon_on(sizes: list[Mesh]) -> list[dict[str, np.ndarray]]:

@@ -104,6 +104,7 @@ KEY_HEADS = dict.fromkeys(("gather", "ulysses", "usp"), ("unequal", "contiguous"
 # Of attention alone, key heads: one each, and heads too few for four ranks. The whole model has a key head for all.
 MODELS = {"whole": (12, 1), "a head each": (12, 12, ("attention",)), "few heads": (2, 2, ("attention",))}
 MODELS["latents"] = (12, 1, ("mla",))
+MODELS["softmax"] = (12, 1, ("attention", "window"))  # for the last pair: another has its transport of states
 
 
 def every_cell(ranks):
@@ -113,8 +114,15 @@ def every_cell(ranks):
         for name, options in MODELS.items()
         for layout, plan in plans(ranks).items()
         for pair in PAIRS
-        if fits(options[0], plan, pair[1]) and (name == "whole" or layout in KEY_HEADS.get(pair[1], ("unequal",)))
+        if fits(options[0], plan, pair[1]) and layout in layouts(name, pair)
     }
+
+
+def layouts(name: str, pair: tuple[str, str]) -> tuple[str, ...]:
+    """The layouts in which a model is counted with a pair of transports."""
+    if name in ("whole", "softmax"):
+        return ("contiguous", "zigzag", "unequal") if (name == "softmax") == (pair == PAIRS[-1]) else ()
+    return KEY_HEADS.get(pair[1], ("unequal",))
 
 
 def fits(heads: int, plan: Plan, attention: str) -> bool:

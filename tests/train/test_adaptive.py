@@ -124,7 +124,7 @@ def test_a_slow_rank_gets_less_work_and_the_log_says_so(run, tmp_path: Any) -> N
     machine changes nothing."""
     more = ["scheduler=adaptive", "scheduler.quantum=1", "cluster.workers=2", "model.layers=1", "train.steps=20"]
     job = order(tmp_path, tmp_path / "run", *JOB, *more)
-    fast, slow = run(2, slowed, job, 14, 1, 2.0)
+    fast, slow = run(2, slowed, job, 10, 1, 2.0)
     before = np.mean([max(a, b) for a, b in zip(fast[:2], slow[:2], strict=True)])
     lost = np.mean([max(a, 2 * b) for a, b in zip(fast[2:6], slow[2:6], strict=True)])
     after = np.mean([max(a, 2 * b) for a, b in zip(fast[-4:], slow[-4:], strict=True)])

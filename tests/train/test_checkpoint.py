@@ -17,7 +17,7 @@ from train.checkpoints import checkpoint, saving
 from train.checkpoints.disk import checksum
 from train.checkpoints.hook import Checkpoints
 
-BEFORE = 4
+BEFORE = 2
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 4: ["cluster.workers=4", "parallel.data=2"]}
 
 
@@ -46,7 +46,7 @@ def whole(trainer):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("precision", "steps"), [("fp64", 4), *(pytest.param(p, 50, marks=pytest.mark.slow) for p in ("fp64", "fp32"))]
+    ("precision", "steps"), [("fp64", 2), *(pytest.param(p, 50, marks=pytest.mark.slow) for p in ("fp64", "fp32"))]
 )
 def test_another_world_size_loads_the_same_bits_and_goes_on_the_same_way(run, tmp_path, precision, steps):
     more = [*PRECISION[precision], "train.steps=60"]

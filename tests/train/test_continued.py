@@ -19,7 +19,7 @@ pytestmark = pytest.mark.dist
 
 STEPS = 8
 SAVED = (1, 3, 5, 6)  # after these steps: inside each phase, and at the joint of some
-SHORT = ["cluster.workers=1", "train.batch_tokens=96", f"train.steps={STEPS}", "tracking=none", "model.layers=2"]
+SHORT = ["cluster.workers=1", "train.batch_tokens=96", f"train.steps={STEPS}", "tracking=none", "model.layers=1"]
 SCHEDULES = {
     "infinite": ["schedule=infinite", "schedule.warmup=0.2", "schedule.cooldown=0.3", "schedule.anneal=0.25"],
     "wsd, exponential": ["schedule=wsd", "schedule.warmup=0.3", "schedule.decay=0.4", "schedule.tail=exponential"],

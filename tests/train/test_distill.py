@@ -17,7 +17,6 @@ from models.lm import LM
 from models.mixers import MIXERS
 from models.moe import MoE
 from models.sequence import Whole
-from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.schedule.mesh import Mesh
@@ -114,8 +113,8 @@ def on_ranks(target: str, mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
         loss = sums[0] / targets
     else:
         loss = (0.3 * sums[0] + 0.7 * 1.5**2 * sums[1]) / targets + BALANCE * sums[2] / counted(BATCH)
-    gradients = wholes({parameter_name(n): p.grad for n, p in ours.named_parameters() if p.grad is not None})
-    return loss, {name: logical(ours, name, x).numpy() for name, x in gradients.items()}
+    gradients = {parameter_name(n): p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    return loss, {name: x.numpy() for name, x in logical(ours, gradients).items()}
 
 
 def every(targets: list[str], meshes: list[str]) -> dict[tuple[str, str], tuple[float, dict[str, np.ndarray]]]:

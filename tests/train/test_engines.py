@@ -119,7 +119,7 @@ def exchange(jobs):
     every = {}
     for name, job in jobs.items():
         trainer, losses = build(job), []
-        while trainer.state.step < STEPS:
+        while trainer.state.step < (STEPS // 2 if "weights" in name else STEPS):
             record, _ = trainer.step()
             losses.append((record["loss"], record["grad_norm"]))
             if trainer.state.step == STEPS // 2 and "resume" not in job:

@@ -218,7 +218,7 @@ def counted(job: dict[str, Any], loads: bool = True) -> dict[str, Any]:
 
 @pytest.mark.dist
 def test_a_hook_with_a_state_goes_on_where_a_checkpoint_left_it(run, tmp_path: Path) -> None:
-    more = ["cluster.workers=2", "model.layers=2", "train.average=ema", "tracking=none"]
+    more = ["cluster.workers=2", "model.layers=1", "train.average=ema", "tracking=none"]
     first = order(tmp_path, tmp_path / "run", *more, "train.steps=2")
     again = order(tmp_path, tmp_path / "run", *more, "train.steps=3", resume=str(tmp_path / "run/checkpoints/step-2"))
     ranks = run(2, counted, first)

@@ -8,7 +8,7 @@ from tests.jobs import order
 from train.build import build
 from train.checkpoints.hook import Checkpoints
 
-BEFORE, AFTER = 3, 4
+BEFORE, AFTER = 2, 2
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 3: ["cluster.workers=3", "parallel.data=3"]}
 MORE = ["optimizer=muon", "precision=fp64", "train.steps=20"]
 

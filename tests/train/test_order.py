@@ -22,14 +22,14 @@ GROWING = [
     "data.min_length=16",
     "curriculum=grow_p2",
     "curriculum.cycles=2",
-    "curriculum.tokens=3072",
-    "curriculum.context=[[0,32,null],[1536,64,20000]]",
+    "curriculum.tokens=1536",
+    "curriculum.context=[[0,32,null],[768,64,20000]]",
 ]
 LAYOUTS = {
     "sequence 2": ["cluster.workers=2"],
     "data 2, accumulated": ["cluster.workers=2", "parallel.data=2", "scheduler.tokens_per_rank=96"],
 }
-STEPS = 8
+STEPS = 4
 
 
 def bases(trainer: Any) -> set[float]:
@@ -58,9 +58,9 @@ def alone(run, tmp_path_factory) -> Any:
 
 def test_lengths_and_rotary_bases_are_those_of_the_curriculum(alone: Any) -> None:
     steps, path = alone
-    assert [base for *_, base in steps] == [{10_000.0}] * 4 + [{20_000.0}] * 4
+    assert [base for *_, base in steps] == [{10_000.0}] * 2 + [{20_000.0}] * 2
     lengths = [longest for _, _, longest, _ in steps]
-    assert max(lengths[:4]) == 32 and max(lengths) == 64 and min(lengths) == 16
+    assert max(lengths[:2]) == 32 and max(lengths) == 64 and min(lengths) == 16
     facts = json.loads((Path(path) / "manifest.json").read_text())
     assert facts["rope_theta"] is None and facts["order"]["data.packing"] == "decomposition"
 

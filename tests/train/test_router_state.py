@@ -31,7 +31,7 @@ LAYOUTS = {
         ["cluster.workers=2", "parallel.data=2", "scheduler.tokens_per_rank=96", "engine.recompute=full"],
     ),
 }
-STEPS = 8
+STEPS = 4
 
 
 def remembered(trainer):

@@ -54,7 +54,7 @@ def each(several, batch, **options):
 
 @pytest.mark.parametrize(
     "attention",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("window", "window over spans"))) for n in ATTENTION],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "window")) for n in ATTENTION],
 )
 def test_exact_spans_on_one_rank_are_the_whole(run, attention):
     options = ATTENTION[attention]
@@ -65,7 +65,7 @@ def test_exact_spans_on_one_rank_are_the_whole(run, attention):
 
 
 def test_a_span_may_be_shorter_than_the_convolution(run):
-    batch = [Sample((9, 1, 1, 12))]
+    batch = [Sample((6, 1, 1, 7))]
     (got,) = run(1, each, [{"spans": Spans(2)}, {"spans": Spans(1)}], batch, attention={"window": 5})
     for each_of in got:
         assert_close(each_of, truth(batch, "fp64", {"window": 5}), "fp64")
