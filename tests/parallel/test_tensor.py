@@ -41,7 +41,7 @@ from tests.parity import TOLERANCE, VOCABULARY, differences, logical, mixer_mode
 from tests.world import run_world
 from train.checkpoints import checkpoint, saving
 from train.metrics.width_trace import of_step
-from train.optim import Muon
+from train.optim import AdamW, Muon
 from train.optim.build import build_optimizer
 from train.optim.clip import clip, layer_norms
 
@@ -224,7 +224,7 @@ def test_each_mechanism_broken_on_purpose_is_seen(run):
 # --- norms, clipping, checkpoints ---
 
 
-ADAMW = partial(torch.optim.AdamW, lr=1e-2)
+ADAMW = partial(AdamW, lr=1e-2)
 
 
 def model_on(mesh: Mesh, seed: int, make: Any = ADAMW) -> tuple[LM, Any, Groups]:

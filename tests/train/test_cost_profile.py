@@ -90,7 +90,7 @@ def test_without_a_path_the_cache_may_have_one(config: RunConfig, monkeypatch: A
 @pytest.mark.e2e
 def test_plan_measures_and_stores_the_costs(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "costs.json"
-    more = [f"cost.path={path}", "cluster.threads=1", "cost.seconds=0.5", "cluster.workers=2"]
+    more = [f"cost.path={path}", "cluster.threads=1", "cost.seconds=1", "cluster.workers=2"]
     assert main(["plan", *overrides(tmp_path, "cost.profile=true", *more)]) == 0
     said = capsys.readouterr().out
     assert "costs       measured on" in said and "1 x gla: " in said and f"stored in {path}" in said

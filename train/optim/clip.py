@@ -87,7 +87,7 @@ def layer_norms(model: nn.Module, comm: Comm, pipeline: Pipeline | None = None) 
     named = [(_layer(parameter_name(n)), p, p.grad) for n, p in model.named_parameters() if p.grad is not None]
     by_layer: dict[str, dict[str, float]] = {}
     of: dict[str, list[Tensor]] = {"gradient_norms": [g for *_, g in named]}
-    of["weight_norms"] = [p.detach() for _, p, _ in named]
+    of["weight_norms"] = [local(p).detach() for _, p, _ in named]
     for what, tensors in of.items():
         squares: dict[str, float] = {}
         for (layer, *_), size in zip(named, norms(tensors, comm, [p for _, p, _ in named]).tolist(), strict=True):
