@@ -24,7 +24,6 @@ from models.mixers import MIXERS
 from models.moe import MoE
 from models.mtp import Ahead, MTPModule
 from models.sequence import Whole
-from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.pipeline.cut import PipelineCut
@@ -181,8 +180,8 @@ def trained(case: Case) -> Found:
     targets = [sum(int((placing.shifted(s.targets, s.positions, k, -100) >= 0).sum()) for s in BATCH) for k in (1, 2)]
     loss = nats / sum(int((s.targets != -100).sum()) for s in BATCH) + BALANCE * balance / counted(BATCH)
     loss += WEIGHT * mean_ahead(ahead, targets)
-    gradients = wholes({parameter_name(n): p.grad for n, p in lm.named_parameters() if p.grad is not None})
-    return loss, {name: logical(lm, name, x).numpy() for name, x in gradients.items()}
+    gradients = {parameter_name(n): p.grad for n, p in lm.named_parameters() if p.grad is not None}
+    return loss, {name: x.numpy() for name, x in logical(lm, gradients).items()}
 
 
 def shift_after_the_cut() -> None:
