@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,16 @@ from launch.cli import main
 from launch.preflight.check import check_run
 from launch.preflight.configure import configure
 from launch.run.checkpoints import checkpoint_of
+from launch.run.export import written
 from models.sequence import Whole
 from tests.jobs import overrides
 from tests.launch.test_cli import records
 from tests.published_folder import LLAMA, write
 from train.checkpoints import checkpoint
+from train.checkpoints.hf_reader import Published
+from train.conversion import ConvertedWeights, converted
+from train.conversion import write as convert
+from train.distill_settings import ConvertSettings
 from train.inference.decode import Decoder
 
 pytestmark = pytest.mark.e2e
@@ -34,6 +40,7 @@ def chain(place, *more: str) -> list[str]:
         *given(place),
         "experiment=convert",
         "convert.mixer=gla",
+        "convert.window=null",
         f"init_from={place / 'llama'}",
         "convert.every=2",
         *more,
@@ -125,6 +132,27 @@ def test_windows_alone_go_out_as_what_transformers_reads(place):
         ours.layers["0"].mixer.window = None
         far = ours(tokens, Whole.of(torch.arange(60)[None])).logits
     assert (found - want).norm() < 1e-5 * want.norm() < (far - want).norm()
+
+
+def test_delta_layers_in_the_place_of_gated_attention_go_out_as_what_transformers_reads(tmp_path):
+    sizes = LLAMA | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "head_dim": 8}
+    heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    rest = {"linear_value_head_dim": 8, "linear_conv_kernel_dim": 4, "layer_types": 2 * ["full_attention"]}
+    folder = write(tmp_path / "gated", sizes | heads | rest)
+    before, settings = Published(folder).model, ConvertSettings(mixer="gated_deltanet", every=2)
+    settings = replace(settings, options={"norm_eps": before["norm_eps"]})
+    after, layers = converted(before, settings)
+    weights = ConvertedWeights(folder, before, after, layers, seed=7)
+    model = {"model": after, "data": {"max_length": 64}}
+    saved = convert(weights, tmp_path / "run", {"config.yaml": OmegaConf.to_yaml(model)}, lambda name: None)
+    written(saved, tmp_path / "export")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert theirs.config.layer_types == ["linear_attention", "full_attention"]
+    tokens = torch.randint(3, 250, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = Decoder.load(after, saved).model(tokens, Whole.of(torch.arange(60)[None])).logits
+        want = theirs(tokens).logits
+    assert (found - want).norm() < 1e-5 * want.norm()
 
 
 @pytest.mark.composes
