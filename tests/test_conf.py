@@ -140,6 +140,7 @@ def unlike() -> list[Path]:
 def test_plain_reading_of_the_files_says_what_hydra_composes(several, monkeypatch):
     """`launch.config.files`, which completion and help read, against Hydra: the same keys, the same values."""
     monkeypatch.setattr(files, "_load", lambda path: copy.deepcopy(_with_types(path)))
+    monkeypatch.setattr(files, "_written", files._written.__wrapped__)  # no other test may have what this one reads
     chosen = [overrides_for(file)[0] for file in several]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         theirs = OmegaConf.to_container(compose("train", chosen), resolve=False)

@@ -57,10 +57,16 @@ def written(choices: dict[str, str] | None = None) -> tuple[dict[str, Any], dict
 
     A group placed inside another is named as in an override: `mixer@model.blocks.gla.mixer`.
     """
-    choices = dict(choices or {})
+    return copy.deepcopy(_written(frozenset((choices or {}).items()), stamp()))
+
+
+@lru_cache(maxsize=32)
+def _written(given: frozenset[tuple[str, str]], now: Stamp) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same, once for each state of the files: to look at them all takes as long as to read one."""
+    choices, options = dict(given), _groups(now)
     placed: dict[str, str] = {}
     tree: dict[str, Any] = {}
-    if (experiment := choices.get("experiment", "null")) in groups()[
+    if (experiment := choices.get("experiment", "null")) in options[
         "experiment"
     ]:  # the last one placed, the first heard
         for key, chosen in _overriding(option("experiment", experiment).get("defaults", []), "").items():
@@ -86,7 +92,7 @@ def written(choices: dict[str, str] | None = None) -> tuple[dict[str, Any], dict
                 ((name, chosen),) = entry.items()
                 group, where, key = _place(name, package)
                 placed[key] = choices.get(key, chosen)
-                if placed[key] in groups().get(group, []):
+                if placed[key] in options.get(group, []):
                     add(option(group, placed[key]), group, "" if _is_global(group, placed[key]) else where)
 
     add(_load(CONF / "train.yaml"), "", "")

@@ -11,6 +11,7 @@ import re
 import typing
 from collections.abc import Iterable
 from dataclasses import is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -199,21 +200,23 @@ def _inner(group: str, nodes: dict[str, dict[str, Any]]) -> str:
 
 def _objects(node: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects below a node, but for those that a group of their own describes."""
-    placed = {name.partition("@")[2] for name in files.written()[1] if "@" in name}
+    placed, targets = _inside(files.stamp())
     objects = []
     for key, child in node.items():
         full = f"{path}.{key}"
-        if isinstance(child, dict) and full not in placed and not _is_of_a_group(child):
+        if isinstance(child, dict) and full not in placed and child.get("_target_") not in targets:
             objects += [(full, child)] if "_target_" in child else []
             objects += _objects(child, full)
     return objects
 
 
-def _is_of_a_group(node: dict[str, Any]) -> bool:
-    """Says whether a group that is placed inside others has the class of this node."""
-    groups = {name.partition("@")[0] for name in files.written()[1] if "@" in name}
-    targets = {files.option(g, option).get("_target_") for g in groups for option in files.groups()[g]}
-    return node.get("_target_") in targets
+@lru_cache(maxsize=1)
+def _inside(now: files.Stamp) -> tuple[set[str], set[str | None]]:
+    """The places where a group is put inside others, and the classes of such groups; now: the state of the files."""
+    names = [name.partition("@") for name in files.written()[1] if "@" in name]
+    groups = {group for group, _, _ in names}
+    targets = {files.option(group, option).get("_target_") for group in groups for option in files.groups()[group]}
+    return {place for _, _, place in names}, targets
 
 
 def _placed(group: str, places: list[str]) -> str:
