@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel.collectives import LEDGER, all_gather_into, reduce_scatter_into
 from parallel.liveness import HERE, Wait
+from parallel.schedule.comm_volume import GradientFormat
 from parallel.shards import local
 
 
@@ -22,11 +23,13 @@ def shard(
     *,
     reshard_after_forward: bool,
     on_host: bool = False,
+    gradients: GradientFormat = "high",
 ) -> None:
     """Shards each block, then the rest with the root, over `mesh`; of two dimensions, the first has copies of the
     shards, whose gradients are summed (hybrid sharding). `on_host`: shards live there, gradients too. Weights
     that a block does not let go after its forward pass, and always those of the root, stay gathered until the step's
-    last backward pass (`communicate_gradients`)."""
+    last backward pass (`communicate_gradients`). `gradients`: bf16 rounds each rank's part of them for its way to
+    another rank; sums over copies of shards are as wide as ever."""
     policy = CPUOffloadPolicy() if on_host else OffloadPolicy()
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=policy)
@@ -34,7 +37,7 @@ def shard(
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
     model.stays = True  # type: ignore[assignment]
     sum_gradients(model)
-    count(model, mesh.get_group(0) if mesh.ndim > 1 else None)
+    count(model, mesh, gradients)
 
 
 def shard_experts(
@@ -80,6 +83,21 @@ class CountedScatter(Counted):
             return reduce_scatter_into(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
+class RoundedScatter(CountedScatter):
+    """Parts of gradients that travel in bf16, all to all, and are added up where they arrive, in the dtype that they
+    had. A reduction in bf16 would round after each of the additions, P - 1 times; here each part is rounded once."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        ranks, few = group.size(), input_tensor.to(torch.bfloat16)
+        parts = torch.empty_like(few)
+        self.count(group, "weights gradient", few.nbytes - few.nbytes // ranks)
+        with HERE.waiting(Wait(self.layer, "weights gradient", "all-to-all")):
+            dist.all_to_all_single(parts, few, group=group)
+        torch.sum(parts.view(ranks, -1), 0, dtype=output_tensor.dtype, out=output_tensor)
+
+
 class CountedReduce(Counted):
     """A count of FSDP's all-reduce over the copies of the shards in `group`."""
 
@@ -92,12 +110,14 @@ class CountedReduce(Counted):
         self.count(self.group, "weights gradient", 2 * (ranks - 1) * reduced.nbytes // ranks)
 
 
-def count(model: nn.Module, copies: dist.ProcessGroup | None) -> None:
-    """Enters what FSDP gathers and reduces into the ledger. copies: the ranks with the same shards."""
+def count(model: nn.Module, mesh: DeviceMesh, gradients: GradientFormat = "high") -> None:
+    """Enters what FSDP gathers and reduces into the ledger. mesh, gradients: as in `shard`."""
+    copies = mesh.get_group(0) if mesh.ndim > 1 else None
+    scatter = RoundedScatter if gradients == "bf16" else CountedScatter
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(CountedGather(name))  # type: ignore[arg-type]
-            module.set_custom_reduce_scatter(CountedScatter(name))  # type: ignore[arg-type]
+            module.set_custom_reduce_scatter(scatter(name))  # type: ignore[arg-type]
             if copies is not None:
                 module.set_all_reduce_hook(CountedReduce(name, copies))
 

@@ -14,6 +14,7 @@ from parallel.expert import spread_experts
 from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
 from parallel.pipeline.cut import PipelineCut
+from parallel.schedule.comm_volume import GradientFormat
 from parallel.shards import ByParts, local
 from parallel.tensor import TensorPiece, divide, division
 
@@ -26,6 +27,7 @@ def parallelise(
     dtype: torch.dtype,
     remat: str,
     reshard_after_forward: bool,
+    gradients: GradientFormat = "high",
     tile: int | None = None,
     offload_activations: bool = False,
     offload_optimizer: bool = False,
@@ -38,7 +40,8 @@ def parallelise(
     cut: of the layers among the ranks of a pipeline; None without one. dtype: of the master weights. remat, tile,
     offload_activations: see `parallel.activation_memory`. offload_optimizer: master weights, gradients and optimizer
     state live on the host. sharded: false leaves weights whole on every rank, for an engine that cuts them itself, and
-    knows data and sequence ranks alone. Returns the same model.
+    knows data and sequence ranks alone. gradients: their format between ranks (`parallel.fsdp.shard`). Returns the same
+    model.
     """
     declared, device = declarations(model), meshes.device.type
     pieces = division(model, declared, meshes.mesh.tensor)  # of all stages: they open the same groups
@@ -58,7 +61,14 @@ def parallelise(
         if experts:
             shard_experts(experts, meshes.alike, reshard_after_forward=reshard_after_forward, on_host=on_host)
         if sharded:
-            shard(model, layers, meshes.dense, reshard_after_forward=reshard_after_forward, on_host=on_host)
+            shard(
+                model,
+                layers,
+                meshes.dense,
+                reshard_after_forward=reshard_after_forward,
+                on_host=on_host,
+                gradients=gradients,
+            )
     if cut is not None:
         register_fsdp_forward_method(model, "part")
     with ByParts():

@@ -4,7 +4,7 @@ any micro-batches, by any transport. docs/parallel.md has the table of every opt
 
 from models.lm import LM
 from models.moe import mixtures
-from parallel.schedule.comm_volume import KeyFormatName
+from parallel.schedule.comm_volume import GradientFormat, KeyFormatName
 from train.settings import TrainSettings
 
 
@@ -24,11 +24,15 @@ def check_experts(model: LM, ranks: int, transport: str) -> None:
             raise ValueError(f"parallel.expert={ranks}: must divide the num_experts={moe.num_experts} of {name}")
 
 
-def dependences(model: LM, train: TrainSettings, keys: KeyFormatName = "exact") -> list[str]:
-    """A line for each, which opens with its key. keys: format of keys and values between ranks."""
+def dependences(
+    model: LM, train: TrainSettings, keys: KeyFormatName = "exact", gradients: GradientFormat = "high"
+) -> list[str]:
+    """A line for each, which opens with its key. keys, gradients: their formats between ranks."""
     lines = []
     if keys != "exact":
         lines.append(f"parallel.transport.keys={keys}: keys and values are rounded only where ranks share a sequence")
+    if gradients != "high":
+        lines.append(f"engine.gradients={gradients}: each rank's part of the gradients is rounded")
     limits = {moe.capacity_factor for moe in mixtures(model).values() if moe.capacity_factor is not None}
     for limit in sorted(limits):
         lines.append(f"capacity_factor={limit:g}: choices are dropped by span of tokens")

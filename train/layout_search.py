@@ -263,7 +263,11 @@ class LayoutSearch:
             notes, _ = divided(model, tensor, 0)
             if tensor > 1:
                 asked(model, device=self.device)
-            options = {"itemsize": self.memory.master.itemsize, "reshard": engine.get("reshard_after_forward", True)}
+            options: dict[str, Any] = {
+                "itemsize": self.memory.master.itemsize,
+                "reshard": engine.get("reshard_after_forward", True),
+            }
+            options["gradients"] = engine.get("gradients", "high")
             # A sequence group reaches over the ranks of its tensor groups.
             wires = {size: self.machine.wire(size * tensor) for size in self.costs.sizes}
             model_costs, cluster = self.costs.model, replace(self.costs.cluster, wires=wires)

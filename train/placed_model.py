@@ -87,7 +87,9 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
 
 def _announce(model: LM, config: RunConfig, say: Callable[[str], None]) -> None:
     """Says what of the model keeps a run from having the same loss on every layout, or from its transport."""
-    for line in dependences(model, config.train, config.parallel.transport.keys):
+    for line in dependences(
+        model, config.train, config.parallel.transport.keys, config.engine.get("gradients", "high")
+    ):
         say(line)
     declared = (getattr(module, "recurrence", None) for module in model.modules())
     for rule in sorted({each.rule for each in declared if isinstance(each, Serial)}):

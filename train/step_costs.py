@@ -96,8 +96,8 @@ def shaped(
     recurrence = "gather" if transport.recurrence == "auto" else transport.recurrence
     how = How(recurrence, transport.attention, transport.blocks, keys=transport.keys)
     sizes = fitting(asks, how, powers(cluster.ranks))
-    coded = coded_weights(config.precision, model, device)
-    units = weight_units(model, itemsize=compute.itemsize, reshard=reshard, coded=coded)
+    coded, gradients = coded_weights(config.precision, model, device), engine.get("gradients", "high")
+    units = weight_units(model, itemsize=compute.itemsize, reshard=reshard, gradients=gradients, coded=coded)
     again, once = (sent / cluster.wire(cluster.ranks).bandwidth for sent in weight_bytes(units, cluster.ranks))
     if launch is None:
         launch = again + LAUNCH["cpu" if device == "cpu" else "cuda"] * shape["layers"]
@@ -134,8 +134,8 @@ def costs_of(
     if (profile := found_profile(config, machine_name(device, threads))) is not None:
         reshard = config.engine.get("reshard_after_forward", True)
         master = dtypes(config.precision.compute, device)[1]
-        coded = coded_weights(config.precision, model, device)
-        units = weight_units(model, itemsize=master.itemsize, reshard=reshard, coded=coded)
+        coded, gradients = coded_weights(config.precision, model, device), config.engine.get("gradients", "high")
+        units = weight_units(model, itemsize=master.itemsize, reshard=reshard, gradients=gradients, coded=coded)
         return profile[0].applied(costs, *weight_bytes(units, mesh.planned)), said(*profile)
     return costs, (
         f"scheduler: plans by the model's shapes at {rate / 1e12:g} TFLOP/s a rank and {wire.bandwidth / 1e9:g} GB/s "

@@ -212,7 +212,9 @@ def _transfer(flight: CheckedRun, model: LM) -> list[str]:
 def _dependences(flight: CheckedRun, model: LM) -> list[str]:
     from train.layout import dependences
 
-    return dependences(model, flight.train, flight.config.parallel.transport.keys)
+    return dependences(
+        model, flight.train, flight.config.parallel.transport.keys, flight.config.engine.get("gradients", "high")
+    )
 
 
 def _recipe(flight: CheckedRun, model: LM) -> list[str]:
@@ -342,6 +344,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         recompute=engine.get("recompute", "none"),
         experts=transport.experts,
         device=flight.device,
+        gradients=engine.get("gradients", "high"),
         coded=coded_weights(flight.config.precision, model, flight.device),
     )
     total, most = Counter[str](), Counter[str]()

@@ -30,6 +30,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 from parallel.schedule.plan import Plan, Span
 
 KeyFormatName = Literal["exact", "fp8", "int8"]
+GradientFormat = Literal["high", "bf16"]  # of weights, between the ranks that add them up
 SCALES = "weight scales"
 GRADIENT = " gradient"  # ends the purpose of what a backward pass sends
 
@@ -319,13 +320,14 @@ def lay(lengths: Sequence[int], starts: Sequence[Sequence[int]], spans: tuple[tu
 class Unit(NamedTuple):
     """Parameters that FSDP gathers together: rows and numbers a row of each, bytes a number. `stays`: gathered once a
     step, and not once for each forward and backward pass. coded: those of `shapes` that are gathered as codes, a byte
-    a number; scales: theirs, on which ranks agree in each micro-step."""
+    a number; scales: theirs, on which ranks agree in each micro-step. gradients: their format on the way."""
 
     shapes: tuple[tuple[int, int], ...]
     itemsize: int
     stays: bool
     coded: tuple[tuple[int, int], ...] = ()
     scales: int = 0
+    gradients: GradientFormat = "high"
 
     def shard(self, ranks: int) -> int:
         """Bytes of a rank's part."""
@@ -334,6 +336,10 @@ class Unit(NamedTuple):
     def sent(self, ranks: int) -> int:
         """Bytes of a rank's part as others get it."""
         return self.shard(ranks) - _rows(self.coded, ranks) * (self.itemsize - 1)
+
+    def returned(self, ranks: int) -> int:
+        """Bytes of what another rank has of the gradients of a rank's part."""
+        return _rows(self.shapes, ranks) * (2 if self.gradients == "bf16" else self.itemsize)
 
 
 def _rows(shapes: tuple[tuple[int, int], ...], ranks: int) -> int:
@@ -349,7 +355,7 @@ def of_weights(units: Iterable[Unit], ranks: int, micro_steps: int) -> Traffic:
         if ranks > 1:
             gathers = 1 if unit.stays else 2 * micro_steps
             total.add("weights", gathers * (ranks - 1) * unit.sent(ranks), gathers)
-            total.add("weights" + GRADIENT, (ranks - 1) * unit.shard(ranks))
+            total.add("weights" + GRADIENT, (ranks - 1) * unit.returned(ranks))
             scales += unit.scales * _wide(unit.itemsize)
     if scales:
         total.add(SCALES, micro_steps * (2 * (ranks - 1) * scales // ranks), micro_steps)

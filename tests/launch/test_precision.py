@@ -27,6 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["precision=fp8_blockwise"], "no linear layer of this model may follow it; of layers.0.mixer.qkv, "),
         (["parallel.transport.keys=fp4"], "parallel.transport.keys=fp4: must be one of exact, fp8, int8"),
         (["parallel.transport.keys=fp8", "train.span_tokens=32"], "keys=fp8: must be exact with train.span_tokens"),
+        (["engine.gradients=fp8"], "engine.gradients=fp8: must be one of high, bf16"),
         (["precision.gather=codes"], "precision.gather=codes: must be high without a recipe"),
         (["precision=int8_weights", "precision.gather=fp8"], "precision.gather=fp8: must be one of high, codes"),
         (

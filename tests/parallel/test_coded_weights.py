@@ -1,4 +1,5 @@
-"""`precision.gather=codes`: weights that two ranks gather as bytes, against one process that rounds them whole."""
+"""`precision.gather=codes`: weights that two ranks gather as bytes, against one process that rounds them whole; and
+`engine.gradients=bf16`, against parts that one process rounds and adds up."""
 
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from models.recipes import RECIPES, LowPrecision, policy
 from parallel import coded_weights
 from parallel.collectives import LEDGER
 from parallel.fsdp import shard
-from parallel.schedule.comm_volume import SCALES, of_weights
+from parallel.schedule.comm_volume import SCALES, Unit, of_weights
 from tests.parallel.test_recipes import BATCH, PLANS, hybrid
 from tests.parity import assert_close, spread, truth
 from train.metrics.comm_trace import weight_units
@@ -85,11 +86,31 @@ def test_every_recipe_of_codes_has_them_alike_in_both_products():
     assert RECIPES_OF_CODES == ["fp8_tensorwise", "fp8_blockwise", "int8_weights", "int4_weights"]
 
 
+def plain() -> nn.Sequential:
+    model = chain("int8_weights", False)
+    for layer in model:
+        layer.low = None
+    return model
+
+
+def reduced(gradients: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Gradients of layers without a recipe, of other tokens on each rank, and bytes received by purpose."""
+    model = plain()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard(model, list(model), mesh, reshard_after_forward=True, gradients=gradients)
+    LEDGER.take()
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(dist.get_rank()))
+    model(x).square().mean().backward()
+    found = {n: p.grad.full_tensor().numpy() for n, p in model.named_parameters()}
+    return found, {purpose: count for (_, purpose), count in LEDGER.take()[0].items()}
+
+
 def on_two_ranks() -> dict[str, Any]:
     found: dict[str, Any] = {name: sharded(name, True) for name in RECIPES_OF_CODES}
     found["high"] = sharded("fp8_tensorwise", False)
     with patch.object(coded_weights.dist, "all_reduce"):  # the scales of a rank's own rows
         found["apart"] = sharded("fp8_tensorwise", True)
+    found["reduced"] = {name: reduced(name) for name in ("high", "bf16")}
     LEDGER.take()
     found["model"] = spread(BATCH, PLANS["data"], "fp64", "full", build=hybrid, recipe="fp8_tensorwise", gather=True)
     found["bytes"], found["calls"] = ({e.purpose: n for e, n in part.items()} for part in LEDGER.take())
@@ -116,9 +137,31 @@ def test_two_ranks_round_as_one_process_bit_for_bit_and_send_bytes(run):
         assert codes["weights"] - bias == (high["weights"] - bias) // 4 and (high["weights"] - bias) % 4 == 0
         assert codes["weights gradient"] == high["weights gradient"] and SCALES not in high
         assert not np.array_equal(got["apart"][0]["output"], want["fp8_tensorwise"]["output"])
+        for name, dtype in (("high", torch.float32), ("bf16", torch.bfloat16)):
+            for parameter, gradient in added([alone(0), alone(1)], dtype).items():
+                assert np.array_equal(got["reduced"][name][0][parameter], gradient), (name, parameter)
+        wide, few = (got["reduced"][name][1] for name in ("high", "bf16"))
+        assert few["weights gradient"] * 2 == wide["weights gradient"] and few["weights"] == wide["weights"]
+        units = [
+            Unit(tuple((len(p), p[0].numel()) for p in layer.parameters()), 4, False, gradients="bf16")
+            for layer in plain()
+        ]
+        assert few["weights gradient"] == of_weights(units, 2, 1).bytes["weights gradient"]
         assert_close(got["model"], whole, "fp64")
         for purpose in ("weights", "weights gradient", SCALES):
             assert (got["bytes"][purpose], got["calls"][purpose]) == (told.bytes[purpose], told.calls[purpose]), purpose
+
+
+def added(rank_gradients: list[dict[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, np.ndarray]:
+    return {n: sum(g[n].to(dtype).float() for g in rank_gradients).numpy() for n in rank_gradients[0]}
+
+
+def alone(rank: int) -> dict[str, torch.Tensor]:
+    """The gradients of a rank's tokens."""
+    model = plain()
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(rank))
+    model(x).square().mean().backward()
+    return {n: p.grad for n, p in model.named_parameters()}
 
 
 def test_a_weight_of_codes_is_read_by_its_recipe_alone():

@@ -26,6 +26,7 @@ def model(**options) -> LM:
         ({}, {"span_gradient": "truncated"}, []),  # without spans, there is nothing to cut
         ({"capacity_factor": 1.25}, {}, ["capacity_factor=1.25"]),
         ({}, {}, ["parallel.transport.keys=int8"]),
+        ({}, {}, ["engine.gradients=bf16"]),
         ({}, {"span_gradient": "truncated", "span_tokens": 64}, ["train.span_gradient=truncated"]),
         (
             {"capacity_factor": 2.0},
@@ -35,6 +36,7 @@ def model(**options) -> LM:
     ],
 )
 def test_each_option_that_makes_a_run_depend_on_its_layout_is_said_in_a_line(options, train, keys):
-    found = dependences(model(**options), TrainSettings(**train), "int8" if "parallel" in str(keys) else "exact")
+    formats = ("int8" if "parallel" in str(keys) else "exact", "bf16" if "engine" in str(keys) else "high")
+    found = dependences(model(**options), TrainSettings(**train), *formats)
     assert [line.split(":")[0] for line in found] == keys
     assert all(line.endswith("so the loss depends on the layout") and "\n" not in line for line in found)

@@ -1,5 +1,7 @@
 """PyTorch's fully sharded data parallelism (FSDP2), over all data × sequence ranks."""
 
+from typing import get_args
+
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
@@ -9,6 +11,7 @@ from models.lm import LM
 from parallel.activation_memory import RecomputePolicy
 from parallel.mesh import Meshes
 from parallel.pipeline.cut import PipelineCut
+from parallel.schedule.comm_volume import GradientFormat
 from train.engines.engine import MakeOptimizer, check_activations
 from train.optim.build import build_optimizer
 
@@ -19,7 +22,10 @@ class FSDP:
     results are saved; planned: each layer, in the groups to which scheduler=adaptive gives more tokens for it, by
     scheduler.memory. reshard_after_forward: true frees a layer's gathered weights after its forward pass and
     gathers them again for its backward pass, in every micro-step: less memory, more communication; false gathers them
-    once a step. tile: tokens that a dense feed-forward and a recurrence take at a
+    once a step. gradients: format of gradients on their way to the rank that holds the weight, once a step. high: that
+    of master weights; bf16: half of the bytes, each rank's part rounded once; parts are added up in the dtype of master
+    weights, those of micro-steps before and those of ranks after. tile: tokens that a dense feed-forward and a
+    recurrence take at a
     time, computing each tile again for its backward (2506.13996); null for all at once. offload_activations: true moves
     the activations that layers save to the host's memory. offload_optimizer: true holds weights, gradients and
     optimizer state in the host's memory, and steps the optimizer there. Where the device is the CPU, both offloads
@@ -30,11 +36,15 @@ class FSDP:
         *,
         recompute: RecomputePolicy = "none",
         reshard_after_forward: bool = True,
+        gradients: GradientFormat = "high",
         tile: int | None = None,
         offload_activations: bool = False,
         offload_optimizer: bool = False,
     ):
         check_activations(recompute, tile)
+        if gradients not in get_args(GradientFormat):
+            raise ValueError(f"engine.gradients={gradients}: must be one of {', '.join(get_args(GradientFormat))}")
+        self.gradients = gradients
         self.recompute, self.reshard_after_forward, self.tile = recompute, reshard_after_forward, tile
         self.offload_activations, self.offload_optimizer = offload_activations, offload_optimizer
 
@@ -59,6 +69,7 @@ class FSDP:
             dtype=dtype,
             remat=self.recompute,
             reshard_after_forward=self.reshard_after_forward,
+            gradients=self.gradients,
             tile=self.tile,
             offload_activations=self.offload_activations,
             offload_optimizer=self.offload_optimizer,

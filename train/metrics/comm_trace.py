@@ -18,7 +18,7 @@ from models.moe import mixtures
 from models.mtp import Ahead
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
-from parallel.schedule.comm_volume import Ask, AttendCall, Halo, ScanCall, SumCall, Unit
+from parallel.schedule.comm_volume import Ask, AttendCall, GradientFormat, Halo, ScanCall, SumCall, Unit
 from parallel.schedule.expert_volume import ExpertCall
 
 TOKENS = 64
@@ -57,13 +57,20 @@ def check_heads(model: LM, attention: str, ranks: int, *, tensor: int = 1) -> No
 
 
 def weight_units(
-    model: LM, *, itemsize: int, reshard: bool, experts: int = 1, coded: Mapping[str, Scaling] | None = None
+    model: LM,
+    *,
+    itemsize: int,
+    reshard: bool,
+    experts: int = 1,
+    gradients: GradientFormat = "high",
+    coded: Mapping[str, Scaling] | None = None,
 ) -> list[Unit]:
     """Returns what FSDP gathers at a time, as `parallel.fsdp.shard` wraps it: each layer and module of multi-token
     prediction, then the rest.
 
     itemsize: bytes of a master weight. reshard: whether a layer's weights are let go after each forward and backward.
     experts: ranks over which experts are cut: where there are several, these are units of their own (`expert_units`).
+    gradients: `engine.gradients`.
     coded: the scaling of each weight that is gathered as codes, by name (`train.precision.coded_weights`).
     """
     scaled = coded or {}
@@ -79,7 +86,7 @@ def weight_units(
     def unit(parameters: dict[str, torch.nn.Parameter], stays: bool) -> Unit:
         few = {name: p for name, p in parameters.items() if name in scaled}
         scales = sum(math.prod(shares(p.shape, scaled[name])) for name, p in few.items())
-        return Unit(_matrices(parameters.values()), itemsize, stays, _matrices(few.values()), scales)
+        return Unit(_matrices(parameters.values()), itemsize, stays, _matrices(few.values()), scales, gradients)
 
     return [*(unit(layer, not reshard) for layer in layers), unit(rest, True)]
 
@@ -88,10 +95,17 @@ def _matrices(parameters: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]
     return tuple((p.shape[0], p[0].numel()) for p in parameters)
 
 
-def expert_units(model: LM, *, itemsize: int, reshard: bool, experts: int) -> list[Unit]:
+def expert_units(
+    model: LM, *, itemsize: int, reshard: bool, experts: int, gradients: GradientFormat = "high"
+) -> list[Unit]:
     """Returns what FSDP gathers at a time of experts cut over so many ranks, among those that hold the same."""
     return [
-        Unit(tuple((len(p) // experts, p[0].numel()) for p in moe.experts.parameters()), itemsize, not reshard)
+        Unit(
+            tuple((len(p) // experts, p[0].numel()) for p in moe.experts.parameters()),
+            itemsize,
+            not reshard,
+            gradients=gradients,
+        )
         for moe in mixtures(model).values()
     ]
 

@@ -16,7 +16,7 @@ from models.kernels.low_precision import Scaling
 from models.lm import LM
 from models.precision import wide
 from parallel.collectives import Comm
-from parallel.schedule.comm_volume import How, Traffic, of_plan, of_weights
+from parallel.schedule.comm_volume import GradientFormat, How, Traffic, of_plan, of_weights
 from parallel.schedule.expert_volume import of_experts
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.plan import Plan
@@ -40,14 +40,15 @@ def of_step(
     recompute: str,
     experts: str = "counted",
     device: str = "cpu",
+    gradients: GradientFormat = "high",
     coded: Mapping[str, Scaling] | None = None,
 ) -> list[ByAxis]:
     """Returns what each rank receives in a step of training, by rank number. Nothing of pipeline ranks.
 
     build: a new model on the meta device, `compute` and `loss_chunk` set. starts: of each of the batch's sequences,
     where its documents begin. itemsize: bytes of a master weight. reshard, recompute: `engine.reshard_after_forward`,
-    `engine.recompute`. experts: `parallel.transport.experts`. coded: as in `weight_units`. Raises ValueError for a
-    model that cannot be divided, NotImplementedError for one whose course depends on data.
+    `engine.recompute`. experts: `parallel.transport.experts`. gradients, coded: as in `weight_units`. Raises
+    ValueError for a model that cannot be divided, NotImplementedError for one whose course depends on data.
     """
     by_rank: list[ByAxis] = [{} for _ in range(mesh.world)]
     alike = mesh.data * mesh.sequence  # that hold the same experts
@@ -58,6 +59,7 @@ def of_step(
         noted, shared = divided(model, mesh.tensor, tensor)
         asks = asked(model, device=device) if together > 1 or mesh.tensor > 1 else ()
         options: dict[str, Any] = {"itemsize": itemsize, "reshard": reshard, "experts": mesh.expert}
+        options["gradients"] = gradients
         units = weight_units(model, **options, coded=coded)
         apart = expert_units(model, **options) if mesh.expert > 1 else []
         rows = of_experts(plan, mesh, expert_calls(model), padded=experts == "padded", recompute=recompute)
