@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from parallel.matrix_owners import wholes
 from parallel.parallelize import parameter_name
+from parallel.shards import ByParts
 from parallel.tensor import division_of
 from train.build import build
 from train.execute import Executor
@@ -39,7 +40,9 @@ def trace(order: dict[str, Any]) -> RankTrace:
         record, _ = trainer.step()
         if "skipped" in record:
             raise FloatingPointError(f"the guard held step {step + 1} back: a gradient is not finite")
-        result |= written(step, watched.moment(record))
+        with ByParts():
+            moment = watched.moment(record)
+        result |= written(step, moment)
     return RankTrace(result, watched.parts())
 
 
@@ -62,7 +65,8 @@ class _Watched:
 
     def clip(self) -> None:
         """Notes this rank's part of the clipped gradients: no collective, for a rank may fail to step."""
-        self.clipped = {name: p.grad.clone() for name, p in self._named().items() if p.grad is not None}
+        with ByParts():
+            self.clipped = {name: p.grad.clone() for name, p in self._named().items() if p.grad is not None}
 
     def moment(self, record: dict[str, Any]) -> Moment:
         names = {"loss": "loss", "balance loss": "balance_loss", "z loss": "z_loss", "gradient norm": "grad_norm"}
@@ -88,7 +92,9 @@ class _Watched:
         """The whole tensors of all weights, or a tensor rank's parts of them; zeros for one that is not there.
         Collective."""
         values = {name: held.get(name) for name in self._named()}
-        there = {name: torch.zeros_like(p) if (x := values[name]) is None else x for name, p in self._named().items()}
+        with ByParts():
+            zeros = {name: torch.zeros_like(p) for name, p in self._named().items() if values[name] is None}
+        there = {name: zeros[name] if x is None else x for name, x in values.items()}
         return {name: x.detach().clone() for name, x in wholes(there).items()}
 
 
