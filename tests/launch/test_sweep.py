@@ -491,16 +491,18 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.mark.e2e
-def test_three_rates_and_two_mixers_from_one_command(place, monkeypatch, capsys):
-    out, err = finish(start(place, *overrides(place), *QUICK, LR, MIXER, "train.steps=3", "run.name=rates"))
+def test_two_rates_and_two_mixers_from_one_command(place, monkeypatch, capsys):
+    out, err = finish(
+        start(place, *overrides(place), *QUICK, "optimizer.lr=1e-3,1e-2", MIXER, "train.steps=3", "run.name=rates")
+    )
     folder = place / "runs/rates"
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 and {row["state"] for row in rows} == {"done"}
+    assert len(rows) == 4 and {row["state"] for row in rows} == {"done"}
     losses = [float(row["heldout_loss"]) for row in rows]
     assert losses == sorted(losses) and rows[0]["optimizer.lr"] == "0.01"
     assert {(row["optimizer.lr"], row["mixer@model.blocks.gla.mixer"]) for row in rows} == {
-        (lr, mixer) for lr in ("0.001", "0.003", "0.01") for mixer in ("gla", "gated_deltanet")
+        (lr, mixer) for lr in ("0.001", "0.01") for mixer in ("gla", "gated_deltanet")
     }
     for row in rows:
         run = place / row["folder"]
@@ -509,13 +511,13 @@ def test_three_rates_and_two_mixers_from_one_command(place, monkeypatch, capsys)
     assert [line.rstrip() for line in out.splitlines()] == [
         line for line in (folder / "table.txt").read_text().splitlines() if line
     ]
-    assert err.startswith("sweep runs/rates: 6 members (3 of optimizer.lr x 2 of model.blocks.gla.mixer)")
-    assert "[6/6] optimizer.lr=0.01 mixer@model.blocks.gla.mixer=gated_deltanet" in err and "6 done" in err
+    assert err.startswith("sweep runs/rates: 4 members (2 of optimizer.lr x 2 of model.blocks.gla.mixer)")
+    assert "[4/4] optimizer.lr=0.01 mixer@model.blocks.gla.mixer=gated_deltanet" in err and "4 done" in err
     assert "Traceback" not in err
     monkeypatch.chdir(place)
     assert main(["sweep", "resume=rates"]) == 0  # nothing is left: the same table again
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 8 and "[" not in said.err and "6 done" in said.err
+    assert len(said.out.splitlines()) == 6 and "[" not in said.err and "4 done" in said.err
 
 
 @pytest.mark.e2e
