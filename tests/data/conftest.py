@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from data.stores import card
 
-EXAMPLES = int(os.environ.get("FARSPAN_EXAMPLES", 40))
+EXAMPLES = int(os.environ.get("FARSPAN_EXAMPLES", 25))
 settings.register_profile("farspan", max_examples=EXAMPLES, database=None, derandomize=True, deadline=None)
 settings.load_profile("farspan")
 

@@ -78,8 +78,8 @@ def alone(run, tmp_path_factory) -> Any:
 @pytest.fixture(scope="module")
 def adaptive(run, tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("adaptive")
-    job = order(folder, folder / "run", *JOB, *ADAPTIVE, "cluster.workers=4")
-    return folder, run(4, train, job, STEPS, save_at=STEPS // 2)
+    job = order(folder, folder / "run", *JOB, *ADAPTIVE, "cluster.workers=2")
+    return folder, run(2, train, job, STEPS, save_at=STEPS // 2)
 
 
 @pytest.mark.slow
@@ -110,8 +110,8 @@ def test_resuming_replays_the_logged_plans_and_is_bitwise_uninterrupted(run, ada
     last = rows[-1]
     last["micro_steps"] = [[group] for micro in last["micro_steps"] for group in micro]
     log.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
-    job = order(folder, folder / "run", *JOB, *ADAPTIVE, "cluster.workers=4", resume=path)
-    rest, _ = run(4, train, job, STEPS // 2)[0]
+    job = order(folder, folder / "run", *JOB, *ADAPTIVE, "cluster.workers=2", resume=path)
+    rest, _ = run(2, train, job, STEPS // 2)[0]
     assert rest[0] == whole[STEPS // 2]
     replayed = [[group for group in micro if group[1]] for micro in rest[1][-1]]
     assert max(map(len, replayed)) == 1 < len(replayed)

@@ -19,8 +19,8 @@ from train.optim.average import Average
 STEPS, BATCH = 7, 384
 LAYOUTS = {1: ["cluster.workers=1"], 2: ["cluster.workers=2"], 3: ["cluster.workers=3", "parallel.data=3"]}
 KINDS = {
-    "ema": ["train.average=ema", "train.average_tokens=1000"],
-    "last": ["train.average=last", f"train.average_tokens={BATCH * 3 // 2}", "train.average_count=3"],
+    "ema": ["model.layers=1", "train.average=ema", "train.average_tokens=1000"],
+    "last": ["model.layers=1", "train.average=last", f"train.average_tokens={BATCH * 3 // 2}", "train.average_count=3"],
 }
 Weights = dict[str, np.ndarray]
 
@@ -120,7 +120,7 @@ def test_saved_resumed_evaluated_and_taken(run, tmp_path, kind):
             "evaluated, saved and resumed, the same bits"
         )
 
-    taken = ["cluster.workers=3", "train.steps=20", "train.init_weights=average"]
+    taken = ["model.layers=1", "cluster.workers=3", "train.steps=20", "train.init_weights=average"]
     first, loss = run(3, initial, order(tmp_path, tmp_path / "taken", *taken, init_from=str(path)))[0]
     assert all(np.array_equal(first[name], average[name]) for name in average)
     assert loss == pytest.approx(scores["heldout_loss_average"], rel=1e-5) and abs(loss - scores["raw"]) > 1e-4

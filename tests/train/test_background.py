@@ -21,7 +21,14 @@ from train.checkpoints.disk import DiskError
 from train.checkpoints.hook import Checkpoints
 from train.checkpoints.pieces import stretch
 
-EVERY = ["train.steps=9", "train.checkpoint_every=384", "train.keep=9", "train.average=ema", "cluster.workers=2"]
+EVERY = [
+    "model.layers=1",
+    "train.steps=9",
+    "train.checkpoint_every=384",
+    "train.keep=9",
+    "train.average=ema",
+    "cluster.workers=2",
+]
 
 
 class Gated:

@@ -131,7 +131,13 @@ def exchange(jobs):
 @pytest.fixture(scope="module")
 def exchanged(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
-    more = ["precision=fp64", "train.tokens=20000", "cluster.workers=2", "scheduler.tokens_per_rank=96"]
+    more = [
+        "precision=fp64",
+        "model.layers=1",
+        "train.tokens=20000",
+        "cluster.workers=2",
+        "scheduler.tokens_per_rank=96",
+    ]
     keys = {"fsdp": [], "row": ["engine=deepspeed", "engine.recompute=full"]}
     jobs = {name: order(folder, folder / name, *more, *each) for name, each in keys.items()}
     for name, other in (("fsdp", "row"), ("row", "fsdp")):

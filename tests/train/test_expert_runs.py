@@ -12,7 +12,14 @@ pytestmark = pytest.mark.dist
 
 BEFORE, AFTER = 2, 2
 EXPERTS, SEQUENCE = ["parallel.expert=2", "parallel.sequence=1"], ["parallel.sequence=2"]
-MORE = ["precision=fp64", "train.steps=60", "train.average=ema", "train.clip=0.5", "model.blocks.gla.ffn.bias_rate=0.1"]
+MORE = [
+    "precision=fp64",
+    "model.layers=1",
+    "train.steps=60",
+    "train.average=ema",
+    "train.clip=0.5",
+    "model.blocks.gla.ffn.bias_rate=0.1",
+]
 
 
 def state(trainer) -> dict[str, list[np.ndarray]]:

@@ -56,7 +56,7 @@ def plain():
     return measure(small(), 192)
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "tiles")) for n in CHOICES])
 def test_a_step_has_the_same_loss_and_gradients(name):
     want = plain()
     got = measure(small(), 192, **CHOICES[name])

@@ -30,7 +30,7 @@ def test_keys_have_orders_of_their_own() -> None:
             assert np.count_nonzero(a == b) < 10
 
 
-@pytest.mark.parametrize("size", [3, 10, 100, 1000])
+@pytest.mark.parametrize("size", [3, 10, 100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_value_is_as_likely_anywhere(size: int) -> None:
     """Chi-square of where value 0 and value 1 stand, and of how far apart, over keys: 5 sigma of its distribution."""
     draws = 20 * size
