@@ -142,10 +142,15 @@ def account(model: LM, *, device: str = "cpu") -> Account:
     known: dict[Any, _Layer] = {}
     rows, layers = model.coupled(), []
     for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
-        alike = (kind, *(p.shape for p in layer.parameters()))
+        sums = model.depths[int(name)].sums
+        alike = (kind, sums, *(p.shape for p in layer.parameters()))
         if alike not in known:
+            given = dict(rows.get(name, {}))
+            if sums:
+                shape = sums, 1, TOKENS, model.embedding.shape[1]
+                given["past"] = torch.empty(shape, dtype=model.compute, device="meta", requires_grad=True)
             try:
-                known[alike] = _run(layer, model, device, rows.get(name, {}))
+                known[alike] = _run(layer, model, device, given)
             except RuntimeError as error:  # what the meta device cannot do
                 line = (str(error).splitlines() or [""])[0]
                 raise NotImplementedError(f"costs of layers.{name} ({kind}): {line}") from error

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from models.attnres import DepthAttention
 from models.cross_layer import ALONE, Depth, build_with
 from models.moe import Routing
 from models.norm import NormKind, norm_of
@@ -32,7 +33,9 @@ class Block(nn.Module):
     where the mixer, and where the feed-forward, adds to it.
 
     x [B, T, D] -> [B, T, D], where a mixture of experts sent its tokens, and what the layer hands to later ones that
-    couple with it (`models.cross_layer`): None where it was `handed` that of an earlier one.
+    couple with it (`models.cross_layer`): None where it was `handed` that of an earlier one. past [S, B, T, D]: the
+    sums of blocks of layers before, where layers read the depth by attention (`models.attnres`): x is then the sum of
+    this layer's block so far, and means nothing for the first of a block.
     """
 
     def __init__(
@@ -62,6 +65,13 @@ class Block(nn.Module):
         for key, scale in scales.items():
             if not 0 < scale < math.inf:
                 raise ValueError(f"{key}={scale}: must be above 0")
+        if depth.attnres_block is not None and (residual != "input" or set(scales.values()) != {1.0}):
+            key = (
+                f"residual={residual}" if residual != "input" else next(f"{k}={s}" for k, s in scales.items() if s != 1)
+            )
+            raise ValueError(
+                f"{key}: must be its default with attnres_block={depth.attnres_block}, which has no stream"
+            )
         if mixer is None and (ffn is None or beside is not None):
             raise ValueError(f"mixer=null: must be a mixer where {'ffn is null' if ffn is None else 'beside is one'}")
         make = norm_of(norm)
@@ -77,6 +87,9 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn_post_norm = (normed(place, ffn is not None) for place in ("pre", "post"))
         self.ffn = None if ffn is None else build_with(ffn, dim=dim, depth=depth, slot=f"{slot}/ffn")
         self.width: Width = UNDIVIDED
+        self.depth, reads = depth, depth.attnres_block is not None
+        self.mixer_read = DepthAttention(dim) if reads and mixer is not None else None
+        self.ffn_read = DepthAttention(dim) if reads and ffn is not None else None
         self.couplings = getattr(self.mixer, "couplings", ())
         self.hands: str | None = getattr(self.mixer, "hands", None)
         if getattr(self.beside, "couplings", ()) or getattr(self.beside, "hands", None):
@@ -84,11 +97,18 @@ class Block(nn.Module):
             raise ValueError(f"beside={name}: must be a mixer that shares nothing with those of other layers")
 
     def forward(
-        self, x_BTD: Tensor, seq: Sequence, handed: Tensor | None = None, **coupled: Tensor | None
+        self,
+        x_BTD: Tensor,
+        seq: Sequence,
+        handed: Tensor | None = None,
+        *,
+        past: Tensor | None = None,
+        **coupled: Tensor | None,
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        begun = past is None or not self.depth.opens  # whether x is a sum of something
         rows, made_BTD, routing = (seq.positions.shape[0], seq.positions.shape[1]), None, None
         if self.mixer is not None:
-            normed_BTD = self.mixer_norm(x_BTD)
+            normed_BTD = self.mixer_norm(_read(self.mixer_read, past, x_BTD, begun))
             entered_BTD = self.width.enter(normed_BTD, rows)
             if self.hands is None:
                 y_BTD = self.mixer(entered_BTD, seq, slot=self.slot, **coupled)
@@ -98,15 +118,23 @@ class Block(nn.Module):
             if self.beside is not None:
                 y_BTD = y_BTD + self.beside(entered_BTD, seq, slot=f"{self.slot}/beside")
             y_BTD = self.mixer_post_norm(self.width.leave(y_BTD))
-            x_BTD = self._stream(x_BTD, normed_BTD, self.scales[0]) + y_BTD
+            x_BTD, begun = (self._stream(x_BTD, normed_BTD, self.scales[0]) + y_BTD if begun else y_BTD), True
         if self.ffn is not None:
-            normed_BTD = self.ffn_norm(x_BTD)
+            normed_BTD = self.ffn_norm(_read(self.ffn_read, past, x_BTD, begun))
             y_BTD, routing = self.ffn(self.width.enter(normed_BTD, rows), seq)
             y_BTD = self.ffn_post_norm(self.width.leave(y_BTD))
-            x_BTD = self._stream(x_BTD, normed_BTD, self.scales[1]) + y_BTD
+            x_BTD = self._stream(x_BTD, normed_BTD, self.scales[1]) + y_BTD if begun else y_BTD
         return x_BTD, routing, made_BTD
 
     def _stream(self, x_BTD: Tensor, normed_BTD: Tensor, scale: float) -> Tensor:
         """The residual stream that a part's output is added to."""
         x_BTD = normed_BTD if self.from_normed else x_BTD
         return x_BTD if scale == 1 else x_BTD * scale
+
+
+def _read(reading: DepthAttention | None, past_SBTD: Tensor | None, x_BTD: Tensor, begun: bool) -> Tensor:
+    """The input of a part of a layer: the stream, or a mean over the depth."""
+    if reading is None or past_SBTD is None:
+        return x_BTD
+    read_BTD: Tensor = reading(past_SBTD, x_BTD if begun else None)
+    return read_BTD

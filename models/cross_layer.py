@@ -20,10 +20,22 @@ from models.width import Units
 
 
 class Depth(NamedTuple):
-    """A layer's place in the stack: `layer` from 0 of `layers`."""
+    """A layer's place in the stack: `layer` from 0 of `layers`. attnres_block: of how many layers a block of attention
+    residuals is (`models.attnres`); None without these."""
 
     layer: int
     layers: int
+    attnres_block: int | None = None
+
+    @property
+    def opens(self) -> bool:
+        """True for a layer that begins such a block."""
+        return self.attnres_block is not None and self.layer % self.attnres_block == 0
+
+    @property
+    def sums(self) -> int:
+        """Counts the embedding and the sums of the blocks before that of this layer."""
+        return 0 if self.attnres_block is None else self.layer // self.attnres_block + 1
 
 
 ALONE = Depth(0, 1)

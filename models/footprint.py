@@ -11,6 +11,7 @@ what a kernel takes at a time (`models.recurrence.Recurrence.stretch`).
 """
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.accounting import Traced, by_shape
+from models.cross_layer import Depth
 from models.lm import LM
 from models.moe import balance
 from models.mtp import Ahead
@@ -39,7 +41,8 @@ class Footprint(NamedTuple):
     these, the results that selective recomputation keeps. forward: the most at a time in the forward pass. plain: the
     same where nothing is left. backward: the most at a time in the backward pass, from what was saved to the gradients.
     gradients: of its weights, whole. half: left by a backward pass for the inputs alone, for that of the weights, 0
-    where passes are whole; its most at a time is `backward` then.
+    where passes are whole; its most at a time is `backward` then. sums: of `saved`, those of blocks of layers
+    (`models.attnres`), which no recomputation lets go.
     """
 
     saved: float
@@ -50,6 +53,7 @@ class Footprint(NamedTuple):
     backward: float
     gradients: float
     half: float = 0.0
+    sums: float = 0.0
 
     def under(self, recompute: str) -> tuple[float, float, float, float]:
         """Bytes saved, the most in the forward and in the backward pass, and those left by half of that, under
@@ -58,9 +62,10 @@ class Footprint(NamedTuple):
         What is saved of a layer is counted in its backward pass, and not twice.
         """
         if recompute == "full":
-            return self.output, self.plain, self.backward, self.output + max(0.0, self.half - self.saved)
+            kept = self.output + self.sums
+            return kept, self.plain, self.backward, kept + max(0.0, self.half - self.saved)
         if recompute == "selective":
-            return self.output + self.dear, self.plain + self.dear, self.backward, 0.0  # refused in halves
+            return self.output + self.dear + self.sums, self.plain + self.dear, self.backward, 0.0  # refused in halves
         return self.saved, self.forward, self.backward, self.half
 
 
@@ -100,11 +105,14 @@ def footprints(
     """
     rows, by_kind, layers = model.coupled(), dict[Any, Footprint](), []
     for kind, (name, layer) in zip(model.kinds, model.layers.items(), strict=True):
-        alike = (kind, *(p.shape for p in layer.parameters()))
+        depth, shape = model.depths[int(name)], (1, -(-tokens // ranks), model.dim)
+        alike = (kind, depth.sums, depth.opens, *(p.shape for p in layer.parameters()))
         if alike not in by_kind:
-            run = _layer(layer, rows.get(name, {}))
+            run = _layer(layer, rows.get(name, {}), depth, shape, model.compute)
             seq = Traced.of_length(tokens, shared=shared)
-            by_kind[alike] = _traced(run, layer, model, seq, device=device, ranks=ranks, inputs=inputs)
+            found = _traced(run, layer, model, seq, device=device, ranks=ranks, inputs=inputs)
+            sums = float(depth.opens and depth.sums * math.prod(shape) * model.compute.itemsize)
+            by_kind[alike] = found._replace(sums=sums)
         layers.append(by_kind[alike])
     seq = Traced.of_length(tokens)
     return layers, _traced(_head(model), model, model, seq, device=device, ranks=ranks, layer=False)
@@ -119,8 +127,18 @@ def between(tokens: int, low: int, a: Footprint, high: int, b: Footprint) -> Foo
 Run = Callable[[Tensor, Traced], Tensor]
 
 
-def _layer(layer: nn.Module, rows: Mapping[str, Any]) -> Run:
-    return lambda x_BTD, seq: layer(x_BTD, seq, **rows)[0]
+def _layer(layer: nn.Module, rows: Mapping[str, Any], depth: Depth, shape: tuple[int, ...], dtype: torch.dtype) -> Run:
+    """Runs a layer; the sums of blocks that it reads are made by the first layer of a block, for all of it."""
+
+    def sums() -> Tensor:
+        return torch.empty((depth.sums, *shape), dtype=dtype, device="meta", requires_grad=True)
+
+    if not depth.sums:
+        return lambda x_BTD, seq: layer(x_BTD, seq, **rows)[0]
+    if depth.opens:
+        return lambda x_BTD, seq: layer(x_BTD, seq, past=sums(), **rows)[0]
+    past = sums()
+    return lambda x_BTD, seq: layer(x_BTD, seq, past=past, **rows)[0]
 
 
 def _head(model: LM) -> Run:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attnres import SUM, DepthAttention
 from models.axes import declare, normal, positive
 from models.block import Factory
 from models.cross_layer import Coupled, Depth
@@ -61,7 +62,9 @@ class LM(nn.Module):
     for none. norm: the last norm, rms, or layer for LayerNorm with a bias. norm_eps: epsilon that it adds to the mean
     square. mtp_layers: number of modules that learn to predict the tokens after the next one (multi-token prediction,
     2412.19437, section 2.2); 0 for none. Training alone runs them. mtp_block: the kind of their layer, of `blocks`;
-    null for that of the last layer.
+    null for that of the last layer. attnres_block: number of layers of a block of attention residuals, whose parts
+    read a learnt mean of the embedding and of the sums of the blocks before (AttnRes, 2603.15031); null for the plain
+    sum of all layers.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
@@ -87,11 +90,14 @@ class LM(nn.Module):
         norm_eps: float = 1e-5,
         mtp_layers: int = 0,
         mtp_block: str | None = None,
+        attnres_block: int | None = None,
     ):
         super().__init__()
         positive(vocabulary=vocabulary, dim=dim)
         if not 0 <= mtp_layers <= MOST_AHEAD:
             raise ValueError(f"mtp_layers={mtp_layers}: must be 0 for none, or up to {MOST_AHEAD}")
+        if attnres_block is not None and attnres_block < 1:
+            raise ValueError(f"attnres_block={attnres_block}: must be at least 1, or null for none")
         if mtp_block is not None and mtp_block not in blocks:
             raise ValueError(f"mtp_block={mtp_block}: must be one of {', '.join(blocks)}, or null for the last layer's")
         if norm_eps <= 0:
@@ -112,15 +118,17 @@ class LM(nn.Module):
         self.compute = torch.float32
         self.loss_chunk: int | None = 2048
         self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0), inputs=0)
+        self.depths = [Depth(i, layers, attnres_block) for i in range(layers)]
         self.layers = nn.ModuleDict(
             {
-                str(i): blocks[n](dim=dim, slot=f"layers.{i}", depth=Depth(i, layers), **front.get(i, {}))
+                str(i): blocks[n](dim=dim, slot=f"layers.{i}", depth=self.depths[i], **front.get(i, {}))
                 for i, n in enumerate(self.kinds)
             }
         )
         self.coupled = Coupled(self.layers)
         self.hands = {name: getattr(layer, "hands", None) for name, layer in self.layers.items()}
         self.norm = norm_of(norm)(dim, eps=norm_eps)
+        self.depth_read = None if attnres_block is None else DepthAttention(dim)  # of what the norm reads
         self.mtp_layers, self.mtp = mtp_layers, nn.ModuleDict()  # the number of a whole model, and those that are here
         for k in range(mtp_layers):
             kind = mtp_block or self.kinds[-1]
@@ -222,9 +230,14 @@ class LM(nn.Module):
         return torch.stack(found), counts
 
     def crossing(self, layer: int) -> list[str]:
-        """The names of what layers before this one hand to it or to a later one."""
+        """The names of what layers before this one hand to it or to a later one, sums of blocks of theirs among it."""
         before, after = ({self.hands[str(i)] for i in r} for r in (range(layer), range(layer, len(self.kinds))))
-        return sorted(name for name in before & after if name is not None)
+        sums = [_sum(i) for i in range(self._sums(layer))]
+        return [*sorted(name for name in before & after if name is not None), *sums]
+
+    def _sums(self, layer: int) -> int:
+        """The sums of blocks that there are before a layer."""
+        return self.depths[layer - 1].sums if layer else 0
 
     def embed(self, tokens_BT: Tensor, missing_BT: Tensor | None = None) -> Tensor:
         x_BTD = self.width.embed(tokens_BT, self.embedding, self.vocabulary)
@@ -237,8 +250,13 @@ class LM(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Routing]]:
         """The residual stream after these layers, what they hand on, and where their routers sent tokens."""
         routings: dict[str, Routing] = {}
-        rows = self.coupled()
+        rows, past = self.coupled(), _stacked(handed, self._sums(layers.start))
         for name in map(str, layers):
+            if (depth := self.depths[int(name)]).opens:
+                handed[_sum(depth.sums - 1)] = x_BTD
+                past = _stacked(handed, depth.sums)
+            if past is not None:
+                rows[name] = {**rows.get(name, {}), "past": past}
             hands = self.hands[name]
             handed_over = None if hands is None else handed.get(hands)
             x_BTD, routing, made = self.layers[name](x_BTD, seq, handed_over, **rows.get(name, {}))
@@ -246,6 +264,8 @@ class LM(nn.Module):
                 handed[hands] = made
             if routing is not None:
                 routings[f"layers.{name}"] = routing
+        if self.depth_read is not None and layers.stop == len(self.kinds):
+            x_BTD = self.depth_read(past, x_BTD)
         return x_BTD, handed, routings
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
@@ -269,3 +289,13 @@ class LM(nn.Module):
         if self.head is None:
             return x_BTD * self.tied_scale, self.embedding
         return x_BTD, self.head.weight
+
+
+def _sum(block: int) -> str:
+    """The name under which the sum of a block of layers is handed on; 0 is the embedding."""
+    return f"{SUM}{block}"
+
+
+def _stacked(handed: dict[str, Tensor], count: int) -> Tensor | None:
+    """The first sums of blocks that layers have handed on, [S, B, T, D]; None of none."""
+    return torch.stack([handed[_sum(i)] for i in range(count)]) if count else None

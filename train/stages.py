@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from models.accounting import account
+from models.attnres import SUM
 from models.lm import LM
 from parallel.pipeline.cut import PipelineCut
 from parallel.pipeline.orders import HALVES, bubble
@@ -107,7 +108,8 @@ def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> 
                 must = "null" if without is None else without
                 raise ValueError(f"parallel.{key}={value}: must be {must} with parallel.pipeline=1")
         return
-    handed = sorted({name for layers in cuts(config, model, device)[1:] for name in model.crossing(layers.start)})
+    crossing = sorted({name for layers in cuts(config, model, device)[1:] for name in model.crossing(layers.start)})
+    handed = [name for name in crossing if not name.startswith(SUM)]  # of which ranks have shares of the tokens
     if not config.scheduler.target.endswith(".Static"):
         name = config.scheduler.target.rpartition(".")[2].lower()
         raise ValueError(
@@ -119,6 +121,11 @@ def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> 
             f"engine.recompute=selective: must be none or full with parallel.pipeline_schedule="
             f"{parallel.pipeline_schedule}: each half of a backward pass computes a layer again, which keeps its "
             "results for once"
+        )
+    if parallel.pipeline_schedule in HALVES and (block := model.depths[0].attnres_block) is not None:
+        raise ValueError(
+            f"parallel.pipeline_schedule={parallel.pipeline_schedule}: must be 1f1b or interleaved with "
+            f"model.attnres_block={block}: half a backward pass does not reach sums that several layers read"
         )
     if parallel.pipeline_schedule in HALVES and model.mtp_layers:
         raise ValueError(

@@ -51,6 +51,7 @@ class PipelineCut:
             model.register_parameter("embedding", None)
         if rank not in self.holders["norm.weight"]:
             del model.norm
+            model.depth_read = None
             model.mtp.clear()
             if model.head is not None:
                 del model.head
