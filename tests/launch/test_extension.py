@@ -50,7 +50,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def extended(place):
     run = place / "chain"
-    said = finish(start(place, "train", *chain(place, f"run.dir={run}", "tracking.mode=offline")))
+    said = finish(start(place, "train", *chain(place, f"run.dir={run}")))
     return run, said
 
 
