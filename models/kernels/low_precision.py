@@ -133,7 +133,7 @@ def product(a: Codes | Tensor, b: Codes | Tensor, dtype: torch.dtype, *, native:
 def _native(a: Codes, b: Codes, dtype: torch.dtype) -> Tensor:
     """By the device's own product of codes, a scale a tensor or a row. K is padded to what it takes."""
     padding = -a.codes.shape[1] % 16
-    first, second = (x.codes for x in (a, b))
+    first, second = (x.codes.contiguous() for x in (a, b))  # CUDA takes rows of both, and a gradient's are columns
     if padding:  # of bytes: nothing pads the formats of 8 bits
         first, second = (F.pad(x.view(torch.uint8), (0, padding)).view(x.dtype) for x in (first, second))
     if a.codes.dtype is torch.int8:

@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import product as pairs
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -251,3 +252,17 @@ def test_a_recipe_reaches_the_layers_of_the_policy_and_no_other():
 def test_settings_know_the_recipes():
     assert {"none", *RECIPES} == set(RecipeName.__args__)
     assert all(recipe.weight_gradient == Pair() for recipe in RECIPES.values() if recipe.straight)
+
+
+def test_a_native_product_gets_rows_of_both_matrices():
+    """As CUDA asks; the codes of a transposed matrix lie as that does."""
+    asked, scaled = [], torch._scaled_mm
+
+    def noting(first, second, *more, **options):
+        asked.append(first.is_contiguous() and second.T.is_contiguous())
+        return scaled(first, second, *more, **options)
+
+    x, weight = torch.randn(32, 48, requires_grad=True), torch.randn(64, 48, requires_grad=True)
+    with patch.object(torch, "_scaled_mm", noting):
+        LowPrecision(RECIPES["fp8_tensorwise"], native=True).linear(x, weight).sum().backward()
+    assert asked == [True] * 3
