@@ -65,8 +65,8 @@ class ShardOfCodes(Tensor):
         finite: a maximum of several ranks' may lose what is no number."""
         rows = largest(wide(self), self.scaling._replace(rows=1))
         behind = self.shape_of_whole[0] - self.begin - len(rows)
-        found = largest(F.pad(rows, (0, 0, self.begin, behind)), self.scaling._replace(columns=1))
-        return torch.where(found.isfinite(), found, torch.inf)
+        own = largest(F.pad(rows, (0, 0, self.begin, behind)), self.scaling._replace(columns=1))
+        return torch.where(own.isfinite(), own, torch.inf)
 
     def settle(self, magnitude: Tensor) -> None:
         """Takes the largest magnitudes over all ranks."""
@@ -104,14 +104,16 @@ class GatheredCodes:
     @torch.no_grad()
     def __call__(self, *_: Any) -> None:
         """Makes the scales of all weights. Collective."""
-        found = [shard.magnitudes() for shard in self.shards]
-        message = torch.cat([each.flatten() for each in found])
+        magnitudes = [shard.magnitudes() for shard in self.shards]
+        message = torch.cat([each.flatten() for each in magnitudes])
         ranks = self.group.size()
         if ranks > 1:
             LEDGER.add(self.group.group_name, SCALES, 2 * (ranks - 1) * message.nbytes // ranks)
             with HERE.waiting(Wait("", SCALES, "all-reduce")):
                 dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group)
-        for shard, own, part in zip(self.shards, found, message.split([each.numel() for each in found]), strict=True):
+        for shard, own, part in zip(
+            self.shards, magnitudes, message.split([each.numel() for each in magnitudes]), strict=True
+        ):
             shard.settle(part.view(own.shape))
 
 

@@ -82,7 +82,7 @@ def candidates(lm: LM, settings: ConvertSettings) -> list[int]:
     """The layers that may be converted, by their numbers: softmax attention that sees farther than the window."""
     softmax = [i for i, layer in enumerate(lm.layers.values()) if isinstance(layer.mixer, Attention)]
     if not softmax:
-        raise ValueError(f"{settings.asked}: must be null: no layer of the model is softmax attention")
+        raise ValueError(f"{settings.override}: must be null: no layer of the model is softmax attention")
     if settings.mixer is not None:
         _mixer(settings)
     if (window := settings.window) is None:

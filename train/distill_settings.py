@@ -72,7 +72,7 @@ class ConvertSettings:
                     raise ValueError(f"convert.{key}={value}: must come with convert.mixer or convert.window")
 
     @property
-    def asked(self) -> str | None:
+    def override(self) -> str | None:
         """The key that asks for a conversion, with its value; None without one."""
         if self.mixer is not None:
             return f"convert.mixer={self.mixer}"

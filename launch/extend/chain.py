@@ -165,7 +165,7 @@ class StagedRun:
         """Evaluates a checkpoint at the chain's lengths, unless that is done. Returns the exit code."""
         if name in self.record:
             return 0
-        config = asked(self.legs, self.parent, model)
+        config = evaluation_of(self.legs, self.parent, model)
         config, device = check_evaluation(config, saved, str(saved), lambda line: None)
         folder = self.folder / "evaluation" / name if leg is None else folder_of(saved)
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ class StagedRun:
         return True
 
 
-def asked(legs: list[StagePlan], parent: Parent, model: ObjectConfig) -> RunConfig:
+def evaluation_of(legs: list[StagePlan], parent: Parent, model: ObjectConfig) -> RunConfig:
     """An evaluation's request: documents as the last stage reads them, needles as long as each stage's sequences."""
     config, last = legs[-1].config, legs[-1].stage.length
     most = min([last, *_known(model)])
@@ -248,8 +248,8 @@ def _same_stages(now: Sequence[Stage], before: list[Any], folder: Path) -> None:
 def _same_conversion(config: RunConfig, before: dict[str, Any] | None, folder: Path) -> None:
     """Raises UserError where layers have been converted, and not as the configuration says now."""
     if (folder / CONVERTED).exists() and asdict(config.convert) != asdict(ConvertSettings()) | (before or {}):
-        asked = config.convert.asked or "convert.mixer=null"
-        raise UserError(f"{asked}: must be as it was, {before}: {folder / CONVERTED} is there")
+        override = config.convert.override or "convert.mixer=null"
+        raise UserError(f"{override}: must be as it was, {before}: {folder / CONVERTED} is there")
 
 
 def _is_own(override: str) -> bool:

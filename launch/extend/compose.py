@@ -37,8 +37,8 @@ def configured(
     settings["train"]["batch_tokens"] = stage.batch_tokens or max(batch, stage.length)  # type: ignore[type-var]
     if number > 1:  # from the second stage on, the chain goes on from itself
         last = config.stages[number - 2]  # whose optimizer knows the mixers alone, where it has aligned them
-        kept = "reset" if last.distill == "hidden" and stage.distill != "hidden" else "keep"
-        settings["train"] |= {"init_optimizer": kept, "init_weights": "raw"}
+        optimizer = "reset" if last.distill == "hidden" and stage.distill != "hidden" else "keep"
+        settings["train"] |= {"init_optimizer": optimizer, "init_weights": "raw"}
     settings["train"]["distill"] |= {"teacher": None, "target": "logits"}
     if stage.distill is not None:
         named = config.train.distill.teacher

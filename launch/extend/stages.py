@@ -139,14 +139,14 @@ def _parent(config: RunConfig) -> Parent:
 def _after_conversion(config: RunConfig, parent: Parent) -> Parent:
     """The parent with what a conversion makes of its model. Raises UserError."""
     settings = config.convert
-    if settings.asked is None:
+    if settings.override is None:
         return parent
     from train.conversion import converted
 
     train = config.train
     for key, must in (("init_optimizer", "reset"), ("init_weights", "raw")):
         if (value := getattr(train, key)) != must:
-            raise UserError(f"train.{key}={value}: must be {must} with {settings.asked}")
+            raise UserError(f"train.{key}={value}: must be {must} with {settings.override}")
     try:
         settings, scores = _chosen(config, parent)
         model, layers = converted(dict(parent.model.values), settings)

@@ -42,8 +42,8 @@ def check_run(
         train, cluster, compute = config.train, config.cluster, config.precision.compute
         if config.stages:
             raise ValueError("stages: must be [] but for `farspan train` and `farspan plan`, on this machine")
-        if asked := config.convert.asked:
-            raise ValueError(f"{asked}: must be null without stages")
+        if override := config.convert.override:
+            raise ValueError(f"{override}: must be null without stages")
         if config.seed < 0:
             raise ValueError(f"seed={config.seed}: must not be negative")
         device = device or device_of(cluster)
