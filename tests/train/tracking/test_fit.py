@@ -169,10 +169,7 @@ def test_tracking_takes_less_than_a_hundredth_of_the_training_thread(run, tmp_pa
     """The default model on a short step, which makes the share larger; by the thread's own CPU clock."""
     small = [o for o in overrides(tmp_path) if not o.startswith(("model", "data.max_length", "train.", "tracking"))]
     more = ["data.max_length=1024", "train.batch_tokens=1024", "train.steps=4", "train.checkpoint_every=2048"]
-    cost: Cost = run(
-        1,
-        measure,
-        fully_tracked(tmp_path / "run", [*small, *more, "train.evaluate_every=2048", "train.evaluate_tokens=1024"]),
-    )[0]
+    more += ["train.evaluate_every=2048", "train.evaluate_tokens=1024"]
+    cost: Cost = run(1, measure, fully_tracked(tmp_path / "run", [*small, *more]), timeout=300)[0]
     assert cost.calls == 4 + 2 + 1  # records, checkpoints, the end
     assert 0 < cost.tracker < 0.01 * cost.thread, cost
