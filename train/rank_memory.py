@@ -25,9 +25,6 @@ from parallel.schedule.comm_volume import Ask, AttendCall, ScanCall
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.stages import in_flight
 from parallel.schedule.step_memory import STATES, LayerMemory, Parts, StepMemory
-from train.checkpoints import checkpoint
-from train.checkpoints.hf_reader import is_folder
-from train.distill import section_of
 from train.distill_settings import DistillSettings
 from train.metrics.comm_trace import asked
 from train.metrics.width_trace import divided
@@ -119,7 +116,13 @@ class MemoryModel:
     def teacher(self) -> MemoryModel | None:
         """That of the model that the run learns from, where its checkpoint has been found."""
         path = self.config.train.distill.teacher
-        if path is None or not (is_folder(Path(path)) or (Path(path) / checkpoint.MANIFEST).exists()):
+        if path is None:
+            return None
+        from train.checkpoints import checkpoint  # torch's readers, a second that other checks do without
+        from train.checkpoints.hf_reader import is_folder
+        from train.distill import section_of
+
+        if not (is_folder(Path(path)) or (Path(path) / checkpoint.MANIFEST).exists()):
             return None
         train = replace(self.config.train, distill=DistillSettings())
         config = replace(self.config, model=ObjectConfig(section_of(Path(path))), train=train)

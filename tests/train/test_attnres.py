@@ -20,7 +20,6 @@ from models.hub import of_model
 from models.lm import LM
 from models.mixers import MIXERS
 from models.sequence import Whole
-from parallel.matrix_owners import wholes
 from parallel.mesh import Groups, Meshes
 from parallel.parallelize import parallelise, parameter_name
 from parallel.pipeline.cut import PipelineCut
@@ -181,8 +180,8 @@ def trained(case: Case) -> Found:
     plan = Static(tokens_per_rank=case.each).plan(0, LENGTHS, data=data, sequence=sequence)
     tally = executor.train(plan, BATCH)
     nats = groups.all_comm.all_reduce(tally.cross_entropy.double().view(1) * groups.counts, purpose="loss").item()
-    gradients = wholes({parameter_name(n): p.grad for n, p in lm.named_parameters() if p.grad is not None})
-    return nats / TARGETS, {name: logical(lm, name, x).numpy() for name, x in gradients.items()}
+    gradients = {parameter_name(n): p.grad for n, p in lm.named_parameters() if p.grad is not None}
+    return nats / TARGETS, {name: x.numpy() for name, x in logical(lm, gradients).items()}
 
 
 def every() -> dict[str, Found]:
