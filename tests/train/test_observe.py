@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -89,15 +91,24 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_phase_is_cheap() -> None:
-    phases = PhaseTimes()
-    best = float("inf")
-    for _ in range(20):  # the best of many: other processes share the cores
-        start = time.perf_counter()
+    """Beside two readings of the clock in a context of Python's own, in turn: measured 0.6 of it."""
+
+    def seconds(context: Callable[[], AbstractContextManager[None]]) -> float:
+        start = time.process_time()
         for _ in range(1000):
-            with phases("wait"):
+            with context():
                 pass
-        best = min(best, (time.perf_counter() - start) / 1000)
-    assert best < 2e-6
+        return time.process_time() - start
+
+    @contextmanager
+    def clocked() -> Iterator[None]:
+        time.perf_counter()
+        yield
+        time.perf_counter()
+
+    phases = PhaseTimes()
+    rounds = [(seconds(lambda: phases("wait")), seconds(clocked)) for _ in range(20)]
+    assert min(ours for ours, _ in rounds) < 1.5 * min(plain for _, plain in rounds)
 
 
 def _peaks(pipe) -> None:  # type: ignore[no-untyped-def]
