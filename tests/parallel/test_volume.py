@@ -223,7 +223,7 @@ def foretold(recurrence, long):
 
 
 def test_the_bytes_of_states_are_foretold_for_any_length():
-    """What is counted is what is foretold, by the test above."""
+    """By the formulas: the test above holds them to what ranks count."""
     for name in ("gather", "relay", "allscan"):
         assert foretold(name, True) == foretold(name, False) != [dict.fromkeys(LINEAR, {})] * 3
     all_scan_sends_no_more_than_the_state(foretold("allscan", False))
