@@ -52,13 +52,20 @@ def _extrapolation(result: dict[str, Any]) -> list[str]:
     if not result["octaves"]:
         return [f"extrapolation: held-out text has no {2 * result['trained']:,} tokens on end"]
     rows = []
-    for i, row in enumerate(result["octaves"]):
-        spread = "" if row["error"] is None else f" ± {row['error']:.4f}"
-        rise = [f"{row['rise']:+.4f}{spread}", f"{row['ratio']:.3f}"] if i else ["", ""]
+    for row in result["octaves"]:
+        same = row.get("matched")
+        rise = [*_risen(row), f"{same['within']:.4f}", f"{same['loss']:.4f}", *_risen(same)] if same else [""] * 6
         rows.append([f"{row['from']:,} to {row['to'] - 1:,}", f"{row['loss']:.4f}", *rise])
+    head = ["nats", "rise", "ratio", f"last {result['trained']:,}", "all before", "rise", "ratio"]
     text = "documents" if result["whole"] else "stretches of documents end to end"
     verdict = f"{result['sequences']} {text}, trained on {result['trained']:,} tokens: {result['verdict']}"
-    return [*columns(["nats", "rise", "ratio"], rows, "extrapolation, tokens before"), verdict]
+    same = f"from the fourth column on: the octave's last {max(result['trained'] // 4, 1):,} targets, by what is read"
+    return [*columns(head, rows, "extrapolation, tokens before"), same, verdict]
+
+
+def _risen(row: dict[str, Any]) -> list[str]:
+    spread = "" if row["error"] is None else f" ± {row['error']:.4f}"
+    return [f"{row['rise']:+.4f}{spread}", f"{row['ratio']:.3f}"]
 
 
 def _needle(result: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from data.roles import roles_of
 from train.evaluation.score import OnProgress, Score, Scorer
 from train.evaluation.texts import EvaluationText, documents, hay, natural, packed, spelled
 
-RISES = 1.1  # times the loss within the trained length: from there on a loss beyond it counts as risen
+RISES = 1.1  # times the loss of the same targets with the trained length before them: a loss above it counts as risen
 
 
 class Mean:
@@ -114,29 +114,46 @@ def extrapolation(
     tokens of documents end to end, without the marks between them; neither of generated documents, whose ends differ
     from their begins. rise: nats by which the loss is higher than within; error: its standard error over sequences;
     ratio: of the two losses.
+
+    Far parts of a document may be harder than near ones for any reader. Therefore the last `trained` / 4 targets of
+    each octave beyond are scored a second time, by the last `trained` tokens alone, of which a target has from 3/4 to
+    all before it: `matched` has that loss as `within`, that of the same targets with all before them as `loss`, and
+    their rise, error and ratio.
     """
-    read, scored = trained * beyond, []
+    read, tail = trained * beyond, max(trained // 4, 1)
     whole = [packed(text[: read + 1]) for text in _long(batches, read + 1, most)]
     texts = whole if len(whole) > 1 else _stretches(batches, read + 1, most)
     texts = texts[: max(2, tokens // read)]
-    for score in scorer(texts, tell):
-        scored.append([float(score.nats[begin:end].mean()) for begin, end in _octaves(trained, read)])
+    octaves = _octaves(trained, read) if texts else []
+    ends = [end for _, end in octaves[1:]]
+    near = [packed(t.tokens[end - trained : end + 1], slice(trained - tail, trained)) for t in texts for end in ends]
+    scores = scorer([*texts, *near], tell)
+    nats = [score.nats for score in scores[: len(texts)]]
     rows: list[dict[str, Any]] = []
-    for i, (begin, end) in enumerate(_octaves(trained, read) if scored else ()):
-        rises = [each[i] - each[0] for each in scored]
-        error = float(np.std(rises, ddof=1) / len(rises) ** 0.5) if len(rises) > 1 else None
-        mean, within = (float(np.mean([each[k] for each in scored])) for k in (i, 0))
-        row = {"from": begin, "to": end, "loss": mean, "rise": mean - within, "error": error}
-        rows.append(row | {"ratio": mean / max(within, 1e-12)})
-    facts = {"trained": trained, "sequences": len(scored), "whole": len(whole) > 1, "octaves": rows}
+    for n, (begin, end) in enumerate(octaves):
+        rows.append({"from": begin, "to": end} | _risen([(x[trained // 2 : trained], x[begin:end]) for x in nats]))
+        if n:
+            windows = [score.nats[trained - tail : trained] for score in scores[len(texts) + n - 1 :: len(ends)]]
+            rows[-1]["matched"] = _risen([(a, x[end - tail : end]) for a, x in zip(windows, nats, strict=True)])
+            rows[-1]["matched"] |= {"within": float(np.mean(windows)), "targets": tail * len(windows)}
+    facts = {"trained": trained, "sequences": len(texts), "whole": len(whole) > 1, "octaves": rows}
     return facts | {"verdict": _verdict(rows)}
+
+
+def _risen(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """The mean of the second losses, and how it compares with that of the first; a pair for each sequence."""
+    within, loss = np.array([[float(a.mean()), float(b.mean())] for a, b in pairs]).T
+    error = float(np.std(loss - within, ddof=1) / len(pairs) ** 0.5) if len(pairs) > 1 else None
+    mean, rise = float(loss.mean()), float((loss - within).mean())
+    return {"loss": mean, "rise": rise, "error": error, "ratio": mean / max(float(within.mean()), 1e-12)}
 
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "not measured"
     for row in rows[1:]:
-        if row["ratio"] > RISES and row["rise"] > 2 * (row["error"] or 0.0):
+        same = row["matched"]
+        if same["ratio"] > RISES and same["rise"] > 2 * (same["error"] or 0.0):
             return f"the loss RISES from {row['from']:,} tokens on: the model does not hold beyond its trained length"
     return f"the loss holds to {rows[-1]['to']:,} tokens"
 

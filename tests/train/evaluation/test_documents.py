@@ -85,24 +85,31 @@ def test_positions_are_bins_of_what_a_target_has_before_it():
 
 
 def test_the_loss_beyond_the_trained_length_is_held_against_that_within_of_the_same_documents(batches):
-    """A scorer whose targets cost 2 nats, or 3 from the 64th on; the second sequence a nat more everywhere."""
+    """A scorer whose targets cost 2 nats, or 3 from the 64th on; the second document a nat more everywhere."""
     seen = []
 
     def scorer(sequences, told):
         seen.extend(sequences)
-        costs = [2.0 + (np.arange(len(s.tokens)) >= 64) + (i == 1) for i, s in enumerate(sequences)]
+        costs = [2.0 + (np.arange(len(s.tokens)) >= 64) + (i in (1, 4, 5)) for i, s in enumerate(sequences)]
         return [Score(cost, cost > 0) for cost in costs]
 
     given = {"trained": 32, "beyond": 4, "most": 2, "tokens": 1000, "tell": lambda done, of: None}
     found = documents.extrapolation(scorer, batches, **given)  # type: ignore[arg-type]
-    assert found["whole"] and found["sequences"] == 2 and [len(s.tokens) for s in seen] == [129, 129]
+    assert found["whole"] and found["sequences"] == 2 and [len(s.tokens) for s in seen] == [129, 129, 33, 33, 33, 33]
     assert [(row["from"], row["to"]) for row in found["octaves"]] == [(16, 32), (32, 64), (64, 128)]
     assert [row["loss"] for row in found["octaves"]] == [2.5, 2.5, 3.5]
     assert [row["rise"] for row in found["octaves"]] == [0, 0, 1] and found["octaves"][2]["error"] == 0
     assert found["octaves"][2]["ratio"] == pytest.approx(1.4) and "RISES from 64 tokens on" in found["verdict"]
+    near, far = (row["matched"] for row in found["octaves"][1:])  # the targets 56 to 63, then 120 to 127
+    assert (near["within"], near["loss"], near["rise"], near["targets"]) == (2.5, 2.5, 0, 16)
+    assert (far["within"], far["loss"], far["rise"], far["error"]) == (2.5, 3.5, 1, 0)
+    for document, windows in ((seen[0], seen[2:4]), (seen[1], seen[4:6])):
+        for end, window in zip((64, 128), windows, strict=True):
+            assert window.tokens.tolist() == document.tokens[end - 32 : end + 1].tolist()
+            assert window.targets[window.targets != NO_TARGET].tolist() == document.tokens[end - 7 : end + 1].tolist()
     seen.clear()
     found = documents.extrapolation(scorer, batches, **{**given, "trained": 48})  # type: ignore[arg-type]
-    read = np.concatenate([s.tokens[1:] for s in seen])
+    read = np.concatenate([s.tokens[1:] for s in seen[:2]])
     assert (
         not found["whole"] and read.tolist() == hay(batches, 2 * 192).tolist()
     )  # one has 200: end to end, no token twice
@@ -111,11 +118,26 @@ def test_the_loss_beyond_the_trained_length_is_held_against_that_within_of_the_s
     assert found["octaves"] == [] and found["sequences"] == 0 and found["verdict"] == "not measured"
 
 
+def test_documents_that_become_harder_are_no_rise(batches):
+    """A reader that has use for eight tokens at most, of text whose every token is harder than the one before."""
+
+    def scorer(sequences, told):
+        costs = [s.tokens * 0.1 + 8.0 / np.minimum(np.arange(len(s.tokens)) + 1, 8) for s in sequences]
+        return [Score(cost, cost > 0) for cost in costs]
+
+    given = {"trained": 32, "beyond": 4, "most": 2, "tokens": 1000, "tell": lambda done, of: None}
+    found = documents.extrapolation(scorer, batches, **given)  # type: ignore[arg-type]
+    last = found["octaves"][-1]
+    assert last["rise"] > 1 and last["rise"] > 2 * last["error"]
+    assert last["matched"]["rise"] == last["matched"]["error"] == pytest.approx(0) and last["matched"]["ratio"] == 1
+    assert "holds to 128" in found["verdict"]
+
+
 def test_a_rise_that_is_noise_is_not_called_one():
-    rows = [{"from": 16, "to": 32, "ratio": 1.0, "rise": 0.0, "error": 0.0}]
-    rows.append({"from": 32, "to": 64, "ratio": 1.5, "rise": 1.0, "error": 0.6})
+    matched = {"ratio": 1.5, "rise": 1.0, "error": 0.6}
+    rows = [{"from": 16, "to": 32}, {"from": 32, "to": 64, "matched": matched}]
     assert documents._verdict(rows) == "the loss holds to 64 tokens"
-    assert "RISES from 32" in documents._verdict([rows[0], rows[1] | {"error": 0.4}])
+    assert "RISES from 32" in documents._verdict([rows[0], rows[1] | {"matched": matched | {"error": 0.4}}])
 
 
 def test_far_context_is_the_same_targets_with_all_and_with_the_last_tokens_before_them(batches):
