@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.axes import Init, constant, declare, fan_in
+from models.delayed_scaling import Magnitudes
 from models.recompute import keeping, kept
 
 
@@ -36,13 +37,14 @@ class Linear(nn.Module):
         )
         self.bias_share = 1.0  # that is added here, where several devices add up what they make of their inputs
         self.low: Any = None  # a recipe of few bits (`models.recipes.LowPrecision`)
+        self.magnitudes: Magnitudes | None = None  # of earlier steps, where the recipe takes its scales from them
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if bias is not None and self.bias_share != 1.0:
             bias = bias * self.bias_share
         if self.low is not None:  # codes are made of the weight itself: a cast before would round twice
-            low: Tensor = self.low.linear(x, self.weight)
+            low: Tensor = self.low.linear(x, self.weight, self.magnitudes)
             return low if bias is None else low + bias
         weight = self.weight.to(x.dtype)
         y: Tensor = _SavedLinear.apply(x, weight, bias) if keeping() else F.linear(x, weight, bias)

@@ -12,18 +12,28 @@ convolutions, norms, A_log, states, logsumexps, the embedding; and the head, who
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.delayed_scaling import GRADIENTS, INPUTS, WEIGHTS, Magnitudes
 from models.kernels.coded_weight import CodedWeight
 from models.kernels.low_precision import E4M3, E5M2, INT4, INT8, Codes, Scaling, Share, encode, product
 from models.linear import Linear
 from models.moe import Experts
 from models.recompute import kept
 from models.router import Router
+
+
+class Delay(NamedTuple):
+    """Where a matrix has its scale from: a row of its layer's magnitudes. noted: this step's is added to them."""
+
+    past: Magnitudes
+    matrix: int
+    noted: bool
 
 
 class Pair(NamedTuple):
@@ -37,7 +47,8 @@ class Recipe(NamedTuple):
     """The three products of a linear layer. tiles: both widths of a weight must be multiples of it.
 
     forward: of x and W. input_gradient: of g and Wᵀ. weight_gradient: of gᵀ and xᵀ. straight: W has the same codes in
-    both products, and its gradient passes by the rounding as if there were none (1308.3432).
+    both products, and its gradient passes by the rounding as if there were none (1308.3432). delayed: scales are of
+    earlier steps (`models.delayed_scaling`).
     """
 
     tiles: int
@@ -45,11 +56,12 @@ class Recipe(NamedTuple):
     input_gradient: Pair
     weight_gradient: Pair
     straight: bool = False
+    delayed: bool = False
 
     @property
     def weight(self) -> Scaling | None:
         """The scaling of W where both products that read it have the same codes of it, else None."""
-        scaling = self.forward.second
+        scaling = None if self.delayed else self.forward.second
         same = scaling == self.input_gradient.second and scaling is not None and scaling.rows == scaling.columns
         return scaling if self.straight or same else None
 
@@ -60,6 +72,8 @@ _PART, _SQUARE = Scaling(E4M3, 1, 128), Scaling(E4M3, 128, 128)
 
 RECIPES = {
     "fp8_tensorwise": Recipe(16, Pair(_TENSOR, _TENSOR), *(2 * (Pair(_TENSOR_GRADIENT, _TENSOR),))),
+    # Transformer Engine's format for it: E4M3 forward, E5M2 backward.
+    "fp8_delayed": Recipe(16, Pair(_TENSOR, _TENSOR), *(2 * (Pair(_TENSOR_GRADIENT, _TENSOR),)), delayed=True),
     "fp8_rowwise": Recipe(16, *(3 * (Pair(_ROW, _ROW),))),
     # The weight's gradient, which sums over all tokens, is as it would be without a recipe.
     "fp8_rowwise_wide": Recipe(16, Pair(_ROW, _ROW), Pair(_ROW, Scaling(E4M3, 0, 0, True)), Pair()),
@@ -73,8 +87,8 @@ RECIPES = {
     "int4_weights": Recipe(32, *(2 * (Pair(None, Scaling(INT4, 1, 32)),)), Pair(), straight=True),
 }
 NATIVE = {  # recipes whose products torch has for codes, by kind of device
-    "cpu": ("fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_wide", "int8"),
-    "cuda": ("fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_wide"),
+    "cpu": ("fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wide", "int8"),
+    "cuda": ("fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wide"),
 }
 CAPABILITY = (8, 9)  # of an NVIDIA GPU, from which on it multiplies FP8
 
@@ -97,9 +111,10 @@ class LowPrecision:
     share: Share | None = None
     gather: bool = False
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [..., K], weight [N, K] -> x Wᵀ [..., N] in x's dtype. The gradients follow the recipe too."""
-        y: Tensor = _Product.apply(x, weight, self)
+    def linear(self, x: Tensor, weight: Tensor, past: Magnitudes | None = None) -> Tensor:
+        """x [..., K], weight [N, K] -> x Wᵀ [..., N] in x's dtype. The gradients follow the recipe too. past: of the
+        layer, where the recipe's scales are delayed; a pass with gradients adds this step's magnitudes to it."""
+        y: Tensor = _Product.apply(x, weight, self, past, torch.is_grad_enabled())
         return y
 
     def grouped(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -116,33 +131,39 @@ class LowPrecision:
         dtype: torch.dtype,
         *,
         tokens: tuple[int | None, int | None],
+        delays: tuple[Delay | None, Delay | None] = (None, None),
     ) -> Tensor:
         """first [M, K] times the transpose of second [N, K] -> [M, N] in `dtype`. second: codes stay as they are.
 
         tokens: the dimension of each that is tokens, None for none.
         """
-        a, b = (self._codes(x, s, dim) for x, s, dim in zip((first, second), pair, tokens, strict=True))
+        each = zip((first, second), pair, tokens, delays, strict=True)
+        a, b = (self._codes(x, scaling, dim, delay) for x, scaling, dim, delay in each)
         return product(a, b, dtype, native=self.native)
 
-    def _codes(self, x: Tensor | Codes, scaling: Scaling | None, tokens: int | None) -> Codes | Tensor:
+    def _codes(
+        self, x: Tensor | Codes, scaling: Scaling | None, tokens: int | None, delay: Delay | None
+    ) -> Codes | Tensor:
         if scaling is None or isinstance(x, Codes):
             return x
         spans = tokens is not None and not (scaling.rows, scaling.columns)[tokens]
-        return encode(x, scaling, self.share if spans else None)
+        share = self.share if spans else None
+        return encode(x, scaling, share if delay is None else partial(_delayed, delay, share))
 
 
 class _Product(torch.autograd.Function):
     """x Wᵀ by a recipe, whose result is kept where a layer keeps results."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, low: LowPrecision) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, low: LowPrecision, past: Magnitudes | None, noted: bool) -> Tensor:
         coded = isinstance(weight, CodedWeight)  # whoever moves what is saved knows nothing of codes
         ctx.save_for_backward(x, *([] if coded else [weight]))
-        ctx.low, ctx.coded = low, weight if coded else None
+        ctx.low, ctx.past, ctx.coded = low, past, weight if coded else None
         rows, pair = x.reshape(-1, x.shape[-1]), low.recipe.forward
         shape = (*x.shape[:-1], len(weight))  # no -1: an expert may have no tokens
         second = weight.codes if isinstance(weight, CodedWeight) else weight
-        return kept(lambda: low.multiply(rows, second, pair, x.dtype, tokens=(0, None)).view(shape))
+        delays = _delays(past, (INPUTS, WEIGHTS), noted)
+        return kept(lambda: low.multiply(rows, second, pair, x.dtype, tokens=(0, None), delays=delays).view(shape))
 
     @staticmethod
     @once_differentiable
@@ -158,12 +179,30 @@ class _Product(torch.autograd.Function):
             if recipe.straight and scaling is not None:
                 codes = whole if isinstance(whole, Codes) else encode(whole, scaling)
                 pair, other = Pair(), codes.values(grad.dtype).T
-            dx = low.multiply(g, other, pair, grad.dtype, tokens=(0, None)).view_as(x)
+            delays = _delays(ctx.past, (GRADIENTS, WEIGHTS), True)
+            dx = low.multiply(g, other, pair, grad.dtype, tokens=(0, None), delays=delays).view_as(x)
         if ctx.needs_input_grad[1]:
             pair = recipe.weight_gradient
             made = grad.dtype if pair == Pair() else weight.dtype
-            dw = low.multiply(g.T, rows.T, pair, made, tokens=(1, 1)).to(weight.dtype)
-        return dx, dw, None
+            delays = _delays(ctx.past, (GRADIENTS, INPUTS), True)
+            dw = low.multiply(g.T, rows.T, pair, made, tokens=(1, 1), delays=delays).to(weight.dtype)
+        return dx, dw, None, None, None
+
+
+def _delays(past: Magnitudes | None, matrices: tuple[int, int], noted: bool) -> tuple[Delay | None, Delay | None]:
+    if past is None:
+        return None, None
+    return Delay(past, matrices[0], noted), Delay(past, matrices[1], noted)
+
+
+def _delayed(delay: Delay, share: Share | None, now: Tensor) -> Tensor:
+    """The magnitude that a matrix is scaled by, [1, 1]. Ranks agree on the matrix's own only where it has no past."""
+    past, matrix, noted = delay
+    if noted:
+        past.note(matrix, now)
+    if share is not None and not past.known:
+        now = share(now)
+    return past.expected(matrix, now)
 
 
 GATES = "makes decays, gates or writing strengths"
@@ -256,6 +295,7 @@ def apply(model: nn.Module, layers: Iterable[WeightProduct], low: LowPrecision) 
             module.low = low if {f"{name}.gate_up", f"{name}.down"} <= chosen else None
         elif isinstance(module, Linear):
             module.low = low if name in chosen else None
+            module.magnitudes = Magnitudes() if name in chosen and low.recipe.delayed else None
 
 
 def coded_layers(model: nn.Module) -> list[tuple[str, Linear, Scaling]]:

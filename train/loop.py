@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models import delayed_scaling
 from models.moe import mixtures
 from parallel.collectives import LEDGER
 from parallel.mesh import Groups
@@ -114,15 +115,19 @@ class Trainer:
         stop_asked = self.groups.first and self.stop.exists()
         cpu = time.process_time() - cpu
         computing = self.computing() if self.computing else 0.0
-        sums = totals(tally, self.guard.held, stop_asked, cpu, self.executor.device, self.groups, computing)
+        magnitudes, device = delayed_scaling.present(self.model), self.executor.device
+        sums = totals(tally, self.guard.held, stop_asked, cpu, device, self.groups, computing, magnitudes)
         loss = sums.cross_entropy / max(targets, 1)
         if sums.held:
+            delayed_scaling.forget(self.model)
             return self.rollback.skip(plan, batch, windows, loss, gradient_norm, rate), sums.stop
         self.optimizer.zero_grad()
         self.progress.stepped(tokens, places)
         own = mixtures(self.model)  # of this pipeline rank
         for name in own.keys() & sums.choices.keys():
             own[name].router.settle(sums.choices[name])
+        if sums.magnitudes is not None:
+            delayed_scaling.settle(self.model, sums.magnitudes)
         seconds = time.perf_counter() - began
         self.patience.stepped(seconds)
         if self.observe:

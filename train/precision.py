@@ -40,8 +40,9 @@ def layers_of(settings: PrecisionSettings, model: "LM", device: str) -> "list[We
         return []
     from models.recipes import RECIPES, policy
 
-    tiles = RECIPES[settings.recipe].tiles
-    layers = policy(model, tiles, high=settings.high, low=settings.low, grouped=device == "cpu")
+    recipe = RECIPES[settings.recipe]
+    grouped = device == "cpu" and not recipe.delayed
+    layers = policy(model, recipe.tiles, high=settings.high, low=settings.low, grouped=grouped)
     if all(layer.why is not None for layer in layers):
         first = next((f"; of {layer.name}, {layer.why}" for layer in layers if "multiple" in str(layer.why)), "")
         raise ValueError(f"precision.recipe={settings.recipe}: no linear layer of this model may follow it{first}")
@@ -59,6 +60,10 @@ def check_recipe(config: "RunConfig", model: "LM", device: str) -> None:
         )
     if settings.scales == "sequence" and config.parallel.stages > 1:
         raise ValueError("precision.scales=sequence: must be rank with a pipeline, whose micro-steps overlap")
+    if recipe == "fp8_delayed" and config.parallel.stages > 1:
+        raise ValueError(
+            f"precision.recipe={recipe}: must be another with a pipeline: its ranks have other layers each"
+        )
     if settings.gather == "codes":
         _check_gather(config)
     layers_of(settings, model, device)
@@ -141,12 +146,13 @@ def dependence(config: "RunConfig", recipe: "Recipe") -> list[str]:
     rows = [scaling for scaling in (recipe.forward.first, recipe.input_gradient.first) if scaling is not None]
     if any(not scaling.rows for scaling in rows) or any(not scaling.columns for scaling in tokens):
         whose = "a rank's tokens" if settings.scales == "rank" else "all tokens"
-        told.append(f"precision.scales={settings.scales}: scales span {whose} of a micro-step")
+        when = " where a matrix has no past, in the first step" if recipe.delayed else ""
+        told.append(f"precision.scales={settings.scales}: scales span {whose} of a micro-step{when}")
     if blocks := max((scaling.columns for scaling in tokens), default=0):
         told.append(
             f"precision.recipe={settings.recipe}: {blocks} tokens share a scale, of the same {blocks} only where every "
             f"span begins at a multiple of {blocks}"
         )
-    if config.parallel.tensor > 1:
+    if config.parallel.tensor > 1 and not recipe.delayed:
         told.append(f"parallel.tensor={config.parallel.tensor}: scales of weights are of a rank's part of them")
     return told

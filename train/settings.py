@@ -321,6 +321,7 @@ COMPUTE = get_args(ComputeDtype)
 RecipeName = Literal[
     "none",
     "fp8_tensorwise",
+    "fp8_delayed",
     "fp8_rowwise",
     "fp8_rowwise_wide",
     "fp8_blockwise",

@@ -19,7 +19,8 @@ class StepTotals:
     stop, held: whether any rank was asked to stop, or held the step back. memory: the largest peak of a rank, bytes.
     cpu: seconds of processor time. computing: seconds in layers, of each rank of a plan. choices: by layer, how many
     tokens each expert got, [E]. ahead: nats of each module of multi-token prediction. dropped: by layer, the share of
-    choices that an expert had no room for. communication: as `comm_record.record` has it.
+    choices that an expert had no room for. communication: as `comm_record.record` has it. magnitudes: the
+    largest of each over ranks, None without any.
     """
 
     stop: bool
@@ -35,12 +36,21 @@ class StepTotals:
     choices: dict[str, Tensor]
     dropped: dict[str, float]
     communication: dict[str, Any]
+    magnitudes: Tensor | None = None
 
 
 def totals(
-    tally: Tally, held: Tensor, stop: bool, cpu: float, device: torch.device, groups: Groups, computing: float = 0.0
+    tally: Tally,
+    held: Tensor,
+    stop: bool,
+    cpu: float,
+    device: torch.device,
+    groups: Groups,
+    computing: float = 0.0,
+    magnitudes: Tensor | None = None,
 ) -> StepTotals:
-    """Adds up what this rank found in a step with that of the others. held: bool []. Collective."""
+    """Adds up what this rank found in a step with that of the others. held: bool []. magnitudes: [n], of matrices whose
+    scales are delayed (`models.delayed_scaling`). Collective."""
     layers, limited = sorted(tally.load), sorted(tally.dropped)
     loads = [tally.load[name].double() for name in layers]
     losses = [tally.cross_entropy, tally.balance, tally.z, tally.divergence, *tally.ahead.unbind()]
@@ -50,7 +60,9 @@ def totals(
     own[3] = held  # without a word from the device to the host
     received = torch.tensor(comm_record.taken(), dtype=torch.float64, device=device)
     totals_now = torch.cat([x.double().view(-1) for x in (*sums, *loads)]) * float(groups.counts)
-    rows = groups.all_comm.all_gather(torch.cat([own, totals_now, received]), purpose="metrics")
+    seen = own.new_empty(0) if magnitudes is None else magnitudes.double()
+    rows = groups.all_comm.all_gather(torch.cat([own, totals_now, received, seen]), purpose="metrics")
+    rows, others = rows.split([rows.shape[1] - len(seen), len(seen)], 1)
     total = rows.sum(0)
     first = len(own) + len(sums)
     *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])
@@ -72,4 +84,5 @@ def totals(
         choices=choices,
         dropped={name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},
         communication=comm_record.record(received.tolist()),
+        magnitudes=None if magnitudes is None else others.amax(0),
     )
