@@ -15,11 +15,11 @@ STEPS = 1024  # that are remembered: Transformer Engine's default
 
 
 class Magnitudes(nn.Module):
-    """The largest magnitudes of the three matrices of a linear layer's products, x, W and g, in the last steps.
+    """The largest magnitudes of the three matrices of a layer's products, x, W and g, in the last steps.
 
-    past: [3, steps] in fp32, the newest step first, 0 where there was none; part of every checkpoint. present: [3], the
-    largest of this step so far on this rank. known: whether a step has ended since the buffers were filled, so that the
-    host need not ask the device for it.
+    past: [3, steps] in fp32 or fp64, the newest step first, 0 where there was none; part of every checkpoint. present:
+    [3], the largest of this step so far on this rank. known: whether a step has ended since the buffers were filled, so
+    that the host need not ask the device for it.
     """
 
     past: Tensor
@@ -57,21 +57,20 @@ class Magnitudes(nn.Module):
 
 
 def histories(model: nn.Module) -> dict[str, Magnitudes]:
-    """By the layer's name, in the model's order."""
-    named = ((name.rpartition(".")[0], module) for name, module in model.named_modules())
-    return {name: module for name, module in named if isinstance(module, Magnitudes)}
+    """By name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Magnitudes)}
 
 
 def present(model: nn.Module) -> Tensor | None:
-    """The largest magnitudes of this step on this rank, [layers x 3]; None where no layer's scales are delayed."""
+    """The largest magnitudes of this step on this rank, [products x 3]; None where no scales are delayed."""
     each = [history.present for history in histories(model).values()]
     return torch.cat(each) if each else None
 
 
 def settle(model: nn.Module, largest: Tensor) -> None:
-    """Ends a step: `largest` is the largest over ranks of `present`, [layers x 3]."""
-    for history, of_layer in zip(histories(model).values(), largest.view(-1, 3), strict=True):
-        history.settle(of_layer)
+    """Ends a step: `largest` is the largest over ranks of `present`, [products x 3]."""
+    for history, own in zip(histories(model).values(), largest.view(-1, 3), strict=True):
+        history.settle(own)
 
 
 def forget(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, fan_in, positive
+from models.delayed_scaling import Magnitudes
 from models.dispatch import Dispatch, Dispatched, Here, Sent, by_expert
 from models.ffn import MLP, SwiGLU, clamped_swiglu, relu2
 from models.kernels.grouped_ffn import FEW, IN_TURN, grouped_linear, mixture, mixture_of_few
@@ -56,6 +57,9 @@ class Experts(nn.Module):
         )
         self.down_bias = declare(num_experts, dim, axes=("expert", "embed"), **zeros) if bias else None
         self.low: Any = None  # a recipe of few bits (`models.recipes.LowPrecision`)
+        # Of earlier steps, where the recipe takes its scales from them.
+        self.gate_up_magnitudes: Magnitudes | None = None
+        self.down_magnitudes: Magnitudes | None = None
 
     def forward(
         self,
@@ -83,8 +87,7 @@ class Experts(nn.Module):
 
     def transform(self, sent: Sent, gate_up: Tensor, down: Tensor, dispatch: Dispatch) -> Tensor:
         """The experts' outputs [M, D] of the rows that were sent to them."""
-        multiply = grouped_linear if self.low is None else self.low.grouped
-        inner_MH = multiply(sent.rows, gate_up, sent.offsets)
+        inner_MH = self._multiply(sent.rows, gate_up, sent.offsets, self.gate_up_magnitudes)
         if self.gate_up_bias is not None:
             inner_MH = inner_MH + _of_each(dispatch.held(self.gate_up_bias), sent)
         if self.form == "relu2":
@@ -92,11 +95,17 @@ class Experts(nn.Module):
         else:
             gate_MH, up_MH = inner_MH.chunk(2, dim=-1)
             hidden_MH = clamped_swiglu(gate_MH, up_MH) if self.form == "clamped" else F.silu(gate_MH) * up_MH
-        y_MD = multiply(hidden_MH, down, sent.offsets)
+        y_MD = self._multiply(hidden_MH, down, sent.offsets, self.down_magnitudes)
         if self.down_bias is not None:  # of which a device that holds some channels adds as large a share
             share = down.shape[1] / self.hidden
             y_MD = y_MD + share * _of_each(dispatch.held(self.down_bias), sent)
         return y_MD
+
+    def _multiply(self, rows: Tensor, weight: Tensor, offsets: Tensor, past: Magnitudes | None) -> Tensor:
+        if self.low is None:
+            return grouped_linear(rows, weight, offsets)
+        low: Tensor = self.low.grouped(rows, weight, offsets, past)
+        return low
 
 
 def _of_each(bias_EO: Tensor, sent: Sent) -> Tensor:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from models.delayed_scaling import GRADIENTS, INPUTS, WEIGHTS, Magnitudes
 from models.kernels.coded_weight import CodedWeight
+from models.kernels.grouped_ffn import grouped_linear, grouped_weight_gradient
 from models.kernels.low_precision import E4M3, E5M2, INT4, INT8, Codes, Scaling, Share, encode, product
 from models.linear import Linear
 from models.moe import Experts
@@ -117,8 +118,12 @@ class LowPrecision:
         y: Tensor = _Product.apply(x, weight, self, past, torch.is_grad_enabled())
         return y
 
-    def grouped(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """`models.kernels.grouped_ffn.grouped_linear`, an expert at a time, each with scales of its own."""
+    def grouped(self, rows: Tensor, weight: Tensor, offsets: Tensor, past: Magnitudes | None = None) -> Tensor:
+        """`models.kernels.grouped_ffn.grouped_linear`, an expert at a time, each with scales of its own. past: of the
+        product, where scales are delayed: all experts have the same, and are multiplied at once."""
+        if past is not None:
+            y: Tensor = _Grouped.apply(rows, weight, offsets, self, past, torch.is_grad_enabled())
+            return y
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
         parts = zip(rows.split(sizes), weight.unbind(), strict=True)
         return torch.cat([self.linear(part, each.T) for part, each in parts])
@@ -140,6 +145,19 @@ class LowPrecision:
         each = zip((first, second), pair, tokens, delays, strict=True)
         a, b = (self._codes(x, scaling, dim, delay) for x, scaling, dim, delay in each)
         return product(a, b, dtype, native=self.native)
+
+    def rounded(
+        self,
+        x: Tensor,
+        scaling: Scaling | None,
+        tokens: int | None,
+        delay: Delay | None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The values of x's codes, [..., K] as x, in `dtype` or x's."""
+        codes = self._codes(x.flatten(0, -2), scaling, tokens, delay)
+        values = codes.values(dtype or x.dtype) if isinstance(codes, Codes) else codes.to(dtype or x.dtype)
+        return values.view(x.shape)
 
     def _codes(
         self, x: Tensor | Codes, scaling: Scaling | None, tokens: int | None, delay: Delay | None
@@ -187,6 +205,35 @@ class _Product(torch.autograd.Function):
             delays = _delays(ctx.past, (GRADIENTS, INPUTS), True)
             dw = low.multiply(g.T, rows.T, pair, made, tokens=(1, 1), delays=delays).to(weight.dtype)
         return dx, dw, None, None, None
+
+
+class _Grouped(torch.autograd.Function):
+    """`_Product` of all experts at once, whose matrices have one scale each: rows [M, K], weight [E, K, N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, low: LowPrecision, past: Magnitudes, noted: bool
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, offsets)
+        ctx.low, ctx.past = low, past
+        pair, (of_rows, of_weight) = low.recipe.forward, _delays(past, (INPUTS, WEIGHTS), noted)
+
+        def run() -> Tensor:
+            values = low.rounded(rows, pair.first, 0, of_rows)
+            return grouped_linear(values, low.rounded(weight, pair.second, None, of_weight, rows.dtype), offsets)
+
+        return kept(run)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, weight, offsets), low = ctx.saved_tensors, ctx.low
+        of_grad, of_weight = _delays(ctx.past, (GRADIENTS, WEIGHTS), True)
+        first, second = low.recipe.input_gradient
+        g = low.rounded(grad, first, 0, of_grad)
+        dx = grouped_linear(g, low.rounded(weight, second, None, of_weight, grad.dtype).transpose(1, 2), offsets)
+        x = low.rounded(rows, low.recipe.weight_gradient.second, 0, _delays(ctx.past, (INPUTS, INPUTS), True)[0])
+        return dx, grouped_weight_gradient(x, g, offsets).to(weight.dtype), None, None, None, None
 
 
 def _delays(past: Magnitudes | None, matrices: tuple[int, int], noted: bool) -> tuple[Delay | None, Delay | None]:
@@ -292,7 +339,10 @@ def apply(model: nn.Module, layers: Iterable[WeightProduct], low: LowPrecision) 
     chosen = {layer.name for layer in layers if layer.why is None}
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            module.low = low if {f"{name}.gate_up", f"{name}.down"} <= chosen else None
+            follows = {f"{name}.gate_up", f"{name}.down"} <= chosen
+            module.low = low if follows else None
+            delayed = follows and low.recipe.delayed
+            module.gate_up_magnitudes, module.down_magnitudes = (Magnitudes() if delayed else None for _ in range(2))
         elif isinstance(module, Linear):
             module.low = low if name in chosen else None
             module.magnitudes = Magnitudes() if name in chosen and low.recipe.delayed else None

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models import delayed_scaling
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
@@ -134,6 +135,8 @@ def trained(name: str, seed: int, steps: int, train: Corpus, held_out: Corpus) -
             raise FloatingPointError(f"{name}: gradient norm {norm.item()} at step {step}")
         optimizer.step()
         optimizer.zero_grad()
+        if (seen := delayed_scaling.present(model)) is not None:
+            delayed_scaling.settle(model, seen)
         losses.append(round(loss.item(), 5))
     with torch.no_grad():
         final = statistics.mean(loss_of(model, *each).item() for each in held_out)

@@ -41,7 +41,7 @@ def layers_of(settings: PrecisionSettings, model: "LM", device: str) -> "list[We
     from models.recipes import RECIPES, policy
 
     recipe = RECIPES[settings.recipe]
-    grouped = device == "cpu" and not recipe.delayed
+    grouped = device == "cpu" or recipe.delayed
     layers = policy(model, recipe.tiles, high=settings.high, low=settings.low, grouped=grouped)
     if all(layer.why is not None for layer in layers):
         first = next((f"; of {layer.name}, {layer.why}" for layer in layers if "multiple" in str(layer.why)), "")

@@ -48,7 +48,7 @@ class NoiseProbe:
     recipes: dict[str, Recipe]
     decibels: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, past: None = None) -> Tensor:
         """x [..., K], weight [N, K] -> x Wᵀ [..., N]."""
         rows = x.flatten(0, -2)
         for name, recipe in self.recipes.items():
@@ -86,7 +86,7 @@ class _OfExperts:
 
     probes: list[tuple[Tensor, NoiseProbe]]
 
-    def grouped(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    def grouped(self, rows: Tensor, weight: Tensor, offsets: Tensor, past: None = None) -> Tensor:
         """As `models.recipes.LowPrecision.grouped`."""
         probe = next(probe for each, probe in self.probes if each is weight)
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()

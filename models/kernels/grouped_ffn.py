@@ -38,6 +38,15 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(rows, weight, offs=offsets)
 
 
+def grouped_weight_gradient(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """The gradient [E, I, O] of `grouped_linear`'s weight, of rows [M, I] and the output's gradient [M, O]."""
+    whole = all(width * x.itemsize % ALIGNED == 0 for x in (rows, grad) for width in x.shape[1:])
+    if rows.dtype in FUSED and whole:
+        return F.grouped_mm(rows.T, grad, offs=offsets)
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.stack([part.T @ g for part, g in zip(rows.split(sizes), grad.split(sizes), strict=True)])
+
+
 def loop(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """The same by one matmul an expert: the reference, and the path of dtypes that the fused operator lacks (fp64)."""
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()

@@ -1,5 +1,6 @@
 """`precision=…` as a user meets it: what a plan says of a recipe, what is refused, and a run that follows one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["precision.recipe=fp8"], "precision.recipe=fp8: must be one of none, fp8_tensorwise, fp8_rowwise"),
+        (["precision.recipe=fp8"], "precision.recipe=fp8: must be one of none, fp8_tensorwise, fp8_delayed"),
         (["precision=fp8"], "precision=fp8: "),
         (["precision.high=[head]"], "precision.high=['head']: must be [] without a recipe"),
         (["precision=mxfp8", "precision.kernel=native"], "precision.kernel=native: must be auto or emulated with"),
@@ -47,6 +48,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["precision=fp8_tensorwise", "precision.scales=sequence", "parallel.pipeline=2", "cluster.workers=2"],
             "precision.scales=sequence: must be rank with a pipeline",
         ),
+        (
+            ["precision=fp8_delayed", "parallel.pipeline=2", "cluster.workers=2"],
+            "precision.recipe=fp8_delayed: must be another with a pipeline",
+        ),
+        (["precision=fp8_delayed", "precision.gather=codes"], "must be high with precision.recipe=fp8_delayed, whose"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(place, capsys, more, words):
@@ -81,6 +87,21 @@ def test_a_run_follows_a_recipe_and_says_how_far(place, capsys):
     capsys.readouterr()
     assert main(["plan", *given, "precision=int8", "precision.report=true", f"init_from={place / 'run'}"]) == 0
     assert "96 tokens with its weights of step-2" in capsys.readouterr().out
+
+
+@pytest.mark.composes
+def test_a_run_goes_on_with_delayed_scales_and_with_the_magnitudes_behind_them(place, capsys):
+    """From a checkpoint without them; then two steps in a row are those of one step and another."""
+    given = [o for o in overrides(place) if not o.startswith(("run.", "precision", "train.tokens", "train.steps"))]
+    more = ["cluster.workers=1", "schedule=constant", "train.tokens=384", f"run.dir={place / 'delayed'}"]
+    assert main(["train", *given, *more]) == 0
+    shutil.copytree(place / "delayed", place / "whole")
+    assert main(["train", f"resume={place / 'whole'}", "precision=fp8_delayed", "train.tokens=1152"]) == 0
+    assert main(["train", f"resume={place / 'delayed'}", "precision=fp8_delayed", "train.tokens=768"]) == 0
+    assert main(["train", f"resume={place / 'delayed'}", "train.tokens=1152"]) == 0
+    capsys.readouterr()
+    whole, parts = (records(place / name / "metrics.jsonl") for name in ("whole", "delayed"))
+    assert [row["loss"] for row in whole][-2:] == [row["loss"] for row in parts][-2:]
 
 
 @pytest.mark.composes

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from data import reading
+from models.delayed_scaling import histories
 from parallel.parallelize import parameter_name
 from parallel.shards import ByParts
 from parallel.tensor import Division, division_of
@@ -66,12 +67,11 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
     """Fills the model, and the optimizer unless None (`init_from`), in place; returns the manifest. Collective.
 
     A new run may remember more than the one it starts from, the bias of a router: such buffers keep their first value.
+    So do magnitudes of delayed scales in a run that goes on, whose recipe may be another than before.
     """
     if optimizer is None:
         reader = _reader(checkpoint)
-        saved = reader.read_metadata().state_dict_metadata
-        buffers = (parameter_name(name) for name, _ in model.named_buffers())
-        new = {name for name in buffers if f"model.{name}" not in saved}
+        new = _new_buffers(model, reader)
         with ByParts():
             weights = {name: value for name, value in get_model_state_dict(model).items() if name not in new}
         _fill({"model": weights}, reader, division=division_of(model))
@@ -83,21 +83,33 @@ def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None) -> dic
     else:
         with ByParts():
             weights, moments = get_state_dict(model, optimizer)
-        state = {"state": moments["state"]}  # and not its settings: a resumed run may have been given others
-        read({"model": weights, "optimizer": state}, checkpoint, division=division_of(model))
+        state, reader = (
+            {"state": moments["state"]},
+            _reader(checkpoint),
+        )  # a resumed run may have been given other settings
+        past = {f"{parameter_name(name)}.past" for name in histories(model)}
+        new = past & _new_buffers(model, reader) if past else past
+        weights = {name: value for name, value in weights.items() if name not in new}
+        _fill({"model": weights, "optimizer": state}, reader, division=division_of(model))
+        options = StateDictOptions(strict=not new)
         with ByParts():
-            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
     return manifest(checkpoint)
+
+
+def _new_buffers(model: nn.Module, reader: dcp.StorageReader) -> set[str]:
+    """The names of the model's buffers that a checkpoint has none of."""
+    saved = reader.read_metadata().state_dict_metadata
+    buffers = (parameter_name(name) for name, _ in model.named_buffers())
+    return {name for name in buffers if f"model.{name}" not in saved}
 
 
 def load_weights(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """`load` without the optimizer's state, into a model that it steps. Collective."""
     if not isinstance(optimizer, EngineOptimizer):
         return load(checkpoint, model, None)
-    saved = _reader(checkpoint).read_metadata().state_dict_metadata
-    buffers = {parameter_name(name) for name, _ in model.named_buffers()}
     weights = optimizer.named_state()["model"]
-    new = {name for name in buffers if f"model.{name}" not in saved}
+    new = _new_buffers(model, _reader(checkpoint))
     read({"model": {name: value for name, value in weights.items() if name not in new}}, checkpoint)
     optimizer.filled()
     return manifest(checkpoint)
