@@ -30,7 +30,7 @@ from models.router import Router
 
 
 class Delay(NamedTuple):
-    """Where a matrix has its scale from: a row of its layer's magnitudes. noted: this step's is added to them."""
+    """The source of a matrix's scale: a row of its layer's magnitudes. noted: this step's is added to them."""
 
     past: Magnitudes
     matrix: int
