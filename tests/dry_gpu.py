@@ -17,36 +17,40 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from launch.config.compose import composed
 from models.axes import declarations
 from models.kernels import conv, fla, norm, registry, varlen
 from models.lm import LM
 from parallel import collectives
-from parallel.mesh import Groups
-from parallel.schedule.mesh import Mesh
+from parallel.mesh import Groups, Meshes
 from parallel.sequence.states import transport
 from tests.parity import Sample
 from train.execute import Executor
 from train.guards.step_guard import Guard, apply
+from train.metrics.timing import PhaseTimes
 from train.optim import adamw
 from train.optim.build import build_optimizer
 from train.optim.clip import clip
+from train.placed_model import place_model
+from train.run_config import RunConfig
 
 NAME = "drygpu"
 ROOT = str(Path(__file__).parent.parent)
@@ -76,10 +80,56 @@ class PlaceError(AssertionError):
     """A tensor of the host met one of the device."""
 
 
+class Stream:
+    """A queue of the device, and a mark in one: nothing runs, so nobody waits. FSDP2 asks for these."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> "Stream":
+        return self
+
+    record_event = record
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        raise WaitError(f"the host waits for a stream at {place()}")
+
+
+class Backend(_DummyBackendModule):
+    """What `torch.cuda` is to CUDA, as far as FSDP2 asks."""
+
+    Stream = Event = Stream
+    _stream = Stream()
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return self._stream
+
+    def stream(self, stream: Stream) -> Any:
+        return nullcontext()
+
+    def set_device(self, device: Any) -> None: ...
+
+    def synchronize(self, device: Any = None) -> None:
+        raise WaitError(f"the host waits for the device at {place()}")
+
+
+def _empty(size: Any, **kwargs: Any) -> Tensor:
+    """What FSDP2 allocates while the model is on no device yet."""
+    with shapes_alone():
+        return torch.empty(size, **kwargs)
+
+
+_LIBRARY = torch.library.Library("aten", "IMPL")
+
+
 @cache
 def device() -> torch.device:
     """The device, which a process registers once."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, Backend())
+    _LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
     return torch.device(NAME, 0)
 
 
@@ -275,13 +325,44 @@ def _parts(model: LM, watch: Watch) -> None:
             if name == first:
                 args[0].register_hook(departed)
 
-        layer.register_forward_pre_hook(enter)
+        layer.register_forward_pre_hook(enter, prepend=True)
         layer.register_forward_hook(leave)
 
 
-def steps(overrides: list[str], *, world: int = 1, documents: tuple[int, ...] = DOCUMENTS, count: int = 2) -> Watch:
+def _whole(config: RunConfig, where: torch.device) -> tuple[LM, Optimizer]:
+    """A model whose weights are whole, in fp32, and its optimizer."""
+    with shapes_alone(), where:
+        model = config.model.build()
+    model.compute = torch.bfloat16
+    return model, build_optimizer(config.optimizer.build(), model, declarations(model))
+
+
+def _placed(config: RunConfig, meshes: Meshes) -> tuple[LM, Optimizer]:
+    """The same, cut and sharded by the engine of the configuration, as a run has it."""
+    order = {"config": config, "device": NAME}
+    with ExitStack() as stack:
+
+        def to_empty(model: LM, **where: Any) -> nn.Module:
+            """From here on the model is on the device. A tensor of shapes alone cannot be cut: torch swaps it."""
+            stack.enter_context(shapes_alone())
+            return nn.Module.to_empty(model, **where)
+
+        stack.enter_context(patch.object(LM, "to_empty", to_empty))
+        placed = place_model(order, meshes, PhaseTimes(), lambda line: None)
+    return placed.model, placed.optimizer
+
+
+def steps(
+    overrides: list[str],
+    *,
+    world: int = 1,
+    sharded: bool = False,
+    documents: tuple[int, ...] = DOCUMENTS,
+    count: int = 2,
+) -> Watch:
     """Training steps of a configuration on rank `world` - 1, from the batch to the new weights. The last is watched:
-    the first makes what later ones find.
+    the first makes what later ones find. sharded: the configuration's engine places the model, as a run has it; else
+    weights are whole, and in fp32.
 
     Returns the watch. Raises WaitError or PlaceError at the first fault.
     """
@@ -291,24 +372,24 @@ def steps(overrides: list[str], *, world: int = 1, documents: tuple[int, ...] = 
     rank = world - 1
     dist.init_process_group(f"cpu:fake,{NAME}:fake", store=FakeStore(), rank=rank, world_size=world)
     try:
+        mesh = config.parallel.mesh(world)
+        with believed(watch):
+            model, optimizer = _placed(config, Meshes(mesh, where)) if sharded else _whole(config, where)
+        _parts(model, watch)
+        watch.kinds = model.kinds
         with shapes_alone(), believed(watch), watch, Fused(watch):
-            with where:
-                model = config.model.build()
-            model.compute = torch.bfloat16
-            _parts(model, watch)
-            watch.kinds = model.kinds
-            optimizer = build_optimizer(config.optimizer.build(), model, declarations(model))
-            groups = Groups(Mesh(sequence=world))
+            groups = Groups(mesh)
             recurrence, attention = config.parallel.transport.build()
             executor = Executor(
                 model, groups, where, recurrence, attention, config.train.balance_weight, z_weight=config.train.z_weight
             )
             guard = Guard(config.train.guard, groups.all_comm, where)
-            scheduler, batch = config.scheduler.build(), [Sample(documents), Sample(documents[::-1])]
+            data, sequence = mesh.split
+            scheduler, batch = config.scheduler.build(), [Sample(documents), Sample(documents[::-1])] * data
             for step in range(count):
                 watch.launches.clear()
                 watch.uploads.clear()
-                plan = scheduler.plan(step + 1, [len(s.tokens) for s in batch], data=1, sequence=world)
+                plan = scheduler.plan(step + 1, [len(s.tokens) for s in batch], data=data, sequence=sequence)
                 watch.part = "forward rest"
                 tally = executor.train(plan, batch)
                 watch.part = "update"
@@ -372,12 +453,14 @@ def table(models: dict[str, list[str]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Without arguments, writes the table of docs/gpu.md; else prints the parts of one configuration's step: the number
-    of ranks, then overrides."""
+    of ranks, `sharded` or nothing, then overrides."""
     from tests.benchmarks.section import write
     from tests.test_dry_gpu import MODELS, overrides
 
     if arguments:
-        print(report(steps(arguments[1:], world=int(arguments[0]))))
+        ranks, *more = arguments
+        sharded = more[:1] == ["sharded"]
+        print(report(steps(more[sharded:], world=int(ranks), sharded=sharded)))
     else:
         write(PAGE, TITLE, table({model: overrides(model) for model in MODELS}))
 

@@ -13,6 +13,8 @@ from launch.config.files import CONF
 from models.block import Block
 from models.kernels import fla
 from models.moe import MoE
+from parallel.expert import Exchange
+from parallel.fsdp import CountedGather, CountedScatter
 from parallel.sequence import place
 from tests import dry_gpu
 from tests.world import run_world
@@ -75,6 +77,55 @@ def test_so_do_those_of_every_model(world):
     held_to_the_table(apart(_measured, {model: overrides(model) for model in MODELS}, world), world)
 
 
+CAPACITY = {  # the blocks of models with experts, whose `capacity_factor` gives padded rows their number
+    "jamba_tiny": ["mamba_moe"],
+    "kimi_linear_tiny": ["kda"],
+    "linear_moe_a1b_7b": ["moe"],
+    "linear_moe_a300m_2b": ["moe"],
+    "linear_moe_tiny": ["gla"],
+    "qwen3_moe_tiny": ["moe"],
+    "qwen3_next_tiny": ["gdn"],
+}
+
+
+def padded(model: str) -> list[str]:
+    """Experts over eight ranks, each of which sends every expert the same number of rows."""
+    factors = [f"+model.blocks.{block}.ffn.capacity_factor=1.25" for block in CAPACITY[model]]
+    return ["parallel.expert=8", "parallel.transport.experts=padded", *factors]
+
+
+def _sharded(runs: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Of each run on eight ranks under FSDP2, the collectives of its last step."""
+    found = {}
+    for name, given in runs.items():
+        launches = dry_gpu.steps(["train.mfu=false", *given], world=8, sharded=True).launches
+        found[name] = sorted({operator for part in launches.values() for operator in part if operator in COLLECTIVES})
+    return found
+
+
+FSDP = ["_allgather_base_", "_reduce_scatter_base_", "allreduce_"]
+COLLECTIVES = {*FSDP, "alltoall_base_"}
+
+
+def test_neither_do_those_under_fsdp2_and_with_padded_experts():
+    model = [*overrides("linear_moe_tiny"), *EVERY_RUN["linear_moe_tiny"]]
+    runs = {"sequence": model, "experts": [*model, *padded("linear_moe_tiny")]}
+    runs["bf16"] = ["model.layers=1", "engine.gradients=bf16"]
+    found = apart(_sharded, runs)
+    assert found == {"sequence": FSDP, "experts": sorted(COLLECTIVES), "bf16": sorted({*COLLECTIVES} - {FSDP[1]})}
+
+
+@pytest.mark.slow
+def test_nor_do_those_of_every_model_under_fsdp2():
+    apart(_sharded, {model: overrides(model) for model in MODELS})
+
+
+@pytest.mark.slow
+def test_nor_do_those_of_every_model_with_padded_experts():
+    found = apart(_sharded, {model: [*overrides(model), *padded(model)] for model in CAPACITY})
+    assert all("alltoall_base_" in collectives for collectives in found.values())
+
+
 def _asks(forward: Callable[..., Any], question: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
     def asked(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         question(x)
@@ -93,6 +144,45 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {  # what is broken, and the words of 
     "tensors on": (MoE, "forward", _asks(MoE.forward, lambda x: x + torch.zeros(x.shape[-1]))),
     "models/kernels/fla.py": (place, "know", lambda x, pieces: x),
 }
+
+
+def _misplaced(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args, device=None, **kwargs: make(*args, **kwargs)
+
+
+SHARDED_FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "_local_scalar_dense at parallel/expert.py": (Exchange, "_counts", Exchange._counts),  # whole, where it is called
+    "_local_scalar_dense at tests": (
+        CountedGather,
+        "__call__",
+        lambda *_, output_tensor, **__: output_tensor[0].item(),
+    ),
+    "is_nonzero": (CountedScatter, "__call__", lambda *_, input_tensor, **__: bool(input_tensor[0] > 0)),
+    "at parallel/expert.py": (torch, "arange", _misplaced(torch.arange)),
+    "tensors on": (Exchange, "_collect_padded", lambda self, rows, sent, weights: weights @ torch.zeros(2, 256)),
+}
+
+
+def _sharded_faults() -> dict[str, str]:
+    said = {}
+    for name, (owner, attribute, broken) in SHARDED_FAULTS.items():
+        given = ["train.mfu=false", "model.layers=1", *padded("linear_moe_tiny")]
+        if broken is Exchange._counts:
+            given.remove("parallel.transport.experts=padded")
+        try:
+            with patch.object(owner, attribute, broken):
+                dry_gpu.steps(given, world=8, sharded=True, count=1)
+            said[name] = "nothing"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def test_questions_and_misplaced_tensors_are_seen_under_fsdp2_and_with_padded_experts():
+    said = apart(_sharded_faults)
+    for name in SHARDED_FAULTS:
+        kind = "PlaceError" if name in ("tensors on", "at parallel/expert.py") else "WaitError"
+        assert said[name].startswith(kind) and name in said[name], f"{name}: {said[name]}"
 
 
 def _faults() -> dict[str, str]:
