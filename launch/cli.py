@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 
-from launch import apart, terminal
+from launch import apart, collection, terminal
 from launch.commands.arguments import asks_for_configuration
 from launch.errors import UserError
 from launch.run import signals
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is not None:
         return _run(arguments)
+    collection.seldom()
     apart.shield()
     terminal.outlive()
     with signals.interrupted(_interrupt):

@@ -129,8 +129,10 @@ class Storing:
         else:
             tokenizer = self._tokenizer(source)
             workers = 1 if current_process().daemon else self.workers or _cores()
-            folder = self._folder(source, tokenizer)
-            store = str(build(source, tokenizer, folder, workers=workers, runner=runner, watch=watch).folder)
+            identity = source.identity()
+            folder = self._folder(identity, tokenizer)
+            made = build(source, tokenizer, folder, identity=identity, workers=workers, runner=runner, watch=watch)
+            store = str(made.folder)
         return fetch(store, self.local) if self.local is not None else Path(store).expanduser()
 
     def left_out(self, folder: Path) -> dict[str, int]:
@@ -180,10 +182,10 @@ class Storing:
             key = f"vocabulary={self.vocabulary}" if self.tokenizer == Untrained.name else f"tokenizer={self.tokenizer}"
             raise ValueError(f"data.{key}: {error}") from None
 
-    def _folder(self, source: Any, tokenizer: Any) -> Path:
+    def _folder(self, identity: dict[str, Any], tokenizer: Any) -> Path:
         if self.store is not None:
             return Path(self.store).expanduser()
-        made_of = json.dumps([source.identity(), tokenizer.identity, VERSION], sort_keys=True)
+        made_of = json.dumps([identity, tokenizer.identity, VERSION], sort_keys=True)
         key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(cache) / "farspan" / f"{self.corpus}-{key}"

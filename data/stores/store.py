@@ -120,11 +120,14 @@ def build(
     tokenizer: Any,
     folder: str | Path,
     *,
+    identity: dict[str, Any] | None = None,
     workers: int = 1,
     runner: Runner | None = None,
     watch: Watch | None = None,
 ) -> Store:
     """The store of `corpus` in `folder`: the one that is there if it is of the same identity, else a new one.
+
+    identity: that of the corpus, where it has been asked already: a corpus looks at each of its files for it.
 
     Its bytes do not depend on workers or runner (`prepare.fill`). Processes that build the same folder at once all end
     with a good store. Raises ValueError if the folder holds anything that is not a store's, if the corpus has no
@@ -132,7 +135,7 @@ def build(
     next call goes on.
     """
     folder = Path(folder).absolute()
-    source = {"identity": corpus.identity(), "tokenizer": tokenizer.identity}
+    source = {"identity": identity or corpus.identity(), "tokenizer": tokenizer.identity}
     if (store := _reusable(folder, source)) is not None:
         return store
     if folder.exists() and not (folder.is_dir() and OURS.issuperset(os.listdir(folder))):

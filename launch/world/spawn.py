@@ -23,6 +23,7 @@ from typing import Any
 from launch import apart
 from launch.run.failure import Failure, Outcome, verdict
 from launch.run.signals import AT_ONCE, Stopping, fresh
+from launch.world import fork
 from launch.world.job import Job, signals_held, without_main
 from launch.world.worker import work
 
@@ -44,15 +45,16 @@ _PRELOAD = (
 def warm(*modules: str) -> None:
     """Start the fork server, which imports torch and `modules` while we go on; returns at once.
 
-    Only the first call in a process decides on the modules. The server ends with this process.
+    It is forked from this process where that is safe, so that what is imported here is not imported again. Only the
+    first call in a process decides on the modules. The server ends with this process.
     """
-    get_context("forkserver").set_forkserver_preload([*_PRELOAD, *modules])
+    get_context("forkserver").set_forkserver_preload([*_PRELOAD, *modules, "launch.world.ready"])
     # Asking for devices while a module is imported must not initialise CUDA, which does not survive a fork.
     before = os.environ.get(_NVML)
     os.environ[_NVML] = "1"
     # A signal to our process group must never reach the server, which the workers' exit codes come through: it keeps
     # the mask that it inherits, and the workers lift it.
-    with apart.shielded(), signals_held():
+    with apart.shielded(), signals_held(), fork.from_here():
         forkserver.ensure_running()
     if before is None:
         del os.environ[_NVML]

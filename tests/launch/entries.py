@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -186,3 +187,13 @@ def stuck(config: dict[str, Any]) -> None:
     """Never look at the stop file."""
     _note(config, "pid", os.getpid())
     time.sleep(600)
+
+
+def inherited(config: dict[str, Any]) -> None:
+    """Note what there is of the launcher: its torch, its open file, how often circles are looked for; and a sum that
+    several threads make."""
+    torch_of = "forked" if hasattr(torch, "launchers") else "fresh"
+    place = Path(f"/proc/self/fd/{config['file']}")
+    leads = os.readlink(place) if place.exists() else "nowhere"
+    total = torch.full((1_000_000,), 0.5).mul(1.0).sum().item()
+    _note(config, "inherited", f"{torch_of} {leads} {gc.get_threshold()[0]} {gc.get_freeze_count() > 0} {total}")
