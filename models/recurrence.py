@@ -30,7 +30,7 @@ first start. What A holds is the kind's own affair; which kernel reduces the spa
 | Identity | nothing [B, H, 0] | linear |
 | Scalar | a log decay per head [B, H] | simple_gla (RetNet, Mamba-2) |
 | Diagonal | a log decay per key channel [B, H, K] | gla (GLA, HGRN2) |
-| Dense | a matrix [B, H, K, K] | delta_rule, gated_delta_rule, gated_delta_product, kda, dplr (RWKV-7), titans |
+| Dense | a matrix [B, H, K, K] | delta_rule, gated_delta_rule, gated_delta_product, kda, gdn2, dplr (RWKV-7), titans |
 | Elementwise | a log decay per number of the state | elementwise (RG-LRU, HGRN), longhorn, mamba |
 | Complex | a log decay and an angle, in turns, per complex number of the state | complex (LRU) |
 | Stabilised | a log decay per head, beside a state that carries its unit | mlstm |

@@ -49,6 +49,7 @@ CALLS = {
     "delta_rule": Call("fla.ops.delta_rule", "chunk_delta_rule", ("beta",), dense=True),
     "gated_delta_rule": Call("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", ("g", "beta"), dense=True),
     "kda": Call("fla.ops.kda", "chunk_kda", ("g", "beta"), dense=True),
+    "gdn2": Call("fla.ops.gdn2", "chunk_gdn2", ("g", "b", "w"), dense=True),
 }
 
 
@@ -129,9 +130,12 @@ class FLASpan(Begun):
             entering = wide(state).new_zeros(len(bounds) - 1, *state.shape[1:])
             state = entering.index_put((first,), torch.where(enters[:, None, None, None], wide(state), 0.0))
         packed = [x.reshape(1, B * T, *x.shape[2:]).contiguous() for x in (self.q, self.k, v)]
+        gates = dict(self.gates)
+        if "w" in gates:  # of values, columns for the effect included
+            gates["w"] = F.pad(gates["w"], (0, v.shape[-1] - gates["w"].shape[-1]))
         out, states = self.function(
             *(x.to(self.dtype) for x in packed),
-            **{name: x.reshape(1, B * T, *x.shape[2:]).contiguous() for name, x in self.gates.items()},
+            **{name: x.reshape(1, B * T, *x.shape[2:]).contiguous() for name, x in gates.items()},
             scale=self.scale,
             initial_state=state,
             output_final_state=True,

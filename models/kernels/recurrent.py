@@ -58,6 +58,15 @@ def delta(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, state: Tensor, scale:
     return _read(scaled(wide(q), scale), state).to(v.dtype), state
 
 
+def delta_gates(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, *, state: Tensor, scale: float | None
+) -> Stepped:
+    """q, k, g, b [B, H, K], v, w [B, H, V]; state [B, H, K, V]."""
+    state = state.mul_(wide(g).exp().unsqueeze(-1))
+    state = _write(state, wide(k), wide(w) * wide(v) - _read(wide(b) * wide(k), state))
+    return _read(scaled(wide(q), scale), state).to(v.dtype), state
+
+
 def delta_product(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor, scale: float | None
 ) -> Stepped:
@@ -146,6 +155,7 @@ STEPS: dict[str, RecurrentStep] = {
     "delta_rule": delta,
     "gated_delta_rule": delta,
     "kda": delta,
+    "gdn2": delta_gates,
     "dplr": dplr,
     "titans": titans,
     "gated_delta_product": delta_product,

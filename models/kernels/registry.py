@@ -12,6 +12,7 @@ from torch import Tensor
 from models.kernels import (
     complex_decay,
     delta,
+    delta_gates,
     delta_product,
     dplr,
     elementwise,
@@ -34,6 +35,7 @@ REFERENCE: dict[str, Kernel] = {
     "delta_rule": delta.DeltaSpan,
     "gated_delta_rule": delta.DeltaSpan,
     "kda": delta.DeltaSpan,
+    "gdn2": delta_gates.EraseWriteSpan,
     "dplr": dplr.DPLRSpan,
     "titans": titans.TitansSpan,
     "gated_delta_product": delta_product.Product,

@@ -6,6 +6,7 @@ from models.mixers.attention import Attention
 from models.mixers.deltanet import DeltaNet
 from models.mixers.gated_conv import GatedConv
 from models.mixers.gated_deltanet import GatedDeltaNet
+from models.mixers.gated_deltanet2 import GatedDeltaNet2
 from models.mixers.gated_deltaproduct import GatedDeltaProduct
 from models.mixers.gateloop import GateLoop
 from models.mixers.gla import GatedLinearAttention
@@ -37,6 +38,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "deltanet": DeltaNet,
     "gated_conv": GatedConv,
     "gated_deltanet": GatedDeltaNet,
+    "gated_deltanet2": GatedDeltaNet2,
     "gated_deltaproduct": GatedDeltaProduct,
     "gateloop": GateLoop,
     "gla": GatedLinearAttention,

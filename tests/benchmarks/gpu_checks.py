@@ -132,8 +132,9 @@ def _scan(bench: Bench, rule: str) -> None:
     starts = torch.zeros(2, T, dtype=torch.bool)
     starts[:, T // 3] = True
     xs = [x.to(bench.half) for x in EXAMPLES[rule](T, decay=0.3)]
-    widths = (24, 24, 26, *((24,) if rule in ("gla", "kda") else ()))  # Triton's products are 16 wide at least
-    xs[: len(widths)] = [nn.functional.pad(x, (0, more)) for x, more in zip(xs, widths, strict=False)]
+    more = {"gla": (24,), "kda": (24,), "gdn2": (24, 24, 26)}.get(rule, ())
+    widths = (24, 24, 26, *more)  # Triton's products are 16 wide at least
+    xs[: len(widths)] = [nn.functional.pad(x, (0, width)) for x, width in zip(xs, widths, strict=False)]
     state = 0.3 * torch.randn(2, 2, 32, 32, generator=torch.Generator().manual_seed(SEED))
 
     def results(run: Callable[..., tuple[Tensor, Tensor]], device: str, dtype: torch.dtype) -> list[Tensor]:

@@ -94,6 +94,17 @@ def kda_loop(q, k, v, g, beta, *, starts, state=None, scale=None):
     return run(step, q, v, starts, state, scale)
 
 
+def gdn2_loop(q, k, v, g, b, w, *, starts, state=None, scale=None):
+    """2605.22791: S_t = (I - k_t (b_t ⊙ k_t)ᵀ) diag(α_t) S_{t-1} + k_t (w_t ⊙ v_t)ᵀ."""
+
+    def step(t, S):
+        S = g[:, t].exp()[..., None] * S
+        found = torch.einsum("bhkv,bhk->bhv", S, b[:, t] * k[:, t])
+        return S - outer(k[:, t], found) + outer(k[:, t], w[:, t] * v[:, t])
+
+    return run(step, q, v, starts, state, scale)
+
+
 def dplr_loop(q, k, v, g, a, b, *, starts, state=None, scale=None):
     """2503.14456: S_t = (diag(w_t) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ, in its transpose; a reads what has not decayed."""
 
@@ -293,6 +304,17 @@ def erasing(*gate):
     return example
 
 
+def gating(T, dtype=torch.float64, decay=1.0, seed=0):
+    """Gated DeltaNet-2's: the delta rule's hard inputs, with gates of every channel; for some tokens, those of what is
+    erased are 2 exactly, all together."""
+    normal, uniform = draws(T, seed)
+    k, erased = F.normalize(normal(K), dim=-1), 2 * uniform(K)
+    k[:, T // 4 : T // 2] = k[:, T // 4 : T // 4 + 1]
+    erased[:, T // 3 : T // 2] = 2.0
+    xs = normal(K), k, normal(V), -decay * uniform(K), erased, uniform(V)
+    return [x.to(dtype) for x in xs]
+
+
 def stepping(T, dtype=torch.float64, decay=1.0, seed=0):
     """Gated DeltaProduct's, two steps a token: the delta rule's hard inputs, a token's keys nearly alike; hard for as
     many steps as there, which is half the tokens, since what β = 2 rounds is never forgotten."""
@@ -381,6 +403,7 @@ ORACLES = {
     "gated_delta_rule": gated_delta_loop,
     "gated_delta_product": gated_delta_product_loop,
     "kda": kda_loop,
+    "gdn2": gdn2_loop,
     "dplr": dplr_loop,
     "titans": titans_loop,
     "elementwise": elementwise_loop,
@@ -399,6 +422,7 @@ EXAMPLES = {
     "gated_delta_rule": erasing(()),
     "gated_delta_product": stepping,
     "kda": erasing((K,)),
+    "gdn2": gating,
     "dplr": removing,
     "titans": descending,
     "elementwise": flat(),
@@ -417,6 +441,7 @@ KINDS = {
     "gated_delta_rule": Dense("gated_delta_rule"),
     "gated_delta_product": Dense("gated_delta_product"),
     "kda": Dense("kda"),
+    "gdn2": Dense("gdn2"),
     "dplr": Dense("dplr"),
     "titans": Dense("titans"),
     "elementwise": Elementwise("elementwise"),

@@ -99,6 +99,23 @@ def chunk_kda(
     return packed("kda", q, k, v, g, beta, **passed(scale, initial_state, output_final_state, cu_seqlens))
 
 
+def chunk_gdn2(
+    q,
+    k,
+    v,
+    g,
+    b,
+    w,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None,
+):
+    assert not use_qk_l2norm_in_kernel and g.shape == b.shape == k.shape and w.shape == v.shape
+    return packed("gdn2", q, k, v, g, b, w, **passed(scale, initial_state, output_final_state, cu_seqlens))
+
+
 def passed(scale, initial_state, output_final_state, cu_seqlens):
     assert isinstance(scale, float)
     return {
@@ -124,7 +141,7 @@ def absent(monkeypatch):
 def stand_in(absent):
     for name in ("fla", "fla.ops"):
         absent.setitem(sys.modules, name, ModuleType(name))
-    for f in (chunk_simple_gla, chunk_gla, chunk_delta_rule, chunk_gated_delta_rule, chunk_kda):
+    for f in (chunk_simple_gla, chunk_gla, chunk_delta_rule, chunk_gated_delta_rule, chunk_kda, chunk_gdn2):
         module = ModuleType(f"fla.ops.{f.__name__.removeprefix('chunk_')}")
         setattr(module, f.__name__, f)
         absent.setitem(sys.modules, module.__name__, module)
@@ -180,7 +197,9 @@ def test_effects_compose_and_no_state_is_a_zero_state(stand_in, rule):
         close([whole.finish(None)], [fla.FLASpan(rule, *xs, starts=starts).finish(zero)], 1e-10)
 
 
-@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "gla", "hgrn2", "kda", "linear", "mamba2", "retnet"])
+@pytest.mark.parametrize(
+    "name", ["deltanet", "gated_deltanet", "gated_deltanet2", "gla", "hgrn2", "kda", "linear", "mamba2", "retnet"]
+)
 def test_mixers_run_on_it_as_on_the_reference(stand_in, name):
     """Through the registry, in spans with documents, as any layer would."""
     stand_in.setattr(registry, "chosen", lambda *_: registry.KernelChoice("fla", "told so"))
@@ -236,8 +255,10 @@ def test_the_kernels_themselves_equal_the_token_loop_in_bf16(rule, where):
     xs = [x.bfloat16() for x in EXAMPLES[rule](T, decay=0.3)]
     xs[0], xs[1] = (torch.nn.functional.pad(x, (0, 24)) for x in xs[:2])  # Triton's products are 16 wide at least
     xs[2] = torch.nn.functional.pad(xs[2], (0, 26))
-    if rule in ("gla", "kda"):
+    if rule in ("gla", "kda", "gdn2"):
         xs[3] = torch.nn.functional.pad(xs[3], (0, 24))
+    if rule == "gdn2":
+        xs[4:] = torch.nn.functional.pad(xs[4], (0, 24)), torch.nn.functional.pad(xs[5], (0, 26))
     state = 0.3 * torch.randn(2, 2, 32, 32, generator=torch.Generator().manual_seed(1))
 
     def outputs_state_and_gradients(run, device, dtype):

@@ -36,8 +36,8 @@ SHAPES = {  # dim, layers, width of an expert; billions of parameters activated 
 OTHER = {  # mixers of more or less than 4 dim² weights: the least share of the published size that a token may meet
     name: 0.9
     for name in (
-    "gated_deltanet", "gated_deltaproduct", "gateloop", "lact", "lightning", "longhorn", "lru", "mamba", "mamba2",
-    "mingru", "retnet", "rglru", "rwkv6", "slstm", "titans",
+    "gated_deltanet", "gated_deltanet2", "gated_deltaproduct", "gateloop", "lact", "lightning", "longhorn", "lru",
+    "mamba", "mamba2", "mingru", "retnet", "rglru", "rwkv6", "slstm", "titans",
     )
 }  # fmt: skip
 

@@ -177,7 +177,10 @@ def test_fp8_recipes_equal_those_of_torchao(name):
 
 
 FOLLOW = {  # of each mixer, the layers that may follow a recipe
-    **dict.fromkeys(("deltanet", "gated_deltanet", "gated_deltaproduct", "gateloop", "gla", "kda", "lact"), "qkv out"),
+    **dict.fromkeys(
+        ("deltanet", "gated_deltanet", "gated_deltanet2", "gated_deltaproduct", "gateloop", "gla", "kda", "lact"),
+        "qkv out",
+    ),
     **dict.fromkeys(("lightning", "linear", "retnet", "titans"), "qkv out"),
     **dict.fromkeys(("hgrn2", "lightnet", "slstm"), "out"),
     **dict.fromkeys(("longhorn", "mamba", "rglru"), "x out"),

@@ -35,6 +35,7 @@ MORE = {
         {"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2, "conv_bias": True},
         {"conv": None},
     ],
+    "gated_deltanet2": [{"value_heads": 4, "negative_eigenvalues": True, "expand_v": 2.0, "conv": 2}, {"conv": None}],
     "gated_conv": [{"conv": 2, "bias": True}, {"conv": 1}],
     "gated_deltaproduct": [{"steps": 3, "negative_eigenvalues": False, "expand_k": 0.5}],
     "gla": [{"conv": None, "feature": "relu"}, {"conv_bias": True, "feature": "elu"}],
@@ -80,7 +81,18 @@ POSITIONS = torch.stack(
     [torch.cat([torch.arange(n) for n in DOCUMENTS]), torch.cat([torch.arange(n) for n in (63, 12)])]
 )
 # Sums of log decays over a chunk reach past a document's start: after a change before it they round differently.
-ROUNDED = {"gated_deltanet", "gated_deltaproduct", "gla", "hgrn2", "kda", "mamba2", "mlstm", "mom", "titans"}
+ROUNDED = {
+    "gated_deltanet",
+    "gated_deltanet2",
+    "gated_deltaproduct",
+    "gla",
+    "hgrn2",
+    "kda",
+    "mamba2",
+    "mlstm",
+    "mom",
+    "titans",
+}
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 

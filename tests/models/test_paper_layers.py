@@ -12,6 +12,7 @@ from models.axes import initialise
 from models.block import Block
 from models.cross_layer import Depth
 from models.ffn import ChannelMix, SwiGLU
+from models.kernels import delta_gates
 from models.lm import LM
 from models.mixers import MIXERS
 from models.sequence import Memory, Whole
@@ -147,6 +148,24 @@ def gated_deltaproduct(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def gated_deltanet2(m, x):
+    """2605.22791: b by key channel takes away, w by value channel writes; the rest is Kimi Delta Attention's."""
+    u, S, outs = x @ m.qkv.weight.T, torch.zeros(2, 4, 4, dtype=x.dtype), []
+    for t in range(len(x)):
+        q, k, v = F.silu(sum(m.conv.weight[:, j] * u[t - j] for j in range(4) if t >= j)).view(3, 2, 4)
+        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+        dt = F.softplus(m.decay_out.weight @ (m.decay_in.weight @ x[t]) + m.dt_bias).view(2, 4)
+        b, w = ((gate.weight @ x[t]).sigmoid().view(2, 4) for gate in (m.erase, m.write))
+        S = torch.exp(-m.A_log.exp()[:, None] * dt)[..., None] * S
+        erasing = torch.eye(4, dtype=x.dtype) - k[:, :, None] * (b * k)[:, None, :]
+        S = erasing @ S + k[:, :, None] * (w * v)[:, None, :]
+        o = torch.einsum("hkv,hk->hv", S, q) / 2
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * m.norm.weight
+        gate = m.gate_out.weight @ (m.gate_in.weight @ x[t]) + m.gate_out.bias
+        outs.append(o.flatten() * gate.sigmoid())
+    return torch.stack(outs) @ m.out.weight.T
+
+
 def mamba(m, x):
     """2312.00752, algorithm 2 and figure 3, with the authors' code's Euler step of B."""
     u, S, outs = x @ m.x.weight.T, 0.0, []
@@ -216,6 +235,7 @@ LAYERS = {
     "lightnet": (lightnet, 2),
     "mamba": (mamba, None),
     "rwkv6": (rwkv6, 2),
+    "gated_deltanet2": (gated_deltanet2, 2),
     "gated_deltaproduct": (gated_deltaproduct, 2),
     "rwkv7": (rwkv7, 2),
     "titans": (titans, 2),
@@ -247,6 +267,18 @@ def test_a_layer_is_its_paper_written_token_by_token(name):
     got = layer(x, Whole.of(POSITIONS), slot="s")[0]
     want = torch.cat([paper(layer, document) for document in x[0].split(DOCUMENTS)])
     assert (got - want).norm() <= 1e-11 * want.norm(), ((got - want).norm() / want.norm()).item()
+
+
+def test_a_gate_that_erases_in_the_place_of_the_other_is_caught(monkeypatch):
+    honest = delta_gates.step
+
+    def swapped(xs, *given, **sizes):
+        *qkvg, b, w = xs
+        return honest((*qkvg, w, b), *given, **sizes)
+
+    monkeypatch.setattr(delta_gates, "step", swapped)
+    with pytest.raises(AssertionError):
+        test_a_layer_is_its_paper_written_token_by_token("gated_deltanet2")
 
 
 def test_lightning_forgets_by_head_and_layer_at_either_papers_rates():

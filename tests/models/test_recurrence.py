@@ -171,4 +171,4 @@ def test_what_is_not_finite_before_a_span_is_gone_once_a_document_starts_in_it(r
         assert torch.isfinite(begun.finish(state)[:, 30:]).all()
 
 
-ADDED = ("linear", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "gated_delta_product", "kda")
+ADDED = ("linear", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "gated_delta_product", "kda", "gdn2")

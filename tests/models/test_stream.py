@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.axes import initialise
-from models.kernels import complex_decay, delta, dplr, elementwise, gated_linear, tiled_scan, titans
+from models.kernels import complex_decay, delta, delta_gates, dplr, elementwise, gated_linear, tiled_scan, titans
 from models.kernels.registry import REFERENCE
 from models.mixers import MIXERS
 from models.sequence import Whole
@@ -19,7 +19,10 @@ from tests.models.rules import EXAMPLES, KINDS, ORACLES
 from tests.models.test_mixers import NEEDED
 from tests.models.test_recurrence import STARTS, close, entering, starting
 
-SPANS = (gated_linear.GatedLinearSpan, delta.DeltaSpan, dplr.DPLRSpan, titans.TitansSpan)
+SPANS = (
+    *(gated_linear.GatedLinearSpan, delta.DeltaSpan, delta_gates.EraseWriteSpan, dplr.DPLRSpan),
+    titans.TitansSpan,
+)
 STREAMED = sorted(rule for rule, kernel in REFERENCE.items() if kernel in SPANS)
 T = 150  # three tiles, the last of them with a chunk that is partly empty
 
@@ -83,7 +86,8 @@ def check(rule, ways=(effect_first, state_first), packings=tuple(STARTS)):
 
 
 def test_the_rules_of_matrices_are_streamed():
-    assert STREAMED == ["delta_rule", "dplr", "gated_delta_rule", "gla", "kda", "linear", "simple_gla", "titans"]
+    erasing = ["delta_rule", "dplr", "gated_delta_rule", "gdn2"]
+    assert STREAMED == [*erasing, "gla", "kda", "linear", "simple_gla", "titans"]
 
 
 @pytest.mark.parametrize("rule", STREAMED)
@@ -146,7 +150,10 @@ def test_broken_streaming_is_caught(mutation, monkeypatch):
             check(rule, ways=(state_first,), packings=("many",))
 
 
-GATED = {name: ("A_log", "dt_bias") for name in ("gated_deltanet", "gated_deltaproduct", "kda", "mamba", "mamba2")}
+GATED = {
+    name: ("A_log", "dt_bias")
+    for name in ("gated_deltanet", "gated_deltanet2", "gated_deltaproduct", "kda", "mamba", "mamba2")
+}
 
 
 @pytest.mark.parametrize("name", GATED)

@@ -52,8 +52,8 @@ LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
 # Of the weights, for mixers whose weights of seed 0 make a problem that fp32 solves to no better than 1e-5 in any order
 # of summation: see `conditioned`.
 SEEDS = {
-    "deltanet": 4, "gated_deltanet": 74, "gated_deltaproduct": 25, "gla": 11, "hgrn2": 1, "kda": 15, "lru": 25,
-    "mamba2": 51, "mlstm": 3, "mom": 3, "retnet": 55, "rwkv6": 8, "rwkv7": 1,
+    "deltanet": 4, "gated_deltanet": 74, "gated_deltanet2": 6, "gated_deltaproduct": 25, "gla": 11, "hgrn2": 1,
+    "kda": 15, "lru": 25, "mamba2": 51, "mlstm": 3, "mom": 3, "retnet": 55, "rwkv6": 8, "rwkv7": 1,
 }  # fmt: skip
 UNEQUAL = {2: (3,), 3: (40, 43), 4: (30, 31, 65)}  # a rank shorter than a convolution, one of a single token
 
