@@ -255,7 +255,24 @@ def _delayed(delay: Delay, share: Share | None, now: Tensor) -> Tensor:
 GATES = "makes decays, gates or writing strengths"
 OUTPUT_GATE = "gates an output"
 BY_NAME = {  # the last part of a linear layer's name, in any mixer or feed-forward
-    **dict.fromkeys(("alpha", "beta", "decay_in", "decay_out", "dt", "f", "gates", "mix_in", "rates", "scale"), GATES),
+    **dict.fromkeys(
+        (
+            "alpha",
+            "angles",
+            "beta",
+            "decay_in",
+            "decay_out",
+            "dt",
+            "erase",
+            "f",
+            "gates",
+            "mix_in",
+            "rates",
+            "scale",
+            "write",
+        ),
+        GATES,
+    ),
     **dict.fromkeys(("gate", "gate_in", "gate_out", "shared_gate", "y", "z"), OUTPUT_GATE),
     "head": "makes logits",
 }

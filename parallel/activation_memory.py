@@ -127,12 +127,13 @@ def keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPo
 
 
 def tile(model: nn.Module, tokens: int) -> None:
-    """Feed-forwards and recurrences take `tokens` at a time: modules with an attribute `tile` or `recurrence`."""
+    """Feed-forwards and recurrences take `tokens` at a time: modules with an attribute `tile`, or a recurrence."""
     for module in model.modules():
         if hasattr(module, "tile"):
             module.tile = tokens  # type: ignore[assignment]
-        if isinstance(declared := getattr(module, "recurrence", None), Recurrence):
-            module.recurrence = replace(declared, tile=tokens)  # type: ignore[assignment]
+        for name, declared in list(vars(module).items()):
+            if isinstance(declared, Recurrence):
+                setattr(module, name, replace(declared, tile=tokens))
 
 
 class OnHost(ActivationWrapper):

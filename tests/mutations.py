@@ -303,7 +303,7 @@ CAPPED = "attention, capped"
 CARRIED: dict[str, Broken] = {
     broken.by.__name__: broken
     for broken in (
-        Broken(drop_the_terminal_term_of_the_gates_gradient, ("gla", "gated_deltanet", "lru", "mlstm")),
+        Broken(drop_the_terminal_term_of_the_gates_gradient, ("gla", "gated_deltanet", "lru", "mamba3", "mlstm")),
         Broken(take_the_diagonal_of_a_dense_transition, ("gated_deltanet", "gated_deltanet2", "kda")),
         Broken(
             keep_the_state_across_a_document_start_between_spans, ("gla", "rglru", "mlstm"), packing="starts one after"

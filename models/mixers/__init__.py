@@ -21,6 +21,7 @@ from models.mixers.longhorn import Longhorn
 from models.mixers.lru import LRU
 from models.mixers.mamba import Mamba
 from models.mixers.mamba2 import Mamba2
+from models.mixers.mamba3 import Mamba3
 from models.mixers.mingru import MinGRU
 from models.mixers.minlstm import MinLSTM
 from models.mixers.mla import MultiHeadLatentAttention
@@ -53,6 +54,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "lru": LRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "mingru": MinGRU,
     "minlstm": MinLSTM,
     "mla": MultiHeadLatentAttention,

@@ -167,11 +167,11 @@ def complex_loop(u, g, turns, *, starts, state=None, scale=None):
     re, im = (torch.zeros_like(u[:, 0]) if state is None else state).unbind(-1)
     outs = []
     for t in range(u.shape[1]):
-        re, im = (torch.where(starts[:, t, None], 0.0, x) for x in (re, im))
+        re, im = (torch.where(starts[:, t].view(-1, *(1,) * (x.dim() - 1)), 0.0, x) for x in (re, im))
         angle, size = 2 * torch.pi * turns[:, t], g[:, t].exp()
         re, im = (
-            size * (angle.cos() * re - angle.sin() * im) + u[:, t, :, 0],
-            size * (angle.sin() * re + angle.cos() * im) + u[:, t, :, 1],
+            size * (angle.cos() * re - angle.sin() * im) + u[:, t, ..., 0],
+            size * (angle.sin() * re + angle.cos() * im) + u[:, t, ..., 1],
         )
         outs.append(torch.stack((re, im), -1))
     return torch.stack(outs, 1), outs[-1]

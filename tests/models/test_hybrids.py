@@ -37,7 +37,7 @@ OTHER = {  # mixers of more or less than 4 dim² weights: the least share of the
     name: 0.9
     for name in (
     "gated_deltanet", "gated_deltanet2", "gated_deltaproduct", "gateloop", "lact", "lightning", "longhorn", "lru",
-    "mamba", "mamba2", "mingru", "retnet", "rglru", "rwkv6", "slstm", "titans",
+    "mamba", "mamba2", "mamba3", "mingru", "retnet", "rglru", "rwkv6", "slstm", "titans",
     )
 }  # fmt: skip
 

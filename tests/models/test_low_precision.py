@@ -191,6 +191,7 @@ FOLLOW = {  # of each mixer, the layers that may follow a recipe
     "hgrn": "i out",
     "lru": "B C glu",
     "mamba2": "x bc out",
+    "mamba3": "x bc out",
     "mla": "q_a q kv_a kv_b out",
     "mlstm": "q k v out",
     "mom": "qkv q k v x out",  # of the mixers that are its memories

@@ -55,6 +55,10 @@ MORE = {
         {"out_norm": "before_gate"},
         {"groups": 2, "state": 4, "conv_bias": False},
     ],
+    "mamba3": [
+        {"groups": 2, "state": 5, "rotated": 1.0},
+        {"state": 4, "out_norm": True, "expand": 1.0},
+    ],
     "mingru": [{"expand": 1.5}],
     "mla": [
         {"rank": 6, "head_dim": 5, "rope_dim": 4, "value_dim": 3, "query_rank": 7, "bias": True, "scale": 0.3},
@@ -89,6 +93,7 @@ ROUNDED = {
     "hgrn2",
     "kda",
     "mamba2",
+    "mamba3",
     "mlstm",
     "mom",
     "titans",
@@ -327,6 +332,7 @@ def test_options_that_do_not_fit_are_refused_by_name():
         "mom": {"norm_after": True, "inner": partial(MIXERS["gla"], heads=2)},
         "lightning": {"rates": "alibi"},
         "mamba2": {"groups": 3},
+        "mamba3": {"rotated": 0.0},
         "gated_deltanet": {"value_heads": 3},
         "retnet": {"expand_k": 1 / 8},
     }.items():

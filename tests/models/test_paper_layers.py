@@ -2,6 +2,7 @@
 `test_recurrence.py`, and of the mixer over the rule, in `test_mixers.py`, take on trust."""
 
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -178,6 +179,41 @@ def mamba(m, x):
     return torch.stack(outs) @ m.out.weight.T
 
 
+def mamba3(m, x):
+    """2603.15569: the trapezoidal rule on a complex state, step by step: pairs of rows are complex numbers, each
+    multiplied by e^{-iΔθ} in a token, B and C stay as they are. θ, A and the biases are those of the authors' code."""
+    N, H = m.key_dim, len(m.D)
+    pairs = len(m.angles.weight)
+    state, written = torch.zeros(H, N, m.value_dim, dtype=x.dtype), torch.zeros(H, N, m.value_dim, dtype=x.dtype)
+    outs = []
+
+    def normed(norm, y):
+        return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+    def rotated(rows, angle):
+        """[H, N, V] by e^{-i angle}, angle [H, pairs]."""
+        z = torch.complex(rows[:, 0 : 2 * pairs : 2], rows[:, 1 : 2 * pairs : 2])
+        z = z * torch.exp(-1j * angle)[..., None]
+        return torch.cat((torch.stack((z.real, z.imag), 2).flatten(1, 2), rows[:, 2 * pairs :]), 1)
+
+    for x_t in x:
+        v = (m.x.weight @ x_t).view(H, -1)
+        dt, a, trap = (m.rates.weight @ x_t).view(H, 3).unbind(1)
+        dt, trap = F.softplus(dt + m.dt_bias), trap.sigmoid()
+        A = -torch.where(a >= 0, 1 + a, 1 / (1 - a))
+        b, c = (m.bc.weight @ x_t).view(-1, 2, N).unbind(1)
+        b, c = (y.repeat_interleave(H // len(y), 0) for y in (normed(m.b_norm, b), normed(m.c_norm, c)))
+        b, c = b + m.b_bias, c + m.c_bias
+        angle = dt[:, None] * torch.pi * (m.angles.weight @ x_t).tanh()
+        alpha, halves = torch.exp(dt * A)[:, None, None], ((1 - trap) * dt)[:, None, None]
+        state = rotated(alpha * (state + halves * written), angle)
+        written = b[:, :, None] * v[:, None, :]
+        state = state + (trap * dt)[:, None, None] * written
+        y = torch.einsum("hnv,hn->hv", state, c) + m.D[:, None] * v
+        outs.append(y.flatten() * F.silu(m.z.weight @ x_t))
+    return torch.stack(outs) @ m.out.weight.T
+
+
 def titans(m, x):
     """2501.00663, equations 10, 12 and 13 with gradients by autograd; 1/√K on queries, as in flash-linear-attention."""
     u, M, S, outs = x @ m.qkv.weight.T, torch.zeros(2, 4, 4, dtype=x.dtype), 0.0, []
@@ -234,6 +270,7 @@ LAYERS = {
     "gateloop": (gateloop, None),
     "lightnet": (lightnet, 2),
     "mamba": (mamba, None),
+    "mamba3": (mamba3, 2),
     "rwkv6": (rwkv6, 2),
     "gated_deltanet2": (gated_deltanet2, 2),
     "gated_deltaproduct": (gated_deltaproduct, 2),
@@ -279,6 +316,19 @@ def test_a_gate_that_erases_in_the_place_of_the_other_is_caught(monkeypatch):
     monkeypatch.setattr(delta_gates, "step", swapped)
     with pytest.raises(AssertionError):
         test_a_layer_is_its_paper_written_token_by_token("gated_deltanet2")
+
+
+@pytest.mark.parametrize("lost", ["the half that comes late", "the rotation", "the start of a document"])
+def test_a_part_of_the_trapezoidal_rule_that_is_lost_is_caught(monkeypatch, lost):
+    file = sys.modules["models.mixers.mamba3"]
+    name, instead = {
+        "the half that comes late": ("previous", lambda x, seq, *, slot: 0 * x),
+        "the rotation": ("_turn", lambda x, rotor: x),
+        "the start of a document": ("previous", lambda x, *_, slot: torch.cat((0 * x[:, :1], x[:, :-1]), 1)),
+    }[lost]
+    monkeypatch.setattr(file, name, instead)
+    with pytest.raises(AssertionError):
+        test_a_layer_is_its_paper_written_token_by_token("mamba3")
 
 
 def test_lightning_forgets_by_head_and_layer_at_either_papers_rates():

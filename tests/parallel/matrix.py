@@ -53,7 +53,7 @@ LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
 # of summation: see `conditioned`.
 SEEDS = {
     "deltanet": 4, "gated_deltanet": 74, "gated_deltanet2": 6, "gated_deltaproduct": 25, "gla": 11, "hgrn2": 1,
-    "kda": 15, "lru": 25, "mamba2": 51, "mlstm": 3, "mom": 3, "retnet": 55, "rwkv6": 8, "rwkv7": 1,
+    "kda": 15, "lru": 25, "mamba2": 51, "mamba3": 3, "mlstm": 3, "mom": 3, "retnet": 55, "rwkv6": 8, "rwkv7": 1,
 }  # fmt: skip
 UNEQUAL = {2: (3,), 3: (40, 43), 4: (30, 31, 65)}  # a rank shorter than a convolution, one of a single token
 
