@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 class Import:
     """vocabulary: rows of the embedding wanted; null for those that there are, or the tokens of the folder's tokenizer
     where those are more. extend_vocab: whether there may be rows more than there are. document: the token behind
-    documents, of the folder's tokenizer; null for the one that it ends texts with."""
+    documents, of the folder's tokenizer; null for the one that it ends texts with. mtp: whether modules of multi-token
+    prediction come in, where the folder has any that are known here."""
 
     vocabulary: int | None = None
     extend_vocab: bool = False
     document: str | None = None
+    mtp: bool = True
 
 
 def import_(arguments: list[str]) -> int:
@@ -81,7 +83,7 @@ def _families() -> int:
 
     longest = max(map(len, ARCHITECTURES))
     for name, each in ARCHITECTURES.items():
-        print(f"{name.ljust(longest)}  {each.about.replace('`', '')}")
+        print(f"{name.ljust(longest)}  {each.told.replace('`', '')}")
     return 0
 
 
@@ -91,7 +93,7 @@ def _read(folder: Path, request: Import) -> tuple[dict[str, Any] | None, Publish
     from train.checkpoints.hf_reader import Published
 
     card = card_of(folder, request.document)
-    published = Published(folder, vocabulary=request.vocabulary, extend=request.extend_vocab)
+    published = Published(folder, vocabulary=request.vocabulary, extend=request.extend_vocab, mtp=request.mtp)
     tokens, rows = (0 if card is None else card["size"]), published.model["vocabulary"]
     if tokens <= rows:
         return card, published
@@ -101,7 +103,7 @@ def _read(folder: Path, request: Import) -> tuple[dict[str, Any] | None, Publish
         raise ValueError(
             f"tokenizer.json has {tokens} tokens, the model {rows}: extend_vocab=true adds rows, each the mean of those"
         )
-    return card, Published(folder, vocabulary=tokens, extend=True)
+    return card, Published(folder, vocabulary=tokens, extend=True, mtp=request.mtp)
 
 
 def export(arguments: list[str]) -> int:

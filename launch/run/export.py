@@ -75,7 +75,7 @@ def written(source: Path, dest: Path, request: Export | None = None) -> list[str
     if saved.left_out:
         names = f"{saved.left_out[0]} and {len(saved.left_out) - 1} others"
         key = f"model.mtp_layers={saved_run['model']['mtp_layers']}"
-        lines.append(f"left out: {names} ({key}), which {saved.name} of transformers does not read")
+        lines.append(f"left out: {names} ({key}): {saved.why}")
     if "tokenizer.json" not in files:
         lines.append("without a tokenizer: what the tokens spell is not known")
     return lines

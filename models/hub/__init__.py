@@ -56,7 +56,7 @@ __all__ = ["ARCHITECTURES", "families", "of_config", "of_model", "text_of"]
 
 def families() -> str:
     """A Markdown table of the architectures, as docs/hub.md has it."""
-    rows = [f"| `{each.name}` | {each.about} |" for each in ARCHITECTURES.values()]
+    rows = [f"| `{each.name}` | {each.told} |" for each in ARCHITECTURES.values()]
     return "\n".join(["| architecture | here |", "|---|---|", *rows]) + "\n"
 
 

@@ -2,16 +2,18 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from models.hub.mtp import PublishedMTP
 from models.hub.rows import Entries, PublishedTensors
 from models.hub.tensors import StoredTensor
-from models.hub.values import USUAL, Kind, check, shown
+from models.hub.values import USUAL, Kind, check, optional, shown
+from models.hub.values import whole as count
 
 Config = dict[str, Any]
 Node = dict[str, Any]
@@ -32,7 +34,7 @@ class Architecture:
     that a folder may hold and no model of ours reads. unstacked: tensors that a folder may hold as one, by the names of
     the tables. stacked: those that an export writes as one, of those of the tables. settled: a config.json with what
     follows from older keys. beyond: keys of the model and of its blocks that it can say and that others have at one
-    value.
+    value. mtp: its modules of multi-token prediction, null where none are known here.
 
     All are held to the class of `transformers`, the reader: what that has not is refused, by its key, in both
     directions. `fits`, `body` and `express` raise ValueError, a line that begins with the key.
@@ -57,6 +59,14 @@ class Architecture:
     stacked: Callable[[PublishedTensors], PublishedTensors] = dict
     settled: Callable[[Config], Config] = dict
     beyond: frozenset[str] = frozenset()
+    mtp: PublishedMTP | None = None
+
+    @property
+    def told(self) -> str:
+        """The parts that are here, modules of multi-token prediction among them, for people."""
+        if self.mtp is not None:
+            return f"{self.about}; {'its MTP module' if self.mtp.most == 1 else 'MTP modules'} in and out"
+        return f"{self.about}; MTP left out" if any("mtp" in each for each in self.left_out) else self.about
 
     def complete(self, config: Config) -> Config:
         """The same config.json under the names that we read, with what it leaves out. Raises ValueError."""
@@ -69,14 +79,15 @@ class Architecture:
             raise ValueError("config.json: quantization_config: must be absent: no quantised weights are read")
         if renamed.get("hidden_act") == "swish":  # another name of the same
             renamed["hidden_act"] = "silu"
-        full = self.defaults | self.fixed | renamed
+        ahead: dict[str, Kind] = {} if self.mtp is None else {self.mtp.key: optional(count(0))}
+        full = dict.fromkeys(ahead) | self.defaults | self.fixed | renamed
         for key, value in self.fixed.items():
             if full[key] != value:
                 raise ValueError(f"config.json: {key}={shown(full[key])}: must be {shown(value)}")
         missing = [key for key, value in full.items() if value is REQUIRED]
         if missing:
             raise ValueError(f"config.json: {missing[0]}: missing")
-        check(full, USUAL | self.kinds)
+        check(full, USUAL | self.kinds | ahead)
         self.fits(full)
         return full
 
@@ -95,7 +106,70 @@ class Architecture:
 
     def read(self, config: Config) -> Node:
         """Our `model` section of a config.json. Raises ValueError."""
-        return self.body(self.complete(config))
+        full = self.complete(config)
+        model, modules = self.body(full), self._modules(full)
+        if not modules:
+            return model
+        name, section = self._layer_ahead(full)
+        return {**model, "blocks": {name: section} | model["blocks"], "mtp_layers": modules, "mtp_block": name}
+
+    def _modules(self, full: Config) -> int:
+        return 0 if self.mtp is None else full[self.mtp.key] or 0
+
+    def _layer_ahead(self, full: Config) -> tuple[str, Node]:
+        """The name and the section of the layer of MTP modules."""
+        assert self.mtp is not None
+        alone = self.body(self.mtp.alone(full))
+        return alone["pattern"][0], alone["blocks"][alone["pattern"][0]]
+
+    def held(self, config: Config, stored: Collection[str], *, mtp: bool = True) -> tuple[Config, tuple[str, ...]]:
+        """The same config.json with the number of MTP modules that a folder of these tensors holds, none unless `mtp`;
+        and the beginnings of tensors' names that are then left out. Raises ValueError for modules that are none of
+        ours."""
+        if self.mtp is None:
+            return config, ()
+        full, key = self.complete(config), self.mtp.key
+        places, wanted = self.mtp.places(full, stored), {**self.mtp.fixed}
+        if not mtp:
+            return {**config, key: 0}, tuple(f"{place}." for place in places)
+        if places and full[key] is not None:
+            wanted[key] = len(places)
+        for name, value in wanted.items() if places else ():
+            if full.get(name, value) != value:
+                raise ValueError(
+                    f"config.json: {name}={shown(full[name])}: must be {shown(value)} for the MTP modules at "
+                    f"{places[0]}; `farspan import` with mtp=false leaves them out"
+                )
+        others = {each: value for each, value in config.items() if self.aliases.get(each, each) != key}
+        return {**others, key: len(places)}, ()
+
+    def repeated(self, config: Config) -> dict[str, str]:
+        """Tensors that repeat others, which a folder may hold: their names to those of the others."""
+        full = self.complete(config)
+        return {} if self.mtp is None else self.mtp.repeated(full, self._modules(full))
+
+    def with_modules(self, config: Config, model: Node) -> Config:
+        """The config.json of a `model` section that has MTP modules, of its config.json without. Raises ValueError."""
+        modules = model["mtp_layers"]
+        key, kind = f"model.mtp_layers={modules}", model.get("mtp_block") or layers(model)[-1][0]
+        if self.mtp is None:
+            raise ValueError(f"{key}: must be 0 for {self.name}, of which no modules are known here")
+        if modules > (self.mtp.most or modules):
+            raise ValueError(f"{key}: must be at most {self.mtp.most}, as in {self.name}")
+        if model.get("tied") and model.get("tied_scale") != 1:
+            raise ValueError(
+                f"model.tied_scale={shown(model.get('tied_scale'))}: must be 1 with modules of {self.name}"
+            )
+        alone = {**model, "layers": 1, "pattern": [kind], "first_k_dense": 0, "dense": None, "mtp_layers": 0}
+        if not self.suits(alone, {mixed(model["blocks"][kind])["mixer"]["_target_"]}):
+            raise ValueError(f"model.mtp_block={kind}: must be a layer that {self.name} has")
+        found, wanted = self.read(self.write(alone)), self._layer_ahead(self.complete(config))[1]
+        if differing := _differing(found["blocks"][found["pattern"][0]], wanted):
+            path, value, other = differing
+            raise ValueError(
+                f"model.blocks.{kind}{path}={shown(value)}: must be {shown(other)}, as in {self.name}'s MTP"
+            )
+        return {**config, self.mtp.key: modules}
 
     def write(self, model: Node) -> Config:
         """The config.json of a `model` section. Raises ValueError for what stands in the way."""
@@ -108,7 +182,13 @@ class Architecture:
 
     def rows(self, config: Config) -> Entries:
         """Returns the published rows of every parameter of ours, from a config.json."""
-        return self.entries(self.complete(config))
+        full = self.complete(config)
+        rows = self.entries(full)
+        if modules := self._modules(full):
+            assert self.mtp is not None
+            alone = self.entries(self.mtp.alone(full))
+            rows |= {n: each for k in range(modules) for n, each in self.mtp.rows(alone, full, k).items()}
+        return rows
 
 
 NO_MIXER = "null"
@@ -193,6 +273,15 @@ def one(values: Iterable[tuple[str, Any]], who: str) -> Any:
                 f"{path}={shown(value)}: must be {shown(first[1])} as {first[0]}: {who} has one for all layers"
             )
     return None if first is None else first[1]
+
+
+def _differing(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two sections differ, and both values; None for none."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return None if one == other else (path, one, other)
+    keys = (key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    first = min(keys, default=None)
+    return None if first is None else _differing(one.get(first), other.get(first), f"{path}.{first}")
 
 
 def ratio(width: int, dim: int) -> float:

@@ -9,6 +9,7 @@ import math
 from models.hub import decoder, positions, sigmoid_moe
 from models.hub import layers as parts
 from models.hub.architecture import Architecture, Config, Node, layers, must, node, one, target, with_defaults
+from models.hub.mtp import behind_the_layers
 from models.hub.rows import Entries, ParameterSource, PublishedRows, whole
 from models.hub.values import FLAG, optional
 from models.hub.values import whole as count
@@ -153,5 +154,6 @@ DEEPSEEK_V3 = Architecture(
     express=_express,
     entries=decoder.entries(latent_rows, sigmoid_moe.rows),
     suits=lambda model, mixers: mixers == {MIXER},
-    left_out=("model.layers.61.",),  # of multi-token prediction, which transformers leaves out as well
+    mtp=behind_the_layers({"first_k_dense_replace": 0}),
+    aliases={"num_mtp_layers": "num_nextn_predict_layers"},
 )

@@ -6,6 +6,7 @@ from typing import Any
 from models.hub import decoder, sigmoid_moe
 from models.hub import layers as parts
 from models.hub.architecture import Config, Node
+from models.hub.mtp import behind_the_layers
 from models.hub.rows import PLAIN, Entries
 from models.hub.values import FLAG
 from models.mixers.attention import Attention
@@ -104,5 +105,6 @@ GLM4_MOE = decoder.architecture(
     body=_sparse_body,
     express=_sparse_express,
     entries=decoder.entries(_sparse_rows, sigmoid_moe.rows),
-    left_out=("model.layers.46.", "model.layers.92."),  # of multi-token prediction, as transformers
+    mtp=behind_the_layers({"first_k_dense_replace": 0}),
+    aliases={"num_mtp_layers": "num_nextn_predict_layers"},
 )

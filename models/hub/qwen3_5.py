@@ -9,6 +9,7 @@ from typing import Any
 from models.hub import layers as parts
 from models.hub import qwen3_next as older
 from models.hub.architecture import REQUIRED, Architecture, Config, Node, layers, must
+from models.hub.mtp import beside_the_model
 from models.hub.rows import ABOUT_ZERO, TAPS, Entries, ParameterSource, PublishedRows, whole
 from models.hub.tensors import StoredTensor
 from models.hub.values import WORDS, optional
@@ -105,7 +106,13 @@ def _architecture(name: str, kind: str, feed_forward: str, **values: Any) -> Arc
         express=lambda model: _express(model, name, feed_forward),
         entries=_entries,
         suits=lambda model, mixers: mixers <= older.KINDS.keys(),
-        left_out=("mtp.", "model.visual."),
+        left_out=("model.visual.",),
+        mtp=beside_the_model(
+            "mtp_num_hidden_layers",
+            {"layer_types": ["full_attention"]},
+            ABOUT_ZERO,
+            fixed={"mtp_use_dedicated_embeddings": False},
+        ),
         **values,
     )
 

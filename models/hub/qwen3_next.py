@@ -19,6 +19,7 @@ from models.hub.architecture import (
     target,
     with_defaults,
 )
+from models.hub.mtp import beside_the_model
 from models.hub.rows import ABOUT_ZERO, TAPS, Entries, ParameterSource, PublishedRows, whole
 from models.hub.values import WORDS, optional
 from models.hub.values import whole as count
@@ -212,5 +213,9 @@ QWEN3_NEXT = Architecture(
     express=lambda model: express(model, NAME),
     entries=_entries,
     suits=_suits,
-    left_out=("mtp.",),  # of multi-token prediction, which transformers leaves out as well
+    mtp=beside_the_model(
+        "num_nextn_predict_layers",
+        {"layer_types": ["full_attention"], "mlp_only_layers": [], "decoder_sparse_step": 1},
+        ABOUT_ZERO,
+    ),
 )

@@ -134,12 +134,12 @@ class Saved:
     """A checkpoint of ours to be published. Nothing but its metadata is read until `tensor` is called.
 
     config: the run's, resolved. average: what train.average keeps in the weights' place, which must be there.
-    left_out: parameters of multi-token prediction, which no reader of such a folder runs. Raises ValueError for a model
-    that no architecture can express: the key that stands in the way.
+    left_out, why: parameters of multi-token prediction that the architecture cannot say, and the reason. Raises
+    ValueError for a model that no architecture can express: the key that stands in the way.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, average: bool = False):
-        self.path, self.average, model = path, average, {**config["model"], "mtp_layers": 0}
+        self.path, self.average, model = path, average, config["model"]
         facts = checkpoint.manifest(path)
         with torch.device("meta"):
             built = construct(model)
@@ -148,16 +148,26 @@ class Saved:
             model = rebased(model, base) if rotary(built) else model
         came = facts.get("published") or {}
         architecture, self.config = of_model(model, came.get("architecture"))
+        self.why, modules = "", model.get("mtp_layers") or 0
+        if modules:
+            try:
+                self.config = architecture.with_modules(self.config, model)
+            except ValueError as error:
+                self.why, modules = str(error), 0
+        if not modules and architecture.mtp is not None:  # which some readers expect where nothing is said
+            self.config = {**self.config, architecture.mtp.key: 0}
         self.name = architecture.name
         self._entries = architecture.rows(self.config)
-        self.shapes = named_shapes(built, self._entries)
+        shapes = named_shapes(built, self._entries)
+        self.left_out = [] if modules else sorted(name for name in shapes if name.startswith("mtp."))
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in self.left_out}
         self._averaged = {name for name, _ in built.named_parameters()}
         self.published = architecture.stacked(published(self._entries, self.shapes))
+        self.published |= {name: self.published[of] for name, of in architecture.repeated(self.config).items()}
         scaled = ("norm.weight", "norm.bias") if built.head is None else ()
         self._scales = dict.fromkeys(scaled, built.tied_scale)
         self._dtypes = dict.fromkeys(self.shapes, "float32")  # as buffers are
         self._dtypes |= {name: dtype for name, (_, dtype) in facts["model"].items()}
-        self.left_out = sorted(name for name in facts["model"] if name.startswith("mtp."))
         self._own = lru_cache(maxsize=2)(self._read)
         trained = trained_length(config, facts.get("places", facts["tokens"]))
         self.max_length = max(trained or 0, came.get("positions") or 0) or None  # never less than it came with

@@ -48,7 +48,8 @@ class Published:
 
     vocabulary: rows of the embedding and the head wanted; null for those that there are. extend: whether there may be
     more of them, each the mean of those that there are: the likelihoods of known tokens then change least (Hewitt 2021,
-    "Initializing new word embeddings for pretrained language models").
+    "Initializing new word embeddings for pretrained language models"). mtp: whether modules of multi-token prediction
+    come in, where the family's are known.
 
     model: the `model` section. shapes, dtypes: of our parameters, an attribute each. left_out: tensors of the folder
     that no model of ours reads, and that `transformers` does not read either. said: what there is to say of it.
@@ -58,12 +59,13 @@ class Published:
     not ours, a tensor that is missing, too many or of another shape, a file that is cut short, and pickled weights.
     """
 
-    def __init__(self, path: Path, *, vocabulary: int | None = None, extend: bool = False):
+    def __init__(self, path: Path, *, vocabulary: int | None = None, extend: bool = False, mtp: bool = True):
         self.path, config = path, text_of(tensors.table(path / CONFIG))
         architecture = of_config(config)
         architecture.complete(config)  # refuses what its keys may not be
         stored = architecture.unstacked(tensors.folder(path))
         architecture.bounded(config, stored)
+        config, others = architecture.held(config, stored, mtp=mtp)
         self.config, self._stored, self.said = _untied(config, stored, architecture.rows(config))
         self.name, self.model = architecture.name, architecture.read(self.config)
         self._entries = architecture.rows(self.config)
@@ -75,7 +77,12 @@ class Published:
         self.shapes = named_shapes(built, self._entries)
         self._parameters = {name for name, _ in built.named_parameters()}
         wanted = {source: shape for source, (shape, _) in published(self._entries, self.shapes).items()}
-        self.left_out = self._compare(wanted, architecture.left_out)
+        self._repeated = dict[str, list[str]]()  # tensors that repeat one that is read, by its name
+        for name, source in architecture.repeated(self.config).items():
+            if name in stored:
+                wanted[name] = wanted[source]
+                self._repeated.setdefault(source, []).append(name)
+        self.left_out = self._compare(wanted, (*architecture.left_out, *others))
         self.dtypes = {name: self._dtype(name) for name in self.shapes}
         self.max_length: int | None = architecture.complete(self.config).get("max_position_embeddings")
         self.unpublishable = _why_not(self.model, self.name)
@@ -148,9 +155,13 @@ class Published:
         return ours[0] if len(ours) == 1 else torch.cat(ours)
 
     def _published(self, source: str, start: int, number: int) -> Tensor:
-        """Rows of a published tensor. Raises ValueError for a number that is not finite."""
+        """Rows of a published tensor. Raises ValueError for a number that is not finite, and where a tensor that
+        repeats it has others."""
         stored = self._stored[source]
         rows = tensors.rows(stored, start, number)
+        for name in self._repeated.get(source, ()):
+            if not torch.equal(rows, tensors.rows(self._stored[name], start, number)):
+                raise ValueError(f"{self._stored[name].file.name}: {name}: must hold the numbers of {source}, as here")
         if not torch.isfinite(rows).all():
             raise ValueError(f"{stored.file.name}: {source}: holds numbers that are not finite (NaN or infinity)")
         return rows
