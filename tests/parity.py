@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from train.time_spans import Spans
 VOCABULARY, BALANCE = 32, 0.05
 DTYPE = {"fp64": torch.float64, "fp32": torch.float32}
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
+KEY_FORMATS = {"fp8": 448.0, "int8": 127.0}  # and their largest numbers
 
 
 def small_model(attention: dict[str, Any] | None = None) -> LM:
@@ -89,6 +91,27 @@ def follow(model: LM, recipe: str | None, gather: bool = False) -> LowPrecision 
     blocks = any(scaling is not None and scaling.columns for scaling in low.recipe.weight_gradient)
     apply(model, policy(model, high=["*.experts.*"] if blocks else []), low)
     return low
+
+
+def near(x: torch.Tensor, name: str) -> torch.Tensor:
+    """x [..., W] by a scale a row, the least power of two that cuts nothing off: whole numbers, or numbers of four
+    significant bits down to 2^-9 (OCP 8-bit floating point, E4M3). Its gradient is x's."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    scale = torch.exp2((largest / KEY_FORMATS[name]).clamp_min(1e-37).log2().ceil())
+    y = x.detach() / scale
+    step = torch.exp2(y.abs().clamp_min(2.0**-6).log2().floor() - 3) if name == "fp8" else torch.ones_like(y)
+    return x + ((y / step).round() * step * scale - x.detach())
+
+
+def rounding(name: str) -> Any:
+    """Has one process round its keys and values, as ranks do with `parallel.transport.keys`, where it attends."""
+    whole = Whole.attend
+
+    def attend(seq, q, k, v, **more):
+        k = near(k, name)
+        return whole(seq, q, k, k[..., : v.shape[-1]] if more.get("values_in_keys") else near(v, name), **more)
+
+    return patch.object(Whole, "attend", attend)
 
 
 def truth(

@@ -35,8 +35,8 @@ class TransportSettings:
     the way of rows to experts on other ranks (parallel.expert). counted: ranks first tell each other how many rows they
     send, and send as many; padded: every rank sends each expert as many rows as its capacity_factor allows, zeros among
     them, and waits for no count. keys: format of keys and values between ranks that share a sequence. exact: that of
-    the computation; fp8 (E4M3) or int8: 8 bits a number and an exponent for each token and head, with attention=gather
-    and in windows; they are rounded on the rank that holds them too. Gradients and states stay as they are.
+    the computation; fp8 (E4M3) or int8: 8 bits a number and an exponent for each token and head; they are rounded once,
+    on the rank that holds them too, whatever the transport. Gradients and states stay as they are.
     """
 
     recurrence: StateTransportName = "gather"
@@ -51,11 +51,6 @@ class TransportSettings:
             raise ValueError(f"parallel.transport.experts={self.experts}: must be one of {accepted}")
         if self.keys not in KEY_FORMATS:
             raise ValueError(f"parallel.transport.keys={self.keys}: must be one of {', '.join(KEY_FORMATS)}")
-        if self.keys != "exact" and self.attention != "gather":
-            raise ValueError(
-                f"parallel.transport.keys={self.keys}: must be exact with parallel.transport.attention="
-                f"{self.attention}; gather sends few bits"
-            )
         if (self.recurrence, self.attention) != ("gather", "gather"):  # what is there by default costs no torch
             from parallel.sequence import TRANSPORTS
 
@@ -71,8 +66,8 @@ class TransportSettings:
         from parallel.sequence import TRANSPORTS
 
         options = {"blocks": self.blocks} if self.recurrence in ("allscan", "auto") else {}
-        keys = {"keys": self.keys} if self.attention == "gather" else {}
-        return TRANSPORTS["recurrence"][self.recurrence](**options), TRANSPORTS["attention"][self.attention](**keys)
+        attention = TRANSPORTS["attention"][self.attention](keys=self.keys)
+        return TRANSPORTS["recurrence"][self.recurrence](**options), attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,12 @@ class AttendCall:
     @property
     def sent(self) -> int:
         """The numbers that a token has for others in a head of keys and values, without a window."""
-        return max(self.key, self.value) * (1 if self.values_in_keys else 2)
+        return max(self.key, self.value) * self.parts
+
+    @property
+    def parts(self) -> int:
+        """The parts of these numbers, each with a scale of its own in 8 bits: keys and values, or one that is both."""
+        return 1 if self.values_in_keys else 2
 
     def received(self, layout: Layout, rank: int, how: How) -> Both:
         if self.window is not None:
@@ -209,10 +214,9 @@ class AttendCall:
     def _gathered(self, layout: Layout, how: How) -> Both:
         tokens = (layout.ranks - 1) * layout.rows * layout.longest * self.kv_heads
         numbers, calls = tokens * self.sent, -(-self.kv_heads // how.heads)
-        parts = 1 if self.values_in_keys else 2
         both = Both(Traffic(), Traffic())
         for way in both:
-            way.add("keys and values", tokens * self._bytes(self.sent, parts, how), calls)
+            way.add("keys and values", tokens * self._bytes(self.sent, self.parts, how), calls)
         both.backward.add("keys and values" + GRADIENT, numbers * _wide(self.itemsize), calls)
         return both
 
@@ -221,12 +225,13 @@ class AttendCall:
         rows, others, tokens = layout.ranks // split, split - 1, layout.rows * layout.longest
         width = max(self.key, self.value)
         queries = tokens * self.heads // split * width  # of one rank for another
-        keys = tokens * max(self.kv_heads, split) // split * self.sent
-        block = split * keys  # what travels around the ring
+        held = tokens * max(self.kv_heads, split) // split  # tokens by key heads, of one rank for another
+        keys, message = held * self.sent, held * self._bytes(self.sent, self.parts, how)
+        block = split * keys  # numbers whose gradients travel around the ring
         both = Both(Traffic(), Traffic())
         for way in both:
-            way.add("keys and values", others * keys * self.itemsize, others)
-            way.add("keys and values", (rows - 1) * block * self.itemsize, rows - 1)
+            way.add("keys and values", others * message, others)
+            way.add("keys and values", (rows - 1) * split * message, rows - 1)
         both.forward.add("queries", others * queries * self.itemsize, others)
         both.forward.add("outputs", others * queries * self.itemsize, others)
         # Their gradients, outputs and the queries themselves go to where the heads are; queries' gradients come back.

@@ -70,7 +70,8 @@ def page(rows: dict[str, Any]) -> str:
             "Below, the worst over packings and ranks: fp64 / fp32. Ulysses runs where heads can be split among the",
             "ranks; an idle rank and unequal spans need two. Non-affine recurrences (`slstm`, `lact`) are relayed,",
             "whatever the transport; `lact` is held in fp64 alone: in fp32 one process is over 1e-5 from itself",
-            "in fp64.",
+            "in fp64. So are keys in int8, since those that differ in their last bit may get codes that differ; one",
+            "process rounds them where it attends.",
             "",
             *_grid("States of recurrences", EFFECTS, {n: row for n, row in rows.items() if matrix.recurrent(n)}),
             *_grid(

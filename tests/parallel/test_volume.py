@@ -78,8 +78,9 @@ PAIRS = [("gather", "gather"), ("relay", "ring"), ("allscan", "ulysses"), ("rela
 
 def transports(how: How):
     options = {"blocks": how.blocks} if how.recurrence == "allscan" else {}
-    keys = {"heads": how.heads, "keys": how.keys} if how.attention == "gather" else {}
-    return TRANSPORTS["recurrence"][how.recurrence](**options), TRANSPORTS["attention"][how.attention](**keys)
+    heads = {"heads": how.heads} if how.attention == "gather" else {}
+    attention = TRANSPORTS["attention"][how.attention](keys=how.keys, **heads)
+    return TRANSPORTS["recurrence"][how.recurrence](**options), attention
 
 
 def counted(build, plan, how, precision="fp32", remat="none", batch=BATCH, sharded=False, reshard=True):

@@ -8,6 +8,9 @@ it is Ulysses.
 
 A block of keys is met by its spans, so every layout is served: two spans a rank balance causal work (zigzag), lengths
 may differ, documents start anywhere. Where there are fewer key/value heads than columns, columns share a copy of one.
+
+A rank writes the message of its keys and values once. In 8 bits, every hop passes on the bytes that arrived: they are
+read there, and never rounded again.
 """
 
 from collections.abc import Callable
@@ -21,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from models.kernels.attention_tiles import Tile, sink_gradient, tile_for
 from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
+from parallel.schedule.comm_volume import KeyFormatName
+from parallel.sequence.attention.few_bits import KeyCodec
 from parallel.sequence.attention.visibility import Softmax, Transpose, apart, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
 from parallel.sequence.span_layout import Link, SpanLayout
@@ -29,7 +34,13 @@ Arrival = Callable[[], list[Tensor]]
 
 
 class MeshKeys:
-    """`usp`: heads over as many ranks as their number allows, a ring over the rest."""
+    """`usp`: heads over as many ranks as their number allows, a ring over the rest.
+
+    keys: the format of keys and values. Raises ValueError for one that there is not.
+    """
+
+    def __init__(self, keys: KeyFormatName = "exact"):
+        self.codec = KeyCodec(keys)
 
     def split(self, ranks: int, heads: int, kv_heads: int) -> int:
         """Over how many ranks heads are split. Raises ValueError where they cannot be as asked."""
@@ -50,12 +61,15 @@ class MeshKeys:
         values_in_keys: bool = False,
     ) -> Tensor:
         """See `Keys.attend`."""
+        k = self.codec.rounded(k)
+        v = k[..., : v.shape[-1]] if values_in_keys else self.codec.rounded(v)
         if window is not None:
             how: dict[str, Any] = {"window": window, "sinks": sinks, "softcap": softcap, "sink_logits": sink_logits}
+            how["codec"] = self.codec
             return attend_in_window(chain, q, k, v, pieces, **how)
         mesh = RowsAndColumns(chain, self.split(chain.comm.size, q.shape[2], k.shape[2]))
         q, kv, scale = together(q, k, v, values_in_keys)
-        out: Tensor = _Attended.apply(mesh, tile_for(q.device, softcap), scale, sink_logits, q, kv)
+        out: Tensor = _Attended.apply(mesh, self.codec, tile_for(q.device, softcap), scale, sink_logits, q, kv)
         return out[..., : v.shape[-1]]
 
 
@@ -151,49 +165,58 @@ class RowsAndColumns:
 class _Attended(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mesh: RowsAndColumns, tile: type[Tile], scale: float, sink: Tensor | None, q: Tensor, kv: Tensor
+        ctx: Any,
+        mesh: RowsAndColumns,
+        codec: KeyCodec,
+        tile: type[Tile],
+        scale: float,
+        sink: Tensor | None,
+        q: Tensor,
+        kv: Tensor,
     ) -> Tensor:
-        B, T, H, _ = q.shape
+        (B, T, H, W), widths = q.shape, _widths(q, kv)
 
         def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
-            q, block = mesh.by_heads(q, "queries"), mesh.by_heads(kv, "keys and values")
+            q, message = mesh.by_heads(q, "queries"), mesh.by_heads(codec.packed(kv, widths), "keys and values")
             softmax = Softmax(q, tile, scale)
             for hop in range(mesh.rows):
-                coming = mesh.turn(block, purpose="keys and values") if hop + 1 < mesh.rows else None
+                coming = mesh.turn(message, purpose="keys and values") if hop + 1 < mesh.rows else None
+                block = codec.unpacked(message, widths, kv.dtype)
                 for a, asking in enumerate(mesh.links[mesh.row]):
                     for b, queries in enumerate(mesh.links[mesh.row - hop]):
                         if asking is not None and queries is not None:
                             for meeting in meetings(mesh.chain, asking, queries):
-                                k, v = apart(block[b], q.shape[-1])
+                                k, v = apart(block[b], W)
                                 softmax.see(a, k, v, meeting)
                 if coming is not None:
-                    (block,) = coming()
+                    (message,) = coming()
             softmax.join(None if sink is None else sink[mesh.heads(len(sink))])
             out = mesh.by_spans(softmax.out.to(q.dtype), B, T, H, "outputs")
             return [out.clone(), softmax.lse]
 
         out, lse = as_operator(attend, q, kv)
         ctx.save_for_backward(q, kv, sink, out, lse)
-        ctx.mesh, ctx.tile, ctx.scale = mesh, tile, scale
+        ctx.mesh, ctx.codec, ctx.tile, ctx.scale = mesh, codec, tile, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, kv, sink, out, lse = ctx.saved_tensors
-        mesh, (B, T, H, _), G = ctx.mesh, q.shape, kv.shape[2]
+        mesh, (B, T, H, _), G, widths = ctx.mesh, q.shape, kv.shape[2], _widths(q, kv)
         # What was exchanged for heads is exchanged again: kept, it would be as large as the activations.
         grad, out, queries = (mesh.by_heads(x, "queries gradient") for x in (grad, out, q))
-        block = mesh.by_heads(kv, "keys and values")
+        message = mesh.by_heads(ctx.codec.packed(kv, widths), "keys and values")
         dsink = None
         if sink is not None:  # of this column's heads; other ranks have those of others
             own, dsink = mesh.heads(len(sink)), torch.zeros_like(sink)
             dsink[own] = sink_gradient(sink[own], grad, out, lse)
         transpose = Transpose(queries, out, lse, grad, ctx.tile, ctx.scale)
-        gradient = torch.zeros_like(block, dtype=lse.dtype)
+        gradient = lse.new_zeros((*message.shape[:3], sum(widths)))
         returning: Arrival | None = None
         for hop in range(mesh.rows):
-            coming = mesh.turn(block, purpose="keys and values") if hop + 1 < mesh.rows else None
+            coming = mesh.turn(message, purpose="keys and values") if hop + 1 < mesh.rows else None
+            block = ctx.codec.unpacked(message, widths, kv.dtype)
             part = torch.zeros_like(gradient)
             for a, asking in enumerate(mesh.links[mesh.row]):
                 for b, queries_of_hop in enumerate(mesh.links[mesh.row - hop]):
@@ -208,9 +231,14 @@ class _Attended(torch.autograd.Function):
             if mesh.rows > 1:
                 returning = mesh.turn(gradient, purpose="keys and values gradient")
             if coming is not None:
-                (block,) = coming()
+                (message,) = coming()
         if returning is not None:
             (gradient,) = returning()
         dq = mesh.by_spans(transpose.dq, B, T, H, "queries gradient")
         dkv = mesh.by_spans(gradient, B, T, G, "keys and values gradient")
-        return None, None, None, dsink, dq.to(q.dtype), dkv.to(kv.dtype)
+        return None, None, None, None, dsink, dq.to(q.dtype), dkv.to(kv.dtype)
+
+
+def _widths(q: Tensor, kv: Tensor) -> tuple[int, ...]:
+    """The channels of each part of a message about keys and values: of both, or of the one that is both."""
+    return (q.shape[-1],) * (kv.shape[-1] // q.shape[-1])
