@@ -146,11 +146,11 @@ def account(model: LM, *, device: str = "cpu") -> Account:
         alike = (kind, sums, *(p.shape for p in layer.parameters()))
         if alike not in known:
             given = dict(rows.get(name, {}))
+            shape = model.depths[int(name)].stream(1, TOKENS, model.dim)
             if sums:
-                shape = sums, 1, TOKENS, model.embedding.shape[1]
-                given["past"] = torch.empty(shape, dtype=model.compute, device="meta", requires_grad=True)
+                given["past"] = torch.empty((sums, *shape), dtype=model.compute, device="meta", requires_grad=True)
             try:
-                known[alike] = _run(layer, model, device, given)
+                known[alike] = _run(layer, model, device, given, shape)
             except RuntimeError as error:  # what the meta device cannot do
                 line = (str(error).splitlines() or [""])[0]
                 raise NotImplementedError(f"costs of layers.{name} ({kind}): {line}") from error
@@ -206,14 +206,15 @@ def _module(name: str, model: LM, device: str) -> _Layer:
     """A module of multi-token prediction, without its head."""
     embedded_BTD = torch.empty(1, TOKENS, model.embedding.shape[1], dtype=model.compute, device="meta")
     try:
-        return _run(model.mtp[name], model, device, {"embedded_BTD": embedded_BTD.requires_grad_()})
+        return _run(model.mtp[name], model, device, {"embedded_BTD": embedded_BTD.requires_grad_()}, embedded_BTD.shape)
     except RuntimeError as error:
         line = (str(error).splitlines() or [""])[0]
         raise NotImplementedError(f"costs of mtp.{name}: {line}") from error
 
 
-def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any]) -> _Layer:
-    x_BTD = torch.empty(1, TOKENS, model.embedding.shape[1], dtype=model.compute, device="meta", requires_grad=True)
+def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any], shape: tuple[int, ...]) -> _Layer:
+    """shape: of the layer's input."""
+    x_BTD = torch.empty(shape, dtype=model.compute, device="meta", requires_grad=True)
     parameters = list(layer.parameters())
     saved = _SavedBytes(parameters)
     seq, remembering = Traced.of_length(TOKENS), Traced.of_length(TOKENS, memory := Memory())

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from models.attnres import DepthAttention
 from models.cross_layer import ALONE, Depth, build_with
+from models.hyper import HyperConnection
 from models.moe import Routing
 from models.norm import NormKind, norm_of
 from models.sequence import Sequence
@@ -35,7 +37,8 @@ class Block(nn.Module):
     x [B, T, D] -> [B, T, D], where a mixture of experts sent its tokens, and what the layer hands to later ones that
     couple with it (`models.cross_layer`): None where it was `handed` that of an earlier one. past [S, B, T, D]: the
     sums of blocks of layers before, where layers read the depth by attention (`models.attnres`): x is then the sum of
-    this layer's block so far, and means nothing for the first of a block.
+    this layer's block so far, and means nothing for the first of a block. With several residual streams
+    (`models.hyper`) x is [S, B, T, D], and so is what leaves.
     """
 
     def __init__(
@@ -65,13 +68,13 @@ class Block(nn.Module):
         for key, scale in scales.items():
             if not 0 < scale < math.inf:
                 raise ValueError(f"{key}={scale}: must be above 0")
-        if depth.attnres_block is not None and (residual != "input" or set(scales.values()) != {1.0}):
+        several = {"attnres_block": depth.attnres_block, "hyper_connections": depth.hyper and depth.hyper.streams}
+        other = next((f"{key}={value}" for key, value in several.items() if value is not None), None)
+        if other is not None and (residual != "input" or set(scales.values()) != {1.0}):
             key = (
                 f"residual={residual}" if residual != "input" else next(f"{k}={s}" for k, s in scales.items() if s != 1)
             )
-            raise ValueError(
-                f"{key}: must be its default with attnres_block={depth.attnres_block}, which has no stream"
-            )
+            raise ValueError(f"{key}: must be its default with {other}, which has no single stream")
         if mixer is None and (ffn is None or beside is not None):
             raise ValueError(f"mixer=null: must be a mixer where {'ffn is null' if ffn is None else 'beside is one'}")
         make = norm_of(norm)
@@ -90,6 +93,11 @@ class Block(nn.Module):
         self.depth, reads = depth, depth.attnres_block is not None
         self.mixer_read = DepthAttention(dim) if reads and mixer is not None else None
         self.ffn_read = DepthAttention(dim) if reads and ffn is not None else None
+        here = [mixer is not None, ffn is not None]
+        self.mixer_streams, self.ffn_streams = (
+            HyperConnection(dim, depth.hyper, 2 * depth.layer + part) if depth.hyper is not None and there else None
+            for part, there in enumerate(here)
+        )
         self.couplings = getattr(self.mixer, "couplings", ())
         self.hands: str | None = getattr(self.mixer, "hands", None)
         if getattr(self.beside, "couplings", ()) or getattr(self.beside, "hands", None):
@@ -108,7 +116,8 @@ class Block(nn.Module):
         begun = past is None or not self.depth.opens  # whether x is a sum of something
         rows, made_BTD, routing = (seq.positions.shape[0], seq.positions.shape[1]), None, None
         if self.mixer is not None:
-            normed_BTD = self.mixer_norm(_read(self.mixer_read, past, x_BTD, begun))
+            read_BTD, leave = _enter(self.mixer_streams, x_BTD)
+            normed_BTD = self.mixer_norm(_read(self.mixer_read, past, read_BTD, begun))
             entered_BTD = self.width.enter(normed_BTD, rows)
             if self.hands is None:
                 y_BTD = self.mixer(entered_BTD, seq, slot=self.slot, **coupled)
@@ -118,18 +127,27 @@ class Block(nn.Module):
             if self.beside is not None:
                 y_BTD = y_BTD + self.beside(entered_BTD, seq, slot=f"{self.slot}/beside")
             y_BTD = self.mixer_post_norm(self.width.leave(y_BTD))
-            x_BTD, begun = (self._stream(x_BTD, normed_BTD, self.scales[0]) + y_BTD if begun else y_BTD), True
+            x_BTD, begun = leave(self._stream(x_BTD, normed_BTD, self.scales[0]), y_BTD) if begun else y_BTD, True
         if self.ffn is not None:
-            normed_BTD = self.ffn_norm(_read(self.ffn_read, past, x_BTD, begun))
+            read_BTD, leave = _enter(self.ffn_streams, x_BTD)
+            normed_BTD = self.ffn_norm(_read(self.ffn_read, past, read_BTD, begun))
             y_BTD, routing = self.ffn(self.width.enter(normed_BTD, rows), seq)
             y_BTD = self.ffn_post_norm(self.width.leave(y_BTD))
-            x_BTD = self._stream(x_BTD, normed_BTD, self.scales[1]) + y_BTD if begun else y_BTD
+            x_BTD = leave(self._stream(x_BTD, normed_BTD, self.scales[1]), y_BTD) if begun else y_BTD
         return x_BTD, routing, made_BTD
 
     def _stream(self, x_BTD: Tensor, normed_BTD: Tensor, scale: float) -> Tensor:
         """The residual stream that a part's output is added to."""
         x_BTD = normed_BTD if self.from_normed else x_BTD
         return x_BTD if scale == 1 else x_BTD * scale
+
+
+def _enter(streams: HyperConnection | None, x_BTD: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """The stream that a part of a layer reads, and the sum of the residual stream and what it makes."""
+    if streams is None:
+        return x_BTD, torch.add
+    read_BTD, leave = streams(x_BTD)
+    return read_BTD, lambda residual, y_BTD: leave(y_BTD)
 
 
 def _read(reading: DepthAttention | None, past_SBTD: Tensor | None, x_BTD: Tensor, begun: bool) -> Tensor:

@@ -16,16 +16,18 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models.axes import Init, declare
+from models.hyper import Hyper
 from models.width import Units
 
 
 class Depth(NamedTuple):
     """A layer's place in the stack: `layer` from 0 of `layers`. attnres_block: of how many layers a block of attention
-    residuals is (`models.attnres`); None without these."""
+    residuals is (`models.attnres`); None without these. hyper: its residual streams (`models.hyper`); None for one."""
 
     layer: int
     layers: int
     attnres_block: int | None = None
+    hyper: Hyper | None = None
 
     @property
     def opens(self) -> bool:
@@ -36,6 +38,10 @@ class Depth(NamedTuple):
     def sums(self) -> int:
         """Counts the embedding and the sums of the blocks before that of this layer."""
         return 0 if self.attnres_block is None else self.layer // self.attnres_block + 1
+
+    def stream(self, *shape: int) -> tuple[int, ...]:
+        """The shape of what layers hand to the next, of that of one residual stream."""
+        return shape if self.hyper is None else (self.hyper.streams, *shape)
 
 
 ALONE = Depth(0, 1)

@@ -110,12 +110,13 @@ def footprints(
         if alike not in by_kind:
             run = _layer(layer, rows.get(name, {}), depth, shape, model.compute)
             seq = Traced.of_length(tokens, shared=shared)
-            found = _traced(run, layer, model, seq, device=device, ranks=ranks, inputs=inputs)
+            stream = depth.stream(*shape)
+            found = _traced(run, layer, model, seq, stream, device=device, inputs=inputs)
             sums = float(depth.opens and depth.sums * math.prod(shape) * model.compute.itemsize)
             by_kind[alike] = found._replace(sums=sums)
         layers.append(by_kind[alike])
-    seq = Traced.of_length(tokens)
-    return layers, _traced(_head(model), model, model, seq, device=device, ranks=ranks, layer=False)
+    seq, shape = Traced.of_length(tokens), (1, -(-tokens // ranks), model.dim)
+    return layers, _traced(_head(model), model, model, seq, shape, device=device, layer=False)
 
 
 def between(tokens: int, low: int, a: Footprint, high: int, b: Footprint) -> Footprint:
@@ -158,16 +159,16 @@ def _traced(
     module: nn.Module,
     model: LM,
     seq: Traced,
+    shape: tuple[int, ...],
     *,
     device: str,
-    ranks: int,
     layer: bool = True,
     inputs: Inputs | None = None,
 ) -> Footprint:
-    """Runs it forward without a graph, forward noting dear results, and forward and backward."""
+    """Runs it forward without a graph, forward noting dear results, and forward and backward, on an input of this
+    shape."""
     elsewhere = set() if layer else {id(p) for p in model.layers.parameters()}
     parameters = [p for p in module.parameters() if id(p) not in elsewhere]
-    shape = (1, -(-seq.positions.numel() // ranks), model.dim)
     x_BTD = torch.empty(shape, dtype=model.compute, device="meta", requires_grad=True)
     try:
         with by_shape(module, device), _without_gradients(parameters):

@@ -12,6 +12,7 @@ from models.attnres import SUM, DepthAttention
 from models.axes import declare, normal, positive
 from models.block import Factory
 from models.cross_layer import Coupled, Depth
+from models.hyper import Hyper, HyperMixing
 from models.kernels.cross_entropy import softcapped
 from models.linear import Linear
 from models.moe import Routed, Routing, balance, mixtures
@@ -43,7 +44,7 @@ class Output(NamedTuple):
 class PartOutput(NamedTuple):
     """The results of some of the layers."""
 
-    passed: Tensor  # [1 + H, B, T, D]: the residual stream, and H tensors that later layers take; empty after the last
+    passed: Tensor  # [S + H, B, T, D]: S residual streams, and H tensors that later layers take; empty after the last
     output: Output  # of these layers alone; without the last of the model its cross-entropy is 0
 
 
@@ -64,7 +65,10 @@ class LM(nn.Module):
     2412.19437, section 2.2); 0 for none. Training alone runs them. mtp_block: the kind of their layer, of `blocks`;
     null for that of the last layer. attnres_block: number of layers of a block of attention residuals, whose parts
     read a learnt mean of the embedding and of the sums of the blocks before (AttnRes, 2603.15031); null for the plain
-    sum of all layers.
+    sum of all layers. hyper_connections: number of parallel residual streams, of which each part of a layer reads a
+    weighted sum and which it mixes (hyper-connections, 2409.19606); null for one. hyper_mixing: weights of these:
+    manifold for mixing matrices that are doubly stochastic (mHC, 2512.24880), dynamic for unbounded ones that depend on
+    the token, static for learnt constants.
 
     tokens [B, T] int64 -> Output, activations and logits in the dtype of the attribute `compute`, fp32 unless set; with
     `last`, the logits of each row's last so many tokens only. With targets [B, T] int64, -100 for none, the Output has
@@ -91,6 +95,8 @@ class LM(nn.Module):
         mtp_layers: int = 0,
         mtp_block: str | None = None,
         attnres_block: int | None = None,
+        hyper_connections: int | None = None,
+        hyper_mixing: HyperMixing = "manifold",
     ):
         super().__init__()
         positive(vocabulary=vocabulary, dim=dim)
@@ -98,6 +104,8 @@ class LM(nn.Module):
             raise ValueError(f"mtp_layers={mtp_layers}: must be 0 for none, or up to {MOST_AHEAD}")
         if attnres_block is not None and attnres_block < 1:
             raise ValueError(f"attnres_block={attnres_block}: must be at least 1, or null for none")
+        if attnres_block is not None and hyper_connections is not None:
+            raise ValueError(f"hyper_connections={hyper_connections}: must be null with attnres_block={attnres_block}")
         if mtp_block is not None and mtp_block not in blocks:
             raise ValueError(f"mtp_block={mtp_block}: must be one of {', '.join(blocks)}, or null for the last layer's")
         if norm_eps <= 0:
@@ -118,7 +126,8 @@ class LM(nn.Module):
         self.compute = torch.float32
         self.loss_chunk: int | None = 2048
         self.embedding = declare(vocabulary, dim, axes=("vocab", "embed"), init=normal(1.0), inputs=0)
-        self.depths = [Depth(i, layers, attnres_block) for i in range(layers)]
+        self.hyper = Hyper.of(hyper_connections, hyper_mixing)
+        self.depths = [Depth(i, layers, attnres_block, self.hyper) for i in range(layers)]
         self.layers = nn.ModuleDict(
             {
                 str(i): blocks[n](dim=dim, slot=f"layers.{i}", depth=self.depths[i], **front.get(i, {}))
@@ -167,21 +176,23 @@ class LM(nn.Module):
         ahead: Ahead | None = None,
     ) -> PartOutput:
         """`forward` with targets, of these layers alone. The first of them embed the tokens, the last score the
-        targets; others take what the layers before them passed on, [1 + H, B, T, D]. All else may be missing.
+        targets; others take what the layers before them passed on, [S + H, B, T, D]. All else may be missing.
 
         The parts' routers' losses and cross-entropies add up to those of `forward`.
         """
         if passed is None:
             x_BTD, handed = self.embed(tokens_BT), dict[str, Tensor]()
         else:
-            x_BTD, *values = passed.unbind()
-            handed = dict(zip(self.crossing(layers.start), values, strict=True))
+            names = self.crossing(layers.start)
+            x_BTD, values = passed[: len(passed) - len(names)], passed[len(passed) - len(names) :]
+            x_BTD, handed = x_BTD if self.hyper else x_BTD.squeeze(0), dict(zip(names, values.unbind(), strict=True))
         x_BTD, handed, routings = self.run(layers, x_BTD, handed, seq)
         counts = balance(routings, seq, layers=self._averaged(ahead) or self.routed)
         if layers.stop == len(self.kinds):
             assert targets_BT is not None
             return PartOutput(x_BTD.new_empty(0), self.finish(x_BTD, counts, seq, targets_BT, ahead))
-        leaving = torch.stack([x_BTD, *(handed[name] for name in self.crossing(layers.stop))])
+        streams = x_BTD.unbind() if self.hyper else (x_BTD,)
+        leaving = torch.stack([*streams, *(handed[name] for name in self.crossing(layers.stop))])
         return PartOutput(leaving, Output(x_BTD.new_empty(0), *counts, torch.zeros((), device=x_BTD.device)))
 
     def _averaged(self, ahead: Ahead | None) -> int | None:
@@ -235,6 +246,10 @@ class LM(nn.Module):
         sums = [_sum(i) for i in range(self._sums(layer))]
         return [*sorted(name for name in before & after if name is not None), *sums]
 
+    def passing(self, layer: int) -> int:
+        """Counts the tensors [B, T, D] that layers before this one pass on to it."""
+        return (1 if self.hyper is None else self.hyper.streams) + len(self.crossing(layer))
+
     def _sums(self, layer: int) -> int:
         """The sums of blocks that there are before a layer."""
         return self.depths[layer - 1].sums if layer else 0
@@ -248,8 +263,11 @@ class LM(nn.Module):
     def run(
         self, layers: range, x_BTD: Tensor, handed: dict[str, Tensor], seq: Sequence
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Routing]]:
-        """The residual stream after these layers, what they hand on, and where their routers sent tokens."""
+        """The residual stream after these layers, what they hand on, and where their routers sent tokens. Between
+        layers there are several streams, [S, B, T, D], where the model has them."""
         routings: dict[str, Routing] = {}
+        if self.hyper is not None and layers.start == 0:
+            x_BTD = x_BTD.expand(self.hyper.streams, *x_BTD.shape)
         rows, past = self.coupled(), _stacked(handed, self._sums(layers.start))
         for name in map(str, layers):
             if (depth := self.depths[int(name)]).opens:
@@ -266,6 +284,8 @@ class LM(nn.Module):
                 routings[f"layers.{name}"] = routing
         if self.depth_read is not None and layers.stop == len(self.kinds):
             x_BTD = self.depth_read(past, x_BTD)
+        if self.hyper is not None and layers.stop == len(self.kinds):
+            x_BTD = x_BTD.mean(0)
         return x_BTD, handed, routings
 
     def unembed(self, x_BTD: Tensor) -> Tensor:

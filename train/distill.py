@@ -60,7 +60,7 @@ def refuse(settings: DistillSettings, teacher: LM, model: LM) -> None:
             raise ValueError(f"{key}: must have {name}={ours} as this model with target=hidden, and has {theirs}")
     if not unlike(teacher, model):
         raise ValueError("target=hidden: must be logits: every layer has a mixer of the teacher's kind")
-    if any(each is not None for lm in (teacher, model) for each in (*lm.hands.values(), lm.depth_read)):
+    if any(each is not None for lm in (teacher, model) for each in (*lm.hands.values(), lm.depth_read, lm.hyper)):
         raise ValueError("target=hidden: must be logits: layers hand more than their stream to later ones")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data.pack import Packed
 from models.axes import declarations, initial, start_buffers
+from models.cross_layer import Depth
 from models.lm import LM
 from models.sequence import Whole
 from parallel.mesh import Groups, Meshes
@@ -105,7 +106,8 @@ def _layer(
     windows: list[int | None] = []
 
     def step(tokens: int) -> Callable[[], None]:
-        x_BTD = torch.randn(1, tokens, dim, device=device, dtype=compute, requires_grad=True)
+        depth: Depth = layer.depth  # type: ignore[assignment]
+        x_BTD = torch.randn(depth.stream(1, tokens, dim), device=device, dtype=compute, requires_grad=True)
 
         def once() -> None:
             seq = _Attending.of(torch.arange(tokens, device=device)[None])

@@ -74,7 +74,7 @@ def messages(model: LM, cuts: Sequence[range], plan: Plan, tensor: int = 1) -> i
     spans = [held for micro in plan.micro_steps for group in micro.groups for held in group.spans]
     counts = [sum(end - begin for begin, end in held) or 1 for held in spans]  # an idle rank sends a masked one
     tokens = sum(tensor * -(-count // tensor) for count in counts)
-    tensors = sum(1 + len(model.crossing(layers.start)) for layers in cuts[1:])
+    tensors = sum(model.passing(layers.start) for layers in cuts[1:])
     return 2 * tensors * tokens * model.dim * model.compute.itemsize
 
 
@@ -122,10 +122,12 @@ def refuse(config: RunConfig, model: LM, device: str, plans: Sequence[Plan]) -> 
             f"{parallel.pipeline_schedule}: each half of a backward pass computes a layer again, which keeps its "
             "results for once"
         )
-    if parallel.pipeline_schedule in HALVES and (block := model.depths[0].attnres_block) is not None:
+    streams = None if model.hyper is None else model.hyper.streams
+    several = {"attnres_block": model.depths[0].attnres_block, "hyper_connections": streams}
+    if parallel.pipeline_schedule in HALVES and (found := [k for k, value in several.items() if value is not None]):
         raise ValueError(
             f"parallel.pipeline_schedule={parallel.pipeline_schedule}: must be 1f1b or interleaved with "
-            f"model.attnres_block={block}: half a backward pass does not reach sums that several layers read"
+            f"model.{found[0]}={several[found[0]]}: half a backward pass does not reach streams that it takes apart"
         )
     if parallel.pipeline_schedule in HALVES and model.mtp_layers:
         raise ValueError(

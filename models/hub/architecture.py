@@ -192,7 +192,7 @@ class Architecture:
 
 
 NO_MIXER = "null"
-PLAIN_MODEL: Config = {"logit_softcap": None, "norm": "rms", "attnres_block": None}
+PLAIN_MODEL: Config = {"logit_softcap": None, "norm": "rms", "attnres_block": None, "hyper_connections": None}
 PLAIN_BLOCK: Config = {
     **{"beside": None, "norm": "rms", "residual": "input"},
     **{"mixer_residual_scale": 1.0, "ffn_residual_scale": 1.0},

@@ -63,7 +63,7 @@ class PipelineStage:
         self.stage_index_to_group_rank: dict[int, int] = {}
         self.args_recv_info: dict[int, tuple[Any, ...]] = {0: ()}
         self.act_send_info: dict[int, list[Any]] = {}
-        self.arriving, self.leaving = (1 + len(model.crossing(end)) for end in (layers.start, layers.stop))
+        self.arriving, self.leaving = (model.passing(end) for end in (layers.start, layers.stop))
         self.placed: Sequence[Placed] = ()
         self.objective: Objective | None = None
 
