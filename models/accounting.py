@@ -223,10 +223,8 @@ def _run(layer: nn.Module, model: LM, device: str, rows: dict[str, Any], shape: 
             y_BTD, *_ = layer(x_BTD, seq, **rows)
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y_BTD.sum(), [x_BTD, *parameters], allow_unused=True)
-        with torch.no_grad():
+        with torch.no_grad(), (tape := Tape()).recording():
             layer(x_BTD, remembering, **rows)
-        with (tape := Tape()).recording():
-            layer(x_BTD, Traced.of_length(TOKENS), **rows)
     states = [x for x in tree_leaves(memory.leaving) if isinstance(x, Tensor)]
     return _Layer(
         forward.get_total_flops(),

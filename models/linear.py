@@ -46,7 +46,7 @@ class Linear(nn.Module):
         if self.low is not None:  # codes are made of the weight itself: a cast before would round twice
             low: Tensor = self.low.linear(x, self.weight, self.magnitudes)
             return low if bias is None else low + bias
-        weight = self.weight.to(x.dtype)
+        weight = self.weight if self.weight.dtype is x.dtype else self.weight.to(x.dtype)
         y: Tensor = _SavedLinear.apply(x, weight, bias) if keeping() else F.linear(x, weight, bias)
         return y
 

@@ -73,6 +73,8 @@ def _normalise(x: Tensor, weight_D: Tensor | None, scale: float, floor: float) -
         return y if scale == D**0.5 else y * (scale * D**-0.5)
     if not torch.is_grad_enabled() and x.numel() <= FEW:  # as of a token: a function's call costs more than its work
         x = wide(x)
+        if scale == (D := x.shape[-1]) ** 0.5:
+            return F.rms_norm(x, (D,), None if weight_D is None else weight_D.to(x.dtype), floor / D)
         r = x.square().sum(-1, keepdim=True).add_(floor).rsqrt_()
         return (x * r).mul_(scale if weight_D is None else scale * weight_D.to(x.dtype))
     rows_ND = wide(x).reshape(-1, x.shape[-1])
