@@ -357,6 +357,9 @@ def _in_turn(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs one expert after another, as `Experts` do on a CPU."""
     sent = dispatch.send(x_ND, choices_NX, experts.num_experts, room)
+    if experts.low is not None:
+        outputs = experts.transform(sent, experts.gate_up, experts.down, dispatch)
+        return dispatch.collect(outputs, sent, weights_NX), beside()
     if experts.form != "swiglu" or experts.gate_up_bias is not None:
         gate_up, down = experts.gate_up.to(x_ND.dtype), experts.down.to(x_ND.dtype)
         return dispatch.collect(experts.transform(sent, gate_up, down, dispatch), sent, weights_NX), beside()

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from models.delayed_scaling import GRADIENTS, INPUTS, WEIGHTS, Magnitudes
 from models.kernels.coded_weight import CodedWeight
 from models.kernels.grouped_ffn import grouped_linear, grouped_weight_gradient
-from models.kernels.low_precision import E4M3, E5M2, INT4, INT8, Codes, Scaling, Share, encode, product
+from models.kernels.low_precision import BF16, E4M3, E5M2, INT4, INT8, Codes, Scaling, Share, encode, product
 from models.linear import Linear
 from models.moe import Experts
 from models.recompute import kept
@@ -87,6 +87,8 @@ RECIPES = {
     "int8_weights": Recipe(1, Pair(None, _INT8), Pair(None, _INT8), Pair(), straight=True),
     "int4_weights": Recipe(32, *(2 * (Pair(None, Scaling(INT4, 1, 32)),)), Pair(), straight=True),
 }
+# Products as they are without a recipe, of weights of 16 bits: those of layers whose master weights are bf16.
+BF16_WEIGHTS = Recipe(1, *(2 * (Pair(None, Scaling(BF16, 0, 0, True)),)), Pair(), straight=True)
 NATIVE = {  # recipes whose products torch has for codes, by kind of device
     "cpu": ("fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wide", "int8"),
     "cuda": ("fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wide"),
@@ -105,17 +107,19 @@ def native(name: str, device: str) -> bool:
 class LowPrecision:
     """A recipe at work in a model. native: multiply codes by the device's own product. share: makes the largest
     magnitudes of scales that span tokens those of all ranks that share a sequence; None for this rank's. gather:
-    weights of layers come from other devices as codes (`models.kernels.coded_weight`)."""
+    weights of layers come from other devices as codes (`models.kernels.coded_weight`). masters: master weights of
+    layers are bf16, which makes them come so, too, where they do not as codes."""
 
     recipe: Recipe
     native: bool = False
     share: Share | None = None
     gather: bool = False
+    masters: bool = False
 
     def linear(self, x: Tensor, weight: Tensor, past: Magnitudes | None = None) -> Tensor:
         """x [..., K], weight [N, K] -> x Wᵀ [..., N] in x's dtype. The gradients follow the recipe too. past: of the
         layer, where the recipe's scales are delayed; a pass with gradients adds this step's magnitudes to it."""
-        y: Tensor = _Product.apply(x, weight, self, past, torch.is_grad_enabled())
+        y: Tensor = _Product.apply(x, weight, self, past, torch.is_grad_enabled(), None)
         return y
 
     def grouped(self, rows: Tensor, weight: Tensor, offsets: Tensor, past: Magnitudes | None = None) -> Tensor:
@@ -125,8 +129,32 @@ class LowPrecision:
             y: Tensor = _Grouped.apply(rows, weight, offsets, self, past, torch.is_grad_enabled())
             return y
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-        parts = zip(rows.split(sizes), weight.unbind(), strict=True)
-        return torch.cat([self.linear(part, each.T) for part, each in parts])
+        each: Tensor = _Product.apply(rows, weight, self, None, torch.is_grad_enabled(), sizes)
+        return each
+
+    def output(
+        self, rows: Tensor, weight: Tensor | Codes, dtype: torch.dtype, past: Magnitudes | None, noted: bool
+    ) -> Tensor:
+        """rows [M, K], weight [N, K] -> [M, N] in `dtype`."""
+        delays = _delays(past, (INPUTS, WEIGHTS), noted)
+        return self.multiply(rows, weight, self.recipe.forward, dtype, tokens=(0, None), delays=delays)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor | Codes, past: Magnitudes | None) -> Tensor:
+        """grad [M, N], weight [N, K] -> [M, K] in grad's dtype."""
+        pair, scaling = self.recipe.input_gradient, self.recipe.forward.second
+        other = weight.transposed() if isinstance(weight, Codes) else weight.T
+        if self.recipe.straight and scaling is not None:
+            codes = weight if isinstance(weight, Codes) else encode(weight, scaling)
+            pair, other = Pair(), codes.values(grad.dtype).T
+        delays = _delays(past, (GRADIENTS, WEIGHTS), True)
+        return self.multiply(grad, other, pair, grad.dtype, tokens=(0, None), delays=delays)
+
+    def weight_gradient(self, grad: Tensor, rows: Tensor, dtype: torch.dtype, past: Magnitudes | None) -> Tensor:
+        """grad [M, N], rows [M, K] -> [N, K] in `dtype`, the weight's."""
+        pair = self.recipe.weight_gradient
+        made = grad.dtype if pair == Pair() else dtype
+        delays = _delays(past, (GRADIENTS, INPUTS), True)
+        return self.multiply(grad.T, rows.T, pair, made, tokens=(1, 1), delays=delays).to(dtype)
 
     def multiply(
         self,
@@ -170,41 +198,68 @@ class LowPrecision:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ by a recipe, whose result is kept where a layer keeps results."""
+    """x Wᵀ by a recipe, whose result is kept where a layer keeps results; of experts' weights W [E, K, N], each with
+    the rows that are its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, low: LowPrecision, past: Magnitudes | None, noted: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        low: LowPrecision,
+        past: Magnitudes | None,
+        noted: bool,
+        sizes: list[int] | None,
+    ) -> Tensor:
         coded = isinstance(weight, CodedWeight)  # whoever moves what is saved knows nothing of codes
         ctx.save_for_backward(x, *([] if coded else [weight]))
-        ctx.low, ctx.past, ctx.coded = low, past, weight if coded else None
-        rows, pair = x.reshape(-1, x.shape[-1]), low.recipe.forward
-        shape = (*x.shape[:-1], len(weight))  # no -1: an expert may have no tokens
-        second = weight.codes if isinstance(weight, CodedWeight) else weight
-        delays = _delays(past, (INPUTS, WEIGHTS), noted)
-        return kept(lambda: low.multiply(rows, second, pair, x.dtype, tokens=(0, None), delays=delays).view(shape))
+        ctx.low, ctx.past, ctx.coded, ctx.sizes = low, past, weight if coded else None, sizes
+        rows = x.reshape(-1, x.shape[-1])
+        outputs = len(weight) if sizes is None else weight.shape[-1]
+        shape = (*x.shape[:-1], outputs)  # no -1: an expert may have no tokens
+
+        def result() -> Tensor:
+            parts = zip(rows.split([len(rows)] if sizes is None else sizes), _matrices(weight, low.recipe), strict=True)
+            several = [low.output(part, each, x.dtype, past, noted) for part, each in parts]
+            return (several[0] if sizes is None else torch.cat(several)).view(shape)
+
+        return kept(result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *saved), low = ctx.saved_tensors, ctx.low
+        (x, *saved), low, sizes = ctx.saved_tensors, ctx.low, ctx.sizes
         weight = saved[0] if saved else ctx.coded
-        recipe, whole = low.recipe, weight if saved else weight.codes
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        split = [len(rows)] if sizes is None else sizes
+        gradients, inputs = g.split(split), rows.split(split)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            pair, scaling = recipe.input_gradient, recipe.forward.second
-            other = whole.transposed() if isinstance(whole, Codes) else whole.T
-            if recipe.straight and scaling is not None:
-                codes = whole if isinstance(whole, Codes) else encode(whole, scaling)
-                pair, other = Pair(), codes.values(grad.dtype).T
-            delays = _delays(ctx.past, (GRADIENTS, WEIGHTS), True)
-            dx = low.multiply(g, other, pair, grad.dtype, tokens=(0, None), delays=delays).view_as(x)
+            each = zip(gradients, _matrices(weight, low.recipe), strict=True)
+            several = [low.input_gradient(part, matrix, ctx.past) for part, matrix in each]
+            dx = (several[0] if sizes is None else torch.cat(several)).view_as(x)
         if ctx.needs_input_grad[1]:
-            pair = recipe.weight_gradient
-            made = grad.dtype if pair == Pair() else weight.dtype
-            delays = _delays(ctx.past, (GRADIENTS, INPUTS), True)
-            dw = low.multiply(g.T, rows.T, pair, made, tokens=(1, 1), delays=delays).to(weight.dtype)
-        return dx, dw, None, None, None
+            if sizes is None:
+                dw = low.weight_gradient(g, rows, weight.dtype, ctx.past)
+            else:
+                dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+                for part, own, into in zip(gradients, inputs, dw, strict=True):
+                    into.copy_(low.weight_gradient(part, own, weight.dtype, None).T)
+        return dx, dw, None, None, None, None
+
+
+def _matrices(weight: Tensor, recipe: Recipe) -> Iterable[Tensor | Codes]:
+    """What products read of a weight, [N, K], or of each expert's: codes where they are the recipe's own."""
+    if not isinstance(weight, CodedWeight):
+        return [weight] if weight.dim() == 2 else [each.T for each in weight]
+    codes = [weight.codes] if weight.dim() == 2 else weight.matrices()
+    own = recipe.weight is not None and recipe.weight.format == weight.codes.scaling.format
+    return codes if own else (each.values(weight.dtype) for each in codes)
+
+
+def _numbers(weight: Tensor) -> Tensor:
+    """A weight that comes as bf16 in its own dtype, of its form."""
+    return weight.codes.values(weight.dtype).view(weight.shape) if isinstance(weight, CodedWeight) else weight
 
 
 class _Grouped(torch.autograd.Function):
@@ -214,24 +269,28 @@ class _Grouped(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, low: LowPrecision, past: Magnitudes, noted: bool
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight, offsets)
-        ctx.low, ctx.past = low, past
+        coded = isinstance(weight, CodedWeight)
+        ctx.save_for_backward(rows, offsets, *([] if coded else [weight]))
+        ctx.low, ctx.past, ctx.coded = low, past, weight if coded else None
         pair, (of_rows, of_weight) = low.recipe.forward, _delays(past, (INPUTS, WEIGHTS), noted)
 
         def run() -> Tensor:
             values = low.rounded(rows, pair.first, 0, of_rows)
-            return grouped_linear(values, low.rounded(weight, pair.second, None, of_weight, rows.dtype), offsets)
+            numbers = _numbers(weight)
+            return grouped_linear(values, low.rounded(numbers, pair.second, None, of_weight, rows.dtype), offsets)
 
         return kept(run)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rows, weight, offsets), low = ctx.saved_tensors, ctx.low
+        (rows, offsets, *saved), low = ctx.saved_tensors, ctx.low
+        weight = saved[0] if saved else ctx.coded
         of_grad, of_weight = _delays(ctx.past, (GRADIENTS, WEIGHTS), True)
         first, second = low.recipe.input_gradient
         g = low.rounded(grad, first, 0, of_grad)
-        dx = grouped_linear(g, low.rounded(weight, second, None, of_weight, grad.dtype).transpose(1, 2), offsets)
+        numbers = low.rounded(_numbers(weight), second, None, of_weight, grad.dtype)
+        dx = grouped_linear(g, numbers.transpose(1, 2), offsets)
         x = low.rounded(rows, low.recipe.weight_gradient.second, 0, _delays(ctx.past, (INPUTS, INPUTS), True)[0])
         return dx, grouped_weight_gradient(x, g, offsets).to(weight.dtype), None, None, None, None
 
@@ -365,8 +424,24 @@ def apply(model: nn.Module, layers: Iterable[WeightProduct], low: LowPrecision) 
             module.magnitudes = Magnitudes() if name in chosen and low.recipe.delayed else None
 
 
-def coded_layers(model: nn.Module) -> list[tuple[str, Linear, Scaling]]:
-    """The layers whose weights come from other devices as codes: name, layer, and how its weight is scaled."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
-    followed = [(name, layer) for name, layer in layers if layer.low is not None and layer.low.gather]
-    return [(name, layer, layer.low.recipe.weight) for name, layer in followed]
+class GatheredWeight(NamedTuple):
+    """A weight that comes from other devices in few bits. name: of the parameter. module, attribute: whose it is.
+    scaling: of its codes, None for one that comes as the bf16 that it is. masters: whether it is kept in bf16."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    scaling: Scaling | None
+    masters: bool
+
+
+def gathered_weights(model: nn.Module) -> list[GatheredWeight]:
+    """The weights of a model whose layers have them come from other devices in few bits."""
+    found = []
+    for name, module in model.named_modules():
+        low: LowPrecision | None = getattr(module, "low", None)
+        if low is not None and isinstance(module, Experts | Linear) and (low.gather or low.masters):
+            scaling = low.recipe.weight if low.gather else None
+            for part in ("gate_up", "down") if isinstance(module, Experts) else ("weight",):
+                found.append(GatheredWeight(f"{name}.{part}", module, part, scaling, low.masters))
+    return found

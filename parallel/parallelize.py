@@ -9,7 +9,7 @@ from models.axes import Declared, declarations, initial, number, start_buffers
 from models.lm import LM
 from parallel import activation_memory
 from parallel.activation_memory import parameter_name as parameter_name
-from parallel.coded_weights import gather_codes
+from parallel.coded_weights import gather_in_few_bits
 from parallel.expert import spread_experts
 from parallel.fsdp import shard, shard_experts
 from parallel.mesh import Meshes
@@ -35,7 +35,7 @@ def parallelise(
     sharded: bool = True,
 ) -> LM:
     """Applies, in order: the cut into pipeline stages, the division of layers over tensor ranks, experts over ranks,
-    recomputation of activations, sharding, memory, each parameter from (seed, name), weights that travel as codes.
+    recomputation of activations, sharding, memory, each parameter from (seed, name), weights in few bits.
 
     cut: of the layers among the ranks of a pipeline; None without one. dtype: of the master weights. remat, tile,
     offload_activations: see `parallel.activation_memory`. offload_optimizer: master weights, gradients and optimizer
@@ -76,7 +76,7 @@ def parallelise(
     start_buffers(model, device)
     initialise_sharded(model, declared, seed, pieces, meshes.place["tensor"])
     if sharded:
-        gather_codes(model)
+        gather_in_few_bits(model, meshes.dense, meshes.alike if experts else None)
     for name, parameter in model.named_parameters():
         name = parameter_name(name)
         parameter.piece = pieces[name]  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ from train.engines.refusals import name_of, plain
 from train.metrics.comm_trace import asked, expert_calls, expert_units, weight_units
 from train.metrics.width_trace import divided, step_calls
 from train.parallel_settings import MachineSettings
-from train.precision import coded_weights
+from train.precision import gathered_weights
 from train.rank_memory import MemoryLayout, MemoryModel
 from train.run_config import RunConfig
 from train.stages import work as stage_work
@@ -254,8 +254,8 @@ class LayoutSearch:
 
     @cached_property
     def coded(self) -> dict[str, Scaling]:
-        """The scaling of each weight that ranks gather as codes."""
-        return coded_weights(self.config.precision, self.memory.whole, self.device)
+        """The scaling of each weight that ranks gather in few bits."""
+        return gathered_weights(self.config.precision, self.memory.whole, self.device)
 
     def work(self, tensor: int, expert: int) -> LayoutWork:
         if (tensor, expert) not in self._work:
@@ -276,7 +276,7 @@ class LayoutSearch:
                 Counter(step_calls(model, notes)) if tensor > 1 else Counter(),
                 Counter(expert_calls(model)) if expert > 1 else Counter(),
                 weight_units(model, **options, experts=expert, coded=self.coded),
-                expert_units(model, **options, experts=expert) if expert > 1 else [],
+                expert_units(model, **options, experts=expert, coded=self.coded) if expert > 1 else [],
                 model.dim * model.compute.itemsize,
                 self.machine.streams,
             )

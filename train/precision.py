@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from models.recipes import LowPrecision, Recipe, WeightProduct
     from train.run_config import RunConfig
 
+EXPERT_WEIGHTS = ("gate_up", "down")
 NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -34,14 +35,14 @@ def dtypes(compute: str, device: str) -> tuple[torch.dtype, torch.dtype]:
 
 
 def layers_of(settings: PrecisionSettings, model: "LM", device: str) -> "list[WeightProduct]":
-    """Every product with weights, and why it stays high; [] without a recipe. Raises ValueError for a pattern that
-    matches none, and a recipe that no layer can follow."""
-    if settings.recipe == "none":
+    """Every product with weights, and why it stays high; [] without a recipe and with master weights that stay high.
+    Raises ValueError for a pattern that matches none, and a recipe that no layer can follow."""
+    if settings.recipe == "none" and settings.masters == "high":
         return []
-    from models.recipes import RECIPES, policy
+    from models.recipes import BF16_WEIGHTS, RECIPES, policy
 
-    recipe = RECIPES[settings.recipe]
-    grouped = device == "cpu" or recipe.delayed
+    recipe = RECIPES.get(settings.recipe, BF16_WEIGHTS)
+    grouped = device == "cpu" or recipe.delayed or settings.recipe == "none"
     layers = policy(model, recipe.tiles, high=settings.high, low=settings.low, grouped=grouped)
     if all(layer.why is not None for layer in layers):
         first = next((f"; of {layer.name}, {layer.why}" for layer in layers if "multiple" in str(layer.why)), "")
@@ -52,6 +53,9 @@ def layers_of(settings: PrecisionSettings, model: "LM", device: str) -> "list[We
 def check_recipe(config: "RunConfig", model: "LM", device: str) -> None:
     """Raises ValueError for a recipe that the device, the layout or the model cannot have."""
     settings, recipe = config.precision, config.precision.recipe
+    if settings.masters == "bf16":
+        _check_masters(config)
+        layers_of(settings, model, device)
     if recipe == "none":
         return
     if settings.kernel == "native" and not has_native(recipe, device):
@@ -82,15 +86,37 @@ def _check_gather(config: "RunConfig") -> None:
         raise ValueError(f"{must} engine.offload_optimizer=true")
 
 
-def coded_weights(settings: PrecisionSettings, model: "LM", device: str) -> "dict[str, Scaling]":
-    """The scaling of each weight that ranks gather as codes, by the parameter's name."""
-    if settings.gather != "codes":
-        return {}
-    from models.recipes import RECIPES
+def _check_masters(config: "RunConfig") -> None:
+    must = "precision.masters=bf16: must be high with"
+    if config.engine.get("offload_optimizer"):
+        raise ValueError(f"{must} engine.offload_optimizer=true")
+    if config.optimizer.get("fused") == "apex":
+        raise ValueError(f"{must} optimizer.fused=apex, whose kernel has fp32 alone")
 
-    scaling = RECIPES[settings.recipe].weight
-    layers = [layer for layer in layers_of(settings, model, device) if layer.why is None]
-    return {f"{layer.name}.weight": scaling for layer in layers if scaling is not None}
+
+def gathered_weights(settings: PrecisionSettings, model: "LM", device: str) -> "dict[str, Scaling]":
+    """The scaling of each weight that ranks gather in few bits, by the parameter's name."""
+    coded = settings.gather == "codes"
+    if not coded and settings.masters == "high":
+        return {}
+    from models.recipes import BF16_WEIGHTS, RECIPES
+
+    scaling = RECIPES.get(settings.recipe, BF16_WEIGHTS).weight if coded else BF16_WEIGHTS.weight
+    assert scaling is not None, "check_recipe refuses it"
+    return dict.fromkeys(weights_of_layers(layers_of(settings, model, device)), scaling)
+
+
+def weights_of_layers(layers: "list[WeightProduct]") -> list[str]:
+    """The names of the parameters of those layers that follow; experts do so with both of their products."""
+    chosen = {layer.name for layer in layers if layer.why is None}
+    names = []
+    for name in sorted(chosen):
+        above = name.rpartition(".")[0]
+        if not above.endswith(".experts"):
+            names.append(f"{name}.weight")
+        elif {f"{above}.{each}" for each in EXPERT_WEIGHTS} <= chosen:
+            names.append(name)
+    return names
 
 
 def has_native(recipe: str, device: str) -> bool:
@@ -103,16 +129,18 @@ def has_native(recipe: str, device: str) -> bool:
 
 
 def follow(settings: PrecisionSettings, model: "LM", device: str) -> "tuple[LowPrecision | None, list[WeightProduct]]":
-    """Gives a model's layers their recipe, before they are sharded. Returns what they share, None without a recipe."""
+    """Gives a model's layers their recipe, and says which master weights are bf16, before they are sharded. Returns
+    what the layers share, None where they have neither."""
     if not (layers := layers_of(settings, model, device)):
         return None, layers
-    from models.recipes import RECIPES, LowPrecision, apply
+    from models.recipes import BF16_WEIGHTS, RECIPES, LowPrecision, apply
 
     natively = settings.kernel == "native" or settings.kernel == "auto" and device != "cpu"
     low = LowPrecision(
-        RECIPES[settings.recipe],
+        RECIPES.get(settings.recipe, BF16_WEIGHTS),
         natively and has_native(settings.recipe, device),
         gather=settings.gather == "codes",
+        masters=settings.masters == "bf16",
     )
     apply(model, layers, low)
     return low, layers
@@ -124,18 +152,19 @@ def lines(config: "RunConfig", layers: "list[WeightProduct]", low: "LowPrecision
     followed = [layer for layer in layers if layer.why is None]
     share = sum(layer.numel for layer in followed) / sum(layer.numel for layer in layers)
     how = "natively" if low.native else "emulated"
-    told = [
-        f"{key}: {len(followed)} of {len(layers)} products with weights follow it ({share:.0%} of these weights), "
-        f"{how} on {device}"
-    ]
+    whole = f"{len(followed)} of {len(layers)} products with weights"
+    part = f"({share:.0%} of these weights)"
+    told = [f"{key}: {whole} follow it {part}, {how} on {device}"]
+    if low.masters:
+        line = f"precision.masters=bf16: weights of {whole} {part}, updates rounded at random"
+        told = [line] if config.precision.recipe == "none" else [*told, line]
+        key = "precision.masters=bf16" if config.precision.recipe == "none" else key
     reasons = Counter(layer.why for layer in layers if layer.why is not None)
     for why, count in reasons.most_common():
         named = next(layer.name for layer in layers if layer.why == why)
         told.append(f"{key}: {count} stay high, as {named}: {why}")
     if low.gather:
-        told.append(
-            "precision.gather=codes: ranks gather these weights as codes, a byte a number; experts' as they are"
-        )
+        told.append("precision.gather=codes: ranks gather these weights as codes, a byte a number")
     return told + [f"{line}, so the loss depends on the layout" for line in dependence(config, low.recipe)]
 
 

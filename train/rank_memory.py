@@ -7,6 +7,7 @@ what it has run, so that a search may ask it for one layout after another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -17,8 +18,11 @@ import torch
 
 from models.axes import declarations
 from models.footprint import SAMPLES, Footprint, Inputs, between, footprints
+from models.kernels.coded_weight import CodedWeight, as_matrix
+from models.kernels.low_precision import BF16, DTYPES, Codes, Scaling, shares
 from models.lm import LM
 from models.moe import mixtures
+from models.recipes import gathered_weights as gathered_weights_of
 from parallel.pipeline.cut import PipelineCut
 from parallel.pipeline.orders import HALVES, orders
 from parallel.schedule.comm_volume import Ask, AttendCall, ScanCall
@@ -29,8 +33,9 @@ from train.distill_settings import DistillSettings
 from train.metrics.comm_trace import asked
 from train.metrics.width_trace import divided
 from train.optim.build import build_optimizer, moments
-from train.precision import dtypes
+from train.precision import dtypes, follow, gathered_weights
 from train.run_config import ObjectConfig, RunConfig
+from train.settings import PrecisionSettings
 from train.stages import cuts
 
 TEACHER = "teacher"
@@ -50,12 +55,24 @@ class MemoryLayout:
 
 
 class _Weight(NamedTuple):
-    """A parameter of a tensor rank: name, rows, numbers a row; whether it is of experts."""
+    """A parameter of a tensor rank: name, rows, numbers a row; whether it is of experts. gathered, kept: bytes a
+    number, gathered and as the optimizer changes it."""
 
     name: str
     rows: int
     rest: int
     expert: bool
+    gathered: int
+    kept: int
+
+
+class _Bytes(NamedTuple):
+    """Bytes of some weights on a rank. whole, shard: of their gradients. gathered, kept: theirs, as in `_Weight`."""
+
+    whole: float
+    shard: float
+    gathered: float
+    kept: float
 
 
 class MemoryModel:
@@ -88,6 +105,16 @@ class MemoryModel:
         averages = {"none": 0, "ema": 1, "last": train.average_count}[train.average]
         parameters = sum(p.numel() for p in self.whole.parameters())
         return averages + moments(self.config.optimizer.build(), self.build()) / parameters
+
+    @cached_property
+    def few(self) -> dict[str, Scaling]:
+        """The scaling of each weight that ranks gather in few bits."""
+        return gathered_weights(self.config.precision, self.whole, self.device)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether these weights are kept in bf16."""
+        return self.config.precision.masters == "bf16"
 
     @property
     def copies(self) -> int:
@@ -125,7 +152,8 @@ class MemoryModel:
         if not (is_folder(Path(path)) or (Path(path) / checkpoint.MANIFEST).exists()):
             return None
         train = replace(self.config.train, distill=DistillSettings())
-        config = replace(self.config, model=ObjectConfig(section_of(Path(path))), train=train)
+        precision = PrecisionSettings(compute=self.config.precision.compute)  # a teacher's weights stay high
+        config = replace(self.config, model=ObjectConfig(section_of(Path(path))), train=train, precision=precision)
         return MemoryModel(config, self.device, exact=self.exact)
 
     def _taught(self, teacher: MemoryModel, layout: MemoryLayout) -> tuple[float, float]:
@@ -160,17 +188,19 @@ class MemoryModel:
         runs, head = self._at(layout)
         count = len(runs)
         own = list(range(count)) if cut is None else [i for s in cut.stages(rank) for i in cut.cuts[s]]
-        sent, sizes = self._sent(layout), dict[tuple[Any, ...], tuple[float, float]]()
-        weights, layers = self.weights(mesh.tensor), []
+        sent, sizes = self._sent(layout), dict[tuple[Any, ...], _Bytes]()
+        weights, layers, kept = self.weights(mesh.tensor), [], 0.0
         for i in own:
             several = weights.get(str(i), [])
             alike = tuple(w[1:] for w in several)
             if alike not in sizes:
                 sizes[alike] = self._bytes(several, mesh)
             saved, forward, backward, half = runs[i].under(layout.recompute)
-            layers.append(LayerMemory(saved, forward, backward, *sizes[alike], sent, half))
+            size = sizes[alike]
+            layers.append(LayerMemory(saved, forward, backward, size.whole, size.shard, sent, half, size.gathered))
+            kept += size.kept
         outside = [w for w in weights[ROOT] if cut is None or rank in cut.holders[w.name]]
-        root, root_shard = self._bytes(outside, mesh)
+        root, root_shard, *_ = self._bytes(outside, mesh)
         last = cut is None or count - 1 in own
         loss = LayerMemory(head.saved, head.forward, head.backward, head.gradients, 0.0) if last else None
         return StepMemory(
@@ -178,7 +208,7 @@ class MemoryModel:
             head=loss,
             root=root,
             entering=-(-layout.tokens // mesh.tensor) * self.whole.dim * self.compute.itemsize,
-            states=(sum(each.shard for each in layers) + root_shard) * (1 + self.beside) * self.copies,
+            states=(kept + root_shard + (sum(each.shard for each in layers) + root_shard) * self.beside) * self.copies,
             alone=mesh.data * mesh.expert * mesh.sequence == 1,
             reshard=self.config.engine.get("reshard_after_forward", True),
             whole=self._halves(mesh),
@@ -196,25 +226,32 @@ class MemoryModel:
             by_layer: dict[str, list[_Weight]] = {ROOT: []}
             for name, p in model.named_parameters():
                 layer = name.split(".")[1] if name.startswith("layers.") else ROOT
-                by_layer.setdefault(layer, []).append(_Weight(name, p.shape[0], p[0].numel(), id(p) in experts))
+                few = DTYPES[self.few[name].format].itemsize if name in self.few else self.master.itemsize
+                kept = min(2, self.master.itemsize) if name in self.few and self.rounded else self.master.itemsize
+                sizes = p.shape[0], math.prod(p.shape[1:]), id(p) in experts, few, kept
+                by_layer.setdefault(layer, []).append(_Weight(name, *sizes))
             self._weights[tensor] = by_layer
         return self._weights[tensor]
 
-    def _bytes(self, weights: Sequence[_Weight], mesh: Mesh) -> tuple[float, float]:
-        """Bytes of weights on a rank, whole and sharded: FSDP shards rows, as many on each rank."""
-        whole = shard = 0
+    def _bytes(self, weights: Sequence[_Weight], mesh: Mesh) -> _Bytes:
+        """FSDP shards rows, as many on each rank."""
+        whole = shard = gathered = kept = 0
         alike = mesh.data * mesh.sequence
         for w in weights:
             rows, ranks = (w.rows // mesh.expert, alike) if w.expert else (w.rows, alike * mesh.expert)
             whole += rows * w.rest
+            gathered += rows * w.rest * w.gathered
             shard += -(-rows // ranks) * w.rest
-        return whole * self.master.itemsize, shard * self.master.itemsize
+            kept += -(-rows // ranks) * w.rest * w.kept
+        return _Bytes(whole * self.master.itemsize, shard * self.master.itemsize, gathered, kept)
 
     def _divided(self, tensor: int, expert: int) -> LM:
         if (tensor, expert) not in self._models:
             model = self.build()
+            follow(self.config.precision, model, self.device)
             divided(model, tensor, 0)
             _spread(model, expert)
+            _gathered(model, self.master)
             self._models[tensor, expert] = model
         return self._models[tensor, expert]
 
@@ -301,6 +338,18 @@ def _spread(model: LM, ranks: int) -> None:
             part.declared = weight.declared  # type: ignore[attr-defined]
             moe.experts.register_parameter(name, part)
         moe.experts.num_experts //= ranks
+
+
+def _gathered(model: LM, master: torch.dtype) -> None:
+    """Has a model's layers read codes of those weights that ranks gather in few bits."""
+    for each in gathered_weights_of(model):
+        weight = getattr(each.module, each.attribute)
+        shape, scaling = as_matrix(weight.shape, each.scaling or Scaling(BF16, 0, 0, True))
+        codes = torch.empty(shape, dtype=DTYPES[scaling.format], device="meta")
+        scale = torch.empty(shares(torch.Size(shape), scaling), device="meta")
+        coded = torch.nn.Parameter(CodedWeight(Codes(codes, scale, scaling), weight.shape, master))
+        coded.declared = weight.declared  # type: ignore[attr-defined]
+        each.module.register_parameter(each.attribute, coded)
 
 
 def layout_of(config: RunConfig, model: LM, mesh: Mesh, plan: Any, device: str) -> MemoryLayout:

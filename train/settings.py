@@ -333,29 +333,33 @@ RecipeName = Literal[
 ProductKernel = Literal["auto", "emulated", "native"]
 ScaleSpan = Literal["rank", "sequence"]
 WeightGather = Literal["high", "codes"]
+MasterWeights = Literal["high", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings:
     """The dtypes of computation and of weights, and formats of few bits in which linear layers multiply.
 
-    compute: the dtype of matmuls; auto is bf16 where the device multiplies it natively, fp32 elsewhere. Master weights
-    are fp32, or fp64 when computing in fp64 (to compare layouts). recipe: formats of the three products of a linear
-    layer, forward and backward; none leaves them in `compute`. docs/precision.md has each. kernel: the way of products
-    in a recipe; native: the device's own products of codes; emulated: values rounded as the format has them, multiplied
-    in `compute` or fp32; auto: native on a GPU that has them, else emulated. scales: tokens that share a scale, where
-    scales span tokens; rank: those of a rank, so that the loss depends on the layout; sequence: those of all ranks that
-    share a sequence, for a message more a product. gather: form in which ranks gather sharded weights of layers that
-    follow the recipe. high: as they are, and each rank makes codes; codes: a byte a number, a quarter of fp32's bytes,
-    and the same codes, with recipes that read a weight as the same codes in both products: fp8_tensorwise,
-    fp8_blockwise, int8_weights and int4_weights. high: patterns of layers' names, * for any text, that stay as they
-    are without a recipe, besides those that the policy keeps so: the head, routers, and all that makes decays, gates
-    and writing strengths. low: patterns of layers that follow the recipe against the policy. report: true has `farspan
-    plan` run the model once, on this machine, and print how far a recipe rounds each layer, and its gain; training does
-    not read it.
+    compute: the dtype of matmuls; auto is bf16 where the device multiplies it natively, fp32 elsewhere. masters: the
+    dtype of master weights, those that the optimizer changes. high: fp32, or fp64 when computing in fp64 (to compare
+    layouts); bf16: that of layers that may follow a recipe is bf16, each update rounded up or down at random, the
+    likelier the nearer, so that small ones are not lost; all else stays high, as gradients do. recipe: formats of the
+    three products of a linear layer, forward and backward; none leaves them in `compute`. docs/precision.md has each.
+    kernel: the way of products in a recipe; native: the device's own products of codes; emulated: values rounded as the
+    format has them, multiplied in `compute` or fp32; auto: native on a GPU that has them, else emulated. scales: tokens
+    that share a scale, where scales span tokens; rank: those of a rank, so that the loss depends on the layout;
+    sequence: those of all ranks that share a sequence, for a message more a product. gather: form in which ranks gather
+    sharded weights of layers that follow the recipe. high: as they are, and each rank makes codes; codes: a byte a
+    number, a quarter of fp32's bytes, and the same codes, with recipes that read a weight as the same codes in both
+    products: fp8_tensorwise, fp8_blockwise, int8_weights and int4_weights. high: patterns of layers' names, * for any
+    text, that follow neither a recipe nor masters, besides those that the policy keeps so: the head, routers, and all
+    that makes decays, gates and writing strengths. low: patterns of layers that follow against the policy. report: true
+    has `farspan plan` run the model once, on this machine, and print how far a recipe rounds each layer, and its gain;
+    training does not read it.
     """
 
     compute: ComputeDtype = "auto"
+    masters: MasterWeights = "high"
     recipe: RecipeName = "none"
     kernel: ProductKernel = "auto"
     scales: ScaleSpan = "rank"
@@ -366,6 +370,7 @@ class PrecisionSettings:
 
     def __post_init__(self) -> None:
         for key, accepted in (
+            ("masters", MasterWeights),
             ("recipe", RecipeName),
             ("kernel", ProductKernel),
             ("scales", ScaleSpan),
@@ -381,7 +386,7 @@ class PrecisionSettings:
                     f"precision.gather={self.gather}: must be high without a recipe (precision.recipe=none)"
                 )
             for key in ("high", "low"):
-                if several := getattr(self, key):
+                if self.masters == "high" and (several := getattr(self, key)):
                     raise ValueError(f"precision.{key}={several}: must be [] without a recipe (precision.recipe=none)")
 
 

@@ -18,7 +18,7 @@ from parallel.schedule.mesh import Mesh
 from train.cost_profile import found_profile, machine_name, said
 from train.metrics.comm_trace import asked, weight_units
 from train.optim.build import moments
-from train.precision import coded_weights, dtypes
+from train.precision import dtypes, gathered_weights
 from train.run_config import RunConfig
 
 _GIB = 2**30
@@ -96,7 +96,7 @@ def shaped(
     recurrence = "gather" if transport.recurrence == "auto" else transport.recurrence
     how = How(recurrence, transport.attention, transport.blocks, keys=transport.keys)
     sizes = fitting(asks, how, powers(cluster.ranks))
-    coded, gradients = coded_weights(config.precision, model, device), engine.get("gradients", "high")
+    coded, gradients = gathered_weights(config.precision, model, device), engine.get("gradients", "high")
     units = weight_units(model, itemsize=compute.itemsize, reshard=reshard, gradients=gradients, coded=coded)
     again, once = (sent / cluster.wire(cluster.ranks).bandwidth for sent in weight_bytes(units, cluster.ranks))
     if launch is None:
@@ -134,7 +134,7 @@ def costs_of(
     if (profile := found_profile(config, machine_name(device, threads))) is not None:
         reshard = config.engine.get("reshard_after_forward", True)
         master = dtypes(config.precision.compute, device)[1]
-        coded, gradients = coded_weights(config.precision, model, device), config.engine.get("gradients", "high")
+        coded, gradients = gathered_weights(config.precision, model, device), config.engine.get("gradients", "high")
         units = weight_units(model, itemsize=master.itemsize, reshard=reshard, gradients=gradients, coded=coded)
         return profile[0].applied(costs, *weight_bytes(units, mesh.planned)), said(*profile)
     return costs, (

@@ -317,7 +317,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
     from train.engines.refusals import plain
     from train.metrics.width_trace import divided, of_step
     from train.optim.build import build_optimizer
-    from train.precision import coded_weights, dtypes
+    from train.precision import dtypes, gathered_weights
 
     transport, engine, workers = flight.config.parallel.transport, flight.config.engine, flight.cluster.workers
     if workers == 1:
@@ -345,7 +345,7 @@ def _traffic(flight: CheckedRun, model: LM, first: Plan, batch: Any) -> list[str
         experts=transport.experts,
         device=flight.device,
         gradients=engine.get("gradients", "high"),
-        coded=coded_weights(flight.config.precision, model, flight.device),
+        coded=gathered_weights(flight.config.precision, model, flight.device),
     )
     total, most = Counter[str](), Counter[str]()
     declared, shapes = declarations(model), _model(flight)

@@ -25,9 +25,15 @@ from torch import Tensor
 
 from models.precision import wide
 
-E4M3, E5M2, INT8, INT4 = "e4m3", "e5m2", "int8", "int4"
-DTYPES = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2, INT8: torch.int8, INT4: torch.int8}
-LARGEST = {E4M3: 448.0, E5M2: 57344.0, INT8: 127.0, INT4: 7.0}
+E4M3, E5M2, INT8, INT4, BF16 = "e4m3", "e5m2", "int8", "int4", "bf16"
+DTYPES = {
+    E4M3: torch.float8_e4m3fn,
+    E5M2: torch.float8_e5m2,
+    INT8: torch.int8,
+    INT4: torch.int8,
+    BF16: torch.bfloat16,
+}
+LARGEST = {E4M3: 448.0, E5M2: 57344.0, INT8: 127.0, INT4: 7.0, BF16: torch.finfo(torch.bfloat16).max}
 SMALLEST = 2.0**-126  # scale: a smaller one would not be normal in fp32, and may be flushed to 0
 
 Share = Callable[[Tensor], Tensor]
@@ -36,7 +42,7 @@ Share = Callable[[Tensor], Tensor]
 class Scaling(NamedTuple):
     """A format, and the values that share a scale: this many rows by so many columns of them, 0 for all.
 
-    power: scales are powers of two, rounded up.
+    power: scales are powers of two, rounded up. BF16 has the range of fp32, and its scales are 1.
     """
 
     format: str
@@ -59,6 +65,8 @@ class Codes(NamedTuple):
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """[R, K] in `dtype`."""
+        if self.scaling.format == BF16:
+            return self.codes.to(dtype)
         return (self.codes.to(self.scale.dtype) * beside(self.scale, self.scaling, self.codes.shape)).to(dtype)
 
 
@@ -93,7 +101,9 @@ def encode(x: Tensor, scaling: Scaling, share: Share | None = None) -> Codes:
 def scales(magnitude: Tensor, scaling: Scaling) -> Tensor:
     """The scale of each share, of its largest magnitude; nan where that is not finite."""
     scale = (magnitude / LARGEST[scaling.format]).clamp_min(SMALLEST)
-    if scaling.power:
+    if scaling.format == BF16:
+        scale = torch.ones_like(magnitude)
+    elif scaling.power:
         fraction, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (fraction == 0.5).to(exponent.dtype))
     return torch.where(torch.isfinite(magnitude), scale, torch.nan)
@@ -102,6 +112,8 @@ def scales(magnitude: Tensor, scaling: Scaling) -> Tensor:
 def cast(scaled: Tensor, scaling: Scaling) -> Tensor:
     """Values divided by their scales, to the nearest codes."""
     most, dtype = LARGEST[scaling.format], DTYPES[scaling.format]
+    if scaling.format == BF16:
+        return scaled.to(dtype)
     scaled = scaled.clamp(-most, most)
     return (scaled.round() if dtype is torch.int8 else scaled).to(dtype)
 

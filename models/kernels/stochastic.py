@@ -22,7 +22,12 @@ def _signed(number: int) -> int:
 
 def noise(stream: int, step: int, begin: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """int32 [count] in [0, 2^16), of the elements from `begin` on."""
-    z = torch.arange(begin, begin + count, device=device).mul_(_signed(_GOLDEN))
+    return noise_at(stream, step, torch.arange(begin, begin + count, device=device))
+
+
+def noise_at(stream: int, step: int, places: Tensor) -> Tensor:
+    """int32 [N] in [0, 2^16), of the elements at these places, int64 [N]."""
+    z = places * _signed(_GOLDEN)
     z += _signed(stream + step * _MIX[0])
     for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)

@@ -324,13 +324,14 @@ def lay(lengths: Sequence[int], starts: Sequence[Sequence[int]], spans: tuple[tu
 
 class Unit(NamedTuple):
     """Parameters that FSDP gathers together: rows and numbers a row of each, bytes a number. `stays`: gathered once a
-    step, and not once for each forward and backward pass. coded: those of `shapes` that are gathered as codes, a byte
-    a number; scales: theirs, on which ranks agree in each micro-step. gradients: their format on the way."""
+    step, and not once for each forward and backward pass. few: those of `shapes` that are gathered in few bits, and
+    their bytes a number; scales: theirs, on which ranks agree in each micro-step. gradients: their format on the
+    way."""
 
     shapes: tuple[tuple[int, int], ...]
     itemsize: int
     stays: bool
-    coded: tuple[tuple[int, int], ...] = ()
+    few: tuple[tuple[int, int, int], ...] = ()
     scales: int = 0
     gradients: GradientFormat = "high"
 
@@ -340,7 +341,8 @@ class Unit(NamedTuple):
 
     def sent(self, ranks: int) -> int:
         """Bytes of a rank's part as others get it."""
-        return self.shard(ranks) - _rows(self.coded, ranks) * (self.itemsize - 1)
+        spared = sum(_rows(((rows, rest),), ranks) * (self.itemsize - size) for rows, rest, size in self.few)
+        return self.shard(ranks) - spared
 
     def returned(self, ranks: int) -> int:
         """Bytes of what another rank has of the gradients of a rank's part."""

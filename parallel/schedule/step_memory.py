@@ -40,8 +40,9 @@ STATES, GRADIENTS, GATHERED, ACTIVATIONS, MESSAGES, UPDATE = (
 
 class LayerMemory(NamedTuple):
     """Bytes of a layer on a rank. saved, forward, backward: `models.footprint.Footprint.under`. whole, shard: of its
-    weights, gathered and as they are sharded. sent: the most of its messages to other ranks at a time, in either pass.
-    half: left by half of a backward pass, where these are taken in two.
+    gradients, whole and as they are sharded. sent: the most of its messages to other ranks at a time, in either pass.
+    half: left by half of a backward pass, where these are taken in two. few: of its gathered weights, where these have
+    fewer bits than gradients.
     """
 
     saved: float
@@ -51,6 +52,12 @@ class LayerMemory(NamedTuple):
     shard: float
     sent: float = 0.0
     half: float = 0.0
+    few: float | None = None
+
+    @property
+    def weights(self) -> float:
+        """Bytes of its weights, gathered."""
+        return self.whole if self.few is None else self.few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +102,15 @@ class StepMemory:
         accumulated = sum(each.whole for each in layers) + self.root if self.micro_steps > 1 else 0.0
         held, stays, buffer = self.entering + waiting, 0.0, 0.0
         # Where weights stay, the first micro-step gathers them, beside no gradients, and later ones have both whole.
-        every, again = sum(each.whole for each in layers), self._stays and self.micro_steps > 1
+        every, again = sum(each.weights for each in layers), self._stays and self.micro_steps > 1
         before_this = 0.0 if again else accumulated
         for each in layers:
-            buffer = each.whole * buffers
-            yield self._instant(held + each.forward, self.root + stays + each.whole + buffer, before_this, each.sent)
+            buffer = each.weights * buffers
+            yield self._instant(held + each.forward, self.root + stays + each.weights + buffer, before_this, each.sent)
             if again:
                 yield self._instant(held + each.forward, self.root + every, accumulated, each.sent)
             held += each.saved
-            stays = stays + each.whole if self._stays else 0.0
+            stays = stays + each.weights if self._stays else 0.0
         of_head = halves = 0.0
         if self.head is not None:
             for most in (self.head.forward, self.head.backward):
@@ -113,9 +120,9 @@ class StepMemory:
             of_head = self.head.whole  # its gradient stays until the root's leave
         done, leaving = 0.0, 0.0
         for i in range(len(layers) - 1, -1, -1):
-            each, before = layers[i], layers[i - 1].whole * buffers if i else 0.0
+            each, before = layers[i], layers[i - 1].weights * buffers if i else 0.0
             held -= each.saved
-            weights = stays if self._stays else before + each.whole
+            weights = stays if self._stays else before + each.weights
             gradients = accumulated + of_head + done
             if again:  # none but the last lets go of weights, or sends gradients
                 yield self._instant(halves + held + each.backward, self.root + every, accumulated + of_head, each.sent)
@@ -124,7 +131,7 @@ class StepMemory:
             if accumulated == 0:  # its weights are let go, and its gradients copied into what leaves
                 gradients += each.whole
             yield self._instant(halves + held, self.root + weights, gradients)
-            stays -= 0.0 if self.whole else each.whole
+            stays -= 0.0 if self.whole else each.weights
             leaving = each.whole * buffers
             done += each.shard
         # The root's gradients leave last; that of the embedding is dense.

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.kernels.coded_weight import CodedWeight
+
 
 class Tensors(TorchDispatchMode):
     """Counts the bytes of all storages that operators make on this device, as long as they live and as they are
@@ -35,7 +37,7 @@ class Tensors(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             x = x._local_tensor if isinstance(x, DTensor) else x
-            if isinstance(x, Tensor) and x.device.type != "meta":
+            if isinstance(x, Tensor) and x.device.type != "meta" and not isinstance(x, CodedWeight):  # has no numbers
                 self.hold(x.untyped_storage())
         return out
 
@@ -107,6 +109,7 @@ LLAMA = ["model=llama_tiny", "model.dim=128", "model.layers=4", "model.blocks.at
 MAMBA = ["model=mamba2_tiny", "model.dim=128", "model.layers=4"]
 RWKV = ["model=rwkv7_tiny", "model.dim=128", "model.layers=3", "model.blocks.rwkv.ffn.hidden=384"]
 TAUGHT = "train.distill.teacher=TEACHER"  # in whose place a folder is made
+CODES, MASTERS = ["precision.recipe=int8_weights", "precision.gather=codes"], "precision.masters=bf16"
 MICRO, RESHARD, FULL = "scheduler.tokens_per_rank=256", "engine.reshard_after_forward=true", "engine.recompute=full"
 CASES: dict[str, tuple[int, list[str]]] = {
     "MoE": (1, MOE),
@@ -136,6 +139,13 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "MoE, data 2 x tensor 2": (4, [*MOE, "parallel.data=2", "parallel.tensor=2"]),
     "MoE, expert 2 x sequence 2, reshard": (4, [*MOE, "parallel.expert=2", "parallel.sequence=2", RESHARD]),
     "Llama, sequence 2 x tensor 2": (4, [*LLAMA, "parallel.sequence=2", "parallel.tensor=2"]),
+    "Llama, weights as codes, data 2": (2, [*LLAMA, *CODES, "parallel.data=2"]),
+    "Llama, weights as codes, data 2, 2 micro-steps": (2, [*LLAMA, *CODES, "parallel.data=2", MICRO]),
+    "MoE, weights as codes, data 2, reshard": (2, [*MOE, *CODES, "parallel.data=2", RESHARD]),
+    "MoE, weights as codes, expert 2": (2, [*MOE, *CODES, "parallel.expert=2"]),
+    "Llama, bf16 masters": (1, [*LLAMA, MASTERS]),
+    "MoE, bf16 masters, Muon, data 2": (2, [*MOE, MASTERS, "optimizer=muon", "parallel.data=2"]),
+    "MoE, bf16 masters, expert 2, reshard": (2, [*MOE, MASTERS, "parallel.expert=2", RESHARD]),
     "Llama, a teacher's logits": (1, [*LLAMA, TAUGHT]),
     "MoE, a larger teacher's logits, loss in chunks, data 2": (2, [*MOE, TAUGHT, "train.loss_chunk=128"]),
     "RWKV-7, data 4, reshard, average": (4, [*RWKV, "parallel.data=4", RESHARD, "train.average=ema"]),

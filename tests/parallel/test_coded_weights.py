@@ -60,8 +60,9 @@ def stepped(model: nn.Sequential) -> dict[str, Any]:
 def sharded(recipe: str, gather: bool) -> tuple[dict[str, Any], dict[str, int]]:
     """The same on this world, and bytes that this rank has received, by purpose."""
     model = chain(recipe, gather)
-    shard(model, list(model), init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=True)
-    coded_weights.gather_codes(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard(model, list(model), mesh, reshard_after_forward=True)
+    coded_weights.gather_in_few_bits(model, mesh)
     LEDGER.take()
     found = stepped(model)
     if gather:
@@ -124,7 +125,7 @@ def test_two_ranks_round_as_one_process_bit_for_bit_and_send_bytes(run):
     with torch.device("meta"):
         model = hybrid()
     followed = [layer.name for layer in policy(model) if layer.why is None]
-    coded = {f"{name}.weight": RECIPES["fp8_tensorwise"].weight for name in followed}
+    coded = {name if "experts" in name else f"{name}.weight": RECIPES["fp8_tensorwise"].weight for name in followed}
     told = of_weights(weight_units(model, itemsize=8, reshard=True, coded=coded), 2, len(PLANS["data"].micro_steps))
     for got in run(2, on_two_ranks):
         for name in RECIPES_OF_CODES:
@@ -165,7 +166,7 @@ def alone(rank: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_weight_of_codes_is_read_by_its_recipe_alone():
-    weight = CodedWeight(encode(torch.ones(4, 4), RECIPES["fp8_tensorwise"].weight), torch.float32)
+    weight = CodedWeight(encode(torch.ones(4, 4), RECIPES["fp8_tensorwise"].weight), torch.Size((4, 4)), torch.float32)
     for read in (lambda: weight + 1, lambda: weight.double(), lambda: weight @ weight):
         with pytest.raises(RuntimeError, match="reads the numbers of a weight that is there as codes"):
             read()

@@ -66,6 +66,8 @@ def _problems(config: RunConfig, mesh: Mesh, cuts_weights: bool) -> Iterator[str
         yield "optimizer.amsgrad=true: must be false"
     if config.precision.compute == "fp64":
         yield "precision.compute=fp64: must be fp32 or bf16, for master weights are fp32"
+    if config.precision.masters != "high":
+        yield f"precision.masters={config.precision.masters}: must be high"
     if config.precision.recipe != "none":
         yield f"precision.recipe={config.precision.recipe}: must be none"
     for key in ("span_tokens", "clip_each", "clip_value"):

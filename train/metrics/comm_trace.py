@@ -4,7 +4,7 @@ No module states it: the model runs once on the meta device, on a sequence that 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from models.accounting import Traced, by_shape
-from models.kernels.low_precision import Scaling, shares
+from models.kernels.coded_weight import as_matrix
+from models.kernels.low_precision import BF16, DTYPES, Scaling, shares
 from models.lm import LM
 from models.moe import mixtures
 from models.mtp import Ahead
@@ -71,7 +72,7 @@ def weight_units(
     itemsize: bytes of a master weight. reshard: whether a layer's weights are let go after each forward and backward.
     experts: ranks over which experts are cut: where there are several, these are units of their own (`expert_units`).
     gradients: `engine.gradients`.
-    coded: the scaling of each weight that is gathered as codes, by name (`train.precision.coded_weights`).
+    coded: the scaling of each weight that is gathered in few bits, by name (`train.precision.gathered_weights`).
     """
     scaled = coded or {}
     apart = set() if experts == 1 else {p for moe in mixtures(model).values() for p in moe.experts.parameters()}
@@ -84,30 +85,43 @@ def weight_units(
     rest = {name: p for name, p in model.named_parameters() if name not in inside and p not in apart}
 
     def unit(parameters: dict[str, torch.nn.Parameter], stays: bool) -> Unit:
-        few = {name: p for name, p in parameters.items() if name in scaled}
-        scales = sum(math.prod(shares(p.shape, scaled[name])) for name, p in few.items())
-        return Unit(_matrices(parameters.values()), itemsize, stays, _matrices(few.values()), scales, gradients)
+        return _unit({name: (p.shape, scaled.get(name)) for name, p in parameters.items()}, itemsize, stays, gradients)
 
     return [*(unit(layer, not reshard) for layer in layers), unit(rest, True)]
 
 
-def _matrices(parameters: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((p.shape[0], p[0].numel()) for p in parameters)
+def _unit(
+    weights: Mapping[str, tuple[torch.Size, Scaling | None]], itemsize: int, stays: bool, gradients: GradientFormat
+) -> Unit:
+    """weights: the shape of each, and its scaling where it is gathered in few bits."""
+    shapes = tuple((shape[0], math.prod(shape[1:])) for shape, _ in weights.values())
+    few, scales = [], 0
+    for shape, scaling in weights.values():
+        if scaling is not None:
+            few.append((shape[0], math.prod(shape[1:]), DTYPES[scaling.format].itemsize))
+            matrix, as_one = as_matrix(shape, scaling)
+            scales += 0 if scaling.format == BF16 else math.prod(shares(torch.Size(matrix), as_one))
+    return Unit(shapes, itemsize, stays, tuple(few), scales, gradients)
 
 
 def expert_units(
-    model: LM, *, itemsize: int, reshard: bool, experts: int, gradients: GradientFormat = "high"
+    model: LM,
+    *,
+    itemsize: int,
+    reshard: bool,
+    experts: int,
+    gradients: GradientFormat = "high",
+    coded: Mapping[str, Scaling] | None = None,
 ) -> list[Unit]:
     """Returns what FSDP gathers at a time of experts cut over so many ranks, among those that hold the same."""
-    return [
-        Unit(
-            tuple((len(p) // experts, p[0].numel()) for p in moe.experts.parameters()),
-            itemsize,
-            not reshard,
-            gradients=gradients,
-        )
-        for moe in mixtures(model).values()
-    ]
+    units, names = [], {id(p): name for name, p in model.named_parameters()}
+    for moe in mixtures(model).values():
+        weights = {
+            each: (torch.Size((len(p) // experts, *p.shape[1:])), (coded or {}).get(names[id(p)]))
+            for each, p in moe.experts.named_parameters()
+        }
+        units.append(_unit(weights, itemsize, not reshard, gradients))
+    return units
 
 
 def expert_calls(model: LM) -> list[ExpertCall]:

@@ -61,7 +61,7 @@ def of_step(
         options: dict[str, Any] = {"itemsize": itemsize, "reshard": reshard, "experts": mesh.expert}
         options["gradients"] = gradients
         units = weight_units(model, **options, coded=coded)
-        apart = expert_units(model, **options) if mesh.expert > 1 else []
+        apart = expert_units(model, **options, coded=coded) if mesh.expert > 1 else []
         rows = of_experts(plan, mesh, expert_calls(model), padded=experts == "padded", recompute=recompute)
         parts = of_partial(shared, sharded, itemsize)
         sequence = of_plan(plan, starts, asks, how, recompute=recompute)

@@ -5,9 +5,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from models.precision import wide
 from parallel.shards import ByParts, local
 from train.optim.apex_adam import Apex, fused_adam
 from train.optim.build import refined
+from train.optim.random_rounding import adamw_step, is_rounded, zeros
 from train.optim.width import TransferName, base_of
 
 FusedStep = Literal["auto", "torch", "apex", "none"]
@@ -74,10 +76,33 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(f"optimizer.fused=apex: must be auto, torch or none where weights are on the {device}")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        rounded = {p: grad for p, grad in gradients.items() if is_rounded(p)}
+        held = getattr(self, "found_inf", None)  # as the guard tells torch's kernels
+        for p in rounded:  # which no kernel rounds at random
+            p.grad = None
         if self.apex is None:
-            return super().step(closure)
-        self.apex.step(self)
+            super().step(closure)
+        else:
+            self.apex.step(self)
+        for p, grad in rounded.items():
+            p.grad = grad
+        if rounded and not (held is not None and held.item()):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p in rounded:
+                        self._step_rounded(p, group)
         return None
+
+    @torch.no_grad()
+    def _step_rounded(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        """One step of a weight of 16 bits, an operator at a time, with moments as torch's step has them."""
+        state, names = self.state[p], ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        if not state:
+            state |= {"step": torch.tensor(0.0), **{name: zeros(p) for name in names}}
+        state["step"] += 1
+        mean, square, *most = (local(state[name]) for name in names)
+        adamw_step(p, wide(local(p.grad)), mean, square, group, int(state["step"].item()), *most)  # type: ignore[arg-type]
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any], **more: Any) -> bool:
         """Gathers what torch's kernel updates, this rank's parts of it: an element's update needs no other. Given whole

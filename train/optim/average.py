@@ -116,8 +116,7 @@ def _locals(weights: Weights) -> list[Tensor]:
 
 
 def _copied(weights: Weights) -> Weights:
-    with ByParts():
-        return {name: x.clone() for name, x in weights.items()}
+    return {name: as_weight(x, local(x).to(torch.promote_types(x.dtype, torch.float32), copy=True)) for name, x in weights.items()}
 
 
 @torch.no_grad()

@@ -1,19 +1,17 @@
-"""AdamW (1711.05101) whose moments have few bits. It would round weights of 16 bits at random; no run has such yet."""
+"""AdamW (1711.05101) whose moments have few bits. Weights of 16 bits are rounded at random."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from models.kernels.stochastic import noise, to_bf16
+from models.precision import wide
 from parallel.shards import local
 from train.optim.build import refined
 from train.optim.few_bits import BLOCK, FORMATS, FewBits, MomentFormat, decode_moment, encode_moment, numbers
+from train.optim.random_rounding import adamw_step, as_weight
 from train.optim.width import TransferName, base_of
 
 LEAST = 4096  # numbers of a weight whose moments are encoded: below, scales and lost digits are not worth it
@@ -72,27 +70,17 @@ class CompactAdamW(Optimizer):
         return None
 
     def _step(self, p: Tensor, group: dict[str, Any]) -> None:
-        weight, state = local(p), self.state[p]
-        grad = local(p.grad).to(torch.promote_types(weight.dtype, torch.float32))  # type: ignore[arg-type]
+        grad, state = wide(local(p.grad)), self.state[p]  # type: ignore[arg-type]
         if not state:
             state["step"] = torch.tensor(0.0)
             self._write(p, {name: torch.zeros_like(grad) for name in MOMENTS})
         state["step"] += 1
-        count, (beta1, beta2) = int(state["step"].item()), group["betas"]
         mean, square = (self._read(p, name) for name in MOMENTS)
-        mean = mean.lerp(grad, 1 - beta1)
-        square = square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-        value = weight.to(grad.dtype) * (1 - group["lr"] * group["weight_decay"])
-        value.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**count))
-        if weight.dtype == torch.bfloat16:
-            random = noise(getattr(p, "stream", 0), count, _begin(p), value.numel(), value.device)
-            value = to_bf16(value, random.view(value.shape))
-        weight.copy_(value)
+        adamw_step(p, grad, mean, square, group, int(state["step"].item()))
         self._write(p, {"exp_avg": mean, "exp_avg_sq": square})
 
     def _read(self, p: Tensor, name: str) -> Tensor:
-        """A moment of this rank's part, fp32 or better, a tensor that may be changed."""
+        """A moment of this rank's part, fp32 or better, a tensor that may be changed, and may be the moment itself."""
         moment = self.state[p][name]
         if isinstance(moment, FewBits):
             return decode_moment(moment, self.moments, local(p).shape, signed=MOMENTS[name])
@@ -116,10 +104,9 @@ class CompactAdamW(Optimizer):
         """As torch's AdamW has it, moments in fp32: another optimizer, format or layout goes on with them."""
         held = super().state_dict()
         numbered = dict(enumerate(p for group in self.param_groups for p in group["params"]))
-        held["state"] = {
-            i: {"step": state["step"], **{name: _as(numbered[i], self._read(numbered[i], name)) for name in MOMENTS}}
-            for i, state in held["state"].items()
-        }
+        for i, state in held["state"].items():
+            p = numbered[i]
+            held["state"][i] = {"step": state["step"], **{n: as_weight(p, self._read(p, n)) for n in MOMENTS}}
         return held
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,20 +117,5 @@ class CompactAdamW(Optimizer):
             if name in state_dict["state"]:
                 held = state_dict["state"][name]
                 self.state[p] = {"step": held["step"].detach().clone().float().cpu()}
-                wide = torch.promote_types(local(p).dtype, torch.float32)
-                self._write(p, {key: local(held[key]).detach().to(wide, copy=True) for key in MOMENTS})
-
-
-def _begin(p: Tensor) -> int:
-    """The place of this rank's first element in the whole weight, of which it has rows."""
-    if not isinstance(p, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return int(offset[0]) * (p.numel() // max(1, p.shape[0])) if p.ndim else 0
-
-
-def _as(p: Tensor, value: Tensor) -> Tensor:
-    """A tensor that lies on the ranks as a weight does."""
-    if not isinstance(p, DTensor):
-        return value
-    return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                self._write(p, {key: local(held[key]).detach().to(dtype, copy=True) for key in MOMENTS})

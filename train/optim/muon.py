@@ -31,6 +31,7 @@ from parallel.schedule.mesh import Mesh
 from parallel.shards import local
 from train.optim.adamw import AdamW, FusedStep
 from train.optim.build import axes, refined
+from train.optim.random_rounding import is_rounded, put, zeros
 from train.optim.width import TransferName, base_of
 
 RMS = 0.2  # of the entries of AdamW's updates, as 2502.16982 has measured them (section 2.2)
@@ -112,7 +113,13 @@ class Muon(Optimizer):
             directions = self._directions(parameters)
             for parameter, direction in zip(parameters, self._orthogonal(parameters, directions), strict=True):
                 lr, decay = rates[parameter]
-                local(parameter).mul_(1 - lr * decay).add_(direction, alpha=-lr)
+                if is_rounded(parameter):
+                    state = self.state[parameter]
+                    state["step"] += 1
+                    value = local(parameter).to(direction.dtype).mul_(1 - lr * decay).add_(direction, alpha=-lr)
+                    put(parameter, value, int(state["step"].item()))
+                else:
+                    local(parameter).mul_(1 - lr * decay).add_(direction, alpha=-lr)
 
     def _groups(self, *, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["muon"] == muon]
@@ -121,7 +128,9 @@ class Muon(Optimizer):
         """This rank's rows of what is to be made orthogonal, the running means having taken the gradients in."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                self.state[parameter]["momentum_buffer"] = zeros(parameter)
+                if is_rounded(parameter):  # at random, by the number of the step
+                    self.state[parameter]["step"] = torch.tensor(0.0)
         means = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
