@@ -23,17 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from models import delayed_scaling
 from models.axes import initialise
 from models.block import Block
 from models.ffn import SwiGLU
-from models.linear import Linear
 from models.lm import LM
 from models.mixers import MIXERS
-from models.recipes import RECIPES, LowPrecision, apply, policy
+from models.recipes import BF16_WEIGHTS, RECIPES, LowPrecision, apply, policy
 from models.sequence import Whole
+from parallel.coded_weights import gather_in_few_bits
+from parallel.fsdp import shard
+from parallel.shards import local
 from tests.benchmarks.section import write
 from train.loss import sums
 from train.optim.compact_adamw import CompactAdamW
@@ -102,9 +106,12 @@ def prepared(name: str, seed: int) -> tuple[LM, torch.optim.Optimizer]:
     elif name.startswith("moments "):
         moments = name.removeprefix("moments ")
     elif name == ROUNDED:
-        for number, module in enumerate(m for m in model.modules() if isinstance(m, Linear)):
-            module.weight = nn.Parameter(module.weight.to(torch.bfloat16))
-            module.weight.stream = number  # type: ignore[attr-defined]
+        apply(model, policy(model), LowPrecision(BF16_WEIGHTS, masters=True))
+        mesh = init_device_mesh("cpu", (1,))  # FSDP keeps such weights, of one rank too
+        shard(model, list(model.layers.values()), mesh, reshard_after_forward=False)
+        gather_in_few_bits(model, mesh)
+        for number, p in enumerate(model.parameters()):
+            p.stream = number  # type: ignore[attr-defined]
     elif name == BITS16:
         model.compute = torch.bfloat16
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -123,6 +130,8 @@ def loss_of(model: LM, tokens: Tensor, positions: Tensor) -> Tensor:
 def trained(name: str, seed: int, steps: int, train: Corpus, held_out: Corpus) -> dict[str, Any]:
     """Trains one variant. Returns its losses and its seconds of processor time."""
     began = time.process_time()
+    if name == ROUNDED:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model, optimizer = prepared(name, seed)
     losses = []
     for step, (tokens, positions) in enumerate(train[:steps]):
@@ -130,9 +139,11 @@ def trained(name: str, seed: int, steps: int, train: Corpus, held_out: Corpus) -
             group["lr"] = RATE * min((step + 1) / WARM, 1.0, max(0.1, (steps - step) / (steps - WARM + 1)))
         loss = loss_of(model, tokens, positions)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{name}: gradient norm {norm.item()} at step {step}")
+        torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
         optimizer.step()
         optimizer.zero_grad()
         if (seen := delayed_scaling.present(model)) is not None:
@@ -140,6 +151,8 @@ def trained(name: str, seed: int, steps: int, train: Corpus, held_out: Corpus) -
         losses.append(round(loss.item(), 5))
     with torch.no_grad():
         final = statistics.mean(loss_of(model, *each).item() for each in held_out)
+    if name == ROUNDED:
+        dist.destroy_process_group()
     return {"held_out": final, "losses": losses, "cpu_seconds": time.process_time() - began}
 
 

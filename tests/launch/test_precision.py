@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import main
 from launch.run.rundir import saved_config
 from tests.jobs import overrides
+from train.checkpoints.stored import metadata
 from train.tracking import records
 
 
@@ -22,6 +24,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["precision.recipe=fp8"], "precision.recipe=fp8: must be one of none, fp8_tensorwise, fp8_delayed"),
         (["precision=fp8"], "precision=fp8: "),
+        (["precision.masters=fp16"], "precision.masters=fp16: must be one of high, bf16"),
+        (
+            ["precision=bf16_masters", "engine.offload_optimizer=true"],
+            "precision.masters=bf16: must be high with engine.offload_optimizer=true",
+        ),
+        (["precision=bf16_masters", "precision.high=[heads]"], "precision.high=heads: must match a linear layer"),
+        (["precision=bf16_masters", "engine=deepspeed"], "precision.masters=bf16: must be high with engine=deepspeed"),
         (["precision.high=[head]"], "precision.high=['head']: must be [] without a recipe"),
         (["precision=mxfp8", "precision.kernel=native"], "precision.kernel=native: must be auto or emulated with"),
         (["precision=fp8_rowwise", "precision.high=[heads]"], "precision.high=heads: must match a linear layer"),
@@ -102,6 +111,26 @@ def test_a_run_goes_on_with_delayed_scales_and_with_the_magnitudes_behind_them(p
     capsys.readouterr()
     whole, parts = (records(place / name / "metrics.jsonl") for name in ("whole", "delayed"))
     assert [row["loss"] for row in whole][-2:] == [row["loss"] for row in parts][-2:]
+
+
+@pytest.mark.composes
+def test_a_run_keeps_weights_in_bf16(place, capsys):
+    """Its plan and its log say which; its checkpoint has them so, an average and the rest in fp32."""
+    given = [o for o in overrides(place) if not o.startswith(("run.", "precision", "train.tokens", "train.steps"))]
+    more = ["precision=bf16_masters", "precision.high=[layers.0.*]", "train.steps=2", "cluster.workers=1"]
+    more += ["train.average=ema", f"run.dir={place / 'masters'}"]
+    assert main(["plan", *given, *more]) == 0
+    planned = [line[12:] for line in capsys.readouterr().out.splitlines() if "precision.masters=bf16: " in line]
+    assert " products with weights (" in planned[0] and planned[0].endswith("updates rounded at random")
+    assert any("stay high, as layers.0.mixer.qkv: precision.high" in line for line in planned)
+    assert main(["train", *given, *more]) == 0
+    log = (place / "masters" / "log.txt").read_text()
+    assert all(line in log for line in planned)
+    saved = metadata(place / "masters" / "checkpoints" / "step-2").state_dict_metadata
+    dtypes = {name: entry.properties.dtype for name, entry in saved.items() if hasattr(entry, "properties")}
+    few = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert few and all(name.startswith("model.layers.") and "router" not in name for name in few)
+    assert not any(name.startswith("model.layers.0.") for name in few)
 
 
 @pytest.mark.composes

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from models.precision import wide
 from parallel.parallelize import parameter_name
 from parallel.shards import ByParts, local
 from train.hooks import Hook, Record
+from train.optim.random_rounding import as_weight
 from train.state import TrainProgress
 
 MEAN = "mean"  # under this name a checkpoint has the averaged weights
@@ -58,7 +60,8 @@ class Average(Hook):
         before, self.seen = self.seen, self.seen + tokens
         if self.kind == "ema":
             part = max(-math.expm1(-tokens / self.tokens), tokens / self.seen)
-            torch._foreach_lerp_(_locals(self.mean), _locals(self.weights), part)
+            means, weights = _locals(self.mean), _locals(self.weights)
+            torch._foreach_lerp_(means, [x.to(mean.dtype) for mean, x in zip(means, weights, strict=True)], part)
         elif self.seen // self.tokens > before // self.tokens:
             if len(self.snapshots) < self.count:
                 self.snapshots.append(_copied(self.weights))
@@ -116,7 +119,8 @@ def _locals(weights: Weights) -> list[Tensor]:
 
 
 def _copied(weights: Weights) -> Weights:
-    return {name: as_weight(x, local(x).to(torch.promote_types(x.dtype, torch.float32), copy=True)) for name, x in weights.items()}
+    """Copies in at least fp32: small steps towards the weights would be lost in bf16."""
+    return {name: as_weight(x, wide(local(x)).clone()) for name, x in weights.items()}
 
 
 @torch.no_grad()
