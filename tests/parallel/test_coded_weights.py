@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from models.dispatch import Here
 from models.kernels.coded_weight import CodedWeight
 from models.kernels.low_precision import encode
 from models.linear import Linear
+from models.moe import Experts
 from models.recipes import RECIPES, LowPrecision, policy
 from parallel import coded_weights
 from parallel.collectives import LEDGER
@@ -70,6 +72,57 @@ def sharded(recipe: str, gather: bool) -> tuple[dict[str, Any], dict[str, int]]:
         with pytest.raises(RuntimeError, match="0.weight: its scales are of other weights"):
             model[0](torch.zeros(1, 40))
     return found, {purpose: count for (_, purpose), count in LEDGER.take()[0].items()}
+
+
+def experts(recipe: str, gather: bool) -> Experts:
+    """Three experts, which two ranks cannot halve, of widths that every format tiles; one is 1,000 times the others."""
+    draw, made = torch.Generator().manual_seed(5), Experts(3, 128, 128)
+    made.low = LowPrecision(RECIPES[recipe], gather=gather)
+    for p in (made.gate_up, made.down):
+        p.data = torch.randn(p.shape, generator=draw) * torch.tensor([1.0, 1e3, 1.0]).view(3, 1, 1)
+    return made
+
+
+def stepped_experts(model: Experts) -> dict[str, np.ndarray]:
+    """Output and gradients of tokens that go to two experts each."""
+    draw = torch.Generator().manual_seed(6)
+    x, weights = torch.randn(9, 128, generator=draw), torch.rand(9, 2, generator=draw)
+    choices = torch.tensor([[i % 3, (i + 1) % 3] for i in range(9)])
+    y, _ = model(x, choices, weights, Here(), lambda: None, None)
+    y.square().mean().backward()
+    whole = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in model.named_parameters()}
+    return {name: x.numpy() for name, x in {"output": y.detach(), **whole}.items()}
+
+
+def sharded_experts(recipe: str, gather: bool) -> tuple[dict[str, Any], dict[str, int]]:
+    model, mesh = experts(recipe, gather), init_device_mesh("cpu", (dist.get_world_size(),))
+    shard(model, [], mesh, reshard_after_forward=True)
+    coded_weights.gather_in_few_bits(model, mesh)
+    LEDGER.take()
+    found = stepped_experts(model)
+    return found, {event.purpose: count for event, count in LEDGER.take()[0].items()}
+
+
+def experts_on_two_ranks() -> dict[str, Any]:
+    found: dict[str, Any] = {name: sharded_experts(name, True) for name in RECIPES_OF_CODES}
+    found["high"] = sharded_experts("fp8_tensorwise", False)
+    with patch.object(coded_weights.dist, "all_reduce"):  # scales of a rank's own experts alone
+        found["apart"] = sharded_experts("fp8_tensorwise", True)
+    return found
+
+
+@pytest.mark.dist
+def test_experts_weights_travel_as_codes_bit_for_bit(run):
+    """Each expert with scales of its own; a quarter of the bytes."""
+    want = {name: stepped_experts(experts(name, False)) for name in RECIPES_OF_CODES}
+    for got in run(2, experts_on_two_ranks):
+        for name in RECIPES_OF_CODES:
+            values, _ = got[name]
+            assert np.array_equal(values["output"], want[name]["output"]), name
+            for parameter in ("gate_up", "down"):  # both ranks have the same tokens
+                assert np.array_equal(values[parameter], 2 * want[name][parameter]), (name, parameter)
+        assert 4 * got["fp8_tensorwise"][1]["weights"] == got["high"][1]["weights"]
+        assert not np.array_equal(got["apart"][0]["output"], want["fp8_tensorwise"]["output"])
 
 
 def test_every_recipe_of_codes_has_them_alike_in_both_products():
