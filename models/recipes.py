@@ -426,13 +426,15 @@ def apply(model: nn.Module, layers: Iterable[WeightProduct], low: LowPrecision) 
 
 class GatheredWeight(NamedTuple):
     """A weight that comes from other devices in few bits. name: of the parameter. module, attribute: whose it is.
-    scaling: of its codes, None for one that comes as the bf16 that it is. masters: whether it is kept in bf16."""
+    scaling: of its codes, None for one that comes as the bf16 that it is. masters: whether it is kept in bf16.
+    of_experts: whether it is [E, K, N]."""
 
     name: str
     module: nn.Module
     attribute: str
     scaling: Scaling | None
     masters: bool
+    of_experts: bool
 
 
 def gathered_weights(model: nn.Module) -> list[GatheredWeight]:
@@ -442,6 +444,7 @@ def gathered_weights(model: nn.Module) -> list[GatheredWeight]:
         low: LowPrecision | None = getattr(module, "low", None)
         if low is not None and isinstance(module, Experts | Linear) and (low.gather or low.masters):
             scaling = low.recipe.weight if low.gather else None
-            for part in ("gate_up", "down") if isinstance(module, Experts) else ("weight",):
-                found.append(GatheredWeight(f"{name}.{part}", module, part, scaling, low.masters))
+            several = isinstance(module, Experts)
+            for part in ("gate_up", "down") if several else ("weight",):
+                found.append(GatheredWeight(f"{name}.{part}", module, part, scaling, low.masters, several))
     return found

@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 
 from models.kernels.coded_weight import CodedWeight, as_matrix
 from models.kernels.low_precision import BF16, DTYPES, Codes, Scaling, beside, cast, largest, scales, shares
-from models.moe import Experts
 from models.recipes import GatheredWeight, gathered_weights
 from parallel.activation_memory import parameter_name
 from parallel.collectives import LEDGER
@@ -183,7 +182,7 @@ def gather_in_few_bits(model: nn.Module, mesh: DeviceMesh, experts: DeviceMesh |
     coded: dict[DeviceMesh, list[ShardOfCodes]] = {}
     for each in gathered_weights(model):
         weight: Any = getattr(each.module, each.attribute)
-        over = experts if experts is not None and isinstance(each.module, Experts) else mesh
+        over = experts if experts is not None and each.of_experts else mesh
         if each.masters:
             _keep_as_bf16(each, weight)
         kind, scaling = (
