@@ -249,7 +249,7 @@ class _Product(torch.autograd.Function):
 
 
 def _matrices(weight: Tensor, recipe: Recipe) -> Iterable[Tensor | Codes]:
-    """What products read of a weight, [N, K], or of each expert's: codes where they are the recipe's own."""
+    """A weight as products read it, [N, K], or each expert's: codes where they are the recipe's own."""
     if not isinstance(weight, CodedWeight):
         return [weight] if weight.dim() == 2 else [each.T for each in weight]
     codes = [weight.codes] if weight.dim() == 2 else weight.matrices()

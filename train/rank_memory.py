@@ -113,7 +113,7 @@ class MemoryModel:
 
     @property
     def rounded(self) -> bool:
-        """Whether these weights are kept in bf16."""
+        """Says whether these weights are kept in bf16."""
         return self.config.precision.masters == "bf16"
 
     @property
