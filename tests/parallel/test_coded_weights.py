@@ -130,8 +130,8 @@ def test_every_recipe_of_codes_has_them_alike_in_both_products():
     weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
     for name, recipe in RECIPES.items():
         first, second = recipe.forward.second, recipe.input_gradient.second
-        if recipe.straight:
-            assert name in RECIPES_OF_CODES
+        if recipe.straight or recipe.delayed:  # scales of earlier steps are not of the weight that is there
+            assert recipe.straight == (name in RECIPES_OF_CODES)
             continue
         alike = torch.equal(
             encode(weight, first).values(torch.float32).T, encode(weight.T, second).values(torch.float32)
