@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from parallel.matrix_owners import wholes
 from tests.jobs import order
@@ -22,7 +23,7 @@ def state(trainer) -> dict[str, list[np.ndarray]]:
         tensors |= {(name, i): x.detach() for i, x in enumerate((p, *kept))}
     found: dict[str, list[np.ndarray]] = {}
     for (name, _), x in wholes(tensors).items():
-        found.setdefault(name, []).append(x.numpy().copy())
+        found.setdefault(name, []).append((x.float() if x.dtype == torch.bfloat16 else x).numpy().copy())
     return found
 
 
