@@ -31,6 +31,8 @@ class ByParts(TorchFunctionMode):
         if function not in self.OPERATORS or not hasattr(args[0], "to_local"):
             return function(*args, **kwargs)
         x = args[0]
+        if function in (torch.empty_like, torch.zeros_like):  # of a weight whose part is bf16, as its gradients are
+            kwargs.setdefault("dtype", x.dtype)
         part = function(local(x), *args[1:], **kwargs)
         whole: Any = type(x)
         return whole.from_local(part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
