@@ -1,42 +1,102 @@
-"""The picture of docs/conversion.md: the loss that a conversion costs, stage by stage, a line a seed.
+"""The tables and the picture of docs/conversion.md: what a conversion costs, and how far the converted model reaches.
 
-    python -m tests.benchmarks.conversion PICTURE.png CHAIN…
+    python -m tests.benchmarks.conversion PICTURE.png RUNS
 
-CHAIN: the folder of a run of `experiment=conversion_study_hybrid`.
+RUNS: the folder of the study's runs, of each seed N `convertedN` (`experiment=conversion_study_hybrid`), `reachN`
+(`experiment=conversion_study_long`, evaluated), and the same with windows alone, `windowsN` and `reach_windowsN`. What
+is not there is left out.
 """
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
-from launch.figures import LOOK, figure_of, save
+import numpy as np
 
-AIM = 0.03  # nats a byte
+from launch.figures import LOOK, NAMES, figure_of, save
 
-
-def gaps(chain: Path) -> dict[str, float]:
-    """The held-out loss of each stage less that of the parent, in nats a byte, by the stage's name."""
-    stages = json.loads((chain / "extension.json").read_text())["stages"]
-    before = next(stage["loss"]["loss"] for stage in stages if stage["name"] == "before")
-    return {stage["name"]: stage["loss"]["loss"] - before for stage in stages if stage["name"] != "before"}
+LOSS_AIM, EXACT_AIM, RATIO_AIM = 0.03, 0.8, 1.02  # nats a byte; share of the answers; loss beyond over loss within
+KINDS = {"GLA beside a window": ("converted", "reach"), "windows alone": ("windows", "reach_windows")}
+STAGES = ("untrained", "aligned", "distilled")
 
 
-def main(picture: str, *chains: str) -> None:
+def gaps(chain: Path) -> list[float]:
+    """The held-out loss of the parent, in nats a byte, then what it is above that after each stage that is measured."""
+    losses = [stage["loss"]["loss"] for stage in json.loads((chain / "extension.json").read_text())["stages"]]
+    return [losses[0], *(loss - losses[0] for loss in losses[1:])]
+
+
+def reach(chain: Path) -> dict[str, Any] | None:
+    """What was measured of a chain's last stage; None before it was."""
+    for path in chain.glob("2-*/evaluation/step-*/results.json"):
+        result: dict[str, Any] = json.loads(path.read_text())
+        if "needle" in result and "extrapolation" in result:
+            return result
+    return None
+
+
+def numbered(runs: Path, name: str) -> list[Path]:
+    """The runs of this name, in the order of their seeds."""
+    return sorted(p for p in runs.glob(f"{name}[0-9]*") if (p / "extension.json").exists())
+
+
+def band(axes: Any, x: list[str], rows: list[list[float]], label: str, colour: str) -> None:
+    """The mean over the seeds, and from the least to the most of them."""
+    if rows:
+        axes.plot(
+            x, np.mean(rows, axis=0), marker="o", markersize=4, color=colour, label=f"{label} ({len(rows)} seeds)"
+        )
+        axes.fill_between(x, np.min(rows, axis=0), np.max(rows, axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def main(picture: str, folder: str) -> None:
     import matplotlib
 
+    runs = Path(folder)
     with matplotlib.rc_context(LOOK):
-        figure, (axes,) = figure_of(6, 3.2)
-        for i, chain in enumerate(chains):
-            found = gaps(Path(chain))
-            names = ["windows alone", "aligned", "distilled"]
-            axes.plot(names, list(found.values()), marker="o", label=f"seed {i + 1}")
-            print(f"{chain}: " + ", ".join(f"{name} {gap:+.4f}" for name, gap in found.items()))
-        axes.axhline(AIM, linestyle="--", linewidth=1, color="gray", label="aim")
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("loss above the parent's, nats a byte")
-        axes.legend()
+        figure, (cost, needle, beyond) = figure_of(11, 3.3, 3)
+        for (label, (converted, reached)), colour in zip(KINDS.items(), NAMES, strict=False):
+            chains = {chain: gaps(chain) for chain in numbered(runs, converted)}
+            found = {chain: each for chain, each in chains.items() if len(each) == 1 + len(STAGES)}
+            for chain, (parent, *each) in found.items():
+                print(f"{chain.name}: parent {parent:.4f}, " + ", ".join(f"{gap:+.4f}" for gap in each))
+            band(cost, list(STAGES), [each for _, *each in found.values()], label, colour)
+            measured = [(chain.name, far) for chain in numbered(runs, reached) if (far := reach(chain)) is not None]
+            exact, ratios, x, octaves = [], [], list[str](), list[str]()
+            for name, far in measured:
+                result = far["needle"]
+                exact.append([float(np.mean(row)) for row in result["exact"]])
+                nats = [float(np.mean(row)) for row in result["logprob"]]
+                x = [f"{n:,}" for n in result["lengths"]]
+                cells = [f"{n} {e:.0%} ({p:.2f})" for n, e, p in zip(x, exact[-1], nats, strict=True)]
+                print(f"{name}: needles {', '.join(cells)}")
+                rows = far["extrapolation"]["octaves"][1:]
+                ratios.append([row["matched"]["ratio"] for row in rows])
+                octaves = [f"{row['to']:,}" for row in rows]
+                for row in rows:
+                    same = row["matched"]
+                    texts = [
+                        f"{d['ratio']:.4f} ± {d['error'] / w:.4f}"
+                        for d, w in ((row, _within(row)), (same, _within(same)))
+                    ]
+                    print(f"{name}: from {row['from']:,} on, octave by octave {texts[0]}, the same targets {texts[1]}")
+            band(needle, x, exact, label, colour)
+            band(beyond, octaves, ratios, label, colour)
+        for axes, aim in ((cost, LOSS_AIM), (needle, EXACT_AIM), (beyond, RATIO_AIM)):
+            axes.axhline(aim, linestyle="--", linewidth=1, color="gray", label="aim")
+        cost.set(ylim=(0, None), ylabel="nats a byte", title="Loss above the parent's")
+        needle.set(ylim=(0, 1.03), xlabel="tokens", title="Needles answered exactly")
+        beyond.set(xlabel="tokens before, at most", title="The same targets' loss, over that with 4,096")
+        cost.legend()
         save(figure, Path(picture))
 
 
+def _within(row: dict[str, Any]) -> float:
+    """The loss within, of a row that says the loss beyond."""
+    return float(row["loss"] - row["rise"])
+
+
 if __name__ == "__main__":
+    import sys
+
     main(*sys.argv[1:])
