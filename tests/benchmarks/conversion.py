@@ -26,13 +26,10 @@ def gaps(chain: Path) -> list[float]:
     return [losses[0], *(loss - losses[0] for loss in losses[1:])]
 
 
-def reach(chain: Path) -> dict[str, Any] | None:
-    """What was measured of a chain's last stage; None before it was."""
-    for path in chain.glob("2-*/evaluation/step-*/results.json"):
-        result: dict[str, Any] = json.loads(path.read_text())
-        if "needle" in result and "extrapolation" in result:
-            return result
-    return None
+def reach(chain: Path) -> dict[str, Any]:
+    """The parts that were measured of a chain's last stage."""
+    found = [json.loads(path.read_text()) for path in chain.glob("2-*/evaluation/step-*/results.json")]
+    return found[0] if found else {}
 
 
 def numbered(runs: Path, name: str) -> list[Path]:
@@ -43,9 +40,8 @@ def numbered(runs: Path, name: str) -> list[Path]:
 def band(axes: Any, x: list[str], rows: list[list[float]], label: str, colour: str) -> None:
     """The mean over the seeds, and from the least to the most of them."""
     if rows:
-        axes.plot(
-            x, np.mean(rows, axis=0), marker="o", markersize=4, color=colour, label=f"{label} ({len(rows)} seeds)"
-        )
+        means = np.mean(rows, axis=0)
+        axes.plot(x, means, marker="o", markersize=4, color=colour, label=f"{label}: {len(rows)}")
         axes.fill_between(x, np.min(rows, axis=0), np.max(rows, axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
@@ -61,39 +57,38 @@ def main(picture: str, folder: str) -> None:
             for chain, (parent, *each) in found.items():
                 print(f"{chain.name}: parent {parent:.4f}, " + ", ".join(f"{gap:+.4f}" for gap in each))
             band(cost, list(STAGES), [each for _, *each in found.values()], label, colour)
-            measured = [(chain.name, far) for chain in numbered(runs, reached) if (far := reach(chain)) is not None]
-            exact, ratios, x, octaves = [], [], list[str](), list[str]()
-            for name, far in measured:
-                result = far["needle"]
-                exact.append([float(np.mean(row)) for row in result["exact"]])
-                nats = [float(np.mean(row)) for row in result["logprob"]]
-                x = [f"{n:,}" for n in result["lengths"]]
-                cells = [f"{n} {e:.0%} ({p:.2f})" for n, e, p in zip(x, exact[-1], nats, strict=True)]
-                print(f"{name}: needles {', '.join(cells)}")
-                rows = far["extrapolation"]["octaves"][1:]
-                ratios.append([row["matched"]["ratio"] for row in rows])
-                octaves = [f"{row['to']:,}" for row in rows]
-                for row in rows:
-                    same = row["matched"]
-                    texts = [
-                        f"{d['ratio']:.4f} ± {d['error'] / w:.4f}"
-                        for d, w in ((row, _within(row)), (same, _within(same)))
-                    ]
-                    print(f"{name}: from {row['from']:,} on, octave by octave {texts[0]}, the same targets {texts[1]}")
-            band(needle, x, exact, label, colour)
-            band(beyond, octaves, ratios, label, colour)
+            exact, ratios = dict[str, list[float]](), dict[str, list[float]]()
+            lengths, octaves = list[str](), list[str]()
+            for chain in numbered(runs, reached):
+                parts = reach(chain)
+                if result := parts.get("needle"):
+                    exact[chain.name] = [float(np.mean(row)) for row in result["exact"]]
+                    nats = [float(np.mean(row)) for row in result["logprob"]]
+                    lengths = [f"{n:,}" for n in result["lengths"]]
+                    cells = zip(lengths, exact[chain.name], nats, strict=True)
+                    print(f"{chain.name}: needles {', '.join(f'{n} {e:.0%} ({p:.2f})' for n, e, p in cells)}")
+                if result := parts.get("extrapolation"):
+                    rows = result["octaves"][1:]
+                    ratios[chain.name] = [row["matched"]["ratio"] for row in rows]
+                    octaves = [f"{row['to']:,}" for row in rows]
+                    for row in rows:
+                        texts = f"octave by octave {_ratio(row)}, the same targets {_ratio(row['matched'])}"
+                        print(f"{chain.name}: from {row['from']:,} on, {texts}")
+            band(needle, lengths, list(exact.values()), label, colour)
+            band(beyond, octaves, list(ratios.values()), label, colour)
         for axes, aim in ((cost, LOSS_AIM), (needle, EXACT_AIM), (beyond, RATIO_AIM)):
             axes.axhline(aim, linestyle="--", linewidth=1, color="gray", label="aim")
         cost.set(ylim=(0, None), ylabel="nats a byte", title="Loss above the parent's")
         needle.set(ylim=(0, 1.03), xlabel="tokens", title="Needles answered exactly")
-        beyond.set(xlabel="tokens before, at most", title="The same targets' loss, over that with 4,096")
-        cost.legend()
+        beyond.set(xlabel="tokens before the same targets", title="Loss over that with 4,096 before")
+        for axes in (cost, needle, beyond):
+            axes.legend(title="seeds", title_fontsize=8)
         save(figure, Path(picture))
 
 
-def _within(row: dict[str, Any]) -> float:
-    """The loss within, of a row that says the loss beyond."""
-    return float(row["loss"] - row["rise"])
+def _ratio(row: dict[str, Any]) -> str:
+    """The loss beyond over that within, and its standard error."""
+    return f"{row['ratio']:.4f} ± {row['error'] / (row['loss'] - row['rise']):.4f}"
 
 
 if __name__ == "__main__":
