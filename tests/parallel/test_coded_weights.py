@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from models import recipes
 from models.dispatch import Here
 from models.kernels.coded_weight import CodedWeight
 from models.kernels.low_precision import encode
@@ -24,6 +25,8 @@ from parallel.schedule.comm_volume import SCALES, Unit, of_weights
 from tests.parallel.test_recipes import BATCH, PLANS, hybrid
 from tests.parity import assert_close, spread, truth
 from train.metrics.comm_trace import weight_units
+from train.precision import follow, gathered_weights
+from train.settings import PrecisionSettings
 
 RECIPES_OF_CODES = [name for name, recipe in RECIPES.items() if recipe.weight is not None]
 # Outputs and inputs: rows that two ranks cannot halve, one row alone, blocks of 128 that lie on both ranks.
@@ -216,6 +219,18 @@ def alone(rank: int) -> dict[str, torch.Tensor]:
     x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(rank))
     model(x).square().mean().backward()
     return {n: p.grad for n, p in model.named_parameters()}
+
+
+def test_the_plan_and_the_run_mean_the_same_weights():
+    """Experts' and a dense feed-forward's, whose parts have the same names."""
+    with torch.device("meta"):
+        model = hybrid()
+    settings = PrecisionSettings(masters="bf16")
+    foretold = gathered_weights(settings, model, "cpu")
+    follow(settings, model, "cpu")
+    assert set(foretold) == {each.name for each in recipes.gathered_weights(model)}
+    assert set(foretold) <= {name for name, _ in model.named_parameters()}
+    assert {"layers.0.ffn.experts.down", "layers.1.ffn.down.weight"} <= set(foretold)
 
 
 def test_a_weight_of_codes_is_read_by_its_recipe_alone():

@@ -83,6 +83,13 @@ def test_what_a_choice_saves_is_not_held():
     assert two_layers(**many, reshard=False).most() > two_layers(**many).most() + 100
 
 
+def test_gathered_weights_of_few_bits_take_less_and_their_gradients_do_not():
+    few = [LayerMemory(100, 130, 160, 40, 10, few=10)] * 2
+    parts = two_layers(layers=few).peak()
+    assert parts[step_memory.GATHERED] == 20 + 10 + 10 and parts[step_memory.GRADIENTS] == 20
+    assert two_layers(layers=few, micro_steps=2).most() == sum(parts.values()) + 40 + 40 + 20
+
+
 def test_the_halves_of_backward_passes_and_the_optimizer_have_instants_of_their_own():
     split = LayerMemory(100, 130, 160, 40, 10, half=150)
     # Backward of the first layer is the fullest: what the second's half leaves is more than it saved.
