@@ -11,7 +11,7 @@ model is, its ranks wait for each other once.
 
 The z-loss of a token is (log Σ_e exp logit_e)² (ST-MoE, 2202.08906, equation 5): it keeps logits small.
 
-Legend: B spans, T tokens, N = B·T, D model width, E experts, X choices a token.
+Legend: B spans, T tokens, N = B·T, D model width, L width of what experts see, E experts, X choices a token.
 """
 
 import math
@@ -120,17 +120,19 @@ class MoE(Dispatched):
     num_experts: experts to choose from, the shared one not counted. top_k: number of them that a token goes to, from 1
     to num_experts. hidden: inner width of each of them. expert: its form, SwiGLU (2002.05202), clamped for gpt-oss's
     (2508.10925), or relu2 for two matrices with relu(x)² between them, as in Nemotron-H (2504.03624); the shared one's
-    too. bias: true adds one to each product of an expert and to the router's logits. shared_hidden: inner width of the
-    shared expert; 0 for none. shared_gate: true scales the shared expert's output by a sigmoid of a linear function of
-    the token (Qwen2, 2407.10671). router: scores of the experts for a token; softmax over them, or sigmoid, each by
-    itself (DeepSeek-V3, 2412.19437). renormalise: true divides a token's weights, the scores of its experts, by their
-    sum. scale: factor of the weights after that. balance: the choices that the balance loss (train.balance_weight)
-    evens out: those of each document, those of the whole batch (by the loads of the step before), or none. bias_rate:
-    step by which a bias that only chooses experts moves after each step towards those that had too few tokens
-    (2408.15664 takes 0.001); 0 for no bias. expert_groups: equal groups that the experts lie in; 1 for none.
-    top_groups: number of groups that a token's experts may come from. capacity_factor: choices that an expert takes of
-    a span of tokens, in multiples of its fair share; later tokens' are dropped, which makes a run depend on its layout.
-    null for no limit.
+    too. latent: width that a token is brought to before it travels to its experts, which work there, and their weighted
+    sum back; the router and the shared expert see all of the token, as LatentMoE of Nemotron 3 and Kimi K3; null for
+    the model's. bias: true adds one to each product of an expert and to the router's logits. shared_hidden: inner width
+    of the shared expert; 0 for none. shared_gate: true scales the shared expert's output by a sigmoid of a linear
+    function of the token (Qwen2, 2407.10671). router: scores of the experts for a token; softmax over them, or sigmoid,
+    each by itself (DeepSeek-V3, 2412.19437). renormalise: true divides a token's weights, the scores of its experts, by
+    their sum. scale: factor of the weights after that. balance: the choices that the balance loss
+    (train.balance_weight) evens out: those of each document, those of the whole batch (by the loads of the step
+    before), or none. bias_rate: step by which a bias that only chooses experts moves after each step towards those that
+    had too few tokens (2408.15664 takes 0.001); 0 for no bias. expert_groups: equal groups that the experts lie in; 1
+    for none. top_groups: number of groups that a token's experts may come from. capacity_factor: choices that an expert
+    takes of a span of tokens, in multiples of its fair share; later tokens' are dropped, which makes a run depend on
+    its layout. null for no limit.
 
     x [B, T, D] -> [B, T, D] and the Routing that the losses need.
     """
@@ -145,6 +147,7 @@ class MoE(Dispatched):
         top_k: int,
         hidden: int,
         expert: ExpertName = "swiglu",
+        latent: int | None = None,
         bias: bool = False,
         shared_hidden: int = 0,
         shared_gate: bool = False,
@@ -163,6 +166,8 @@ class MoE(Dispatched):
             raise ValueError(f"top_k={top_k}: must lie between 1 and num_experts={num_experts}")
         if expert not in get_args(ExpertName):
             raise ValueError(f"expert={expert}: must be one of {', '.join(get_args(ExpertName))}")
+        if latent is not None and latent < 1:
+            raise ValueError(f"latent={latent}: must be at least 1, or null for the model's width")
         if shared_hidden and (bias or expert == "clamped"):
             raise ValueError(f"shared_hidden={shared_hidden}: must be 0 with bias=true, and with expert=clamped")
         if router not in ROUTERS:
@@ -201,7 +206,11 @@ class MoE(Dispatched):
             expert_groups=expert_groups,
             top_groups=top_groups,
         )
-        self.experts = Experts(num_experts, dim, hidden, expert, bias)
+        self.latent_in = self.latent_out = None
+        if latent is not None:
+            self.latent_in = Linear(dim, latent, axes=("rank", "embed"))
+            self.latent_out = Linear(latent, dim, axes=("embed", "rank"))
+        self.experts = Experts(num_experts, latent or dim, hidden, expert, bias)
         beside = partial(MLP, activation="relu2") if expert == "relu2" else SwiGLU
         self.shared = beside(dim=dim, hidden=shared_hidden) if shared_hidden else None
         self.shared_gate = Linear(dim, 1, axes=(None, "embed")) if shared_gate else None
@@ -217,9 +226,11 @@ class MoE(Dispatched):
             choices_BTX, weights_BTX = choices_BTX.where(kept_BTX, self.num_experts), weights_BTX * kept_BTX
             routing = routing._replace(dropped=(~kept_BTX).sum(-1))
             room = max(B * self.places(T) for B, T in seq.shapes or [tuple(seq.positions.shape)])
-        sent = (t.flatten(0, 1) for t in (x_BTD, choices_BTX, weights_BTX))
-        y_ND, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD), room)
-        y_BTD = y_ND.view_as(x_BTD)
+        narrow_BTL = x_BTD if self.latent_in is None else self.latent_in(x_BTD)
+        sent = (t.flatten(0, 1) for t in (narrow_BTL, choices_BTX, weights_BTX))
+        y_NL, shared_BTD = self.experts(*sent, self.dispatch, partial(self.shared_output, x_BTD), room)
+        y_BTD = y_NL.view_as(narrow_BTL)
+        y_BTD = y_BTD if self.latent_out is None else self.latent_out(y_BTD)
         y_BTD = y_BTD if shared_BTD is None else y_BTD + shared_BTD
         alike = self.width.alike
         return y_BTD, routing._replace(probabilities=alike(routing.probabilities), z=alike(routing.z))

@@ -206,7 +206,7 @@ def sparse(config: Config) -> list[bool]:
 
 PLAIN_MIXTURE = {
     **{"router": "softmax", "scale": 1.0, "bias_rate": 0.0, "expert_groups": 1, "capacity_factor": None},
-    **{"expert": "swiglu", "bias": False},
+    **{"expert": "swiglu", "bias": False, "latent": None},
 }
 EXPERTS: dict[str, Kind] = {
     "num_experts": count(0),

@@ -116,6 +116,7 @@ def _moe(config: Config) -> Node:
         top_k=config["num_experts_per_tok"],
         hidden=config["moe_intermediate_size"],
         expert="relu2",
+        latent=config["moe_latent_size"],
         shared_hidden=config["moe_shared_expert_intermediate_size"],
         router="sigmoid",
         renormalise=config["norm_topk_prob"],
@@ -212,18 +213,23 @@ def _moe_keys(path: str, section: Node) -> Config:
     widths = (moe["num_experts"], moe["top_k"], moe["hidden"], moe["shared_hidden"])
     flags = {"norm_topk_prob": moe["renormalise"], "routed_scaling_factor": moe["scale"]}
     groups = {"n_group": moe["expert_groups"], "topk_group": moe["top_groups"]}
-    return dict(zip(MOE, widths, strict=True)) | flags | groups
+    return dict(zip(MOE, widths, strict=True)) | flags | groups | {"moe_latent_size": moe["latent"]}
 
 
 def _moe_rows(ours: str, theirs: str, config: Config) -> Entries:
     E, hidden, dim = config["n_routed_experts"], config["moe_intermediate_size"], config["hidden_size"]
     up, down = ([(f"{theirs}.experts.{e}.{name}_proj.weight") for e in range(E)] for name in ("up", "down"))
     shared, beside = f"{theirs}.shared_experts", config["moe_shared_expert_intermediate_size"]
-    return {
+    latent = config["moe_latent_size"]
+    around = {
+        f"{ours}.latent_in.weight": whole(f"{theirs}.fc1_latent_proj.weight", latent or 0),
+        f"{ours}.latent_out.weight": whole(f"{theirs}.fc2_latent_proj.weight", dim),
+    }
+    return ({} if latent is None else around) | {
         f"{ours}.router.weight": whole(f"{theirs}.gate.weight", E),
         f"{ours}.router.selection_bias": whole(f"{theirs}.gate.e_score_correction_bias", E),
         f"{ours}.experts.gate_up": joined(*((name, hidden) for name in up), form=experts(hidden)),
-        f"{ours}.experts.down": joined(*((name, dim) for name in down), form=experts(dim)),
+        f"{ours}.experts.down": joined(*((name, latent or dim) for name in down), form=experts(latent or dim)),
         f"{ours}.shared.up.weight": whole(f"{shared}.up_proj.weight", beside),
         f"{ours}.shared.down.weight": whole(f"{shared}.down_proj.weight", dim),
     }
@@ -292,10 +298,11 @@ NEMOTRON_H = Architecture(
         **dict(zip(SSM, (128, 64, 128, 8, 4), strict=True)),
         **{"use_conv_bias": True, "time_step_min": 0.001, "time_step_limit": UNLIMITED[0]},
         **dict(zip(MOE, (8, 2, 7688, 7688), strict=True)),
+        "moe_latent_size": None,
         **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
     },
     fixed={
-        **{"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "moe_latent_size": None},
+        **{"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu"},
         **{"attention_bias": False, "use_bias": False, "mamba_proj_bias": False},
     },
     kinds={

@@ -15,7 +15,7 @@ from models.hub.values import whole as count
 from models.moe import MoE
 
 RATE = 0.001
-SWIGLU_EXPERTS: Config = {"expert": "swiglu", "bias": False, "capacity_factor": None}
+SWIGLU_EXPERTS: Config = {"expert": "swiglu", "bias": False, "latent": None, "capacity_factor": None}
 DEFAULTS: Config = {
     **{"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
     **{"n_shared_experts": 1, "first_k_dense_replace": 1},

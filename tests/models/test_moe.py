@@ -26,6 +26,8 @@ KINDS = {
     "softmax, biased, every expert": {"top_k": 5, "bias_rate": 0.1, "balance": "batch"},
     "sigmoid": {"router": "sigmoid", "scale": 2.5, "shared_gate": True},
     "sigmoid, biased, not renormalised": {"router": "sigmoid", "renormalise": False, "bias_rate": 0.1},
+    "sigmoid, latent": {"router": "sigmoid", "bias_rate": 0.1, "latent": 4},
+    "latent, capacity": {"capacity_factor": 0.7, "balance": "none", "latent": 8},
     "softmax, capacity": {"capacity_factor": 0.7, "balance": "none"},
     "sigmoid, capacity of less than one choice": {"router": "sigmoid", "capacity_factor": 0.1, "shared_hidden": 0},
 }
@@ -72,7 +74,9 @@ def dense(m: MoE, x: torch.Tensor, *, router: str = "softmax", renormalise=True,
                         weights = weights.clone()
                         weights[b, t, e] = 0.0
     experts = zip(m.experts.gate_up, m.experts.down, strict=True)
-    y = sum(scale * weights[..., e, None] * swiglu(x, *expert) for e, expert in enumerate(experts))
+    seen = x if m.latent_in is None else x @ m.latent_in.weight.T
+    y = sum(scale * weights[..., e, None] * swiglu(seen, *expert) for e, expert in enumerate(experts))
+    y = y if m.latent_out is None else y @ m.latent_out.weight.T
     if m.shared is not None:
         shared = swiglu(x, m.shared.gate_up.weight.T, m.shared.down.weight.T)
         y = y + (shared if m.shared_gate is None else (x @ m.shared_gate.weight.T).sigmoid() * shared)
@@ -289,6 +293,7 @@ def test_the_bias_balances_a_router_that_sends_everything_to_two_experts(router)
         ({"balance": "global"}, "balance=global: must be one of document, batch, none"),
         ({"scale": -1.0}, "scale=-1.0: must be above 0"),
         ({"bias_rate": -0.1}, "bias_rate=-0.1: must not be negative; 0 for no bias"),
+        ({"latent": 0}, "latent=0: must be at least 1, or null for the model's width"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0: must be above 0, or null for no limit"),
         ({"shared_hidden": -1}, "shared_hidden=-1: must not be negative; 0 for no shared expert"),
         ({"shared_hidden": 0, "shared_gate": True}, "shared_gate=true: must be false without a shared expert"),

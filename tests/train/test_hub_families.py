@@ -236,6 +236,10 @@ FAMILIES = {
         | {"layers_block_type": ["moe", "full_attention", "linear_attention"], "n_routed_experts": 4, "n_group": 2}
         | {"topk_group": 1, "routed_scaling_factor": 2.5, "time_step_min": 0.3, "use_conv_bias": False},
     ),
+    "nemotron_h, latent": (
+        "NemotronH",
+        NEMOTRON | {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 8},
+    ),
     "falcon_h1": ("FalconH1", FALCON),
     "falcon_h1, norms": (
         "FalconH1",
@@ -603,7 +607,7 @@ def test_the_published_table_of_kimi_linears_layers_is_read():
         ("ernie_moe", {"moe_layer_start_index": 7}, "moe_layer_start_index=7: must leave a layer with experts"),
         ("nemotron", {"hidden_act": "silu"}, "hidden_act=silu: must be relu2"),
         ("nemotron_h", {"layers_block_type": ["mlp", "x"]}, "layers_block_type=['mlp', 'x']: must be of linear_atten"),
-        ("nemotron_h", {"moe_latent_size": 8}, "moe_latent_size=8: must be null"),
+        ("nemotron_h", {"moe_latent_size": 0}, "moe_latent_size=0: must be a whole number of at least 1, or null"),
         ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers=[1.0]: must be 5 numbers"),
         ("falcon_h1", {"key_multiplier": 0}, "key_multiplier=0: must be a number above 0"),
         ("minimax", {"layer_types": ["x"] * 2}, "layer_types=['x', 'x']: must be 2 of full_attention, linear_attent"),
