@@ -18,7 +18,7 @@ from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
 from parallel.schedule.comm_volume import KeyFormatName
 from parallel.sequence.attention.few_bits import KeyCodec
-from parallel.sequence.attention.visibility import Softmax, Transpose, apart, meetings, together
+from parallel.sequence.attention.visibility import Encounter, Encounters, Softmax, Transpose, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
 from parallel.sequence.span_layout import SpanLayout
 
@@ -70,16 +70,13 @@ class _Gathered(torch.autograd.Function):
         q: Tensor,
         kv: Tensor,
     ) -> Tensor:
+        encounters = _encounters(chain)
+
         def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
             outs, lses, at = [], [], 0
             for q_part, kv_part in _strides(q, kv, heads):
                 softmax = Softmax(q_part, tile, scale)
-                blocks = _gathered(chain, codec, kv_part, q.shape[-1])
-                for row, n in enumerate(chain.mine):
-                    for link in chain.links[: n + 1]:
-                        k, v = apart(blocks[link.rank, link.row], q.shape[-1])
-                        for meeting in meetings(chain, chain.links[n], link):
-                            softmax.see(row, k, v, meeting)
+                softmax.meet(_gathered(chain, codec, kv_part, q.shape[-1]), encounters)
                 own, at = slice(at, at + q_part.shape[2]), at + q_part.shape[2]
                 softmax.join(None if sink is None else sink[own])
                 outs.append(softmax.out.to(q.dtype))
@@ -89,6 +86,7 @@ class _Gathered(torch.autograd.Function):
         out, lse = as_operator(attend, q, kv)
         ctx.save_for_backward(q, kv, sink, out, lse)
         ctx.chain, ctx.heads, ctx.codec, ctx.tile, ctx.scale = chain, heads, codec, tile, scale
+        ctx.encounters = encounters
         return out
 
     @staticmethod
@@ -102,18 +100,23 @@ class _Gathered(torch.autograd.Function):
             transpose = Transpose(q_part, out[:, :, heads], lse[:, heads], grad[:, :, heads], ctx.tile, ctx.scale)
             blocks = _gathered(chain, ctx.codec, kv_part, q.shape[-1])
             gradients = torch.zeros_like(blocks, dtype=lse.dtype)
-            for row, n in enumerate(chain.mine):
-                for link in chain.links[: n + 1]:
-                    k, v = apart(blocks[link.rank, link.row], q.shape[-1])
-                    dk, dv = apart(gradients[link.rank, link.row], q.shape[-1])
-                    for meeting in meetings(chain, chain.links[n], link):
-                        transpose.see(row, k, v, dk, dv, meeting)
+            transpose.meet(blocks, gradients, ctx.encounters)
             part = chain.comm.reduce_scatter(gradients, purpose="keys and values gradient")
             dqs.append(transpose.dq)
             dkvs.append(part[: kv.shape[0], : kv.shape[1]])
         dsink = None if sink is None else sink_gradient(sink, grad, out, lse)
         dq, dkv = torch.cat(dqs, dim=2).to(q.dtype), torch.cat(dkvs, dim=2).to(kv.dtype)
         return None, None, None, None, None, dsink, dq, dkv
+
+
+def _encounters(chain: SpanLayout) -> Encounters:
+    """Of this rank's spans with all before them, in the order of the sequence."""
+    return Encounters(
+        Encounter(row, (link.rank, link.row), meeting)
+        for row, n in enumerate(chain.mine)
+        for link in chain.links[: n + 1]
+        for meeting in meetings(chain, chain.links[n], link)
+    )
 
 
 def _strides(q_BTHK: Tensor, kv_BTGW: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor]]:

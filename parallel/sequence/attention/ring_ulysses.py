@@ -14,6 +14,7 @@ read there, and never rounded again.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from models.kernels.pieces import Piece
 from parallel.collectives import as_operator
 from parallel.schedule.comm_volume import KeyFormatName
 from parallel.sequence.attention.few_bits import KeyCodec
-from parallel.sequence.attention.visibility import Softmax, Transpose, apart, meetings, together
+from parallel.sequence.attention.visibility import Encounter, Encounters, Softmax, Transpose, meetings, together
 from parallel.sequence.attention.window_fetch import attend_in_window
 from parallel.sequence.span_layout import Link, SpanLayout
 
@@ -110,6 +111,20 @@ class RowsAndColumns:
             for row in range(self.rows)
         ]
 
+    @cached_property
+    def encounters(self) -> list[Encounters]:
+        """By hop: this row's spans with those of the row whose block is there."""
+        return [
+            Encounters(
+                Encounter(a, (b,), meeting)
+                for a, asking in enumerate(self.links[self.row])
+                for b, asked in enumerate(self.links[self.row - hop])
+                if asking is not None and asked is not None
+                for meeting in meetings(self.chain, asking, asked)
+            )
+            for hop in range(self.rows)
+        ]
+
     def heads(self, total: int) -> slice:
         """The heads of this column."""
         share = total // self.split
@@ -174,7 +189,7 @@ class _Attended(torch.autograd.Function):
         q: Tensor,
         kv: Tensor,
     ) -> Tensor:
-        (B, T, H, W), widths = q.shape, _widths(q, kv)
+        (B, T, H, _), widths = q.shape, _widths(q, kv)
 
         def attend(q: Tensor, kv: Tensor) -> list[Tensor]:
             q, message = mesh.by_heads(q, "queries"), mesh.by_heads(codec.packed(kv, widths), "keys and values")
@@ -182,12 +197,7 @@ class _Attended(torch.autograd.Function):
             for hop in range(mesh.rows):
                 coming = mesh.turn(message, purpose="keys and values") if hop + 1 < mesh.rows else None
                 block = codec.unpacked(message, widths, kv.dtype)
-                for a, asking in enumerate(mesh.links[mesh.row]):
-                    for b, queries in enumerate(mesh.links[mesh.row - hop]):
-                        if asking is not None and queries is not None:
-                            for meeting in meetings(mesh.chain, asking, queries):
-                                k, v = apart(block[b], W)
-                                softmax.see(a, k, v, meeting)
+                softmax.meet(block, mesh.encounters[hop])
                 if coming is not None:
                     (message,) = coming()
             softmax.join(None if sink is None else sink[mesh.heads(len(sink))])
@@ -218,13 +228,7 @@ class _Attended(torch.autograd.Function):
             coming = mesh.turn(message, purpose="keys and values") if hop + 1 < mesh.rows else None
             block = ctx.codec.unpacked(message, widths, kv.dtype)
             part = torch.zeros_like(gradient)
-            for a, asking in enumerate(mesh.links[mesh.row]):
-                for b, queries_of_hop in enumerate(mesh.links[mesh.row - hop]):
-                    if asking is not None and queries_of_hop is not None:
-                        k, v = apart(block[b], q.shape[-1])
-                        dk, dv = apart(part[b], q.shape[-1])
-                        for meeting in meetings(mesh.chain, asking, queries_of_hop):
-                            transpose.see(a, k, v, dk, dv, meeting)
+            transpose.meet(block, part, mesh.encounters[hop])
             if returning is not None:
                 (gradient,) = returning()
             gradient = gradient + part
