@@ -237,9 +237,11 @@ def run_spans_from_nothing() -> None:
 
 def lose_what_latents_are_owed_as_values() -> None:
     """Their gradient as keys alone is sent back."""
-    for transport in (parallel.sequence.attention.all_gather, parallel.sequence.attention.ring_ulysses):
-        honest = transport.apart
-        transport.apart = lambda kv, width, honest=honest: (honest(kv, width)[0], honest(kv, width)[1].clone())
+    honest = parallel.sequence.attention.visibility.apart
+    parallel.sequence.attention.visibility.apart = lambda kv, width: (
+        honest(kv, width)[0],
+        honest(kv, width)[1].clone(),
+    )
 
 
 def let_no_sink_take_its_share() -> None:
