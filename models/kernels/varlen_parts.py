@@ -26,7 +26,7 @@ flash = torch.ops.aten._flash_attention_forward
 flash_backward = torch.ops.aten._flash_attention_backward
 
 
-class Stretch(NamedTuple):
+class TokenStretch(NamedTuple):
     """Tokens [begin, end) of what `at` indexes: of a row of queries, or of a span of keys."""
 
     at: tuple[int, ...]
@@ -44,14 +44,14 @@ class PartsCall(NamedTuple):
     causal: the last query of a sequence stands at its last key, and each sees the keys up to itself.
     """
 
-    queries: tuple[Stretch, ...]
-    keys: tuple[Stretch, ...]
+    queries: tuple[TokenStretch, ...]
+    keys: tuple[TokenStretch, ...]
     counts: tuple[tuple[int, int], ...]
     causal: bool
 
 
 class Ends(NamedTuple):
-    """Where the sequences of a call end."""
+    """The ends of the sequences of a call."""
 
     queries: Tensor  # [sequences + 1] int32
     keys: Tensor
@@ -59,7 +59,7 @@ class Ends(NamedTuple):
     most_keys: int
 
 
-def parts_call(sequences: Iterable[tuple[Stretch, list[Stretch]]], causal: bool) -> PartsCall:
+def parts_call(sequences: Iterable[tuple[TokenStretch, list[TokenStretch]]], causal: bool) -> PartsCall:
     """The call of these sequences: queries, and the stretches of keys that they see, in order."""
     queries, keys, counts = [], [], []
     for asking, seen in sequences:
@@ -69,9 +69,9 @@ def parts_call(sequences: Iterable[tuple[Stretch, list[Stretch]]], causal: bool)
     return PartsCall(_joined(queries), _joined(keys), tuple(counts), causal)
 
 
-def _joined(stretches: list[Stretch]) -> tuple[Stretch, ...]:
+def _joined(stretches: list[TokenStretch]) -> tuple[TokenStretch, ...]:
     """The same tokens in the same order, without a seam where one stretch begins as the one before it ends."""
-    found: list[Stretch] = []
+    found: list[TokenStretch] = []
     for stretch in stretches:
         if found and found[-1].at == stretch.at and found[-1].end == stretch.begin:
             found[-1] = found[-1]._replace(end=stretch.end)
@@ -95,7 +95,7 @@ def runs_on(q: Tensor) -> bool:
     return q.shape[-1] % MULTIPLE == 0 and varlen.runs_on(q, q.shape[-1])
 
 
-def cut(x: Tensor, stretches: tuple[Stretch, ...]) -> Tensor:
+def cut(x: Tensor, stretches: tuple[TokenStretch, ...]) -> Tensor:
     """The tokens of stretches of x [..., T, H, K], end to end [N, H, K]; a view where it is one stretch."""
     parts = [x[stretch.at][stretch.begin : stretch.end] for stretch in stretches]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

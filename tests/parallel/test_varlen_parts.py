@@ -11,7 +11,7 @@ import torch
 
 from models.kernels import varlen, varlen_parts
 from models.kernels.attention_tiles import Plain, capped, tile_for
-from models.kernels.varlen_parts import Stretch, parts_call
+from models.kernels.varlen_parts import TokenStretch, parts_call
 from parallel.collectives import Comm
 from parallel.sequence.attention import visibility
 from parallel.sequence.attention.all_gather import _encounters
@@ -106,14 +106,14 @@ def test_a_call_has_stretches_without_seams():
     row, far, own = (0,), (2, 0), (1, 0)
     call = parts_call(
         [
-            (Stretch(row, 0, 3), [Stretch(far, 4, 9), Stretch(own, 0, 3)]),
-            (Stretch(row, 3, 5), [Stretch(own, 3, 5)]),
-            (Stretch((1,), 0, 4), [Stretch(own, 5, 9)]),
+            (TokenStretch(row, 0, 3), [TokenStretch(far, 4, 9), TokenStretch(own, 0, 3)]),
+            (TokenStretch(row, 3, 5), [TokenStretch(own, 3, 5)]),
+            (TokenStretch((1,), 0, 4), [TokenStretch(own, 5, 9)]),
         ],
         True,
     )
-    assert call.queries == (Stretch(row, 0, 5), Stretch((1,), 0, 4))
-    assert call.keys == (Stretch(far, 4, 9), Stretch(own, 0, 9)) and call.counts == ((3, 8), (2, 2), (4, 4))
+    assert call.queries == (TokenStretch(row, 0, 5), TokenStretch((1,), 0, 4))
+    assert call.keys == (TokenStretch(far, 4, 9), TokenStretch(own, 0, 9)) and call.counts == ((3, 8), (2, 2), (4, 4))
 
 
 WIDTH = 8

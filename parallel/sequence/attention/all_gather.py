@@ -110,7 +110,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def _encounters(chain: SpanLayout) -> Encounters:
-    """Of this rank's spans with all before them, in the order of the sequence."""
+    """This rank's spans with all before them, in the order of the sequence."""
     return Encounters(
         Encounter(row, (link.rank, link.row), meeting)
         for row, n in enumerate(chain.mine)

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.kernels import varlen_parts
 from models.kernels.attention_tiles import Tile, join_sink
 from models.kernels.pieces import Piece
-from models.kernels.varlen_parts import PartsCall, Stretch, cut, parts_call
+from models.kernels.varlen_parts import PartsCall, TokenStretch, cut, parts_call
 from models.precision import wide
 from parallel.sequence.span_layout import Link, SpanLayout
 
@@ -104,11 +104,11 @@ class Encounters:
     def calls(self) -> list[PartsCall]:
         """The same for a kernel that takes all documents together. Queries that see keys of several spans have these
         end to end, those of their own span last; so no query is twice in a call, whatever the number of documents."""
-        seen: dict[Stretch, list[Stretch]] = {}
+        seen: dict[TokenStretch, list[TokenStretch]] = {}
         causal = set()
         for row, at, (queries, keys, last) in self.each:
-            asking = Stretch((row,), queries.start, queries.stop)
-            seen.setdefault(asking, []).append(Stretch(at, keys.start, keys.stop))
+            asking = TokenStretch((row,), queries.start, queries.stop)
+            seen.setdefault(asking, []).append(TokenStretch(at, keys.start, keys.stop))
             if last:
                 causal.add(asking)
         ways = {way: sorted(asking for asking in seen if (asking in causal) == way) for way in (True, False)}
@@ -218,7 +218,7 @@ class Transpose:
         dv_TGV[meeting.keys] += dv[0].transpose(0, 1)
 
 
-def _add(total: Tensor, stretches: tuple[Stretch, ...], x_NHK: Tensor) -> None:
+def _add(total: Tensor, stretches: tuple[TokenStretch, ...], x_NHK: Tensor) -> None:
     """Adds what lies end to end to the stretches that it belongs to."""
     parts = x_NHK.split([stretch.length for stretch in stretches])
     for (at, begin, end), part in zip(stretches, parts, strict=True):
