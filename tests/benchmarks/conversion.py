@@ -37,12 +37,16 @@ def numbered(runs: Path, name: str) -> list[Path]:
     return sorted(p for p in runs.glob(f"{name}[0-9]*") if (p / "extension.json").exists())
 
 
-def band(axes: Any, x: list[str], rows: list[list[float]], label: str, colour: str) -> None:
-    """The mean over the seeds, and from the least to the most of them."""
-    if rows:
-        means = np.mean(rows, axis=0)
-        axes.plot(x, means, marker="o", markersize=4, color=colour, label=f"{label}: {len(rows)}")
-        axes.fill_between(x, np.min(rows, axis=0), np.max(rows, axis=0), color=colour, alpha=0.15, linewidth=0)
+def band(axes: Any, seeds: list[dict[str, float]], label: str, colour: str) -> None:
+    """The mean over the seeds that have a point, and from the least to the most of them; of each seed a value by x."""
+    if seeds:
+        x = list(max(seeds, key=len))
+        columns = [[seed[key] for seed in seeds if key in seed] for key in x]
+        means = [float(np.mean(column)) for column in columns]
+        axes.plot(x, means, marker="o", markersize=4, color=colour, label=f"{label}: {len(seeds)}")
+        axes.fill_between(
+            x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0
+        )
 
 
 def main(picture: str, folder: str) -> None:
@@ -56,26 +60,24 @@ def main(picture: str, folder: str) -> None:
             found = {chain: each for chain, each in chains.items() if len(each) == 1 + len(STAGES)}
             for chain, (parent, *each) in found.items():
                 print(f"{chain.name}: parent {parent:.4f}, " + ", ".join(f"{gap:+.4f}" for gap in each))
-            band(cost, list(STAGES), [each for _, *each in found.values()], label, colour)
-            exact, ratios = dict[str, list[float]](), dict[str, list[float]]()
-            lengths, octaves = list[str](), list[str]()
+            band(cost, [dict(zip(STAGES, each, strict=True)) for _, *each in found.values()], label, colour)
+            exact, ratios = list[dict[str, float]](), list[dict[str, float]]()
             for chain in numbered(runs, reached):
                 parts = reach(chain)
                 if result := parts.get("needle"):
-                    exact[chain.name] = [float(np.mean(row)) for row in result["exact"]]
-                    nats = [float(np.mean(row)) for row in result["logprob"]]
                     lengths = [f"{n:,}" for n in result["lengths"]]
-                    cells = zip(lengths, exact[chain.name], nats, strict=True)
+                    right, nats = ([float(np.mean(row)) for row in result[key]] for key in ("exact", "logprob"))
+                    exact.append(dict(zip(lengths, right, strict=True)))
+                    cells = zip(lengths, right, nats, strict=True)
                     print(f"{chain.name}: needles {', '.join(f'{n} {e:.0%} ({p:.2f})' for n, e, p in cells)}")
                 if result := parts.get("extrapolation"):
                     rows = result["octaves"][1:]
-                    ratios[chain.name] = [row["matched"]["ratio"] for row in rows]
-                    octaves = [f"{row['to']:,}" for row in rows]
+                    ratios.append({f"{row['to']:,}": row["matched"]["ratio"] for row in rows})
                     for row in rows:
                         texts = f"octave by octave {_ratio(row)}, the same targets {_ratio(row['matched'])}"
                         print(f"{chain.name}: from {row['from']:,} on, {texts}")
-            band(needle, lengths, list(exact.values()), label, colour)
-            band(beyond, octaves, list(ratios.values()), label, colour)
+            band(needle, exact, label, colour)
+            band(beyond, ratios, label, colour)
         for axes, aim in ((cost, LOSS_AIM), (needle, EXACT_AIM), (beyond, RATIO_AIM)):
             axes.axhline(aim, linestyle="--", linewidth=1, color="gray", label="aim")
         cost.set(ylim=(0, None), ylabel="nats a byte", title="Loss above the parent's")
