@@ -37,7 +37,7 @@ def save_then_go_on(job):
 
 def load_then_go_on(job):
     trainer = build(job)
-    settings = [(g["weight_decay"], g["muon"]) for g in trainer.optimizer.param_groups]
+    settings = [(g["weight_decay"], g.get("muon")) for g in trainer.optimizer.param_groups]
     return state(trainer), [trainer.step()[0]["loss"] for _ in range(AFTER)], state(trainer), settings
 
 
