@@ -91,9 +91,9 @@ class Streams:
         if again or not torch.is_grad_enabled():
             return
         weights = ((torch.cos(0.7 * seq.positions.double()) + 0.1) * seq.counted).flatten()
-        (place, of), held = self._share, y_BTD.shape[:2].numel()
+        (place, of), held = self._share, y_BTD.shape[-3:-1].numel()
         weights = F.pad(weights, (0, held * of - len(weights)))  # shares are equal, the last ones padded
-        weights_BT = weights[held * place : held * (place + 1)].view(y_BTD.shape[:2])
+        weights_BT = weights[held * place : held * (place + 1)].view(y_BTD.shape[-3:-1])
         self._add(OUTPUT, layer, weights_BT, y_BTD.detach())
         if y_BTD.requires_grad:
             hooks: list[Any] = []
@@ -105,7 +105,7 @@ class Streams:
             hooks.append(y_BTD.register_hook(once))
 
     def _add(self, kind: str, layer: str, weights_BT: Tensor, x_BTD: Tensor) -> None:
-        part = torch.einsum("bt,btd->d", weights_BT, x_BTD.double())
+        part = torch.einsum("bt,...btd->...d", weights_BT, x_BTD.double()).flatten()  # of several residual streams, too
         self._sums[kind][layer] = self._sums[kind].get(layer, 0.0) + part
 
 
