@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.dispatch import Here, Sent
 from models.kernels.chunking import Effect
 from models.kernels.grouped_ffn import mixture
+from models.kernels.indexed_attention import Index, Selected, packed
 from models.lm import LM
 from models.mixers.mom import MixtureOfMemories
 from models.moe import Beside, Experts, MoE
@@ -283,6 +284,14 @@ class Traced(Whole):
             q, k.clone(), v.clone(), sink_logits
         )  # they are joined to those of the past, wherever that is
 
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
+        (H, K), (G, V), width = q.shape[2:], v.shape[2:], index.k.shape[-1]
+        scored = 2 * index.q[0, 0].numel()
+        self.attention.append(AttentionCost(scored, (G * (K + V) + width) * k.itemsize))  # every key is scored
+        self.attention.append(AttentionCost(2 * H * (K + V), 0, None if index.dense else index.top_k))
+        keys, values = packed(k, v, index.k)
+        return Selected(*_Select.apply(q, keys, values, index.q, index.weights, V))
+
 
 class _Attend(torch.autograd.Function):
     """The shapes of fused attention, and what it keeps: its inputs, its output, a logsumexp a query and head."""
@@ -298,6 +307,21 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return tuple(None if x is None else torch.empty_like(x) for x in ctx.saved_tensors[:4])
+
+
+class _Select(torch.autograd.Function):
+    """The shapes of attention to selected keys, which keeps its inputs; its softmax is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, keys: Tensor, values: Tensor, index_q: Tensor, weights: Tensor, width: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, keys, values, index_q, weights)
+        return q.new_empty((*q.shape[:3], width)), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (*(torch.empty_like(x) for x in ctx.saved_tensors), None)
 
 
 class _Cross(torch.autograd.Function):

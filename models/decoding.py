@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.cross_entropy import softcapped
+from models.kernels.indexed_attention import Index, Selected, attend_selected, packed
 from models.kernels.pieces import Piece
 from models.kv_cache import KVCache
 from models.nonlinear_recurrence import Serial
 from models.precision import wide
 from models.recurrence import Recurrence
-from models.sequence import DocumentKey
+from models.sequence import DocumentKey, IndexLosses
 
 T = TypeVar("T")
 SPARE = 64  # places that a cache grows by, at least
@@ -97,6 +98,7 @@ class TextRows:
     identities: list[DocumentKey] | None = None
     shapes: tuple[tuple[int, int], ...] = ()
     decoding = True
+    index_losses = IndexLosses()  # nothing is added to it
 
     def __init__(self, held: dict[str, Any], lengths: Sequence[int], device: torch.device | str = "cpu"):
         self.held, self.lengths = held, list(lengths)
@@ -203,6 +205,19 @@ class TextRows:
                 s_BGRL = torch.cat((s_BGRL, sink_GR1.expand(*s_BGRL.shape[:3], 1)), dim=-1)
             o_BGRV = s_BGRL.softmax(-1)[..., :longest].to(v.dtype) @ v_BGLV
         return o_BGRV.reshape(q.shape[0], 1, q.shape[2], -1)
+
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
+        new_keys, new_values = packed(k, v, index.k)
+        keys = self.held.get(slot)
+        if not isinstance(keys, PlacedKeys):
+            caches = [None] * len(self.lengths) if keys is None else keys
+            keys = PlacedKeys.of(caches, self.lengths, (new_keys, new_values), window=None, sinks=0)
+            self.held[slot] = keys
+        keys.put(new_keys, new_values, self.lengths)
+        longest = max(self.lengths) + 1
+        last_B1 = self.once("last", lambda: torch.tensor(self.lengths, device=q.device).unsqueeze(1))
+        held_keys, held_values = (x.narrow(2, 0, longest).transpose(1, 2) for x in (keys.k, keys.v))
+        return attend_selected(q, held_keys, held_values, index, torch.zeros_like(last_B1), last_B1)
 
     def sum(self, x: Tensor) -> Tensor:
         return x[:, 0]

@@ -111,7 +111,8 @@ class MatchLogits:
         how = chunk, model.logit_softcap, self.weight, self.temperature
         teacher = self.taught.x.flatten(0, -2), self.taught.weight, self.taught.softcap
         objective, nats, divergence = _Match.apply(x_BTD.flatten(0, -2), weight_VD, targets_BT.flatten(), teacher, how)
-        return Distilled(Output(x_BTD.new_empty(0), *counts, nats), objective, divergence)
+        output = Output(x_BTD.new_empty(0), *counts, nats, index_loss=seq.index_losses.take())
+        return Distilled(output, objective, divergence)
 
 
 class _Match(torch.autograd.Function):

@@ -39,6 +39,8 @@ class Output(NamedTuple):
     # Where tokens ahead were given: [M], each MTP module's nats summed over its targets; without targets its logits
     # [M, B, T, vocabulary].
     ahead: Tensor | None = None
+    # Of indices, scalar, summed over counted tokens; their layers have differentiated it.
+    index_loss: Tensor | None = None
 
 
 class PartOutput(NamedTuple):
@@ -164,7 +166,8 @@ class LM(nn.Module):
             return objective(self, tokens_BT, seq, targets_BT)
         x_BTD, _, routings = self.run(range(len(self.kinds)), self.embed(tokens_BT), {}, seq)
         counts = balance(routings, seq, layers=self._averaged(ahead))
-        return self.finish(x_BTD, counts, seq, targets_BT, ahead, last)
+        output = self.finish(x_BTD, counts, seq, targets_BT, ahead, last)
+        return output._replace(index_loss=seq.index_losses.take())
 
     def part(
         self,
@@ -190,10 +193,12 @@ class LM(nn.Module):
         counts = balance(routings, seq, layers=self._averaged(ahead) or self.routed)
         if layers.stop == len(self.kinds):
             assert targets_BT is not None
-            return PartOutput(x_BTD.new_empty(0), self.finish(x_BTD, counts, seq, targets_BT, ahead))
+            output = self.finish(x_BTD, counts, seq, targets_BT, ahead)
+            return PartOutput(x_BTD.new_empty(0), output._replace(index_loss=seq.index_losses.take()))
         streams = x_BTD.unbind() if self.hyper else (x_BTD,)
         leaving = torch.stack([*streams, *(handed[name] for name in self.crossing(layers.stop))])
-        return PartOutput(leaving, Output(x_BTD.new_empty(0), *counts, torch.zeros((), device=x_BTD.device)))
+        output = Output(x_BTD.new_empty(0), *counts, torch.zeros((), device=x_BTD.device))
+        return PartOutput(leaving, output._replace(index_loss=seq.index_losses.take()))
 
     def _averaged(self, ahead: Ahead | None) -> int | None:
         """The layers with experts over which routers' losses are means where MTP modules run; None where none do."""

@@ -311,6 +311,7 @@ def _delayed(delay: Delay, share: Share | None, now: Tensor) -> Tensor:
     return past.expected(matrix, now)
 
 
+INDEX = "makes the scores by which keys are selected"
 GATES = "makes decays, gates or writing strengths"
 OUTPUT_GATE = "gates an output"
 BY_NAME = {  # the last part of a linear layer's name, in any mixer or feed-forward
@@ -333,6 +334,7 @@ BY_NAME = {  # the last part of a linear layer's name, in any mixer or feed-forw
         GATES,
     ),
     **dict.fromkeys(("gate", "gate_in", "gate_out", "shared_gate", "y", "z"), OUTPUT_GATE),
+    **dict.fromkeys(("index_k", "index_q", "index_weights"), INDEX),
     "head": "makes logits",
 }
 BY_CLASS = {  # names that mean something else elsewhere, by the class of the module that has them

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from models.kernels.indexed_attention import Index, Selected, attend_selected, causal, packed
 from models.kernels.packed_attention import attend_pieces
 from models.kernels.pieces import Piece, know, known, pieces_of
 from models.kv_cache import KVCache
@@ -35,6 +36,29 @@ class DocumentKey(NamedTuple):
     length: int
 
 
+class IndexLosses:
+    """The losses of the indices of selected attention, summed over this device's counted tokens, of one forward pass.
+
+    weight: their factor in what is differentiated, since each joins the backward pass in its own layer. A layer that is
+    run again for its backward pass adds its loss again: whoever reads the total does so before that.
+
+    No dataclass, for the reason that `Memory` is none.
+    """
+
+    def __init__(self, weight: float = 1.0):
+        self.weight = weight
+        self.total: Tensor | None = None
+
+    def add(self, loss: Tensor) -> None:
+        loss = loss.detach()
+        self.total = loss if self.total is None else self.total + loss
+
+    def take(self) -> Tensor | None:
+        """The total since the last time; None where no layer has an index."""
+        total, self.total = self.total, None
+        return total
+
+
 class Sequence(Protocol):
     """Questions that a module may ask about its sequence. All collectives, if any, happen inside these methods."""
 
@@ -45,6 +69,7 @@ class Sequence(Protocol):
     identities: list[DocumentKey] | None  # of each document, in training; None where nothing is to be random
     firsts: tuple[int, ...] | None  # the document of each span's first token, where the host knows it
     shapes: tuple[tuple[int, int], ...]  # (B, T) of every device that computes at the same time; () where it is alone
+    index_losses: IndexLosses
 
     @property
     def decoding(self) -> bool:
@@ -92,6 +117,11 @@ class Sequence(Protocol):
         softmax and has no value. values_in_keys: says that `v` is the first V channels of `k`, so that one of the two
         need not travel; a promise, of which nothing else depends.
         """
+        ...
+
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
+        """Causal softmax attention in documents to the keys that an index selects: q, k, v as for `attend`. See
+        `models.kernels.indexed_attention`."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
@@ -167,6 +197,7 @@ class Tokens:
     memory: Memory | None = None
     firsts: tuple[int, ...] | None = None
     shapes: tuple[tuple[int, int], ...] = ()
+    index_losses: IndexLosses = field(default_factory=IndexLosses)
 
     decoding: ClassVar[bool] = False  # `models.decoding` answers then
 
@@ -263,6 +294,13 @@ class Whole(Tokens):
             softcap=softcap,
             sink_logits=sink_logits,
         )
+
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
+        keys, values = packed(k, v, index.k)
+        past = self.recall(slot) or KVCache(keys[:, :0], values[:, :0])
+        held = past.joined(keys, values)
+        self.leave(slot, lambda: held.kept(self.pieces, None, None, 0))
+        return attend_selected(q, held.k, held.v, index, *causal(self.positions, past.k.shape[1]))
 
     def sum(self, x: Tensor) -> Tensor:
         return self.summed(lambda: self.local_sum(x))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.kernels.chunking import Begun, Effect
+from models.kernels.indexed_attention import Index, Selected
 from models.kernels.pieces import Piece, pieces_of
 from models.precision import wide
 from models.recurrence import Dense, Elementwise, Recurrence
@@ -194,6 +195,7 @@ class TokenSubset:
         self.identities: list[DocumentKey] | None = self.seq.identities
         self.firsts: tuple[int, ...] | None = None  # a document may have none of the tokens
         self.decoding: bool = self.seq.decoding
+        self.index_losses = self.seq.index_losses
 
     @cached_property
     def starts(self) -> Tensor:
@@ -226,6 +228,9 @@ class TokenSubset:
         sink_logits: Tensor | None = None,
         values_in_keys: bool = False,
     ) -> Tensor:
+        raise NotImplementedError("softmax attention over some of a sequence's tokens")
+
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
         raise NotImplementedError("softmax attention over some of a sequence's tokens")
 
     def sum(self, x: Tensor) -> Tensor:

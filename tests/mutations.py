@@ -244,6 +244,22 @@ def lose_what_latents_are_owed_as_values() -> None:
     )
 
 
+def select_no_key_of_an_earlier_span() -> None:
+    honest = parallel.sequence.spread.causal
+
+    def own(positions, offset):
+        first, last = honest(positions, offset)
+        return first.clamp_min(offset), last
+
+    parallel.sequence.spread.causal = own
+
+
+def lose_the_index_of_an_earlier_span() -> None:
+    """Its gradient does not come back with those of keys and values."""
+    honest = parallel.sequence.spread.packed
+    parallel.sequence.spread.packed = lambda k, v, index_k: honest(k, v, index_k.detach() + 0 * index_k)
+
+
 def let_no_sink_take_its_share() -> None:
     parallel.sequence.attention.visibility.join_sink = lambda out, lse, sink: None
 
@@ -321,6 +337,8 @@ CARRIED: dict[str, Broken] = {
         Broken(fetch_one_token_less_than_the_window, (WINDOW,)),
         Broken(fetch_no_sinks, (WINDOW,)),
         Broken(lose_what_latents_are_owed_as_values, ("mla",)),
+        Broken(select_no_key_of_an_earlier_span, ("dsa",)),
+        Broken(lose_the_index_of_an_earlier_span, ("dsa",)),
         Broken(let_no_sink_take_its_share, (CAPPED,)),
         Broken(forget_the_cap_of_scores, (CAPPED,)),
     )

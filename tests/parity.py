@@ -131,7 +131,9 @@ def truth(
     total = 0.0
     for s in batch:
         real, targeted, positions = (torch.from_numpy(x[s.counted])[None] for x in (s.tokens, s.targets, s.positions))
-        part = sums(model(real, Whole.of(positions)), targeted)
+        seq = Whole.of(positions)
+        seq.index_losses.weight = 1 / tokens
+        part = sums(model(real, seq), targeted)
         loss = part.objective(targets=targets, tokens=tokens, balance_weight=BALANCE)
         loss.backward()
         total += loss.item()

@@ -97,6 +97,7 @@ def build(order: dict[str, Any]) -> Trainer:
         placed.teacher,
         placed.model.mtp_layers,
         train.mtp_weight,
+        train.index_weight,
     )
     progress = TrainProgress(train, state)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class Tally:
     correct: Tensor
     divergence: Tensor
     ahead: Tensor
+    index_loss: Tensor
 
     def add(self, part: LossSums) -> None:
         self.cross_entropy = self.cross_entropy + part.cross_entropy.detach()
@@ -65,6 +67,8 @@ class Tally:
             self.correct = self.correct + part.correct
         if part.divergence is not None:
             self.divergence = self.divergence + part.divergence
+        if part.index_loss is not None:
+            self.index_loss = self.index_loss + part.index_loss
         if part.ahead is not None:
             self.ahead = self.ahead + part.ahead.detach()
         for mine, more in ((self.load, part.load), (self.dropped, part.dropped)):
@@ -94,12 +98,15 @@ class Executor:
     teacher: Teacher | None = None  # that gives the objective in the cross-entropy's place
     mtp: int = 0  # modules that predict tokens ahead, which training alone runs
     mtp_weight: float = 0.0
+    index_weight: float = 1.0
 
     def train(self, plan: Plan, batch: Sequence[PackedSequence]) -> Tally:
         """Accumulates the gradients of the step's objective into the model; they are reduced by the last micro-step."""
         targets = sum(int(np.count_nonzero(s.targets != -100)) for s in batch)
         tokens, tally = sum(int(np.count_nonzero(s.counted)) for s in batch), self._empty()
         ahead = targets_ahead(batch, self.mtp)
+        factor = 1.0 if self.engine is None else self.engine.factor
+        index_weight = factor * self.index_weight / max(tokens, 1)
 
         def objective(part: LossSums) -> Tensor:
             weights = {"balance_weight": self.balance_weight, "z_weight": self.z_weight, "mtp_weight": self.mtp_weight}
@@ -108,13 +115,16 @@ class Executor:
         micro_steps = self._micro_steps(plan, batch)
         if self.pipeline is not None:
             whole = (self._in_time(plan, micro) for _, micro in micro_steps)
-            placed = [self._place(group, batch, shapes, step=plan.step) for (group,), (shapes,) in whole]
+            placed = [
+                self._place(group, batch, shapes, step=plan.step, index_weight=index_weight)
+                for (group,), (shapes,) in whole
+            ]
             for output in self.pipeline.train(plan, placed, lambda output: objective(sums(output))):
                 tally.add(sums(output))
             sum_undivided_gradients(self.model)
             return tally
         for last, micro in micro_steps:
-            for part in self._run(plan, micro, batch, objective, last):
+            for part in self._run(plan, micro, batch, objective, last, index_weight):
                 tally.add(part)
         sum_undivided_gradients(self.model)
         return tally
@@ -126,12 +136,13 @@ class Executor:
         batch: Sequence[PackedSequence],
         objective: Callable[[LossSums], Tensor],
         last: bool,
+        index_weight: float,
     ) -> Iterator[LossSums]:
         """Forward and backward of a micro-step, whole or span after span in time."""
         groups, shapes = self._in_time(plan, micro)
         self._share_scales(groups[0])
         if self.spans is None or len(groups) == 1:
-            placed = self._place(groups[0], batch, shapes[0], step=plan.step)
+            placed = self._place(groups[0], batch, shapes[0], step=plan.step, index_weight=index_weight)
             self._begin(last)
             for layers in (self.model.layers, self.model.mtp):
                 recompute_group(layers, groups[0].recompute)  # type: ignore[arg-type]
@@ -148,7 +159,8 @@ class Executor:
         tokens = [sum(end - begin for held in g.spans for begin, end in held) for g in groups]
 
         def forward(i: int, memory: Memory) -> LossSums:
-            placed = self._place(groups[i], batch, shapes[i], step=plan.step, memory=memory)
+            how: dict[str, Any] = {"memory": memory, "index_weight": index_weight}
+            placed = self._place(groups[i], batch, shapes[i], step=plan.step, **how)
             return sums(self.model(placed.tokens, placed.seq, placed.targets, ahead=placed.ahead))
 
         def begin_backward(ends: bool) -> None:
@@ -250,6 +262,7 @@ class Executor:
         shapes: tuple[Shape, ...],
         step: int | None = None,
         memory: Memory | None = None,
+        index_weight: float = 0.0,
     ) -> Placed:
         with self.phase("plan"):
             return place(
@@ -263,11 +276,12 @@ class Executor:
                 memory=memory,
                 shapes=shapes,
                 mtp=0 if step is None else self.mtp,
+                index_weight=index_weight,
             )
 
     def _empty(self) -> Tally:
-        nats, balance, z, divergence, count = torch.zeros(5, device=self.device).unbind()
+        nats, balance, z, divergence, index_loss, count = torch.zeros(6, device=self.device).unbind()
         load = {name: torch.zeros(size, dtype=torch.long, device=self.device) for name, size in self.experts.items()}
         dropped = dict.fromkeys(self.limited, count.long())
         ahead = torch.zeros(self.mtp, device=self.device)
-        return Tally(nats, balance, load, z, dropped, count.long(), divergence, ahead)
+        return Tally(nats, balance, load, z, dropped, count.long(), divergence, ahead, index_loss)

@@ -185,6 +185,8 @@ class Trainer:
         record |= self.by_layer | sums.communication
         if self.executor.teacher is not None:
             record["distill_loss"] = sums.divergence / max(sum(s.num_targets for s in batch), 1)
+        if sums.index_loss:
+            record["index_loss"] = sums.index_loss / max(tokens, 1)
         if sums.ahead:
             record["mtp_loss"] = mean_ahead(sums.ahead, targets_ahead(batch, len(sums.ahead)))
         if state.skips:

@@ -23,6 +23,7 @@ class LossSums(NamedTuple):
     taught: Tensor | None = None  # scalar with gradient, in the cross-entropy's place, of a run with a teacher
     divergence: Tensor | None = None  # scalar: of the teacher's distribution from the model's, nats
     ahead: Tensor | None = None  # [M] with gradient, nats of each module of multi-token prediction, where they ran
+    index_loss: Tensor | None = None  # scalar: the loss of the indices of selected attention, which their layers add
 
     def objective(
         self,
@@ -61,7 +62,7 @@ def sums(output: Output, targets_BT: Tensor | None = None) -> LossSums:
     """
     if output.cross_entropy is not None:
         counts = output.balance, output.load, output.z, output.dropped, output.correct
-        return LossSums(output.cross_entropy, *counts, ahead=output.ahead)
+        return LossSums(output.cross_entropy, *counts, ahead=output.ahead, index_loss=output.index_loss)
     if targets_BT is None:
         raise ValueError("targets: needed for an output of logits")
     logits = wide(output.logits).flatten(0, 1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data.pack import Packed
 from models.axes import declarations, initial, start_buffers
 from models.cross_layer import Depth
+from models.kernels.indexed_attention import Index, Selected
 from models.lm import LM
 from models.sequence import Whole
 from parallel.mesh import Groups, Meshes
@@ -59,6 +60,10 @@ class _Attending(Whole):
     ) -> Tensor:
         self.windows.append(window)
         return super().attend(q, k, v, slot=slot, window=window, sinks=sinks, softcap=softcap, sink_logits=sink_logits)
+
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
+        self.windows.append(None)  # every key is scored
+        return super().attend_selected(q, k, v, index, slot=slot)
 
 
 def run(order: dict[str, Any]) -> None:

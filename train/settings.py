@@ -98,7 +98,8 @@ class TrainSettings:
     borders of spans, and sums over documents at the tokens read so far. balance_weight: weight of the experts' balance
     loss (2101.03961, section 2.2) beside the cross-entropy; 0 for none. z_weight: weight of the routers' z-loss, which
     keeps their logits small (2202.08906, equation 5); 0 for none. mtp_weight: weight of the loss of multi-token
-    prediction, the mean of that of model.mtp_layers modules (2412.19437, equation 25); read with modules only. clip:
+    prediction, the mean of that of model.mtp_layers modules (2412.19437, equation 25); read with modules only.
+    index_weight: weight of the loss by which the index of mixer=dsa learns, summed over layers. clip:
     largest 2-norm of all gradients together; larger ones are scaled down to it. clip_each: largest 2-norm of one
     weight's gradient, before that; null for any. clip_value: largest magnitude of an element of a gradient, before
     both; null for any. average: an average of the weights, evaluated and saved beside them. ema: an exponential mean;
@@ -126,6 +127,7 @@ class TrainSettings:
     balance_weight: float = 0.01
     z_weight: float = 0.0
     mtp_weight: float = 0.3
+    index_weight: float = 1.0
     clip: float = 1.0
     clip_each: float | None = None
     clip_value: float | None = None
@@ -157,7 +159,7 @@ class TrainSettings:
             raise ValueError(f"train.average={self.average}: must be one of {', '.join(AVERAGES)}")
         if self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"train.init_weights={self.init_weights}: must be one of {', '.join(INIT_WEIGHTS)}")
-        for name in ("balance_weight", "z_weight", "mtp_weight"):
+        for name in ("balance_weight", "z_weight", "mtp_weight", "index_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must not be negative")
         if self.span_gradient not in SPAN_GRADIENTS:

@@ -4,6 +4,7 @@ from torch import nn
 
 from models.mixers.attention import Attention
 from models.mixers.deltanet import DeltaNet
+from models.mixers.dsa import DeepSeekSparseAttention
 from models.mixers.gated_conv import GatedConv
 from models.mixers.gated_deltanet import GatedDeltaNet
 from models.mixers.gated_deltanet2 import GatedDeltaNet2
@@ -37,6 +38,7 @@ from models.mixers.titans import Titans
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "deltanet": DeltaNet,
+    "dsa": DeepSeekSparseAttention,
     "gated_conv": GatedConv,
     "gated_deltanet": GatedDeltaNet,
     "gated_deltanet2": GatedDeltaNet2,

@@ -269,6 +269,23 @@ class AttendCall:
 
 
 @dataclass(frozen=True)
+class KeysCall:
+    """`Sequence.attend_selected`: keys, values and the index's keys of every token, `channels` numbers together. They
+    are gathered whatever the transport: any query may select any of them."""
+
+    in_layer: ClassVar[bool] = True
+    channels: int
+    itemsize: int
+
+    def received(self, layout: Layout, rank: int, how: How) -> Both:
+        numbers = (layout.ranks - 1) * layout.rows * layout.longest * self.channels
+        both = Both(Traffic(), Traffic())
+        both.forward.add("keys and values", numbers * self.itemsize)
+        both.backward.add("keys and values" + GRADIENT, numbers * _wide(self.itemsize))
+        return both
+
+
+@dataclass(frozen=True)
 class SumCall:
     """`Sequence.sum`, outside of the layers: `numbers` a document. graded: whether a gradient comes back."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.kernels.pieces import Piece, know, upload
 from models.mtp import Ahead
-from models.sequence import DocumentKey, Memory, Sequence, Whole
+from models.sequence import DocumentKey, IndexLosses, Memory, Sequence, Whole
 from parallel.collectives import Comm
 from parallel.schedule.plan import Group
 from parallel.sequence.attention import Keys
@@ -60,12 +60,14 @@ def place(
     memory: Memory | None = None,
     shapes: tuple[tuple[int, int], ...] = (),
     mtp: int = 0,
+    index_weight: float = 0.0,
 ) -> Placed:
     """This rank's part of a group's packed sequence; a rank without a span gets one masked token behind its end.
 
     `step` is that of the training; None where nothing is to be random. `memory`: the group's spans are one of several
     spans in time, see `parallel.schedule.time_spans`; what it leaves to the next and has from the one before is there.
     shapes: of what all ranks compute at the same time (`models.sequence`). mtp: modules that predict tokens ahead.
+    index_weight: `models.sequence.IndexLosses.weight`.
     Raises ValueError for a sequence that begins inside a document: it would be one with what is joined before it.
     """
     tokens, targets, positions, counted = (
@@ -102,6 +104,7 @@ def place(
         "memory": memory,
         "firsts": tuple(int(documents[begin]) for begin, _ in mine),
         "shapes": shapes,
+        "index_losses": IndexLosses(index_weight),
     }
     seq: Sequence
     if comm.size == 1 and len(mine) == 1:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.indexed_attention import Index, Selected, attend_selected, causal, packed
+from models.kv_cache import KVCache
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
 from models.sequence import Tokens
@@ -92,6 +94,32 @@ class Spread(Tokens):
             sink_logits=sink_logits,
             values_in_keys=values_in_keys,
         )
+
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
+        """Keys and values of all tokens come here, whatever the transport: any query may select any of them."""
+        chain = self.chain.of(slot)
+        keys, values = packed(k, v, index.k)
+        widths = keys.shape[-1], values.shape[-1]
+        held, offset = KVCache(*self._joined(chain, torch.cat((keys, values), dim=-1)).split(widths, dim=-1)), 0
+        if self.memory is not None:
+            past = self.recall(slot) or KVCache(held.k[:, :0], held.v[:, :0])
+            held, offset = past.joined(*held[:2]), past.k.shape[1]
+            self.leave(slot, lambda: held.kept([time_spans.pieces(chain)], None, None, 0))
+        begins = [offset + chain.links[n].begin - chain.links[0].begin for n in chain.mine]
+        firsts, lasts = zip(
+            *(causal(row[None], at) for row, at in zip(self.positions, begins, strict=True)), strict=True
+        )
+        return attend_selected(q, held.k, held.v, index, torch.cat(firsts), torch.cat(lasts))
+
+    @staticmethod
+    def _joined(chain: SpanLayout, x: Tensor) -> Tensor:
+        """x [B, T, ...] of this rank's spans -> [1, L, ...] of the whole chain."""
+
+        def joined(gathered: Tensor) -> Tensor:
+            return torch.cat([gathered[a.rank, a.row, : a.length] for a in chain.links])[None]
+
+        padding = [0, 0] * (x.dim() - 2) + [0, chain.longest - x.shape[1], 0, chain.rows - x.shape[0]]
+        return gather(chain.comm, F.pad(x, padding), joined, purpose="keys and values", linear=True)
 
     def sum(self, x: Tensor) -> Tensor:
         return self.summed(lambda: sum_over(self.chain.comm, self.local_sum(x), purpose="document sums"))

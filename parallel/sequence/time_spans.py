@@ -112,7 +112,7 @@ def attend(
     everyone = gather(chain.comm, padded, joined, purpose="keys and values", linear=True)
     all_k, all_v = (everyone, everyone[..., : widths[1]]) if values_in_keys else everyone.split(widths, dim=-1)
     past = seq.recall(slot) or KVCache(k[:, :0], v[:, :0])
-    runs = _pieces(chain)
+    runs = pieces(chain)
     firsts, held = past.firsts([runs]), past.joined(all_k, all_v)
     seq.leave(slot, lambda: held.kept([runs], firsts, window, sinks))
     at = chain.links[chain.mine[0]].begin - chain.links[0].begin
@@ -134,7 +134,7 @@ def _window(seq: SpreadInTime, kv_BTGW: Tensor, widths: tuple[int, int], width: 
     return halos[:-1]
 
 
-def _pieces(chain: SpanLayout) -> list[Piece]:
+def pieces(chain: SpanLayout) -> list[Piece]:
     """The runs of the whole chain, as if it were one span."""
     begin, end = chain.links[0].begin, chain.links[-1].end
     return [Piece(a - begin, b - begin, a - first) for first, a, b in chain.documents_of(Link(begin, end, 0, 0))]

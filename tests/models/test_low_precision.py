@@ -187,6 +187,7 @@ FOLLOW = {  # of each mixer, the layers that may follow a recipe
     **dict.fromkeys(("mingru", "minlstm"), "h out"),
     **dict.fromkeys(("rwkv6", "rwkv7"), "r k v out"),
     "attention": "q kv out",
+    "dsa": "q kv out",
     "gated_conv": "into out",
     "hgrn": "i out",
     "lru": "B C glu",

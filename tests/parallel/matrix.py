@@ -48,11 +48,15 @@ ATTENTION = {  # Ulysses splits a head a rank, or copies one; USP has rows and c
     "attention, window": {"heads": 12, "kv_heads": 1, "head_dim": 4, "window": 9, "sinks": 3, "qk_norm": True},
 }
 # Titans: a dense A, a convolution, and weights that fp32 can solve; of five Gated DeltaNets none in 100 are.
-OPTIONS = {"lact": {"chunk": 64}, "mom": {"memories": 3, "inner": partial(MIXERS["titans"], heads=2)}}
+OPTIONS = {
+    "dsa": {"top_k": 6, "index_dim": 8},
+    "lact": {"chunk": 64},
+    "mom": {"memories": 3, "inner": partial(MIXERS["titans"], heads=2)},
+}
 # In fp64 only. Newton-Schulz enlarges small singular values, and with them what fp32 leaves there, to some 1e-4.
 # Keys that differ in their last bit may be rounded to codes that differ.
 IN_FP64 = {"lact", ROUNDED}
-HALO = {"gated_conv"}  # nothing but the inputs before a span travels, whatever the transport
+GATHERED = {"dsa", "gated_conv"}  # keys, or the inputs before a span, travel so whatever the transport
 LAYOUTS = ("contiguous", "unequal", "zigzag", "idle rank")
 # Of the weights, for mixers whose weights of seed 0 make a problem that fp32 solves to no better than 1e-5 in any order
 # of summation: see `conditioned`.
@@ -185,7 +189,7 @@ def transports(mixer: str) -> dict[str, Any]:
     all."""
     if Serial in kinds(mixer):
         return {"relay": EFFECTS["relay"]}
-    if mixer in HALO:
+    if mixer in GATHERED:
         return {"gather": KEYS["gather"]}
     if mixer == ROUNDED:
         return FEW_BITS
@@ -304,7 +308,10 @@ def truth(mixer: str, packing: str, precision: str, seed: int | None = None) -> 
     tokens, targets, positions = (torch.from_numpy(x)[None] for x in (sample.tokens, sample.targets, sample.positions))
     whole.zero_grad()
     with Watch(whole) as watch, rounding("int8") if mixer == ROUNDED else nullcontext():
-        part = sums(whole(tokens, Whole.of(positions)), targets)
+        seq = Whole.of(positions)
+        seq.counted = torch.from_numpy(sample.counted)[None]
+        seq.index_losses.weight = 1 / int(sample.counted.sum())
+        part = sums(whole(tokens, seq), targets)
         loss = part.objective(targets=int((targets != -100).sum()), tokens=tokens.numel(), balance_weight=BALANCE)
         loss.backward()
     gradients = {name: p.grad.numpy().copy() for name, p in whole.named_parameters()}

@@ -40,6 +40,7 @@ def model(heads: int, kv_heads: int, only: tuple[str, ...] = ()) -> LM:
     mixers = {name: partial(MIXERS[name], **({"heads": HEADS} if name in HEADED else {})) for name in LINEAR}
     attention = partial(MIXERS["attention"], heads=heads, kv_heads=kv_heads, head_dim=4)
     mixers |= {"attention": attention, "window": partial(attention, window=7, sinks=3)}
+    mixers["dsa"] = partial(MIXERS["dsa"], heads=heads, kv_heads=kv_heads, head_dim=4, top_k=5, index_dim=6)
     mixers["mla"] = partial(MIXERS["mla"], heads=heads, head_dim=4, rank=LATENT, rope_dim=ROPE)
     dense, moe = partial(SwiGLU, hidden=8), partial(MoE, num_experts=3, top_k=2, hidden=8)
     chosen = only or (*LINEAR[:-1], "attention", "window")
@@ -105,6 +106,7 @@ KEY_HEADS = dict.fromkeys(("gather", "ulysses", "usp"), ("unequal", "contiguous"
 # Of attention alone, key heads: one each, and heads too few for four ranks. The whole model has a key head for all.
 MODELS = {"whole": (12, 1), "a head each": (12, 12, ("attention",)), "few heads": (2, 2, ("attention",))}
 MODELS["latents"] = (12, 1, ("mla",))
+MODELS["selected"] = (2, 1, ("dsa",))
 MODELS["softmax"] = (12, 1, ("attention", "window"))  # for the last pair: another has its transport of states
 
 

@@ -94,6 +94,7 @@ def test_groups_of_unequal_work_wait_for_each_other(run):
 MIXERS_TRIED = {
     **dict.fromkeys(("gated_deltaproduct", "kda", "lightnet", "mamba2", "mamba3", "mlstm"), {"heads": 2}),
     **dict.fromkeys(("rglru", "rwkv6", "rwkv7", "slstm", "titans"), {"heads": 2}),
+    "dsa": {"heads": 2, "top_k": 6, "index_dim": 8},
     "lact": {"heads": 2, "chunk": 16},
     "lru": {},
     "mamba": {},

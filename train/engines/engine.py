@@ -54,6 +54,7 @@ class EngineOptimizer(Optimizer):
     """
 
     model: nn.Module
+    factor: float = 1.0  # by which `backward` multiplies a loss
 
     @abstractmethod
     def begin(self, last: bool) -> None:

@@ -20,6 +20,7 @@ class ZeroOptimizer(FlatOptimizer):
 
     def __init__(self, engine: Any, model: nn.Module, stage: int):
         self.engine, self.stage, self.cuts_weights = engine, stage, stage == 3
+        self.factor = float(dist.get_world_size())
         self.zero = engine.optimizer  # DeepSpeed's, around the one that it was given
         super().__init__(engine, model, self.zero.optimizer)
 
@@ -28,7 +29,7 @@ class ZeroOptimizer(FlatOptimizer):
 
     def backward(self, loss: Tensor) -> None:
         self.waiting = True
-        self.engine.backward(loss * dist.get_world_size())
+        self.engine.backward(loss * self.factor)
 
     def clip(self, largest: float) -> Tensor:
         self.zero.clip_grad = largest

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from models.accounting import Traced, by_shape
 from models.kernels.coded_weight import as_matrix
+from models.kernels.indexed_attention import Index, Selected, packed
 from models.kernels.low_precision import BF16, DTYPES, Scaling, shares
 from models.lm import LM
 from models.moe import mixtures
 from models.mtp import Ahead
 from models.nonlinear_recurrence import Serial
 from models.recurrence import Recurrence
-from parallel.schedule.comm_volume import Ask, AttendCall, GradientFormat, Halo, ScanCall, SumCall, Unit
+from parallel.schedule.comm_volume import Ask, AttendCall, GradientFormat, Halo, KeysCall, ScanCall, SumCall, Unit
 from parallel.schedule.expert_volume import ExpertCall
 
 TOKENS = 64
@@ -169,6 +170,11 @@ class _Noting(Traced):
         (H, K), (G, V) = q.shape[2:], v.shape[2:]
         self.asks.append(AttendCall(H, G, K, V, k.itemsize, window, sinks, values_in_keys))
         return super().attend(q, k, v, slot=slot, window=window, sinks=sinks, softcap=softcap, sink_logits=sink_logits)
+
+    def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
+        keys, values = packed(k, v, index.k)
+        self.asks.append(KeysCall(keys.shape[-1] + values.shape[-1], keys.itemsize))
+        return super().attend_selected(q, k, v, index, slot=slot)
 
     def sum(self, x: Tensor) -> Tensor:
         self.asks.append(SumCall(x[0, 0].numel(), x.itemsize, x.requires_grad))

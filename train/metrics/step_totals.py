@@ -32,6 +32,7 @@ class StepTotals:
     balance: float
     z: float
     divergence: float
+    index_loss: float
     ahead: list[float]
     choices: dict[str, Tensor]
     dropped: dict[str, float]
@@ -53,7 +54,7 @@ def totals(
     scales are delayed (`models.delayed_scaling`). Collective."""
     layers, limited = sorted(tally.load), sorted(tally.dropped)
     loads = [tally.load[name].double() for name in layers]
-    losses = [tally.cross_entropy, tally.balance, tally.z, tally.divergence, *tally.ahead.unbind()]
+    losses = [tally.cross_entropy, tally.balance, tally.z, tally.divergence, tally.index_loss, *tally.ahead.unbind()]
     sums = [*losses, *(tally.dropped[name] for name in limited)]
     memory = float(peak_memory_bytes(str(device)))
     own = torch.tensor([float(stop), memory, cpu, 0.0, computing], dtype=torch.float64, device=device)
@@ -67,7 +68,7 @@ def totals(
     first = len(own) + len(sums)
     *counts, received = total[first:].split([*(len(load) for load in loads), comm_record.COLUMNS])
     choices = dict(zip(layers, counts, strict=True))
-    cross_entropy, balance, z, divergence, *rest = total[len(own) : first].tolist()
+    cross_entropy, balance, z, divergence, index_loss, *rest = total[len(own) : first].tolist()
     ahead, left_out = rest[: len(tally.ahead)], rest[len(tally.ahead) :]
     dropped = dict(zip(limited, left_out, strict=True))
     return StepTotals(
@@ -80,6 +81,7 @@ def totals(
         balance=balance,
         z=z,
         divergence=divergence,
+        index_loss=index_loss,
         ahead=ahead,
         choices=choices,
         dropped={name: count / choices[name].sum().clamp_min(1).item() for name, count in dropped.items()},

@@ -57,10 +57,13 @@ def _step(
     tokens, weight = sum(len(document.tokens) for document in every), train.mtp_weight / max(model.mtp_layers, 1)
     modules = range(1, model.mtp_layers + 1)
     targets_ahead = [sum(int((d.targets[k:] >= 0).sum()) for d in every) for k in modules]
-    nats, balance, z, loads, further = 0.0, 0.0, 0.0, dict[str, Tensor](), [0.0] * len(modules)
+    nats, balance, z, indices, loads, further = 0.0, 0.0, 0.0, 0.0, dict[str, Tensor](), [0.0] * len(modules)
     for row in rows:
         ahead = _ahead(row, model.mtp_layers)
-        output = model(_joined(row, "tokens"), _whole(row), ahead=ahead)
+        whole = _whole(row)
+        whole.index_losses.weight = train.index_weight / max(tokens, 1)
+        output = model(_joined(row, "tokens"), whole, ahead=ahead)
+        indices += 0.0 if output.index_loss is None else output.index_loss.item()
         wanted = _joined(row, "targets").flatten()
         part = F.cross_entropy(output.logits.flatten(0, 1), wanted, ignore_index=-100, reduction="sum")
         routers = train.balance_weight * output.balance + train.z_weight * output.z
@@ -81,6 +84,8 @@ def _step(
     for name, counts in loads.items():
         mixtures(model)[name].router.settle(counts)
     scalars = {"loss": nats / max(targets, 1), "balance loss": balance / tokens, "z loss": z / tokens}
+    if indices:
+        scalars["index loss"] = indices / tokens
     if modules:
         means = [n / max(count, 1) for n, count in zip(further, targets_ahead, strict=True)]
         scalars["mtp loss"] = sum(means) / len(modules)

@@ -71,6 +71,7 @@ class _Watched:
     def moment(self, record: dict[str, Any]) -> Moment:
         names = {"loss": "loss", "balance loss": "balance_loss", "z loss": "z_loss", "gradient norm": "grad_norm"}
         scalars = {name: record[key] for name, key in names.items()}
+        scalars |= {"index loss": record["index_loss"]} if "index_loss" in record else {}
         scalars |= {"mtp loss": record["mtp_loss"]} if "mtp_loss" in record else {}
         loads = {name: torch.tensor(shares, dtype=torch.float64) for name, shares in record["expert_load"].items()}
         clipped, self.clipped = self._every(self.clipped), {}
