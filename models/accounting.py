@@ -286,7 +286,7 @@ class Traced(Whole):
 
     def attend_selected(self, q: Tensor, k: Tensor, v: Tensor, index: Index, *, slot: str) -> Selected:
         (H, K), (G, V), width = q.shape[2:], v.shape[2:], index.k.shape[-1]
-        scored = 2 * index.q[0, 0].numel()
+        scored = 2 * (index.q[0, 0].numel() + index.q.shape[2])
         self.attention.append(AttentionCost(scored, (G * (K + V) + width) * k.itemsize))  # every key is scored
         self.attention.append(AttentionCost(2 * H * (K + V), 0, None if index.dense else index.top_k))
         keys, values = packed(k, v, index.k)
