@@ -39,7 +39,7 @@ class Index(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """What attention has read, [B, T, H, V], and the index's loss of each query, [B, T]."""
+    """The reads of attention, [B, T, H, V], and the index's loss of each query, [B, T]."""
 
     out: Tensor
     loss: Tensor
@@ -129,7 +129,7 @@ def select(scores_BTS: Tensor, seen_BTS: Tensor, count: int) -> Tensor:
     return S - (chosen_BTS * order_S).topk(count, dim=-1).values
 
 
-class Add(torch.autograd.Function):
+class AddLoss(torch.autograd.Function):
     """y, with the gradient of weight·loss: a loss that a layer has by itself joins the backward pass of its output."""
 
     @staticmethod
@@ -145,7 +145,7 @@ class Add(torch.autograd.Function):
 
 def joined(y: Tensor, loss: Tensor, weight: float) -> Tensor:
     """The same y; what is differentiated through it has weight·loss, a scalar, beside it."""
-    added: Tensor = Add.apply(y, loss, weight)  # type: ignore[no-untyped-call]
+    added: Tensor = AddLoss.apply(y, loss, weight)  # type: ignore[no-untyped-call]
     return added
 
 
