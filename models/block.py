@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.attnres import DepthAttention
 from models.cross_layer import ALONE, Depth, build_with
 from models.hyper import HyperConnection
+from models.linear import Linear, cast_together
 from models.moe import Routing
 from models.norm import NormKind, norm_of
 from models.sequence import Sequence
@@ -100,6 +101,7 @@ class Block(nn.Module):
         )
         self.couplings = getattr(self.mixer, "couplings", ())
         self.hands: str | None = getattr(self.mixer, "hands", None)
+        self.linears = [module for module in self.modules() if isinstance(module, Linear)]
         if getattr(self.beside, "couplings", ()) or getattr(self.beside, "hands", None):
             name = type(self.beside).__name__
             raise ValueError(f"beside={name}: must be a mixer that shares nothing with those of other layers")
@@ -112,6 +114,17 @@ class Block(nn.Module):
         *,
         past: Tensor | None = None,
         **coupled: Tensor | None,
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        with cast_together(self.linears, x_BTD):
+            return self._run(x_BTD, seq, handed, past, coupled)
+
+    def _run(
+        self,
+        x_BTD: Tensor,
+        seq: Sequence,
+        handed: Tensor | None,
+        past: Tensor | None,
+        coupled: dict[str, Tensor | None],
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
         begun = past is None or not self.depth.opens  # whether x is a sum of something
         rows, made_BTD, routing = (seq.positions.shape[0], seq.positions.shape[1]), None, None

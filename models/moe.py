@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare, fan_in, positive
@@ -28,7 +27,8 @@ from models.delayed_scaling import Magnitudes
 from models.dispatch import Dispatch, Dispatched, Here, Sent, by_expert
 from models.ffn import MLP, SwiGLU, clamped_swiglu, relu2
 from models.kernels.grouped_ffn import FEW, IN_TURN, grouped_linear, mixture, mixture_of_few
-from models.linear import Linear
+from models.kernels.swiglu import swiglu
+from models.linear import Linear, cast
 from models.router import BALANCES, ROUTERS, BalanceName, Router, RouterName, Routing, within_capacity
 from models.sequence import Sequence
 from models.width import UNDIVIDED, Width
@@ -72,7 +72,7 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         gate_up, down = (dispatch.held(w) for w in (self.gate_up, self.down))
         if self.low is None:
-            gate_up, down = gate_up.to(x_ND.dtype), down.to(x_ND.dtype)
+            gate_up, down = cast([gate_up, down], x_ND.dtype)
         plain = self.form == "swiglu" and self.gate_up_bias is None and self.low is None
         if plain and isinstance(dispatch, Here) and (x_ND.device.type, x_ND.dtype) in IN_TURN:
             if len(x_ND) <= FEW and not torch.is_grad_enabled():
@@ -92,9 +92,10 @@ class Experts(nn.Module):
             inner_MH = inner_MH + _of_each(dispatch.held(self.gate_up_bias), sent)
         if self.form == "relu2":
             hidden_MH = relu2(inner_MH)
+        elif self.form == "clamped":
+            hidden_MH = clamped_swiglu(*inner_MH.chunk(2, dim=-1))
         else:
-            gate_MH, up_MH = inner_MH.chunk(2, dim=-1)
-            hidden_MH = clamped_swiglu(gate_MH, up_MH) if self.form == "clamped" else F.silu(gate_MH) * up_MH
+            hidden_MH = swiglu(inner_MH)
         y_MD = self._multiply(hidden_MH, down, sent.offsets, self.down_magnitudes)
         if self.down_bias is not None:  # of which a device that holds some channels adds as large a share
             share = down.shape[1] / self.hidden

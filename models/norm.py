@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.axes import constant, declare
-from models.kernels.norm import l2_norm, rms_norm
+from models.kernels.norm import l2_norm, rms_norm, rms_norm_gated, rms_norm_narrow
 from models.precision import wide
 from models.width import UNDIVIDED, Width
 
@@ -26,6 +26,8 @@ class RMSNorm(nn.Module):
         self.weight = declare(dim, axes=(axis,), init=constant(1.0), decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == self.dim:
+            return rms_norm_narrow(x, wide(self.weight), self.eps)
         return self.normed(x).to(x.dtype)
 
     def normed(self, x: Tensor) -> Tensor:
@@ -81,6 +83,8 @@ class GatedRMSNorm(RMSNorm):
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        if x.shape[-1] == self.dim:
+            return rms_norm_gated(x, gate, wide(self.weight), self.eps, self.activation)
         return (self.normed(x) * self.activation(wide(gate))).to(gate.dtype)
 
 

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoding import TextRows
+from models.kernels.fla import WIDEST
 from models.kernels.pieces import upload
+from models.kernels.registry import fused
 from models.precision import wide
 from models.sequence import DocumentKey, Sequence
 
@@ -57,7 +59,8 @@ class Positions(ABC):
                 (q_BTHK.shape[2], k_BTGK.shape[2]), dim=2
             )
             return q_BTHK, k_BTGK
-        rotation = self.rotation(seq, q_BTHK.shape[-1])
+        dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+        rotation = [x.to(dtype) for x in self.rotation(seq, q_BTHK.shape[-1])]
         return turn(q_BTHK, *rotation), turn(k_BTGK, *rotation)
 
     def _turned_token(self, x_B1HK: Tensor, seq: TextRows) -> Tensor:
@@ -341,6 +344,9 @@ def turn(x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     if not half:
         return x_BTHK
     wider = wide(x_BTHK)
+    if x_BTHK.shape[-1] <= WIDEST and (kernel := fused("rotary", x_BTHK)) is not None:  # a row of angles a token
+        rows = (x.to(wider.dtype).flatten(0, 1) for x in (cos_BTR, sin_BTR))
+        return kernel(wider.flatten(0, 1).unsqueeze(0), *rows).view_as(x_BTHK).to(x_BTHK.dtype)
     cos, sin = (c.to(wider.dtype).unsqueeze(2) for c in (cos_BTR, sin_BTR))
     left, right, rest = wider.split((half, half, x_BTHK.shape[-1] - 2 * half), dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=-1).to(x_BTHK.dtype)

@@ -82,6 +82,7 @@ class Router(Linear):
     ):
         super().__init__(dim, num_experts, axes=("expert", "embed"), bias=bias)
         self.num_experts, self.top_k, self.scores = num_experts, top_k, ROUTERS[router]
+        self.casts = False  # scores are made in fp32
         self.renormalise, self.scale, self.balance, self.bias_rate = renormalise, scale, balance, bias_rate
         self.expert_groups, self.top_groups = expert_groups, top_groups
         self.register_buffer("selection_bias", torch.empty(num_experts) if bias_rate else None)
@@ -110,7 +111,8 @@ class Router(Linear):
         if self.balance == "none":
             frequencies_E = probabilities_BTE.new_zeros(self.num_experts)
         z_BT = logits_BTE.logsumexp(-1).square()
-        return weights_BTX * self.scale, Routing(probabilities_BTE, choices_BTX, z_BT, frequencies_E)
+        weights_BTX = weights_BTX if self.scale == 1.0 else weights_BTX * self.scale
+        return weights_BTX, Routing(probabilities_BTE, choices_BTX, z_BT, frequencies_E)
 
     def _of_best_groups(self, ranked_BTE: Tensor) -> Tensor:
         """The same, -inf for experts outside of the groups whose best two are the best together."""

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from launch.config.compose import composed
+from models import linear
 from models.axes import declarations
 from models.kernels import conv, fla, norm, registry, varlen
 from models.lm import LM
@@ -248,8 +249,17 @@ class Fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def of_fla(watch: Watch, rule: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The stand-in of flash-linear-attention's kernel of a rule, with its signature."""
+def of_fla(watch: Watch, rule: str) -> Callable[..., Any]:
+    """The stand-in of flash-linear-attention's kernel of a rule, with its signature, or of one between products."""
+    if rule in fla.FUSED:
+
+        def fused(x: Tensor, *args: Any, output_dtype: torch.dtype | None = None, **more: Any) -> Tensor:
+            dtype = output_dtype or (torch.float32 if rule.endswith("decay") else x.dtype)
+            xs = [each for each in args if isinstance(each, Tensor)]
+            made: Tensor = Launched.apply(watch, rule, [(x.shape, dtype)], x, *xs)[0]
+            return made
+
+        return fused
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, initial_state: Any, **more: Any) -> Any:
         gates = [x for name, x in more.items() if name in fla.CALLS[rule].gates]
@@ -291,6 +301,7 @@ def believed(watch: Watch) -> Iterator[None]:
         (registry, "TRITON"): (*registry.TRITON, NAME),
         (registry, "_missing"): lambda rule: None,
         (adamw, "HAVE_FUSED"): (*adamw.HAVE_FUSED, NAME),
+        (linear, "TOGETHER"): (*linear.TOGETHER, NAME),
         (fla, "function"): lambda rule: of_fla(watch, rule),
         (transport.Crossing, "_thread"): _AtOnce,
     }

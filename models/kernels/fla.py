@@ -15,7 +15,7 @@ Legend: B spans, T tokens, N sequences, H heads, K key width, V value width, W c
 from collections.abc import Callable
 from importlib import import_module
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,24 @@ CALLS = {
 }
 
 
-def function(rule: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Raises ImportError, or whatever else importing it does, where the rule's kernel is not to be had."""
-    call = CALLS[rule]
+# What lies between products, each in one kernel: what they read and give is in 16 bits, what they compute in fp32.
+FUSED = {
+    "rms_norm": Call("fla.modules.norm.layernorm", "rms_norm"),
+    "rms_norm_gated": Call("fla.modules.norm.fused_norm_gate", "rms_norm_gated"),
+    "l2_norm": Call("fla.modules.norm.l2norm", "l2norm"),
+    "swiglu": Call("fla.modules.activations", "swiglu"),
+    "rotary": Call("fla.modules.rotary", "rotary_embedding"),
+    "head_decay": Call("fla.ops.gated_delta_rule.gate", "fused_gdn_gate"),
+    "channel_decay": Call("fla.ops.kda.gate", "fused_kda_gate"),
+}
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The kernel of a rule, or the one that does what `FUSED` names.
+
+    Raises ImportError, or whatever else importing it does, where it is not to be had.
+    """
+    call = CALLS[name] if name in CALLS else FUSED[name]
     module = import_module(call.module)
     if not hasattr(module, call.function):
         raise ImportError(f"{call.module} has no {call.function}")
@@ -124,8 +139,9 @@ class FLASpan(Begun):
         self._open: tuple[Tensor, Tensor] | None = None
 
     def _run(self, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Outputs [B, T, H, W] and each row's last state [B, H, K, W], from `state` [B, H, K, W] where one enters."""
-        (B, T), (bounds, first, last, enters) = self.starts.shape, self.packing
+        """Outputs [B, T, H, W] and each sequence's last state [N, H, K, W], from `state` [B, H, K, W] where one
+        enters."""
+        (B, T), (bounds, first, _, enters) = self.starts.shape, self.packing
         if state is not None:
             entering = wide(state).new_zeros(len(bounds) - 1, *state.shape[1:])
             state = entering.index_put((first,), torch.where(enters[:, None, None, None], wide(state), 0.0))
@@ -141,10 +157,10 @@ class FLASpan(Begun):
             output_final_state=True,
             cu_seqlens=bounds,
         )
-        return out.view(B, T, *out.shape[2:]), wide(states)[last]
+        return out.view(B, T, *out.shape[2:]), states
 
     def _opened(self) -> tuple[Tensor, Tensor]:
-        """Outputs from zero and, of a dense A, last states, with those of the identity's columns behind them."""
+        """Outputs from zero and, of a dense A, sequences' last states, those of the identity's columns behind them."""
         if self._open is None:
             if self.call.dense:
                 K, V = self.k.shape[-1], self.v.shape[-1]
@@ -159,7 +175,7 @@ class FLASpan(Begun):
     def effect(self) -> Effect:
         if not self.call.dense:
             return span_effect.effect(self.k, self.v, self.g, self.starts)
-        state, V = self._opened()[1], self.v.shape[-1]
+        state, V = wide(self._opened()[1])[self.packing.last], self.v.shape[-1]
         return Effect(state[..., V:], state[..., :V], (~self.starts.any(1)).to(state.dtype))
 
     def ahead(self) -> None:

@@ -10,6 +10,7 @@ several of them. A tile stays in the cache; only x and r are kept. With g = s ·
 Legend: N rows, D entries of a row.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kernels.registry import fused
 from models.precision import wide
 
 TILE = 1 << 16  # elements: 256 KiB in fp32, of which a core's cache holds several
 FEW = 1 << 14  # elements of the rows of a token
 FUSED = ("cuda",)  # devices on which torch's own operator is one kernel, forward and backward
+GATES = {F.silu: "swish", torch.sigmoid: "sigmoid"}  # activations of a gate that the kernel with one has
+WIDEST = 1 << 15  # entries of a row that flash-linear-attention's kernels take, of 16 bits
 
 
 class _Normalise(torch.autograd.Function):
@@ -61,8 +65,27 @@ def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     return _normalise(x, weight_D, D**0.5, D * eps)
 
 
+def rms_norm_narrow(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The same in x's dtype; on CUDA one kernel that reads and writes 16 bits."""
+    if x.shape[-1] <= WIDEST and (kernel := fused("rms_norm", x)) is not None:
+        return kernel(x, weight_D, None, eps=eps)
+    return rms_norm(x, weight_D, eps).to(x.dtype)
+
+
+def rms_norm_gated(
+    x: Tensor, gate: Tensor, weight_D: Tensor, eps: float, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """rms_norm(x) · activation(gate), in the gate's dtype; on CUDA one kernel where both have 16 bits."""
+    alike = x.dtype == gate.dtype and x.shape == gate.shape and x.shape[-1] <= WIDEST and activation in GATES
+    if alike and (kernel := fused("rms_norm_gated", x)) is not None:
+        return kernel(x, gate, weight_D, None, activation=GATES[activation], eps=eps)
+    return (rms_norm(x, weight_D, eps) * activation(wide(gate))).to(gate.dtype)
+
+
 def l2_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(Σx² + eps) over the last dimension, in at least fp32."""
+    if x.shape[-1] <= WIDEST and (kernel := fused("l2_norm", x)) is not None:
+        return kernel(x, eps=eps, output_dtype=torch.float32)
     return _normalise(x, None, 1.0, eps)
 
 

@@ -71,10 +71,10 @@ def chosen(
 
 
 @cache
-def _missing(rule: str) -> str | None:
+def _missing(name: str) -> str | None:
     """Why flash-linear-attention's kernel is not to be had here, in one line."""
     try:
-        fla.function(rule)
+        fla.function(name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fla":
             return "flash-linear-attention is not installed: pip install fla-core"
@@ -83,6 +83,14 @@ def _missing(rule: str) -> str | None:
         first = (str(error).strip().splitlines() or [""])[0]
         return f"flash-linear-attention does not import: {type(error).__name__}: {first}"
     return None
+
+
+def fused(name: str, x: Tensor) -> Callable[..., Tensor] | None:
+    """flash-linear-attention's kernel for what lies between products (`fla.FUSED`) and reads an x like this; None where
+    there is none: it reads 16 bits, on CUDA."""
+    if x.device.type not in TRITON or x.dtype not in fla.HALF or _missing(name):
+        return None
+    return fla.function(name)
 
 
 def kernel(rule: str, *xs: Tensor) -> Kernel:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kernels.registry import fused
+
 TILE = 1 << 18  # elements of a tile of inner rows: 1 MiB in fp32; smaller ones cost more in calls than they save
 
 
@@ -43,6 +45,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(inner: Tensor) -> Tensor:
     """silu(gate) · up of inner [..., 2H], gate first, in its dtype -> [..., H]."""
+    if (kernel := fused("swiglu", inner)) is not None:
+        return kernel(*inner.chunk(2, dim=-1))
     if torch.is_grad_enabled():
         y: Tensor = _SwiGLU.apply(inner)
         return y

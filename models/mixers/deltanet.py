@@ -4,10 +4,10 @@ its key remembers, S ← (I - β k kᵀ) S + β k vᵀ, β = σ(W_b x).
 
 from torch import Tensor
 
+from models.kernels.decay_gate import write_strength
 from models.linear import Linear
 from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, RMSNorm, checked, l2_normalise
-from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
 
@@ -55,6 +55,6 @@ class DeltaNet(QKVMixer):
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
         q_BTHK, k_BTHK = l2_normalise(q_BTHK), l2_normalise(k_BTHK)
-        beta_BTH = self.strongest * wide(self.beta(x_BTD)).sigmoid()
+        beta_BTH = write_strength(self.beta(x_BTD), self.strongest)
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, beta_BTH, slot=slot)
         return self.output(o_BTHV, None if self.gate is None else self.gate(x_BTD))

@@ -3,15 +3,14 @@
 Gates as in flash-linear-attention: g = -e^{A_log}·softplus(W_a x + dt_bias), β = σ(W_b x), both per head, fp32.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.axes import declare, log_uniform_rate, softplus_inverse_of_log_uniform
+from models.kernels.decay_gate import head_decay, write_strength
 from models.linear import Linear
 from models.mixers.heads import repeat_heads
 from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked, l2_normalise
-from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
 
@@ -76,9 +75,9 @@ class GatedDeltaNet(QKVMixer):
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
         q_BTHK, k_BTHK = l2_normalise(q_BTHK), l2_normalise(k_BTHK)
         q_BTHK, k_BTHK = repeat_heads(q_BTHK, self.shared_by), repeat_heads(k_BTHK, self.shared_by)
-        dt_BTH, beta_BTH = wide(self.rates(x_BTD)).unflatten(-1, (-1, 2)).unbind(-1)
-        g_BTH = -wide(self.A_log).exp() * F.softplus(dt_BTH + wide(self.dt_bias))
-        beta_BTH = self.strongest * beta_BTH.sigmoid()
+        dt_BTH, beta_BTH = self.rates(x_BTD).unflatten(-1, (-1, 2)).unbind(-1)
+        g_BTH = head_decay(dt_BTH, self.A_log, self.dt_bias)
+        beta_BTH = write_strength(beta_BTH, self.strongest)
         return seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, slot=slot)
 
     def close(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:

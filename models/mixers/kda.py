@@ -6,15 +6,14 @@ of the output is gated by a sigmoid.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.axes import declare, log_uniform_rate, softplus_inverse_of_log_uniform
+from models.kernels.decay_gate import channel_decay, write_strength
 from models.linear import Linear
 from models.mixers.inheritance import SoftmaxWeights
 from models.mixers.qkv import QKVMixer
 from models.norm import GatedRMSNorm, checked, l2_normalise
-from models.precision import wide
 from models.recurrence import Dense
 from models.sequence import Sequence
 
@@ -68,9 +67,9 @@ class KimiDeltaAttention(QKVMixer):
     def forward(self, x_BTD: Tensor, seq: Sequence, *, slot: str) -> Tensor:
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTD, seq, slot=slot)
         q_BTHK, k_BTHK = l2_normalise(q_BTHK), l2_normalise(k_BTHK)
-        dt = F.softplus(wide(self.decay_out(self.decay_in(x_BTD))) + wide(self.dt_bias))
-        g_BTHK = -wide(self.A_log).exp().unsqueeze(-1) * dt.unflatten(-1, (-1, self.key_dim))
-        beta_BTH = self.strongest * wide(self.beta(x_BTD)).sigmoid()
+        dt_BTHK = self.decay_out(self.decay_in(x_BTD)).unflatten(-1, (-1, self.key_dim))
+        g_BTHK = channel_decay(dt_BTHK, self.A_log, self.dt_bias)
+        beta_BTH = write_strength(self.beta(x_BTD), self.strongest)
         o_BTHV = seq.scan(self.recurrence, q_BTHK, k_BTHK, v_BTHV, g_BTHK, beta_BTH, slot=slot)
         return self.output(o_BTHV, self.gate_out(self.gate_in(x_BTD)))
 
