@@ -42,9 +42,9 @@ def _alone(fn: Callable[..., Any], *args: Any) -> Any:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def apart(fn: Callable[..., Any], *args: Any) -> Any:
+def apart(fn: Callable[..., Any], *args: Any, timeout: float = 280) -> Any:
     """fn(*args) in a process of its own: a device cannot be unregistered."""
-    return run_world(1, _alone, fn, *args, timeout=280)[0]
+    return run_world(1, _alone, fn, *args, timeout=timeout)[0]
 
 
 def _measured(models: dict[str, list[str]], world: int) -> dict[str, dict[str, tuple[int, int]]]:
@@ -116,9 +116,10 @@ def test_neither_do_those_under_fsdp2_and_with_padded_experts():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(4))
 def test_nor_do_those_of_every_model_under_fsdp2(part):
-    apart(_sharded, {model: overrides(model) for model in MODELS[part::4]})
+    apart(_sharded, {model: overrides(model) for model in MODELS[part::4]}, timeout=880)
 
 
 @pytest.mark.slow
