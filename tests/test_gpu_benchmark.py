@@ -36,7 +36,18 @@ def test_all_parts_run_without_a_gpu_without_ray_and_without_wandb(run, tmp_path
     assert run(1, _codes, str(tmp_path), timeout=280) == [[0, 0, 1, 1]]
     rows = {name: json.loads((tmp_path / name / "gpu.json").read_text())["rows"] for name in ("all", "wrong", "raises")}
     parts = [row["part"] for row in rows["all"] if row["name"] == "all"]
-    assert parts == ["machine", "kernels", "models", "recipes", "dense", "hybrid", "recipe_steps", "memory"]
+    assert parts == [
+        "machine",
+        "kernels",
+        "models",
+        "recipes",
+        "dense",
+        "hybrid",
+        "peer",
+        "recipe_steps",
+        "memory",
+        "peer_memory",
+    ]
     assert sum(row["ok"] is True for row in rows["all"]) > 10
     assert [row["name"] for row in rows["wrong"] if row["ok"] is False] == ["rms norm, fp32"]
     assert rows["raises"][0]["value"].startswith("ZeroDivisionError")

@@ -33,6 +33,7 @@ from parallel.mesh import Groups, Meshes
 from parallel.schedule.mesh import Mesh
 from parallel.schedule.plan import Plan
 from tests.benchmarks import plain_torch
+from tests.benchmarks.fla_peer import Layers, PeerSteps, Shape, of_fla, stand_ins
 from tests.benchmarks.gpu_checks import GIB, Bench, Row, kernels, machine, models, recipes
 from tests.parity import Sample
 from train.execute import Executor
@@ -95,12 +96,13 @@ def configured(bench: Bench, *overrides: str, mixer: dict[str, Any] | None = Non
 GDN = {"_target_": "models.mixers.GatedDeltaNet"}
 
 
-def _timed(bench: Bench, name: str, config: RunConfig, lengths: tuple[int, ...], aim: str = "") -> None:
-    """Figures of steps of each length: tokens a second, the share of matmuls' rate, the peak of memory."""
+def _timed(bench: Bench, name: str, config: RunConfig, lengths: tuple[int, ...], aim: str = "") -> dict[int, float]:
+    """Figures of steps of each length: tokens a second, the share of matmuls' rate, the peak of memory. Returns the
+    seconds of each."""
     with torch.device("meta"):
         costs = account(config.model.build(), device="cpu")
     steps = Steps(config, bench.device)
-    losses = []
+    losses, times = [], dict[int, float]()
     for length in lengths:
         if bench.left < 15 and not bench.tiny:
             bench.figure(f"{name}, {length:,} tokens", f"left out: {bench.left:.0f} s are left")
@@ -109,11 +111,14 @@ def _timed(bench: Bench, name: str, config: RunConfig, lengths: tuple[int, ...],
             torch.cuda.reset_peak_memory_stats()
         sample = documents(length)
         took = bench.seconds(lambda sample=sample: losses.append(steps([sample])), rounds=3)  # type: ignore[misc]
+        times[length] = took
         counts = [length // 2, length // 4, length // 8]
         share = costs.flops([*counts, length - sum(counts)]).model / took / bench.rate
         peak = f", {torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if bench.device == "cuda" else ""
         bench.figure(f"{name}, {length:,} tokens", f"{length / took:,.0f} tokens/s, {share:.0%} of matmuls{peak}", aim)
-    bench.check(f"{name}, last loss over the first", losses[-1] / losses[0], 1.5)
+    if losses:
+        bench.check(f"{name}, last loss over the first", losses[-1] / losses[0], 1.5)
+    return times
 
 
 def dense(bench: Bench) -> None:
@@ -144,7 +149,50 @@ def hybrid(bench: Bench) -> None:
     """Times a step of a 1B hybrid, three layers of Gated DeltaNet to one of attention."""
     lengths = (64,) if bench.tiny else (8192, 32768, 131072)
     more = ["engine.recompute=selective", "train.loss_chunk=4096"]
-    _timed(bench, "hybrid 1B", configured(bench, *more, mixer={**GDN, "heads": 4 if bench.tiny else 16}), lengths)
+    config = configured(bench, *more, mixer={**GDN, "heads": 4 if bench.tiny else 16})
+    bench.took = _timed(bench, "hybrid 1B", config, lengths)
+
+
+def peer(bench: Bench) -> None:
+    """Times the same hybrid of flash-linear-attention's layers under plain FSDP2, and puts farspan's rate over its."""
+    made = _peer_layers(bench)
+    if made is None:
+        return
+    for length in (64,) if bench.tiny else (8192, 32768, 131072):
+        if bench.left < 15 and not bench.tiny:
+            bench.figure(f"{made.name}, {length:,} tokens", f"left out: {bench.left:.0f} s are left")
+            continue
+        for again in (False, True):
+            try:
+                steps = PeerSteps(peer_shape(bench), made, bench.device, again=again)
+                took = bench.seconds(lambda steps=steps, n=length: steps([documents(n)]), rounds=3)  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                steps = None
+                continue
+            how = "all layers computed again" if again else "nothing computed again"
+            over = f", farspan over it {took / bench.took[length]:.2f}" if length in bench.took else ""
+            name = f"{made.name}, {length:,} tokens"
+            bench.figure(name, f"{length / took:,.0f} tokens/s, {how}{over}", "1.0" if over else "")
+            break
+        else:
+            bench.figure(f"{made.name}, {length:,} tokens", "out of memory")
+
+
+def peer_shape(bench: Bench) -> Shape:
+    """The sizes of `configured`'s hybrid."""
+    if bench.tiny:
+        return Shape(512, 64, 2, 4, 2, 4, 96, ("delta", "attention"))
+    return Shape(128_256, 2048, 16, 32, 8, 16, 8192, ("delta", "delta", "delta", "attention"))
+
+
+def _peer_layers(bench: Bench) -> Layers | None:
+    if bench.device == "cpu":
+        return stand_ins()
+    try:
+        return of_fla()
+    except ImportError as error:
+        bench.figure("flash-linear-attention's layers", f"left out: {error}")
+        return None
 
 
 def recipe_steps(bench: Bench) -> None:
@@ -159,7 +207,23 @@ def memory(bench: Bench) -> None:
     config = configured(
         bench, "engine.recompute=full", "train.loss_chunk=4096", mixer={**GDN, "heads": 4 if bench.tiny else 16}
     )
-    steps, length, longest, took = Steps(config, bench.device), 64 if bench.tiny else 16384, 0, 0.0
+    bench.longest = _longest(bench, Steps(config, bench.device))
+    bench.figure("longest sequence of the hybrid 1B", _a_gib(bench, bench.longest))
+
+
+def peer_memory(bench: Bench) -> None:
+    """Does the same with the hybrid of flash-linear-attention's layers, each of which is computed again."""
+    made = _peer_layers(bench)
+    if made is None:
+        return
+    longest = _longest(bench, PeerSteps(peer_shape(bench), made, bench.device, again=True))
+    over = f", farspan over it {bench.longest / longest:.2f}" if bench.longest and longest else ""
+    bench.figure(f"longest sequence of {made.name}", _a_gib(bench, longest) + over, "2.0" if over else "")
+
+
+def _longest(bench: Bench, steps: Callable[[list[Sample]], float]) -> int:
+    """The tokens of the longest sequence, doubled from 16,384, of which a step found memory and time."""
+    length, longest, took = 64 if bench.tiny else 16384, 0, 0.0
     while bench.left > 3 * took + 5 and length <= (128 if bench.tiny else 1 << 24):
         began = time.perf_counter()
         try:
@@ -168,8 +232,12 @@ def memory(bench: Bench) -> None:
         except torch.OutOfMemoryError:
             break
         took, longest, length = time.perf_counter() - began, length, 2 * length
+    return longest
+
+
+def _a_gib(bench: Bench, tokens: int) -> str:
     total = torch.cuda.get_device_properties(0).total_memory / GIB if bench.device == "cuda" else 1.0
-    bench.figure("longest sequence of the hybrid 1B", f"{longest:,} tokens, {longest / total:,.0f} a GiB of the device")
+    return f"{tokens:,} tokens, {tokens / total:,.0f} a GiB of the device"
 
 
 def run(bench: Bench) -> None:
@@ -194,8 +262,10 @@ PARTS: dict[str, tuple[Callable[[Bench], None], int]] = {  # the most telling fi
     "recipes": (recipes, 10),
     "dense": (dense, 40),
     "hybrid": (hybrid, 60),
+    "peer": (peer, 45),
     "recipe_steps": (recipe_steps, 60),
     "memory": (memory, 40),
+    "peer_memory": (peer_memory, 30),
     "run": (run, 60),
 }
 
@@ -236,7 +306,7 @@ def main(arguments: list[str]) -> int:
     bench = Bench(given.device, given.tiny, time.monotonic() + given.seconds)
     given.out.mkdir(parents=True, exist_ok=True)
     with alone(given.device):
-        for name in given.part or PARTS:
+        for name in dict.fromkeys(["machine", *(given.part or PARTS)]):  # first the rate that shares are of
             part, needs = PARTS[name]
             bench.part = name
             if bench.left < (0 if bench.tiny else needs):

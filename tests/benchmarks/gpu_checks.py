@@ -51,6 +51,8 @@ class Bench:
     rows: list[Row] = field(default_factory=list)
     part: str = ""
     rate: float = 0.0  # FLOP/s of a plain matmul in bf16
+    took: dict[int, float] = field(default_factory=dict)  # seconds of the hybrid's step, by the sequence's tokens
+    longest: int = 0  # tokens of a sequence that the hybrid has been trained on
 
     @property
     def left(self) -> float:
