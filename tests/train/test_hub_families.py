@@ -343,14 +343,15 @@ def held_to(found, ours, model, folder):
     model.save_pretrained(folder)
     model.float()
     told = Published(folder)
-    # The gradient of Gated DeltaNet's decay is tiny: theirs in fp32 is 3e-4 off ours in fp64, ours in fp32 1e-6.
+    # The gradient of Gated DeltaNet's decay is tiny: theirs in fp32 is 3e-4 off ours in fp64, ours in fp32 1e-6. Both
+    # sides round: of Kimi Linear's embedding by 1.06e-5 together with torch 2.14.
     least = 1e-7 * torch.stack([p.grad.norm() for p in ours.parameters()]).norm()
     for name, p in ours.named_parameters():
         read = told.read(name, 0, len(p))
         zero, unit = (filled(told, name, value, len(p)) for value in (0.0, 1.0))
         want = (read - zero) / (unit - zero) ** 2
         assert p.grad is not None and want.norm() > 0, name
-        assert (p.grad - want).norm() <= 1e-5 * want.norm() + least, (
+        assert (p.grad - want).norm() <= 2e-5 * want.norm() + least, (
             name,
             ((p.grad - want).norm() / want.norm()).item(),
         )
