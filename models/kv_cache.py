@@ -25,8 +25,6 @@ class KVCache(NamedTuple):
 
     def joined(self, k_BTGK: Tensor, v_BTGV: Tensor) -> "KVCache":
         """With a span's own keys and values behind."""
-        if not self.k.shape[1]:
-            return self._replace(k=k_BTGK, v=v_BTGV)
         return self._replace(k=torch.cat((self.k, k_BTGK), dim=1), v=torch.cat((self.v, v_BTGV), dim=1))
 
     def firsts(self, pieces: list[list[Piece]]) -> list[int] | None:
