@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Listed
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,12 @@ class Positions(ABC):
                 (q_BTHK.shape[2], k_BTGK.shape[2]), dim=2
             )
             return q_BTHK, k_BTGK
+        if torch.compiler.is_compiling():  # once for all heads, and not in each of the kernels that turn them
+            rotation = cast(Any, seq).rotation(self, q_BTHK.shape[-1])
+        else:
+            rotation = self.rotation(seq, q_BTHK.shape[-1])
         dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-        rotation = [x.to(dtype) for x in self.rotation(seq, q_BTHK.shape[-1])]
+        rotation = [x.to(dtype) for x in rotation]
         return turn(q_BTHK, *rotation), turn(k_BTGK, *rotation)
 
     def _turned_token(self, x_B1HK: Tensor, seq: TextRows) -> Tensor:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T", Tensor, tuple[Tensor, ...], list[Tensor])
@@ -27,19 +28,19 @@ class Tape:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        with _on(self):
+        with using(self):
             yield
 
     @contextmanager
     def replay(self) -> Iterator[None]:
         self.replaying = True
-        with _on(self):
+        with using(self):
             yield
 
     def result(self, compute: Callable[[], T]) -> T:
         """Raises RuntimeError where the second pass differs from the first, or a result was changed in between."""
         if not self.replaying:
-            with _on(None):  # what it asks for in turn is part of it
+            with using(None):  # what it asks for in turn is part of it
                 result = compute()
             several = (result,) if isinstance(result, Tensor) else tuple(result)
             tensors = tuple(x.detach() for x in several)
@@ -62,7 +63,8 @@ _current: ContextVar[Tape | None] = ContextVar("tape", default=None)
 
 
 @contextmanager
-def _on(tape: Tape | None) -> Iterator[None]:
+def using(tape: Tape | None) -> Iterator[None]:
+    """Has `tape` keep results, or hand them out; None: nothing is kept."""
     token = _current.set(tape)
     try:
         yield
@@ -70,9 +72,14 @@ def _on(tape: Tape | None) -> Iterator[None]:
         _current.reset(token)
 
 
+def current() -> Tape | None:
+    """The tape on which results are saved, or that hands them out; None without one."""
+    return _current.get()
+
+
 def keeping() -> bool:
-    """True where results are saved or handed out."""
-    return _current.get() is not None
+    """True where results are saved or handed out; never in compiled code, which is computed again as a whole."""
+    return not torch.compiler.is_compiling() and _current.get() is not None
 
 
 def kept(compute: Callable[[], T]) -> T:
@@ -83,5 +90,5 @@ def kept(compute: Callable[[], T]) -> T:
 
 def unkept(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), nothing in which is kept: it has its own way to be computed again."""
-    with _on(None):
+    with using(None):
         return function(x)

@@ -235,7 +235,7 @@ def _micro_step(executor: Executor, size: int, tokens: int, device: torch.device
         )
         once = partial(executor.train, Plan(0, (total,) * (count * groups), micro_steps), batch[: count * groups])
         once()
-        seconds.append(min(_seconds(once, device) for _ in range(REPEATS)))
+        seconds.append(min(seconds_of(once, device) for _ in range(REPEATS)))
     return seconds[1] - seconds[0]
 
 
@@ -257,14 +257,15 @@ def _timed(
         once = step(tokens)
         began = time.monotonic()
         once()  # allocates, and compiles, what later ones find
-        times = [_seconds(once, device) for _ in range(REPEATS)]
+        times = [seconds_of(once, device) for _ in range(REPEATS)]
         samples.append((tokens, min(times)))
         if len(samples) >= 3 and time.monotonic() + 5 * (time.monotonic() - began) > end:
             break
     return samples
 
 
-def _seconds(once: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(once: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call: of the CPU, divided by its threads; a GPU's by the clock."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         clock = time.thread_time if threads == 1 else time.process_time  # the first leaves out threads that only send

@@ -17,6 +17,7 @@ from parallel.mesh import Meshes
 from parallel.pipeline.cut import PipelineCut
 from parallel.pipeline.runner import Pipeline
 from parallel.schedule.comm_volume import Ask
+from train.compile_choice import compile_layers
 from train.distill import Teacher, place_teacher
 from train.layout import dependences
 from train.metrics.comm_trace import asked
@@ -66,6 +67,7 @@ def place_model(order: dict[str, Any], meshes: Meshes, phases: PhaseTimes, say: 
     for line in lines(config, layers, low, order["device"]) if low else ():
         say(line)
     teacher = place_teacher(config, model, meshes)
+    compile_layers(config, model, meshes.device, say)
     engine, make = config.engine.build(), config.optimizer.build()
     optimizer = engine.build(model, meshes, make, seed=config.seed, dtype=master, cut=cut)
     if config.parallel.transport.experts == "padded":

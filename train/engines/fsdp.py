@@ -1,6 +1,6 @@
 """PyTorch's fully sharded data parallelism (FSDP2), over all data × sequence ranks."""
 
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from parallel.pipeline.cut import PipelineCut
 from parallel.schedule.comm_volume import GradientFormat
 from train.engines.engine import MakeOptimizer, check_activations
 from train.optim.build import build_optimizer
+
+CompileName = Literal["off", "auto", "blocks"]
 
 
 class FSDP:
@@ -29,7 +31,9 @@ class FSDP:
     time, computing each tile again for its backward (2506.13996); null for all at once. offload_activations: true moves
     the activations that layers save to the host's memory. offload_optimizer: true holds weights, gradients and
     optimizer state in the host's memory, and steps the optimizer there. Where the device is the CPU, both offloads
-    change nothing."""
+    change nothing. compile: layers that torch.compile fuses for training. off: none; blocks: all; auto: those kinds
+    that it makes faster here, measured at the start. cuda_graphs: true replays what is compiled from CUDA graphs, which
+    pays where shapes repeat."""
 
     def __init__(
         self,
@@ -40,11 +44,19 @@ class FSDP:
         tile: int | None = None,
         offload_activations: bool = False,
         offload_optimizer: bool = False,
+        compile: CompileName = "off",
+        cuda_graphs: bool = False,
     ):
         check_activations(recompute, tile)
         if gradients not in get_args(GradientFormat):
             raise ValueError(f"engine.gradients={gradients}: must be one of {', '.join(get_args(GradientFormat))}")
-        self.gradients = gradients
+        if compile not in get_args(CompileName):
+            raise ValueError(f"engine.compile={compile}: must be one of {', '.join(get_args(CompileName))}")
+        if compile != "off" and tile is not None:
+            raise ValueError(f"engine.tile={tile}: must be null with engine.compile={compile}")
+        if cuda_graphs and compile == "off":
+            raise ValueError("engine.cuda_graphs=true: must be false with engine.compile=off")
+        self.gradients, self.compile, self.cuda_graphs = gradients, compile, cuda_graphs
         self.recompute, self.reshard_after_forward, self.tile = recompute, reshard_after_forward, tile
         self.offload_activations, self.offload_optimizer = offload_activations, offload_optimizer
 

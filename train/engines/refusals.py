@@ -38,6 +38,7 @@ def refuse(config: RunConfig, mesh: Mesh, device: str) -> None:
     device: of the workers, cpu or cuda.
     """
     if plain(config):
+        _refuse_compiled(config, mesh, device)
         return
     kind, name = config.engine.target.rpartition(".")[2], name_of(config)
     for problem in _problems(config, mesh, config.engine.get("zero") == 3):
@@ -49,6 +50,23 @@ def refuse(config: RunConfig, mesh: Mesh, device: str) -> None:
         )
     if config.cluster.kind != "ray":  # whose machines may have what this one has not
         _installed(kind, name, bool(config.engine.get("cpu_adam")))
+
+
+def _refuse_compiled(config: RunConfig, mesh: Mesh, device: str) -> None:
+    """Raises ValueError for what compiled layers do not go with."""
+    if (how := config.engine.get("compile", "off")) == "off":
+        return
+    problem, target = None, config.train.distill.target
+    if config.engine.get("cuda_graphs") and device != "cuda":
+        raise ValueError("engine.cuda_graphs=true: must be false on a CPU, which has none")
+    if mesh.tensor > 1:
+        problem = f"parallel.tensor={mesh.tensor}: must be 1"
+    elif config.precision.recipe != "none":
+        problem = f"precision.recipe={config.precision.recipe}: must be none"
+    elif target == "hidden":
+        problem = f"train.distill.target={target}: must be another one"
+    if problem is not None:
+        raise ValueError(f"{problem} with engine.compile={how}")
 
 
 def _problems(config: RunConfig, mesh: Mesh, cuts_weights: bool) -> Iterator[str]:
