@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.axes import initialise, start_buffers
+from models.axes import Declared, declarations, initial, start_buffers
 from models.lm import LM
 from models.sequence import Whole
 from train.engines.refusals import COMPILERS
@@ -118,7 +118,7 @@ def measured(
     try:
         for side in sides:
             start_buffers(side, device.type)
-            initialise(side, 0)
+            _fill(side, declarations(layer))  # a parameter forgets its declaration on its way to a device
         compile_layer(sides[1], backend=backend, options=options)
         steps = [_step(side, x_BTD, positions) for side in sides]
         for step in steps:
@@ -128,6 +128,13 @@ def measured(
         return Measured(why=f"cannot be measured alone: {' '.join(str(error).split())[:80]}")
     plain, compiled = (min(side) for side in zip(*times, strict=True))
     return Measured(plain, compiled)
+
+
+def _fill(layer: nn.Module, declared: dict[str, Declared]) -> None:
+    with torch.no_grad():
+        for name, each in declared.items():
+            parameter = layer.get_parameter(name)
+            parameter.copy_(initial(0, name, each, tuple(parameter.shape)))
 
 
 def _step(layer: nn.Module, x_BTD: Tensor, positions_BT: Tensor) -> Callable[[], None]:
