@@ -97,7 +97,7 @@ class CompiledLayer:
         for module in layer.modules():
             if isinstance(module, AS_THEY_ARE):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-        self.fused = torch.compile(layer.forward, backend=backend, options=options, recompile_limit=LIMIT)
+        self.fused = torch.compile(layer.forward, backend=backend, options=options, recompile_limit=LIMIT)  # type: ignore[call-overload]
 
     def __call__(self, x_BTD: Tensor, seq: Sequence, *handed: Any, **coupled: Any) -> Any:
         if seq.decoding or not torch.is_grad_enabled():
