@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
 
 def lacking(device: str) -> str | None:
-    """What torch.compile needs and this machine has not, in a few words; None where nothing is missing."""
+    """Names the part of torch.compile that this machine lacks, in a few words; None where nothing is missing."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     own = os.environ.get("CXX")
@@ -75,7 +75,7 @@ def compile_layers(config: RunConfig, model: LM, device: torch.device, say: Call
     chosen, told = set(kinds), "all layers compiled at their first step"
     if how == "auto":
         began, found = time.monotonic(), [dict[str, Measured]()]
-        tokens = min(max(config.train.batch_tokens // dist.get_world_size(), FEWEST), MOST)
+        tokens = min(max(max(config.train.ramp.sizes) // dist.get_world_size(), FEWEST), MOST)
         if dist.get_rank() == 0:
             compute, master = dtypes(config.precision.compute, device.type)
             found = [
@@ -93,8 +93,9 @@ def compile_layers(config: RunConfig, model: LM, device: torch.device, say: Call
         )
     say(f"engine.compile={how}: {told}; a piece is compiled {LIMIT} times at most")
     ahead = config.model.get("mtp_block") or model.kinds[-1]
-    layers = [(kind, model.layers[str(i)]) for i, kind in enumerate(model.kinds)]
-    for kind, layer in [*layers, *((ahead, module.block) for module in model.mtp.values())]:
+    layers: list[tuple[str, Any]] = [(kind, model.layers[str(i)]) for i, kind in enumerate(model.kinds)]
+    layers += [(ahead, module.block) for module in model.mtp.values()]
+    for kind, layer in layers:
         if kind in chosen:
             compile_layer(layer, options=options)
 
