@@ -22,7 +22,20 @@ from torch.autograd.function import once_differentiable
 from models.delayed_scaling import GRADIENTS, INPUTS, WEIGHTS, Magnitudes
 from models.kernels.coded_weight import CodedWeight
 from models.kernels.grouped_ffn import grouped_linear, grouped_weight_gradient
-from models.kernels.low_precision import BF16, E4M3, E5M2, INT4, INT8, Codes, Scaling, Share, encode, product
+from models.kernels.low_precision import (
+    BF16,
+    E4M3,
+    E5M2,
+    INT4,
+    INT8,
+    Codes,
+    Scaling,
+    Share,
+    block_kernels,
+    encode,
+    encode_blocks,
+    product,
+)
 from models.linear import Linear
 from models.moe import Experts
 from models.recompute import kept
@@ -89,10 +102,11 @@ RECIPES = {
 }
 # Products as they are without a recipe, of weights of 16 bits: those of layers whose master weights are bf16.
 BF16_WEIGHTS = Recipe(1, *(2 * (Pair(None, Scaling(BF16, 0, 0, True)),)), Pair(), straight=True)
-NATIVE = {  # recipes whose products torch has for codes, by kind of device
+NATIVE = {  # recipes that have a product of codes, torch's or farspan's own, by kind of device
     "cpu": ("fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wide", "int8"),
-    "cuda": ("fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wide"),
+    "cuda": ("fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wide", "fp8_blockwise"),
 }
+BY_TRITON = "fp8_blockwise"  # whose kernels are farspan's own
 CAPABILITY = (8, 9)  # of an NVIDIA GPU, from which on it multiplies FP8
 
 
@@ -100,6 +114,9 @@ def native(name: str, device: str) -> bool:
     """Says whether `device` has a product of its own for all codes of a recipe."""
     if name not in NATIVE.get(device, ()):
         return False
+    if name == BY_TRITON:
+        kernels = block_kernels()
+        return kernels is not None and torch.cuda.get_device_capability() >= kernels.CAPABILITY
     return device != "cuda" or torch.cuda.get_device_capability() >= CAPABILITY
 
 
@@ -192,6 +209,8 @@ class LowPrecision:
     ) -> Codes | Tensor:
         if scaling is None or isinstance(x, Codes):
             return x
+        if self.native and scaling.columns and x.numel():
+            return encode_blocks(x, scaling)
         spans = tokens is not None and not (scaling.rows, scaling.columns)[tokens]
         share = self.share if spans else None
         return encode(x, scaling, share if delay is None else partial(_delayed, delay, share))

@@ -17,7 +17,8 @@ Legend: R rows, K what is summed over, M rows of the first and N of the second m
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,8 +143,29 @@ def product(a: Codes | Tensor, b: Codes | Tensor, dtype: torch.dtype, *, native:
     return (first @ second.T).to(dtype)
 
 
+@cache
+def block_kernels() -> Any:
+    """`models.kernels.blockwise_triton`; None without Triton."""
+    try:
+        from models.kernels import blockwise_triton
+    except ImportError:
+        return None
+    return blockwise_triton
+
+
+def encode_blocks(x: Tensor, scaling: Scaling) -> Codes:
+    """`encode` by one Triton kernel, for scales of 128 values of a row or of 128 x 128."""
+    codes, scale = block_kernels().encode(x, scaling.rows > 1)
+    return Codes(codes, scale, scaling)
+
+
 def _native(a: Codes, b: Codes, dtype: torch.dtype) -> Tensor:
-    """By the device's own product of codes, a scale a tensor or a row. K is padded to what it takes."""
+    """By the device's own product of codes, a scale a tensor or a row, or by Triton's, a scale a block. K is padded to
+    what the first takes."""
+    if a.scaling.columns:
+        parts = (x.contiguous() for x in (a.codes, a.scale.float(), b.codes, b.scale.float()))
+        by_blocks: Tensor = block_kernels().product(*parts, b.scaling.rows, dtype)
+        return by_blocks
     padding = -a.codes.shape[1] % 16
     first, second = (x.codes.contiguous() for x in (a, b))  # CUDA takes rows of both, and a gradient's are columns
     if padding:  # of bytes: nothing pads the formats of 8 bits
