@@ -59,8 +59,8 @@ def lacking(device: str) -> str | None:
 def compile_layers(config: RunConfig, model: LM, device: torch.device, say: Callable[[str], None]) -> None:
     """Has the layers of a model on the meta device run compiled, as engine.compile says. Collective; all ranks take
     the same choice."""
-    how = config.engine.get("compile", "off")
-    if how == "off":
+    how = config.engine.get("compile", "none")
+    if how == "none":
         return
     lack: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(lack, lacking(device.type))

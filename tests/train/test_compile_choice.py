@@ -69,9 +69,9 @@ def test_tensor_ranks_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"compile": "max"}, "engine.compile=max: must be one of off, auto, blocks"),
+        ({"compile": "max"}, "engine.compile=max: must be one of none, auto, blocks"),
         ({"compile": "auto", "tile": 64}, "engine.tile=64: must be null with engine.compile=auto"),
-        ({"cuda_graphs": True}, "engine.cuda_graphs=true: must be false with engine.compile=off"),
+        ({"cuda_graphs": True}, "engine.cuda_graphs=true: must be false with engine.compile=none"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, line):

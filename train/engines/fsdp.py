@@ -15,7 +15,7 @@ from parallel.schedule.comm_volume import GradientFormat
 from train.engines.engine import MakeOptimizer, check_activations
 from train.optim.build import build_optimizer
 
-CompileName = Literal["off", "auto", "blocks"]
+CompileName = Literal["none", "auto", "blocks"]
 
 
 class FSDP:
@@ -31,7 +31,7 @@ class FSDP:
     time, computing each tile again for its backward (2506.13996); null for all at once. offload_activations: true moves
     the activations that layers save to the host's memory. offload_optimizer: true holds weights, gradients and
     optimizer state in the host's memory, and steps the optimizer there. Where the device is the CPU, both offloads
-    change nothing. compile: layers that torch.compile fuses for training. off: none; blocks: all; auto: those kinds
+    change nothing. compile: layers that torch.compile fuses for training; blocks: all; auto: those kinds
     that it makes faster here, measured at the start. cuda_graphs: true replays what is compiled from CUDA graphs, which
     pays where shapes repeat."""
 
@@ -44,7 +44,7 @@ class FSDP:
         tile: int | None = None,
         offload_activations: bool = False,
         offload_optimizer: bool = False,
-        compile: CompileName = "off",
+        compile: CompileName = "none",
         cuda_graphs: bool = False,
     ):
         check_activations(recompute, tile)
@@ -52,10 +52,10 @@ class FSDP:
             raise ValueError(f"engine.gradients={gradients}: must be one of {', '.join(get_args(GradientFormat))}")
         if compile not in get_args(CompileName):
             raise ValueError(f"engine.compile={compile}: must be one of {', '.join(get_args(CompileName))}")
-        if compile != "off" and tile is not None:
+        if compile != "none" and tile is not None:
             raise ValueError(f"engine.tile={tile}: must be null with engine.compile={compile}")
-        if cuda_graphs and compile == "off":
-            raise ValueError("engine.cuda_graphs=true: must be false with engine.compile=off")
+        if cuda_graphs and compile == "none":
+            raise ValueError("engine.cuda_graphs=true: must be false with engine.compile=none")
         self.gradients, self.compile, self.cuda_graphs = gradients, compile, cuda_graphs
         self.recompute, self.reshard_after_forward, self.tile = recompute, reshard_after_forward, tile
         self.offload_activations, self.offload_optimizer = offload_activations, offload_optimizer

@@ -54,7 +54,7 @@ def refuse(config: RunConfig, mesh: Mesh, device: str) -> None:
 
 def _refuse_compiled(config: RunConfig, mesh: Mesh, device: str) -> None:
     """Raises ValueError for what compiled layers do not go with."""
-    if (how := config.engine.get("compile", "off")) == "off":
+    if (how := config.engine.get("compile", "none")) == "none":
         return
     problem, target = None, config.train.distill.target
     if config.engine.get("cuda_graphs") and device != "cuda":
