@@ -208,7 +208,7 @@ REPLIES = {
     "farspan train data=": files.groups()["data"],
     "farspan train data=t": ["text"],
     "farspan train parallel.transport.rec": ["parallel.transport.recurrence="],
-    "farspan train mixer@model.blocks.gla.mixer=gated_deltan": ["gated_deltanet"],
+    "farspan train mixer@model.blocks.gla.mixer=gated_deltap": ["gated_deltaproduct"],
     "farspan train mixer@model.blocks.gd": ["model.blocks.gdn.mixer="],
     "farspan train  data=text   data.path=my": ["my_texts/"],
     "farspan train data.path=a\\ ": ["a\\ b.txt"],

@@ -153,7 +153,7 @@ def test_broken_streaming_is_caught(mutation, monkeypatch):
 GATED = {
     name: ("A_log", "dt_bias")
     for name in ("gated_deltanet", "gated_deltanet2", "gated_deltaproduct", "kda", "mamba", "mamba2")
-}
+} | {"mamba3": ("dt_bias",)}
 
 
 @pytest.mark.parametrize("name", GATED)

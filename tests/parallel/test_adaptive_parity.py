@@ -111,7 +111,9 @@ def one_process(number: int) -> list[Numbers]:
     for batch in BATCHES:
         together = [np.concatenate([getattr(s, name)[s.counted] for s in batch]) for name in FIELDS]
         tokens, targets, positions = (torch.from_numpy(x)[None] for x in together)
-        part = sums(model(tokens, Whole.of(positions)), targets)
+        seq = Whole.of(positions)
+        seq.index_losses.weight = 1 / tokens.numel()
+        part = sums(model(tokens, seq), targets)
         loss = part.objective(targets=int((targets != -100).sum()), tokens=tokens.numel(), balance_weight=BALANCE)
         loss.backward()
         found.append((loss.item(), {name: p.grad.numpy().copy() for name, p in model.named_parameters()}))

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from models.kernels.stochastic import noise_at, to_bf16
 from parallel.shards import local
@@ -52,19 +50,25 @@ def places(p: Tensor, begin: int, count: int, shape: torch.Size, device: torch.d
     return found
 
 
-def first_row(p: Tensor) -> int:
+def first_row(p: Any) -> int:
     """The row of the weight, or of a tensor rank's piece of it, at which this rank's part begins."""
-    if not isinstance(p, DTensor) or not p.ndim:
+    if not hasattr(p, "to_local") or not p.ndim:
         return 0
+    # Imported with DTensor, which takes a launcher, that checks an optimizer's settings alone, a second.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     return int(offset[0])
 
 
-def as_weight(p: Tensor, value: Tensor) -> Tensor:
+def as_weight(p: Any, value: Tensor) -> Tensor:
     """A tensor that lies on the ranks as a weight does, of this rank's part."""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, "to_local"):
         return value
-    return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    shaped: Tensor = type(p).from_local(
+        value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+    return shaped
 
 
 def zeros(p: Tensor) -> Tensor:
